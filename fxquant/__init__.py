@@ -1,0 +1,31 @@
+"""fxquant compiles quantized DeepSeek-V3/R1 models: torch.fx graph in, Ascend and ONNX out."""
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from fxquant.api import compile, evaluate, run, verify
+    from fxquant.errors import FxquantError
+    from fxquant.policy import load_policy, shipped_policies
+
+_HOMES = {
+    "compile": "fxquant.api",
+    "evaluate": "fxquant.api",
+    "run": "fxquant.api",
+    "verify": "fxquant.api",
+    "FxquantError": "fxquant.errors",
+    "load_policy": "fxquant.policy",
+    "shipped_policies": "fxquant.policy",
+}
+
+__all__ = ["FxquantError", "__version__", "compile", "evaluate", "load_policy", "run", "shipped_policies", "verify"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used, so that `fxquant --help` does not wait for torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'fxquant' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name]), name)

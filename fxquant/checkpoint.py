@@ -1,0 +1,152 @@
+"""Checkpoints in: Hugging Face folders of safetensors, read tensor by tensor, FP8 blocks decoded on the way."""
+
+import json
+import struct
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxquant.config import read_config
+from fxquant.errors import FxquantError
+from fxquant.safetensors_file import TensorInfo, read_header
+
+SCALE_SUFFIX = "_scale_inv"
+AGAIN = "Download or copy the checkpoint again."
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder's config and tensors. `tensors` holds what a model asks for; `scales` the FP8 block scales behind it."""
+
+    folder: Path
+    config: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+    scales: dict[str, TensorInfo] = field(default_factory=dict)
+    block: tuple[int, int] = (128, 128)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The model's dtype: config's `torch_dtype` (or `dtype`), what FP8 weights are decoded to."""
+        name = self.config.get("torch_dtype") or self.config.get("dtype") or "bfloat16"
+        dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}.get(name)
+        if dtype is None:
+            raise FxquantError(self.folder / "config.json", f"torch_dtype {name}.", "Use bfloat16, float16 or float32.")
+        return dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors, scales included."""
+        return sum(info.nbytes for info in (*self.tensors.values(), *self.scales.values()))
+
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """What `read(name)` gives."""
+        dtype = self.tensors[name].dtype
+        return self.dtype if dtype is torch.float8_e4m3fn else dtype
+
+    def read(self, name: str) -> Tensor:
+        """One tensor. FP8 E4M3 [n, k] comes decoded: `dtype(float32(w) * scale_inv[i // 128, j // 128])`."""
+        tensor = self.tensors[name].read()
+        if tensor.dtype is not torch.float8_e4m3fn:
+            return tensor
+        return decode_fp8(tensor, self.scales[name].read(), self.block).to(self.dtype)
+
+
+def decode_fp8(weight: Tensor, scale_inv: Tensor, block: tuple[int, int]) -> Tensor:
+    """FP8 [n, k] times its float32 block scales [ceil(n / block[0]), ceil(k / block[1])], as float32."""
+    rows, columns = weight.shape
+    wide = scale_inv.float().repeat_interleave(block[0], 0)[:rows].repeat_interleave(block[1], 1)[:, :columns]
+    return weight.float() * wide
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Read config.json and every safetensors header of `folder`; no tensor is read."""
+    config = read_config(folder)
+    infos = _tensors(folder)
+    scales, tensors = {}, {}
+    for name, info in infos.items():
+        weight = name.removesuffix(SCALE_SUFFIX)
+        if weight != name and weight in infos:
+            scales[weight] = info
+        else:
+            tensors[name] = info
+    block = _block_size(folder, config)
+    for name, info in tensors.items():
+        _check_scale(info, scales.get(name), block)
+    return Checkpoint(folder, config, tensors, scales, block)
+
+
+def _tensors(folder: Path) -> dict[str, TensorInfo]:
+    indexes = sorted(folder.glob("*.safetensors.index.json"))
+    if len(indexes) > 1:
+        raise FxquantError(folder, f"{len(indexes)} index files.", "Keep the one that belongs to the checkpoint.")
+    if indexes:
+        return _indexed_tensors(folder, indexes[0])
+    files = sorted(folder.glob("*.safetensors"))
+    if len(files) != 1:
+        found = f"{len(files)} safetensors files and no index" if files else "no safetensors file"
+        raise FxquantError(folder, f"not a checkpoint: {found}.", "Name a folder with the weights and their index.")
+    return read_header(files[0])
+
+
+def _indexed_tensors(folder: Path, index: Path) -> dict[str, TensorInfo]:
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        files = sorted(set(weight_map.values()))
+        plain = all(isinstance(file, str) and Path(file).name == file for file in files)
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError):
+        raise FxquantError(index, "not a safetensors index with a weight_map.", AGAIN) from None
+    if not plain:
+        raise FxquantError(index, "weight_map names files outside the folder.", "Do not use this checkpoint.")
+    missing = [file for file in files if not (folder / file).is_file()]
+    if missing:
+        raise FxquantError(folder / missing[0], f"missing shard ({len(missing)} of {len(files)}).", AGAIN)
+    found: dict[str, TensorInfo] = {}
+    for file in files:
+        found.update(read_header(folder / file))
+    for name in sorted(set(found) ^ set(weight_map)):
+        where = "in a shard but not in the index" if name in found else f"not in {weight_map[name]}"
+        raise FxquantError(index, f"tensor {name} is {where}.", AGAIN)
+    for name, info in found.items():
+        if info.file.name != weight_map[name]:
+            raise FxquantError(index, f"tensor {name} is in {info.file.name}, not {weight_map[name]}.", AGAIN)
+    return dict(sorted(found.items()))
+
+
+def _block_size(folder: Path, config: dict[str, Any]) -> tuple[int, int]:
+    quantization = config.get("quantization_config")
+    if quantization is None:
+        return (128, 128)
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+    if method != "fp8":
+        way_out = "fxquant compiles float checkpoints and DeepSeek's official FP8."
+        raise FxquantError(folder / "config.json", f"already quantized: quant_method {method!r}.", way_out)
+    size = quantization.get("weight_block_size", [128, 128])
+    if not (isinstance(size, list) and len(size) == 2 and all(isinstance(edge, int) and edge > 0 for edge in size)):
+        raise FxquantError(folder / "config.json", f"weight_block_size {size!r}.", "It is two positive numbers.")
+    return size[0], size[1]
+
+
+def _check_scale(info: TensorInfo, scale: TensorInfo | None, block: tuple[int, int]) -> None:
+    if info.dtype is not torch.float8_e4m3fn:
+        if scale is not None:
+            raise FxquantError(scale.file, f"{scale.name} scales {info.name}, which is not FP8.", AGAIN)
+        return
+    if scale is None or len(info.shape) != 2:
+        raise FxquantError(info.file, f"FP8 tensor {info.name} has no {SCALE_SUFFIX[1:]}.", AGAIN)
+    expected = tuple(-(-edge // size) for edge, size in zip(info.shape, block, strict=True))
+    if scale.shape != expected or scale.dtype is not torch.float32:
+        raise FxquantError(scale.file, f"{scale.name}: {list(scale.shape)}, not float32 {list(expected)}.", AGAIN)
+
+
+def token_ids_from(file: Path) -> Tensor:
+    """The single tensor of a .safetensors file of token ids."""
+    try:
+        infos = list(read_header(file).values())
+    except (OSError, struct.error) as error:
+        raise FxquantError(file, f"cannot be read: {error}.", AGAIN) from None
+    if len(infos) != 1:
+        raise FxquantError(file, f"holds {len(infos)} tensors.", "Give one int64 tensor [batches, length].")
+    return infos[0].read()

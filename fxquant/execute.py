@@ -1,0 +1,97 @@
+"""Run a program on CPU, node by node over all batches at once, with one node's weights in memory."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxquant import ops
+from fxquant.program import Program
+from fxquant.weights import LazyStack, Read, load
+
+Observer = Callable[[fx.Node, list[Any]], None]
+Progress = Callable[[int, int], None]
+"""Called with (done, total) as work goes on."""
+
+
+@torch.no_grad()
+def execute(
+    program: Program,
+    read: Read,
+    batches: Sequence[Sequence[Tensor]],
+    observe: Observer | None = None,
+    progress: Progress | None = None,
+) -> list:
+    """Outputs of each batch of flat inputs, in the order of the graph's placeholders.
+
+    Each weight is read once for all batches and dropped after its last use; a stack of experts is read expert by
+    expert. `observe` sees every call with its value for each batch.
+    """
+    values: dict[fx.Node, list[Any]] = {}
+    placeholders = 0
+    last_use = _last_uses(program.graph.graph)
+    for index, node in enumerate(program.graph.graph.nodes):
+        if progress:
+            progress(index, len(program.graph.graph.nodes))
+        if node.op == "placeholder":
+            values[node] = [batch[placeholders] for batch in batches]
+            placeholders += 1
+        elif node.op == "get_attr":
+            values[node] = [load(program, node.target, read)] * len(batches)
+        elif node.op == "output":
+            return [fx.map_arg(node.args[0], lambda n, i=i: values[n][i]) for i in range(len(batches))]
+        else:
+            values[node] = [call(node, lambda n, i=i: values[n][i]) for i in range(len(batches))]
+            if observe:
+                observe(node, values[node])
+        for dead in last_use.get(node, ()):
+            del values[dead]
+    raise AssertionError("a graph ends in an output node")
+
+
+def call(node: fx.Node, value: Callable[[fx.Node], Any]) -> Any:
+    """The result of one call node, with `value` giving its inputs."""
+    args, kwargs = fx.map_arg(node.args, value), fx.map_arg(node.kwargs, value)
+    lazy = any(isinstance(arg, LazyStack) for arg in args)
+    function = ops.REFERENCES[node.target] if lazy else node.target  # type: ignore[index]
+    return function(*args, **kwargs)
+
+
+def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
+    """Node → the nodes whose value is not needed after it."""
+    last: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        for source in node.all_input_nodes:
+            last[source] = node
+    dead: dict[fx.Node, list[fx.Node]] = {}
+    for source, node in last.items():
+        dead.setdefault(node, []).append(source)
+    for node in graph.nodes:
+        if not node.users and node.op in ("call_function", "get_attr", "placeholder"):
+            dead.setdefault(node, []).append(node)
+    return dead
+
+
+def prefill_inputs(program: Program, ids: Tensor) -> list[Tensor]:
+    """Flat inputs for unpadded `ids` int64 [batch, length] and empty caches."""
+    batch, length = ids.shape
+    caches = [node.meta["val"] for node in cache_inputs(program)]
+    positions = torch.arange(length).expand(batch, length)
+    return [ids, torch.ones_like(ids), positions, *(torch.zeros(batch, 0, val.shape[2]) for val in caches)]
+
+
+def cache_inputs(program: Program) -> list[fx.Node]:
+    """The placeholders of the latent caches, in layer order."""
+    return [node for node in program.graph.graph.nodes if node.op == "placeholder"][3:]
+
+
+def generate(program: Program, read: Read, prompt: list[int], steps: int) -> Iterator[Tensor]:
+    """Greedy decoding with the latent cache: yields the logits float32 [vocabulary] of each step."""
+    inputs = prefill_inputs(program, torch.tensor([prompt]))
+    for _ in range(steps):
+        logits, *caches = execute(program, read, [inputs])[0]
+        yield logits[0, -1]
+        length = caches[0].shape[1]
+        token = logits[0, -1].argmax().view(1, 1)
+        inputs = [token, torch.ones(1, length + 1, dtype=torch.int64), torch.full((1, 1), length), *caches]

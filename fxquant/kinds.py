@@ -1,0 +1,18 @@
+"""What a module is: the first thing a policy rule matches on."""
+
+from enum import StrEnum
+
+
+class Kind(StrEnum):
+    """A module declares its own as the class or instance attribute `kind`; its parameters inherit the nearest one."""
+
+    EMBEDDING = "embedding"
+    NORM = "norm"
+    ATTENTION = "attention"
+    DENSE_MLP = "dense_mlp"
+    SHARED_EXPERT = "shared_expert"
+    ROUTED_EXPERT = "routed_expert"
+    GATE = "gate"
+    HEAD = "head"
+    MTP = "mtp"
+    OTHER = "other"

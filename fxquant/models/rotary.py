@@ -1,0 +1,40 @@
+"""Rotary frequencies, plain and YaRN (Peng et al. 2023, arXiv:2309.00071, section 3)."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from fxquant.config import DeepseekV3Config, RopeScaling, yarn_mscale
+
+
+def frequencies(config: DeepseekV3Config) -> list[float]:
+    """`theta ** (-2i / width)` for i < width/2 in float32, interpolated per frequency when the config has YaRN."""
+    width = config.qk_rope_head_dim
+    powers = config.rope_theta ** (torch.arange(0, width, 2, dtype=torch.float32, device="cpu") / width)
+    inv_freq = 1.0 / powers
+    if config.rope_scaling:
+        keep = 1 - _ramp(config.rope_scaling, config.rope_theta, width)
+        inv_freq = inv_freq / config.rope_scaling.factor * (1 - keep) + inv_freq * keep
+    return [float(value) for value in inv_freq.tolist()]
+
+
+def attention_factor(config: DeepseekV3Config) -> float:
+    """What cos and sin are multiplied by: `mscale(factor, mscale) / mscale(factor, mscale_all_dim)`, 1 without YaRN."""
+    scaling = config.rope_scaling
+    if scaling is None:
+        return 1.0
+    return yarn_mscale(scaling.factor, scaling.mscale) / yarn_mscale(scaling.factor, scaling.mscale_all_dim)
+
+
+def _ramp(scaling: RopeScaling, theta: float, width: int) -> Tensor:
+    """float32 [width / 2]: 0 where a frequency turns more than beta_fast times in the original context, 1 below
+    beta_slow, linear between."""
+
+    def dimension(turns: float) -> float:
+        return width * math.log(scaling.original_max_position_embeddings / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low = max(math.floor(dimension(scaling.beta_fast)), 0)
+    high = min(math.ceil(dimension(scaling.beta_slow)), width - 1)
+    steps = torch.arange(width // 2, dtype=torch.float32, device="cpu")
+    return ((steps - low) / (high - low if high != low else 0.001)).clamp(0, 1)

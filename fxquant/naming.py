@@ -1,0 +1,50 @@
+"""Node names that say where a node comes from: `layers_3_self_attn_q_a_proj`, `layers_3_mlp_swiglu`."""
+
+import re
+
+from torch import fx
+
+from fxquant.program import Program
+
+
+def name_nodes(program: Program) -> None:
+    """Rename calls and parameters of `program`; inputs keep their names, which users of the graph address."""
+    graph = program.graph.graph
+    program.names = {node.name for node in graph.nodes if node.op == "placeholder"}
+    for node in graph.nodes:
+        if node.op == "call_function":
+            rename(program, node, _call_name(node))
+        elif node.op == "get_attr":
+            rename(program, node, identifier(node.target))
+
+
+def rename(program: Program, node: fx.Node, name: str) -> None:
+    """Name `node` `name`, or `name_1`, `name_2`, … if that is taken."""
+    candidate, count = name, 0
+    while candidate in program.names:
+        count += 1
+        candidate = f"{name}_{count}"
+    program.names.add(candidate)
+    node.name = candidate
+
+
+def identifier(path: str) -> str:
+    """A dotted path as a Python identifier, without the leading `model.` that every path shares."""
+    return re.sub(r"\W", "_", path.removeprefix("model.")) or "value"
+
+
+def operator_name(node: fx.Node) -> str:
+    """"rms_norm" for fxq::rms_norm, "add" for aten::add.Tensor."""
+    name = getattr(node.target, "_opname", None) or getattr(node.target, "__name__", str(node.target))
+    return name.strip("_")
+
+
+def _call_name(node: fx.Node) -> str:
+    if operator_name(node) == "getitem":
+        return f"{node.args[0].name}_{node.args[1]}"  # type: ignore[union-attr]
+    module, operator = node.meta["module"], operator_name(node)
+    own = module.rpartition(".")[2]
+    if not module:
+        return operator
+    leaf = operator in ("linear", "rms_norm", "embedding", "moe_gate", "moe_experts") and own
+    return identifier(module) if leaf else identifier(f"{module}.{operator}")

@@ -1,0 +1,45 @@
+"""The `fxq::` dialect: importing this package defines its operators with torch.
+
+Float operators are in `dense`, `attention` and `moe`; quantize, integer matmul and dequantize in `quantized`.
+"""
+
+from fxquant.ops.attention import mla_attention, rope, rope_table
+from fxquant.ops.dense import embedding, linear, rms_norm, swiglu
+from fxquant.ops.library import REFERENCES
+from fxquant.ops.moe import moe_experts, moe_finalize_routing, moe_gate, moe_init_routing, router_logits
+from fxquant.ops.quantized import (
+    dequantize_per_token,
+    dequantize_static,
+    grouped_dequantize,
+    grouped_int4_matmul,
+    grouped_int_matmul,
+    int4_matmul,
+    int_matmul,
+    quantize_per_token,
+    quantize_static,
+)
+
+__all__ = [
+    "REFERENCES",
+    "dequantize_per_token",
+    "dequantize_static",
+    "embedding",
+    "grouped_dequantize",
+    "grouped_int4_matmul",
+    "grouped_int_matmul",
+    "int4_matmul",
+    "int_matmul",
+    "linear",
+    "mla_attention",
+    "moe_experts",
+    "moe_finalize_routing",
+    "moe_gate",
+    "moe_init_routing",
+    "quantize_per_token",
+    "quantize_static",
+    "rms_norm",
+    "rope",
+    "rope_table",
+    "router_logits",
+    "swiglu",
+]

@@ -1,0 +1,95 @@
+"""Rotary embedding and multi-head latent attention (DeepSeek-V2, arXiv:2405.04434).
+
+Heads stay flattened in the last dimension, so a block traces to a dozen nodes and no reshapes.
+Shapes: B batch, S new positions, T = past + S positions, H heads.
+"""
+
+import torch
+from torch import Tensor
+
+from fxquant.ops.library import define, expect
+
+
+def _rope_table_shape(position_ids: Tensor, inv_freq: list[float], scale: float) -> tuple[Tensor, Tensor]:
+    shape = (*position_ids.shape, 2 * len(inv_freq))
+    return position_ids.new_empty(shape, dtype=torch.float32), position_ids.new_empty(shape, dtype=torch.float32)
+
+
+@define("rope_table(Tensor position_ids, float[] inv_freq, float scale) -> (Tensor, Tensor)", _rope_table_shape)
+def rope_table(position_ids: Tensor, inv_freq: list[float], scale: float) -> tuple[Tensor, Tensor]:
+    """position_ids int64 [B, S] → cos, sin float32 [B, S, 2·len(inv_freq)], both halves alike, times `scale`.
+
+    Angles are `position * inv_freq` in float32; `scale` is YaRN's attention factor (arXiv:2309.00071), 1 without.
+    """
+    frequency = torch.tensor(inv_freq, dtype=torch.float32, device=position_ids.device)
+    angle = position_ids[..., None].float() * frequency
+    angle = torch.cat((angle, angle), -1)
+    return angle.cos() * scale, angle.sin() * scale
+
+
+def _rope_shape(x: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> Tensor:
+    expect(x.shape[-1] % num_heads == 0, f"fxq::rope: {x.shape[-1]} features do not split into {num_heads} heads")
+    expect(x.shape[-1] // num_heads >= cos.shape[-1], "fxq::rope: the head is narrower than the table")
+    return torch.empty_like(x)
+
+
+@define("rope(Tensor x, Tensor cos, Tensor sin, int num_heads) -> Tensor", _rope_shape)
+def rope(x: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> Tensor:
+    """Rotate the last `cos.shape[-1]` features of each head; the features before them pass unchanged.
+
+    x [B, S, num_heads·D]. DeepSeek stores the rotated pairs interleaved (x0, y0, x1, y1, …): they are first brought
+    to halves (x0, x1, …, y0, y1, …) and then `halves * cos + rotate_half(halves) * sin`. The result stays in halves;
+    queries and keys both do, so their products are those of DeepSeek's own order.
+    """
+    heads = x.unflatten(-1, (num_heads, -1))
+    width = cos.shape[-1]
+    kept, turned = heads[..., :-width], heads[..., -width:]
+    first, second = turned[..., 0::2], turned[..., 1::2]
+    halves, rotated = torch.cat((first, second), -1), torch.cat((-second, first), -1)
+    cos, sin = cos.to(x.dtype).unsqueeze(-2), sin.to(x.dtype).unsqueeze(-2)
+    return torch.cat((kept, halves * cos + rotated * sin), -1).flatten(-2)
+
+
+def _mla_attention_shape(
+    q: Tensor, kv: Tensor, k_rope: Tensor, attention_mask: Tensor, num_heads: int, v_head_dim: int, softmax_scale: float
+) -> Tensor:
+    expect(
+        q.shape[-1] // num_heads - k_rope.shape[-1] == kv.shape[-1] // num_heads - v_head_dim,
+        f"fxq::mla_attention: queries of {q.shape[-1]} do not meet keys of {kv.shape[-1]} and {k_rope.shape[-1]}",
+    )
+    return q.new_empty((*q.shape[:-1], num_heads * v_head_dim))
+
+
+@define(
+    "mla_attention(Tensor q, Tensor kv, Tensor k_rope, Tensor attention_mask, int num_heads, int v_head_dim, "
+    "float softmax_scale) -> Tensor",
+    _mla_attention_shape,
+)
+def mla_attention(
+    q: Tensor, kv: Tensor, k_rope: Tensor, attention_mask: Tensor, num_heads: int, v_head_dim: int, softmax_scale: float
+) -> Tensor:
+    """Causal attention over S queries at the end of T keys; the softmax is in float32.
+
+    q [B, S, H·(nope + rope)], per head (nope, rope); kv [B, T, H·(nope + v_head_dim)], per head (key nope, value);
+    k_rope [B, T, rope], one for all heads; attention_mask int64 [B, T], 0 where a position is padding.
+    Query i sees key j when j <= T - S + i and the mask is 1; a query that sees none gets the mean of all values.
+    → [B, S, H·v_head_dim].
+    """
+    queries = q.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+    nope, value = kv.unflatten(-1, (num_heads, -1)).transpose(1, 2).split_with_sizes(
+        [kv.shape[-1] // num_heads - v_head_dim, v_head_dim], -1
+    )
+    width = k_rope.shape[-1]
+    scores = queries[..., :-width] @ nope.transpose(-1, -2)
+    scores = scores + queries[..., -width:] @ k_rope.unsqueeze(1).transpose(-1, -2)
+    hidden = ~_visible(attention_mask, queries.shape[-2]).unsqueeze(1)
+    scores = (scores * softmax_scale).float().masked_fill(hidden, torch.finfo(torch.float32).min)
+    return (scores.softmax(-1).to(q.dtype) @ value).transpose(1, 2).flatten(-2)
+
+
+def _visible(attention_mask: Tensor, queries: int) -> Tensor:
+    """Bool [B, S, T]: which keys a query may see."""
+    total = attention_mask.shape[1]
+    keys = torch.arange(total, device=attention_mask.device)
+    last = torch.arange(total - queries, total, device=attention_mask.device)
+    return (keys <= last[:, None]) & (attention_mask[:, None, :] != 0)

@@ -1,0 +1,168 @@
+"""Layer policies: typed YAML, ordered rules, the first that matches a module decides its scheme."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+from fnmatch import fnmatchcase
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fxquant.errors import FxquantError
+from fxquant.kinds import Kind
+from fxquant.schemes import Scheme
+
+LEAVE_OUT: Literal["LEAVE_OUT"] = "LEAVE_OUT"
+"""Not a scheme: the tensors of the selected modules are left out of the output."""
+GROUP_SIZES = (0, 32, 64, 128, 256)
+
+
+class ActivationStatistic(StrEnum):
+    """How the ranges of all calibration batches become one.
+
+    MIN_MAX     smallest minimum and largest maximum, scale formed in float32
+    BATCH_MEAN  mean minimum and mean maximum over batches, everything in the model's dtype
+    """
+
+    MIN_MAX = "min_max"
+    BATCH_MEAN = "batch_mean"
+
+
+class Rule(BaseModel):
+    """`kind` and `path` (a shell pattern on the module path) select; both must hold when both are given."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    kind: tuple[Kind, ...] = ()
+    path: str | None = None
+    scheme: Scheme | Literal["LEAVE_OUT"]
+    group_size: int = 0
+    optional: bool = False
+    why: str = ""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _accept_one_kind(cls, data: Any) -> Any:
+        if isinstance(data, dict) and isinstance(data.get("kind"), str):
+            return {**data, "kind": [data["kind"]]}
+        return data
+
+    @model_validator(mode="after")
+    def _check(self) -> "Rule":
+        if not self.kind and self.path is None:
+            raise ValueError("a rule needs a kind or a path")
+        if self.group_size not in GROUP_SIZES:
+            raise ValueError(f"group_size {self.group_size} is none of {GROUP_SIZES}")
+        if self.group_size and self.scheme is not Scheme.W4A8_DYNAMIC:
+            raise ValueError(f"group_size belongs to W4A8_DYNAMIC, not to {self.scheme}")
+        return self
+
+    def selects(self, module: str, kind: Kind) -> bool:
+        """Whether the rule's patterns hold for a module, whatever comes before it in the list."""
+        return (not self.kind or kind in self.kind) and (self.path is None or fnmatchcase(module, self.path))
+
+    def __str__(self) -> str:
+        where = [", ".join(self.kind)] if self.kind else []
+        where += [self.path] if self.path is not None else []
+        size = f" group_size {self.group_size}" if self.group_size else ""
+        return f"{' at '.join(where)} → {self.scheme}{size}"
+
+
+class PolicyFile(BaseModel):
+    """The YAML document."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    description: str = ""
+    extends: str | None = None
+    activation_statistic: ActivationStatistic | None = None
+    rules: list[Rule] = Field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A resolved policy: its own rules, then those of what it extends."""
+
+    name: str
+    description: str
+    activation_statistic: ActivationStatistic
+    own: tuple[Rule, ...]
+    inherited: tuple[Rule, ...] = ()
+
+    @property
+    def rules(self) -> tuple[Rule, ...]:
+        return self.own + self.inherited
+
+    @property
+    def group_size(self) -> int:
+        """The group size of its int4 rules, 0 for per channel or none."""
+        return max((rule.group_size for rule in self.rules if rule.scheme is Scheme.W4A8_DYNAMIC), default=0)
+
+    def rule_for(self, module: str, kind: Kind, quantizable: bool) -> Rule | None:
+        """The first rule for a module. Quantizing rules pass over modules that are not linear."""
+        for rule in self.rules:
+            if rule.selects(module, kind) and (quantizable or rule.scheme in (Scheme.FLOAT, LEAVE_OUT)):
+                return rule
+        return None
+
+    def idle_rules(self, used: Iterable[Rule], modules: Iterable[tuple[str, Kind]]) -> list[Rule]:
+        """Rules that decided nothing; raises FxquantError unless each is `optional` or inherited and overridden."""
+        used, modules = set(used), list(modules)
+        idle = [rule for rule in self.rules if rule not in used]
+        for rule in idle:
+            overridden = rule in self.inherited and any(rule.selects(*module) for module in modules)
+            if not rule.optional and not overridden:
+                fact = f"rule “{rule}” matches no module that an earlier rule has not taken."
+                raise FxquantError(f"policy {self.name}", fact, "Correct it, or mark it optional: true.")
+        return idle
+
+
+def shipped_policies() -> list[str]:
+    """Names of the policies that come with fxquant."""
+    return sorted(Path(entry.name).stem for entry in _folder().iterdir() if entry.name.endswith(".yaml"))
+
+
+def load_policy(name: str) -> Policy:
+    """A shipped policy by name, or the path of a YAML file. Raises FxquantError for unknown names and bad files."""
+    return _load(name, ())
+
+
+def _load(name: str, ancestors: tuple[str, ...]) -> Policy:
+    if name in ancestors:
+        raise FxquantError(f"policy {name}", f"extends itself: {' → '.join((*ancestors, name))}.", "Break the circle.")
+    text, place = _read(name)
+    document = _parse(text, place)
+    parent = _load(document.extends, (*ancestors, name)) if document.extends else None
+    statistic = document.activation_statistic or (parent and parent.activation_statistic) or ActivationStatistic.MIN_MAX
+    title = Path(name).stem if name.endswith((".yaml", ".yml")) else name
+    policy = Policy(title, document.description, statistic, tuple(document.rules), parent.rules if parent else ())
+    sizes = {rule.group_size for rule in policy.own if rule.scheme is Scheme.W4A8_DYNAMIC}
+    if len(sizes) > 1:
+        raise FxquantError(place, f"group sizes {sorted(sizes)}.", "A weight file has one group_size: choose one.")
+    return policy
+
+
+def _folder() -> Any:
+    return resources.files("fxquant") / "policies"
+
+
+def _read(name: str) -> tuple[str, str]:
+    if name in shipped_policies():
+        return (_folder() / f"{name}.yaml").read_text(encoding="utf-8"), f"policy {name}"
+    path = Path(name)
+    if path.suffix not in (".yaml", ".yml") or not path.is_file():
+        known = ", ".join(shipped_policies())
+        raise FxquantError(f"policy {name}", "unknown.", f"Name a YAML file or one of: {known}.")
+    return path.read_text(encoding="utf-8"), str(path)
+
+
+def _parse(text: str, place: str) -> PolicyFile:
+    try:
+        document = yaml.safe_load(text)
+        return PolicyFile.model_validate(document if document is not None else {})
+    except yaml.YAMLError as error:
+        raise FxquantError(place, f"not valid YAML: {' '.join(str(error).split())}.", "See docs/policies.md.") from None
+    except ValidationError as error:
+        lines = [f"{'.'.join(map(str, e['loc'])) or 'document'}: {e['msg']}" for e in error.errors()[:5]]
+        raise FxquantError(place, "; ".join(lines) + ".", "See docs/policies.md for the keys.") from None

@@ -1,0 +1,89 @@
+"""What passes transform and lowering reads: a torch.fx graph on meta, and where each of its parameters lies."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from fxquant.kinds import Kind
+from fxquant.policy import Rule
+from fxquant.schemes import Recipe, tensor_specs
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One tensor of the graph: `names` are its tensors on disk, one an expert when `stacked`, else one."""
+
+    names: tuple[str, ...]
+    module: str
+    kind: Kind
+    stacked: bool = False
+
+
+@dataclass
+class Program:
+    """A graph whose `get_attr` targets are the keys of `parameters`, and the recipes of what was quantized.
+
+    graph       inputs input_ids, attention_mask, position_ids, past_0, past_1, …; outputs logits, present_0, …
+    parameters  float parameters name checkpoint tensors, quantized ones tensors of the weight file
+    recipes     graph module path → how its tensors are made
+    rules       module path → the policy rule that decided it; idle_rules: those that decided nothing
+    names       node names in use
+
+    Every node carries `meta["module"]`, the path of the module that made it, `meta["kind"]` and `meta["block"]`: the
+    path of its decoder layer, "before" or "after".
+    """
+
+    graph: fx.GraphModule
+    config: dict[str, Any]
+    dtype: torch.dtype
+    parameters: dict[str, Parameter] = field(default_factory=dict)
+    recipes: dict[str, Recipe] = field(default_factory=dict)
+    rules: dict[str, Rule] = field(default_factory=dict)
+    idle_rules: list[Rule] = field(default_factory=list)
+    names: set[str] = field(default_factory=set)
+
+    def nodes(self, target: Any) -> list[fx.Node]:
+        """Calls of one operator, in graph order."""
+        return [node for node in self.graph.graph.nodes if node.op == "call_function" and node.target == target]
+
+    def kept_names(self) -> dict[str, Parameter]:
+        """Checkpoint tensor → parameter, for all parameters that no recipe makes."""
+        made = {name for recipe in self.recipes.values() for name in made_parameters(recipe)}
+        return {name: p for target, p in self.parameters.items() if target not in made for name in p.names}
+
+    def add_parameter(self, target: str, tensor: torch.Tensor, parameter: Parameter) -> None:
+        """Register `tensor` (meta) under the dotted `target`."""
+        attach(self.graph, target, tensor)
+        self.parameters[target] = parameter
+
+    def drop_unused_parameters(self) -> None:
+        """Forget parameters that no node reads any more."""
+        used = {node.target for node in self.graph.graph.nodes if node.op == "get_attr"}
+        for target in [target for target in self.parameters if target not in used]:
+            del self.parameters[target]
+            detach(self.graph, target)
+
+
+def made_parameters(recipe: Recipe) -> Iterator[str]:
+    """Graph targets that the tensors of a recipe may have."""
+    return (f"{recipe.module}.{suffix}" for suffix in tensor_specs(recipe))
+
+
+def attach(root: nn.Module, target: str, tensor: torch.Tensor) -> None:
+    """Make `root.<target>` a buffer, creating the modules on the way."""
+    *path, name = target.split(".")
+    for part in path:
+        if not isinstance(root._modules.get(part), nn.Module):
+            root.add_module(part, nn.Module())
+        root = root.get_submodule(part)
+    root._buffers.pop(name, None)
+    root.register_buffer(name, tensor)
+
+
+def detach(root: nn.Module, target: str) -> None:
+    """Remove the buffer `root.<target>`."""
+    path, _, name = target.rpartition(".")
+    del root.get_submodule(path)._buffers[name]

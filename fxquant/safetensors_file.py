@@ -1,0 +1,129 @@
+"""The safetensors container: validated headers in, byte-stable headers out.
+
+Layout: u64 little-endian header length, JSON header padded with spaces, tensor bytes without gaps.
+"""
+
+import json
+import math
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fxquant.errors import FxquantError
+
+DTYPES = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "I32": torch.int32,
+    "I64": torch.int64,
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+LARGEST_HEADER = 200_000_000
+AGAIN = "Download or copy the file again."
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where one tensor lies: absolute byte range [start, end) of `file`."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    file: Path
+    start: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.start
+
+    def read(self) -> torch.Tensor:
+        """The whole tensor, by pread."""
+        if not self.nbytes:
+            return torch.empty(self.shape, dtype=self.dtype)
+        return torch.frombuffer(self.read_bytes(0, self.nbytes), dtype=self.dtype).view(self.shape)
+
+    def read_bytes(self, offset: int, length: int) -> bytearray:
+        """`length` bytes from `offset` within the tensor."""
+        data, handle = bytearray(length), os.open(self.file, os.O_RDONLY)
+        try:
+            done = 0
+            while done < length:
+                part = os.preadv(handle, [memoryview(data)[done:]], self.start + offset + done)
+                if not part:
+                    raise FxquantError(self.file, f"ends inside tensor {self.name}.", AGAIN)
+                done += part
+        finally:
+            os.close(handle)
+        return data
+
+
+def read_header(file: Path) -> dict[str, TensorInfo]:
+    """Every tensor of `file`, sorted by name; refuses headers that do not describe the file exactly."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        prefix = stream.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
+        if not 2 <= length <= min(size - 8, LARGEST_HEADER):
+            raise FxquantError(file, f"not a whole safetensors file: {size} bytes, header of {length}.", AGAIN)
+        try:
+            header = json.loads(stream.read(length))
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise FxquantError(file, f"its header is not JSON: {error}.", AGAIN) from None
+    if not isinstance(header, dict):
+        raise FxquantError(file, "its header is not an object.", AGAIN)
+    header.pop("__metadata__", None)
+    infos = [_entry(file, name, entry, 8 + length) for name, entry in sorted(header.items())]
+    _check_ranges(file, infos, 8 + length, size)
+    return {info.name: info for info in infos}
+
+
+def _entry(file: Path, name: str, entry: Any, base: int) -> TensorInfo:
+    try:
+        dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        whole = all(isinstance(number, int) and number >= 0 for number in (*shape, start, end)) and start <= end
+    except (TypeError, KeyError, ValueError):
+        whole = False
+    if not whole:
+        raise FxquantError(file, f"tensor {name}: malformed header entry.", AGAIN)
+    if dtype not in DTYPES:
+        raise FxquantError(file, f"tensor {name}: dtype {dtype}.", f"fxquant reads {', '.join(sorted(DTYPES))}.")
+    if math.prod(shape) * DTYPES[dtype].itemsize != end - start:
+        raise FxquantError(file, f"tensor {name}: {dtype}{list(shape)} does not fill {end - start} bytes.", AGAIN)
+    return TensorInfo(name, DTYPES[dtype], shape, file, base + start, base + end)
+
+
+def _check_ranges(file: Path, infos: list[TensorInfo], base: int, size: int) -> None:
+    position = base
+    for info in sorted(infos, key=lambda info: (info.start, info.end)):
+        if info.start != position:
+            raise FxquantError(file, f"tensor {info.name}: bytes overlap or leave a gap.", AGAIN)
+        position = info.end
+    if position != size:
+        raise FxquantError(file, f"truncated or padded: the header describes {position} bytes of {size}.", AGAIN)
+
+
+def build_header(entries: list[tuple[str, torch.dtype, tuple[int, ...]]], pad: int = 4096) -> tuple[bytes, list[int]]:
+    """Header bytes for tensors stored in this order, and each one's absolute offset.
+
+    Order by descending item size keeps every tensor aligned; the header is padded so that data starts at a multiple
+    of `pad` bytes.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offsets, position = [], 0
+    for name, dtype, shape in entries:
+        length = math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [position, position + length]}
+        offsets.append(position)
+        position += length
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-(len(text) + 8) % pad)
+    return struct.pack("<Q", len(text)) + text, [8 + len(text) + offset for offset in offsets]

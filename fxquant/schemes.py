@@ -1,0 +1,113 @@
+"""How one linear is quantized, and which tensors it then owns on disk.
+
+n out_features, k in_features, G = k / group_size. Formulas: `fxquant.kernels`; bytes: docs/formats.md.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+
+ROW_PARALLEL_CHUNKS = 16
+"""scale_bias columns of a linear whose k is split over tensor-parallel ranks: any of 1, 2, 4, 8, 16 ranks divides."""
+
+
+class Scheme(StrEnum):
+    """Weight bits, activation bits, and how activations are quantized."""
+
+    FLOAT = "FLOAT"
+    W8A8 = "W8A8"
+    W8A8_DYNAMIC = "W8A8_DYNAMIC"
+    W4A8_DYNAMIC = "W4A8_DYNAMIC"
+
+    @property
+    def static(self) -> bool:
+        """Needs calibrated activation ranges."""
+        return self is Scheme.W8A8
+
+
+@dataclass(frozen=True)
+class ActivationRange:
+    """Observed minimum and maximum of a linear's input, and the dtype in which scale and offset are formed."""
+
+    low: float
+    high: float
+    arithmetic: torch.dtype = torch.float32
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the tensors of one linear, or of one projection of all experts of a layer, are made from the checkpoint.
+
+    module        path in the graph: `model.layers.3.mlp.experts.gate_proj`
+    modules       paths in the checkpoint and in the weight file, one an expert, or just `module`
+    group_size    consecutive k that share an integer second scale; 0: one scale per output channel
+    row_parallel  the linear reads features that an earlier linear of its block made (down_proj, o_proj)
+    dtype         the model's dtype
+    activation    calibrated range of the input, for static schemes, after the calibration pass
+    """
+
+    module: str
+    modules: tuple[str, ...]
+    scheme: Scheme
+    group_size: int
+    out_features: int
+    in_features: int
+    bias: bool
+    row_parallel: bool
+    dtype: torch.dtype
+    activation: ActivationRange | None = None
+
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        """Every checkpoint tensor this recipe consumes."""
+        suffixes = (".weight", ".bias") if self.bias else (".weight",)
+        return tuple(module + suffix for module in self.modules for suffix in suffixes)
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """dtype, shape and description type of one stored tensor."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    description: str
+
+
+def tensor_specs(recipe: Recipe) -> dict[str, TensorSpec]:
+    """Name suffix → spec of every tensor that each of `recipe.modules` owns in the weight file."""
+    n, k = recipe.out_features, recipe.in_features
+    specs = {
+        "weight": (torch.int8, (n, k)),
+        "weight_scale": (torch.float32, (n, 1)),
+        "weight_offset": (torch.float32, (n, 1)),
+    }
+    if recipe.scheme is Scheme.W8A8:
+        specs["input_scale"] = specs["input_offset"] = (recipe.dtype, (1,))
+        specs["quant_bias"] = (torch.int32, (n,))
+        specs["deq_scale"] = (torch.int64 if recipe.dtype is torch.float16 else torch.float32, (n,))
+    if recipe.scheme is Scheme.W4A8_DYNAMIC:
+        specs["weight"] = (torch.int8, (n // 2, k))
+        specs["scale_bias"] = (torch.float32, (n, ROW_PARALLEL_CHUNKS if recipe.row_parallel else 1))
+        if recipe.group_size:
+            groups = k // recipe.group_size
+            specs["weight_scale_second"] = (torch.float32, (n, groups))
+            specs["weight_offset_second"] = (torch.int64, (n, groups))
+    described = {name: TensorSpec(*spec, recipe.scheme.value) for name, spec in specs.items()}
+    if recipe.bias:
+        described["bias"] = TensorSpec(recipe.dtype, (n,), Scheme.FLOAT.value)
+    return described
+
+
+def why_not(recipe: Recipe) -> str | None:
+    """None if the scheme fits the linear's shape, else the reason with the numbers."""
+    n, k, group_size = recipe.out_features, recipe.in_features, recipe.group_size
+    if recipe.scheme is not Scheme.W4A8_DYNAMIC:
+        return None
+    if n % 2:
+        return f"out_features {n} is odd, int4 rows are packed in pairs"
+    if group_size and k % group_size:
+        return f"in_features {k} is not a multiple of group_size {group_size}"
+    if recipe.row_parallel and k % ROW_PARALLEL_CHUNKS:
+        return f"in_features {k} is not a multiple of {ROW_PARALLEL_CHUNKS}, scale_bias sums {ROW_PARALLEL_CHUNKS} chunks"
+    return None

@@ -1,0 +1,103 @@
+"""Readers: disk name → tensor, from a checkpoint, from recipes over it, or from a written weight file.
+
+A graph parameter is loaded through one of them; a stack of experts stays on disk and yields one expert at a time.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fxquant.checkpoint import Checkpoint
+from fxquant.kernels.recipe import make_tensors
+from fxquant.program import Program
+from fxquant.schemes import Recipe, tensor_specs
+
+Read = Callable[[str], Tensor]
+
+
+class Stack(Protocol):
+    """What operators ask of a stacked parameter: its length and one expert's tensor."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, expert: int) -> Tensor: ...
+
+
+class LazyStack:
+    """The tensors of all experts of a layer, each read when asked for."""
+
+    def __init__(self, names: tuple[str, ...], read: Read) -> None:
+        self._names, self._read = names, read
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, expert: int) -> Tensor:
+        return self._read(self._names[expert])
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self[expert] for expert in range(len(self)))
+
+
+def load(program: Program, target: str, read: Read) -> Tensor | LazyStack:
+    """The value of a graph parameter; floating tensors come as float32."""
+    parameter = program.parameters[target]
+
+    def wide(name: str) -> Tensor:
+        tensor = read(name)
+        return tensor.float() if tensor.is_floating_point() else tensor
+
+    return LazyStack(parameter.names, wide) if parameter.stacked else wide(parameter.names[0])
+
+
+class RecipeReader:
+    """Makes the tensors of the weight file from the checkpoint, module by module, without writing them."""
+
+    def __init__(self, program: Program, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        self._owners: dict[str, tuple[Recipe, str]] = {
+            f"{module}.{suffix}": (recipe, module)
+            for recipe in program.recipes.values()
+            for module in recipe.modules
+            for suffix in tensor_specs(recipe)
+        }
+        self._last: tuple[str, dict[str, Tensor]] = ("", {})
+
+    def __call__(self, name: str) -> Tensor:
+        if name not in self._owners:
+            return self._checkpoint.read(name)
+        recipe, module = self._owners[name]
+        if self._last[0] != module:
+            self._last = (module, make_module(recipe, module, self._checkpoint.read))
+        return self._last[1][name.removeprefix(module + ".")]
+
+
+def make_module(recipe: Recipe, module: str, read: Read) -> dict[str, Tensor]:
+    """All tensors of one of `recipe.modules`, by suffix."""
+    bias = read(f"{module}.bias") if recipe.bias else None
+    return make_tensors(recipe, f"{module}.weight", read(f"{module}.weight"), bias)
+
+
+class Cached:
+    """Keeps the most recently read tensors, up to `limit` bytes, for graphs that run many times."""
+
+    def __init__(self, read: Read, limit: int = 1 << 30) -> None:
+        self._read, self._limit = read, limit
+        self._kept: OrderedDict[str, Tensor] = OrderedDict()
+        self._bytes = 0
+
+    def __call__(self, name: str) -> Tensor:
+        if name in self._kept:
+            self._kept.move_to_end(name)
+            return self._kept[name]
+        tensor = self._read(name)
+        if tensor.is_floating_point() and tensor.dtype is not torch.float32:
+            tensor = tensor.float()
+        self._kept[name] = tensor
+        self._bytes += tensor.nbytes
+        while self._bytes > self._limit and len(self._kept) > 1:
+            self._bytes -= self._kept.popitem(last=False)[1].nbytes
+        return tensor

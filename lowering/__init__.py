@@ -1,0 +1,1 @@
+"""Graph in, files out: one module per target, writer and reader together."""

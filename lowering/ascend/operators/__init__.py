@@ -1,0 +1,56 @@
+"""CPU reference of the `torch.ops.npu` operators that an emitted Ascend graph calls.
+
+`register()` gives them to a process without torch_npu. Arithmetic follows the device where that is known, in float32,
+and rounds once; what a kernel here does not implement is a ValueError that names the argument.
+"""
+
+import functools
+
+import torch
+
+from fxquant.lowering.ascend.operators.arguments import Kernel, only_supported
+from fxquant.lowering.ascend.operators.attention import npu_fused_infer_attention_score, npu_interleave_rope
+from fxquant.lowering.ascend.operators.dense import npu_rms_norm, npu_swiglu
+from fxquant.lowering.ascend.operators.grouped_matmul import npu_grouped_matmul
+from fxquant.lowering.ascend.operators.matmul import npu_quant_matmul
+from fxquant.lowering.ascend.operators.moe import (
+    npu_moe_gating_top_k,
+    npu_moe_init_routing_v2,
+    npu_moe_token_unpermute,
+)
+from fxquant.lowering.ascend.operators.quantize import npu_dynamic_quant, npu_quantize, npu_trans_quant_param
+from fxquant.lowering.ascend.operators.schemas import SCHEMAS
+
+KERNELS: dict[str, Kernel] = {
+    "npu_dynamic_quant": npu_dynamic_quant,
+    "npu_quantize": npu_quantize,
+    "npu_trans_quant_param": npu_trans_quant_param,
+    "npu_quant_matmul": npu_quant_matmul,
+    "npu_grouped_matmul": npu_grouped_matmul,
+    "npu_rms_norm": npu_rms_norm,
+    "npu_swiglu": npu_swiglu,
+    "npu_interleave_rope": npu_interleave_rope,
+    "npu_fused_infer_attention_score": npu_fused_infer_attention_score,
+    "npu_moe_gating_top_k": npu_moe_gating_top_k,
+    "npu_moe_init_routing_v2": npu_moe_init_routing_v2,
+    "npu_moe_token_unpermute": npu_moe_token_unpermute,
+}
+
+
+def register() -> None:
+    """Define the operators of KERNELS for CPU tensors, unless `torch.ops.npu` has operators already.
+
+    torch allows one definition of a namespace: a process that uses torch_npu imports it before this.
+    """
+    if not hasattr(torch.ops.npu, "npu_quant_matmul"):
+        _define()
+
+
+@functools.cache
+def _define() -> torch.library.Library:
+    """The library, which the cache keeps: operators end with the object that defined them."""
+    library = torch.library.Library("npu", "DEF")
+    for name, kernel in KERNELS.items():
+        library.define(SCHEMAS[name])
+        library.impl(name, only_supported(kernel, SCHEMAS[name]), "CPU")
+    return library

@@ -1,0 +1,86 @@
+"""Policy × graph → a recipe for every linear to quantize, a rule for every parameter that stays."""
+
+import math
+from dataclasses import dataclass
+
+from fxquant.errors import FxquantError
+from fxquant.kinds import Kind
+from fxquant.passes.base import Pass, PassResult
+from fxquant.passes.linears import LinearSite, kind_of, linear_sites
+from fxquant.policy import Policy, Rule
+from fxquant.program import Program
+from fxquant.schemes import Recipe, Scheme, why_not
+
+
+@dataclass
+class AssignSchemes(Pass):
+    """Fills `program.recipes` and `program.rules`; the graph itself stays.
+
+    Raises FxquantError for a linear that no rule covers, a scheme that does not fit a linear, a rule that matches
+    nothing. `mtp` names the checkpoint's multi-token prediction modules, which are not in the graph.
+    """
+
+    policy: Policy
+    mtp: tuple[str, ...] = ()
+    name = "assign-schemes"
+
+    def __call__(self, program: Program) -> PassResult:
+        sites = list(linear_sites(program))
+        weights = {str(site.weight.target) for site in sites}
+        used: set[Rule] = set()
+        for site in sites:
+            rule = self._rule(site.module, kind_of(program, site), True)
+            used.add(rule)
+            program.rules[site.module] = rule
+            if rule.scheme is not Scheme.FLOAT:
+                program.recipes[site.module] = _recipe(program, site, rule)
+        for target, parameter in program.parameters.items():
+            if target not in weights:
+                linear = any(site.bias is not None and site.bias.target == target for site in sites)
+                rule = self._rule(parameter.module, parameter.kind, linear)
+                used.add(rule)
+                program.rules.setdefault(parameter.module, rule)
+        for module in self.mtp:
+            rule = self._rule(module, Kind.MTP, False)
+            used.add(rule)
+            program.rules[module] = rule
+        modules = [(parameter.module, parameter.kind) for parameter in program.parameters.values()]
+        program.idle_rules = self.policy.idle_rules(used, modules)
+        return PassResult(self.name, tuple(program.recipes), {m: str(r) for m, r in program.rules.items()})
+
+    def _rule(self, module: str, kind: Kind, quantizable: bool) -> Rule:
+        rule = self.policy.rule_for(module, kind, quantizable)
+        if rule is None:
+            way_out = f"Add a rule for kind {kind} or path {module}; scheme FLOAT keeps it as it is."
+            raise FxquantError(f"policy {self.policy.name}", f"no rule covers {module} ({kind}).", way_out)
+        return rule
+
+
+def _recipe(program: Program, site: LinearSite, rule: Rule) -> Recipe:
+    weight = program.graph.get_buffer(str(site.weight.target))
+    parameter = program.parameters[str(site.weight.target)]
+    if parameter.stacked and rule.scheme is Scheme.W8A8:
+        fact = "routed experts have no static scheme: a batch may leave an expert without input."
+        raise FxquantError(site.module, fact, "Use W8A8_DYNAMIC or W4A8_DYNAMIC.")
+    recipe = Recipe(
+        module=site.module,
+        modules=tuple(name.removesuffix(".weight") for name in parameter.names),
+        scheme=Scheme(rule.scheme),
+        group_size=rule.group_size,
+        out_features=weight.shape[-2],
+        in_features=weight.shape[-1],
+        bias=site.bias is not None,
+        row_parallel=site.row_parallel,
+        dtype=program.dtype,
+    )
+    reason = why_not(recipe)
+    if reason:
+        raise FxquantError(f"layer {site.module}", f"{recipe.scheme}: {reason}.", _way_out(recipe))
+    return recipe
+
+
+def _way_out(recipe: Recipe) -> str:
+    fitting = math.gcd(recipe.in_features, 256)
+    if recipe.group_size and fitting >= 32 and recipe.out_features % 2 == 0:
+        return f"Use a policy with group_size: {fitting} (or 0, per channel) for it."
+    return "Use group_size: 0 or another scheme for it."

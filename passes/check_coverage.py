@@ -1,0 +1,33 @@
+"""The last pass: nothing quantizable is left, every shape rule holds, every parameter has an owner."""
+
+from torch import fx
+
+from fxquant import ops
+from fxquant.errors import FxquantError
+from fxquant.passes.base import Pass, PassResult
+from fxquant.program import Program, made_parameters
+
+
+class CheckCoverage(Pass):
+    """Raises FxquantError when a recipe was not carried out or a parameter is neither made nor kept by a rule."""
+
+    name = "check-coverage"
+
+    def __call__(self, program: Program) -> PassResult:
+        made = {target for recipe in program.recipes.values() for target in made_parameters(recipe)}
+        for module in program.recipes:
+            if f"{module}.weight" not in program.parameters:
+                raise FxquantError(module, "has a recipe but no node reads its integers.", "This is a fault of a pass.")
+        for target, parameter in program.parameters.items():
+            if target not in made and parameter.module not in program.rules:
+                raise FxquantError(target, "is neither rewritten nor kept by a rule.", "Add a rule to the policy.")
+        for node in program.graph.graph.nodes:
+            self._check(node, program)
+        return PassResult(self.name)
+
+    def _check(self, node: fx.Node, program: Program) -> None:
+        module = node.meta.get("module", "")
+        if node.target in (ops.linear, ops.moe_experts) and module in program.recipes:
+            raise FxquantError(module, "has a recipe and is still float.", "This is a fault of a pass.")
+        if node.op == "call_function" and "val" not in node.meta:
+            raise FxquantError(node.name, "has no checked shape.", "This is a fault of a pass.")

@@ -1,0 +1,66 @@
+"""What the passes ask of the graph about its linears."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import fx
+
+from fxquant import ops
+from fxquant.kinds import Kind
+from fxquant.program import Program
+
+PROJECTIONS = {"gate_proj": 3, "up_proj": 4, "down_proj": 5}
+"""Argument positions of the stacked weights of `fxq::moe_experts`."""
+
+
+@dataclass(frozen=True)
+class LinearSite:
+    """One quantizable weight: the node that multiplies by it, and which feature axis a deployment may split."""
+
+    node: fx.Node
+    weight: fx.Node
+    bias: fx.Node | None
+    row_parallel: bool
+
+    @property
+    def module(self) -> str:
+        """Graph module path: the weight's name without `.weight`."""
+        return str(self.weight.target).removesuffix(".weight")
+
+
+def linear_sites(program: Program) -> Iterator[LinearSite]:
+    """Every linear whose weight is a parameter, in graph order."""
+    for node in program.graph.graph.nodes:
+        if node.target == ops.linear and is_parameter(node.args[1]):
+            bias = node.args[2] if len(node.args) > 2 else None
+            yield LinearSite(node, node.args[1], bias, is_row_parallel(node))
+        elif node.target == ops.moe_experts:
+            for name, position in PROJECTIONS.items():
+                yield LinearSite(node, node.args[position], None, name == "down_proj")
+
+
+def is_parameter(value: object) -> bool:
+    """Whether an argument is read from the weight file."""
+    return isinstance(value, fx.Node) and value.op == "get_attr"
+
+
+def is_row_parallel(linear: fx.Node) -> bool:
+    """True when the linear reads features that its block made: walking up from its input, an attention or a swiglu
+    comes before any other linear. Tensor parallelism splits such a linear along in_features."""
+    made_by_block = {ops.swiglu, ops.mla_attention}
+    stops = {ops.linear, ops.moe_experts, ops.embedding}
+    frontier, seen = [linear.args[0]], set()
+    while frontier:
+        node = frontier.pop()
+        if not isinstance(node, fx.Node) or node in seen or node.target in stops:
+            continue
+        if node.target in made_by_block:
+            return True
+        seen.add(node)
+        frontier.extend(node.all_input_nodes)
+    return False
+
+
+def kind_of(program: Program, site: LinearSite) -> Kind:
+    """What the module that owns the weight is."""
+    return program.parameters[str(site.weight.target)].kind

@@ -1,0 +1,30 @@
+"""Fixtures: tiny checkpoints, written once a session."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import write_checkpoint
+
+from fxquant.checkpoint import Checkpoint, open_checkpoint
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`tiny_folder(fp8=True, q_lora_rank=None)`: the folder of such a checkpoint (see tiny.py). Shared: do not write."""
+    written: dict[str, Path] = {}
+
+    def folder(**options: Any) -> Path:
+        key = repr(sorted(options.items(), key=str))
+        if key not in written:
+            written[key] = write_checkpoint(tmp_path_factory.mktemp("tiny"), **options)
+        return written[key]
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_folder: Callable[..., Path]) -> Callable[..., Checkpoint]:
+    """As `tiny_folder`, opened."""
+    return lambda **options: open_checkpoint(tiny_folder(**options))
