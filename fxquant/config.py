@@ -72,7 +72,9 @@ class DeepseekV3Config(BaseModel):
     @model_validator(mode="after")
     def _experts_fit_their_groups(self) -> "DeepseekV3Config":
         if self.n_routed_experts % self.n_group or self.topk_group > self.n_group:
-            raise ValueError(f"{self.n_routed_experts} experts do not form {self.n_group} groups, {self.topk_group} kept")
+            raise ValueError(
+                f"{self.n_routed_experts} experts do not form {self.n_group} groups, {self.topk_group} kept"
+            )
         if self.num_experts_per_tok > self.topk_group * self.n_routed_experts // self.n_group:
             raise ValueError(f"{self.num_experts_per_tok} experts a token do not fit into {self.topk_group} groups")
         return self
@@ -104,7 +106,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise FxquantError(path, f"not valid JSON: {error}.", "Copy the file again from where the model came.") from None
+        raise FxquantError(
+            path, f"not valid JSON: {error}.", "Copy the file again from where the model came."
+        ) from None
     if not isinstance(config, dict):
         raise FxquantError(path, f"holds a {type(config).__name__}, not an object.", "Copy the file again.")
     return config

@@ -8,11 +8,10 @@ from torch import Tensor, fx
 
 from fxquant import ops
 from fxquant.program import Program
+from fxquant.progress import Advance
 from fxquant.weights import LazyStack, Read, load
 
 Observer = Callable[[fx.Node, list[Any]], None]
-Progress = Callable[[int, int], None]
-"""Called with (done, total) as work goes on."""
 
 
 @torch.no_grad()
@@ -21,28 +20,29 @@ def execute(
     read: Read,
     batches: Sequence[Sequence[Tensor]],
     observe: Observer | None = None,
-    progress: Progress | None = None,
+    advance: Advance | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> list:
     """Outputs of each batch of flat inputs, in the order of the graph's placeholders.
 
     Each weight is read once for all batches and dropped after its last use; a stack of experts is read expert by
-    expert. `observe` sees every call with its value for each batch.
+    expert. `observe` sees every call with its value for each batch. `dtype` is that of the float weights and caches.
     """
     values: dict[fx.Node, list[Any]] = {}
     placeholders = 0
     last_use = _last_uses(program.graph.graph)
-    for index, node in enumerate(program.graph.graph.nodes):
-        if progress:
-            progress(index, len(program.graph.graph.nodes))
+    for node in program.graph.graph.nodes:
+        if advance:
+            advance(1)
         if node.op == "placeholder":
             values[node] = [batch[placeholders] for batch in batches]
             placeholders += 1
         elif node.op == "get_attr":
-            values[node] = [load(program, node.target, read)] * len(batches)
+            values[node] = [load(program, node.target, read, dtype)] * len(batches)
         elif node.op == "output":
-            return [fx.map_arg(node.args[0], lambda n, i=i: values[n][i]) for i in range(len(batches))]
+            return [fx.map_arg(node.args[0], _of_batch(values, i)) for i in range(len(batches))]
         else:
-            values[node] = [call(node, lambda n, i=i: values[n][i]) for i in range(len(batches))]
+            values[node] = [call(node, _of_batch(values, i)) for i in range(len(batches))]
             if observe:
                 observe(node, values[node])
         for dead in last_use.get(node, ()):
@@ -54,8 +54,12 @@ def call(node: fx.Node, value: Callable[[fx.Node], Any]) -> Any:
     """The result of one call node, with `value` giving its inputs."""
     args, kwargs = fx.map_arg(node.args, value), fx.map_arg(node.kwargs, value)
     lazy = any(isinstance(arg, LazyStack) for arg in args)
-    function = ops.REFERENCES[node.target] if lazy else node.target  # type: ignore[index]
+    function: Any = ops.REFERENCES[node.target] if lazy else node.target  # type: ignore[index]
     return function(*args, **kwargs)
+
+
+def _of_batch(values: dict[fx.Node, list[Any]], index: int) -> Callable[[fx.Node], Any]:
+    return lambda node: values[node][index]
 
 
 def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
@@ -73,12 +77,12 @@ def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
     return dead
 
 
-def prefill_inputs(program: Program, ids: Tensor) -> list[Tensor]:
+def prefill_inputs(program: Program, ids: Tensor, dtype: torch.dtype = torch.float32) -> list[Tensor]:
     """Flat inputs for unpadded `ids` int64 [batch, length] and empty caches."""
     batch, length = ids.shape
     caches = [node.meta["val"] for node in cache_inputs(program)]
     positions = torch.arange(length).expand(batch, length)
-    return [ids, torch.ones_like(ids), positions, *(torch.zeros(batch, 0, val.shape[2]) for val in caches)]
+    return [ids, torch.ones_like(ids), positions, *(torch.zeros(batch, 0, val.shape[2], dtype=dtype) for val in caches)]
 
 
 def cache_inputs(program: Program) -> list[fx.Node]:

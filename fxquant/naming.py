@@ -34,9 +34,9 @@ def identifier(path: str) -> str:
 
 
 def operator_name(node: fx.Node) -> str:
-    """"rms_norm" for fxq::rms_norm, "add" for aten::add.Tensor."""
+    """ "rms_norm" for fxq::rms_norm, "add" for aten::add.Tensor."""
     name = getattr(node.target, "_opname", None) or getattr(node.target, "__name__", str(node.target))
-    return name.strip("_")
+    return str(name).strip("_")
 
 
 def _call_name(node: fx.Node) -> str:

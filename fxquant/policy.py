@@ -31,6 +31,13 @@ class ActivationStatistic(StrEnum):
     BATCH_MEAN = "batch_mean"
 
 
+class CalibrationWeights(StrEnum):
+    """Which weights the calibration forward runs on: the checkpoint's, or those rounded as the recipes round them."""
+
+    FLOAT = "float"
+    ROUNDED = "rounded"
+
+
 class Rule(BaseModel):
     """`kind` and `path` (a shell pattern on the module path) select; both must hold when both are given."""
 
@@ -77,6 +84,7 @@ class PolicyFile(BaseModel):
     description: str = ""
     extends: str | None = None
     activation_statistic: ActivationStatistic | None = None
+    calibration_weights: CalibrationWeights | None = None
     rules: list[Rule] = Field(default_factory=list)
 
 
@@ -87,6 +95,7 @@ class Policy:
     name: str
     description: str
     activation_statistic: ActivationStatistic
+    calibration_weights: CalibrationWeights
     own: tuple[Rule, ...]
     inherited: tuple[Rule, ...] = ()
 
@@ -135,12 +144,13 @@ def _load(name: str, ancestors: tuple[str, ...]) -> Policy:
     document = _parse(text, place)
     parent = _load(document.extends, (*ancestors, name)) if document.extends else None
     statistic = document.activation_statistic or (parent and parent.activation_statistic) or ActivationStatistic.MIN_MAX
+    weights = document.calibration_weights or (parent and parent.calibration_weights) or CalibrationWeights.FLOAT
     title = Path(name).stem if name.endswith((".yaml", ".yml")) else name
-    policy = Policy(title, document.description, statistic, tuple(document.rules), parent.rules if parent else ())
-    sizes = {rule.group_size for rule in policy.own if rule.scheme is Scheme.W4A8_DYNAMIC}
+    own, inherited = tuple(document.rules), parent.rules if parent else ()
+    sizes = {rule.group_size for rule in own if rule.scheme is Scheme.W4A8_DYNAMIC}
     if len(sizes) > 1:
         raise FxquantError(place, f"group sizes {sorted(sizes)}.", "A weight file has one group_size: choose one.")
-    return policy
+    return Policy(title, document.description, statistic, weights, own, inherited)
 
 
 def _folder() -> Any:

@@ -77,7 +77,7 @@ class TensorSpec:
 def tensor_specs(recipe: Recipe) -> dict[str, TensorSpec]:
     """Name suffix → spec of every tensor that each of `recipe.modules` owns in the weight file."""
     n, k = recipe.out_features, recipe.in_features
-    specs = {
+    specs: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
         "weight": (torch.int8, (n, k)),
         "weight_scale": (torch.float32, (n, 1)),
         "weight_offset": (torch.float32, (n, 1)),
@@ -109,5 +109,7 @@ def why_not(recipe: Recipe) -> str | None:
     if group_size and k % group_size:
         return f"in_features {k} is not a multiple of group_size {group_size}"
     if recipe.row_parallel and k % ROW_PARALLEL_CHUNKS:
-        return f"in_features {k} is not a multiple of {ROW_PARALLEL_CHUNKS}, scale_bias sums {ROW_PARALLEL_CHUNKS} chunks"
+        return (
+            f"in_features {k} is not a multiple of {ROW_PARALLEL_CHUNKS}, scale_bias sums {ROW_PARALLEL_CHUNKS} chunks"
+        )
     return None

@@ -9,7 +9,6 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import nn
 
 from fxquant.checkpoint import Checkpoint, open_checkpoint
 from fxquant.config import parse_config
@@ -24,7 +23,7 @@ class Source:
     """A model without weights, the checkpoint that has them, and the policy its file names, if any."""
 
     path: Path
-    model: nn.Module
+    model: DeepseekV3
     checkpoint: Checkpoint
     policy: str | None = None
 
@@ -78,7 +77,7 @@ def _checkpoint_folder(path: Path, module: ModuleType) -> Path:
     return folder
 
 
-def _build(build: Any, checkpoint: Checkpoint, place: Path) -> nn.Module:
+def _build(build: Any, checkpoint: Checkpoint, place: Path) -> DeepseekV3:
     config = parse_config(checkpoint.config, checkpoint.folder / "config.json")
     try:
         with torch.device("meta"):

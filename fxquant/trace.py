@@ -46,7 +46,12 @@ def _export(model: DeepseekV3) -> ExportedProgram:
         width = model.config.kv_lora_rank + model.config.qk_rope_head_dim
         past = [torch.zeros(BATCH, PAST, width) for _ in range(model.config.num_hidden_layers)]
     batch, sequence, total, length = Dim("batch"), Dim("sequence"), Dim("total"), Dim("past")
-    shapes = ({0: batch, 1: sequence}, {0: batch, 1: total}, {0: batch, 1: sequence}, [{0: batch, 1: length}] * len(past))
+    shapes = (
+        {0: batch, 1: sequence},
+        {0: batch, 1: total},
+        {0: batch, 1: sequence},
+        [{0: batch, 1: length}] * len(past),
+    )
     try:
         with torch.no_grad():
             return torch.export.export(model, (ids, mask, ids.clone(), past), dynamic_shapes=shapes, strict=False)

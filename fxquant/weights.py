@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fxquant.checkpoint import Checkpoint
-from fxquant.kernels.recipe import make_tensors
+from fxquant.kernels.recipe import make_tensors, rounded_weight
 from fxquant.program import Program
 from fxquant.schemes import Recipe, tensor_specs
 
@@ -42,15 +42,15 @@ class LazyStack:
         return (self[expert] for expert in range(len(self)))
 
 
-def load(program: Program, target: str, read: Read) -> Tensor | LazyStack:
-    """The value of a graph parameter; floating tensors come as float32."""
+def load(program: Program, target: str, read: Read, dtype: torch.dtype = torch.float32) -> Tensor | LazyStack:
+    """The value of a graph parameter; floating tensors come as `dtype`."""
     parameter = program.parameters[target]
 
-    def wide(name: str) -> Tensor:
+    def converted(name: str) -> Tensor:
         tensor = read(name)
-        return tensor.float() if tensor.is_floating_point() else tensor
+        return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
-    return LazyStack(parameter.names, wide) if parameter.stacked else wide(parameter.names[0])
+    return LazyStack(parameter.names, converted) if parameter.stacked else converted(parameter.names[0])
 
 
 class RecipeReader:
@@ -79,6 +79,19 @@ def make_module(recipe: Recipe, module: str, read: Read) -> dict[str, Tensor]:
     """All tensors of one of `recipe.modules`, by suffix."""
     bias = read(f"{module}.bias") if recipe.bias else None
     return make_tensors(recipe, f"{module}.weight", read(f"{module}.weight"), bias)
+
+
+class RoundedReader:
+    """The checkpoint with every weight that has a recipe rounded to what its integers stand for."""
+
+    def __init__(self, program: Program, read: Read) -> None:
+        self._read = read
+        self._recipes = {f"{m}.weight": recipe for recipe in program.recipes.values() for m in recipe.modules}
+
+    def __call__(self, name: str) -> Tensor:
+        tensor = self._read(name)
+        recipe = self._recipes.get(name)
+        return tensor if recipe is None else rounded_weight(recipe, tensor)
 
 
 class Cached:

@@ -1,1 +1,1 @@
-"""Graph in, files out: one module per target, writer and reader together."""
+"""Graph → files. Layout first, then fill; every writer has its reader."""

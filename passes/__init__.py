@@ -10,7 +10,17 @@ from fxquant.passes.quantize_experts import QuantizeExperts
 from fxquant.passes.quantize_linear import QuantizeLinear
 from fxquant.program import Program
 
-__all__ = ["AssignSchemes", "Calibrate", "CheckCoverage", "Pass", "PassResult", "QuantizeExperts", "QuantizeLinear", "pipeline", "run_passes"]
+__all__ = [
+    "AssignSchemes",
+    "Calibrate",
+    "CheckCoverage",
+    "Pass",
+    "PassResult",
+    "QuantizeExperts",
+    "QuantizeLinear",
+    "pipeline",
+    "run_passes",
+]
 
 
 def pipeline(assign: AssignSchemes, calibrate: Calibrate) -> list[Pass]:

@@ -7,7 +7,9 @@ from fxquant.policy import ActivationStatistic
 from fxquant.schemes import ActivationRange
 
 
-def combine(lows: list[Tensor], highs: list[Tensor], statistic: ActivationStatistic, dtype: torch.dtype) -> ActivationRange:
+def combine(
+    lows: list[Tensor], highs: list[Tensor], statistic: ActivationStatistic, dtype: torch.dtype
+) -> ActivationRange:
     """One range from each batch's minimum and maximum (0-d float32).
 
     MIN_MAX: over all batches, arithmetic in float32. BATCH_MEAN: each rounded to the model's `dtype`, their mean and

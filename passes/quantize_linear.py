@@ -14,7 +14,7 @@ from fxquant import ops
 from fxquant.passes.base import Pass
 from fxquant.passes.linears import is_parameter
 from fxquant.passes.surgery import Surgery
-from fxquant.program import Program
+from fxquant.program import Program, input_node
 from fxquant.schemes import Recipe, Scheme
 
 
@@ -42,7 +42,7 @@ class QuantizeLinear(Pass):
 
     def _dynamic(self, surgery: Surgery, recipe: Recipe) -> fx.Node:
         node = surgery.site
-        x8, x_scale = quantize_per_token(surgery, node.args[0], self._per_token)
+        x8, x_scale = quantize_per_token(surgery, input_node(node, 0), self._per_token)
         accumulated = _matmul(surgery, recipe, x8)
         scale = surgery.parameter(recipe, "weight_scale")
         bias = (surgery.parameter(recipe, "bias"),) if recipe.bias else ()
@@ -76,4 +76,4 @@ def _matmul(surgery: Surgery, recipe: Recipe, x8: fx.Node) -> fx.Node:
 
 
 def _module(node: fx.Node) -> str:
-    return str(node.args[1].target).removesuffix(".weight")  # type: ignore[union-attr]
+    return str(input_node(node, 1).target).removesuffix(".weight")

@@ -11,8 +11,8 @@ SMALLEST_SCALE = torch.finfo(torch.float32).eps
 def static_parameters(observed: ActivationRange) -> tuple[Tensor, Tensor]:
     """input_scale and input_offset, 0-d, in `observed.arithmetic`.
 
-    lo = min(low, 0), hi = max(high, 0); scale = (hi - lo) / 255, at least float32's eps; offset = rne(-lo / scale) - 128.
-    The offset is an integer in [-128, 127], kept as a float.
+    lo = min(low, 0), hi = max(high, 0); scale = (hi - lo) / 255, at least float32's eps;
+    offset = rne(-lo / scale) - 128. The offset is an integer in [-128, 127], kept as a float.
     """
     low = torch.tensor(min(observed.low, 0.0), dtype=observed.arithmetic)
     high = torch.tensor(max(observed.high, 0.0), dtype=observed.arithmetic)

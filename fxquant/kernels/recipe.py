@@ -56,3 +56,16 @@ def _int4(recipe: Recipe, weight: Tensor) -> dict[str, Tensor]:
         "weight_offset_second": torch.zeros_like(second, dtype=torch.int64),
         "scale_bias": kernels.scale_bias(q, scale, second, chunks),
     }
+
+
+def rounded_weight(recipe: Recipe, weight: Tensor) -> Tensor:
+    """float32 [n, k]: what the integers of the recipe's scheme stand for, `q * scale` (`* second scale`)."""
+    wide = weight.float()
+    if recipe.scheme is not Scheme.W4A8_DYNAMIC:
+        q, scale = kernels.quantize_int8(wide)
+        return q * scale
+    if not recipe.group_size:
+        q, scale = kernels.quantize_int4_per_channel(wide)
+        return q * scale
+    q, scale, second = kernels.quantize_int4_two_level(wide, recipe.group_size)
+    return q * second.repeat_interleave(recipe.group_size, 1) * scale

@@ -158,6 +158,11 @@ class DeepseekV3(nn.Module):
         x, presents = self.model(input_ids, attention_mask, position_ids, past)
         return self.lm_head(x), presents
 
+    def mtp_modules(self) -> tuple[str, ...]:
+        """Checkpoint paths of the multi-token prediction layers, which follow the decoder layers and are not traced."""
+        first, count = self.config.num_hidden_layers, self.config.num_nextn_predict_layers
+        return tuple(f"model.layers.{index}" for index in range(first, first + count))
+
     def empty_cache(self, batch: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
         """`past` of a first call."""
         width = self.config.kv_lora_rank + self.config.qk_rope_head_dim

@@ -32,7 +32,9 @@ def _ramp(scaling: RopeScaling, theta: float, width: int) -> Tensor:
     beta_slow, linear between."""
 
     def dimension(turns: float) -> float:
-        return width * math.log(scaling.original_max_position_embeddings / (turns * 2 * math.pi)) / (2 * math.log(theta))
+        return (
+            width * math.log(scaling.original_max_position_embeddings / (turns * 2 * math.pi)) / (2 * math.log(theta))
+        )
 
     low = max(math.floor(dimension(scaling.beta_fast)), 0)
     high = min(math.ceil(dimension(scaling.beta_slow)), width - 1)

@@ -76,8 +76,10 @@ def mla_attention(
     → [B, S, H·v_head_dim].
     """
     queries = q.unflatten(-1, (num_heads, -1)).transpose(1, 2)
-    nope, value = kv.unflatten(-1, (num_heads, -1)).transpose(1, 2).split_with_sizes(
-        [kv.shape[-1] // num_heads - v_head_dim, v_head_dim], -1
+    nope, value = (
+        kv.unflatten(-1, (num_heads, -1))
+        .transpose(1, 2)
+        .split_with_sizes([kv.shape[-1] // num_heads - v_head_dim, v_head_dim], -1)
     )
     width = k_rope.shape[-1]
     scores = queries[..., :-width] @ nope.transpose(-1, -2)

@@ -46,24 +46,32 @@ def moe_gate(
     Scores are sigmoids. The bias helps to choose and never weighs: a group's score is the sum of its two best biased
     scores, experts outside the `topk_group` best groups are out, the `top_k` best biased scores win, and their plain
     scores are the weights: divided by their sum + 1e-20 if `norm_topk_prob`, then times `routed_scaling_factor`.
+    Of equal scores the lower index is better.
     """
     scores = logits.sigmoid()
     groups = (scores + correction_bias.float()).unflatten(-1, (n_group, -1))
     group_scores = groups.topk(min(2, groups.shape[-1]), -1).values.sum(-1)
-    kept = torch.zeros_like(group_scores, dtype=torch.bool).scatter(-1, group_scores.topk(topk_group, -1).indices, True)
+    kept = torch.zeros_like(group_scores, dtype=torch.bool).scatter(-1, _best(group_scores, topk_group), True)
     choice = groups.masked_fill(~kept.unsqueeze(-1), float("-inf")).flatten(-2)
-    ids = choice.topk(top_k, -1).indices
+    ids = _best(choice, top_k)
     weights = scores.gather(-1, ids)
     if norm_topk_prob:
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
     return ids, weights * routed_scaling_factor
 
 
+def _best(values: Tensor, count: int) -> Tensor:
+    """Indices of the `count` largest values; torch.topk would order equal ones at will."""
+    return values.sort(dim=-1, descending=True, stable=True).indices[..., :count]
+
+
 def _moe_experts_shape(
     x: Tensor, ids: Tensor, weights: Tensor, gate_proj: Tensor, up_proj: Tensor, down_proj: Tensor
 ) -> Tensor:
     expect(gate_proj.shape == up_proj.shape, "fxq::moe_experts: gate_proj and up_proj differ in shape")
-    expect(x.shape[-1] == gate_proj.shape[2], f"fxq::moe_experts: x has {x.shape[-1]} features, not {gate_proj.shape[2]}")
+    expect(
+        x.shape[-1] == gate_proj.shape[2], f"fxq::moe_experts: x has {x.shape[-1]} features, not {gate_proj.shape[2]}"
+    )
     expect(down_proj.shape[2] == gate_proj.shape[1], "fxq::moe_experts: down_proj does not take what gate_proj gives")
     return torch.empty_like(x)
 

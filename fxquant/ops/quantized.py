@@ -104,7 +104,9 @@ def decode_deq_scale(deq_scale: Tensor) -> Tensor:
     return deq_scale.to(torch.int32).view(torch.float32) if deq_scale.dtype == torch.int64 else deq_scale
 
 
-def _dequantize_per_token_shape(acc: Tensor, x_scale: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> Tensor:
+def _dequantize_per_token_shape(
+    acc: Tensor, x_scale: Tensor, weight_scale: Tensor, bias: Tensor | None = None
+) -> Tensor:
     expect(acc.shape[-1] == weight_scale.shape[0], "fxq::dequantize_per_token: one weight_scale per output feature")
     return acc.new_empty(acc.shape, dtype=torch.float32)
 

@@ -1,0 +1,266 @@
+"""The verbs of the command line as functions: compile, verify, run, evaluate."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor
+
+from fxquant.binding import Ledger, build_ledger, check_parameters, mtp_modules
+from fxquant.errors import FxquantError
+from fxquant.execute import generate
+from fxquant.lowering.layout import stored_tensors
+from fxquant.lowering.manifest import GRAPH, read_manifest
+from fxquant.lowering.output import Output, check_out, write_output
+from fxquant.lowering.verify import VerifyReport, verify_output
+from fxquant.measure import Evaluation, evaluate_programs
+from fxquant.passes import AssignSchemes, Calibrate, PassResult, pipeline, run_passes
+from fxquant.policy import Policy, Rule, load_policy
+from fxquant.program import Program
+from fxquant.program_file import load_program
+from fxquant.progress import Reporter, silent
+from fxquant.source import Source, open_source
+from fxquant.targets import Target
+from fxquant.text import bos_ids, load_batches, open_tokenizer
+from fxquant.trace import trace
+from fxquant.weights import Cached, Read, RecipeReader
+
+CALIBRATION_FILES = ("calibration.jsonl", "calibration.txt", "calib.jsonl", "calib.txt")
+DEFAULT_POLICY = "deepseek_w4a8"
+
+
+@dataclass(frozen=True)
+class CompileOptions:
+    """What `compile` takes besides the model.
+
+    policy          name of a shipped policy or path of a YAML file; None: the model file's POLICY or deepseek_w4a8
+    out             output folder; None: `./<name>-<policy>-<target>`
+    calib           calibration text or token ids; None: the file that lies beside the model, if any
+    calib_samples   batches to calibrate on, each of at most `calib_length` tokens
+    checkpoint      overrides the folder that a model.py names
+    max_shard_size  bytes of tensor data a weight file may hold
+    force           replace an earlier output of fxquant at `out`
+    """
+
+    policy: str | None = None
+    out: Path | None = None
+    target: Target = Target.ASCEND
+    calib: Path | None = None
+    calib_samples: int = 32
+    calib_length: int = 256
+    checkpoint: Path | None = None
+    max_shard_size: int = 4 << 30
+    force: bool = False
+    verify: bool = True
+    kv_cache: str | None = None
+
+
+@dataclass(frozen=True)
+class CompileReport:
+    """What `compile` did."""
+
+    out: Path
+    policy: Policy
+    target: Target
+    ledger: Ledger
+    passes: list[PassResult]
+    idle_rules: list[Rule]
+    output: Output
+    verification: VerifyReport | None = None
+
+
+@dataclass
+class Prepared:
+    """A model rewritten under a policy, nothing written yet."""
+
+    source: Source
+    policy: Policy
+    program: Program
+    ledger: Ledger
+    passes: list[PassResult] = field(default_factory=list)
+
+
+def compile(model: str | Path, options: CompileOptions | None = None, report: Reporter = silent) -> CompileReport:  # noqa: A001
+    """Trace MODEL, rewrite it under the policy, write weights and graph for the target, verify, and name it `out`.
+
+    Work happens in `<out>.partial`; `out` appears by rename when all of it is complete and verified. Raises
+    FxquantError for anything wrong with the input, before a weight is read where headers tell.
+    """
+    options = options or CompileOptions()
+    _refuse_kv_cache(options.kv_cache)
+    source = open_source(Path(model), options.checkpoint)
+    policy = load_policy(options.policy or source.policy or DEFAULT_POLICY)
+    out = options.out or Path(f"{source.name}-{policy.name}-{options.target}")
+    check_out(out, options.force, source.checkpoint.folder)
+    prepared = prepare(source, policy, options, report)
+    with write_output(prepared, options, out, report) as output:
+        verification = None
+        if options.verify:
+            verification = verify_output(output.folder, source.checkpoint, full=False, report=report)
+            if not verification.ok:
+                raise FxquantError(
+                    out, "verification failed, nothing was kept: " + first_miss(verification), "Report it."
+                )
+    return CompileReport(
+        out, policy, options.target, prepared.ledger, prepared.passes, prepared.program.idle_rules, output, verification
+    )
+
+
+def prepare(source: Source, policy: Policy, options: CompileOptions, report: Reporter = silent) -> Prepared:
+    """Trace, check against the checkpoint, and run the pass pipeline."""
+    program = trace(source.model, source.checkpoint)
+    check_parameters(program, source.checkpoint)
+    mtp = mtp_modules(source.checkpoint, source.model.mtp_modules())
+    assign = AssignSchemes(policy, mtp)
+    calibrate = Calibrate(policy, source.checkpoint.read, lambda: calibration(source, options), report)
+    results = run_passes(program, pipeline(assign, calibrate))
+    return Prepared(source, policy, program, build_ledger(program, source.checkpoint, mtp), results)
+
+
+def calibration(source: Source, options: CompileOptions) -> list[Tensor] | None:
+    """Batches of token ids from `options.calib`, or from the file beside the model; None when there is neither."""
+    file = options.calib
+    if file is None:
+        folders = (source.path if source.path.is_dir() else source.path.parent, source.checkpoint.folder)
+        candidates = (folder / name for folder in folders for name in CALIBRATION_FILES)
+        file = next((candidate for candidate in candidates if candidate.is_file()), None)
+    if file is None:
+        return None
+    return load_batches(file, source.checkpoint, options.calib_samples, options.calib_length)
+
+
+def verify(
+    out: str | Path, against: str | Path | None = None, full: bool = False, report: Reporter = silent
+) -> VerifyReport:
+    """Re-read `out` and hold it against MODEL (default: the manifest's source) and its own graph."""
+    folder = Path(out)
+    manifest = read_manifest(folder)
+    checkpoint = None
+    if against is not None:
+        checkpoint = open_source(Path(against)).checkpoint
+    elif manifest.checkpoint_path(folder).is_dir():
+        from fxquant.checkpoint import open_checkpoint
+
+        checkpoint = open_checkpoint(manifest.checkpoint_path(folder))
+    return verify_output(folder, checkpoint, full, report)
+
+
+def run(out: str | Path, prompt: str, max_new_tokens: int = 64) -> Iterator[str]:
+    """Greedy text after `prompt`, piece by piece: from the ONNX graph if `out` has one, else from its fx graph."""
+    folder = Path(out)
+    program, read = open_output(folder)
+    tokenizer = open_tokenizer(folder)
+    from fxquant.checkpoint import Checkpoint
+
+    ids = bos_ids(Checkpoint(folder, program.config, {})) + tokenizer.encode(prompt, add_special_tokens=False).ids
+    if not ids:
+        raise FxquantError("--prompt", "holds no token.", "Give some text.")
+    stop = program.config.get("eos_token_id")
+    stops = set(stop) if isinstance(stop, list) else {stop}
+    written, new = "", []
+    for logits in step_logits(folder, program, read, ids, max_new_tokens):
+        token = int(logits.argmax())
+        if token in stops:
+            return
+        new.append(token)
+        text = tokenizer.decode(new)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            yield text[len(written) :]
+            written = text
+
+
+def step_logits(folder: Path, program: Program, read: Read, ids: list[int], steps: int) -> Iterator[Tensor]:
+    """float32 [vocabulary] a step, decoding greedily with the cache."""
+    if (folder / "model.onnx").is_file():
+        from fxquant.lowering.onnx.runner import OnnxRunner
+
+        return OnnxRunner(folder).generate(ids, steps)
+    return generate(program, read, ids, steps)
+
+
+def open_output(folder: Path) -> tuple[Program, Read]:
+    """The rewritten graph of an output folder and a reader of its weights."""
+    from fxquant.lowering.verify.weights import WeightFiles
+
+    read_manifest(folder)
+    return load_program(folder / GRAPH), Cached(WeightFiles(folder).read)
+
+
+def evaluate(
+    out: str | Path,
+    text: str | Path,
+    against: str | Path | None = None,
+    samples: int = 64,
+    length: int = 256,
+    report: Reporter = silent,
+) -> Evaluation:
+    """Perplexity of the float model and of the rewritten graph of `out`, and the KL divergence between them."""
+    folder = Path(out)
+    manifest = read_manifest(folder)
+    source = open_source(Path(against) if against else manifest.source_path(folder))
+    quantized = open_output(folder)
+    batches = load_batches(Path(text), source.checkpoint, samples, length)
+    original = (trace(source.model, source.checkpoint), Cached(source.checkpoint.read))
+    return evaluate_programs(original, quantized, batches, report)
+
+
+def compare(
+    model: str | Path,
+    policies: list[str],
+    text: str | Path,
+    options: CompileOptions | None = None,
+    samples: int = 64,
+    length: int = 256,
+    report: Reporter = silent,
+) -> dict[str, tuple[Evaluation, int]]:
+    """Policy → its evaluation and the bytes of its weights. Nothing is written; integers are made as needed."""
+    options = options or CompileOptions()
+    source = open_source(Path(model), options.checkpoint)
+    batches = load_batches(Path(text), source.checkpoint, samples, length)
+    original = (trace(source.model, source.checkpoint), Cached(source.checkpoint.read))
+    results = {}
+    for name in policies:
+        program = prepare(source, load_policy(name), options, report).program
+        nbytes = sum(tensor.nbytes for tensor in stored_tensors(program, source.checkpoint))
+        quantized = (program, Cached(RecipeReader(program, source.checkpoint)))
+        results[name] = (evaluate_programs(original, quantized, batches, report), nbytes)
+    return results
+
+
+def open_graph(model: str | Path, checkpoint: Path | None = None) -> Program:
+    """The rewritten graph of a compiled folder, or the float graph of a model."""
+    folder = Path(model)
+    if (folder / GRAPH).is_file():
+        return load_program(folder / GRAPH)
+    source = open_source(folder, checkpoint)
+    return trace(source.model, source.checkpoint)
+
+
+def first_miss(verification: VerifyReport) -> str:
+    """The first thing verification found, with its check."""
+    return next(f"{check.name}: {check.misses[0]}" for check in verification.checks if check.misses)
+
+
+def _refuse_kv_cache(kv_cache: str | None) -> None:
+    if kv_cache in (None, "float"):
+        return
+    if kv_cache == "int8":
+        fact = (
+            "the engines' W4A8 path takes no int8 KV cache: its scales exclude mixed int4 experts, and quantizing the "
+            "latent costs two to three points of accuracy."
+        )
+        raise FxquantError("--kv-cache int8", fact, "Leave the cache in float: it is already latent, 71 times smaller.")
+    raise FxquantError(f"--kv-cache {kv_cache}", "unknown.", "Only float is supported.")
+
+
+__all__ = [
+    "CompileOptions",
+    "CompileReport",
+    "compare",
+    "compile",
+    "evaluate",
+    "open_graph",
+    "prepare",
+    "run",
+    "verify",
+]

@@ -1,0 +1,189 @@
+"""A program as JSON: the output folder carries its own graph, so reading one back runs no code."""
+
+import json
+import math
+import operator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from fxquant.errors import FxquantError
+from fxquant.kinds import Kind
+from fxquant.policy import Rule
+from fxquant.program import Parameter, Program, attach
+from fxquant.safetensors_file import DTYPES, NAMES
+from fxquant.schemes import ActivationRange, Recipe, Scheme
+
+FORMAT = 1
+NAMESPACES = ("fxq", "aten")
+PYTHON = {name: getattr(operator, name) for name in ("getitem", "add", "sub", "mul", "floordiv", "mod", "neg")}
+SYMBOLS = {"batch": 2, "sequence": 3, "past": 5, "total": 8}
+"""Sizes at which shapes are checked when a program is read back; distinct, and total = past + sequence."""
+
+
+def save_program(program: Program, path: Path) -> None:
+    """Write the graph, its parameters, recipes and rules; one node a line."""
+    nodes = [_node(node) for node in program.graph.graph.nodes]
+    document = {
+        "format": FORMAT,
+        "dtype": NAMES[program.dtype],
+        "config": program.config,
+        "parameters": {target: _parameter(program, target) for target in program.parameters},
+        "recipes": {module: _recipe(recipe) for module, recipe in program.recipes.items()},
+        "rules": {module: rule.model_dump(mode="json") for module, rule in program.rules.items()},
+    }
+    head = json.dumps(document, ensure_ascii=False)[:-1]
+    body = ",\n".join(json.dumps(node, ensure_ascii=False) for node in nodes)
+    path.write_text(f'{head},\n"nodes": [\n{body}\n]}}\n', encoding="utf-8")
+
+
+def load_program(path: Path) -> Program:
+    """Read what `save_program` wrote, and check every shape again. Raises FxquantError for anything else."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        if document["format"] != FORMAT:
+            raise FxquantError(path, f"format {document['format']}.", "Compile again with this version.")
+        program = _program(document)
+    except OSError as error:
+        raise FxquantError(path, f"cannot be read: {error.strerror}.", "Name a folder that fxquant wrote.") from None
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise FxquantError(path, f"not a program of fxquant: {error!r}.", "Compile again.") from None
+    return program
+
+
+def _node(node: fx.Node) -> dict[str, Any]:
+    entry = {"name": node.name, "op": node.op, "target": _target(node), "args": _encode(node.args)}
+    if node.kwargs:
+        entry["kwargs"] = _encode(node.kwargs)
+    if node.op == "placeholder":
+        value = node.meta["val"]
+        entry |= {"dtype": str(value.dtype).removeprefix("torch."), "shape": input_shape(node)}
+    return entry | {key: str(node.meta[key]) for key in ("module", "kind", "block") if key in node.meta}
+
+
+def input_shape(node: fx.Node) -> list[int | str]:
+    """Shape of an input with its dynamic sizes by name: batch, sequence, past, total."""
+    shape = node.meta["val"].shape
+    second = {"attention_mask": "total"}.get(node.name, "sequence" if len(shape) == 2 else "past")
+    return ["batch", second, *(int(size) for size in shape[2:])]
+
+
+def _target(node: fx.Node) -> str:
+    if node.op != "call_function":
+        return str(node.target)
+    if isinstance(node.target, torch._ops.OpOverload):
+        return f"{node.target.namespace}::{node.target._schema.name.split('::')[1]}.{node.target._overloadname}"
+    name = getattr(node.target, "__name__", "")
+    if PYTHON.get(name) is not node.target:
+        raise FxquantError(node.name, f"{node.target} cannot be stored.", "Use torch operators in the forward.")
+    return f"python::{name}"
+
+
+def _encode(value: Any) -> Any:
+    if isinstance(value, fx.Node):
+        return {"node": value.name}
+    if isinstance(value, torch.dtype):
+        return {"dtype": str(value).removeprefix("torch.")}
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"float": str(value)}
+    if isinstance(value, dict):
+        return {"map": {key: _encode(item) for key, item in value.items()}}
+    if isinstance(value, list | tuple):
+        return [_encode(item) for item in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise FxquantError(repr(value), f"an argument of type {type(value).__name__} cannot be stored.", "Simplify it.")
+
+
+def _decode(value: Any, nodes: dict[str, fx.Node]) -> Any:
+    if isinstance(value, list):
+        return [_decode(item, nodes) for item in value]
+    if not isinstance(value, dict):
+        return value
+    ((key, content),) = value.items()
+    if key == "node":
+        return nodes[content]
+    if key == "dtype":
+        return getattr(torch, content)
+    return float(content) if key == "float" else {name: _decode(item, nodes) for name, item in content.items()}
+
+
+def _parameter(program: Program, target: str) -> dict[str, Any]:
+    parameter, tensor = program.parameters[target], program.graph.get_buffer(target)
+    fields = {"names": list(parameter.names), "module": parameter.module, "kind": parameter.kind.value}
+    return fields | {"stacked": parameter.stacked, "dtype": NAMES[tensor.dtype], "shape": list(tensor.shape)}
+
+
+def _recipe(recipe: Recipe) -> dict[str, Any]:
+    fields = {
+        key: getattr(recipe, key) for key in ("group_size", "out_features", "in_features", "bias", "row_parallel")
+    }
+    fields |= {"scheme": recipe.scheme.value, "modules": list(recipe.modules), "dtype": NAMES[recipe.dtype]}
+    if recipe.activation:
+        observed = recipe.activation
+        fields["activation"] = [observed.low, observed.high, NAMES[observed.arithmetic]]
+    return fields
+
+
+def _read_recipe(module: str, fields: dict[str, Any]) -> Recipe:
+    fields = dict(fields)
+    observed = fields.pop("activation", None)
+    activation = ActivationRange(observed[0], observed[1], DTYPES[observed[2]]) if observed else None
+    fields |= {
+        "scheme": Scheme(fields["scheme"]),
+        "modules": tuple(fields["modules"]),
+        "dtype": DTYPES[fields["dtype"]],
+    }
+    return Recipe(module=module, activation=activation, **fields)
+
+
+def _program(document: dict[str, Any]) -> Program:
+    root = nn.Module()
+    for target, fields in document["parameters"].items():
+        attach(root, target, torch.empty(fields["shape"], dtype=DTYPES[fields["dtype"]], device="meta"))
+    graph, nodes = fx.Graph(), {}  # type: fx.Graph, dict[str, fx.Node]
+    for entry in document["nodes"]:
+        args, kwargs = tuple(_decode(entry["args"], nodes)), _decode(entry.get("kwargs", {"map": {}}), nodes)
+        node = graph.create_node(entry["op"], _read_target(entry), args, kwargs, name=entry["name"])
+        node.name = entry["name"]
+        node.meta = {"module": entry.get("module", ""), "block": entry.get("block", "")}
+        node.meta |= {"kind": Kind(entry.get("kind", Kind.OTHER)), "val": _value(entry, node, root)}
+        nodes[node.name] = node
+    return Program(
+        graph=fx.GraphModule(root, graph),
+        config=document["config"],
+        dtype=DTYPES[document["dtype"]],
+        parameters={
+            target: Parameter(tuple(p["names"]), p["module"], Kind(p["kind"]), p["stacked"])
+            for target, p in document["parameters"].items()
+        },
+        recipes={module: _read_recipe(module, fields) for module, fields in document["recipes"].items()},
+        rules={module: Rule.model_validate(rule) for module, rule in document["rules"].items()},
+        names=set(nodes),
+    )
+
+
+def _read_target(entry: dict[str, Any]) -> Any:
+    if entry["op"] != "call_function":
+        return entry["target"]
+    namespace, _, rest = entry["target"].partition("::")
+    if namespace == "python":
+        return PYTHON[rest]
+    if namespace not in NAMESPACES:
+        raise ValueError(f"operator {entry['target']}")
+    name, _, overload = rest.partition(".")
+    return getattr(getattr(getattr(torch.ops, namespace), name), overload)
+
+
+def _value(entry: dict[str, Any], node: fx.Node, root: nn.Module) -> Any:
+    if node.op == "placeholder":
+        shape = [SYMBOLS[size] if isinstance(size, str) else size for size in entry["shape"]]
+        return torch.empty(shape, dtype=getattr(torch, entry["dtype"]), device="meta")
+    if node.op == "get_attr":
+        return root.get_buffer(str(node.target))
+    if node.op == "output":
+        return None
+    values = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    return node.target(*values[0], **values[1])  # type: ignore[operator]

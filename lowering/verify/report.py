@@ -1,0 +1,55 @@
+"""What verification found."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class Check:
+    """One line of the table: how many things of a sort were looked at, and what was wrong with them."""
+
+    name: str
+    total: int
+    checked: int = 0
+    misses: list[str] = field(default_factory=list)
+    worst: str = ""
+
+    @property
+    def ok(self) -> bool:
+        return not self.misses
+
+    def expect(self, condition: object, miss: str) -> None:
+        """Count one look; note `miss` if the condition is false."""
+        self.checked += 1
+        if not condition:
+            self.misses.append(miss)
+
+
+@dataclass
+class VerifyReport:
+    """All checks of an output folder. `source` is None when there was nothing to hold the weights against."""
+
+    checks: list[Check]
+    source: str | None
+    sampled: bool = False
+
+    @property
+    def ok(self) -> bool:
+        return all(check.ok for check in self.checks)
+
+    @property
+    def verdict(self) -> str:
+        """`verified`, `sample verified`, `structure only`, or `FAILED`."""
+        if not self.ok:
+            return "FAILED"
+        if self.source is None:
+            return "structure only"
+        return "sample verified" if self.sampled else "verified"
+
+    def as_json(self) -> dict[str, Any]:
+        """For scripts."""
+        checks = [
+            {"check": c.name, "checked": c.checked, "of": c.total, "misses": c.misses, "worst": c.worst, "ok": c.ok}
+            for c in self.checks
+        ]
+        return {"verdict": self.verdict, "source": self.source, "checks": checks}

@@ -1,0 +1,168 @@
+"""The weight files against the graph, the description and the source checkpoint."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from fxquant.checkpoint import Checkpoint
+from fxquant.errors import FxquantError
+from fxquant.lowering.description import DESCRIPTION, INDEX, description
+from fxquant.lowering.layout import FileLayout, StoredTensor, plan_files, stored_tensors
+from fxquant.lowering.verify.report import Check
+from fxquant.program import Program
+from fxquant.progress import Advance
+from fxquant.reference import contradiction, expected_tensors
+from fxquant.safetensors_file import TensorInfo, read_header
+from fxquant.schemes import Recipe, tensor_specs
+
+CALIBRATED = ("input_scale", "input_offset", "deq_scale", "quant_bias")
+
+
+class WeightFiles:
+    """The weight files of an output folder, read through the safetensors library."""
+
+    def __init__(self, folder: Path) -> None:
+        files = sorted(folder.glob("quant_model_weight*.safetensors"))
+        if not files:
+            raise FxquantError(folder, "holds no quant_model_weight*.safetensors.", "Compile again.")
+        self.infos: dict[str, TensorInfo] = {}
+        for file in files:
+            self.infos |= read_header(file)
+        self._handles: dict[Path, Any] = {}
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, as stored."""
+        file = self.infos[name].file
+        if file not in self._handles:
+            self._handles[file] = safe_open(file, "pt").__enter__()
+        return self._handles[file].get_tensor(name)
+
+
+def check_names(program: Program, files: WeightFiles, folder: Path, stored: list[StoredTensor]) -> list[Check]:
+    """Names, dtypes and shapes against the graph; description and index against the files."""
+    names = Check("tensors: name, dtype, shape", len(stored))
+    wanted = {tensor.name: tensor.spec for tensor in stored}
+    for name, spec in wanted.items():
+        info = files.infos.get(name)
+        found = "missing" if info is None else f"{info.dtype}{list(info.shape)}"
+        same = info is not None and info.dtype is spec.dtype and info.shape == spec.shape
+        names.expect(same, f"{name}: {found}, the graph says {spec.dtype}{list(spec.shape)}")
+    for name in sorted(set(files.infos) - set(wanted)):
+        names.expect(False, f"{name}: in the files, not in the graph")
+    return [names, _check_description(program, folder, stored, files)]
+
+
+def _check_description(program: Program, folder: Path, stored: list[StoredTensor], files: WeightFiles) -> Check:
+    check = Check("description and index", len(stored))
+    try:
+        found = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        check.expect(False, f"{DESCRIPTION}: {error}")
+        return check
+    wanted = description(program, [FileLayout("", b"", tuple(stored), ())])
+    for key in sorted(set(wanted) | set(found)):
+        check.expect(
+            found.get(key) == wanted.get(key), f"{key}: {found.get(key)!r}, the graph says {wanted.get(key)!r}"
+        )
+    if (folder / INDEX).is_file():
+        weight_map = json.loads((folder / INDEX).read_text(encoding="utf-8")).get("weight_map", {})
+        for name, info in files.infos.items():
+            check.expect(weight_map.get(name) == info.file.name, f"{name}: the index says {weight_map.get(name)}")
+    return check
+
+
+def sample(stored: list[StoredTensor], count: int | None) -> list[StoredTensor]:
+    """One StoredTensor a module (its weight) or kept tensor; a seeded `count` of them, or all."""
+    units = [t for t in stored if t.recipe is None or t.name == f"{t.module}.weight"]
+    if count is None or count >= len(units):
+        return units
+    return [units[index] for index in sorted(random.Random(0).sample(range(len(units)), count))]
+
+
+def check_values(units: list[StoredTensor], files: WeightFiles, source: Checkpoint, advance: Advance) -> list[Check]:
+    """Every chosen tensor recomputed from the source by the slow reference, `==`; static ones among themselves."""
+    static = [unit for unit in units if unit.recipe is not None and unit.recipe.scheme.static]
+    made = Check("quantized tensors == slow reference", sum(_data_free(unit.recipe) for unit in units))
+    kept = Check("kept tensors == source", sum(unit.recipe is None for unit in units))
+    calibrated = Check("static parameters agree", len(static))
+    for unit in units:
+        missing = [n for n in _names(unit) if n not in files.infos]
+        if unit.name in source.tensors and not missing:
+            _check_unit(unit, files, source, made, kept, calibrated)
+        else:
+            (kept if unit.recipe is None else made).expect(False, f"{unit.name}: missing in the output or the source")
+        advance(unit.nbytes)
+    return [made, kept, calibrated]
+
+
+def _check_unit(
+    unit: StoredTensor, files: WeightFiles, source: Checkpoint, made: Check, kept: Check, calibrated: Check
+) -> None:
+    recipe, module = unit.recipe, unit.module
+    if recipe is None:
+        want = source.read(unit.name).to(unit.spec.dtype)
+        kept.expect(same_bytes(files.read(unit.name), want), f"{unit.name}: differs from the source")
+        return
+    bias = source.read(f"{module}.bias") if recipe.bias else None
+    for suffix, want in expected_tensors(recipe, source.read(unit.name), bias).items():
+        made.expect(
+            same_bytes(files.read(f"{module}.{suffix}"), want),
+            f"{module}.{suffix}: {_where(files, module, suffix, want)}",
+        )
+    if recipe.scheme.static:
+        stored = {suffix: files.read(f"{module}.{suffix}") for suffix in tensor_specs(recipe)}
+        reason = contradiction(recipe, stored, bias)
+        calibrated.expect(reason is None, f"{module}: {reason}")
+
+
+def check_static(program: Program, files: WeightFiles) -> Check:
+    """Static parameters against each other and the stored ranges, without a source."""
+    recipes = [recipe for recipe in program.recipes.values() if recipe.scheme.static]
+    check = Check("static parameters agree", len(recipes))
+    for recipe in recipes:
+        stored = {suffix: files.read(f"{recipe.module}.{suffix}") for suffix in tensor_specs(recipe)}
+        reason = contradiction(recipe, stored, stored.get("bias"))
+        check.expect(reason is None, f"{recipe.module}: {reason}")
+    return check
+
+
+def same_bytes(x: Tensor, y: Tensor) -> bool:
+    """Equal dtype, shape and bits; -0.0 and NaN payloads count."""
+    same = x.dtype is y.dtype and x.shape == y.shape
+    return same and torch.equal(x.contiguous().view(torch.uint8), y.contiguous().view(torch.uint8))
+
+
+def _data_free(recipe: Recipe | None) -> int:
+    return 0 if recipe is None else len([suffix for suffix in tensor_specs(recipe) if suffix not in CALIBRATED])
+
+
+def _names(unit: StoredTensor) -> list[str]:
+    return [unit.name] if unit.recipe is None else [f"{unit.module}.{suffix}" for suffix in tensor_specs(unit.recipe)]
+
+
+def _where(files: WeightFiles, module: str, suffix: str, want: Tensor) -> str:
+    """The first element that differs."""
+    found = files.read(f"{module}.{suffix}")
+    if found.shape != want.shape or found.dtype is not want.dtype:
+        return f"{found.dtype}{list(found.shape)}, expected {want.dtype}{list(want.shape)}"
+    different = (found != want).nonzero()
+    if not len(different):
+        return "differs in the sign of a zero or in a NaN"
+    place = tuple(different[0].tolist())
+    return f"{len(different)} elements differ, first at {list(place)}: {found[place].item()}, not {want[place].item()}"
+
+
+def expected_stored(program: Program, source: Checkpoint | None, files: WeightFiles) -> list[StoredTensor]:
+    """The layout's tensors; without a source, kept tensors are taken at their stored dtype."""
+    if source is not None:
+        return stored_tensors(program, source)
+    believed = Checkpoint(Path(), program.config, dict(files.infos))
+    return stored_tensors(program, believed)
+
+
+__all__ = ["WeightFiles", "check_names", "check_static", "check_values", "expected_stored", "plan_files", "sample"]

@@ -1,0 +1,77 @@
+"""What all verbs share: consoles, progress bars, errors on one screen."""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.panel import Panel
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+from fxquant.errors import FxquantError
+from fxquant.progress import Advance, Reporter, silent
+
+console = Console()
+errors = Console(stderr=True)
+LONGEST_FACT = 1500
+
+
+def reporter(quiet: bool) -> Reporter:
+    """Bars with rate and time left on a terminal; one line a stage elsewhere; nothing when quiet."""
+    if quiet:
+        return silent
+    return _bar if errors.is_terminal else _line
+
+
+@contextmanager
+def _bar(stage: str, total: int, unit: str) -> Iterator[Advance]:
+    amount: list[ProgressColumn] = [MofNCompleteColumn(), TextColumn(unit)]
+    if unit == "bytes":
+        amount = [DownloadColumn(binary_units=True), TransferSpeedColumn()]
+    columns = [TextColumn(f"{stage:16}"), BarColumn(), *amount, TimeElapsedColumn(), TimeRemainingColumn()]
+    with Progress(*columns, console=errors) as progress:
+        task = progress.add_task(stage, total=total)
+        yield lambda done: progress.advance(task, done)
+
+
+@contextmanager
+def _line(stage: str, total: int, unit: str) -> Iterator[Advance]:
+    errors.print(f"{stage} ({total:,} {unit})", highlight=False)
+    yield lambda done: None
+
+
+def print_json(document: Any) -> None:
+    """The document alone on stdout."""
+    sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+
+
+def show_error(error: FxquantError) -> None:
+    """Place, fact and way out, on one screen."""
+    fact = error.fact if len(error.fact) <= LONGEST_FACT else error.fact[:LONGEST_FACT] + " …"
+    lines = [f"[bold]{escape(error.place)}[/]", "", escape(fact)]
+    if error.remedy:
+        lines += ["", f"[green]→[/] {escape(error.remedy)}"]
+    errors.print(Panel("\n".join(lines), title="[red]error[/]", title_align="left", border_style="red"))
+
+
+def size(nbytes: int) -> str:
+    """Bytes for people: 13.5 MB."""
+    value = float(nbytes)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.3g} {unit}" if unit != "B" else f"{nbytes} B"
+        value /= 1000
+    return f"{value:.3g} TB"

@@ -1,0 +1,37 @@
+"""fxquant eval"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from fxquant.tools.console import console, print_json, reporter
+
+
+def command(
+    out: Annotated[Path, typer.Argument(help="A compiled folder.", show_default=False)],
+    text: Annotated[Path, typer.Option(help="Text to score: .txt, .jsonl or token ids.", show_default=False)],
+    against: Annotated[
+        Path | None, typer.Option(help="The float model. [dim]default: the path in the manifest[/]")
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Pieces of text to score.", min=1)] = 64,
+    length: Annotated[int, typer.Option(help="Tokens a piece.", min=2)] = 256,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON alone on stdout.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+) -> None:
+    """Perplexity of the float model and of OUT's integer graph, and the KL divergence a token between them."""
+    from fxquant.api import evaluate
+
+    result = evaluate(out, text, against, samples, length, reporter(quiet or as_json))
+    if as_json:
+        print_json(result.as_json())
+        return
+    table = Table(title=f"{result.tokens:,} tokens of {text.name}", title_justify="left")
+    for heading in ("", "perplexity", "KL a token", "top-1 agreement"):
+        table.add_column(heading, justify="right" if heading else "left")
+    table.add_row("float", f"{result.float_perplexity:.4f}", "", "")
+    table.add_row(
+        "quantized", f"{result.quantized_perplexity:.4f}", f"{result.kl_mean:.5f}", f"{result.top1_agreement:.2%}"
+    )
+    console.print(table)

@@ -1,0 +1,22 @@
+"""fxquant run"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fxquant.tools.console import console
+
+
+def command(
+    out: Annotated[Path, typer.Argument(help="A compiled folder.", show_default=False)],
+    prompt: Annotated[str, typer.Option(help="Text to continue.", show_default=False)],
+    max_new_tokens: Annotated[int, typer.Option(help="Stop after this many tokens.", min=1)] = 64,
+) -> None:
+    """Continue a prompt greedily: by ONNX Runtime where OUT has an ONNX graph, else by its fx graph on CPU."""
+    from fxquant.api import run
+
+    console.print(prompt, end="", markup=False, highlight=False, soft_wrap=True)
+    for piece in run(out, prompt, max_new_tokens):
+        console.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
+    console.print()

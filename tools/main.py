@@ -1,0 +1,50 @@
+"""The `fxquant` command."""
+
+import sys
+
+import typer
+
+from fxquant.errors import FxquantError
+from fxquant.tools import compare, compile_model, evaluate, generate, show, verify
+from fxquant.tools.console import errors, show_error
+
+app = typer.Typer(
+    name="fxquant",
+    help="Compile quantized DeepSeek-V3/R1 models: a torch.fx graph in, Ascend weights and graphs or ONNX out.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback(invoke_without_command=True)
+def _main(version: bool = typer.Option(False, "--version", help="Print the version and exit.")) -> None:
+    if version:
+        import fxquant
+
+        typer.echo(fxquant.__version__)
+        raise typer.Exit
+
+
+app.command("compile")(compile_model.command)
+app.command("verify")(verify.command)
+app.command("run")(generate.command)
+app.command("eval")(evaluate.command)
+app.command("compare")(compare.command)
+app.command("show")(show.command)
+
+
+def run() -> None:
+    """Entry point: errors of the user's input end in one screen and exit code 1."""
+    try:
+        app()
+    except FxquantError as error:
+        show_error(error)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        errors.print("interrupted: nothing was left under the final name")
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(141)
