@@ -5,14 +5,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny import write_checkpoint
 
 from fxquant.checkpoint import Checkpoint, open_checkpoint
 
+torch.set_num_threads(1)
+"""At these sizes threads only wait for each other, for seconds where the machine is busy."""
+
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """`tiny_folder(fp8=True, q_lora_rank=None)`: the folder of such a checkpoint (see tiny.py). Shared: do not write."""
+    """`tiny_folder(fp8=True, q_lora_rank=None)`: the folder of such a checkpoint, see tiny.py. Do not write to it."""
     written: dict[str, Path] = {}
 
     def folder(**options: Any) -> Path:

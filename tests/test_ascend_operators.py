@@ -172,9 +172,10 @@ def test_trans_quant_param():
     scale = torch.tensor([1 + 2.0**-11, 1 + 3 * 2.0**-11, 2 - 2.0**-23])
     decoded = [(value & 0xFFFFFFFF) for value in encode(scale, None, 1).tolist()]
     assert decoded == low_words(torch.tensor([1.0, 1 + 2 * 2.0**-10, 2.0])).tolist()
-    offset = torch.tensor([-3.0, 2.5, 1000.0])
+    offset = torch.tensor([-3.0, 2.5, -1000.0])
     fields = [(value >> 37) & 0x1FF for value in encode(scale, offset).tolist()]
-    assert fields == [512 - 3, 2, 255]
+    assert fields == [512 - 3, 2, 512 - 256]
+    assert encode(scale[:1], torch.tensor([1000.0])).item() >> 37 & 0x1FF == 255
 
 
 # integer matmul
@@ -585,6 +586,11 @@ def test_gate_excludes_groups_even_if_all_choices_are_negative():
     assert ids.tolist() == [[4, 5, 8, 9]]
 
 
+def test_gate_takes_the_lower_id_of_equals():
+    _, ids, _ = npu.npu_moe_gating_top_k(torch.zeros(2, 256), 8, **GATE)
+    assert ids.tolist() == [list(range(8))] * 2
+
+
 def test_gate_without_scores_bias_or_float32():
     x = floats(3, 16).bfloat16()
     weights, ids, scores = npu.npu_moe_gating_top_k(x, 3, **GATE | {"out_flag": False})
@@ -659,8 +665,9 @@ def test_token_unpermute():
     for token in range(3):
         first, second = (rows[int(index[2 * token + slot])] * probs[token, slot] for slot in range(2))
         assert torch.equal(merged[token], first + second)
-    rounded = npu.npu_moe_token_unpermute(rows.bfloat16(), index, probs)
-    assert torch.equal(rounded, npu.npu_moe_token_unpermute(rows.bfloat16().float(), index, probs).bfloat16())
+    rows16, probs16 = rows.bfloat16(), probs.bfloat16()
+    rounded = npu.npu_moe_token_unpermute(rows16.float(), index, probs16.float()).bfloat16()
+    assert torch.equal(npu.npu_moe_token_unpermute(rows16, index, probs16), rounded)
     assert torch.equal(npu.npu_moe_token_unpermute(rows, index), rows[index.long()])
     with pytest.raises(ValueError, match=re.escape("npu_moe_token_unpermute: probs (2, 2) for 6 sorted_indices")):
         npu.npu_moe_token_unpermute(rows, index, probs[:2])

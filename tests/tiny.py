@@ -1,8 +1,10 @@
 """Random tiny DeepSeek-V3 checkpoints from a fixed seed, and ways to load them."""
 
+import copy
 import json
 import math
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, fx, nn
 
-from fxquant.checkpoint import Checkpoint
+from fxquant.binding import mtp_modules
+from fxquant.checkpoint import Checkpoint, open_checkpoint
 from fxquant.config import DeepseekV3Config, parse_config
 from fxquant.models import DecoderLayer, DeepseekV3
 from fxquant.models.layers import RoutedExperts
+from fxquant.passes import AssignSchemes, Calibrate, pipeline, run_passes
+from fxquant.policy import load_policy
 from fxquant.program import Program, attach
+from fxquant.trace import trace
 
 ABSENT = object()
 """A config change that removes the key."""
@@ -72,7 +78,13 @@ def tiny_config(**changes: Any) -> dict[str, Any]:
 
 
 def write_checkpoint(
-    folder: Path, *, dtype: torch.dtype = torch.bfloat16, fp8: bool = False, shards: int = 1, seed: int = 0, **changes: Any
+    folder: Path,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    fp8: bool = False,
+    shards: int = 1,
+    seed: int = 0,
+    **changes: Any,
 ) -> Path:
     """Write config.json and random weights: one file, or `shards` files and their index.
 
@@ -81,8 +93,9 @@ def write_checkpoint(
     folder.mkdir(parents=True, exist_ok=True)
     config = tiny_config(torch_dtype=str(dtype).removeprefix("torch."), **changes)
     if fp8:
-        method = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [BLOCK] * 2}
-        config = {**config, "quantization_config": method}
+        config["quantization_config"] = {
+            "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [BLOCK, BLOCK],
+        }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     write_shards(folder, stored_tensors(random_tensors(config, seed), dtype, fp8), shards)
     return folder
@@ -130,7 +143,8 @@ def stored_tensors(tensors: dict[str, Tensor], dtype: torch.dtype, fp8: bool) ->
 
 def encode_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
     """float32 [n, k] → float8_e4m3fn [n, k], float32 block scales [ceil(n / 128), ceil(k / 128)]."""
-    scales = torch.stack([torch.stack([b.abs().max() / FP8_MAX for b in row.split(BLOCK, 1)]) for row in weight.split(BLOCK)])
+    blocks = [row.split(BLOCK, 1) for row in weight.split(BLOCK)]
+    scales = torch.stack([torch.stack([block.abs().max() / FP8_MAX for block in row]) for row in blocks])
     wide = scales.repeat_interleave(BLOCK, 0)[: len(weight)].repeat_interleave(BLOCK, 1)[:, : weight.shape[1]]
     return (weight / wide).to(torch.float8_e4m3fn), scales
 
@@ -150,7 +164,10 @@ def tensor_shapes(config: DeepseekV3Config) -> dict[str, tuple[int, ...]]:
 
 def _layer_shapes(config: DeepseekV3Config, layer: int) -> dict[str, tuple[int, ...]]:
     hidden, width = config.hidden_size, config.moe_intermediate_size
-    shapes: dict[str, tuple[int, ...]] = {"input_layernorm.weight": (hidden,), "post_attention_layernorm.weight": (hidden,)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "input_layernorm.weight": (hidden,),
+        "post_attention_layernorm.weight": (hidden,),
+    }
     shapes |= {f"self_attn.{name}": shape for name, shape in _attention_shapes(config).items()}
     if layer < config.first_k_dense_replace:
         return shapes | _mlp_shapes("mlp", hidden, config.intermediate_size)
@@ -221,10 +238,10 @@ def load_model(
 
 def load_graph(program: Program, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> fx.GraphModule:
     """A copy of the program's float graph with its weights."""
-    graph = fx.GraphModule(nn.Module(), program.graph.graph)
+    root = nn.Module()
     for target, parameter in program.parameters.items():
-        attach(graph, target, _read(checkpoint, parameter.names, parameter.stacked, dtype))
-    return graph
+        attach(root, target, _read(checkpoint, parameter.names, parameter.stacked, dtype))
+    return fx.GraphModule(root, copy.deepcopy(program.graph.graph))
 
 
 def _read(checkpoint: Checkpoint, names: Iterable[str], stacked: bool, dtype: torch.dtype) -> Tensor:
@@ -237,7 +254,9 @@ def random_ids(model: DeepseekV3, batch: int, length: int, seed: int = 0) -> Ten
     return torch.randint(model.config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
-def inputs(model: DeepseekV3, ids: Tensor, past: list[Tensor] | None = None) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+def inputs(
+    model: DeepseekV3, ids: Tensor, past: list[Tensor] | None = None
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """Arguments of the model for unpadded `ids` that follow `past`."""
     dtype = model.model.embed_tokens.weight.dtype
     past = past if past is not None else model.empty_cache(len(ids), dtype)
@@ -254,3 +273,24 @@ def greedy(model: DeepseekV3, ids: Tensor, steps: int) -> Tensor:
         logits, past = model(*inputs(model, tokens[-1], past))
         tokens.append(logits[:, -1:].argmax(-1))
     return torch.cat(tokens, 1)
+
+
+def float_program(checkpoint: Checkpoint) -> Program:
+    """A fresh copy of the checkpoint's traced graph."""
+    return copy.deepcopy(_traced(checkpoint.folder))
+
+
+@cache
+def _traced(folder: Path) -> Program:
+    checkpoint = open_checkpoint(folder)
+    return trace(meta_model(checkpoint), checkpoint)
+
+
+def rewritten(checkpoint: Checkpoint, policy: str | Path, batches: list[Tensor] | None = None) -> Program:
+    """The checkpoint's graph after the whole pipeline, calibrated on `batches` or on 2 x 16 random tokens."""
+    program, loaded = float_program(checkpoint), load_policy(str(policy))
+    model = meta_model(checkpoint)
+    batches = batches or [random_ids(model, 1, 16, seed) for seed in (1, 2)]
+    assign = AssignSchemes(loaded, mtp_modules(checkpoint, model.mtp_modules()))
+    run_passes(program, pipeline(assign, Calibrate(loaded, checkpoint.read, lambda: batches)))
+    return program

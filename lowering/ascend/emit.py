@@ -1,0 +1,184 @@
+"""Program → the text of `model_ascend.py`, a module of plain torch that calls the operators of torch_npu."""
+
+import inspect
+from collections import Counter
+from itertools import groupby
+from types import ModuleType
+
+import torch
+
+from fxquant.lowering.ascend import composites, runtime
+from fxquant.lowering.ascend.forward import forward_lines
+from fxquant.lowering.ascend.functions import Emitted, Function, functions, source
+from fxquant.lowering.ascend.segment_text import INDENT, broken
+from fxquant.program import Program
+
+IMPORTS = """\
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from torch.nn import functional as F
+
+try:
+    import torch_npu  # noqa: F401
+except ModuleNotFoundError:
+    from fxquant.lowering.ascend.operators import register
+
+    register()
+"""
+
+LOADER = ("WeightFiles", "Stored", "load_stored", "load_table")
+
+MODEL = '''\
+class Model:
+    """Weights in the layout of the operators, and one forward for prefill and for cached decoding."""
+
+    def __init__(self, weights: dict[str, dict[str, Tensor]], dtype: torch.dtype) -> None:
+        self.weights, self.dtype = weights, dtype
+
+    @classmethod
+    def load(cls, folder: Path | str, dtype: torch.dtype = {dtype}, device: str = "cpu") -> "Model":
+        """Read the weight files of `folder`, tensor by tensor. A float32 model serves comparisons on CPU."""
+        read = WeightFiles(Path(folder))
+        blocks = BLOCKS.items()
+        return cls({{key: load_table(read, table, prefix, dtype, device) for key, (prefix, table) in blocks}}, dtype)
+
+    def empty_past(self, batch: int, device: str = "cpu") -> list[Tensor]:
+        """`past` of a first call."""
+        return [torch.zeros(batch, 0, width, dtype=self.dtype, device=device) for width in {widths}]
+
+    @torch.no_grad()
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: list[Tensor]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """input_ids, position_ids int64 [B, S]; attention_mask int64 [B, T], 0 on padding; past: a latent
+        [B, T - S, width] a layer -> logits [B, S, vocabulary] and the grown latents."""
+{body}
+
+    __call__ = forward
+'''
+
+
+def ascend_source(program: Program) -> str:
+    """The text of the module: same program, same text."""
+    return module_source(program, functions(program))
+
+
+def module_source(program: Program, emitted: list[Emitted]) -> str:
+    """The text of the module for functions already made."""
+    distinct = list(dict.fromkeys(call.function for call in emitted))
+    used = set().union(*(function.used for function in distinct))
+    used |= {"find_hidden_keys"} if any(i.hidden_keys for call in emitted for i in call.inputs) else set()
+    glue = _sources(composites, used)
+    blocks = [source(function, _places(function, emitted)) for function in distinct]
+    graph = "\n\n".join([*glue, *blocks])
+    parts = [
+        f'"""{_docstring(program, emitted, graph)}"""\n\n{IMPORTS}'.rstrip() + "\n",
+        graph,
+        *_sources(runtime, used | set(LOADER)),
+        "\n".join(_table(function) for function in distinct),
+        _blocks(emitted),
+        _model(program, emitted),
+    ]
+    return "\n\n".join(parts)
+
+
+def _sources(module: ModuleType, names: set[str]) -> list[str]:
+    """Source of the functions and classes of `module` that are wanted, and of those that they call, in its order."""
+    own = {name: value for name, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__}
+    wanted: set[str] = set()
+    frontier = names & own.keys()
+    while frontier:
+        wanted |= frontier
+        called = {name for wanting in frontier for name in getattr(own[wanting], "__code__", _NO_CODE).co_names}
+        frontier = (called & own.keys()) - wanted
+    return [inspect.getsource(value) for name, value in own.items() if name in wanted]
+
+
+_NO_CODE = (lambda: None).__code__
+"""Stands for that of a class."""
+
+
+def _places(function: Function, emitted: list[Emitted]) -> str:
+    """Docstring of a function: where in the model it is called."""
+    keys = [call.segment.key for call in emitted if call.function is function]
+    prefixed = [call for call in emitted if call.function is function and call.segment.prefix]
+    if not prefixed:
+        return {"before": "What comes before the layers.", "after": "What comes after the layers."}.get(
+            function.name, "What comes between layers."
+        )
+    return f"{keys[0]}." if len(keys) == 1 else f"{len(keys)} layers, {keys[0]} to {keys[-1]}."
+
+
+def _table(function: Function) -> str:
+    """The weight table of a function."""
+    entries = [INDENT + line for key, entry in function.weights for line in broken(f'"{key}": ', entry, ",", 1)]
+    return "\n".join([f"{_table_name(function)} = {{", *entries, "}", ""])
+
+
+def _table_name(function: Function) -> str:
+    return f"{function.name.upper()}_WEIGHTS"
+
+
+def _blocks(emitted: list[Emitted]) -> str:
+    """`BLOCKS`: key → prefix of the stored names, and weight table. Layers with consecutive numbers share a line."""
+
+    def numbered(item: tuple[int, Emitted]) -> tuple:
+        position, call = item
+        path, _, number = call.segment.key.rpartition(".")
+        place = (path, position - int(number)) if number.isdigit() and call.segment.prefix else (call.segment.key, 0)
+        return call.function, place
+
+    lines = []
+    for (function, (path, _)), group in groupby(enumerate(emitted), numbered):
+        calls = [call for _, call in group]
+        key, table = calls[0].segment.key, _table_name(function)
+        if len(calls) == 1:
+            lines.append(f'"{key}": ("{calls[0].segment.prefix}", {table}),')
+        else:
+            first, layer = int(key.rpartition(".")[2]), f"{path}.{{layer}}"
+            span = f"range({first}, {first + len(calls)})"
+            lines.append(f'**{{f"{layer}": (f"{layer}.", {table}) for layer in {span}}},')
+    return "\n".join(["BLOCKS = {", *(INDENT + line for line in lines), "}", ""])
+
+
+def _model(program: Program, emitted: list[Emitted]) -> str:
+    body = "\n".join(2 * INDENT + line for line in forward_lines(program, emitted))
+    caches = [node.meta["val"].shape[-1] for node in program.graph.graph.find_nodes(op="placeholder")[3:]]
+    widths = f"[{caches[0]}] * {len(caches)}" if len(set(caches)) == 1 else repr(caches)
+    dtype = torch.bfloat16 if program.dtype is torch.float32 else program.dtype
+    return MODEL.format(dtype=dtype, widths=widths, body=body)
+
+
+def _docstring(program: Program, emitted: list[Emitted], graph: str) -> str:
+    config = program.config
+    name = (config.get("architectures") or [config.get("model_type", "a model")])[0]
+    layers = sum(bool(call.segment.prefix) for call in emitted)
+    dtype = str(program.dtype).removeprefix("torch.")
+    lines = [f"{name} for Ascend NPUs: {layers} layers of a {dtype} model, emitted by fxquant from its quantized graph.", ""]
+    lines += ["Policy, and how many modules each rule decides:"]
+    rules = Counter(str(rule) for rule in program.rules.values())
+    lines += [f"{INDENT}{count:6}  {rule}" for rule, count in rules.items()]
+    lines += ["", "Linears of each scheme, one an expert:"]
+    schemes = Counter(_scheme(recipe) for recipe in program.recipes.values() for _ in recipe.modules)
+    lines += [f"{INDENT}{count:6}  {scheme}" for scheme, count in schemes.items()] or [f"{INDENT}none, all are float"]
+    lines += ["", "Functions, each for all layers of its structure:"]
+    count_of = Counter(call.function.name for call in emitted)
+    lines += [f"{INDENT}{count:6}  {function}" for function, count in count_of.items()]
+    operators = sorted({word.split("(")[0] for word in graph.split("torch.ops.npu.")[1:]})
+    lines += ["", "Engine operators:", *(f"{INDENT}{operator}" for operator in operators)]
+    lines += ["", "Use:", f"{INDENT}model = Model.load(folder)"]
+    lines += [f"{INDENT}logits, past = model(input_ids, attention_mask, position_ids, model.empty_past(batch))"]
+    lines += ["", "Functions take w, the tensors of a block by name, and dtype, which floats have between operators.", ""]
+    return "\n".join(lines)
+
+
+def _scheme(recipe: object) -> str:
+    group_size = recipe.group_size  # type: ignore[attr-defined]
+    return f"{recipe.scheme}, groups of {group_size}" if group_size else str(recipe.scheme)  # type: ignore[attr-defined]

@@ -1,0 +1,137 @@
+"""Segments → Python functions: one for each distinct text, so that layers of the same structure share it."""
+
+import operator
+from dataclasses import dataclass
+
+from torch import fx
+
+from fxquant import ops
+from fxquant.lowering.ascend import composites, runtime
+from fxquant.lowering.ascend.statements import right_hand_side
+from fxquant.lowering.ascend.structure import OUTSIDE, Input, Names, Segment, segments
+from fxquant.lowering.ascend.values import float32_values
+from fxquant.lowering.ascend.segment_text import INDENT, Call, Writer
+from fxquant.program import Program
+from fxquant.schemes import Recipe
+
+MOE = (ops.moe_experts, ops.moe_gate, ops.moe_init_routing)
+
+
+@dataclass(frozen=True)
+class Function:
+    """One function of the emitted module. `weights`: key of `w` → source of its table entry."""
+
+    name: str
+    inputs: tuple[str, ...]
+    lines: tuple[str, ...]
+    weights: tuple[tuple[str, Call], ...]
+    used: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Emitted:
+    """A segment, the function that does its work, and which value of the graph each argument and variable is."""
+
+    segment: Segment
+    function: Function
+    inputs: tuple[Input, ...]
+    variables: dict[str, fx.Node]
+
+
+def functions(program: Program) -> list[Emitted]:
+    """Every segment with its function, in graph order."""
+    float32 = float32_values(program)
+    emitted: list[Emitted] = []
+    known: dict[tuple, Function] = {}
+    names: set[str] = set()
+    for segment in segments(program):
+        writer = Writer(program, segment, Names(program, segment, RESERVED), float32)
+        _write(writer)
+        inputs = writer.names.inputs
+        text = (tuple(i.name for i in inputs), tuple(writer.lines), tuple(writer.weights.items()))
+        key = (_kind(segment), *text)
+        if key not in known:
+            known[key] = Function(_function_name(segment, names), *text, frozenset(writer.used))
+        variables = {name: node for node, name in writer.names.variables.items()}
+        emitted.append(Emitted(segment, known[key], inputs, variables))
+    return emitted
+
+
+def _own_names(module: object) -> set[str]:
+    return {name for name, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__}  # type: ignore[attr-defined]
+
+
+RESERVED = _own_names(composites) | _own_names(runtime)
+
+
+def _write(writer: Writer) -> None:
+    module = None
+    for node in writer.segment.calls:
+        if node.target is operator.getitem and _unpacked(writer.segment, node.args[0]):
+            continue
+        start = len(writer.lines)
+        value = right_hand_side(writer, node)
+        if value is None:
+            continue
+        writer.assign(_target(writer, node), value)
+        if node.meta["module"] != module:
+            module = node.meta["module"]
+            writer.lines.insert(start, f"# {_comment(writer, module)}")
+    outputs = [writer.names.variables[node] for node in writer.segment.outputs]
+    writer.lines.append(f"return {', '.join(outputs)}")
+
+
+def _unpacked(segment: Segment, node: fx.Node) -> bool:
+    """Whether the outputs of a call become variables of their own."""
+    own = [user for user in node.users if user in segment.calls and user.target is operator.getitem]
+    indices = {user.args[1] for user in own}
+    return node in segment.calls and len(own) == len(node.users) == len(indices)
+
+
+def _target(writer: Writer, node: fx.Node) -> str:
+    value = node.meta.get("val")
+    if not isinstance(value, list | tuple) or not _unpacked(writer.segment, node):
+        return writer.names.variables[node]
+    items = {int(user.args[1]): writer.names.variables[user] for user in node.users}  # type: ignore[arg-type]
+    targets = [items.get(index, "_") for index in range(len(value))]
+    return ", ".join(targets) if len(targets) > 1 else f"({targets[0]},)"
+
+
+def _comment(writer: Writer, module: str) -> str:
+    """The module a group of statements comes from, and how its linears are quantized."""
+    recipes = writer.program.recipes
+    found = [recipes[module]] if module in recipes else [r for m, r in recipes.items() if m.rpartition(".")[0] == module]
+    prefix = writer.segment.prefix
+    path = module.removeprefix(prefix) if module != prefix[:-1] else "the layer itself"
+    schemes = dict.fromkeys(_scheme(recipe) for recipe in found if recipe.modules != (recipe.module,) or module in recipes)
+    return f"{path}: {', '.join(schemes)}" if schemes else path
+
+
+def _scheme(recipe: Recipe) -> str:
+    return f"{recipe.scheme}, groups of {recipe.group_size}" if recipe.group_size else str(recipe.scheme)
+
+
+def _kind(segment: Segment) -> str:
+    if segment.prefix:
+        return "moe_block" if any(node.target in MOE for node in segment.calls) else "dense_block"
+    return segment.key if segment.key in OUTSIDE else "between"
+
+
+def _function_name(segment: Segment, taken: set[str]) -> str:
+    name, count = _kind(segment), 1
+    while name in taken:
+        count += 1
+        name = f"{_kind(segment)}_{count}"
+    taken.add(name)
+    return name
+
+
+def signature(function: Function) -> str:
+    """`def name(w, dtype, …):`"""
+    return f"def {function.name}({', '.join(('w', 'dtype', *function.inputs))}):"
+
+
+def source(function: Function, docstring: str) -> str:
+    """The whole function."""
+    lines = [signature(function), f'{INDENT}"""{docstring}"""', *(INDENT + line for line in function.lines)]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,140 @@
+"""The flat graph as a sequence of segments: the calls of one block that follow each other."""
+
+import keyword
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from fxquant import ops
+from fxquant.lowering.ascend.values import producer
+from fxquant.naming import identifier
+from fxquant.program import Program
+
+OUTSIDE = ("before", "after")
+"""`meta["block"]` of calls that belong to no layer."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Consecutive calls of one block.
+
+    key      unique name: the block's, with a number where a block comes in several segments
+    prefix   what the names of the block's parameters begin with: "model.layers.3." or ""
+    inputs   values from outside, in order of first use: placeholders and calls of earlier segments
+    outputs  values that later segments or the graph's output read: first hidden states, last caches
+    """
+
+    key: str
+    prefix: str
+    calls: tuple[fx.Node, ...]
+    inputs: tuple[fx.Node, ...]
+    outputs: tuple[fx.Node, ...]
+
+
+def segments(program: Program) -> list[Segment]:
+    """All calls of the graph, in order."""
+    runs: list[tuple[str, list[fx.Node]]] = []
+    for node in program.graph.graph.nodes:
+        if node.op == "call_function":
+            if not runs or runs[-1][0] != node.meta["block"]:
+                runs.append((node.meta["block"], []))
+            runs[-1][1].append(node)
+    keys: set[str] = set()
+    caches = program.graph.graph.output_node().args[0][1:]  # type: ignore[index]
+    return [_segment(block, calls, _unique(block, keys), caches) for block, calls in runs]
+
+
+def _segment(block: str, calls: list[fx.Node], key: str, caches: tuple[fx.Node, ...]) -> Segment:
+    own = set(calls)
+    read = [source for node in calls for source in node.all_input_nodes]
+    inputs = dict.fromkeys(node for node in read if node.op != "get_attr" and node not in own)
+    outputs = [node for node in calls if any(user not in own for user in node.users)]
+    outputs.sort(key=lambda node: 2 if node in caches else is_rope_table(node))
+    return Segment(key, "" if block in OUTSIDE else f"{block}.", tuple(calls), tuple(inputs), tuple(outputs))
+
+
+def is_rope_table(node: fx.Node) -> bool:
+    """The cosine or the sine of a rotary table."""
+    operator, index = producer(node)
+    return operator == ops.rope_table and index is not None
+
+
+def _unique(name: str, taken: set[str]) -> str:
+    candidate, count = name, 1
+    while candidate in taken:
+        count += 1
+        candidate = f"{name}_{count}"
+    taken.add(candidate)
+    return candidate
+
+
+@dataclass(frozen=True)
+class Input:
+    """An argument of a segment's function: the value of `node`, or the mask made of it for attention."""
+
+    name: str
+    node: fx.Node
+    hidden_keys: bool = False
+
+
+RESERVED = {"w", "dtype", "torch", "F", "Tensor", "float", "past", "presents", "layer", "x", "cos", "sin", "hidden_keys"}
+
+
+class Names:
+    """Local variable names of one segment, without the block's own prefix."""
+
+    def __init__(self, program: Program, segment: Segment, reserved: set[str]) -> None:
+        self._taken = set(reserved) | RESERVED
+        self.inputs = _inputs(program, segment)
+        self.variables: dict[fx.Node, str] = {i.node: i.name for i in self.inputs if not i.hidden_keys}
+        self._taken |= {i.name for i in self.inputs}
+        prefix = f"{identifier(segment.prefix[:-1])}_" if segment.prefix else ""
+        for node in segment.calls:
+            self.variables[node] = self.local(node.name.removeprefix(prefix))
+
+    def local(self, name: str) -> str:
+        """A variable named `name`, or as near to it as is free."""
+        usable = name.isidentifier() and not keyword.iskeyword(name)
+        return _unique(name if usable else f"_{name}", self._taken)
+
+
+def _inputs(program: Program, segment: Segment) -> tuple[Input, ...]:
+    """Arguments in reading order: values of earlier segments, rotary tables, the mask, caches."""
+    placeholders = program.graph.graph.find_nodes(op="placeholder")
+    taken: set[str] = set()
+    found: list[tuple[int, Input]] = []
+    for node in sorted(segment.inputs, key=lambda node: placeholders.index(node) if node in placeholders else -1):
+        if reads_mask_for_attention(program, node, segment):
+            found.append((2, Input("hidden_keys", node, hidden_keys=True)))
+        if not all(is_attention_mask(program, node, user) for user in node.users if user in segment.calls):
+            rank, name = _role(node, placeholders)
+            found.append((rank, Input(_unique(name, taken), node)))
+    return tuple(item for _, item in sorted(found, key=lambda pair: pair[0]))
+
+
+def _role(node: fx.Node, placeholders: list[fx.Node]) -> tuple[int, str]:
+    if node in placeholders:
+        return (3, "past") if node in placeholders[3:] else (0, node.name)
+    return (1 if is_rope_table(node) else 0), base_name(node)
+
+
+def base_name(node: fx.Node) -> str:
+    """Name of a value outside the segment that made it."""
+    if is_rope_table(node):
+        return ("cos", "sin")[int(node.args[1])]  # type: ignore[arg-type]
+    return "size" if isinstance(node.meta["val"], torch.SymInt | int) else "x"
+
+
+def reads_mask_for_attention(program: Program, node: fx.Node, segment: Segment) -> bool:
+    """Whether a call of the segment takes `node` as the mask that the forward makes once."""
+    return any(is_attention_mask(program, node, user) for user in node.users if user in segment.calls)
+
+
+def is_attention_mask(program: Program, node: fx.Node, user: fx.Node) -> bool:
+    """Whether `user` is an attention over the model's own mask, with one query for each input token."""
+    input_ids, attention_mask = program.graph.graph.find_nodes(op="placeholder")[:2]
+    if node is not attention_mask or user.target != ops.mla_attention or user.args[3] is not node:
+        return False
+    queries, tokens = user.args[0].meta["val"].shape[1], input_ids.meta["val"].shape[1]  # type: ignore[union-attr]
+    return str(queries) == str(tokens) and all(arg is not node for i, arg in enumerate(user.args) if i != 3)

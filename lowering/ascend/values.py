@@ -1,0 +1,65 @@
+"""How the values of an emitted module differ from those of the graph: in dtype, and one shape."""
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxquant import ops
+from fxquant.program import Program
+
+
+def producer(node: fx.Node) -> tuple[Any, int | None]:
+    """The operator that computes a value, and which of its outputs that is (None: the whole)."""
+    if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
+        return node.args[0].target, int(node.args[1])  # type: ignore[arg-type]
+    return node.target, None
+
+
+def drops_last_dimension(node: fx.Node) -> bool:
+    """Scales of a per-token quantization: [..., 1] in the graph, [...] of an engine operator."""
+    return producer(node) == (ops.quantize_per_token, 1)
+
+
+def is_int32(node: fx.Node) -> bool:
+    """Expert ids and row numbers: int64 in the graph, int32 of an engine operator."""
+    return producer(node) in ((ops.moe_gate, 0), (ops.moe_init_routing, 1))
+
+
+def to_engine(node: fx.Node, value: Any) -> Any:
+    """A value of the graph as the emitted module's variable holds it, in float32."""
+    if drops_last_dimension(node):
+        return value.squeeze(-1)
+    return value.int() if is_int32(node) else value
+
+
+def float32_values(program: Program) -> set[fx.Node]:
+    """Values that stay float32 when the model runs in another dtype: routing scores, and what a user's cast made.
+
+    In a float32 graph `.float()` and `.to(x.dtype)` look alike, so a cast value is rounded to the model's dtype only
+    where an operator needs that.
+    """
+    found: set[fx.Node] = set()
+    for node in program.graph.graph.nodes:
+        if node.op == "call_function" and _stays_float32(node, found):
+            found.add(node)
+    return found
+
+
+def _stays_float32(node: fx.Node, found: set[fx.Node]) -> bool:
+    if node.target in (ops.router_logits, ops.moe_gate):
+        return True
+    if node.target in ops.REFERENCES or not _is_floating(node):
+        return False
+    if node.target in (torch.ops.aten.to.dtype, torch.ops.aten._to_copy.default):
+        return torch.float32 in (*node.args, *node.kwargs.values())
+    sources = [source for source in node.all_input_nodes if _is_floating(source)]
+    return not sources or any(source in found for source in sources)
+
+
+def _is_floating(node: fx.Node) -> bool:
+    """Of a tuple, whether one of its values is."""
+    value = node.meta.get("val")
+    values = value if isinstance(value, list | tuple) else [value]
+    return any(isinstance(one, Tensor) and one.is_floating_point() for one in values)

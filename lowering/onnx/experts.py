@@ -1,0 +1,152 @@
+"""Routed experts: one function for the computation of an expert, called for each that has rows.
+
+rows, counts  →  for each expert  If(count > 0){ slice its rows, call the function }  →  Concat
+
+The branch holds the expert's weights, so an expert without rows costs one If; onnxruntime's ReduceMax of no rows at
+all has a wrong shape, so none is ever asked for.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+from torch import fx
+
+from fxquant import ops
+from fxquant.lowering.onnx.builder import DOMAIN, Builder
+from fxquant.lowering.onnx.function_table import FunctionTable, formal
+from fxquant.lowering.onnx.functions import BODIES
+from fxquant.lowering.onnx.functions.moe import routed_expert
+from fxquant.lowering.onnx.initializers import View, external
+from fxquant.lowering.onnx.node_lowering import VIEWS, NodeLowering, unsupported
+from fxquant.lowering.onnx.regions import GROUPED, Region, expert_arguments
+from fxquant.lowering.onnx.shapes import Meta, Shapes
+from fxquant.program import Program
+from fxquant.safetensors_file import TensorInfo
+
+NAME = "routed_expert"
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """One weight of every expert: its tensors on disk, expert 0 first, and how their bytes are declared."""
+
+    names: tuple[str, ...]
+    view: View
+
+
+class Experts:
+    """Emits routed experts into the main graph."""
+
+    def __init__(self, program: Program, tensors: Mapping[str, TensorInfo], functions: FunctionTable) -> None:
+        self._program, self._tensors, self._functions = program, tensors, functions
+
+    def region(self, lowering: NodeLowering, region: Region) -> None:
+        """The calls of a region; the result is named as its output node."""
+        lowering.builder.enter(f"{region.output.name}/")
+        stacked = {node: self._stacked(node, _view(region, node)) for node in region.stacked}
+        outside = {node: lowering.value(node) for node in (*region.by_row, *region.whole)}
+        function = self._function(region, lowering.shapes, outside, stacked)
+        by_row, whole = ([outside[node] for node in nodes] for nodes in (region.by_row, region.whole))
+        counts = lowering.value(region.counts)
+        result = self._emit(lowering.builder, function, by_row, whole, list(stacked.values()), counts, lowering.shapes[region.output])
+        lowering.set(region.output, result)
+
+    def node(self, lowering: NodeLowering, node: fx.Node) -> None:
+        """One `fxq::moe_experts`: sort, float experts, weighted sum."""
+        b = lowering.builder
+        b.enter(f"{node.name}/")
+        x, ids, weights = (lowering.value(arg) for arg in node.args[:3])
+        projections = [self._stacked(arg, View.STORED) for arg in node.args[3:]]  # type: ignore[arg-type]
+        number = len(projections[0].names)
+        routing = {"x": x, "ids": ids, "num_experts": number}
+        rows, row_index, counts = lowering.call("moe_init_routing", BODIES[ops.moe_init_routing], routing)
+        rows.dtype, rows.shape = x.dtype, ir.Shape([None, x.shape[-1]])
+        names = ("gate_proj", "up_proj", "down_proj")
+        arguments = {"rows": rows} | dict(zip(names, map(self._first, projections), strict=True))
+        function = self._functions.get(NAME, routed_expert, arguments)
+        parts = self._emit(b, function, [rows], [], projections, counts, lowering.shapes[node])
+        parts.dtype, parts.shape = rows.dtype, rows.shape
+        finalize = {"rows": parts, "row_index": row_index, "weights": weights}
+        lowering.set(node, lowering.call("moe_finalize_routing", BODIES[ops.moe_finalize_routing], finalize))
+
+    def _stacked(self, node: fx.Node, view: View) -> Stacked:
+        return Stacked(self._program.parameters[str(node.target)].names, view)
+
+    def _first(self, one: Stacked) -> ir.Value:
+        """The first expert's tensor, which shows dtype and shape."""
+        return external(self._tensors, one.names[0], one.view)
+
+    def _function(
+        self, region: Region, shapes: Shapes, outside: Mapping[fx.Node, ir.Value], stacked: Mapping[fx.Node, Stacked]
+    ) -> ir.Function:
+        formals: dict[fx.Node, ir.Value] = {}
+        for index, (node, value) in enumerate(outside.items()):
+            formals[node] = formal(f"rows_{index}" if node in region.by_row[1:] else f"input_{index}", value)
+        formals[region.rows].name = "rows"
+        for node, one in stacked.items():
+            formals[node] = formal("_".join(str(node.target).split(".")[-2:]), self._first(one))
+        inner = NodeLowering(Builder(), self._functions, lambda node, view: inner.values[node], shapes, named=False)
+        inner.values = {node: _widened(inner.builder, value) for node, value in formals.items()}
+        for node in region.nodes:
+            if node.target in GROUPED:
+                operator = GROUPED[node.target]
+                arguments = {name: inner.value(arg) for name, arg in expert_arguments(node).items()}
+                optional = {argument.name: None for argument in operator._schema.arguments}  # type: ignore[attr-defined]
+                inner.set(node, inner.call(operator._opname, BODIES[operator], optional | arguments))
+            else:
+                inner.lower(node)
+        nodes = inner.builder.nodes
+        return self._functions.add(NAME, list(formals.values()), [inner.values[region.output]], nodes)
+
+    def _emit(
+        self, b: Builder, function: ir.Function, by_row: Sequence[ir.Value], whole: Sequence[ir.Value],
+        stacked: Sequence[Stacked], counts: ir.Value, output: Meta,
+    ) -> ir.Value:  # fmt: skip
+        """int64 `counts` [E] → the function's result over all rows, expert by expert, shaped like `output`."""
+        number, zero, axes = len(stacked[0].names), b.constant(np.int64(0)), b.ints(0)
+        ends = b.op("CumSum", counts, zero)
+        starts = b.op("Sub", ends, counts)
+        columns = [
+            b.ops("Split", column, outputs=number, axis=0, num_outputs=number)
+            for column in (b.op("Greater", counts, zero), starts, ends)
+        ]
+        empty = ir.tensor(np.empty((0, *output.dims[-1:]), output.onnx_dtype.numpy()))
+        parts = []
+        for expert, (busy, start, end) in enumerate(zip(*columns, strict=True)):
+            weights = [external(self._tensors, one.names[expert], one.view) for one in stacked]
+            inner = Builder()
+            inner.enter(f"{b.scope}{expert}/")
+            rows = [inner.op("Slice", value, start, end, axes) for value in by_row]
+            called = inner.ops(function.name, *rows, *whole, *weights, outputs=1, domain=DOMAIN)
+            then = ir.Graph([], called, nodes=inner.nodes, initializers=weights, name="rows")
+            inner = Builder()
+            inner.enter(f"{b.scope}{expert}/no_")
+            nothing = inner.op("Constant", value=empty)
+            otherwise = ir.Graph([], [nothing], nodes=inner.nodes, name="no_rows")
+            parts.append(b.op("If", busy, then_branch=then, else_branch=otherwise))
+        return b.op("Concat", *parts, axis=0)
+
+
+def _view(region: Region, parameter: fx.Node) -> View:
+    """How the operators that read a stacked parameter want its bytes."""
+    views = {
+        VIEWS.get((node.target, name), View.STORED)
+        for node in region.nodes
+        if node.target in GROUPED
+        for name, arg in expert_arguments(node).items()
+        if arg is parameter
+    }
+    if len(views) != 1:
+        raise unsupported(parameter, "is not read by one kind of grouped operator")
+    return views.pop()
+
+
+def _widened(b: Builder, value: ir.Value) -> ir.Value:
+    """onnxruntime passes int4 on to an inner function only if a standard operator reads it first."""
+    if value.dtype != ir.DataType.INT4:
+        return value
+    shape, wide = value.shape, b.cast(value, ir.DataType.INT8)
+    wide.shape = shape
+    return wide

@@ -1,0 +1,73 @@
+"""Local functions of the emitted model: one for each distinct body, however many nodes call it."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import onnx_ir as ir
+
+from fxquant.lowering.onnx.builder import DOMAIN, OPSET, Builder
+from fxquant.lowering.onnx.functions import Body
+
+
+class FunctionTable:
+    """Functions in order of first use, named after their operator; `_1`, `_2`, … where constants make bodies differ."""
+
+    def __init__(self) -> None:
+        self.functions: list[ir.Function] = []
+        self._by_arguments: dict[Any, ir.Function] = {}
+        self._by_content: dict[bytes, ir.Function] = {}
+        self._names: dict[str, int] = {}
+
+    def get(self, name: str, body: Body, arguments: Mapping[str, Any]) -> ir.Function:
+        """The function of `body` for arguments like these: ir.Values become its inputs, all else is built in."""
+        key = (name, tuple((argument, _described(value)) for argument, value in arguments.items()))
+        if key not in self._by_arguments:
+            builder = Builder()
+            formals = {argument: formal(argument, value) for argument, value in arguments.items()}
+            result = body(builder, **formals)
+            outputs = result if isinstance(result, tuple) else (result,)
+            inputs = [value for value in formals.values() if isinstance(value, ir.Value)]
+            self._by_arguments[key] = self.add(name, inputs, outputs, builder.nodes)
+        return self._by_arguments[key]
+
+    def add(
+        self, name: str, inputs: Sequence[ir.Value], outputs: Sequence[ir.Value], nodes: Sequence[ir.Node]
+    ) -> ir.Function:
+        """A function of this content, made on first use. Nodes that no output needs are left out."""
+        for value in (*inputs, *(value for node in nodes for value in node.outputs)):
+            value.shape, value.type = None, None
+        imports = {"": OPSET, DOMAIN: 1} if any(node.domain == DOMAIN for node in nodes) else {"": OPSET}
+        graph = ir.Graph(inputs, outputs, nodes=_needed(nodes, outputs), opset_imports=imports)
+        function = ir.Function(DOMAIN, name, graph=graph, attributes=())
+        content = ir.serde.serialize_function(function).SerializeToString(deterministic=True)
+        if content not in self._by_content:
+            count = self._names[name] = self._names.get(name, 0) + 1
+            if count > 1:
+                function.name = f"{name}_{count - 1}"
+            self._by_content[content] = function
+            self.functions.append(function)
+        return self._by_content[content]
+
+
+def formal(name: str, value: Any) -> Any:
+    """An input that stands for `value`: same dtype, same fixed dimensions. What is no ir.Value stays itself."""
+    if not isinstance(value, ir.Value):
+        return value
+    shape = None if value.shape is None else ir.Shape([d if isinstance(d, int) else None for d in value.shape])
+    return ir.Value(name=name, shape=shape, type=value.type)
+
+
+def _described(value: Any) -> Any:
+    if isinstance(value, ir.Value):
+        dims = () if value.shape is None else tuple(d if isinstance(d, int) else None for d in value.shape)
+        return value.dtype, dims
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _needed(nodes: Sequence[ir.Node], outputs: Sequence[ir.Value]) -> list[ir.Node]:
+    wanted, kept = set(outputs), []
+    for node in reversed(nodes):
+        if wanted.intersection(node.outputs):
+            kept.append(node)
+            wanted.update(value for value in node.inputs if value is not None)
+    return kept[::-1]

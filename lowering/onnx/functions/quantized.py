@@ -1,0 +1,65 @@
+"""Bodies of the operators in `fxquant.ops.quantized`; int8 activations are uint8 with zero point 128.
+
+Every rounding of the references happens here in the same order, so integers and scales agree bit by bit.
+"""
+
+import numpy as np
+import onnx_ir as ir
+
+from fxquant.lowering.onnx.builder import FLOAT, ZERO_POINT, Builder
+from fxquant.lowering.onnx.functions.attention import last
+from fxquant.ops.quantized import SMALLEST_ROW_MAXIMUM
+
+
+def quantize_static(b: Builder, x: ir.Value, input_scale: ir.Value, input_offset: ir.Value) -> ir.Value:
+    """The sum is rounded to float32 before it is rounded to an integer, hence no QuantizeLinear by `input_scale`."""
+    return _to_uint8(b, b.op("Add", b.op("Div", x, b.float(input_scale)), b.float(input_offset)))
+
+
+def quantize_per_token(b: Builder, x: ir.Value) -> tuple[ir.Value, ...]:
+    """`127 / m` is two roundings, as torch divides a number by a tensor: the reciprocal, then times 127."""
+    maximum = b.op("ReduceMax", b.op("Abs", x), b.ints(-1), keepdims=1)
+    reciprocal = b.op("Div", b.number(1), b.op("Max", maximum, b.number(SMALLEST_ROW_MAXIMUM)))
+    step = b.op("Mul", reciprocal, b.number(127))
+    return _to_uint8(b, b.op("Mul", x, step)), b.op("Div", maximum, b.number(127))
+
+
+def _to_uint8(b: Builder, x: ir.Value) -> ir.Value:
+    """`clamp(rne(x), -128, 127) + 128`: QuantizeLinear with scale 1 rounds half to even and saturates."""
+    return b.op("QuantizeLinear", x, b.number(1), _zero_point(b))
+
+
+def _zero_point(b: Builder) -> ir.Value:
+    return b.constant(np.uint8(ZERO_POINT))
+
+
+def int_matmul(b: Builder, x: ir.Value, weight: ir.Value) -> ir.Value:
+    return b.op("MatMulInteger", x, b.op("Transpose", weight, perm=[1, 0]), _zero_point(b))
+
+
+def int4_matmul(b: Builder, x: ir.Value, weight: ir.Value, weight_scale_second: ir.Value | None) -> ir.Value:
+    """weight INT4 (or widened to INT8) [n/2, k, 2]: the packed bytes as they lie, rows 2i and 2i + 1 in one byte."""
+    pairs = b.op("Transpose", b.cast(weight, ir.DataType.INT8), perm=[0, 2, 1])
+    features = last(x)
+    if weight_scale_second is None:
+        return int_matmul(b, x, b.op("Reshape", pairs, b.ints(-1, features)))
+    groups = last(weight_scale_second)
+    grouped = b.op("Reshape", pairs, b.ints(-1, groups, features // groups))
+    scale = b.op("Cast", b.op("Unsqueeze", weight_scale_second, b.ints(-1)), to=int(ir.DataType.INT8))
+    return int_matmul(b, x, b.op("Reshape", b.op("Mul", grouped, scale), b.ints(-1, features)))
+
+
+def dequantize_static(b: Builder, acc: ir.Value, deq_scale: ir.Value, quant_bias: ir.Value) -> ir.Value:
+    """deq_scale FLOAT [n], or FLOAT [n, 2] over the words of an int64: float32 bits in the low one, then zeros."""
+    assert deq_scale.shape is not None
+    if len(deq_scale.shape) == 2:
+        deq_scale = b.op("Gather", deq_scale, b.constant(np.int64(0)), axis=1)
+    return b.op("Mul", b.op("Cast", b.op("Add", acc, quant_bias), to=int(FLOAT)), deq_scale)
+
+
+def dequantize_per_token(
+    b: Builder, acc: ir.Value, x_scale: ir.Value, weight_scale: ir.Value, bias: ir.Value | None
+) -> ir.Value:
+    scaled = b.op("Mul", b.op("Cast", acc, to=int(FLOAT)), b.op("Squeeze", weight_scale, b.ints(-1)))
+    result = b.op("Mul", scaled, x_scale)
+    return result if bias is None else b.op("Add", result, b.float(bias))

@@ -1,0 +1,186 @@
+"""fx calls → ONNX nodes: an operator of the dialect becomes a call of its function, an aten operator plain nodes."""
+
+import inspect
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import fx
+
+from fxquant import ops
+from fxquant.errors import FxquantError
+from fxquant.lowering.onnx.aten_math import MATH_OPERATORS
+from fxquant.lowering.onnx.aten_shape import SHAPE_OPERATORS, Lower, Result
+from fxquant.lowering.onnx.builder import DOMAIN, ZERO_POINT, Builder
+from fxquant.lowering.onnx.function_table import FunctionTable
+from fxquant.lowering.onnx.functions import BODIES
+from fxquant.lowering.onnx.initializers import View
+from fxquant.lowering.onnx.shapes import DTYPES, Meta, Shapes
+from fxquant.naming import operator_name
+
+INT8, UINT8, INT32 = ir.DataType.INT8, ir.DataType.UINT8, ir.DataType.INT32
+REMEDY = "Write it with operators of fxquant/lowering/onnx/aten_math.py and aten_shape.py, or compile without ONNX."
+RESULT_SAYS_IT = frozenset(
+    ("dtype", "layout", "device", "pin_memory", "non_blocking", "copy", "memory_format", "cudnn_enable", "sparse_grad")
+    + ("split_size", "split_sizes", "chunks")
+)
+"""aten arguments that a lowering need not see: they do not matter, or the result's dtype and shapes show them."""
+VIEWS = {
+    (ops.int4_matmul, "weight"): View.INT4_PAIRS,
+    (ops.grouped_int4_matmul, "weight"): View.INT4_PAIRS,
+    (ops.dequantize_static, "deq_scale"): View.FLOAT_WORDS,
+}
+SYMBOLIC_INTEGERS = {operator.add: "Add", operator.sub: "Sub", operator.mul: "Mul", operator.floordiv: "Div"}
+
+Parameters = Callable[[fx.Node, View], ir.Value]
+
+
+class NodeLowering:
+    """Lowers calls in graph order into `builder`.
+
+    parameters  get_attr node and view of its bytes → value
+    values      what is known already; grows by each call. Tuples for calls with several results
+    shapes      what is known of each node's value
+    named       name each result as its fx node; False inside functions
+    """
+
+    def __init__(
+        self, builder: Builder, functions: FunctionTable, parameters: Parameters, shapes: Shapes, named: bool
+    ) -> None:
+        self.builder, self._functions, self._parameters = builder, functions, parameters
+        self.shapes, self._named = shapes, named
+        self.values: dict[fx.Node, Any] = {}
+
+    def lower(self, node: fx.Node) -> None:
+        """Add the nodes of one call_function node."""
+        if self._named:
+            self.builder.enter(f"{node.name}/")
+        if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
+            result = self.values[node.args[0]][node.args[1]]
+        elif node.target in SYMBOLIC_INTEGERS:
+            sizes = [self.builder.sizes(self.value(arg)) for arg in node.args]
+            result = self.builder.op(SYMBOLIC_INTEGERS[node.target], *sizes)
+        elif node.target in BODIES:
+            result = self._call(node)
+        else:
+            result = self._plain(node)
+        self.set(node, result)
+
+    def set(self, node: fx.Node, result: Any) -> None:
+        """Record the result of `node`: its dtype, shape and, in the main graph, its name."""
+        if isinstance(result, tuple):
+            self.values[node] = result
+            for value, meta in zip(result, self.shapes[node], strict=True):
+                self._declare(value, meta)
+            return
+        if self._named:
+            owned = result.name.startswith(self.builder.scope) or node.target is operator.getitem
+            if not owned or "/" not in result.name:
+                result = self.builder.op("Identity", result)
+            result.name = node.name
+        self._declare(result, self.shapes[node])
+        self.values[node] = result
+
+    def _declare(self, value: ir.Value, meta: Meta) -> None:
+        value.dtype, value.shape = meta.onnx_dtype, meta.shape if self._named else ir.Shape(meta.fixed)
+
+    def value(self, arg: Any, view: View = View.STORED) -> Any:
+        """An fx argument with ir.Values for nodes; None and numbers stay."""
+        if isinstance(arg, fx.Node):
+            return self._parameters(arg, view) if arg.op == "get_attr" else self.values[arg]
+        if isinstance(arg, list | tuple):
+            return [self.value(one) for one in arg]
+        return arg
+
+    def _call(self, node: fx.Node) -> Any:
+        arguments = {
+            name: self.value(arg, VIEWS.get((node.target, name), View.STORED)) for name, arg in bind(node).items()
+        }
+        return self.call(operator_name(node), BODIES[node.target], arguments, node.name if self._named else "")
+
+    def call(self, name: str, body: Callable[..., Any], arguments: Mapping[str, Any], label: str = "") -> Any:
+        """A call of the local function of `body`; `label` names the node."""
+        function = self._functions.get(name, body, arguments)
+        inputs = [value for value in arguments.values() if isinstance(value, ir.Value)]
+        outputs = self.builder.ops(function.name, *inputs, outputs=len(function.outputs), domain=DOMAIN)
+        if label:
+            self.builder.nodes[-1].name = label
+        return outputs if len(outputs) > 1 else outputs[0]
+
+    def _plain(self, node: fx.Node) -> Any:
+        math, shape = MATH_OPERATORS.get(node.target), SHAPE_OPERATORS.get(node.target)
+        lower = math or shape
+        if lower is None:
+            raise unsupported(node, "has no ONNX form")
+        carry = self._signed if math else self._carried
+        arguments = {name: self._operand(arg, carry) for name, arg in bind(node).items()}
+        metas = self.shapes.outputs(node)
+        out = Result(DTYPES[metas[0].dtype], tuple(meta.fixed for meta in metas))
+        try:
+            result = lower(self.builder, out, **taken(lower, node, arguments))
+        except ValueError as error:
+            raise unsupported(node, f"{error}, which has no ONNX form here") from error
+        if math and out.dtype is INT8 and isinstance(result, ir.Value):
+            result.dtype = INT8
+            return self._carried(result)
+        return result
+
+    def _operand(self, arg: Any, carry: Callable[[ir.Value], ir.Value]) -> Any:
+        """Parameters arrive in float32, as `fxquant.weights.load` gives them."""
+        value = self.value(arg)
+        values = value if isinstance(value, list) else [value]
+        found = [self._widened(carry(one)) if isinstance(one, ir.Value) else one for one in values]
+        return found if isinstance(value, list) else found[0]
+
+    def _widened(self, value: ir.Value) -> ir.Value:
+        stored = value.const_value is not None and value.dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+        if not stored:
+            return value
+        shape, wide = value.shape, self.builder.float(value)
+        wide.shape = shape
+        return wide
+
+    def _signed(self, value: ir.Value) -> ir.Value:
+        return self._shifted(value, UINT8, INT8, "Sub")
+
+    def _carried(self, value: ir.Value) -> ir.Value:
+        return self._shifted(value, INT8, UINT8, "Add")
+
+    def _shifted(self, value: ir.Value, source: ir.DataType, target: ir.DataType, op_type: str) -> ir.Value:
+        if value.dtype != source:
+            return value
+        b = self.builder
+        moved = b.op(op_type, b.op("Cast", value, to=int(INT32)), b.constant(torch.tensor(ZERO_POINT).int().numpy()))
+        result = b.op("Cast", moved, to=int(target))
+        result.dtype, result.shape = target, value.shape
+        return result
+
+
+def bind(node: fx.Node) -> dict[str, Any]:
+    """All arguments of a call by schema name, defaults filled in; `self` and `input` are `x`."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        raise unsupported(node, "has no ONNX form")
+    bound = {}
+    for index, argument in enumerate(schema.arguments):
+        given = node.args[index] if index < len(node.args) else argument.default_value
+        name = "x" if argument.name in ("self", "input") else argument.name
+        bound[name] = node.kwargs.get(argument.name, given)
+    return bound
+
+
+def taken(lower: Lower, node: fx.Node, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments that `lower` has parameters for; any other must have its default or not matter."""
+    parameters = inspect.signature(lower).parameters
+    defaults = {argument.name: argument.default_value for argument in node.target._schema.arguments}  # type: ignore
+    for name, value in arguments.items():
+        if name not in parameters and name not in RESULT_SAYS_IT and value != defaults.get(name):
+            raise ValueError(f"sets {name}")
+    return {name: value for name, value in arguments.items() if name in parameters}
+
+
+def unsupported(node: fx.Node, fact: str) -> FxquantError:
+    place = f"{node.name} ({node.meta.get('module') or 'the model'})"
+    return FxquantError(place, f"{node.target} {fact}.", REMEDY)

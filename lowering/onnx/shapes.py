@@ -1,0 +1,108 @@
+"""Which dimensions of each value the graph fixes, and what the others are called.
+
+The shape rules run twice, for two choices of batch, sequence and past: a dimension that stays is fixed. So nothing
+depends on how the graph was made or read back.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import fx
+
+from fxquant.errors import FxquantError
+from fxquant.program import Program
+
+DTYPES = {
+    torch.float32: ir.DataType.FLOAT,
+    torch.float16: ir.DataType.FLOAT16,
+    torch.bfloat16: ir.DataType.BFLOAT16,
+    torch.float64: ir.DataType.DOUBLE,
+    torch.int8: ir.DataType.INT8,
+    torch.int16: ir.DataType.INT16,
+    torch.int32: ir.DataType.INT32,
+    torch.int64: ir.DataType.INT64,
+    torch.bool: ir.DataType.BOOL,
+}
+"""uint8 is missing: it stands for int8 + 128 in emitted graphs."""
+
+SIZES = {"batch": (2, 3), "sequence": (5, 7), "past": (11, 13), "total": (16, 20)}
+"""Two sizes for each dimension that callers choose; total = past + sequence."""
+NAMES = {sizes: name for name, sizes in SIZES.items()}
+FIRST_CACHE = 3
+"""Placeholders before it are input_ids, attention_mask and position_ids."""
+
+
+@dataclass(frozen=True)
+class Meta:
+    """dtype and dimensions of a value; a dimension that callers choose is a name or "?sizes". `number`: a Python int."""
+
+    dtype: torch.dtype
+    dims: tuple[int | str, ...]
+    number: bool = False
+
+    @property
+    def onnx_dtype(self) -> ir.DataType:
+        """As the value is carried: int8 is uint8 = int8 + 128."""
+        return ir.DataType.UINT8 if self.dtype is torch.int8 else DTYPES[self.dtype]
+
+    @property
+    def fixed(self) -> list[int | None]:
+        return [dim if isinstance(dim, int) else None for dim in self.dims]
+
+    @property
+    def shape(self) -> ir.Shape:
+        """With the names of dynamic dimensions that have one."""
+        return ir.Shape([None if isinstance(dim, str) and dim.startswith("?") else dim for dim in self.dims])
+
+
+class Shapes:
+    """`shapes[node]`: the Meta of its value, or a tuple of them."""
+
+    def __init__(self, program: Program) -> None:
+        self._metas: dict[fx.Node, Any] = {}
+        first, second = (_run(program, sample) for sample in (0, 1))
+        for node, value in first.items():
+            self._metas[node] = _meta(node, value, second[node])
+
+    def __getitem__(self, node: fx.Node) -> Any:
+        return self._metas[node]
+
+    def outputs(self, node: fx.Node) -> tuple[Meta, ...]:
+        """As a tuple, also for calls with one result."""
+        found = self._metas[node]
+        return found if isinstance(found, tuple) else (found,)
+
+
+def _run(program: Program, sample: int) -> dict[fx.Node, Any]:
+    values: dict[fx.Node, Any] = {}
+    placeholders = program.graph.graph.find_nodes(op="placeholder")
+    for node in program.graph.graph.nodes:
+        if node.op == "placeholder":
+            values[node] = _input(node, placeholders.index(node), sample)
+        elif node.op == "get_attr":
+            values[node] = program.graph.get_buffer(str(node.target))
+        elif node.op == "call_function":
+            args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
+            values[node] = node.target(*args, **kwargs)
+    return values
+
+
+def _input(node: fx.Node, index: int, sample: int) -> torch.Tensor:
+    second = "past" if index >= FIRST_CACHE else "total" if index == 1 else "sequence"
+    meta = node.meta["val"]
+    sizes = [SIZES["batch"][sample], SIZES[second][sample], *(int(size) for size in meta.shape[2:])]
+    return torch.empty(sizes, dtype=meta.dtype, device="meta")
+
+
+def _meta(node: fx.Node, first: Any, second: Any) -> Any:
+    if isinstance(first, list | tuple):
+        return tuple(_meta(node, *pair) for pair in zip(first, second, strict=True))
+    if not isinstance(first, torch.Tensor):
+        return Meta(torch.int64, (1,), number=True)
+    if first.dtype not in DTYPES:
+        remedy = f"Use {', '.join(str(dtype).removeprefix('torch.') for dtype in DTYPES)}."
+        raise FxquantError(node.name, f"is {first.dtype}, which has no ONNX form here.", remedy)
+    dims = zip(first.shape, second.shape, strict=True)
+    return Meta(first.dtype, tuple(a if a == b else NAMES.get((a, b), f"?{a},{b}") for a, b in dims))

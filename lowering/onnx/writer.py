@@ -1,0 +1,130 @@
+"""Program → model.onnx: the fx graph node by node, weights by reference into the weight files beside it."""
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+import onnx_ir as ir
+from torch import fx
+
+import fxquant
+from fxquant import ops
+from fxquant.errors import FxquantError
+from fxquant.lowering.onnx.builder import DOMAIN, OPSET, Builder
+from fxquant.lowering.onnx.experts import Experts
+from fxquant.lowering.onnx.function_table import FunctionTable
+from fxquant.lowering.onnx.initializers import Initializers, View
+from fxquant.lowering.onnx.node_lowering import NodeLowering
+from fxquant.lowering.onnx.regions import Region, find_regions
+from fxquant.lowering.onnx.shapes import FIRST_CACHE, Meta, Shapes
+from fxquant.naming import operator_name
+from fxquant.program import Program
+from fxquant.safetensors_file import TensorInfo
+
+FILE = "model.onnx"
+IR_VERSION = 10
+NUMERICS = (
+    "Integer products are exact, summed in int32; quantized values and scales are bit-identical to the fxq operators. "
+    "int8 activations are carried as uint8 = int8 + 128 and multiplied with zero point 128. "
+    "int4 weights are read from their packed bytes and become int8 in memory. "
+    "Everything else is float32; weights stored as bfloat16 or float16 are widened. "
+    "No session option is required: no DequantizeLinear feeds a MatMul, so session.qdq_matmulnbits_accuracy_level does "
+    "nothing. On x86 without VNNI, session.x64quantprecision=1 keeps onnxruntime's u8 x s8 products from saturating."
+)
+
+
+def write_onnx(program: Program, tensors: Mapping[str, TensorInfo], folder: Path) -> Path:
+    """Write `folder/model.onnx` and return its path.
+
+    tensors  name on disk → where it lies; every file is in `folder`, and the model refers to its bytes
+    inputs   input_ids, attention_mask, position_ids int64; past_key_values.{i}.latent float32 [batch, past, width]
+    outputs  logits float32 [batch, sequence, vocabulary], present.{i}.latent [batch, total, width]
+
+    Values inside are named as the fx nodes. Raises FxquantError for an operator that has no ONNX form.
+    """
+    proto = ir.to_proto(build_model(program, tensors))
+    path, partial = folder / FILE, folder / f"{FILE}.partial"
+    partial.write_bytes(proto.SerializeToString(deterministic=True))
+    partial.replace(path)
+    return path
+
+
+def build_model(program: Program, tensors: Mapping[str, TensorInfo]) -> ir.Model:
+    """The model in memory; no weight is read."""
+    shapes, functions, initializers = Shapes(program), FunctionTable(), Initializers(tensors)
+
+    def parameter(node: fx.Node, view: View) -> ir.Value:
+        found = program.parameters[str(node.target)]
+        if found.stacked:
+            raise FxquantError(str(node.target), "one tensor an expert, read outside the experts.", "Keep it inside.")
+        return initializers.get(found.names[0], view)
+
+    lowering = NodeLowering(Builder(), functions, parameter, shapes, named=True)
+    experts = Experts(program, tensors, functions)
+    regions = list(find_regions(program, shapes))
+    inside = {node: region for region in regions for node in region.nodes}
+    inputs: list[ir.Value] = []
+    outputs: list[ir.Value] = []
+    for node in program.graph.graph.nodes:
+        if node.op == "placeholder":
+            inputs.append(_input(node, len(inputs), shapes[node]))
+            lowering.values[node] = inputs[-1]
+        elif node.op == "output":
+            outputs = _outputs(lowering, node)
+        elif node.op == "call_function":
+            _lower(lowering, experts, node, inside.get(node))
+    graph = ir.Graph(
+        inputs,
+        outputs,
+        nodes=lowering.builder.nodes,
+        initializers=initializers.values,
+        opset_imports={"": OPSET, DOMAIN: 1},
+        name="fxquant",
+    )
+    return ir.Model(
+        graph,
+        ir_version=IR_VERSION,
+        producer_name="fxquant",
+        producer_version=fxquant.__version__,
+        functions=functions.functions,
+        metadata_props={"producer": "fxquant", "profile": "portable", "operators": _census(program), "numerics": NUMERICS},
+    )
+
+
+def _lower(lowering: NodeLowering, experts: Experts, node: fx.Node, region: Region | None) -> None:
+    if region is not None:
+        if node is region.output:
+            experts.region(lowering, region)
+    elif node.target == ops.moe_experts:
+        experts.node(lowering, node)
+    else:
+        lowering.lower(node)
+
+
+def _census(program: Program) -> str:
+    counts = Counter(operator_name(node) for node in program.graph.graph.nodes if node.op == "call_function")
+    counts.pop("getitem", None)
+    return ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))
+
+
+def _input(node: fx.Node, index: int, meta: Meta) -> ir.Value:
+    """A graph input; `fx` in its metadata is the placeholder's name."""
+    name = node.name if index < FIRST_CACHE else f"past_key_values.{index - FIRST_CACHE}.latent"
+    return ir.Value(
+        name=name, shape=meta.shape, type=ir.TensorType(meta.onnx_dtype), metadata_props={"fx": node.name}
+    )
+
+
+def _outputs(lowering: NodeLowering, node: fx.Node) -> list[ir.Value]:
+    results = []
+    for index, source in enumerate(node.args[0]):  # type: ignore[arg-type, var-annotated]
+        name = "logits" if index == 0 else f"present.{index - 1}.latent"
+        value = lowering.value(source)
+        if value.name != name:
+            lowering.builder.enter(f"{name}/")
+            value = lowering.builder.op("Identity", value)
+            value.name = name
+        meta = lowering.shapes[source]
+        value.dtype, value.shape = meta.onnx_dtype, meta.shape
+        results.append(value)
+    return results

@@ -1,0 +1,59 @@
+"""Emitted graphs against the rewritten fx graph: every operator of a block on the graph's own input values."""
+
+from pathlib import Path
+from typing import Any, Protocol
+
+from fxquant.lowering.ascend.verify import EmittedModule, check_statements
+from fxquant.lowering.verify.report import Check
+from fxquant.program import Program
+
+
+class GraphChecker(Protocol):
+    """Checks one block after another and keeps the account."""
+
+    checks: list[Check]
+
+    def check(self, block: str, values: dict[str, Any]) -> None:
+        """`values`: every value that the block's nodes read or make, by node name."""
+
+
+class Comparison:
+    """Two lines of the table: integers, which must be equal, and floats, which must lie within their bounds."""
+
+    def __init__(self, graph: str) -> None:
+        self.integers = Check(f"{graph} == fx graph, integers", 0)
+        self.floats = Check(f"{graph} ≈ fx graph, floats", 0)
+        self._worst = 0.0
+
+    @property
+    def checks(self) -> list[Check]:
+        return [self.integers, self.floats]
+
+    def add(self, node: str, error: float, bound: float, ok: bool, exact: bool) -> None:
+        """One value: its largest error and bound; `ok` holds element by element."""
+        check = self.integers if exact else self.floats
+        check.total += 1
+        check.expect(ok, f"{node}: off by {error:.3g}, the bound is {bound:.3g}")
+        ratio = error / bound if bound else 0.0
+        if not exact and ratio >= self._worst:
+            self._worst = ratio
+            check.worst = f"{error:.2g} of {bound:.2g} at {node}"
+
+
+class AscendChecker:
+    """Runs `model_ascend.py` statement by statement on the CPU reference of the NPU operators, in float32.
+
+    The file must be, byte for byte, what the stored graph emits: nothing else is ever executed.
+    """
+
+    def __init__(self, program: Program, folder: Path) -> None:
+        self._module = EmittedModule(program, folder)
+        self._comparison = Comparison("Ascend graph")
+        self.checks = self._comparison.checks
+
+    def check(self, block: str, values: dict[str, Any]) -> None:
+        for one in check_statements(self._module, block, self._module.load(block), values):
+            self._comparison.add(one.node, one.error, one.bound, one.ok, exact=one.bound == 0.0)
+
+
+OnnxChecker = AscendChecker
