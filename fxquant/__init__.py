@@ -5,11 +5,14 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from fxquant.api import compile, evaluate, run, verify
+    from fxquant.api import CompileOptions, CompileReport, compare, compile, evaluate, run, verify
     from fxquant.errors import FxquantError
     from fxquant.policy import load_policy, shipped_policies
 
 _HOMES = {
+    "CompileOptions": "fxquant.api",
+    "CompileReport": "fxquant.api",
+    "compare": "fxquant.api",
     "compile": "fxquant.api",
     "evaluate": "fxquant.api",
     "run": "fxquant.api",
@@ -19,7 +22,19 @@ _HOMES = {
     "shipped_policies": "fxquant.policy",
 }
 
-__all__ = ["FxquantError", "__version__", "compile", "evaluate", "load_policy", "run", "shipped_policies", "verify"]
+__all__ = [
+    "CompileOptions",
+    "CompileReport",
+    "FxquantError",
+    "__version__",
+    "compare",
+    "compile",
+    "evaluate",
+    "load_policy",
+    "run",
+    "shipped_policies",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -43,19 +43,19 @@ class CompileOptions:
     """
 
     policy: str | None = None
-    out: Path | None = None
+    out: str | Path | None = None
     target: Target = Target.ASCEND
-    calib: Path | None = None
+    calib: str | Path | None = None
     calib_samples: int = 32
     calib_length: int = 256
-    checkpoint: Path | None = None
+    checkpoint: str | Path | None = None
     max_shard_size: int = 4 << 30
     force: bool = False
     verify: bool = True
     kv_cache: str | None = None
 
 
-@dataclass(frozen=True)
+@dataclass
 class CompileReport:
     """What `compile` did."""
 
@@ -88,9 +88,9 @@ def compile(model: str | Path, options: CompileOptions | None = None, report: Re
     """
     options = options or CompileOptions()
     _refuse_kv_cache(options.kv_cache)
-    source = open_source(Path(model), options.checkpoint)
+    source = open_source(Path(model), _path(options.checkpoint))
     policy = load_policy(options.policy or source.policy or DEFAULT_POLICY)
-    out = options.out or Path(f"{source.name}-{policy.name}-{options.target}")
+    out = _path(options.out) or Path(f"{source.name}-{policy.name}-{options.target}")
     check_out(out, options.force, source.checkpoint.folder)
     prepared = prepare(source, policy, options, report)
     with write_output(prepared, options, out, report) as output:
@@ -119,7 +119,7 @@ def prepare(source: Source, policy: Policy, options: CompileOptions, report: Rep
 
 def calibration(source: Source, options: CompileOptions) -> list[Tensor] | None:
     """Batches of token ids from `options.calib`, or from the file beside the model; None when there is neither."""
-    file = options.calib
+    file = _path(options.calib)
     if file is None:
         folders = (source.path if source.path.is_dir() else source.path.parent, source.checkpoint.folder)
         candidates = (folder / name for folder in folders for name in CALIBRATION_FILES)
@@ -215,7 +215,7 @@ def compare(
 ) -> dict[str, tuple[Evaluation, int]]:
     """Policy → its evaluation and the bytes of its weights. Nothing is written; integers are made as needed."""
     options = options or CompileOptions()
-    source = open_source(Path(model), options.checkpoint)
+    source = open_source(Path(model), _path(options.checkpoint))
     batches = load_batches(Path(text), source.checkpoint, samples, length)
     original = (trace(source.model, source.checkpoint), Cached(source.checkpoint.read))
     results = {}
@@ -239,6 +239,10 @@ def open_graph(model: str | Path, checkpoint: Path | None = None) -> Program:
 def first_miss(verification: VerifyReport) -> str:
     """The first thing verification found, with its check."""
     return next(f"{check.name}: {check.misses[0]}" for check in verification.checks if check.misses)
+
+
+def _path(path: str | Path | None) -> Path | None:
+    return None if path is None else Path(path)
 
 
 def _refuse_kv_cache(kv_cache: str | None) -> None:

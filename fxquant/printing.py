@@ -1,12 +1,18 @@
-"""A program as text: one line a call, with its shape, its inputs and the disk names of its parameters."""
+"""A program as text: one line a call, with its shape, its inputs and the disk names of its parameters.
 
+Inside a block, names are relative to it: `mlp_swiglu` in block `model.layers.3` is the node `layers_3_mlp_swiglu`, and
+`‹mlp.gate.weight›` the parameter `model.layers.3.mlp.gate.weight`. `×8` marks a parameter of 8 tensors, one an expert.
+"""
+
+import operator
+import re
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from fxquant.naming import operator_name
+from fxquant.naming import identifier, operator_name
 from fxquant.program import Program
 from fxquant.program_file import SYMBOLS
 
@@ -19,52 +25,67 @@ def format_program(program: Program, block: str | None = None) -> Iterator[str]:
     current = None
     names = _size_names(program)
     for node in program.graph.graph.nodes:
-        if node.op != "call_function" or block not in (None, node.meta["block"]):
+        if node.op != "call_function" or block not in (None, node.meta["block"]) or _is_part(node):
             continue
         if node.meta["block"] != current:
             current = node.meta["block"]
             yield f"── {current} " + "─" * max(0, 100 - len(current))
-        yield f"{node.name}{_type(node.meta.get('val'), names)} = {operator_name(node)}({_arguments(node, program)})"
+        results = ", ".join(_relative(part, current) + _type(part.meta.get("val"), names) for part in _results(node))
+        yield f"{results} = {operator_name(node)}({_arguments(node, program)})"
+
+
+def _results(node: fx.Node) -> list[fx.Node]:
+    """The node, or the parts that its users take of the tuple it returns."""
+    if isinstance(node.meta.get("val"), Tensor):
+        return [node]
+    return sorted((user for user in node.users if _is_part(user)), key=lambda user: user.args[1]) or [node]
+
+
+def _is_part(node: fx.Node) -> bool:
+    return node.target is operator.getitem
+
+
+def _relative(node: fx.Node, block: str) -> str:
+    return node.name.removeprefix(identifier(block) + "_") if node.meta.get("block") == block else node.name
 
 
 def _size_names(program: Program) -> dict[str, str]:
-    """How a dynamic size prints → its name."""
-    names = {str(size): name for name, size in SYMBOLS.items()}
+    """How a dynamic size of a fresh trace prints → its name."""
     inputs = [node.meta["val"] for node in program.graph.graph.nodes if node.op == "placeholder"]
-    if any(isinstance(size, torch.SymInt) for size in inputs[0].shape):
-        names = {str(inputs[0].shape[0]): "batch", str(inputs[0].shape[1]): "sequence"}
-        names |= {str(value.shape[1]): "past" for value in inputs[3:]} | {str(inputs[1].shape[1]): "total"}
-    return names
+    names = {str(value.shape[1]): "past" for value in inputs[3:]} | {str(inputs[1].shape[1]): "total"}
+    return names | {str(inputs[0].shape[0]): "batch", str(inputs[0].shape[1]): "sequence"}
 
 
 def _type(value: Any, names: dict[str, str]) -> str:
     if not isinstance(value, Tensor):
         return ""
-    sizes = [_size(size, names) for size in value.shape]
-    return f": {SHORT.get(value.dtype, str(value.dtype))}[{', '.join(sizes)}]"
+    return f": {SHORT.get(value.dtype, str(value.dtype))}[{', '.join(_size(size, names) for size in value.shape)}]"
 
 
 def _size(size: Any, names: dict[str, str]) -> str:
-    text = str(size)
-    if not isinstance(size, torch.SymInt):
-        return text
-    for symbol, name in names.items():
-        text = text.replace(symbol, name)
-    return text
+    """A size by name: symbols of a fresh trace, or the sizes at which a stored graph was checked."""
+    if isinstance(size, torch.SymInt):
+        return re.sub(r"\bs\d+\b", lambda symbol: names.get(symbol[0], symbol[0]), str(size)).replace("*", "·")
+    exact = {number: name for name, number in SYMBOLS.items()}
+    tokens = SYMBOLS["batch"] * SYMBOLS["sequence"]
+    if size % tokens == 0 and size:
+        return f"{size // tokens}·batch·sequence" if size > tokens else "batch·sequence"
+    return exact.get(int(size), str(size))
 
 
 def _arguments(node: fx.Node, program: Program) -> str:
-    parts = [_argument(value, program) for value in node.args]
-    return ", ".join(parts + [f"{key}={_argument(value, program)}" for key, value in node.kwargs.items()])
+    block = node.meta["block"]
+    parts = [_argument(value, program, block) for value in node.args]
+    return ", ".join(parts + [f"{key}={_argument(value, program, block)}" for key, value in node.kwargs.items()])
 
 
-def _argument(value: Any, program: Program) -> str:
+def _argument(value: Any, program: Program, block: str) -> str:
     if isinstance(value, list | tuple):
-        shown = [_argument(item, program) for item in value]
+        shown = [_argument(item, program, block) for item in value]
         return "[" + ", ".join(shown if len(shown) <= 4 else [*shown[:2], "…", shown[-1]]) + "]"
     if not isinstance(value, fx.Node):
         return f"{value:.6g}" if isinstance(value, float) else str(value)
     if value.op != "get_attr":
-        return value.name
-    parameter = program.parameters[str(value.target)]
-    return f"‹{value.target}›" if not parameter.stacked else f"‹{value.target} ×{len(parameter.names)}›"
+        return _relative(value, block)
+    parameter, target = program.parameters[str(value.target)], str(value.target).removeprefix(block + ".")
+    return f"‹{target} ×{len(parameter.names)}›" if parameter.stacked else f"‹{target}›"

@@ -19,8 +19,8 @@ from fxquant.schemes import ActivationRange, Recipe, Scheme
 FORMAT = 1
 NAMESPACES = ("fxq", "aten")
 PYTHON = {name: getattr(operator, name) for name in ("getitem", "add", "sub", "mul", "floordiv", "mod", "neg")}
-SYMBOLS = {"batch": 2, "sequence": 3, "past": 5, "total": 8}
-"""Sizes at which shapes are checked when a program is read back; distinct, and total = past + sequence."""
+SYMBOLS = {"batch": 1009, "sequence": 1013, "past": 1019, "total": 2032}
+"""Sizes at which shapes are checked when a program is read back: no model has them, and total = past + sequence."""
 
 
 def save_program(program: Program, path: Path) -> None:

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from fxquant.lowering.onnx.writer import write_onnx
-
 import fxquant
 from fxquant.binding import Ledger
 from fxquant.errors import FxquantError
@@ -16,6 +14,7 @@ from fxquant.lowering.ascend.writer import write_ascend
 from fxquant.lowering.description import DESCRIPTION, INDEX, description, engine_config, index, write_json
 from fxquant.lowering.layout import FileLayout, plan_files, stored_tensors
 from fxquant.lowering.manifest import GRAPH, LEDGER, MANIFEST, Manifest, file_sizes, relative
+from fxquant.lowering.onnx.writer import write_onnx
 from fxquant.lowering.weights import write_weights
 from fxquant.policy import Policy
 from fxquant.program import Program

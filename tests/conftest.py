@@ -6,12 +6,16 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 from tiny import write_checkpoint
 
 from fxquant.checkpoint import Checkpoint, open_checkpoint
 
 torch.set_num_threads(1)
 """At these sizes threads only wait for each other, for seconds where the machine is busy."""
+
+settings.register_profile("tests", deadline=None)
+settings.load_profile("tests")
 
 
 @pytest.fixture(scope="session")

@@ -23,7 +23,8 @@ def recover(reference: Path) -> torch.Tensor:
         gamma = model.get_tensor("model.layers.0.input_layernorm.weight").float()
     table = table * torch.rsqrt(table.pow(2).mean(-1, keepdim=True) + 1e-6) * gamma
     with safe_open(reference / "v0_bf16_acts.safetensors", "pt") as recorded:
-        batches = sorted((name for name in recorded.keys() if name.startswith(FIRST)), key=lambda n: int(n.split(".")[-1]))
+        names = [name for name in list(recorded.keys()) if name.startswith(FIRST)]
+        batches = sorted(names, key=lambda name: int(name.split(".")[-1]))
         inputs = [recorded.get_tensor(name)[0].float() for name in batches]
     return torch.stack([torch.cdist(rows, table).argmin(-1) for rows in inputs])
 

@@ -65,7 +65,7 @@ def loop_row(row: np.ndarray, maximum: int, low: int, high: int) -> tuple[list[i
 
 
 def loop_two_level(row: np.ndarray, group_size: int) -> tuple[list[int], np.float32, list[int]]:
-    q8, scale = loop_row(row, 119, -128, 127)
+    q8, scale = loop_row(row, 119, -119, 119)  # bounds that only a subnormal scale, a rounded one, can reach
     q4, seconds = [], []
     for start in range(0, len(q8), group_size):
         group = q8[start : start + group_size]
@@ -146,7 +146,9 @@ T8_BYTES = [
     153, 217, 10, 58, 123, 155, 220, 12, 61, 125, 157, 222, 14, 63, 127, 144, 208, 0, 49, 113, 146, 210, 3, 51, 116,
     148, 213, 5, 54, 118, 150, 215,
 ]  # fmt: skip
-T8_ROW_0 = [-7, -7, -6, -6, -5, -5, -4, -4, -3, -3, -3, -2, -2, -1, -1, 0, 0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 6, 7]  # fmt: skip  # noqa: E501
+T8_ROW_0 = [
+    -7, -7, -6, -6, -5, -5, -4, -4, -3, -3, -3, -2, -2, -1, -1, 0, 0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 6, 7,
+]  # fmt: skip
 T8_CHUNKS = [
     -256.59375, -219.9375, -183.28125, -146.625, -109.96875, -91.640625, -54.984375, -18.328125, 0, 34.5, 69, 103.5,
     138, 172.5, 207, 224.25,
@@ -160,7 +162,7 @@ def t8_weight() -> Tensor:
 def test_t8_small_two_level() -> None:
     weight = t8_weight()
     made = make_tensors(recipe_of(weight, Scheme.W4A8_DYNAMIC, 16), "w", weight)
-    assert made["weight_scale"].flatten().tolist() == [np.float32(16) / np.float32(119), np.float32(2) / np.float32(119)]
+    assert made["weight_scale"].flatten().tolist() == [np.float32(peak) / np.float32(119) for peak in (16, 2)]
     assert made["weight_scale_second"].tolist() == [[17, 16], [17, 17]]
     assert made["weight"].tolist() == [[byte - 256 if byte > 127 else byte for byte in T8_BYTES]]
     assert unpack(made["weight"]) == [T8_ROW_0, ([-7, -3, 0, 3, 7] * 7)[:32]]
@@ -201,7 +203,8 @@ def row_of(kind: str, dtype: torch.dtype, k: int, generator: torch.Generator) ->
     if kind == "random":
         row = torch.randn(k, generator=generator) * 10.0 ** torch.randint(-6, 5, (1,), generator=generator)
     elif kind == "subnormal":
-        row = (torch.randint(-400, 401, (k,), generator=generator).double() * limits.smallest_normal * limits.eps).float()
+        units = torch.randint(-400, 401, (k,), generator=generator)
+        row = (units.double() * limits.smallest_normal * limits.eps).float()
     elif kind == "spike":
         row = torch.where(torch.arange(k) == torch.randint(k, (1,), generator=generator), 1e4, 1e-3) * signs
     elif kind == "constant":
@@ -320,7 +323,10 @@ def test_rounded_weight_is_near_the_weight() -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize(("scheme", "group_size"), [(Scheme.W8A8, 0), (Scheme.W8A8_DYNAMIC, 0), (Scheme.W4A8_DYNAMIC, 0), (Scheme.W4A8_DYNAMIC, 32)])  # fmt: skip  # noqa: E501
+@pytest.mark.parametrize(
+    ("scheme", "group_size"),
+    [(Scheme.W8A8, 0), (Scheme.W8A8_DYNAMIC, 0), (Scheme.W4A8_DYNAMIC, 0), (Scheme.W4A8_DYNAMIC, GROUP)],
+)
 def test_a_weight_that_is_not_finite_is_refused_by_name(scheme: Scheme, group_size: int, value: float) -> None:
     weight = torch.zeros(2, 64, dtype=torch.bfloat16)
     weight[1, 3] = value
@@ -400,10 +406,17 @@ def test_a_bias_is_folded_once(dtype: torch.dtype) -> None:
     assert same(biased.pop("bias"), bias)
     folded = biased.pop("quant_bias") - plain.pop("quant_bias")
     assert same_tensors(biased, plain)
-    deq_scale = make_tensors(static_recipe(weight, torch.float32, False, observed), "w", weight)["weight_scale"].flatten()
-    deq_scale = deq_scale * biased["input_scale"].float()
-    assert folded.tolist() == [round(float(np.float32(b) / np.float32(d))) for b, d in zip(bias.float(), deq_scale)]  # noqa: B905
+    deq_scale = (biased["weight_scale"].flatten() * biased["input_scale"].float()).numpy()
+    assert folded.tolist() == [round(float(b / d)) for b, d in zip(bias.float().numpy(), deq_scale, strict=True)]
     assert folded.abs().min() > 0
+
+
+def test_a_bias_beyond_int32_is_refused() -> None:
+    """An input that was always zero has the smallest scale; 1.0 in units of it is no int32."""
+    weight = torch.full((2, 4), 0.01)
+    recipe = static_recipe(weight, torch.float32, True, ActivationRange(0.0, 0.0))
+    with pytest.raises(FxquantError, match="bias"):
+        make_tensors(recipe, "w", weight, torch.ones(2))
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)

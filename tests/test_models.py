@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import ABSENT, BIAS, YARN, greedy, inputs, load_model, random_ids
+from tiny import ABSENT, BIAS, YARN, float32_bound, greedy, inputs, load_model, random_ids, tiny_config
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RotaryEmbedding, DeepseekV3TopkRouter
 
 from fxquant.checkpoint import Checkpoint, open_checkpoint
-from fxquant.models import DeepseekV3
+from fxquant.config import parse_config
+from fxquant.models import DeepseekV3, rotary
 from fxquant.models.layers import Gate
 
 REPOSITORY = Path(__file__).parents[1]
@@ -78,13 +79,6 @@ def fused_state(checkpoint: Checkpoint, num_layers: int, dtype: torch.dtype) -> 
         )
         state[f"{prefix}.down_proj"] = torch.stack([parts["down", e] for e in range(count)])
     return state
-
-
-def float32_bound(model: DeepseekV3, logits: Tensor) -> float:
-    """Every one of the two blocks a layer sums `hidden` products, whose rounding errors of 2**-24 add up like a random
-    walk, differently in the two implementations."""
-    config = model.config
-    return 2 * 2 * config.num_hidden_layers * config.hidden_size**0.5 * 2.0**-24 * float(logits.abs().max())
 
 
 def bfloat16_bound(model: DeepseekV3, logits: Tensor) -> float:
@@ -207,7 +201,20 @@ def test_future_tokens_are_not_seen(tiny: Callable[..., Checkpoint]) -> None:
     assert not torch.equal(before[:, -1], after[:, -1])
 
 
-# routing
+# rotary embedding and routing
+
+
+@pytest.mark.parametrize("mscales", [(1.0, 1.0), (0.7, 0.5)], ids=str)
+def test_published_rotary_frequencies_are_those_of_transformers(mscales: tuple[float, float]) -> None:
+    """64 wide, 4096 positions extended 40 times: the ramp between the frequencies starts and ends inside."""
+    scaling = YARN | {"original_max_position_embeddings": 4096, "mscale": mscales[0], "mscale_all_dim": mscales[1]}
+    given = tiny_config(qk_rope_head_dim=64, rope_scaling=scaling, max_position_embeddings=163840)
+    config = parse_config(given, "config.json")
+    theirs = DeepseekV3RotaryEmbedding(AutoConfig.for_model(**given))
+    ours = torch.tensor(rotary.frequencies(config))
+    # the same few float32 steps
+    assert ((ours - theirs.inv_freq).abs() <= 4 * 2.0**-24 * ours).all()
+    assert rotary.attention_factor(config) == theirs.attention_scaling
 
 
 @pytest.mark.parametrize("bias", ["none", "spread", "strongly negative"])

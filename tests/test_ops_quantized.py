@@ -170,7 +170,7 @@ def test_int4_matmul_without_group_scales() -> None:
 
 
 def test_dequantize_static_adds_the_integer_bias_first() -> None:
-    acc, bias = torch.tensor([[2**24, -5, 7]], dtype=torch.int32), torch.tensor([1, 5, -8], dtype=torch.int32)
+    acc, bias = torch.tensor([[2**24 + 1, -5, 7]], dtype=torch.int32), torch.tensor([1, 5, -8], dtype=torch.int32)
     scale = torch.tensor([0.5, 3.0, 0.1])
     expected = (acc.numpy() + bias.numpy()).astype(np.float32) * scale.numpy()
     assert ops.dequantize_static(acc, scale, bias).tolist() == expected.tolist()

@@ -78,14 +78,9 @@ def tiny_config(**changes: Any) -> dict[str, Any]:
 
 
 def write_checkpoint(
-    folder: Path,
-    *,
-    dtype: torch.dtype = torch.bfloat16,
-    fp8: bool = False,
-    shards: int = 1,
-    seed: int = 0,
+    folder: Path, *, dtype: torch.dtype = torch.bfloat16, fp8: bool = False, shards: int = 1, seed: int = 0,
     **changes: Any,
-) -> Path:
+) -> Path:  # fmt: skip
     """Write config.json and random weights: one file, or `shards` files and their index.
 
     `changes` go to the config; num_nextn_predict_layers=1 adds the tensors of a multi-token-prediction layer.
@@ -294,3 +289,10 @@ def rewritten(checkpoint: Checkpoint, policy: str | Path, batches: list[Tensor] 
     assign = AssignSchemes(loaded, mtp_modules(checkpoint, model.mtp_modules()))
     run_passes(program, pipeline(assign, Calibrate(loaded, checkpoint.read, lambda: batches)))
     return program
+
+
+def float32_bound(model: DeepseekV3, logits: Tensor) -> float:
+    """Every one of the two blocks a layer sums `hidden` products, whose rounding errors of 2**-24 add up like a random
+    walk, differently in the two implementations."""
+    config = model.config
+    return 2 * 2 * config.num_hidden_layers * config.hidden_size**0.5 * 2.0**-24 * float(logits.abs().max())

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Console
 from rich.table import Table
 
 from fxquant.errors import FxquantError
@@ -12,7 +13,9 @@ from fxquant.tools.console import console, print_json, reporter, size
 if TYPE_CHECKING:
     from fxquant.api import CompileReport
 
-Model = Annotated[Path, typer.Argument(help="A model.py, or a Hugging Face checkpoint folder.", show_default=False)]
+Model = Annotated[
+    Path, typer.Argument(metavar="MODEL", help="A model.py, or a Hugging Face checkpoint folder.", show_default=False)
+]
 PolicyName = Annotated[
     str | None,
     typer.Option(
@@ -103,7 +106,7 @@ def as_document(report: "CompileReport") -> dict:
     }
 
 
-def print_report(report: "CompileReport") -> None:
+def print_report(report: "CompileReport", console: Console = console) -> None:
     """Ledger, optional rules that matched nothing, verification, and where it is."""
     from fxquant.tools.verify import verification_table
 

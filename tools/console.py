@@ -1,6 +1,7 @@
 """What all verbs share: consoles, progress bars, errors on one screen."""
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,8 +25,16 @@ from rich.progress import (
 from fxquant.errors import FxquantError
 from fxquant.progress import Advance, Reporter, silent
 
-console = Console()
-errors = Console(stderr=True)
+WIDTH = 110
+"""Columns where there is no terminal to ask."""
+
+
+def _console(stderr: bool) -> Console:
+    plain = Console(stderr=stderr)
+    return plain if plain.is_terminal or "COLUMNS" in os.environ else Console(stderr=stderr, width=WIDTH)
+
+
+console, errors = _console(stderr=False), _console(stderr=True)
 LONGEST_FACT = 1500
 
 

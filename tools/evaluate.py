@@ -10,7 +10,7 @@ from fxquant.tools.console import console, print_json, reporter
 
 
 def command(
-    out: Annotated[Path, typer.Argument(help="A compiled folder.", show_default=False)],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A compiled folder.", show_default=False)],
     text: Annotated[Path, typer.Option(help="Text to score: .txt, .jsonl or token ids.", show_default=False)],
     against: Annotated[
         Path | None, typer.Option(help="The float model. [dim]default: the path in the manifest[/]")

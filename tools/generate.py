@@ -9,7 +9,7 @@ from fxquant.tools.console import console
 
 
 def command(
-    out: Annotated[Path, typer.Argument(help="A compiled folder.", show_default=False)],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A compiled folder.", show_default=False)],
     prompt: Annotated[str, typer.Option(help="Text to continue.", show_default=False)],
     max_new_tokens: Annotated[int, typer.Option(help="Stop after this many tokens.", min=1)] = 64,
 ) -> None:

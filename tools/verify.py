@@ -16,7 +16,7 @@ SHOWN_MISSES = 10
 
 
 def command(
-    out: Annotated[Path, typer.Argument(help="A compiled folder.", show_default=False)],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A compiled folder.", show_default=False)],
     against: Annotated[
         Path | None, typer.Option(help="The model it was made from. [dim]default: the path in the manifest[/]")
     ] = None,

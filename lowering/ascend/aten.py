@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from fxquant.lowering.ascend.segment_text import Call, Writer
+from fxquant.lowering.ascend.values import operands
 
 INFIX = {
     "aten.add.Tensor": "+",
@@ -27,17 +28,18 @@ INFIX = {
 }
 """Operators with two operands and no keywords."""
 
-TORCH = frozenset(
-    "abs bmm cat chunk clamp cos exp flatten flip gather log matmul max maximum mean min minimum neg ones_like permute "
-    "pow relu reshape rsqrt sigmoid sin softmax split split_with_sizes sqrt square squeeze stack sum tanh topk "
-    "transpose tril triu unbind unflatten unsqueeze where zeros_like".split()
-)
+TORCH = {
+    "abs", "bmm", "cat", "chunk", "clamp", "cos", "exp", "flatten", "flip", "gather", "log", "matmul", "max", "maximum",
+    "mean", "min", "minimum", "neg", "ones_like", "permute", "pow", "relu", "reshape", "rsqrt", "sigmoid", "sin",
+    "softmax", "split", "split_with_sizes", "sqrt", "square", "squeeze", "stack", "sum", "tanh", "topk", "transpose",
+    "tril", "triu", "unbind", "unflatten", "unsqueeze", "where", "zeros_like",
+}  # fmt: skip
 """aten names whose functions in `torch` take the same arguments in the same order."""
 
-FUNCTIONAL = frozenset({"gelu", "silu", "softplus"})
+FUNCTIONAL = {"gelu", "silu", "softplus"}
 """The same, in torch.nn.functional."""
 
-METHODS = frozenset({"expand", "to", "view"})
+METHODS = {"expand", "repeat", "to", "view"}
 """The same, as methods of the first argument."""
 
 
@@ -48,17 +50,17 @@ END = 2**63 - 1
 def aten_call(writer: Writer, node: fx.Node) -> Call | str:
     """Right-hand side for any call of aten or of Python's operator module."""
     if node.target is operator.getitem:
-        return f"{writer.value(node.args[0])}[{node.args[1]}]"
+        return f"{writer.value(operands(node)[0])}[{operands(node)[1]}]"
     target = node.target if node.target in INFIX else str(node.target)
-    if target in INFIX and not node.kwargs and len(node.args) == 2:
-        left, right = (source(writer, argument) for argument in node.args)
+    if target in INFIX and not node.kwargs and len(operands(node)) == 2:
+        left, right = (source(writer, argument) for argument in operands(node))
         return f"{left} {INFIX[target]} {right}"
     name = getattr(node.target, "_opname", "")
     if name == "sym_size":
-        return f"{source(writer, node.args[0])}.shape[{node.args[1]}]"
+        return f"{source(writer, operands(node)[0])}.shape[{operands(node)[1]}]"
     if target == "aten.slice.Tensor":
         return _slice(writer, node)
-    arguments = tuple(source(writer, argument) for argument in node.args)
+    arguments = tuple(source(writer, argument) for argument in operands(node))
     keywords = tuple(f"{key}={source(writer, value)}" for key, value in node.kwargs.items() if not _is_place(key))
     if name in METHODS:
         return Call(f"{arguments[0]}.{name}", arguments[1:] + keywords)
@@ -69,12 +71,13 @@ def aten_call(writer: Writer, node: fx.Node) -> Call | str:
 
 def _slice(writer: Writer, node: fx.Node) -> str:
     """`x[:, 2:5]`."""
-    x, axis, start, end, step = (*node.args, *(0, 0, None, 1)[len(node.args) - 1 :])
+    given = operands(node)
+    x, axis, start, end, step = given + (0, None, None, 1)[len(given) - 1 :]
     first = "" if start in (0, None) else source(writer, start)
     last = "" if end is None or end == END else source(writer, end)
     every = "" if step == 1 else f":{source(writer, step)}"
-    before = ":, " * (int(axis) % node.meta["val"].dim())  # type: ignore[arg-type]
-    return f"{writer.graph_layout(x)}[{before}{first}:{last}{every}]"  # type: ignore[arg-type]
+    before = ":, " * (int(axis) % node.meta["val"].dim())
+    return f"{writer.graph_layout(x)}[{before}{first}:{last}{every}]"
 
 
 def _function(target: Any, name: str) -> str:

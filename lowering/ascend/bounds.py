@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from fxquant import ops
-from fxquant.lowering.ascend.values import producer
+from fxquant.lowering.ascend.values import operands, producer
 from fxquant.ops.quantized import expand_int4
 
 U = 2.0**-24
@@ -30,7 +30,7 @@ Rule = Callable[[fx.Node, Value, Tensor], Tensor]
 def error_bound(node: fx.Node, value: Value, expected: Tensor) -> Tensor:
     """Bound for the value of `node`, of the shape of `expected`."""
     operator, index = producer(node)
-    call = node.args[0] if index is not None else node
+    call = operands(node)[0] if index is not None else node
     rule = RULES.get((operator, index))
     return torch.zeros_like(expected) if rule is None else rule(call, value, expected).reshape(expected.shape)
 
@@ -41,24 +41,24 @@ def _relative(steps: int) -> Rule:
 
 
 def _linear(call: fx.Node, value: Value, expected: Tensor) -> Tensor:
-    x, weight = value(call.args[0]).double(), value(call.args[1]).double()
+    x, weight = value(operands(call)[0]).double(), value(operands(call)[1]).double()
     return 2 * (weight.shape[1] + 2) * U * (x.abs() @ weight.abs().T) + 2 * U * expected.abs()
 
 
 def _rms_norm(call: fx.Node, value: Value, expected: Tensor) -> Tensor:
     """The mean sums n squares and the root halves its error; a bias may cancel what carries it."""
-    bias = value(call.args[3]).abs() if len(call.args) > 3 and call.args[3] is not None else 0
+    bias = value(operands(call)[3]).abs() if len(operands(call)) > 3 and operands(call)[3] is not None else 0
     return (expected.shape[-1] + 8) * U * (expected.abs() + 2 * bias)
 
 
 def _rope_table(call: fx.Node, value: Value, expected: Tensor) -> Tensor:
-    return torch.full_like(expected, 4 * U * abs(call.args[2]))  # type: ignore[arg-type]
+    return torch.full_like(expected, 4 * U * abs(operands(call)[2]))
 
 
 def _rope(call: fx.Node, value: Value, expected: Tensor) -> Tensor:
     """Two products and a sum for each turned feature."""
-    x, cos, sin = (value(arg).abs().double() for arg in call.args[:3])
-    heads, width = x.unflatten(-1, (call.args[3], -1)), cos.shape[-1]
+    x, cos, sin = (value(arg).abs().double() for arg in operands(call)[:3])
+    heads, width = x.unflatten(-1, (operands(call)[3], -1)), cos.shape[-1]
     kept, first, second = heads[..., :-width], heads[..., -width::2], heads[..., 1 - width :: 2]
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
     turned = torch.cat((first, second), -1) * cos + torch.cat((second, first), -1) * sin
@@ -67,35 +67,35 @@ def _rope(call: fx.Node, value: Value, expected: Tensor) -> Tensor:
 
 def _mla_attention(call: fx.Node, value: Value, expected: Tensor) -> Tensor:
     """Scores are off by at most d, so weights are by the factor exp(2 d) and those of rounding; then a sum of T."""
-    q, kv, k_rope, mask = (value(arg) for arg in call.args[:4])
-    heads, v_head_dim, scale = call.args[4:]  # type: ignore[misc]
+    q, kv, k_rope, mask = (value(arg) for arg in operands(call)[:4])
+    heads, v_head_dim, scale = operands(call)[4:]
     q, kv = (x.double().unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, kv))
-    keys = torch.cat((kv[..., :-v_head_dim], k_rope.double().unsqueeze(1).expand(-1, heads, -1, -1)), -1)  # type: ignore
+    keys = torch.cat((kv[..., :-v_head_dim], k_rope.double().unsqueeze(1).expand(-1, heads, -1, -1)), -1)
     queries, total = q.shape[2], kv.shape[2]
     visible = torch.ones(queries, total, dtype=torch.bool).tril(total - queries) & (mask[:, None, None, :] != 0)
     wide = torch.finfo(torch.float64).min
     weights = (q @ keys.transpose(-1, -2) * scale).masked_fill(~visible, wide).softmax(-1)
     magnitude = (q.abs() @ keys.abs().transpose(-1, -2) * scale).masked_fill(~visible, 0).amax(-1, keepdim=True)
     relative = torch.expm1(4 * (q.shape[-1] + 4) * U * magnitude) + (2 * total + 16) * U
-    return (relative * (weights @ kv[..., -v_head_dim:].abs())).transpose(1, 2).flatten(2)  # type: ignore[operator]
+    return (relative * (weights @ kv[..., -v_head_dim:].abs())).transpose(1, 2).flatten(2)
 
 
 def _dequantize_per_token(call: fx.Node, value: Value, expected: Tensor) -> Tensor:
-    product, x_scale, weight_scale, *bias = call.args
+    product, x_scale, weight_scale, *bias = operands(call)
     added = value(bias[0]).abs() if bias and bias[0] is not None else 0
     rounding = 8 * U * (expected.abs() + 2 * added)
-    if product.target != ops.int4_matmul:  # type: ignore[union-attr]
+    if product.target != ops.int4_matmul:
         return rounding
-    x8, weight, *second = (value(arg) for arg in product.args)  # type: ignore[union-attr]
+    x8, weight, *second = (value(arg) for arg in operands(product))
     return rounding + _int4(x8, weight, second[0] if second else None, value(weight_scale), value(x_scale))
 
 
 def _grouped_dequantize(call: fx.Node, value: Value, expected: Tensor) -> Tensor:
-    product, x_scale, weight_scale, counts = call.args
+    product, x_scale, weight_scale, counts = operands(call)
     rounding = 8 * U * expected.abs().double()
-    if product.target != ops.grouped_int4_matmul:  # type: ignore[union-attr]
+    if product.target != ops.grouped_int4_matmul:
         return rounding
-    x8, weight, _, *second = (value(arg) for arg in product.args)  # type: ignore[union-attr]
+    x8, weight, _, *second = (value(arg) for arg in operands(product))
     scale, token_scale = value(weight_scale), value(x_scale)
     for expert, rows in _blocks(value(counts)):
         group_scale = second[0][expert] if second else None
@@ -125,18 +125,18 @@ def _int4(x8: Tensor, packed: Tensor, second: Tensor | None, scale: Tensor, x_sc
 
 def _moe_gate(call: fx.Node, value: Value, expected: Tensor) -> Tensor:
     """A sigmoid, a sum of top_k, a quotient and a product."""
-    return (2 * int(call.args[2]) + 16) * U * expected.abs()  # type: ignore[arg-type]
+    return (2 * int(operands(call)[2]) + 16) * U * expected.abs()
 
 
 def _moe_finalize_routing(call: fx.Node, value: Value, expected: Tensor) -> Tensor:
-    rows, row_index, weights = (value(arg) for arg in call.args)
+    rows, row_index, weights = (value(arg) for arg in operands(call))
     magnitude = ops.moe_finalize_routing(rows.abs(), row_index, weights.abs())
     return 2 * (weights.shape[-1] + 2) * U * magnitude
 
 
 def _moe_experts(call: fx.Node, value: Value, expected: Tensor) -> Tensor:
     """Errors of gate and up go through silu and the product into the sum of down."""
-    x, ids, weights, gate_proj, up_proj, down_proj = (value(arg) for arg in call.args)
+    x, ids, weights, gate_proj, up_proj, down_proj = (value(arg) for arg in operands(call))
     rows, row_index, counts = ops.moe_init_routing(x, ids, len(gate_proj))
     errors = torch.zeros(len(rows), x.shape[-1], dtype=torch.float64)
     outputs = torch.zeros_like(errors)

@@ -9,7 +9,7 @@ import torch
 
 from fxquant.lowering.ascend import composites, runtime
 from fxquant.lowering.ascend.forward import forward_lines
-from fxquant.lowering.ascend.functions import Emitted, Function, functions, source
+from fxquant.lowering.ascend.functions import Emitted, Function, functions, own_names, scheme_text, source
 from fxquant.lowering.ascend.segment_text import INDENT, broken
 from fxquant.program import Program
 
@@ -91,7 +91,7 @@ def module_source(program: Program, emitted: list[Emitted]) -> str:
 
 def _sources(module: ModuleType, names: set[str]) -> list[str]:
     """Source of the functions and classes of `module` that are wanted, and of those that they call, in its order."""
-    own = {name: value for name, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__}
+    own = own_names(module)
     wanted: set[str] = set()
     frontier = names & own.keys()
     while frontier:
@@ -110,9 +110,7 @@ def _places(function: Function, emitted: list[Emitted]) -> str:
     keys = [call.segment.key for call in emitted if call.function is function]
     prefixed = [call for call in emitted if call.function is function and call.segment.prefix]
     if not prefixed:
-        return {"before": "What comes before the layers.", "after": "What comes after the layers."}.get(
-            function.name, "What comes between layers."
-        )
+        return f"What comes {keys[0].partition('_')[0]} the layers."
     return f"{keys[0]}." if len(keys) == 1 else f"{len(keys)} layers, {keys[0]} to {keys[-1]}."
 
 
@@ -161,12 +159,12 @@ def _docstring(program: Program, emitted: list[Emitted], graph: str) -> str:
     name = (config.get("architectures") or [config.get("model_type", "a model")])[0]
     layers = sum(bool(call.segment.prefix) for call in emitted)
     dtype = str(program.dtype).removeprefix("torch.")
-    lines = [f"{name} for Ascend NPUs: {layers} layers of a {dtype} model, emitted by fxquant from its quantized graph.", ""]
+    lines = [f"{name} for Ascend NPUs: {layers} layers, {dtype}. Emitted by fxquant from the quantized graph.", ""]
     lines += ["Policy, and how many modules each rule decides:"]
     rules = Counter(str(rule) for rule in program.rules.values())
     lines += [f"{INDENT}{count:6}  {rule}" for rule, count in rules.items()]
     lines += ["", "Linears of each scheme, one an expert:"]
-    schemes = Counter(_scheme(recipe) for recipe in program.recipes.values() for _ in recipe.modules)
+    schemes = Counter(scheme_text(recipe) for recipe in program.recipes.values() for _ in recipe.modules)
     lines += [f"{INDENT}{count:6}  {scheme}" for scheme, count in schemes.items()] or [f"{INDENT}none, all are float"]
     lines += ["", "Functions, each for all layers of its structure:"]
     count_of = Counter(call.function.name for call in emitted)
@@ -175,10 +173,5 @@ def _docstring(program: Program, emitted: list[Emitted], graph: str) -> str:
     lines += ["", "Engine operators:", *(f"{INDENT}{operator}" for operator in operators)]
     lines += ["", "Use:", f"{INDENT}model = Model.load(folder)"]
     lines += [f"{INDENT}logits, past = model(input_ids, attention_mask, position_ids, model.empty_past(batch))"]
-    lines += ["", "Functions take w, the tensors of a block by name, and dtype, which floats have between operators.", ""]
-    return "\n".join(lines)
-
-
-def _scheme(recipe: object) -> str:
-    group_size = recipe.group_size  # type: ignore[attr-defined]
-    return f"{recipe.scheme}, groups of {group_size}" if group_size else str(recipe.scheme)  # type: ignore[attr-defined]
+    lines += ["", "Functions take w, a block's tensors by name, and dtype, which floats have between operators."]
+    return "\n".join([*lines, ""])

@@ -7,8 +7,9 @@ from itertools import groupby
 from torch import fx
 
 from fxquant.lowering.ascend.functions import Emitted
-from fxquant.lowering.ascend.structure import Input, base_name
 from fxquant.lowering.ascend.segment_text import INDENT, Call, assignment
+from fxquant.lowering.ascend.structure import Input, base_name
+from fxquant.lowering.ascend.values import operands
 from fxquant.program import Program
 
 
@@ -25,17 +26,17 @@ def forward_lines(program: Program, emitted: list[Emitted]) -> Iterator[str]:
     """Statements of `forward`, not indented."""
     graph = program.graph.graph
     placeholders = graph.find_nodes(op="placeholder")
-    (results,) = graph.output_node().args
-    names = _names(emitted, placeholders, results)  # type: ignore[arg-type]
+    results = operands(graph.output_node())[0]
+    names = _names(emitted, placeholders, results)
     yield "w, dtype = self.weights, self.dtype"
     if any(given.hidden_keys for call in emitted for given in call.inputs):
         yield f"hidden_keys = find_hidden_keys({placeholders[1].name}, {placeholders[0].name}.shape[1])"
-    yield f"presents = [None] * {len(results) - 1}"  # type: ignore[arg-type]
+    yield f"presents = [None] * {len(results) - 1}"
     yield from _fold([(_step(call, names, None), _step(call, names, _number(call))) for call in emitted])
-    for index, node in enumerate(results[1:]):  # type: ignore[index]
+    for index, node in enumerate(results[1:]):
         if names[node] != f"presents[{index}]":
             yield f"presents[{index}] = {names[node]}"
-    yield f"return {names[results[0]]}, presents"  # type: ignore[index]
+    yield f"return {names[results[0]]}, presents"
 
 
 def _names(emitted: list[Emitted], placeholders: list[fx.Node], results: tuple[fx.Node, ...]) -> dict[fx.Node, str]:

@@ -2,15 +2,17 @@
 
 import operator
 from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
 
 from torch import fx
 
 from fxquant import ops
 from fxquant.lowering.ascend import composites, runtime
-from fxquant.lowering.ascend.statements import right_hand_side
-from fxquant.lowering.ascend.structure import OUTSIDE, Input, Names, Segment, segments
-from fxquant.lowering.ascend.values import float32_values
 from fxquant.lowering.ascend.segment_text import INDENT, Call, Writer
+from fxquant.lowering.ascend.statements import right_hand_side
+from fxquant.lowering.ascend.structure import AFTER, BEFORE, BETWEEN, Input, Names, Segment, segments, unique
+from fxquant.lowering.ascend.values import float32_values, operands
 from fxquant.program import Program
 from fxquant.schemes import Recipe
 
@@ -51,23 +53,24 @@ def functions(program: Program) -> list[Emitted]:
         text = (tuple(i.name for i in inputs), tuple(writer.lines), tuple(writer.weights.items()))
         key = (_kind(segment), *text)
         if key not in known:
-            known[key] = Function(_function_name(segment, names), *text, frozenset(writer.used))
+            known[key] = Function(unique(_kind(segment), names), *text, frozenset(writer.used))
         variables = {name: node for node, name in writer.names.variables.items()}
         emitted.append(Emitted(segment, known[key], inputs, variables))
     return emitted
 
 
-def _own_names(module: object) -> set[str]:
-    return {name for name, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__}  # type: ignore[attr-defined]
+def own_names(module: ModuleType) -> dict[str, Any]:
+    """Functions and classes that a module defines, in its order."""
+    return {name: value for name, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__}
 
 
-RESERVED = _own_names(composites) | _own_names(runtime)
+RESERVED = own_names(composites).keys() | own_names(runtime).keys()
 
 
 def _write(writer: Writer) -> None:
     module = None
     for node in writer.segment.calls:
-        if node.target is operator.getitem and _unpacked(writer.segment, node.args[0]):
+        if node.target is operator.getitem and _unpacked(writer.segment, operands(node)[0]):
             continue
         start = len(writer.lines)
         value = right_hand_side(writer, node)
@@ -84,7 +87,7 @@ def _write(writer: Writer) -> None:
 def _unpacked(segment: Segment, node: fx.Node) -> bool:
     """Whether the outputs of a call become variables of their own."""
     own = [user for user in node.users if user in segment.calls and user.target is operator.getitem]
-    indices = {user.args[1] for user in own}
+    indices = {operands(user)[1] for user in own}
     return node in segment.calls and len(own) == len(node.users) == len(indices)
 
 
@@ -92,7 +95,7 @@ def _target(writer: Writer, node: fx.Node) -> str:
     value = node.meta.get("val")
     if not isinstance(value, list | tuple) or not _unpacked(writer.segment, node):
         return writer.names.variables[node]
-    items = {int(user.args[1]): writer.names.variables[user] for user in node.users}  # type: ignore[arg-type]
+    items = {int(operands(user)[1]): writer.names.variables[user] for user in node.users}
     targets = [items.get(index, "_") for index in range(len(value))]
     return ", ".join(targets) if len(targets) > 1 else f"({targets[0]},)"
 
@@ -100,30 +103,24 @@ def _target(writer: Writer, node: fx.Node) -> str:
 def _comment(writer: Writer, module: str) -> str:
     """The module a group of statements comes from, and how its linears are quantized."""
     recipes = writer.program.recipes
-    found = [recipes[module]] if module in recipes else [r for m, r in recipes.items() if m.rpartition(".")[0] == module]
+    inside = (
+        recipe for path, recipe in recipes.items() if path.rpartition(".")[0] == module and len(recipe.modules) > 1
+    )
+    schemes = [scheme_text(recipe) for recipe in ([recipes[module]] if module in recipes else inside)]
     prefix = writer.segment.prefix
-    path = module.removeprefix(prefix) if module != prefix[:-1] else "the layer itself"
-    schemes = dict.fromkeys(_scheme(recipe) for recipe in found if recipe.modules != (recipe.module,) or module in recipes)
-    return f"{path}: {', '.join(schemes)}" if schemes else path
+    path = "the layer itself" if module == prefix[:-1] else module.removeprefix(prefix)
+    return f"{path}: {', '.join(dict.fromkeys(schemes))}" if schemes else path
 
 
-def _scheme(recipe: Recipe) -> str:
+def scheme_text(recipe: Recipe) -> str:
+    """The scheme, with its group size if it has one."""
     return f"{recipe.scheme}, groups of {recipe.group_size}" if recipe.group_size else str(recipe.scheme)
 
 
 def _kind(segment: Segment) -> str:
     if segment.prefix:
         return "moe_block" if any(node.target in MOE for node in segment.calls) else "dense_block"
-    return segment.key if segment.key in OUTSIDE else "between"
-
-
-def _function_name(segment: Segment, taken: set[str]) -> str:
-    name, count = _kind(segment), 1
-    while name in taken:
-        count += 1
-        name = f"{_kind(segment)}_{count}"
-    taken.add(name)
-    return name
+    return segment.key if segment.key in (BEFORE, AFTER) else BETWEEN
 
 
 def signature(function: Function) -> str:

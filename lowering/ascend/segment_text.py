@@ -105,8 +105,7 @@ class Writer:
         template, experts = template_of(parameter.names)
         stacked = parameter.stacked
         name = (template if stacked else parameter.names[0]).removeprefix(self.segment.prefix if relative else "")
-        names = () if name == key else (name,)
-        return self._entry(key, layout, names, experts if stacked else "0", relative)
+        return self._entry(key, layout, (name,), experts if stacked else "0", relative)
 
     def made(self, recipe: Recipe, suffix: str, layout: str, stored: tuple[str, ...]) -> str:
         """`w["<module>.<suffix>"]` [experts, …], made by `layout` of the tensors `stored` of a recipe's modules."""
@@ -122,9 +121,9 @@ class Writer:
 
     def _entry(self, key: str, layout: str, names: tuple[str, ...], experts: str, relative: bool) -> str:
         arguments = [layout]
-        if names or experts != "0":
-            quoted = ", ".join(f'"{name}"' for name in names or (key,))
-            arguments.append(f"({quoted},)" if len(names) < 2 else f"({quoted})")
+        if names and names != (key,):
+            quoted = ", ".join(f'"{name}"' for name in names)
+            arguments.append(f"({quoted},)" if len(names) == 1 else f"({quoted})")
         if experts != "0":
             arguments.append(f"experts={experts}")
         if not relative:

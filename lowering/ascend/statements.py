@@ -8,9 +8,9 @@ from torch import fx
 from fxquant import ops
 from fxquant.errors import FxquantError
 from fxquant.lowering.ascend.aten import aten_call
-from fxquant.lowering.ascend.structure import is_attention_mask
-from fxquant.lowering.ascend.values import is_int32
 from fxquant.lowering.ascend.segment_text import Call, Emitter, Writer
+from fxquant.lowering.ascend.structure import is_attention_mask
+from fxquant.lowering.ascend.values import is_int32, operands
 from fxquant.schemes import Recipe
 
 NPU = "torch.ops.npu."
@@ -31,15 +31,16 @@ def right_hand_side(writer: Writer, node: fx.Node) -> Call | str | None:
     if node.target in PRODUCTS:
         _expect_fusible(writer, node)
         return None
-    emitter = EMITTERS.get(node.target)  # type: ignore[arg-type]
+    emitter = EMITTERS.get(node.target)
     if emitter is None and node.target in ops.REFERENCES:
         raise writer.fail(node, f"{node.target} has no Ascend statement.", "This is a fault of the Ascend lowering.")
     return (emitter or aten_call)(writer, node)
 
 
 def _expect_fusible(writer: Writer, node: fx.Node) -> None:
+    fusible = PRODUCTS[node.target]  # type: ignore[index]
     for user in node.users:
-        if user.target not in PRODUCTS[node.target] or user.args[0] is not node or user not in writer.segment.calls:
+        if user.target not in fusible or operands(user)[0] is not node or user not in writer.segment.calls:
             fact = f"its integers are read by {user.name}, engines only give them dequantized."
             raise writer.fail(node, fact, "This is a fault of a pass.")
 
@@ -49,83 +50,83 @@ def _rows(writer: Writer, node: fx.Node) -> str:
 
 
 def _embedding(writer: Writer, node: fx.Node) -> Call:
-    weight, ids = node.args
+    weight, ids = operands(node)
     return Call("F.embedding", (writer.graph_layout(ids), writer.value(weight)))
 
 
 def _linear(writer: Writer, node: fx.Node) -> Call:
-    return Call("F.linear", tuple(writer.floating(arg) for arg in node.args if arg is not None))
+    return Call("F.linear", tuple(writer.floating(arg) for arg in operands(node) if arg is not None))
 
 
 def _rms_norm(writer: Writer, node: fx.Node) -> Call:
-    x, weight, eps, *bias = node.args
+    x, weight, eps, *bias = operands(node)
     tail = f"[0] + {writer.value(bias[0], 'float32')}" if bias and bias[0] is not None else "[0]"
     norm = Call(f"{NPU}npu_rms_norm", (writer.floating(x), writer.floating(weight), repr(eps)), tail)
     return norm if tail == "[0]" else Call(f"({norm.head}", norm.arguments, f"{tail}).to(dtype)")
 
 
 def _swiglu(writer: Writer, node: fx.Node) -> Call:
-    gate, up = (writer.floating(arg) for arg in node.args)
+    gate, up = (writer.floating(arg) for arg in operands(node))
     return Call(f"{NPU}npu_swiglu", (f"torch.cat(({gate}, {up}), -1)",))
 
 
 def _rope_table(writer: Writer, node: fx.Node) -> Call:
-    position_ids, inv_freq, scale = node.args
+    position_ids, inv_freq, scale = operands(node)
     return writer.call("rope_table", writer.graph_layout(position_ids), repr(list(inv_freq)), repr(scale), "dtype")
 
 
 def _rope(writer: Writer, node: fx.Node) -> Call:
-    return writer.call("rope", *(writer.floating(arg) for arg in node.args[:3]), repr(node.args[3]))
+    return writer.call("rope", *(writer.floating(arg) for arg in operands(node)[:3]), repr(operands(node)[3]))
 
 
 def _mla_attention(writer: Writer, node: fx.Node) -> Call:
-    q, kv, k_rope, mask, *numbers = node.args
-    operands = [writer.floating(arg) for arg in (q, kv, k_rope)]
+    q, kv, k_rope, mask, *numbers = operands(node)
+    sources = [writer.floating(arg) for arg in (q, kv, k_rope)]
     hidden = "hidden_keys"
     if not is_attention_mask(writer.program, mask, node):
         writer.used.add("find_hidden_keys")
-        hidden = f"find_hidden_keys({writer.graph_layout(mask)}, {operands[0]}.shape[1])"
-    return writer.call("mla_attention", *operands, hidden, *(repr(number) for number in numbers))
+        hidden = f"find_hidden_keys({writer.graph_layout(mask)}, {sources[0]}.shape[1])"
+    return writer.call("mla_attention", *sources, hidden, *(repr(number) for number in numbers))
 
 
 def _quantize_static(writer: Writer, node: fx.Node) -> Call:
-    x, scale, offset = node.args
+    x, scale, offset = operands(node)
     parameters = writer.value(scale, "quantizer_scale"), writer.value(offset, "quantizer_offset")
     return Call(f"{NPU}npu_quantize", (writer.floating(x), *parameters, "torch.qint8", "-1", "True"))
 
 
 def _quantize_per_token(writer: Writer, node: fx.Node) -> Call:
-    return Call(f"{NPU}npu_dynamic_quant", (writer.floating(node.args[0]),))
+    return Call(f"{NPU}npu_dynamic_quant", (writer.floating(operands(node)[0]),))
 
 
 def _dequantize_static(writer: Writer, node: fx.Node) -> Call:
-    product, deq_scale, quant_bias = node.args
-    x8, weight = product.args
-    operands = writer.value(x8), writer.value(weight, "int8_transposed"), writer.value(deq_scale, "as_stored")
+    product, deq_scale, quant_bias = operands(node)
+    x8, weight = operands(product)
+    sources = writer.value(x8), writer.value(weight, "int8_transposed"), writer.value(deq_scale, "as_stored")
     bias = f"bias={writer.value(quant_bias, 'as_stored')}"
-    return Call(f"{NPU}npu_quant_matmul", (*operands, bias, "output_dtype=dtype"))
+    return Call(f"{NPU}npu_quant_matmul", (*sources, bias, "output_dtype=dtype"))
 
 
 def _dequantize_per_token(writer: Writer, node: fx.Node) -> Call:
     """The per-token scale is one number a row, so leading dimensions are flattened around the operator."""
-    product, x_scale, weight_scale, *bias = node.args
+    product, x_scale, weight_scale, *bias = operands(node)
     if product.target == ops.int4_matmul:
         return _int4_linear(writer, node)
-    x8 = writer.value(product.args[0])
-    weight, scale = writer.value(product.args[1], "int8_transposed"), writer.value(weight_scale, "channel_scale")
-    operands = [f"{x8}.flatten(0, -2)", weight, scale, f"pertoken_scale={writer.value(x_scale)}.flatten()"]
+    x8 = writer.value(operands(product)[0])
+    weight, scale = writer.value(operands(product)[1], "int8_transposed"), writer.value(weight_scale, "channel_scale")
+    sources = [f"{x8}.flatten(0, -2)", weight, scale, f"pertoken_scale={writer.value(x_scale)}.flatten()"]
     if bias and bias[0] is not None:
-        operands.append(f"bias={writer.value(bias[0])}")
-    operands.append("output_dtype=dtype")
-    return Call(f"{NPU}npu_quant_matmul", tuple(operands), f".unflatten(0, {x8}.shape[:-1])")
+        sources.append(f"bias={writer.value(bias[0])}")
+    sources.append("output_dtype=dtype")
+    return Call(f"{NPU}npu_quant_matmul", tuple(sources), f".unflatten(0, {x8}.shape[:-1])")
 
 
 def _int4_linear(writer: Writer, node: fx.Node) -> Call:
-    product, x_scale, _, *bias = node.args
-    x8, weight = product.args[:2]
+    product, x_scale, _, *bias = operands(node)
+    x8, weight = operands(product)[:2]
     recipe = writer.recipe(weight)
-    operands = writer.value(x8), writer.value(x_scale), *_int4_operands(writer, recipe)
-    call = writer.call("int4_linear", *operands, "dtype")
+    sources = writer.value(x8), writer.value(x_scale), *_int4_operands(writer, recipe)
+    call = writer.call("int4_linear", *sources, "dtype")
     return Call(call.head, call.arguments, f" + {writer.value(bias[0])}") if bias and bias[0] is not None else call
 
 
@@ -144,37 +145,37 @@ def _int4_operands(writer: Writer, recipe: Recipe) -> tuple[str, str, str]:
 
 
 def _grouped_dequantize(writer: Writer, node: fx.Node) -> Call:
-    product, x_scale, weight_scale, counts = node.args
-    x8, weight = product.args[:2]
+    product, x_scale, weight_scale, counts = operands(node)
+    x8, weight = operands(product)[:2]
     if product.target == ops.grouped_int4_matmul:
         words, scale, bias = _int4_operands(writer, writer.recipe(weight))
-        operands = [f"[{words}]", f"bias=[{bias}]"]
+        sources = [f"[{words}]", f"bias=[{bias}]"]
     else:
+        sources = [f"[{writer.value(weight, 'int8_transposed')}]"]
         scale = writer.value(weight_scale, "expert_scale")
-        operands = [f"[{writer.value(weight, 'int8_transposed')}]"]
-    operands += [f"scale=[{scale}]", f"per_token_scale=[{writer.value(x_scale)}]"]
-    return _grouped_matmul(writer.value(x8), operands, writer.value(counts), ("output_dtype=dtype",))
+    sources += [f"scale=[{scale}]", f"per_token_scale=[{writer.value(x_scale)}]"]
+    return _grouped_matmul(writer.value(x8), sources, writer.value(counts), ("output_dtype=dtype",))
 
 
-def _grouped_matmul(x: str, operands: list[str], counts: str, rest: tuple[str, ...] = ()) -> Call:
+def _grouped_matmul(x: str, sources: list[str], counts: str, rest: tuple[str, ...] = ()) -> Call:
     groups = (f"group_list={counts}", "split_item=2", "group_type=0", "group_list_type=1")
-    return Call(f"{NPU}npu_grouped_matmul", (f"[{x}]", *operands, *groups, *rest), "[0]")
+    return Call(f"{NPU}npu_grouped_matmul", (f"[{x}]", *sources, *groups, *rest), "[0]")
 
 
 def _router_logits(writer: Writer, node: fx.Node) -> Call:
-    x, weight = node.args
+    x, weight = operands(node)
     return Call("F.linear", (f"{writer.value(x)}.float()", f"{writer.value(weight, 'float32')}"))
 
 
 def _moe_gate(writer: Writer, node: fx.Node) -> Call:
-    logits, bias, top_k, n_group, topk_group, normalized, factor = node.args
+    logits, bias, top_k, n_group, topk_group, normalized, factor = operands(node)
     numbers = (repr(number) for number in (top_k, n_group, topk_group, factor))
     function = "moe_gate" if normalized else "moe_gate_unnormalized"
     return writer.call(function, writer.value(logits), writer.value(bias, "float32"), *numbers)
 
 
 def _moe_init_routing(writer: Writer, node: fx.Node) -> Call:
-    return _init_routing(writer, *node.args)  # type: ignore[arg-type]
+    return _init_routing(writer, *operands(node))
 
 
 def _init_routing(writer: Writer, x: fx.Node, ids: fx.Node, experts: int) -> Call:
@@ -197,19 +198,19 @@ def _init_routing(writer: Writer, x: fx.Node, ids: fx.Node, experts: int) -> Cal
 
 
 def _moe_finalize_routing(writer: Writer, node: fx.Node) -> Call:
-    rows, row_index, weights = node.args
+    rows, row_index, weights = operands(node)
     return _unpermute(writer, writer.floating(rows), writer.value(row_index), weights)
 
 
 def _unpermute(writer: Writer, rows: str, row_index: str, weights: fx.Node) -> Call:
     chosen, probabilities = writer.value(weights), writer.floating(weights)
-    operands = (rows, row_index, f"{probabilities}.flatten(0, -2)")
-    return Call(f"{NPU}npu_moe_token_unpermute", operands, f".unflatten(0, {chosen}.shape[:-1])")
+    sources = (rows, row_index, f"{probabilities}.flatten(0, -2)")
+    return Call(f"{NPU}npu_moe_token_unpermute", sources, f".unflatten(0, {chosen}.shape[:-1])")
 
 
 def _moe_experts(writer: Writer, node: fx.Node) -> Call:
     """Float experts: the same route as quantized ones."""
-    x, ids, weights, *projections = node.args
+    x, ids, weights, *projections = operands(node)
     gate, up, down = (writer.value(weight, "floating_transposed") for weight in projections)
     parts = ("rows", "row_index", "counts", "gate_proj", "up_proj", "swiglu", "down_proj")
     names = {part: writer.names.local(f"{writer.value(node)}_{part}") for part in parts}

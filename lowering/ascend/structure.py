@@ -7,12 +7,14 @@ import torch
 from torch import fx
 
 from fxquant import ops
-from fxquant.lowering.ascend.values import producer
+from fxquant.lowering.ascend.values import operands, producer
 from fxquant.naming import identifier
 from fxquant.program import Program
 
 OUTSIDE = ("before", "after")
 """`meta["block"]` of calls that belong to no layer."""
+BEFORE, BETWEEN, AFTER = "before", "between", "after"
+"""Keys of their segments."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +42,14 @@ def segments(program: Program) -> list[Segment]:
             if not runs or runs[-1][0] != node.meta["block"]:
                 runs.append((node.meta["block"], []))
             runs[-1][1].append(node)
+    caches = operands(program.graph.graph.output_node())[0][1:]
     keys: set[str] = set()
-    caches = program.graph.graph.output_node().args[0][1:]  # type: ignore[index]
-    return [_segment(block, calls, _unique(block, keys), caches) for block, calls in runs]
+    found = []
+    for position, (block, calls) in enumerate(runs):
+        outside = BEFORE if position == 0 else AFTER if position == len(runs) - 1 else BETWEEN
+        key = unique(outside if block in OUTSIDE else block, keys)
+        found.append(_segment(block, calls, key, caches))
+    return found
 
 
 def _segment(block: str, calls: list[fx.Node], key: str, caches: tuple[fx.Node, ...]) -> Segment:
@@ -60,7 +67,8 @@ def is_rope_table(node: fx.Node) -> bool:
     return operator == ops.rope_table and index is not None
 
 
-def _unique(name: str, taken: set[str]) -> str:
+def unique(name: str, taken: set[str]) -> str:
+    """`name`, or `name_2`, `name_3`, … if that is taken; it is taken then."""
     candidate, count = name, 1
     while candidate in taken:
         count += 1
@@ -78,7 +86,8 @@ class Input:
     hidden_keys: bool = False
 
 
-RESERVED = {"w", "dtype", "torch", "F", "Tensor", "float", "past", "presents", "layer", "x", "cos", "sin", "hidden_keys"}
+RESERVED = {"w", "dtype", "torch", "F", "float", "x", "cos", "sin", "hidden_keys", "past"}
+"""What the text of a function uses, and the names of its arguments."""
 
 
 class Names:
@@ -96,7 +105,7 @@ class Names:
     def local(self, name: str) -> str:
         """A variable named `name`, or as near to it as is free."""
         usable = name.isidentifier() and not keyword.iskeyword(name)
-        return _unique(name if usable else f"_{name}", self._taken)
+        return unique(name if usable else f"_{name}", self._taken)
 
 
 def _inputs(program: Program, segment: Segment) -> tuple[Input, ...]:
@@ -109,7 +118,7 @@ def _inputs(program: Program, segment: Segment) -> tuple[Input, ...]:
             found.append((2, Input("hidden_keys", node, hidden_keys=True)))
         if not all(is_attention_mask(program, node, user) for user in node.users if user in segment.calls):
             rank, name = _role(node, placeholders)
-            found.append((rank, Input(_unique(name, taken), node)))
+            found.append((rank, Input(unique(name, taken), node)))
     return tuple(item for _, item in sorted(found, key=lambda pair: pair[0]))
 
 
@@ -122,7 +131,7 @@ def _role(node: fx.Node, placeholders: list[fx.Node]) -> tuple[int, str]:
 def base_name(node: fx.Node) -> str:
     """Name of a value outside the segment that made it."""
     if is_rope_table(node):
-        return ("cos", "sin")[int(node.args[1])]  # type: ignore[arg-type]
+        return ("cos", "sin")[int(operands(node)[1])]
     return "size" if isinstance(node.meta["val"], torch.SymInt | int) else "x"
 
 
@@ -134,7 +143,7 @@ def reads_mask_for_attention(program: Program, node: fx.Node, segment: Segment) 
 def is_attention_mask(program: Program, node: fx.Node, user: fx.Node) -> bool:
     """Whether `user` is an attention over the model's own mask, with one query for each input token."""
     input_ids, attention_mask = program.graph.graph.find_nodes(op="placeholder")[:2]
-    if node is not attention_mask or user.target != ops.mla_attention or user.args[3] is not node:
+    if node is not attention_mask or user.target != ops.mla_attention or operands(user)[3] is not node:
         return False
-    queries, tokens = user.args[0].meta["val"].shape[1], input_ids.meta["val"].shape[1]  # type: ignore[union-attr]
-    return str(queries) == str(tokens) and all(arg is not node for i, arg in enumerate(user.args) if i != 3)
+    queries, tokens = operands(user)[0].meta["val"].shape[1], input_ids.meta["val"].shape[1]
+    return str(queries) == str(tokens) and all(arg is not node for i, arg in enumerate(operands(user)) if i != 3)

@@ -19,7 +19,7 @@ from fxquant.lowering.ascend.bounds import error_bound
 from fxquant.lowering.ascend.emit import module_source
 from fxquant.lowering.ascend.functions import Emitted, functions
 from fxquant.lowering.ascend.structure import is_attention_mask
-from fxquant.lowering.ascend.values import producer, to_engine
+from fxquant.lowering.ascend.values import operands, producer, to_engine
 from fxquant.lowering.ascend.writer import FILE
 from fxquant.naming import operator_name
 from fxquant.program import Program
@@ -78,7 +78,9 @@ def _require_equal(path: Path, found: bytes, expected: bytes) -> None:
         return
     lines = zip(found.split(b"\n"), expected.split(b"\n"), strict=False)
     first = next((number for number, (one, other) in enumerate(lines, 1) if one != other), "at its end")
-    raise FxquantError(path, f"line {first} is not what the graph emits.", "Compile again; edit the graph, not the file.")
+    raise FxquantError(
+        path, f"line {first} is not what the graph emits.", "Compile again; the file is not to be edited."
+    )
 
 
 @torch.no_grad()
@@ -113,7 +115,7 @@ def _arguments(module: EmittedModule, call: Emitted, weights: Weights, values: M
         if given.hidden_keys:
             users = [user for user in given.node.users if user in call.segment.calls]
             attention = next(user for user in users if is_attention_mask(module.program, given.node, user))
-            queries = values[attention.args[0].name].shape[1]  # type: ignore[union-attr]
+            queries = values[operands(attention)[0].name].shape[1]
             bound[given.name] = module.names["find_hidden_keys"](value, queries)
         else:
             bound[given.name] = to_engine(given.node, value)
@@ -122,7 +124,7 @@ def _arguments(module: EmittedModule, call: Emitted, weights: Weights, values: M
 
 def _compare(node: fx.Node, actual: Any, values: Mapping[str, Any]) -> StatementCheck:
     expected = to_engine(node, values[node.name])
-    kind = operator_name(node.args[0] if producer(node)[1] is not None else node)  # type: ignore[arg-type]
+    kind = operator_name(operands(node)[0] if producer(node)[1] is not None else node)
     if not isinstance(expected, Tensor):
         return StatementCheck(node.name, kind, 0.0, 0.0, _equal(actual, expected))
     if not isinstance(actual, Tensor) or actual.shape != expected.shape:

@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-import torch
 
 from fxquant.lowering.onnx.aten_shape import ATEN, Lower, Result, axis, rank
 from fxquant.lowering.onnx.builder import Builder, Size
@@ -194,6 +193,16 @@ def logical(op_type: str) -> Lower:
     return lambda b, out, x, other: b.op(op_type, *(operand(b, v, ir.DataType.BOOL) for v in (x, other)))
 
 
+def bitwise(word: str) -> Lower:
+    """And and Or; on numbers BitwiseAnd and BitwiseOr."""
+
+    def lower(b: Builder, out: Result, x: Operand, other: Operand) -> ir.Value:
+        op_type = word if out.dtype is ir.DataType.BOOL else f"Bitwise{word}"
+        return b.op(op_type, operand(b, x, out.dtype), operand(b, other, out.dtype))
+
+    return lower
+
+
 def logical_not(b: Builder, out: Result, x: ir.Value) -> ir.Value:
     return b.op("Not", b.cast(x, ir.DataType.BOOL))
 
@@ -283,6 +292,10 @@ MATH_OPERATORS: dict[Any, Lower] = {
     ATEN.ge.Tensor: compare("GreaterOrEqual"),
     ATEN.logical_not.default: logical_not,
     ATEN.bitwise_not.default: bitwise_not,
+    ATEN.bitwise_and.Tensor: bitwise("And"),
+    ATEN.bitwise_or.Tensor: bitwise("Or"),
+    ATEN.__and__.Tensor: bitwise("And"),
+    ATEN.__or__.Tensor: bitwise("Or"),
     ATEN.logical_and.default: logical("And"),
     ATEN.logical_or.default: logical("Or"),
     ATEN.full.default: full,

@@ -96,9 +96,7 @@ def repeat(b: Builder, out: Result, x: ir.Value, repeats: Sequence[Size]) -> ir.
     return b.op("Tile", wide, b.sizes(*repeats))
 
 
-def slice_(
-    b: Builder, out: Result, x: ir.Value, dim: int, start: Size | None, end: Size | None, step: int
-) -> ir.Value:
+def slice_(b: Builder, out: Result, x: ir.Value, dim: int, start: Size | None, end: Size | None, step: int) -> ir.Value:
     first, last = b.sizes(0 if start is None else start), b.sizes(END if end is None else end)
     return b.op("Slice", x, first, last, b.ints(dim), b.ints(step))
 

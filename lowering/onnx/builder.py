@@ -1,6 +1,6 @@
 """Writing ONNX nodes one after another: the same calls fill the main graph, a function body or an If branch."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -33,12 +33,26 @@ class Builder:
 
     def op(self, op_type: str, *inputs: ir.Value | None, **attributes: Attribute) -> ir.Value:
         """One standard node with one output."""
-        return self.ops(op_type, *inputs, outputs=1, **attributes)[0]
+        return self._add(op_type, "", inputs, 1, attributes)[0]
 
     def ops(
-        self, op_type: str, *inputs: ir.Value | None, outputs: int, domain: str = "", **attributes: Attribute
+        self, op_type: str, *inputs: ir.Value | None, outputs: int, **attributes: Attribute
     ) -> tuple[ir.Value, ...]:
-        """One node with `outputs` outputs."""
+        """One standard node with `outputs` outputs."""
+        return self._add(op_type, "", inputs, outputs, attributes)
+
+    def call(self, function: ir.Function, inputs: Sequence[ir.Value]) -> tuple[ir.Value, ...]:
+        """A call of a local function."""
+        return self._add(function.name, DOMAIN, inputs, len(function.outputs), {})
+
+    def _add(
+        self,
+        op_type: str,
+        domain: str,
+        inputs: Sequence[ir.Value | None],
+        outputs: int,
+        attributes: Mapping[str, Attribute],
+    ) -> tuple[ir.Value, ...]:
         node = ir.node(op_type, inputs, attributes, domain=domain, num_outputs=outputs)
         node.name = self._name(op_type.lower())
         for index, value in enumerate(node.outputs):

@@ -8,13 +8,14 @@ all has a wrong shape, so none is ever asked for.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 from torch import fx
 
 from fxquant import ops
-from fxquant.lowering.onnx.builder import DOMAIN, Builder
+from fxquant.lowering.onnx.builder import Builder
 from fxquant.lowering.onnx.function_table import FunctionTable, formal
 from fxquant.lowering.onnx.functions import BODIES
 from fxquant.lowering.onnx.functions.moe import routed_expert
@@ -50,7 +51,8 @@ class Experts:
         function = self._function(region, lowering.shapes, outside, stacked)
         by_row, whole = ([outside[node] for node in nodes] for nodes in (region.by_row, region.whole))
         counts = lowering.value(region.counts)
-        result = self._emit(lowering.builder, function, by_row, whole, list(stacked.values()), counts, lowering.shapes[region.output])
+        empty = _no_rows(lowering.shapes[region.output], lowering.shapes[region.output].fixed[1:])
+        result = self._emit(lowering.builder, function, by_row, whole, list(stacked.values()), counts, empty)
         lowering.set(region.output, result)
 
     def node(self, lowering: NodeLowering, node: fx.Node) -> None:
@@ -66,7 +68,7 @@ class Experts:
         names = ("gate_proj", "up_proj", "down_proj")
         arguments = {"rows": rows} | dict(zip(names, map(self._first, projections), strict=True))
         function = self._functions.get(NAME, routed_expert, arguments)
-        parts = self._emit(b, function, [rows], [], projections, counts, lowering.shapes[node])
+        parts = self._emit(b, function, [rows], [], projections, counts, _no_rows(lowering.shapes[node], x.shape[-1:]))
         parts.dtype, parts.shape = rows.dtype, rows.shape
         finalize = {"rows": parts, "row_index": row_index, "weights": weights}
         lowering.set(node, lowering.call("moe_finalize_routing", BODIES[ops.moe_finalize_routing], finalize))
@@ -93,7 +95,7 @@ class Experts:
             if node.target in GROUPED:
                 operator = GROUPED[node.target]
                 arguments = {name: inner.value(arg) for name, arg in expert_arguments(node).items()}
-                optional = {argument.name: None for argument in operator._schema.arguments}  # type: ignore[attr-defined]
+                optional = {argument.name: None for argument in operator._schema.arguments}
                 inner.set(node, inner.call(operator._opname, BODIES[operator], optional | arguments))
             else:
                 inner.lower(node)
@@ -102,9 +104,9 @@ class Experts:
 
     def _emit(
         self, b: Builder, function: ir.Function, by_row: Sequence[ir.Value], whole: Sequence[ir.Value],
-        stacked: Sequence[Stacked], counts: ir.Value, output: Meta,
+        stacked: Sequence[Stacked], counts: ir.Value, empty: ir.TensorProtocol,
     ) -> ir.Value:  # fmt: skip
-        """int64 `counts` [E] → the function's result over all rows, expert by expert, shaped like `output`."""
+        """int64 `counts` [E] → the function's result over all rows, expert by expert; `empty` is that of no rows."""
         number, zero, axes = len(stacked[0].names), b.constant(np.int64(0)), b.ints(0)
         ends = b.op("CumSum", counts, zero)
         starts = b.op("Sub", ends, counts)
@@ -112,14 +114,13 @@ class Experts:
             b.ops("Split", column, outputs=number, axis=0, num_outputs=number)
             for column in (b.op("Greater", counts, zero), starts, ends)
         ]
-        empty = ir.tensor(np.empty((0, *output.dims[-1:]), output.onnx_dtype.numpy()))
         parts = []
         for expert, (busy, start, end) in enumerate(zip(*columns, strict=True)):
             weights = [external(self._tensors, one.names[expert], one.view) for one in stacked]
             inner = Builder()
             inner.enter(f"{b.scope}{expert}/")
             rows = [inner.op("Slice", value, start, end, axes) for value in by_row]
-            called = inner.ops(function.name, *rows, *whole, *weights, outputs=1, domain=DOMAIN)
+            called = inner.call(function, [*rows, *whole, *weights])
             then = ir.Graph([], called, nodes=inner.nodes, initializers=weights, name="rows")
             inner = Builder()
             inner.enter(f"{b.scope}{expert}/no_")
@@ -127,6 +128,10 @@ class Experts:
             otherwise = ir.Graph([], [nothing], nodes=inner.nodes, name="no_rows")
             parts.append(b.op("If", busy, then_branch=then, else_branch=otherwise))
         return b.op("Concat", *parts, axis=0)
+
+
+def _no_rows(meta: Meta, dims: Sequence[Any]) -> ir.TensorProtocol:
+    return ir.tensor(np.empty((0, *dims), meta.onnx_dtype.numpy()))
 
 
 def _view(region: Region, parameter: fx.Node) -> View:

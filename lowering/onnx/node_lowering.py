@@ -13,7 +13,7 @@ from fxquant import ops
 from fxquant.errors import FxquantError
 from fxquant.lowering.onnx.aten_math import MATH_OPERATORS
 from fxquant.lowering.onnx.aten_shape import SHAPE_OPERATORS, Lower, Result
-from fxquant.lowering.onnx.builder import DOMAIN, ZERO_POINT, Builder
+from fxquant.lowering.onnx.builder import ZERO_POINT, Builder
 from fxquant.lowering.onnx.function_table import FunctionTable
 from fxquant.lowering.onnx.functions import BODIES
 from fxquant.lowering.onnx.initializers import View
@@ -21,13 +21,19 @@ from fxquant.lowering.onnx.shapes import DTYPES, Meta, Shapes
 from fxquant.naming import operator_name
 
 INT8, UINT8, INT32 = ir.DataType.INT8, ir.DataType.UINT8, ir.DataType.INT32
+HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 REMEDY = "Write it with operators of fxquant/lowering/onnx/aten_math.py and aten_shape.py, or compile without ONNX."
 RESULT_SAYS_IT = frozenset(
     ("dtype", "layout", "device", "pin_memory", "non_blocking", "copy", "memory_format", "cudnn_enable", "sparse_grad")
     + ("split_size", "split_sizes", "chunks")
 )
 """aten arguments that a lowering need not see: they do not matter, or the result's dtype and shapes show them."""
-VIEWS = {
+STORED = frozenset(
+    ("weight", "bias", "correction_bias", "input_scale", "input_offset", "weight_scale", "weight_scale_second")
+    + ("deq_scale", "quant_bias")
+)
+"""Arguments of the dialect's operators that their functions take as they are stored."""
+VIEWS: dict[Any, View] = {
     (ops.int4_matmul, "weight"): View.INT4_PAIRS,
     (ops.grouped_int4_matmul, "weight"): View.INT4_PAIRS,
     (ops.dequantize_static, "deq_scale"): View.FLOAT_WORDS,
@@ -95,16 +101,17 @@ class NodeLowering:
         return arg
 
     def _call(self, node: fx.Node) -> Any:
-        arguments = {
-            name: self.value(arg, VIEWS.get((node.target, name), View.STORED)) for name, arg in bind(node).items()
-        }
+        arguments = {}
+        for name, arg in bind(node).items():
+            value = self.value(arg, VIEWS.get((node.target, name), View.STORED))
+            arguments[name] = value if name in STORED else self._widened(arg, value)
         return self.call(operator_name(node), BODIES[node.target], arguments, node.name if self._named else "")
 
     def call(self, name: str, body: Callable[..., Any], arguments: Mapping[str, Any], label: str = "") -> Any:
         """A call of the local function of `body`; `label` names the node."""
         function = self._functions.get(name, body, arguments)
         inputs = [value for value in arguments.values() if isinstance(value, ir.Value)]
-        outputs = self.builder.ops(function.name, *inputs, outputs=len(function.outputs), domain=DOMAIN)
+        outputs = self.builder.call(function, inputs)
         if label:
             self.builder.nodes[-1].name = label
         return outputs if len(outputs) > 1 else outputs[0]
@@ -128,15 +135,14 @@ class NodeLowering:
         return result
 
     def _operand(self, arg: Any, carry: Callable[[ir.Value], ir.Value]) -> Any:
-        """Parameters arrive in float32, as `fxquant.weights.load` gives them."""
-        value = self.value(arg)
-        values = value if isinstance(value, list) else [value]
-        found = [self._widened(carry(one)) if isinstance(one, ir.Value) else one for one in values]
-        return found if isinstance(value, list) else found[0]
+        if isinstance(arg, list | tuple):
+            return [self._operand(one, carry) for one in arg]
+        value = self._widened(arg, self.value(arg))
+        return carry(value) if isinstance(value, ir.Value) else value
 
-    def _widened(self, value: ir.Value) -> ir.Value:
-        stored = value.const_value is not None and value.dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
-        if not stored:
+    def _widened(self, arg: Any, value: Any) -> Any:
+        """Parameters count as float32, as `fxquant.weights.load` gives them."""
+        if not isinstance(arg, fx.Node) or arg.op != "get_attr" or value.dtype not in HALVES:
             return value
         shape, wide = value.shape, self.builder.float(value)
         wide.shape = shape

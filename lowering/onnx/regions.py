@@ -97,7 +97,7 @@ def _check_apart(node: fx.Node, shapes: Shapes, copies: int | str) -> None:
         else:
             apart = meta.dims[:1] == (copies,) and None not in meta.fixed[1:]
         if node.target in ALONG_A_DIMENSION:
-            apart = apart and node.args[1] % len(meta.dims) != 0  # type: ignore[operator]
+            apart = apart and int(str(node.args[1])) % len(meta.dims) != 0
         if not apart:
             place = f"{node.name} ({node.meta.get('module') or 'the model'})"
             raise FxquantError(place, f"{node.target} mixes the rows of several experts.", ONE_EXPERT)

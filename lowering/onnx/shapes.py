@@ -36,7 +36,7 @@ FIRST_CACHE = 3
 
 @dataclass(frozen=True)
 class Meta:
-    """dtype and dimensions of a value; a dimension that callers choose is a name or "?sizes". `number`: a Python int."""
+    """dtype and dimensions of a value; one that callers choose is a name or "?sizes". `number`: it is a Python int."""
 
     dtype: torch.dtype
     dims: tuple[int | str, ...]

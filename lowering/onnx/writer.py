@@ -81,13 +81,14 @@ def build_model(program: Program, tensors: Mapping[str, TensorInfo]) -> ir.Model
         opset_imports={"": OPSET, DOMAIN: 1},
         name="fxquant",
     )
+    notes = {"producer": "fxquant", "profile": "portable", "operators": _census(program), "numerics": NUMERICS}
     return ir.Model(
         graph,
         ir_version=IR_VERSION,
         producer_name="fxquant",
         producer_version=fxquant.__version__,
         functions=functions.functions,
-        metadata_props={"producer": "fxquant", "profile": "portable", "operators": _census(program), "numerics": NUMERICS},
+        metadata_props=notes,
     )
 
 
@@ -110,16 +111,16 @@ def _census(program: Program) -> str:
 def _input(node: fx.Node, index: int, meta: Meta) -> ir.Value:
     """A graph input; `fx` in its metadata is the placeholder's name."""
     name = node.name if index < FIRST_CACHE else f"past_key_values.{index - FIRST_CACHE}.latent"
-    return ir.Value(
-        name=name, shape=meta.shape, type=ir.TensorType(meta.onnx_dtype), metadata_props={"fx": node.name}
-    )
+    return ir.Value(name=name, shape=meta.shape, type=ir.TensorType(meta.onnx_dtype), metadata_props={"fx": node.name})
 
 
 def _outputs(lowering: NodeLowering, node: fx.Node) -> list[ir.Value]:
     results = []
-    for index, source in enumerate(node.args[0]):  # type: ignore[arg-type, var-annotated]
+    for index, source in enumerate(node.args[0]):  # type: ignore[arg-type]
         name = "logits" if index == 0 else f"present.{index - 1}.latent"
         value = lowering.value(source)
+        if any(other.name == name and other is not source for other in node.graph.nodes):
+            raise FxquantError(name, "a node has the name of an output.", "Rename the module or attribute.")
         if value.name != name:
             lowering.builder.enter(f"{name}/")
             value = lowering.builder.op("Identity", value)

@@ -3,7 +3,12 @@
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+from torch import Tensor, fx
+
 from fxquant.lowering.ascend.verify import EmittedModule, check_statements
+from fxquant.lowering.onnx.bounds import error_bound
+from fxquant.lowering.onnx.extract import operator_session
 from fxquant.lowering.verify.report import Check
 from fxquant.program import Program
 
@@ -56,4 +61,33 @@ class AscendChecker:
             self._comparison.add(one.node, one.error, one.bound, one.ok, exact=one.bound == 0.0)
 
 
-OnnxChecker = AscendChecker
+class OnnxChecker:
+    """Runs `model.onnx` operator by operator in ONNX Runtime, each fed what the fx graph fed it."""
+
+    def __init__(self, program: Program, folder: Path) -> None:
+        self._program, self._folder = program, folder
+        self._nodes = {node.name: node for node in program.graph.graph.nodes}
+        self._comparison = Comparison("ONNX graph")
+        self.checks = self._comparison.checks
+
+    def check(self, block: str, values: dict[str, Any]) -> None:
+        names = [node.name for node in self._nodes.values() if node.meta.get("block") == block]
+        session = operator_session(self._folder, names)
+        results = session(session.feeds(values))
+        for unit in session.units:
+            for name in unit.outputs:
+                self._compare(name, results[name], values)
+
+    def _compare(self, name: str, found: Tensor, values: dict[str, Any]) -> None:
+        expected = values[name]
+        exact = not expected.is_floating_point()
+        if found.shape != expected.shape or found.dtype != expected.dtype:
+            self._comparison.add(name, float("inf"), 0.0, False, exact)
+        elif expected.numel():
+            error = torch.where(found == expected, 0.0, (found.double() - expected.double()).abs())
+            bound = error_bound(self._nodes[name], lambda one: _value(one, values), expected)
+            self._comparison.add(name, float(error.max()), float(bound.max()), bool((error <= bound).all()), exact)
+
+
+def _value(argument: Any, values: dict[str, Any]) -> Any:
+    return values[argument.name] if isinstance(argument, fx.Node) else argument

@@ -20,9 +20,7 @@ def rope(b: Builder, x: ir.Value, cos: ir.Value, sin: ir.Value, num_heads: int) 
     head = features // num_heads
     heads = b.reshape_last(x, 1, num_heads, head)
     kept, turned = b.split_last(heads, head - width, width) if head > width else (None, heads)
-    first, second = (
-        b.op("Slice", turned, b.ints(start), b.ints(width), b.ints(-1), b.ints(2)) for start in (0, 1)
-    )
+    first, second = (b.op("Slice", turned, b.ints(start), b.ints(width), b.ints(-1), b.ints(2)) for start in (0, 1))
     halves = b.op("Concat", first, second, axis=-1)
     rotated = b.op("Concat", b.op("Neg", second), first, axis=-1)
     cos, sin = (b.op("Unsqueeze", table, b.ints(-2)) for table in (cos, sin))

@@ -2,13 +2,13 @@
 
 import onnx_ir as ir
 
-from fxquant.lowering.onnx.builder import Builder
+from fxquant.lowering.onnx.builder import FLOAT, Builder
 
 
 def embedding(b: Builder, weight: ir.Value, ids: ir.Value) -> ir.Value:
+    """Rows are widened after they are gathered: the table stays as it is stored."""
     rows = b.op("Gather", weight, ids, axis=0)
-    rows.dtype = weight.dtype
-    return b.float(rows)
+    return rows if weight.dtype == FLOAT else b.float(rows)
 
 
 def linear(b: Builder, x: ir.Value, weight: ir.Value, bias: ir.Value | None) -> ir.Value:

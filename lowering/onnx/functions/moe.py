@@ -54,9 +54,7 @@ def moe_finalize_routing(b: Builder, rows: ir.Value, row_index: ir.Value, weight
     return b.op("ReduceSum", b.op("Mul", copies, b.op("Unsqueeze", weights, b.ints(-1))), b.ints(-2), keepdims=0)
 
 
-def routed_expert(
-    b: Builder, rows: ir.Value, gate_proj: ir.Value, up_proj: ir.Value, down_proj: ir.Value
-) -> ir.Value:
+def routed_expert(b: Builder, rows: ir.Value, gate_proj: ir.Value, up_proj: ir.Value, down_proj: ir.Value) -> ir.Value:
     """One expert of `fxq::moe_experts` on its rows."""
     gate, up = (b.op("MatMul", rows, b.op("Transpose", b.float(w), perm=[1, 0])) for w in (gate_proj, up_proj))
     hidden = b.op("Mul", b.silu(gate), up)

@@ -1,0 +1,40 @@
+"""Draw the README's pictures with the project's own commands: python docs/make_images.py"""
+
+import tempfile
+from pathlib import Path
+
+from rich.console import Console
+
+from fxquant import CompileOptions, compile
+from fxquant.api import open_graph
+from fxquant.printing import format_program
+from fxquant.tools import compile_model
+
+HERE = Path(__file__).parent
+EXAMPLE = HERE.parent / "examples" / "tiny_deepseek_v3"
+
+
+def main() -> None:
+    """Compile the example, and save what the terminal shows as SVG."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "out" / "tiny_w4a8"
+        report = compile(EXAMPLE / "model.py", CompileOptions(policy="deepseek_w4a8", out=out))
+        screen = Console(record=True, width=104, file=(Path(folder) / "screen").open("w"))
+        screen.print(
+            "$ fxquant compile examples/tiny_deepseek_v3/model.py -p deepseek_w4a8 -o out/tiny_w4a8", style="bold"
+        )
+        report.out = Path("out/tiny_w4a8")
+        compile_model.print_report(report, screen)
+        screen.save_svg(str(HERE / "images" / "compile.svg"), title="fxquant compile")
+        lines = list(format_program(open_graph(out), "model.layers.3"))
+        first = next(index for index, line in enumerate(lines) if "router_logits" in line)
+        last = next(index for index, line in enumerate(lines) if "finalize_routing(" in line)
+        screen = Console(record=True, width=150, file=(Path(folder) / "screen").open("w"))
+        screen.print("$ fxquant show out/tiny_w4a8 --block model.layers.3", style="bold")
+        for line in lines[first : last + 1]:
+            screen.print(line, soft_wrap=True)
+        screen.save_svg(str(HERE / "images" / "expert_layer.svg"), title="fxquant show: an expert layer in integers")
+
+
+if __name__ == "__main__":
+    main()

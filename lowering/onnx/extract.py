@@ -1,0 +1,159 @@
+"""The operators of an emitted model one by one, each on inputs of the caller's choice.
+
+Comparing a whole model says little where a router may flip on a last bit. Here every operator is fed what the fx graph
+fed it, so that each is judged by itself.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
+from torch import Tensor
+
+from fxquant.lowering.onnx.builder import ZERO_POINT
+from fxquant.lowering.onnx.runner import FILE, session_options
+
+EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
+
+
+@dataclass(frozen=True)
+class Unit:
+    """The ONNX nodes of one fx node; routed experts are one unit, named as the fx node that leaves them.
+
+    inputs   (feed name `<unit>:<index>`, fx node whose value it is); weights are not among them
+    outputs  fx nodes that it computes
+    """
+
+    name: str
+    inputs: tuple[tuple[str, str], ...]
+    outputs: tuple[str, ...]
+
+
+class OperatorSession:
+    """`units` of a model, loaded once. int8 values go in and come out as int8, though the model carries uint8."""
+
+    def __init__(self, units: tuple[Unit, ...], model: ModelProto, folder: Path) -> None:
+        self.units = units
+        options = session_options()
+        options.add_session_config_entry(EXTERNAL_FOLDER, str(folder))
+        self._session = onnxruntime.InferenceSession(
+            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
+        self._dtypes = {one.name: one.type.tensor_type.elem_type for one in model.graph.input}
+
+    def __call__(self, feeds: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Feed name → tensor or Python number, for every input of every unit; → fx node → value."""
+        arrays = {name: self._array(name, value) for name, value in feeds.items()}
+        names = [one.name for one in self._session.get_outputs()]
+        return {name: _restored(value) for name, value in zip(names, self._session.run(None, arrays), strict=True)}
+
+    def feeds(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """The feeds out of the values of an fx graph by node name."""
+        return {feed: values[source] for unit in self.units for feed, source in unit.inputs}
+
+    def _array(self, name: str, value: Any) -> np.ndarray:
+        array = value.contiguous().numpy() if isinstance(value, Tensor) else np.array([value], dtype=np.int64)
+        if self._dtypes[name] != TensorProto.UINT8:
+            return array
+        return (array.astype(np.int16) + ZERO_POINT).astype(np.uint8)
+
+
+def _restored(array: np.ndarray) -> Tensor:
+    if array.dtype == np.uint8:
+        array = (array.astype(np.int16) - ZERO_POINT).astype(np.int8)
+    return torch.from_numpy(array)
+
+
+def operator_session(folder: Path, names: Iterable[str]) -> OperatorSession:
+    """The units of `folder/model.onnx` that are named in `names`, fx nodes of one block, in graph order.
+
+    fx nodes without a unit of their own are passed over: getitem, and all but the last node of routed experts.
+    """
+    model = onnx.load(folder / FILE, load_external_data=False)
+    wanted = set(names)
+    groups: dict[str, list[NodeProto]] = {}
+    for node in model.graph.node:
+        name = node.name.partition("/")[0]
+        if name in wanted:
+            groups.setdefault(name, []).append(node)
+    source = _Source(model)
+    parts = [source.unit(name, nodes) for name, nodes in groups.items()]
+    del model.graph.node[:], model.graph.input[:], model.graph.output[:], model.graph.value_info[:]
+    used: set[str] = set()
+    for part in parts:
+        model.graph.node.extend(part.nodes)
+        model.graph.input.extend(part.inputs)
+        model.graph.output.extend(part.outputs)
+        used |= part.initializers
+    kept = [one for one in model.graph.initializer if one.name in used]
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(kept)
+    return OperatorSession(tuple(part.unit for part in parts), model, folder)
+
+
+@dataclass(frozen=True)
+class _Part:
+    unit: Unit
+    nodes: list[NodeProto]
+    inputs: list[ValueInfoProto]
+    outputs: list[ValueInfoProto]
+    initializers: set[str]
+
+
+class _Source:
+    """What units need of the whole model: value types, fx names of inputs, names of initializers."""
+
+    def __init__(self, model: ModelProto) -> None:
+        graph = model.graph
+        self._types = {one.name: one for one in (*graph.input, *graph.value_info, *graph.output)}
+        self._fx = {one.name: prop.value for one in graph.input for prop in one.metadata_props if prop.key == "fx"}
+        self._initializers = {one.name for one in graph.initializer}
+
+    def unit(self, name: str, nodes: list[NodeProto]) -> _Part:
+        made = {output for node in nodes for output in node.output}
+        reads = list(dict.fromkeys(read for node in nodes for read in _reads(node) if read not in made))
+        outside = [read for read in reads if read not in self._initializers]
+        feeds = {read: f"{name}:{index}" for index, read in enumerate(outside)}
+        outputs = [output for node in nodes for output in node.output if output and "/" not in output]
+        unit = Unit(name, tuple((feed, self._fx.get(read, read)) for read, feed in feeds.items()), tuple(outputs))
+        inputs = [self._typed(read, feed) for read, feed in feeds.items()]
+        for node in nodes:
+            _rename(node, feeds)
+        values = [self._typed(output, output) for output in outputs]
+        return _Part(unit, nodes, inputs, values, self._initializers.intersection(reads))
+
+    def _typed(self, value: str, name: str) -> ValueInfoProto:
+        """Type and rank; dimensions are free, since units are fed independently."""
+        typed = ValueInfoProto()
+        typed.CopyFrom(self._types[value])
+        typed.name = name
+        for dim in typed.type.tensor_type.shape.dim:
+            if dim.HasField("dim_param"):
+                dim.Clear()
+        return typed
+
+
+def _graphs(node: NodeProto) -> Iterator[GraphProto]:
+    return (attribute.g for attribute in node.attribute if attribute.HasField("g"))
+
+
+def _reads(node: NodeProto) -> Iterator[str]:
+    """Names that a node takes from outside itself, those of its branches included."""
+    yield from (name for name in node.input if name)
+    for graph in _graphs(node):
+        own = {one.name for one in graph.initializer} | {name for inner in graph.node for name in inner.output}
+        yield from (name for inner in graph.node for name in _reads(inner) if name not in own)
+
+
+def _rename(node: NodeProto, names: Mapping[str, str]) -> None:
+    for index, name in enumerate(node.input):
+        node.input[index] = names.get(name, name)
+    for graph in _graphs(node):
+        for inner in graph.node:
+            _rename(inner, names)

@@ -1,0 +1,120 @@
+"""Compiled folders for the Ascend tests: weights made from recipes, the emitted module, and the graph's own values."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from tiny import meta_model
+from torch import Tensor
+
+from fxquant.checkpoint import Checkpoint, open_checkpoint
+from fxquant.execute import execute
+from fxquant.lowering.ascend.verify import EmittedModule, StatementCheck, check_statements
+from fxquant.lowering.ascend.writer import write_ascend
+from fxquant.models import DecoderLayer
+from fxquant.passes import AssignSchemes, Calibrate, pipeline, run_passes
+from fxquant.policy import load_policy
+from fxquant.program import Program
+from fxquant.trace import trace
+from fxquant.weights import Cached, Read, RecipeReader, load, make_module
+
+WEIGHTS = "quant_model_weight_w8a8.safetensors"
+
+
+@dataclass
+class Compiled:
+    """A rewritten program, its checkpoint, and the folder it was written to."""
+
+    program: Program
+    checkpoint: Checkpoint
+    folder: Path
+
+    @property
+    def source(self) -> str:
+        return (self.folder / "model_ascend.py").read_text()
+
+    def read(self) -> Read:
+        """Stored tensors made anew from the checkpoint, whatever the folder holds."""
+        return Cached(RecipeReader(self.program, self.checkpoint))
+
+    def module(self) -> EmittedModule:
+        return EmittedModule(self.program, self.folder)
+
+
+def rewritten(checkpoint: Checkpoint, policy: str, layer: type[DecoderLayer] = DecoderLayer) -> Program:
+    """The checkpoint's program under a policy, calibrated on random ids."""
+    program = trace(meta_model(checkpoint, layer), checkpoint)
+    chosen = load_policy(policy)
+    ids = torch.randint(100, (2, 1, 16), generator=torch.Generator().manual_seed(3))
+    run_passes(program, pipeline(AssignSchemes(chosen), Calibrate(chosen, checkpoint.read, lambda: list(ids))))
+    return program
+
+
+def stored_tensors(program: Program, checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """Every tensor of the weight file."""
+    tensors = {name: checkpoint.read(name) for name in program.kept_names()}
+    for recipe in program.recipes.values():
+        for module in recipe.modules:
+            made = make_module(recipe, module, checkpoint.read)
+            tensors |= {f"{module}.{suffix}": tensor.contiguous() for suffix, tensor in made.items()}
+    return tensors
+
+
+def compile_folder(
+    checkpoint_folder: Path, out: Path, policy: str, layer: type[DecoderLayer] = DecoderLayer
+) -> Compiled:
+    """Write weights and module into `out`."""
+    checkpoint = open_checkpoint(checkpoint_folder)
+    program = rewritten(checkpoint, policy, layer)
+    out.mkdir(parents=True, exist_ok=True)
+    save_file(stored_tensors(program, checkpoint), out / WEIGHTS)
+    write_ascend(program, out)
+    return Compiled(program, checkpoint, out)
+
+
+def corrupted(compiled: Compiled, out: Path, change: Callable[[dict[str, Tensor]], None]) -> Compiled:
+    """The same folder with changed stored tensors."""
+    tensors = stored_tensors(compiled.program, compiled.checkpoint)
+    change(tensors)
+    save_file(tensors, out / WEIGHTS)
+    write_ascend(compiled.program, out)
+    return Compiled(compiled.program, compiled.checkpoint, out)
+
+
+def padded_inputs(program: Program, past: int = 3, length: int = 5) -> list[Tensor]:
+    """Two rows over a random cache; the second is padded by two on the left."""
+    generator = torch.Generator().manual_seed(5)
+    ids = torch.randint(100, (2, length), generator=generator)
+    mask = torch.ones(2, past + length, dtype=torch.int64)
+    mask[1, :2] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)[:, past:]
+    caches = program.graph.graph.find_nodes(op="placeholder")[3:]
+    random = [torch.randn(2, past, int(node.meta["val"].shape[2]), generator=generator) for node in caches]
+    return [ids, mask, positions, *random]
+
+
+def graph_values(compiled: Compiled, inputs: list[Tensor]) -> dict[str, Any]:
+    """Node name → value, for every node of the graph."""
+    program, read = compiled.program, compiled.read()
+    values = dict(zip((n.name for n in program.graph.graph.find_nodes(op="placeholder")), inputs, strict=True))
+    for node in program.graph.graph.find_nodes(op="get_attr"):
+        values[node.name] = load(program, str(node.target), read)
+    execute(program, read, [inputs], lambda node, found: values.update({node.name: copy.copy(found[0])}))
+    return values
+
+
+def check_all(compiled: Compiled, block: str | None = None) -> list[StatementCheck]:
+    """Statement checks of one block or all, on padded inputs over a cache."""
+    module, values = compiled.module(), graph_values(compiled, padded_inputs(compiled.program))
+    blocks = dict.fromkeys(call.segment.calls[0].meta["block"] for call in module.emitted)
+    wanted = [block] if block else list(blocks)
+    return [check for one in wanted for check in check_statements(module, one, module.load(one), values)]
+
+
+def bad(checks: list[StatementCheck]) -> dict[str, str]:
+    """Node → kind of the statements that do not hold."""
+    return {check.node: check.kind for check in checks if not check.ok}

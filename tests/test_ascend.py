@@ -1,0 +1,289 @@
+"""The emitted Ascend module: its text, its operator calls, and that it computes what the graph computes."""
+
+import ast
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ascend_folders import WEIGHTS, Compiled, bad, check_all, compile_folder, padded_inputs, rewritten
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tiny import random_tensors, stored_tensors, tensor_shapes, write_checkpoint
+from torch import Tensor, nn
+
+import fxquant
+from fxquant.checkpoint import open_checkpoint
+from fxquant.config import DeepseekV3Config
+from fxquant.errors import FxquantError
+from fxquant.execute import execute, generate, prefill_inputs
+from fxquant.lowering.ascend import runtime
+from fxquant.lowering.ascend.emit import ascend_source
+from fxquant.lowering.ascend.operators.schemas import SCHEMAS
+from fxquant.models import DecoderLayer, RMSNorm
+from fxquant.program_file import load_program, save_program
+
+POLICIES = sorted(path.stem for path in (Path(fxquant.__file__).parent / "policies").glob("*.yaml"))
+GOLDEN = Path(__file__).parent / "golden"
+UNIT = 2.0**-24
+
+Compile = Callable[..., Compiled]
+
+
+@pytest.fixture(scope="module")
+def compiled(tiny_folder: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Compile:
+    """`compiled("deepseek_w4a8", q_lora_rank=None)`, made once. Do not write to its folder."""
+    made: dict[tuple, Compiled] = {}
+
+    def get(policy: str, layer: type[DecoderLayer] = DecoderLayer, **options: Any) -> Compiled:
+        key = (policy, layer, repr(sorted(options.items(), key=str)))
+        if key not in made:
+            made[key] = compile_folder(tiny_folder(**options), tmp_path_factory.mktemp("ascend"), policy, layer)
+        return made[key]
+
+    return get
+
+
+# text
+
+
+def function_text(source: str, name: str) -> str:
+    """One function of a module, as it stands there."""
+    found = next(node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef) and node.name == name)
+    return ast.get_source_segment(source, found) + "\n"
+
+
+@pytest.mark.parametrize("name", ["before", "dense_block", "moe_block", "after"])
+def test_golden_text(compiled: Compile, name: str) -> None:
+    assert function_text(compiled("deepseek_w4a8").source, name) == (GOLDEN / f"ascend_{name}.txt").read_text()
+
+
+def test_text_depends_on_the_graph_alone(compiled: Compile, tmp_path: Path) -> None:
+    one = compiled("deepseek_w4a8")
+    again = rewritten(one.checkpoint, "deepseek_w4a8")
+    save_program(again, tmp_path / "graph.json")
+    assert one.source == ascend_source(again) == ascend_source(load_program(tmp_path / "graph.json"))
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_text_is_plain_and_fits_its_lines(compiled: Compile, policy: str) -> None:
+    source = compiled(policy).source
+    assert max(map(len, source.splitlines())) <= 120
+    imported = {n.module for n in ast.walk(ast.parse(source)) if isinstance(n, ast.ImportFrom)}
+    imported |= {alias.name for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Import) for alias in n.names}
+    standard = {"json", "collections.abc", "dataclasses", "pathlib", "typing"}
+    ours = {"torch", "torch.nn", "safetensors", "torch_npu", "fxquant.lowering.ascend.operators"}
+    assert imported == standard | ours
+
+
+def layered(folder: Path, layers: int) -> str:
+    """Source for a narrow model of 3 dense layers and MoE layers."""
+    narrow = {"hidden_size": 32, "intermediate_size": 32, "moe_intermediate_size": 16, "q_lora_rank": 16}
+    write_checkpoint(folder, num_hidden_layers=layers, first_k_dense_replace=3, vocab_size=64, **narrow)
+    return ascend_source(rewritten(open_checkpoint(folder), "deepseek_w4a8_per_channel"))
+
+
+@pytest.mark.parametrize("layers", [6, pytest.param(61, marks=pytest.mark.slow)])
+def test_layers_of_one_structure_share_a_function(tmp_path: Path, layers: int) -> None:
+    source = layered(tmp_path, layers)
+    names = [node.name for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]
+    assert [name for name in names if "block" in name] == ["dense_block", "moe_block"]
+    forward = source[source.index("        x, cos, sin = before(") : source.index("        return logits")]
+    arguments = "dtype, x, cos, sin, hidden_keys, past[layer])"
+    assert forward.splitlines() == [
+        '        x, cos, sin = before(w["before"], dtype, input_ids, position_ids)',
+        "        for layer in range(0, 3):",
+        f'            x, presents[layer] = dense_block(w[f"model.layers.{{layer}}"], {arguments}',
+        f"        for layer in range(3, {layers}):",
+        f'            x, presents[layer] = moe_block(w[f"model.layers.{{layer}}"], {arguments}',
+        '        logits = after(w["after"], dtype, x)',
+    ]
+
+
+# calls
+
+
+def why_unbound(call: ast.Call) -> str | None:
+    """Why a call of `torch.ops.npu.<name>` does not fit the operator's pinned schema."""
+    assert isinstance(call.func, ast.Attribute)
+    arguments = torch._C.parse_schema(SCHEMAS[call.func.attr]).arguments
+    positional = [argument.name for argument in arguments if not argument.kwarg_only]
+    if len(call.args) > len(positional):
+        return "too many arguments"
+    given = [*positional[: len(call.args)], *(keyword.arg for keyword in call.keywords)]
+    wrong = [name for name in given if name not in {a.name for a in arguments} or given.count(name) > 1]
+    missing = [a.name for a in arguments if not a.has_default_value() and a.name not in given]
+    return f"{wrong} {missing}" if wrong or missing else None
+
+
+def npu_calls(source: str) -> list[ast.Call]:
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    return [call for call in calls if ast.unparse(call.func).rpartition(".")[0] == "torch.ops.npu"]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_every_engine_call_binds_to_its_schema(compiled: Compile, policy: str) -> None:
+    source = compiled(policy).source
+    calls = npu_calls(source)
+    assert {ast.unparse(call): why for call in calls if (why := why_unbound(call))} == {}
+    listed = source[source.index("Engine operators:\n") : source.index("\nUse:")].split()[2:]
+    assert sorted({call.func.attr for call in calls}) == listed  # type: ignore[attr-defined]
+
+
+def test_a_call_that_does_not_bind_is_noticed() -> None:
+    calls = npu_calls("torch.ops.npu.npu_rms_norm(x)\ntorch.ops.npu.npu_swiglu(x, dims=1)")
+    assert [why_unbound(call) for call in calls] == ["[] ['gamma']", "['dims'] []"]
+
+
+# numbers
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_every_statement_agrees_with_the_graph(compiled: Compile, policy: str) -> None:
+    checks = check_all(compiled(policy))
+    assert bad(checks) == {}
+    made = {node.name for node in compiled(policy).program.graph.graph.nodes if node.op == "call_function"}
+    tuples = ("quantize", "init_routing", "split_with_sizes", "split_with_sizes_2", "table", "gate", "int32")
+    assert {check.node for check in checks} == {name for name in made if not name.endswith(tuples)}
+    exact = {"quantize_static", "moe_init_routing", "embedding", "cat", "split_with_sizes", "add"}
+    assert all(check.error == check.bound == 0 for check in checks if check.kind in exact)
+
+
+OPTIONS = [
+    ("deepseek_w4a8", {"attention_bias": True}),
+    ("deepseek_w4a8_dynamic", {"attention_bias": True, "norm_topk_prob": False}),
+    ("deepseek_w4a8", {"q_lora_rank": None, "n_shared_experts": 0}),
+    ("deepseek_w4a8", {"dtype": torch.float16}),
+    ("deepseek_w4a8", {"fp8": True, "shards": 3}),
+]
+
+
+@pytest.mark.parametrize(("policy", "options"), OPTIONS, ids=lambda value: str(value))
+def test_other_shapes_of_the_model_agree(compiled: Compile, policy: str, options: dict[str, Any]) -> None:
+    one = compiled(policy, **options)
+    assert bad(check_all(one)) == {}
+    default = torch.float16 if options.get("dtype") is torch.float16 else torch.bfloat16
+    assert one.module().names["Model"].load(one.folder).dtype is default
+
+
+@pytest.mark.parametrize("policy", ["float", "deepseek_w8a8", "deepseek_w4a8_per_channel"])
+def test_the_whole_model_in_float32(compiled: Compile, policy: str) -> None:
+    """No operator of these policies rounds more than the graph's, so logits differ by a few float32 roundings."""
+    one = compiled(policy)
+    inputs = padded_inputs(one.program)
+    logits, presents = one.module().names["Model"].load(one.folder, torch.float32)(*inputs[:3], inputs[3:])
+    expected, *caches = execute(one.program, one.read(), [inputs])[0]
+    for found, wanted in zip([logits, *presents], [expected, *caches], strict=True):
+        assert (found - wanted).abs().max() <= 64 * UNIT * wanted.abs().max()
+
+
+def test_cached_decoding(compiled: Compile) -> None:
+    one = compiled("deepseek_w8a8")
+    model = one.module().names["Model"].load(one.folder, torch.float32)
+    inputs = prefill_inputs(one.program, torch.tensor([[3, 14, 15, 92]]))
+    logits, past = model(*inputs[:3], model.empty_past(1))
+    tokens = [int(logits[0, -1].argmax())]
+    for length in (5, 6):
+        step = torch.tensor([[tokens[-1]]]), torch.ones(1, length, dtype=torch.int64), torch.tensor([[length - 1]])
+        logits, past = model(*step, past)
+        tokens.append(int(logits[0, -1].argmax()))
+    assert tokens == [int(step.argmax()) for step in generate(one.program, one.read(), [3, 14, 15, 92], 3)]
+    assert [tuple(cache.shape) for cache in past] == [(1, 6, 40)] * 2
+
+
+@pytest.mark.parametrize("policy", ["float", "deepseek_w4a8", "deepseek_w8a8"])
+def test_bfloat16_run(compiled: Compile, policy: str) -> None:
+    """Each of some 50 operators rounds by up to 2**-8; were all errors alike, they would add up to this."""
+    one = compiled(policy)
+    inputs = padded_inputs(one.program, past=0)
+    model = one.module().names["Model"].load(one.folder)
+    logits, presents = model(*inputs[:3], model.empty_past(2))
+    assert {tensor.dtype for tensor in (logits, *presents)} == {torch.bfloat16}
+    expected = execute(one.program, one.read(), [inputs])[0][0]
+    error = (logits.float() - expected).norm(dim=-1) / expected.norm(dim=-1)
+    assert error.median() <= 50 * 2.0**-8
+
+
+def test_grouped_int8_scales_follow_the_dtype(compiled: Compile) -> None:
+    """npu_grouped_matmul takes bfloat16 scales for bfloat16 results, float32 ones for others."""
+    one = compiled("deepseek_w8a8")
+    load = one.module().names["Model"].load
+    for dtype, scale in ((torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32)):
+        weights = load(one.folder, dtype).weights["model.layers.1"]
+        assert weights["mlp.experts.up_proj.weight_scale"].dtype is scale
+        assert weights["mlp.gate.weight"].dtype is torch.float32
+        assert weights["self_attn.kv_b_proj.weight"].dtype is dtype
+
+
+# subclasses
+
+
+class ExtraNorm(DecoderLayer):
+    def __init__(self, config: DeepseekV3Config, index: int) -> None:
+        super().__init__(config, index)
+        self.extra_norm = RMSNorm(config.hidden_size, 1e-5)
+
+    def forward(self, x: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
+        return super().forward(self.extra_norm(x), *rest)
+
+
+class ScaledResidual(DecoderLayer):
+    def forward(self, x: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
+        y, present = super().forward(x, *rest)
+        return x + (y - x) * 0.5, present
+
+
+class OwnOperators(DecoderLayer):
+    """A norm in float32 by hand, and calls of aten with and without a spelling of their own."""
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
+        y, present = super().forward(x, cos, sin, mask, past)
+        wide = y.float()
+        y = (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+        first, second = y.chunk(2, -1)
+        y = torch.cat((second, first), -1) + nn.functional.silu(y[..., 1:2]) * mask[:, -1:, None]
+        return y.masked_fill(y > 2, float("-inf")).clamp(min=-3).maximum(y) - y.roll(1, -1), present
+
+
+def test_an_extra_norm_is_one_more_statement(compiled: Compile, tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "checkpoint")
+    tensors = load_file(folder / "model.safetensors")
+    norms = {f"model.layers.{layer}.extra_norm.weight": torch.rand(256).bfloat16() for layer in range(2)}
+    save_file(tensors | norms, folder / "model.safetensors")
+    one = compile_folder(folder, tmp_path / "out", "deepseek_w4a8", ExtraNorm)
+    text, plain = (function_text(c.source, "moe_block") for c in (one, compiled("deepseek_w4a8")))
+    added = '    # extra_norm\n    extra_norm = torch.ops.npu.npu_rms_norm(x, w["extra_norm.weight"], 1e-05)[0]\n'
+    assert added in text
+    assert text.replace(added, "") == plain.replace("npu_rms_norm(x, ", "npu_rms_norm(extra_norm, ").replace(
+        "add = x + ", "add = extra_norm + "
+    )
+    assert bad(check_all(one)) == {}
+
+
+def test_a_residual_factor_is_in_the_text(compiled: Compile) -> None:
+    one = compiled("deepseek_w4a8", ScaledResidual)
+    added = "    sub = add_1 - x\n    mul = sub * 0.5\n    add_2 = x + mul\n    return add_2, self_attn_cat_1\n"
+    assert function_text(one.source, "moe_block").endswith(added)
+    assert bad(check_all(one)) == {}
+
+
+def test_aten_calls_of_a_user(compiled: Compile) -> None:
+    one = compiled("deepseek_w4a8_dynamic", OwnOperators)
+    text = function_text(one.source, "dense_block")
+    for line in (
+        "add_2 = mean + 1e-06",
+        "chunk_0, chunk_1 = torch.chunk(to_1, 2, -1)",
+        "slice_1 = XX",
+        "cat = torch.cat([chunk_1, chunk_0], -1)",
+        'masked_fill = torch.ops.aten.masked_fill.Scalar(add_3, gt, float("-inf"))',
+    ):
+        assert f"    {line}\n" in text
+    # what a user's cast made float32 is rounded again where the next layer's norm needs it
+    moe = function_text(one.source, "moe_block")
+    assert "npu_rms_norm(x.to(dtype), " in moe
+    assert bad(check_all(one)) == {}
+    model = one.module().names["Model"].load(one.folder)
+    inputs = padded_inputs(one.program, past=0)
+    assert model(*inputs[:3], model.empty_past(2))[0].dtype is torch.bfloat16

@@ -1,0 +1,339 @@
+"""Policies: the shipped ones, files that extend them, which rule decides, and what is refused."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tiny import float_program
+
+from fxquant.checkpoint import Checkpoint
+from fxquant.errors import FxquantError
+from fxquant.kinds import Kind
+from fxquant.passes import AssignSchemes
+from fxquant.policy import (
+    LEAVE_OUT,
+    ActivationStatistic,
+    CalibrationWeights,
+    Policy,
+    Rule,
+    load_policy,
+    shipped_policies,
+)
+from fxquant.program import Program
+from fxquant.schemes import Scheme
+
+Write = Callable[..., str]
+Assign = Callable[..., Program]
+
+STATIC, DYNAMIC, INT4_256, INT4 = "W8A8", "W8A8_DYNAMIC", "W4A8_DYNAMIC group_size 256", "W4A8_DYNAMIC"
+ATTENTION = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj")
+SHIPPED = {  # policy → attention, dense MLP, shared expert, routed expert
+    "deepseek_w4a8": (STATIC, DYNAMIC, STATIC, INT4_256),
+    "deepseek_w4a8_dynamic": (DYNAMIC, DYNAMIC, DYNAMIC, INT4_256),
+    "deepseek_w4a8_msmodelslim": (STATIC, DYNAMIC, DYNAMIC, INT4_256),
+    "deepseek_w4a8_per_channel": (DYNAMIC, DYNAMIC, DYNAMIC, INT4),
+    "deepseek_w4a8_per_channel_static": (STATIC, DYNAMIC, DYNAMIC, INT4),
+    "deepseek_w4a8_shared_w4": (STATIC, DYNAMIC, INT4_256, INT4_256),
+    "deepseek_w8a8": (STATIC, DYNAMIC, DYNAMIC, DYNAMIC),
+    "float": ("FLOAT", "FLOAT", "FLOAT", "FLOAT"),
+}
+KV_B = "attention at *.kv_b_proj → FLOAT"
+SHARED = "shared_expert → W8A8"
+OVERRIDDEN = {  # policy → inherited rules that its own leave without a module
+    "deepseek_w4a8_dynamic": {KV_B, "attention → W8A8", SHARED},
+    "deepseek_w4a8_per_channel": {KV_B, "attention → W8A8", SHARED, "routed_expert → W4A8_DYNAMIC group_size 256"},
+    "deepseek_w4a8_per_channel_static": {
+        KV_B, "attention → W8A8_DYNAMIC", SHARED, "routed_expert → W4A8_DYNAMIC group_size 256",
+    },
+    "deepseek_w4a8_shared_w4": {SHARED},
+    "deepseek_w8a8": {SHARED, "routed_expert → W4A8_DYNAMIC group_size 256"},
+}  # fmt: skip
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    """`write("rules: …")`: the path of such a policy file, named policy.yaml unless `name` says otherwise."""
+
+    def policy_file(text: str, name: str = "policy") -> str:
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(text)
+        return str(path)
+
+    return policy_file
+
+
+@pytest.fixture
+def assign(tiny: Callable[..., Checkpoint]) -> Assign:
+    """`assign(policy, fp8=True)`: the float graph of a tiny model with its schemes assigned."""
+
+    def assigned(policy: str | Policy, mtp: tuple[str, ...] = (), **options: object) -> Program:
+        program = float_program(tiny(**options))
+        AssignSchemes(load_policy(policy) if isinstance(policy, str) else policy, mtp)(program)
+        return program
+
+    return assigned
+
+
+def scheme_of(program: Program, module: str) -> str:
+    """As a recipe carries it; FLOAT without one."""
+    recipe = program.recipes.get(f"model.layers.{module}")
+    if recipe is None:
+        return "FLOAT"
+    return recipe.scheme + (f" group_size {recipe.group_size}" if recipe.group_size else "")
+
+
+# shipped policies
+
+
+def test_the_table_names_every_shipped_policy() -> None:
+    assert shipped_policies() == sorted(SHIPPED)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_policy_loads_and_describes_itself(name: str) -> None:
+    policy = load_policy(name)
+    assert (policy.name, policy.description.strip() != "", policy.own != ()) == (name, True, True)
+    batch_mean = name != "float"
+    assert policy.activation_statistic is ActivationStatistic("batch_mean" if batch_mean else "min_max")
+    rounded = name == "deepseek_w4a8_msmodelslim"
+    assert policy.calibration_weights is CalibrationWeights("rounded" if rounded else "float")
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_what_a_shipped_policy_gives_to_each_kind(name: str, assign: Assign) -> None:
+    program = assign(name, mtp=("model.layers.2",))
+    attention, dense, shared, routed = SHIPPED[name]
+    expected = {f"{layer}.self_attn.{linear}": attention for layer in (0, 1) for linear in ATTENTION}
+    expected |= {f"{layer}.self_attn.kv_b_proj": "FLOAT" for layer in (0, 1)}
+    for block, scheme in (("0.mlp", dense), ("1.mlp.shared_experts", shared), ("1.mlp.experts", routed)):
+        expected |= {f"{block}.{projection}": scheme for projection in ("gate_proj", "up_proj", "down_proj")}
+    assert {module: scheme_of(program, module) for module in expected} == expected
+    assert set(program.recipes) == {f"model.layers.{module}" for module, s in expected.items() if s != "FLOAT"}
+    kept = {"model.embed_tokens", "model.norm", "lm_head", "model.layers.1.mlp.gate", "model.layers.0.input_layernorm"}
+    assert {program.rules[module].scheme for module in kept} == {Scheme.FLOAT}
+    assert program.rules["model.layers.2"].scheme == LEAVE_OUT
+    overridden = {str(idle) for idle in program.idle_rules}
+    assert overridden == OVERRIDDEN.get(name, set())
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize(
+    ("options", "mtp"),
+    [
+        ({"q_lora_rank": None}, ()),
+        ({"n_shared_experts": 0}, ()),
+        ({"first_k_dense_replace": 0}, ()),
+        ({"num_nextn_predict_layers": 1}, ("model.layers.2",)),
+    ],
+    ids=["q_proj", "no shared expert", "no dense layer", "mtp"],
+)
+def test_a_shipped_policy_fits_every_member_of_the_family(
+    name: str, options: dict[str, object], mtp: tuple[str, ...], assign: Assign
+) -> None:
+    program = assign(name, mtp, **options)
+    assert (len(program.recipes) == 0) == (name == "float")
+    assert all(program.rules[module].scheme == LEAVE_OUT for module in mtp)
+
+
+# extending
+
+
+def test_own_rules_come_before_inherited_ones(write: Write, assign: Assign) -> None:
+    policy = load_policy(write("extends: deepseek_w4a8\nrules: [{path: '*.0.mlp.up_proj', scheme: W8A8}]"))
+    assert [str(rule) for rule in policy.own] == ["*.0.mlp.up_proj → W8A8"]
+    assert policy.inherited == load_policy("deepseek_w4a8").rules
+    assert policy.rules == policy.own + policy.inherited
+    program = assign(policy)
+    assert scheme_of(program, "0.mlp.up_proj") == STATIC
+    assert scheme_of(program, "0.mlp.gate_proj") == DYNAMIC
+
+
+def test_settings_are_inherited_unless_given(write: Write) -> None:
+    inherits = load_policy(write("extends: deepseek_w4a8_msmodelslim"))
+    assert inherits.activation_statistic is ActivationStatistic.BATCH_MEAN
+    assert inherits.calibration_weights is CalibrationWeights.ROUNDED
+    text = "extends: deepseek_w4a8_msmodelslim\nactivation_statistic: min_max\ncalibration_weights: float"
+    gives = load_policy(write(text))
+    assert gives.activation_statistic is ActivationStatistic.MIN_MAX
+    assert gives.calibration_weights is CalibrationWeights.FLOAT
+
+
+def test_a_chain_of_files(write: Write) -> None:
+    first = write("rules: [{kind: norm, scheme: FLOAT}]", "first")
+    second = write(f"extends: {first}\nrules: [{{kind: gate, scheme: FLOAT}}]", "second")
+    third = load_policy(write(f"extends: {second}\nrules: [{{kind: head, scheme: FLOAT}}]", "third"))
+    assert (third.name, [rule.kind for rule in third.rules]) == ("third", [(Kind.HEAD,), (Kind.GATE,), (Kind.NORM,)])
+
+
+def test_an_empty_file_is_a_policy_without_rules(write: Write, assign: Assign) -> None:
+    policy = load_policy(write(""))
+    assert policy.rules == ()
+    with pytest.raises(FxquantError, match="no rule covers"):
+        assign(policy)
+
+
+# which rule
+
+
+def rule(**fields: object) -> Rule:
+    return Rule.model_validate({"scheme": "FLOAT", **fields})
+
+
+def policy_of(*own: Rule, inherited: tuple[Rule, ...] = ()) -> Policy:
+    return Policy("test", "", ActivationStatistic.MIN_MAX, CalibrationWeights.FLOAT, own, inherited)
+
+
+@pytest.mark.parametrize(
+    ("fields", "selected"),
+    [
+        ({"kind": "norm"}, False),
+        ({"kind": "attention"}, True),
+        ({"kind": ["norm", "attention"]}, True),
+        ({"path": "*.o_proj"}, True),
+        ({"path": "o_proj"}, False),
+        ({"path": "*.O_proj"}, False),
+        ({"kind": "norm", "path": "*.o_proj"}, False),
+        ({"kind": "attention", "path": "*.q_proj"}, False),
+        ({"kind": "attention", "path": "*.o_proj"}, True),
+        ({"path": "*.[0-4].*"}, True),
+    ],
+)
+def test_a_rule_selects_by_kind_and_path(fields: dict[str, object], selected: bool) -> None:
+    assert rule(**fields).selects("model.layers.3.self_attn.o_proj", Kind.ATTENTION) is selected
+
+
+def test_the_first_rule_decides_and_quantizing_ones_pass_over_what_is_no_linear() -> None:
+    int8, kept = rule(kind="attention", scheme="W8A8"), rule(path="*")
+    policy = policy_of(int8, kept)
+    assert policy.rule_for("a.o_proj", Kind.ATTENTION, quantizable=True) is int8
+    assert policy.rule_for("a.scale", Kind.ATTENTION, quantizable=False) is kept
+    assert policy_of(kept, int8).rule_for("a.o_proj", Kind.ATTENTION, quantizable=True) is kept
+    assert policy_of(int8).rule_for("a.norm", Kind.NORM, quantizable=True) is None
+
+
+def test_a_rule_as_text() -> None:
+    assert str(rule(kind=["norm", "gate"])) == "norm, gate → FLOAT"
+    text = str(rule(kind="routed_expert", path="*.3.*", scheme="W4A8_DYNAMIC", group_size=64))
+    assert text == "routed_expert at *.3.* → W4A8_DYNAMIC group_size 64"
+
+
+# rules that decide nothing
+
+MODULES = [("a.o_proj", Kind.ATTENTION), ("a.norm", Kind.NORM)]
+
+
+def test_a_rule_that_matches_nothing_is_refused() -> None:
+    with pytest.raises(FxquantError, match=r"policy test: rule “gate → FLOAT” matches no module") as caught:
+        policy_of(rule(path="*"), rule(kind="gate")).idle_rules([rule(path="*")], MODULES)
+    assert "optional: true" in caught.value.remedy
+
+
+def test_an_own_rule_behind_another_is_refused() -> None:
+    with pytest.raises(FxquantError, match="“norm → FLOAT” matches no module that an earlier rule has not taken"):
+        policy_of(rule(path="*"), rule(kind="norm")).idle_rules([rule(path="*")], MODULES)
+
+
+def test_optional_and_overridden_rules_are_listed() -> None:
+    everything, optional, overridden = rule(path="*"), rule(kind="mtp", optional=True), rule(kind="norm")
+    policy = policy_of(everything, optional, inherited=(overridden,))
+    assert policy.idle_rules([everything], MODULES) == [optional, overridden]
+    assert policy.idle_rules([everything, optional, overridden], MODULES) == []
+
+
+def test_an_inherited_rule_that_matches_nothing_is_refused() -> None:
+    with pytest.raises(FxquantError, match="“gate → FLOAT” matches no module"):
+        policy_of(rule(path="*"), inherited=(rule(kind="gate"),)).idle_rules([rule(path="*")], MODULES)
+
+
+def test_idle_rules_of_a_real_model(assign: Assign, write: Write) -> None:
+    assert [str(idle) for idle in assign("deepseek_w4a8").idle_rules] == ["mtp → LEAVE_OUT"]
+    program = assign("deepseek_w4a8", n_shared_experts=0, first_k_dense_replace=0)
+    assert [idle.kind for idle in program.idle_rules] == [(Kind.DENSE_MLP,), (Kind.SHARED_EXPERT,), (Kind.MTP,)]
+    with pytest.raises(FxquantError, match=r"rule “\*\.q_c_proj → FLOAT” matches no module"):
+        assign(write("extends: deepseek_w4a8\nrules: [{path: '*.q_c_proj', scheme: FLOAT}]"))
+
+
+def test_a_linear_that_no_rule_covers_is_refused(assign: Assign, write: Write) -> None:
+    policy = write("rules: [{kind: attention, scheme: W8A8_DYNAMIC}]")
+    with pytest.raises(FxquantError, match=r"no rule covers model\.layers\.0\.mlp\.gate_proj \(dense_mlp\)") as caught:
+        assign(policy)
+    assert caught.value.place == "policy policy"
+    assert "kind dense_mlp or path model.layers.0.mlp.gate_proj" in caught.value.remedy
+
+
+def test_a_norm_that_no_rule_covers_is_refused(assign: Assign, write: Write) -> None:
+    kinds = "[attention, dense_mlp, shared_expert, routed_expert, head, gate, embedding]"
+    with pytest.raises(FxquantError, match=r"no rule covers \S+norm \(norm\)"):
+        assign(write(f"rules: [{{kind: {kinds}, scheme: FLOAT}}]"))
+
+
+# refused files
+
+
+@pytest.mark.parametrize(
+    ("text", "fact"),
+    [
+        ("activation: min_max", "activation: Extra inputs"),
+        ("rules: [{kind: norm, scheme: FLOAT, bits: 4}]", "rules.0.bits: Extra inputs"),
+        ("rules: [{kind: norm, scheme: W3A8}]", "rules.0.scheme"),
+        ("rules: [{kind: norm}]", "rules.0.scheme"),
+        ("rules: [{kind: layernorm, scheme: FLOAT}]", "rules.0.kind.0"),
+        ("rules: [{scheme: FLOAT}]", "a rule needs a kind or a path"),
+        ("rules: [{kind: routed_expert, scheme: W4A8_DYNAMIC, group_size: 100}]", "group_size 100 is none of"),
+        ("rules: [{kind: routed_expert, scheme: W4A8_DYNAMIC, group_size: -64}]", "group_size -64 is none of"),
+        ("rules: [{kind: attention, scheme: W8A8, group_size: 64}]", "group_size belongs to W4A8_DYNAMIC, not to W8A8"),
+        ("rules: [{kind: mtp, scheme: LEAVE_OUT, group_size: 64}]", "not to LEAVE_OUT"),
+        ("activation_statistic: median", "activation_statistic"),
+        ("calibration_weights: int8", "calibration_weights"),
+        ("- rules", "document"),
+        ("rules: [", "not valid YAML"),
+    ],
+)
+def test_a_bad_file_is_refused_by_place_and_key(text: str, fact: str, write: Write) -> None:
+    path = write(text)
+    with pytest.raises(FxquantError) as caught:
+        load_policy(path)
+    assert caught.value.place == path
+    assert fact in caught.value.fact
+    assert "\n" not in str(caught.value) and caught.value.remedy
+
+
+@pytest.mark.parametrize("name", ["deepseek_w2a8", "missing.yaml", "../policies/float", ""])
+def test_an_unknown_name_is_refused_with_the_known_ones(name: str) -> None:
+    with pytest.raises(FxquantError, match="unknown") as caught:
+        load_policy(name)
+    assert all(known in caught.value.remedy for known in SHIPPED)
+
+
+def test_an_unknown_parent_is_refused(write: Write) -> None:
+    with pytest.raises(FxquantError, match="policy deepseek_v9: unknown"):
+        load_policy(write("extends: deepseek_v9"))
+
+
+def test_a_circle_is_refused(write: Write, tmp_path: Path) -> None:
+    first = write(f"extends: {tmp_path}/second.yaml", "first")
+    second = write(f"extends: {first}", "second")
+    with pytest.raises(FxquantError, match="extends itself") as caught:
+        load_policy(first)
+    assert f"{first} → {second} → {first}" in caught.value.fact
+
+
+@pytest.mark.parametrize("sizes", [(256, 128), (256, 0)])
+def test_two_group_sizes_in_a_file_are_refused(sizes: tuple[int, int], write: Write) -> None:
+    rules = [f"{{path: '*.{size}', scheme: W4A8_DYNAMIC, group_size: {size}}}" for size in sizes]
+    with pytest.raises(FxquantError, match=r"group sizes \[.*, 256\]"):
+        load_policy(write(f"rules: [{', '.join(rules)}]"))
+
+
+def test_two_group_sizes_in_a_model_are_refused(write: Write, assign: Assign) -> None:
+    """An own rule takes some experts, the inherited one keeps the others; the weight file has one group_size."""
+    own = "{kind: routed_expert, path: '*.up_proj', scheme: W4A8_DYNAMIC, group_size: 128}"
+    policy = load_policy(write(f"extends: deepseek_w4a8\nrules: [{own}]"))
+    with pytest.raises(FxquantError, match=r"group sizes \[128, 256\]"):
+        assign(policy)
+
+
+def test_one_group_size_may_replace_the_inherited_one(write: Write, assign: Assign) -> None:
+    own = "{kind: routed_expert, scheme: W4A8_DYNAMIC, group_size: 64}"
+    program = assign(write(f"extends: deepseek_w4a8\nrules: [{own}]"))
+    assert scheme_of(program, "1.mlp.experts.down_proj") == "W4A8_DYNAMIC group_size 64"
