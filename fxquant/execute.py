@@ -26,7 +26,8 @@ def execute(
     """Outputs of each batch of flat inputs, in the order of the graph's placeholders.
 
     Each weight is read once for all batches and dropped after its last use; a stack of experts is read expert by
-    expert. `observe` sees every call with its value for each batch. `dtype` is that of the float weights and caches.
+    expert. `observe` sees every call with its value for each batch, and may replace an item. `dtype` is that of the
+    float weights and caches.
     """
     values: dict[fx.Node, list[Any]] = {}
     placeholders = 0

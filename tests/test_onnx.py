@@ -40,6 +40,7 @@ from fxquant.policy import load_policy, shipped_policies
 from fxquant.program import Program
 from fxquant.safetensors_file import read_header
 from fxquant.trace import trace
+from fxquant.trace_canonical import canonicalize
 from fxquant.weights import Cached, RecipeReader, load
 
 ATEN = torch.ops.aten
@@ -356,7 +357,9 @@ def expression_program() -> Program:
     shapes = ({0: batch, 1: sequence}, {0: batch, 1: total}, {0: batch, 1: sequence}, {0: batch, 1: Dim("past", min=5)})
     arguments = (ids, torch.zeros(2, 8, dtype=torch.int64), ids.clone(), floats(2, 11, 6))
     graph = torch.export.export(Expressions(), arguments, dynamic_shapes=shapes, strict=False).graph
-    return Program(fx.GraphModule(nn.Module(), graph), {}, torch.float32)
+    program = Program(fx.GraphModule(nn.Module(), graph), {}, torch.float32)
+    canonicalize(program)
+    return program
 
 
 def test_aten_operators(tmp_path: Path):
@@ -373,3 +376,404 @@ def test_aten_operators(tmp_path: Path):
         assert one.dtype == expected.dtype and one.shape == expected.shape, name
         # Values are below ten, sums have at most 77 terms; functions are within a few units of their result.
         assert torch.allclose(one, expected, rtol=1e-6, atol=3e-6) if one.is_floating_point() else torch.equal(one, expected), name
+
+
+# whole models
+
+
+@dataclass(frozen=True)
+class Emitted:
+    """A program, its weights as they are stored, and the folder with both."""
+
+    program: Program
+    read: Cached
+    folder: Path
+
+    @functools.cached_property
+    def runner(self) -> OnnxRunner:
+        return OnnxRunner(self.folder)
+
+
+def quantized(checkpoint: Checkpoint, policy: str, layer: type[DecoderLayer] = DecoderLayer) -> Program:
+    program, chosen = trace(meta_model(checkpoint, layer), checkpoint), load_policy(policy)
+    ids = [random_ids(meta_model(checkpoint), 2, 16, seed) for seed in range(2)]
+    run_passes(program, pipeline(AssignSchemes(chosen), Calibrate(chosen, Cached(checkpoint.read), lambda: ids)))
+    return program
+
+
+def emit(program: Program, checkpoint: Checkpoint, folder: Path) -> Emitted:
+    """Two weight files and the model; a stored tensor of odd length moves some offsets off alignment."""
+    made = RecipeReader(program, checkpoint)
+    names = sorted({name for parameter in program.parameters.values() for name in parameter.names})
+    tensors = {}
+    for file in range(2):
+        stored = {name: made(name).contiguous() for name in names[file::2]} | {"odd": torch.zeros(13, dtype=torch.int8)}
+        save_file(stored, folder / f"weights-{file}.safetensors")
+        tensors |= read_header(folder / f"weights-{file}.safetensors")
+    write_onnx(program, tensors, folder)
+    return Emitted(program, Cached(made), folder)
+
+
+@pytest.fixture(scope="session")
+def emitted(tiny: Callable[..., Checkpoint], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Emitted]:
+    """`emitted(policy, **checkpoint options)`, made once."""
+
+    @functools.cache
+    def make(policy: str, **options: Any) -> Emitted:
+        checkpoint = tiny(**options)
+        return emit(quantized(checkpoint, policy), checkpoint, tmp_path_factory.mktemp("onnx"))
+
+    return make
+
+
+def cached_inputs(program: Program, seed: int = 0) -> list[Tensor]:
+    """Three rows of four new tokens after five, the second row left-padded by six: its first query sees nothing."""
+    batch, sequence, past = 3, 4, 5
+    mask = torch.ones(batch, past + sequence, dtype=torch.int64)
+    mask[1, :6] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)[:, past:]
+    ids = integers(0, 100, batch, sequence, dtype=torch.int64, seed=seed)
+    caches = prefill_inputs(program, ids)[3:]
+    return [ids, mask, positions, *(floats(batch, past, cache.shape[2], seed=seed + 1) for cache in caches)]
+
+
+@torch.no_grad()
+def node_values(one: Emitted, inputs: list[Tensor]) -> dict[fx.Node, Any]:
+    values: dict[fx.Node, Any] = {}
+    feeds = iter(inputs)
+    for node in one.program.graph.graph.nodes:
+        if node.op == "placeholder":
+            values[node] = next(feeds)
+        elif node.op == "get_attr":
+            values[node] = load(one.program, str(node.target), one.read)
+        elif node.op == "call_function":
+            values[node] = call(node, values.__getitem__)
+    return values
+
+
+def blocks(program: Program) -> dict[str, list[fx.Node]]:
+    found: dict[str, list[fx.Node]] = {}
+    for node in program.graph.graph.nodes:
+        if node.op == "call_function":
+            found.setdefault(node.meta["block"], []).append(node)
+    return found
+
+
+def bound(node: fx.Node, values: dict[fx.Node, Any]) -> Tensor | float:
+    """How far an operator may be from its reference on equal inputs; zero where both round alike."""
+    maker = node.args[0] if node.target is operator.getitem else node
+    args = [values[arg] if isinstance(arg, fx.Node) else arg for arg in maker.args]
+    value = values[node]
+    if maker.target in (ops.linear, ops.router_logits):
+        return matmul_bound(args[0], args[1])
+    if maker.target == ops.rms_norm:
+        return (args[0].shape[-1] + 12) * UNIT * value.abs()
+    if maker.target == ops.swiglu:
+        return 14 * UNIT * value.abs() + 1e-37
+    if maker.target == ops.rope_table:
+        return 8 * UNIT * max(1.0, args[2])
+    if maker.target == ops.moe_gate and value.is_floating_point():
+        return 24 * UNIT * value.abs()
+    if maker.target == ops.moe_finalize_routing:
+        return 2 * args[2].shape[-1] * UNIT * args[2].sum(-1, keepdim=True) * args[0].abs().max()
+    if maker.target == ops.mla_attention:
+        q, kv, k_rope, _, heads, _, scale = args
+        width = q.shape[-1] // heads
+        largest = scale * width * q.abs().max() * max(kv.abs().max(), k_rope.abs().max())
+        return (2 * largest * (width + 2) + kv.shape[1] + 20) * UNIT * kv.abs().max()
+    if maker.target == ops.moe_experts:
+        # A product of products: relative error of k + n sums on each side, at the size of the largest output.
+        return 2 * (args[0].shape[-1] + args[3][0].shape[0]) * UNIT * value.abs().max()
+    if maker.target == ops.grouped_dequantize:
+        return expert_bound(node, values)
+    return 0.0
+
+
+def expert_bound(node: fx.Node, values: dict[fx.Node, Any]) -> Tensor:
+    """Up to its second quantization an expert is exact but for swiglu, whose last bits may move a tie by one step.
+
+    A step of one hidden feature moves the output by its scale times a weight, at most 127 steps of the largest.
+    Two such steps a row are allowed, and 16 units for the scale itself.
+    """
+    _, x_scale, weight_scale, _ = (values[arg] for arg in node.args)
+    step = max(scale.max() for scale in weight_scale)
+    return 2 * x_scale * 127 * step + 16 * UNIT * values[node].abs()
+
+
+def assert_operators_agree(one: Emitted, inputs: list[Tensor]) -> set[str]:
+    """Feed every operator what the fx graph feeds it; → names of the values that were compared."""
+    values = node_values(one, inputs)
+    named = {node.name: value for node, value in values.items()}
+    compared: set[str] = set()
+    for nodes in blocks(one.program).values():
+        session = operator_session(one.folder, [node.name for node in nodes])
+        results = session(session.feeds(named))
+        for node in nodes:
+            if node.name in results:
+                mine, reference = results[node.name], values[node]
+                assert mine.dtype == reference.dtype and mine.shape == reference.shape, node.name
+                off = (mine.double() - reference.double()).abs()
+                assert (off <= bound(node, values)).all(), f"{node.name}: off by {off.max()}"
+                compared.add(node.name)
+    return compared
+
+
+def assert_models_agree(one: Emitted, inputs: list[Tensor]) -> None:
+    """The largest logit difference. Activation codes may flip by one step, and later layers amplify it: 1%."""
+    expected = execute(one.program, one.read, [inputs])[0]
+    ids, mask, positions, *past = inputs
+    logits, presents = one.runner(ids, mask, positions, past)
+    for mine, reference in zip([logits, *presents], expected, strict=True):
+        assert mine.dtype == torch.float32 and mine.shape == reference.shape
+        assert (mine - reference).norm() <= 0.01 * reference.norm()
+
+
+POLICIES = shipped_policies()
+VARIANTS = [
+    ("deepseek_w4a8", {"dtype": torch.float16}),
+    ("deepseek_w4a8", {"attention_bias": True, "q_lora_rank": None}),
+    ("deepseek_w4a8_dynamic", {"attention_bias": True}),
+    ("float", {"dtype": torch.float32, "n_shared_experts": 0}),
+]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_every_policy(emitted: Callable[..., Emitted], policy: str):
+    check_everything(emitted(policy))
+
+
+@pytest.mark.parametrize(("policy", "options"), VARIANTS)
+def test_variants(emitted: Callable[..., Emitted], policy: str, options: dict[str, Any]):
+    check_everything(emitted(policy, **options))
+
+
+def check_everything(one: Emitted) -> None:
+    onnx.checker.check_model(one.folder / "model.onnx", full_check=True)
+    compared = assert_operators_agree(one, cached_inputs(one.program))
+    single = {n.name for nodes in blocks(one.program).values() for n in nodes if is_tensor(n.meta["val"])}
+    inside = {name for name in single - compared if "_mlp_experts_" in name}
+    assert single - compared == inside, "all but the inner values of routed experts can be taken out"
+    assert_models_agree(one, cached_inputs(one.program, seed=3))
+    assert_models_agree(one, prefill_inputs(one.program, integers(0, 100, 1, 1, dtype=torch.int64)))
+
+
+def test_prefill_and_decode_generate_what_the_graph_generates(emitted: Callable[..., Emitted]):
+    one = emitted("deepseek_w4a8")
+    prompt = [5, 17, 3, 99, 42]
+    mine, reference = list(one.runner.generate(prompt, 6)), list(generate(one.program, one.read, prompt, 6))
+    assert len(mine) == 6
+    for left, right in zip(mine, reference, strict=True):
+        assert left.argmax() == right.argmax()
+    logits, caches = one.runner.prefill(torch.tensor([prompt, prompt]))
+    assert logits.shape[:2] == (2, 5) and [cache.shape[1] for cache in caches] == [5, 5]
+    assert torch.allclose(logits[0, -1], mine[0], rtol=1e-4, atol=1e-4)
+    assert not list(one.runner.generate(prompt, 0))
+
+
+def test_weights_lie_in_their_files(emitted: Callable[..., Emitted]):
+    one = emitted("deepseek_w4a8")
+    model = onnx.load(one.folder / "model.onnx", load_external_data=False)
+    infos = {}
+    for file in ("weights-0.safetensors", "weights-1.safetensors"):
+        infos |= read_header(one.folder / file)
+    graphs = [model.graph]
+    found = {}
+    while graphs:
+        graph = graphs.pop()
+        graphs += [attribute.g for node in graph.node for attribute in node.attribute if attribute.HasField("g")]
+        found |= {tensor.name: tensor for tensor in graph.initializer}
+    assert found.keys() == {name for p in one.program.parameters.values() for name in p.names}
+    for name, tensor in found.items():
+        place = {entry.key: entry.value for entry in tensor.external_data}
+        info = infos[name]
+        assert tensor.data_location == onnx.TensorProto.EXTERNAL and not tensor.raw_data
+        assert place == {"location": info.file.name, "offset": str(info.start), "length": str(info.nbytes)}
+    weights = sum((one.folder / f"weights-{file}.safetensors").stat().st_size for file in range(2))
+    assert (one.folder / "model.onnx").stat().st_size < weights / 10
+
+
+def test_the_model_says_what_it_is(emitted: Callable[..., Emitted]):
+    model = onnx.load(emitted("deepseek_w4a8").folder / "model.onnx", load_external_data=False)
+    assert [(one.domain, one.version) for one in model.opset_import] == [("", 21), ("fxquant", 1)]
+    assert (model.ir_version, model.producer_name) == (10, "fxquant")
+    notes = {prop.key: prop.value for prop in model.metadata_props}
+    assert notes["producer"] == "fxquant" and "become int8 in memory" in notes["numerics"]
+    inputs = {one.name: [d.dim_param or d.dim_value for d in one.type.tensor_type.shape.dim] for one in model.graph.input}
+    outputs = {o.name: [d.dim_param or d.dim_value for d in o.type.tensor_type.shape.dim] for o in model.graph.output}
+    assert inputs == {
+        "input_ids": ["batch", "sequence"],
+        "attention_mask": ["batch", "total"],
+        "position_ids": ["batch", "sequence"],
+        "past_key_values.0.latent": ["batch", "past", 40],
+        "past_key_values.1.latent": ["batch", "past", 40],
+    }
+    assert outputs == {
+        "logits": ["batch", "sequence", 128],
+        "present.0.latent": ["batch", "total", 40],
+        "present.1.latent": ["batch", "total", 40],
+    }
+
+
+MOE_LAYER = """
+layers_1_mlp_gate_router_logits = router_logits
+layers_1_mlp_gate = moe_gate
+layers_1_mlp_experts_init_routing = moe_init_routing
+layers_1_mlp_experts_down_proj = CumSum Greater Sub Split If Concat
+layers_1_mlp_experts = moe_finalize_routing
+layers_1_mlp_shared_experts_gate_proj_input_int8 = quantize_static
+layers_1_mlp_shared_experts_gate_proj_int32 = int_matmul
+layers_1_mlp_shared_experts_gate_proj = dequantize_static
+layers_1_mlp_shared_experts_up_proj_input_int8 = quantize_static
+layers_1_mlp_shared_experts_up_proj_int32 = int_matmul
+layers_1_mlp_shared_experts_up_proj = dequantize_static
+layers_1_mlp_shared_experts_swiglu = swiglu
+layers_1_mlp_shared_experts_down_proj_input_int8 = quantize_static
+layers_1_mlp_shared_experts_down_proj_int32 = int_matmul
+layers_1_mlp_shared_experts_down_proj = dequantize_static
+layers_1_mlp_add = Add
+"""
+EXPERT = """
+[0] = quantize_per_token(rows)
+[1] = int4_matmul([0], gate_proj_weight, gate_proj_weight_scale_second)
+[2] = dequantize_per_token([1], [0], gate_proj_weight_scale)
+[3] = int4_matmul([0], up_proj_weight, up_proj_weight_scale_second)
+[4] = dequantize_per_token([3], [0], up_proj_weight_scale)
+[5] = swiglu([2], [4])
+[6] = quantize_per_token([5])
+[7] = int4_matmul([6], down_proj_weight, down_proj_weight_scale_second)
+[8] = dequantize_per_token([7], [6], down_proj_weight_scale)
+"""
+
+
+def test_the_graph_mirrors_the_fx_graph(emitted: Callable[..., Emitted]):
+    model = onnx.load(emitted("deepseek_w4a8").folder / "model.onnx", load_external_data=False)
+    units: dict[str, list[str]] = {}
+    for node in model.graph.node:
+        units.setdefault(node.name.partition("/")[0], []).append(node.op_type)
+    lines = (f"{name} = {' '.join(dict.fromkeys(t for t in types if t != 'Constant'))}" for name, types in units.items())
+    assert "\n" + "\n".join(line for line in lines if line.startswith("layers_1_mlp")) + "\n" == MOE_LAYER
+    function = next(one for one in model.functions if one.name == "routed_expert")
+    calls = [node for node in function.node if node.domain == DOMAIN]
+    made = {output: f"[{index}]" for index, node in enumerate(calls) for output in node.output}
+    made |= {node.output[0]: node.input[0] for node in function.node if node.op_type == "Cast"}
+    text = [f"[{i}] = {n.op_type}({', '.join(made.get(x, x) for x in n.input)})" for i, n in enumerate(calls)]
+    assert "\n" + "\n".join(text) + "\n" == EXPERT
+    assert sum(one.name.startswith("routed_expert") for one in model.functions) == 1
+
+
+def test_integers_stay_integers_when_onnxruntime_has_optimized(emitted: Callable[..., Emitted], tmp_path: Path):
+    options = session_options()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    onnxruntime.InferenceSession(emitted("deepseek_w4a8_shared_w4").folder / "model.onnx", options)
+    model = onnx.load(tmp_path / "optimized.onnx", load_external_data=False)
+    branch = next(node for node in model.graph.node if node.op_type == "If")
+    then = next(attribute.g for attribute in branch.attribute if attribute.name == "then_branch")
+    assert [node.op_type for node in then.node].count("MatMulInteger") == 3
+    for graph in (model.graph, then):
+        dtypes = {one.name: one.data_type for one in graph.initializer}
+        products = [node for node in graph.node if node.op_type == "MatMulInteger"]
+        assert products and all(dtypes[node.input[1]] == onnx.TensorProto.INT8 for node in products)
+        assert onnx.TensorProto.INT4 not in dtypes.values(), "unpacked once, when the session is made"
+
+
+def test_same_program_same_bytes(emitted: Callable[..., Emitted], tiny: Callable[..., Checkpoint], tmp_path: Path):
+    again = emit(quantized(tiny(), "deepseek_w4a8"), tiny(), tmp_path)
+    assert (again.folder / "model.onnx").read_bytes() == (emitted("deepseek_w4a8").folder / "model.onnx").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", "weights-0.safetensors", "weights-1.safetensors"]
+
+
+# research variants
+
+
+class Research(DecoderLayer):
+    """A layer with a parameter of its own and plain torch operators around the attention."""
+
+    def __init__(self, config: Any, index: int) -> None:
+        super().__init__(config, index)
+        self.scale = nn.Parameter(torch.empty(config.hidden_size))
+
+    def forward(self, x: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
+        y, present = super().forward(torch.tanh(x / 8) * 8, *rest)
+        gate = torch.sigmoid(x.mean(-1, keepdim=True)).expand(-1, -1, x.shape[-1])
+        heads = y.view(y.shape[0], y.shape[1], 4, -1).clamp(-4, 4).flatten(-2)
+        return x + heads * gate * self.scale, present
+
+
+def test_a_subclass_with_its_own_operators(tmp_path: Path):
+    folder = write_checkpoint(tmp_path / "checkpoint")
+    tensors = stored_tensors(random_tensors(tiny_config(torch_dtype="bfloat16"), 0), torch.bfloat16, fp8=False)
+    own = {f"model.layers.{index}.scale": floats(256, seed=index).bfloat16() for index in range(2)}
+    write_shards(folder, tensors | own)
+    checkpoint = open_checkpoint(folder)
+    policy = tmp_path / "research.yaml"
+    policy.write_text("extends: deepseek_w4a8\nrules:\n  - {path: '*.scale', scheme: FLOAT}\n  - {kind: other, scheme: FLOAT}\n")
+    program = quantized(checkpoint, str(policy), Research)
+    check_everything(emit(program, checkpoint, tmp_path))
+
+
+class Unsupported(DecoderLayer):
+    def forward(self, x: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
+        return super().forward(x.roll(1, -1), *rest)
+
+
+def test_an_operator_without_onnx_form_is_named(tiny: Callable[..., Checkpoint], tmp_path: Path):
+    program = quantized(tiny(), "deepseek_w4a8_dynamic", Unsupported)
+    fact = r"layers_0_roll \(model.layers.0\): aten.roll.default has no ONNX form. Write it with operators of"
+    with pytest.raises(FxquantError, match=fact):
+        emit(program, tiny(), tmp_path)
+    assert not (tmp_path / "model.onnx").exists()
+
+
+def insert_after(program: Program, name: str, target: Any, *args: Any) -> fx.Node:
+    """Put `target(node, *args)` between the node of that name and its users."""
+    node = next(one for one in program.graph.graph.nodes if one.name == name)
+    users = list(node.users)
+    added = Surgery(program, users[0]).call(target, (node, *args), f"{name}_{target._opname}")
+    for user in users:
+        user.replace_input_with(node, added)
+    return added
+
+
+def test_an_operator_between_the_experts_is_part_of_them(tiny: Callable[..., Checkpoint], tmp_path: Path):
+    program = quantized(tiny(), "deepseek_w4a8")
+    insert_after(program, "layers_1_mlp_experts_swiglu", ATEN.clamp.default, -0.2, 0.2)
+    insert_after(program, "layers_1_mlp_experts_rows", ATEN.mul.Tensor, 1.5)
+    insert_after(program, "layers_1_mlp_experts_up_proj_int32", ATEN.clamp.default, -9000, 9000)
+    insert_after(program, "layers_1_mlp_experts_rows_int8", ATEN.clamp.default, -100, 100)
+    one = emit(program, tiny(), tmp_path)
+    check_everything(one)
+    model = onnx.load(tmp_path / "model.onnx", load_external_data=False)
+    function = next(one for one in model.functions if one.name == "routed_expert")
+    assert [node.op_type for node in function.node].count("Clip") == 3
+
+
+def test_rows_of_several_experts_may_not_mix(tiny: Callable[..., Checkpoint], tmp_path: Path):
+    program = quantized(tiny(), "deepseek_w4a8")
+    insert_after(program, "layers_1_mlp_experts_swiglu", ATEN.softmax.int, 0)
+    with pytest.raises(FxquantError, match="softmax.int mixes the rows of several experts"):
+        emit(program, tiny(), tmp_path)
+
+
+def test_int8_values_under_other_operators(tiny: Callable[..., Checkpoint], tmp_path: Path):
+    program = quantized(tiny(), "deepseek_w4a8")
+    insert_after(program, "layers_0_mlp_swiglu_int8", ATEN.clamp.default, -50, 60)
+    insert_after(program, "layers_0_post_attention_layernorm_int8", ATEN.slice.Tensor, -1, 0, 256)
+    check_everything(emit(program, tiny(), tmp_path))
+
+
+def test_few_tokens_leave_experts_empty(emitted: Callable[..., Emitted]):
+    for policy in ("deepseek_w4a8", "float"):
+        one = emitted(policy)
+        ids = integers(0, 100, 1, 1, dtype=torch.int64, seed=7)
+        assert_operators_agree(one, prefill_inputs(one.program, ids))
+
+
+def test_missing_weights_are_named(tiny: Callable[..., Checkpoint], tmp_path: Path):
+    program = quantized(tiny(), "deepseek_w4a8_dynamic")
+    with pytest.raises(FxquantError, match=r"model\.embed_tokens\.weight: is read by the graph and not in the weight"):
+        write_onnx(program, {}, tmp_path)
+
+
+def test_a_folder_without_model_is_named(tmp_path: Path):
+    with pytest.raises(FxquantError, match=r"model\.onnx: no such file\. Compile with --target onnx"):
+        OnnxRunner(tmp_path)

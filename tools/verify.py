@@ -48,6 +48,9 @@ def verification_table(report: "VerifyReport") -> Table:
         checked = f"{check.checked:,}" if check.checked >= check.total else f"{check.checked:,} of {check.total:,}"
         misses = "0" if check.ok else f"[red]{len(check.misses):,}[/]"
         table.add_row(check.name, checked, misses, check.worst)
+    if report.logit_noise is not None:
+        table.caption = f"last-bit noise moves a logit of this graph by up to {report.logit_noise:.2g}"
+        table.caption_justify = "left"
     return table
 
 

@@ -53,7 +53,10 @@ class Builder:
         outputs: int,
         attributes: Mapping[str, Attribute],
     ) -> tuple[ir.Value, ...]:
-        node = ir.node(op_type, inputs, attributes, domain=domain, num_outputs=outputs)
+        given = list(inputs)
+        while given and given[-1] is None:  # onnxruntime 1.32 crashes on a LayerNormalization whose bias is "".
+            given.pop()
+        node = ir.node(op_type, given, attributes, domain=domain, num_outputs=outputs)
         node.name = self._name(op_type.lower())
         for index, value in enumerate(node.outputs):
             value.name = node.name if outputs == 1 else f"{node.name}[{index}]"

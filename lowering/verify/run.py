@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from fxquant.lowering.verify.graphs import AscendChecker, GraphChecker, OnnxChecker
-
 from fxquant.binding import build_ledger, check_parameters
 from fxquant.checkpoint import Checkpoint
 from fxquant.lowering.manifest import GRAPH, file_sizes, read_manifest
-from fxquant.lowering.verify.blocks import block_names, walk
+from fxquant.lowering.verify.blocks import block_names, probe_inputs, walk
+from fxquant.lowering.verify.graphs import AscendChecker, GraphChecker, OnnxChecker
+from fxquant.lowering.verify.noise import logit_noise
 from fxquant.lowering.verify.report import Check, VerifyReport
 from fxquant.lowering.verify.weights import (
     WeightFiles,
@@ -27,6 +27,7 @@ from fxquant.weights import Cached
 SAMPLE_ABOVE = 1 << 30
 """Bytes of weights above which a sample is checked, unless the caller asks for all."""
 SAMPLED_TENSORS = 256
+NOISE_SEEDS = 8
 
 
 def verify_output(folder: Path, source: Checkpoint | None, full: bool, report: Reporter) -> VerifyReport:
@@ -47,7 +48,11 @@ def verify_output(folder: Path, source: Checkpoint | None, full: bool, report: R
         else:
             checks.append(check_static(program, files))
         checks += _check_graph(program, files, folder, Target(manifest.target), sampled, report)
-    return VerifyReport(checks, None if source is None else str(source.folder), sampled)
+    noise = None
+    if not sampled and all(check.ok for check in checks):
+        inputs = list(probe_inputs(program).values())
+        noise = logit_noise(program, Cached(files.read, SAMPLE_ABOVE), inputs, NOISE_SEEDS)
+    return VerifyReport(checks, None if source is None else str(source.folder), sampled, noise)
 
 
 def _check_sizes(sizes: dict[str, int], folder: Path) -> Check:
