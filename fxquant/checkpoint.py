@@ -96,7 +96,7 @@ def _indexed_tensors(folder: Path, index: Path) -> dict[str, TensorInfo]:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         files = sorted(set(weight_map.values()))
         plain = all(isinstance(file, str) and Path(file).name == file for file in files)
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError):
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
         raise FxquantError(index, "not a safetensors index with a weight_map.", AGAIN) from None
     if not plain:
         raise FxquantError(index, "weight_map names files outside the folder.", "Do not use this checkpoint.")
@@ -105,7 +105,10 @@ def _indexed_tensors(folder: Path, index: Path) -> dict[str, TensorInfo]:
         raise FxquantError(folder / missing[0], f"missing shard ({len(missing)} of {len(files)}).", AGAIN)
     found: dict[str, TensorInfo] = {}
     for file in files:
-        found.update(read_header(folder / file))
+        infos = read_header(folder / file)
+        for name in sorted(infos.keys() & found.keys()):
+            raise FxquantError(index, f"tensor {name} is in {found[name].file.name} and in {file}.", AGAIN)
+        found.update(infos)
     for name in sorted(set(found) ^ set(weight_map)):
         where = "in a shard but not in the index" if name in found else f"not in {weight_map[name]}"
         raise FxquantError(index, f"tensor {name} is {where}.", AGAIN)
@@ -120,7 +123,7 @@ def _block_size(folder: Path, config: dict[str, Any]) -> tuple[int, int]:
     if quantization is None:
         return (128, 128)
     method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-    if method != "fp8":
+    if method != "fp8" or not isinstance(quantization, dict):
         way_out = "fxquant compiles float checkpoints and DeepSeek's official FP8."
         raise FxquantError(folder / "config.json", f"already quantized: quant_method {method!r}.", way_out)
     size = quantization.get("weight_block_size", [128, 128])

@@ -65,7 +65,7 @@ class DeepseekV3Config(BaseModel):
     rope_interleave: Literal[True] = True
     tie_word_embeddings: Literal[False] = False
     max_position_embeddings: int = Field(default=163840, gt=0)
-    num_nextn_predict_layers: int = Field(default=0, ge=0)
+    num_nextn_predict_layers: int = Field(default=1, ge=0)
     bos_token_id: int | None = 0
     eos_token_id: int | list[int] | None = 1
 
@@ -105,7 +105,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise FxquantError(folder, "not a checkpoint: it has no config.json.", "Name a Hugging Face checkpoint folder.")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise FxquantError(
             path, f"not valid JSON: {error}.", "Copy the file again from where the model came."
         ) from None
@@ -133,4 +133,5 @@ def _modern_rope(config: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(rope, dict):
         return config
     scaled = rope if rope.get("rope_type", "default") != "default" else None
-    return {"rope_theta": rope.get("rope_theta", 10000.0), "rope_scaling": scaled, **config}
+    given = {key: value for key, value in config.items() if key != "rope_scaling" or value is not None}
+    return {"rope_theta": rope.get("rope_theta", 10000.0), "rope_scaling": scaled, **given}

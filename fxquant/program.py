@@ -33,7 +33,7 @@ class Program:
     names       node names in use
 
     Every node carries `meta["module"]`, the path of the module that made it, `meta["kind"]` and `meta["block"]`: the
-    path of its decoder layer, "before" or "after".
+    path of its decoder layer, or "before", "between_0", …, "after" for what is in none.
     """
 
     graph: fx.GraphModule

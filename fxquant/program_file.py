@@ -11,6 +11,7 @@ from torch import fx, nn
 
 from fxquant.errors import FxquantError
 from fxquant.kinds import Kind
+from fxquant.meta import call_on_meta
 from fxquant.policy import Rule
 from fxquant.program import Parameter, Program, attach
 from fxquant.safetensors_file import DTYPES, NAMES
@@ -186,4 +187,4 @@ def _value(entry: dict[str, Any], node: fx.Node, root: nn.Module) -> Any:
     if node.op == "output":
         return None
     values = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-    return node.target(*values[0], **values[1])  # type: ignore[operator]
+    return call_on_meta(node.target, *values)

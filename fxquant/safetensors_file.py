@@ -76,7 +76,7 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
             raise FxquantError(file, f"not a whole safetensors file: {size} bytes, header of {length}.", AGAIN)
         try:
             header = json.loads(stream.read(length))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (ValueError, RecursionError) as error:
             raise FxquantError(file, f"its header is not JSON: {error}.", AGAIN) from None
     if not isinstance(header, dict):
         raise FxquantError(file, "its header is not an object.", AGAIN)
@@ -89,7 +89,8 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
 def _entry(file: Path, name: str, entry: Any, base: int) -> TensorInfo:
     try:
         dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        whole = all(isinstance(number, int) and number >= 0 for number in (*shape, start, end)) and start <= end
+        whole = all(type(number) is int and number >= 0 for number in (*shape, start, end)) and start <= end
+        whole = whole and isinstance(dtype, str)
     except (TypeError, KeyError, ValueError):
         whole = False
     if not whole:

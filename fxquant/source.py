@@ -3,6 +3,8 @@
 import importlib.util
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -44,26 +46,35 @@ def open_source(path: Path, checkpoint: Path | None = None) -> Source:
     if path.suffix != ".py" or not path.is_file():
         fact = "no such file or folder." if not path.exists() else "neither a folder nor a .py file."
         raise FxquantError(path, fact, "Name a Hugging Face checkpoint folder or a model.py.")
-    module = _import(path)
-    folder = checkpoint or _checkpoint_folder(path, module)
-    opened = open_checkpoint(folder)
-    build = getattr(module, "build_model", None)
-    if not callable(build):
-        raise FxquantError(path, "defines no build_model.", CONTRACT)
-    return Source(path, _build(build, opened, path), opened, getattr(module, "POLICY", None))
+    with _neighbours_importable(path):
+        module = _import(path)
+        opened = open_checkpoint(checkpoint or _checkpoint_folder(path, module))
+        build = getattr(module, "build_model", None)
+        if not callable(build):
+            raise FxquantError(path, "defines no build_model.", CONTRACT)
+        return Source(path, _build(build, opened, path), opened, getattr(module, "POLICY", None))
+
+
+@contextmanager
+def _neighbours_importable(path: Path) -> Iterator[None]:
+    """A model.py may import files that lie beside it."""
+    folder = str(path.parent.resolve())
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        sys.path.remove(folder)
 
 
 def _import(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"fxquant_user_{path.stem}", path)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(path.parent.resolve()))
+    sys.modules[spec.name] = module  # where dataclasses look for the module of their annotations
     try:
         spec.loader.exec_module(module)
     except Exception as error:
         raise FxquantError(path, f"cannot be imported: {_where(error, path)}", CONTRACT) from error
-    finally:
-        sys.path.pop(0)
     return module
 
 
@@ -71,7 +82,7 @@ def _checkpoint_folder(path: Path, module: ModuleType) -> Path:
     named = getattr(module, "CHECKPOINT", None)
     if named is None:
         raise FxquantError(path, "names no CHECKPOINT.", "Set CHECKPOINT in the file or pass --checkpoint DIR.")
-    folder = path.parent / named
+    folder = path.parent / str(named)
     if not folder.is_dir():
         raise FxquantError(path, f"CHECKPOINT {str(named)!r} is not a folder.", "It is relative to the file.")
     return folder
@@ -94,6 +105,8 @@ def _build(build: Any, checkpoint: Checkpoint, place: Path) -> DeepseekV3:
 
 def _where(error: Exception, path: Path) -> str:
     """The error in one line, with the user's own line of code where there is one."""
-    own = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == path]
+    own = [
+        frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).resolve() == path.resolve()
+    ]
     line = f" (line {own[-1].lineno}: {own[-1].line})" if own else ""
     return f"{type(error).__name__}: {error}{line}."

@@ -6,15 +6,20 @@ import torch
 from torch import fx
 
 from fxquant import ops
+from fxquant.errors import FxquantError
 from fxquant.program import Program
 
 ATEN = torch.ops.aten
+PLACEMENT = ("device", "layout", "pin_memory")
+"""Arguments that say where a tensor lies: meta while tracing, and the caller's business afterwards."""
 
 
 def canonicalize(program: Program) -> None:
     """Rewrite known aten calls, drop what does nothing in inference, and remove dead nodes."""
     graph = program.graph.graph
     for node in list(graph.nodes):
+        if node.op == "call_function":
+            node.kwargs = {key: value for key, value in node.kwargs.items() if key not in PLACEMENT}
         rewrite = REWRITES.get(node.target)
         if node.op == "call_function" and rewrite is not None:
             rewrite(graph, node)
@@ -39,10 +44,15 @@ def _embedding(graph: fx.Graph, node: fx.Node) -> None:
 
 
 def _rms_norm(graph: fx.Graph, node: fx.Node) -> None:
-    """Only the form that normalizes the last dimension and has a weight and an eps."""
+    """Only the form that normalizes the last dimension and has a weight; torch's default eps is that of float32."""
     x, shape, weight, eps = (*node.args, None, None)[:4]
-    if isinstance(shape, list | tuple) and len(shape) == 1 and weight is not None and eps is not None:
-        _replace(node, ops.rms_norm, (x, weight, eps))
+    if isinstance(shape, list | tuple) and len(shape) == 1 and weight is not None:
+        _replace(node, ops.rms_norm, (x, weight, torch.finfo(torch.float32).eps if eps is None else eps))
+
+
+def _read_value(graph: fx.Graph, node: fx.Node) -> None:
+    place = node.meta.get("module") or "the model"
+    raise FxquantError(place, "its forward reads a tensor's value (item()).", "Keep control flow free of values.")
 
 
 def _identity(graph: fx.Graph, node: fx.Node) -> None:
@@ -51,6 +61,8 @@ def _identity(graph: fx.Graph, node: fx.Node) -> None:
 
 
 REWRITES = {
+    ATEN.item.default: _read_value,
+    ATEN._local_scalar_dense.default: _read_value,
     ATEN.linear.default: _linear,
     ATEN.embedding.default: _embedding,
     ATEN.rms_norm.default: _rms_norm,

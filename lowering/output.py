@@ -79,7 +79,7 @@ def write_output(prepared: PreparedProgram, options: OutputOptions, out: Path, r
         checkpoint = prepared.source.checkpoint
         files = plan_files(stored_tensors(prepared.program, checkpoint), options.max_shard_size)
         _check_space(partial, files)
-        with report("write weights", sum(t.nbytes for file in files for t in file.tensors), "bytes") as advance:
+        with report("quantize, write", sum(t.nbytes for file in files for t in file.tensors), "bytes") as advance:
             write_weights(files, checkpoint, partial, advance)
         _write_documents(prepared, files, partial)
         _write_graph(prepared.program, options.target, files, partial)

@@ -164,6 +164,14 @@ def test_other_shapes_of_the_model_agree(compiled: Compile, policy: str, options
     assert one.module().names["Model"].load(one.folder).dtype is default
 
 
+def test_int4_linears_add_their_bias_last(tiny_folder: Callable[..., Path], tmp_path: Path) -> None:
+    rules = '[{kind: attention, path: "*.kv_b_proj", scheme: FLOAT}, {kind: attention, scheme: W4A8_DYNAMIC}]'
+    (tmp_path / "int4.yaml").write_text(f"extends: deepseek_w4a8_per_channel\nrules: {rules}\n")
+    one = compile_folder(tiny_folder(attention_bias=True), tmp_path / "out", str(tmp_path / "int4.yaml"))
+    assert one.source.count(') + w["self_attn.o_proj.bias"]\n') == 2
+    assert bad(check_all(one)) == {}
+
+
 @pytest.mark.parametrize("policy", ["float", "deepseek_w8a8", "deepseek_w4a8_per_channel"])
 def test_the_whole_model_in_float32(compiled: Compile, policy: str) -> None:
     """No operator of these policies rounds more than the graph's, so logits differ by a few float32 roundings."""

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, fx, nn
 
 from fxquant.binding import mtp_modules
-from fxquant.checkpoint import Checkpoint, open_checkpoint
+from fxquant.checkpoint import Checkpoint
 from fxquant.config import DeepseekV3Config, parse_config
 from fxquant.models import DecoderLayer, DeepseekV3
 from fxquant.models.layers import RoutedExperts
@@ -271,24 +271,29 @@ def greedy(model: DeepseekV3, ids: Tensor, steps: int) -> Tensor:
 
 
 def float_program(checkpoint: Checkpoint) -> Program:
-    """A fresh copy of the checkpoint's traced graph."""
-    return copy.deepcopy(_traced(checkpoint.folder))
+    """A fresh copy of the checkpoint's traced graph, which depends on nothing but its config."""
+    return copy.deepcopy(_traced(json.dumps(checkpoint.config)))
 
 
 @cache
-def _traced(folder: Path) -> Program:
-    checkpoint = open_checkpoint(folder)
+def _traced(config: str) -> Program:
+    checkpoint = Checkpoint(Path("tiny"), json.loads(config), {})
     return trace(meta_model(checkpoint), checkpoint)
 
 
-def rewritten(checkpoint: Checkpoint, policy: str | Path, batches: list[Tensor] | None = None) -> Program:
-    """The checkpoint's graph after the whole pipeline, calibrated on `batches` or on 2 x 16 random tokens."""
-    program, loaded = float_program(checkpoint), load_policy(str(policy))
-    model = meta_model(checkpoint)
-    batches = batches or [random_ids(model, 1, 16, seed) for seed in (1, 2)]
-    assign = AssignSchemes(loaded, mtp_modules(checkpoint, model.mtp_modules()))
-    run_passes(program, pipeline(assign, Calibrate(loaded, checkpoint.read, lambda: batches)))
-    return program
+def rewritten(checkpoint: Checkpoint, policy: str | Path) -> Program:
+    """A fresh copy of the checkpoint's graph after the whole pipeline, calibrated on 2 x 16 random tokens."""
+    key = (checkpoint.folder, json.dumps(checkpoint.config), str(policy))
+    if key not in _REWRITTEN:
+        program, loaded, model = float_program(checkpoint), load_policy(str(policy)), meta_model(checkpoint)
+        batches = [random_ids(model, 1, 16, seed) for seed in (1, 2)]
+        assign = AssignSchemes(loaded, mtp_modules(checkpoint, model.mtp_modules()))
+        run_passes(program, pipeline(assign, Calibrate(loaded, checkpoint.read, lambda: batches)))
+        _REWRITTEN[key] = program
+    return copy.deepcopy(_REWRITTEN[key])
+
+
+_REWRITTEN: dict[tuple[Path, str, str], Program] = {}
 
 
 def float32_bound(model: DeepseekV3, logits: Tensor) -> float:

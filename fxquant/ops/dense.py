@@ -34,6 +34,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _rms_norm_shape(x: Tensor, weight: Tensor, eps: float, bias: Tensor | None = None) -> Tensor:
+    expect(x.dtype == weight.dtype, f"fxq::rms_norm: x is {x.dtype}, weight is {weight.dtype}")
     expect(x.shape[-1] == weight.shape[0], f"fxq::rms_norm: x has {x.shape[-1]} features, weight {weight.shape[0]}")
     return torch.empty_like(x)
 

@@ -62,7 +62,7 @@ def moe_gate(
 
 def _best(values: Tensor, count: int) -> Tensor:
     """Indices of the `count` largest values; torch.topk would order equal ones at will."""
-    return values.sort(dim=-1, descending=True, stable=True).indices[..., :count]
+    return values.sort(dim=-1, descending=True, stable=True).indices[..., :count].contiguous()
 
 
 def _moe_experts_shape(

@@ -38,7 +38,7 @@ def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
     """
     wide = x.float()
     maximum = wide.abs().amax(-1, keepdim=True)
-    step = 127 / maximum.clamp(min=SMALLEST_ROW_MAXIMUM)
+    step = torch.where(maximum < SMALLEST_ROW_MAXIMUM, 0.0, 127 / maximum)
     return torch.round(wide * step).to(torch.int8), maximum / 127
 
 
@@ -56,8 +56,10 @@ def _int_matmul_shape(x: Tensor, weight: Tensor) -> Tensor:
 @define("int_matmul(Tensor x, Tensor weight) -> Tensor", _int_matmul_shape)
 def int_matmul(x: Tensor, weight: Tensor) -> Tensor:
     """int8 x [..., k], int8 weight [n, k] → int32 [..., n] = `x @ weight.T`, exact while k ≤ 131,000."""
-    rows = x.reshape(-1, x.shape[-1])
-    return torch._int_mm(rows, weight.T).view(*x.shape[:-1], weight.shape[0])
+    if x.shape[-1] == 1:  # here, as for strides of zero, torch._int_mm leaves its result uninitialized
+        return x.int() * weight.int().T
+    rows = x.contiguous().view(-1, x.shape[-1])
+    return torch._int_mm(rows, weight.contiguous().T).view(*x.shape[:-1], weight.shape[0])
 
 
 def _int4_matmul_shape(x: Tensor, weight: Tensor, weight_scale_second: Tensor | None = None) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from fxquant.lowering.ascend.segment_text import Call, Writer
-from fxquant.lowering.ascend.values import operands
+from fxquant.lowering.operands import operands
 
 INFIX = {
     "aten.add.Tensor": "+",

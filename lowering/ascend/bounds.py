@@ -1,106 +1,50 @@
-"""How far a float32 statement may be from the graph's value: rounding bounds, computed from the actual operands.
+"""How far a float32 statement of the emitted module may be from the graph's value.
 
-U is half a step of float32 at 1. A sum of n products in any order is within n·U of the sum of magnitudes, and both
-sides round, so most bounds have a factor 2. No rule means that both sides do the same arithmetic: the bound is 0.
+The rules of `fxquant.lowering.bounds`, and the engine's own arithmetic for int4. No rule means that both sides do the
+same arithmetic: the bound is 0.
 """
-
-from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from fxquant import ops
-from fxquant.lowering.ascend.values import operands, producer
+from fxquant.lowering.bounds import RULES, U, Value, blocks, rule_of
+from fxquant.lowering.operands import operands
 from fxquant.ops.quantized import expand_int4
 
-U = 2.0**-24
 U_FLOAT16 = 2.0**-11
 U_BFLOAT16 = 2.0**-8
 SMALLEST_HALF_STEP = 2.0**-25
 """Half a step of float16 below its normal numbers."""
-SILU_SLOPE = 1.1
-"""Largest derivative of silu."""
-
-Value = Callable[[Any], Any]
-Rule = Callable[[fx.Node, Value, Tensor], Tensor]
-"""(call, value of an argument, expected result) → bound for each element."""
 
 
 def error_bound(node: fx.Node, value: Value, expected: Tensor) -> Tensor:
     """Bound for the value of `node`, of the shape of `expected`."""
-    operator, index = producer(node)
-    call = operands(node)[0] if index is not None else node
-    rule = RULES.get((operator, index))
-    return torch.zeros_like(expected) if rule is None else rule(call, value, expected).reshape(expected.shape)
+    call, rule = rule_of(node, RULES)
+    if rule is None:
+        return torch.zeros_like(expected)
+    bound = rule(call, value, expected).reshape(expected.shape)
+    return bound + _engine_int4(call, value, expected)
 
 
-def _relative(steps: int) -> Rule:
-    """Some roundings, each relative to the result."""
-    return lambda call, value, expected: steps * U * expected.abs()
+def _engine_int4(call: fx.Node, value: Value, expected: Tensor) -> Tensor:
+    """What the engine's int4 product adds to the rounding of its dequantization; 0 for other calls."""
+    added = torch.zeros_like(expected, dtype=torch.float64)
+    product = operands(call)[0] if call.target in (ops.dequantize_per_token, ops.grouped_dequantize) else call
+    if product.target == ops.int4_matmul:
+        (x8, weight, *second), (x_scale, scale) = _values(product, value), map(value, operands(call)[1:3])
+        return _int4(x8, weight, second[0] if second else None, scale, x_scale)
+    if product.target == ops.grouped_int4_matmul:
+        x8, weight, counts, *second = _values(product, value)
+        x_scale, scale = map(value, operands(call)[1:3])
+        for expert, rows in blocks(counts):
+            group_scale = second[0][expert] if second else None
+            added[rows] = _int4(x8[rows], weight[expert], group_scale, scale[expert], x_scale[rows])
+    return added
 
 
-def _linear(call: fx.Node, value: Value, expected: Tensor) -> Tensor:
-    x, weight = value(operands(call)[0]).double(), value(operands(call)[1]).double()
-    return 2 * (weight.shape[1] + 2) * U * (x.abs() @ weight.abs().T) + 2 * U * expected.abs()
-
-
-def _rms_norm(call: fx.Node, value: Value, expected: Tensor) -> Tensor:
-    """The mean sums n squares and the root halves its error; a bias may cancel what carries it."""
-    bias = value(operands(call)[3]).abs() if len(operands(call)) > 3 and operands(call)[3] is not None else 0
-    return (expected.shape[-1] + 8) * U * (expected.abs() + 2 * bias)
-
-
-def _rope_table(call: fx.Node, value: Value, expected: Tensor) -> Tensor:
-    return torch.full_like(expected, 4 * U * abs(operands(call)[2]))
-
-
-def _rope(call: fx.Node, value: Value, expected: Tensor) -> Tensor:
-    """Two products and a sum for each turned feature."""
-    x, cos, sin = (value(arg).abs().double() for arg in operands(call)[:3])
-    heads, width = x.unflatten(-1, (operands(call)[3], -1)), cos.shape[-1]
-    kept, first, second = heads[..., :-width], heads[..., -width::2], heads[..., 1 - width :: 2]
-    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
-    turned = torch.cat((first, second), -1) * cos + torch.cat((second, first), -1) * sin
-    return 4 * U * torch.cat((torch.zeros_like(kept), turned), -1).flatten(-2)
-
-
-def _mla_attention(call: fx.Node, value: Value, expected: Tensor) -> Tensor:
-    """Scores are off by at most d, so weights are by the factor exp(2 d) and those of rounding; then a sum of T."""
-    q, kv, k_rope, mask = (value(arg) for arg in operands(call)[:4])
-    heads, v_head_dim, scale = operands(call)[4:]
-    q, kv = (x.double().unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, kv))
-    keys = torch.cat((kv[..., :-v_head_dim], k_rope.double().unsqueeze(1).expand(-1, heads, -1, -1)), -1)
-    queries, total = q.shape[2], kv.shape[2]
-    visible = torch.ones(queries, total, dtype=torch.bool).tril(total - queries) & (mask[:, None, None, :] != 0)
-    wide = torch.finfo(torch.float64).min
-    weights = (q @ keys.transpose(-1, -2) * scale).masked_fill(~visible, wide).softmax(-1)
-    magnitude = (q.abs() @ keys.abs().transpose(-1, -2) * scale).masked_fill(~visible, 0).amax(-1, keepdim=True)
-    relative = torch.expm1(4 * (q.shape[-1] + 4) * U * magnitude) + (2 * total + 16) * U
-    return (relative * (weights @ kv[..., -v_head_dim:].abs())).transpose(1, 2).flatten(2)
-
-
-def _dequantize_per_token(call: fx.Node, value: Value, expected: Tensor) -> Tensor:
-    product, x_scale, weight_scale, *bias = operands(call)
-    added = value(bias[0]).abs() if bias and bias[0] is not None else 0
-    rounding = 8 * U * (expected.abs() + 2 * added)
-    if product.target != ops.int4_matmul:
-        return rounding
-    x8, weight, *second = (value(arg) for arg in operands(product))
-    return rounding + _int4(x8, weight, second[0] if second else None, value(weight_scale), value(x_scale))
-
-
-def _grouped_dequantize(call: fx.Node, value: Value, expected: Tensor) -> Tensor:
-    product, x_scale, weight_scale, counts = operands(call)
-    rounding = 8 * U * expected.abs().double()
-    if product.target != ops.grouped_int4_matmul:
-        return rounding
-    x8, weight, _, *second = (value(arg) for arg in operands(product))
-    scale, token_scale = value(weight_scale), value(x_scale)
-    for expert, rows in _blocks(value(counts)):
-        group_scale = second[0][expert] if second else None
-        rounding[rows] += _int4(x8[rows], weight[expert], group_scale, scale[expert], token_scale[rows])
-    return rounding
+def _values(call: fx.Node, value: Value) -> list:
+    return [value(argument) for argument in operands(call)]
 
 
 def _int4(x8: Tensor, packed: Tensor, second: Tensor | None, scale: Tensor, x_scale: Tensor) -> Tensor:
@@ -121,65 +65,3 @@ def _int4(x8: Tensor, packed: Tensor, second: Tensor | None, scale: Tensor, x_sc
         bound += ((U_FLOAT16 * s).clamp(min=SMALLEST_HALF_STEP) * parts[0]).sum(-1)
         bound += U_BFLOAT16 * (codes * s).sum(-1).abs()
     return bound * x_scale.double()
-
-
-def _moe_gate(call: fx.Node, value: Value, expected: Tensor) -> Tensor:
-    """A sigmoid, a sum of top_k, a quotient and a product."""
-    return (2 * int(operands(call)[2]) + 16) * U * expected.abs()
-
-
-def _moe_finalize_routing(call: fx.Node, value: Value, expected: Tensor) -> Tensor:
-    rows, row_index, weights = (value(arg) for arg in operands(call))
-    magnitude = ops.moe_finalize_routing(rows.abs(), row_index, weights.abs())
-    return 2 * (weights.shape[-1] + 2) * U * magnitude
-
-
-def _moe_experts(call: fx.Node, value: Value, expected: Tensor) -> Tensor:
-    """Errors of gate and up go through silu and the product into the sum of down."""
-    x, ids, weights, gate_proj, up_proj, down_proj = (value(arg) for arg in operands(call))
-    rows, row_index, counts = ops.moe_init_routing(x, ids, len(gate_proj))
-    errors = torch.zeros(len(rows), x.shape[-1], dtype=torch.float64)
-    outputs = torch.zeros_like(errors)
-    for expert, block in _blocks(counts):
-        one = rows[block].double()
-        (gate, gate_error), (up, up_error) = (_product(one, w[expert].double()) for w in (gate_proj, up_proj))
-        activated = torch.nn.functional.silu(gate)
-        hidden = activated * up
-        hidden_error = SILU_SLOPE * gate_error * up.abs() + activated.abs() * up_error + 16 * U * hidden.abs()
-        outputs[block], own = _product(hidden, down_proj[expert].double())
-        errors[block] = own + hidden_error @ down_proj[expert].double().abs().T
-    wide = weights.abs().double()
-    steps = 2 * (weights.shape[-1] + 2) * U
-    return ops.moe_finalize_routing(errors + steps * outputs.abs(), row_index, wide)
-
-
-def _product(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    return x @ weight.T, 2 * (weight.shape[1] + 2) * U * (x.abs() @ weight.abs().T)
-
-
-def _blocks(counts: Tensor) -> Iterator[tuple[int, slice]]:
-    """(expert, its rows) for each expert that has any."""
-    start = 0
-    for expert, count in enumerate(counts.tolist()):
-        if count:
-            yield expert, slice(start, start + count)
-        start += count
-
-
-RULES: dict[tuple[Any, int | None], Rule] = {
-    (ops.linear, None): _linear,
-    (ops.router_logits, None): _linear,
-    (ops.rms_norm, None): _rms_norm,
-    (ops.swiglu, None): _relative(8),
-    (ops.rope_table, 0): _rope_table,
-    (ops.rope_table, 1): _rope_table,
-    (ops.rope, None): _rope,
-    (ops.mla_attention, None): _mla_attention,
-    (ops.quantize_per_token, 1): _relative(2),
-    (ops.dequantize_static, None): _relative(4),
-    (ops.dequantize_per_token, None): _dequantize_per_token,
-    (ops.grouped_dequantize, None): _grouped_dequantize,
-    (ops.moe_gate, 1): _moe_gate,
-    (ops.moe_finalize_routing, None): _moe_finalize_routing,
-    (ops.moe_experts, None): _moe_experts,
-}

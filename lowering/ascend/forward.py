@@ -9,7 +9,7 @@ from torch import fx
 from fxquant.lowering.ascend.functions import Emitted
 from fxquant.lowering.ascend.segment_text import INDENT, Call, assignment
 from fxquant.lowering.ascend.structure import Input, base_name
-from fxquant.lowering.ascend.values import operands
+from fxquant.lowering.operands import operands
 from fxquant.program import Program
 
 

@@ -12,7 +12,8 @@ from fxquant.lowering.ascend import composites, runtime
 from fxquant.lowering.ascend.segment_text import INDENT, Call, Writer
 from fxquant.lowering.ascend.statements import right_hand_side
 from fxquant.lowering.ascend.structure import AFTER, BEFORE, BETWEEN, Input, Names, Segment, segments, unique
-from fxquant.lowering.ascend.values import float32_values, operands
+from fxquant.lowering.ascend.values import float32_values
+from fxquant.lowering.operands import operands
 from fxquant.program import Program
 from fxquant.schemes import Recipe
 

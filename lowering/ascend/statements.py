@@ -10,7 +10,8 @@ from fxquant.errors import FxquantError
 from fxquant.lowering.ascend.aten import aten_call
 from fxquant.lowering.ascend.segment_text import Call, Emitter, Writer
 from fxquant.lowering.ascend.structure import is_attention_mask
-from fxquant.lowering.ascend.values import is_int32, operands
+from fxquant.lowering.ascend.values import is_int32
+from fxquant.lowering.operands import operands
 from fxquant.schemes import Recipe
 
 NPU = "torch.ops.npu."

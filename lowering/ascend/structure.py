@@ -7,14 +7,12 @@ import torch
 from torch import fx
 
 from fxquant import ops
-from fxquant.lowering.ascend.values import operands, producer
+from fxquant.lowering.operands import operands, producer
 from fxquant.naming import identifier
 from fxquant.program import Program
 
-OUTSIDE = ("before", "after")
-"""`meta["block"]` of calls that belong to no layer."""
 BEFORE, BETWEEN, AFTER = "before", "between", "after"
-"""Keys of their segments."""
+"""Keys of segments that belong to no layer."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,7 @@ def segments(program: Program) -> list[Segment]:
     found = []
     for position, (block, calls) in enumerate(runs):
         outside = BEFORE if position == 0 else AFTER if position == len(runs) - 1 else BETWEEN
-        key = unique(outside if block in OUTSIDE else block, keys)
+        key = unique(block if is_layer(block) else outside, keys)
         found.append(_segment(block, calls, key, caches))
     return found
 
@@ -58,7 +56,12 @@ def _segment(block: str, calls: list[fx.Node], key: str, caches: tuple[fx.Node, 
     inputs = dict.fromkeys(node for node in read if node.op != "get_attr" and node not in own)
     outputs = [node for node in calls if any(user not in own for user in node.users)]
     outputs.sort(key=lambda node: 2 if node in caches else is_rope_table(node))
-    return Segment(key, "" if block in OUTSIDE else f"{block}.", tuple(calls), tuple(inputs), tuple(outputs))
+    return Segment(key, f"{block}." if is_layer(block) else "", tuple(calls), tuple(inputs), tuple(outputs))
+
+
+def is_layer(block: str) -> bool:
+    """Whether `meta["block"]` is the path of a layer; blocks outside the layers have no dot."""
+    return "." in block
 
 
 def is_rope_table(node: fx.Node) -> bool:

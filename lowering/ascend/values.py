@@ -1,25 +1,13 @@
 """How the values of an emitted module differ from those of the graph: in dtype, and one shape."""
 
-import operator
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from fxquant import ops
+from fxquant.lowering.operands import producer
 from fxquant.program import Program
-
-
-def operands(node: fx.Node) -> tuple[Any, ...]:
-    """`node.args`, for code that knows what an operator takes."""
-    return node.args
-
-
-def producer(node: fx.Node) -> tuple[Any, int | None]:
-    """The operator that computes a value, and which of its outputs that is (None: the whole)."""
-    if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
-        return operands(node)[0].target, operands(node)[1]
-    return node.target, None
 
 
 def drops_last_dimension(node: fx.Node) -> bool:

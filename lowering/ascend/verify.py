@@ -19,8 +19,9 @@ from fxquant.lowering.ascend.bounds import error_bound
 from fxquant.lowering.ascend.emit import module_source
 from fxquant.lowering.ascend.functions import Emitted, functions
 from fxquant.lowering.ascend.structure import is_attention_mask
-from fxquant.lowering.ascend.values import operands, producer, to_engine
+from fxquant.lowering.ascend.values import to_engine
 from fxquant.lowering.ascend.writer import FILE
+from fxquant.lowering.operands import operands, producer
 from fxquant.naming import operator_name
 from fxquant.program import Program
 

@@ -9,7 +9,6 @@ import torch
 
 from fxquant.lowering.onnx.builder import Builder, Size
 
-ATEN = torch.ops.aten
 END = torch.iinfo(torch.int64).max
 
 
@@ -130,30 +129,3 @@ def index_select(b: Builder, out: Result, x: ir.Value, dim: int, index: ir.Value
 def gather(b: Builder, out: Result, x: ir.Value, dim: int, index: ir.Value) -> ir.Value:
     """Where torch lets `index` be smaller than `x` beside `dim`, ONNX does too."""
     return b.op("GatherElements", x, index, axis=dim)
-
-
-SHAPE_OPERATORS: dict[Any, Lower] = {
-    ATEN.view.default: reshape,
-    ATEN._unsafe_view.default: reshape,
-    ATEN.reshape.default: reshape_to,
-    ATEN.flatten.using_ints: flatten,
-    ATEN.unflatten.int: unflatten,
-    ATEN.permute.default: permute,
-    ATEN.transpose.int: transpose,
-    ATEN.t.default: reverse,
-    ATEN.numpy_T.default: reverse,
-    ATEN.unsqueeze.default: unsqueeze,
-    ATEN.squeeze.dim: squeeze,
-    ATEN.squeeze.dims: squeeze,
-    ATEN.expand.default: expand,
-    ATEN.repeat.default: repeat,
-    ATEN.slice.Tensor: slice_,
-    ATEN.select.int: select,
-    ATEN.split_with_sizes.default: split,
-    ATEN.split.Tensor: split,
-    ATEN.chunk.default: split,
-    ATEN.unbind.int: unbind,
-    ATEN.sym_size.int: size_of,
-    ATEN.index_select.default: index_select,
-    ATEN.gather.default: gather,
-}

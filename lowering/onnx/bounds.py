@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, fx
 
 from fxquant import ops
-from fxquant.lowering.bounds import RULES, U, Value, blocks, operands, producer
+from fxquant.lowering.bounds import RULES, U, Value, blocks, rule_of
+from fxquant.lowering.operands import operands, producer
 from fxquant.ops.quantized import expand_int4
 
 STEPS_TO_A_CODE = 64
@@ -19,17 +20,10 @@ def error_bound(node: fx.Node, value: Value, expected: Tensor) -> Tensor:
     """Bound for the value of `node`, of the shape of `expected`."""
     if not expected.is_floating_point():
         return torch.zeros_like(expected, dtype=torch.float64)
-    operator, index = producer(node)
-    call = operands(node)[0] if index is not None else node
-    if operator == ops.grouped_dequantize:
+    call, rule = rule_of(node, RULES)
+    if call.target == ops.grouped_dequantize:
         return _experts(call, value, expected)
-    if operator == ops.dequantize_per_token:
-        bias = operands(call)[3:]
-        return 8 * U * (expected.abs() + 2 * (value(bias[0]).abs() if bias and bias[0] is not None else 0))
-    rule = RULES.get((operator, index))
-    if rule is not None:
-        return rule(call, value, expected).reshape(expected.shape)
-    return _other(call, value, expected)
+    return (_other if rule is None else rule)(call, value, expected).reshape(expected.shape)
 
 
 def _experts(call: fx.Node, value: Value, expected: Tensor) -> Tensor:

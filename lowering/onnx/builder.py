@@ -6,6 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 OPSET = 21
+IR_VERSION = 10
 DOMAIN = "fxquant"
 FLOAT = ir.DataType.FLOAT
 ZERO_POINT = 128

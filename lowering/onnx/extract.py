@@ -17,6 +17,7 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
 from torch import Tensor
 
 from fxquant.lowering.onnx.builder import ZERO_POINT
+from fxquant.lowering.onnx.node_lowering import NUMBER
 from fxquant.lowering.onnx.runner import FILE, session_options
 
 EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
@@ -27,7 +28,7 @@ class Unit:
     """The ONNX nodes of one fx node; routed experts are one unit, named as the fx node that leaves them.
 
     inputs   (feed name `<unit>:<index>`, fx node whose value it is); weights are not among them
-    outputs  fx nodes that it computes
+    outputs  fx nodes that it computes, but for sizes, which are Python integers there
     """
 
     name: str
@@ -73,7 +74,7 @@ def _restored(array: np.ndarray) -> Tensor:
 def operator_session(folder: Path, names: Iterable[str]) -> OperatorSession:
     """The units of `folder/model.onnx` that are named in `names`, fx nodes of one block, in graph order.
 
-    fx nodes without a unit of their own are passed over: getitem, and all but the last node of routed experts.
+    fx nodes without a unit of their own are passed over: getitem, sizes, and all but the last node of routed experts.
     """
     model = onnx.load(folder / FILE, load_external_data=False)
     wanted = set(names)
@@ -83,7 +84,7 @@ def operator_session(folder: Path, names: Iterable[str]) -> OperatorSession:
         if name in wanted:
             groups.setdefault(name, []).append(node)
     source = _Source(model)
-    parts = [source.unit(name, nodes) for name, nodes in groups.items()]
+    parts = [part for name, nodes in groups.items() if (part := source.unit(name, nodes)).outputs]
     del model.graph.node[:], model.graph.input[:], model.graph.output[:], model.graph.value_info[:]
     used: set[str] = set()
     for part in parts:
@@ -120,13 +121,16 @@ class _Source:
         reads = list(dict.fromkeys(read for node in nodes for read in _reads(node) if read not in made))
         outside = [read for read in reads if read not in self._initializers]
         feeds = {read: f"{name}:{index}" for index, read in enumerate(outside)}
-        outputs = [output for node in nodes for output in node.output if output and "/" not in output]
+        outputs = [output for node in nodes for output in node.output if output and self._is_value(output)]
         unit = Unit(name, tuple((feed, self._fx.get(read, read)) for read, feed in feeds.items()), tuple(outputs))
         inputs = [self._typed(read, feed) for read, feed in feeds.items()]
         for node in nodes:
             _rename(node, feeds)
         values = [self._typed(output, output) for output in outputs]
         return _Part(unit, nodes, inputs, values, self._initializers.intersection(reads))
+
+    def _is_value(self, name: str) -> bool:
+        return "/" not in name and all(prop.key != NUMBER for prop in self._types[name].metadata_props)
 
     def _typed(self, value: str, name: str) -> ValueInfoProto:
         """Type and rank; dimensions are free, since units are fed independently."""

@@ -11,8 +11,8 @@ from torch import fx
 
 from fxquant import ops
 from fxquant.errors import FxquantError
-from fxquant.lowering.onnx.aten_math import MATH_OPERATORS
-from fxquant.lowering.onnx.aten_shape import SHAPE_OPERATORS, Lower, Result
+from fxquant.lowering.onnx.aten import MATH_OPERATORS, SHAPE_OPERATORS
+from fxquant.lowering.onnx.aten_shape import Lower, Result
 from fxquant.lowering.onnx.builder import ZERO_POINT, Builder
 from fxquant.lowering.onnx.function_table import FunctionTable
 from fxquant.lowering.onnx.functions import BODIES
@@ -21,8 +21,10 @@ from fxquant.lowering.onnx.shapes import DTYPES, Meta, Shapes
 from fxquant.naming import operator_name
 
 INT8, UINT8, INT32 = ir.DataType.INT8, ir.DataType.UINT8, ir.DataType.INT32
+NUMBER = "python"
+"""Metadata key of values that are Python integers in the fx graph: sizes."""
 HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
-REMEDY = "Write it with operators of fxquant/lowering/onnx/aten_math.py and aten_shape.py, or compile without ONNX."
+REMEDY = "Write it with the operators of fxquant/lowering/onnx/aten.py, or compile for another target."
 RESULT_SAYS_IT = frozenset(
     ("dtype", "layout", "device", "pin_memory", "non_blocking", "copy", "memory_format", "cudnn_enable", "sparse_grad")
     + ("split_size", "split_sizes", "chunks")
@@ -91,6 +93,8 @@ class NodeLowering:
 
     def _declare(self, value: ir.Value, meta: Meta) -> None:
         value.dtype, value.shape = meta.onnx_dtype, meta.shape if self._named else ir.Shape(meta.fixed)
+        if meta.number:
+            value.metadata_props[NUMBER] = "int"
 
     def value(self, arg: Any, view: View = View.STORED) -> Any:
         """An fx argument with ir.Values for nodes; None and numbers stay."""

@@ -8,7 +8,7 @@ from torch import fx
 
 from fxquant import ops
 from fxquant.errors import FxquantError
-from fxquant.lowering.onnx.aten_shape import ATEN, SHAPE_OPERATORS
+from fxquant.lowering.onnx.aten import ATEN, SHAPE_OPERATORS
 from fxquant.lowering.onnx.shapes import Shapes
 from fxquant.program import Program
 

@@ -1,28 +1,58 @@
 """Run an emitted model with onnxruntime on CPU."""
 
+import ctypes
+import functools
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import onnxruntime
 import torch
 from torch import Tensor
 
 from fxquant.errors import FxquantError
+from fxquant.lowering.onnx.builder import IR_VERSION, OPSET, ZERO_POINT, Builder
 
 FILE = "model.onnx"
+PRECISE = "session.x64quantprecision"
 
 
 def session_options(threads: int = 0) -> onnxruntime.SessionOptions:
-    """Options of every session here. `threads` 0: one a core.
-
-    x64quantprecision matters on x86 without VNNI alone, where u8 x s8 products would saturate pairs of int16.
-    """
+    """Options of every session here. `threads` 0: one a core."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
-    options.add_session_config_entry("session.x64quantprecision", "1")
+    if products_saturate():
+        options.add_session_config_entry(PRECISE, "1")
     return options
+
+
+@functools.cache
+def products_saturate() -> bool:
+    """Whether this CPU adds pairs of u8 x s8 products in int16, as x86 without VNNI does, and so loses some.
+
+    Then the option PRECISE makes onnxruntime multiply u8 x u8. Elsewhere it would only cost time, about twice as much.
+    """
+    features = 64
+    b = Builder()
+    x = ir.Value(name="x", shape=ir.Shape([None, features]), type=ir.TensorType(ir.DataType.UINT8))
+    weight = b.constant(np.full((features, 16), 127, dtype=np.int8))
+    product = b.op("MatMulInteger", x, weight, b.constant(np.uint8(ZERO_POINT)))
+    product.dtype = ir.DataType.INT32
+    graph = ir.Graph([x], [product], nodes=b.nodes, opset_imports={"": OPSET}, name="probe")
+    model = ir.to_proto(ir.Model(graph, ir_version=IR_VERSION)).SerializeToString()
+    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {"x": np.full((4, features), 255, dtype=np.uint8)})
+    return bool((found != features * 127 * 127).any())
+
+
+def return_freed_memory() -> None:
+    """Hand the heap's free pages back: folding int4 weights leaves glibc with several times what the session keeps."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 class OnnxRunner:
@@ -38,6 +68,7 @@ class OnnxRunner:
             )
         except Exception as error:
             raise FxquantError(path, f"onnxruntime {onnxruntime.__version__} does not load it: {error}") from error
+        return_freed_memory()
         inputs = self._session.get_inputs()
         self._names = [one.name for one in inputs]
         self._widths = [one.shape[2] for one in inputs[3:]]

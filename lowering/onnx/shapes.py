@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from fxquant.errors import FxquantError
+from fxquant.meta import call_on_meta
 from fxquant.program import Program
 
 DTYPES = {
@@ -85,7 +86,7 @@ def _run(program: Program, sample: int) -> dict[fx.Node, Any]:
             values[node] = program.graph.get_buffer(str(node.target))
         elif node.op == "call_function":
             args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
-            values[node] = node.target(*args, **kwargs)
+            values[node] = call_on_meta(node.target, args, kwargs)
     return values
 
 

@@ -10,7 +10,7 @@ from torch import fx
 import fxquant
 from fxquant import ops
 from fxquant.errors import FxquantError
-from fxquant.lowering.onnx.builder import DOMAIN, OPSET, Builder
+from fxquant.lowering.onnx.builder import DOMAIN, IR_VERSION, OPSET, Builder
 from fxquant.lowering.onnx.experts import Experts
 from fxquant.lowering.onnx.function_table import FunctionTable
 from fxquant.lowering.onnx.initializers import Initializers, View
@@ -22,7 +22,6 @@ from fxquant.program import Program
 from fxquant.safetensors_file import TensorInfo
 
 FILE = "model.onnx"
-IR_VERSION = 10
 NUMERICS = (
     "Integer products are exact, summed in int32; quantized values and scales are bit-identical to the fxq operators. "
     "int8 activations are carried as uint8 = int8 + 128 and multiplied with zero point 128. "

@@ -79,7 +79,7 @@ class OnnxChecker:
                 self._compare(name, results[name], values)
 
     def _compare(self, name: str, found: Tensor, values: dict[str, Any]) -> None:
-        expected = values[name]
+        expected = values[name] if isinstance(values[name], Tensor) else torch.tensor([values[name]])
         exact = not expected.is_floating_point()
         if found.shape != expected.shape or found.dtype != expected.dtype:
             self._comparison.add(name, float("inf"), 0.0, False, exact)

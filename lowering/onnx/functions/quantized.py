@@ -38,15 +38,18 @@ def int_matmul(b: Builder, x: ir.Value, weight: ir.Value) -> ir.Value:
 
 
 def int4_matmul(b: Builder, x: ir.Value, weight: ir.Value, weight_scale_second: ir.Value | None) -> ir.Value:
-    """weight INT4 (or widened to INT8) [n/2, k, 2]: the packed bytes as they lie, rows 2i and 2i + 1 in one byte."""
-    pairs = b.op("Transpose", b.cast(weight, ir.DataType.INT8), perm=[0, 2, 1])
+    """weight INT4 (or widened to INT8) [n/2, k, 2]: the packed bytes as they lie, rows 2i and 2i + 1 in one byte.
+
+    It becomes int8 [k, n] in as few steps as there are: folding constants, onnxruntime holds the result of each.
+    """
     features = last(x)
-    if weight_scale_second is None:
-        return int_matmul(b, x, b.op("Reshape", pairs, b.ints(-1, features)))
-    groups = last(weight_scale_second)
-    grouped = b.op("Reshape", pairs, b.ints(-1, groups, features // groups))
-    scale = b.op("Cast", b.op("Unsqueeze", weight_scale_second, b.ints(-1)), to=int(ir.DataType.INT8))
-    return int_matmul(b, x, b.op("Reshape", b.op("Mul", grouped, scale), b.ints(-1, features)))
+    columns = b.op("Transpose", b.cast(weight, ir.DataType.INT8), perm=[1, 0, 2])
+    if weight_scale_second is not None:
+        groups = last(weight_scale_second)
+        columns = b.op("Reshape", columns, b.ints(groups, features // groups, -1))
+        scale = b.op("Unsqueeze", b.op("Transpose", weight_scale_second, perm=[1, 0]), b.ints(1))
+        columns = b.op("Mul", columns, b.op("Cast", scale, to=int(ir.DataType.INT8)))
+    return b.op("MatMulInteger", x, b.op("Reshape", columns, b.ints(features, -1)), _zero_point(b))
 
 
 def dequantize_static(b: Builder, acc: ir.Value, deq_scale: ir.Value, quant_bias: ir.Value) -> ir.Value:

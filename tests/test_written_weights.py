@@ -1,0 +1,297 @@
+"""Weight files and the JSON beside them: the planned bytes, each module in memory once."""
+
+import gc
+import json
+import subprocess
+import sys
+import weakref
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from tiny import rewritten, write_checkpoint, write_shards
+from torch import Tensor
+
+from fxquant.checkpoint import Checkpoint, open_checkpoint
+from fxquant.errors import FxquantError
+from fxquant.lowering import weights as writer
+from fxquant.lowering.description import description, engine_config, index, write_json
+from fxquant.lowering.layout import FileLayout, plan_files, stored_tensors
+from fxquant.lowering.weights import write_weights
+from fxquant.policy import shipped_policies
+from fxquant.program import Program
+from fxquant.reference import contradiction, expected_tensors
+from fxquant.safetensors_file import TensorInfo
+from fxquant.weights import RecipeReader
+
+Tiny = Callable[..., Checkpoint]
+MODELS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "fp8 in shards": {"fp8": True, "shards": 3},
+    "float16 with bias": {"dtype": torch.float16, "attention_bias": True},
+    "float32": {"dtype": torch.float32},
+}
+
+
+def write(
+    checkpoint: Checkpoint, policy: str, folder: Path, size: int = 1 << 30
+) -> tuple[Program, list[FileLayout], int]:
+    """The program, the plan and the bytes that were reported."""
+    program, done = rewritten(checkpoint, policy), []
+    files = plan_files(stored_tensors(program, checkpoint), size)
+    folder.mkdir()
+    write_weights(files, checkpoint, folder, done.append)
+    return program, files, sum(done)
+
+
+def stored_in(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of every file, through the safetensors library."""
+    tensors: dict[str, Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as handle:
+            assert handle.metadata() == {"format": "pt"}
+            part = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+        assert not set(part) & set(tensors)
+        tensors |= part
+    return tensors
+
+
+def same(x: Tensor, y: Tensor) -> bool:
+    """Equal in dtype, shape and every bit."""
+    bits = [tensor.contiguous().flatten().view(torch.uint8) for tensor in (x, y)]
+    return x.dtype is y.dtype and x.shape == y.shape and torch.equal(*bits)
+
+
+# the weight files
+
+
+@pytest.mark.parametrize("options", MODELS.values(), ids=MODELS)
+def test_files_hold_what_the_recipes_make(options: dict[str, Any], tiny: Tiny, tmp_path: Path) -> None:
+    checkpoint = tiny(**options)
+    program, files, reported = write(checkpoint, "deepseek_w4a8", tmp_path / "out")
+    found, reader = stored_in(tmp_path / "out"), RecipeReader(program, checkpoint)
+    planned = {tensor.name: tensor.spec for file in files for tensor in file.tensors}
+    assert {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in found.items()} == {
+        name: (spec.dtype, spec.shape) for name, spec in planned.items()
+    }
+    for name, tensor in found.items():
+        assert same(tensor, reader(name)), name
+    assert reported == sum(tensor.nbytes for tensor in found.values())
+    assert (tmp_path / "out" / files[0].name).stat().st_size == files[0].nbytes
+
+
+@pytest.mark.parametrize("options", MODELS.values(), ids=MODELS)
+def test_files_hold_what_the_slow_reference_makes(options: dict[str, Any], tiny: Tiny, tmp_path: Path) -> None:
+    checkpoint = tiny(**options)
+    program, _, _ = write(checkpoint, "deepseek_w4a8", tmp_path / "out")
+    found = stored_in(tmp_path / "out")
+    for recipe in program.recipes.values():
+        for module in recipe.modules[:2]:
+            bias = checkpoint.read(f"{module}.bias") if recipe.bias else None
+            for suffix, tensor in expected_tensors(recipe, checkpoint.read(f"{module}.weight"), bias).items():
+                assert same(found[f"{module}.{suffix}"], tensor), f"{module}.{suffix}"
+            if recipe.scheme.static:
+                own = {name.removeprefix(f"{module}."): t for name, t in found.items() if name.startswith(f"{module}.")}
+                assert contradiction(recipe, own, bias) is None, module
+    for name in program.kept_names():
+        assert same(found[name], checkpoint.read(name)), name
+
+
+def test_shards_hold_the_same_tensors_and_an_index_names_them(tiny: Tiny, tmp_path: Path) -> None:
+    _, one, _ = write(tiny(), "deepseek_w4a8", tmp_path / "one")
+    _, many, reported = write(tiny(), "deepseek_w4a8", tmp_path / "many", 300_000)
+    whole, parts = stored_in(tmp_path / "one"), stored_in(tmp_path / "many")
+    assert len(one) == 1 and len(many) > 3
+    assert set(whole) == set(parts) and all(same(whole[name], parts[name]) for name in whole)
+    document = index(many)
+    assert document["metadata"] == {"total_size": reported}
+    assert list(document["weight_map"]) == sorted(whole)
+    for file in many:
+        with safe_open(tmp_path / "many" / file.name, "pt") as handle:
+            assert {document["weight_map"][name] for name in handle.keys()} == {file.name}  # noqa: SIM118
+
+
+@pytest.mark.parametrize("policy", ["deepseek_w4a8", "float"])
+def test_the_same_input_gives_the_same_bytes(policy: str, tiny: Tiny, tmp_path: Path) -> None:
+    """Twice, and from a checkpoint that is cut otherwise."""
+    for name, options in (("first", {}), ("second", {}), ("third", {"shards": 3})):
+        _, files, _ = write(tiny(**options), policy, tmp_path / name, 700_000)
+    assert len(files) > 1
+    contents = [
+        {file.name: file.read_bytes() for file in (tmp_path / name).iterdir()} for name in ("first", "second", "third")
+    ]
+    assert contents[0] == contents[1] == contents[2]
+
+
+def test_the_gates_bias_is_widened(tmp_path: Path) -> None:
+    name = "model.layers.1.mlp.gate.e_score_correction_bias"
+    folder = write_checkpoint(tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name] = tensors[name].bfloat16()
+    write_shards(folder, tensors)
+    write(open_checkpoint(folder), "deepseek_w4a8", tmp_path / "out")
+    assert same(stored_in(tmp_path / "out")[name], tensors[name].float())
+
+
+def test_a_weight_that_is_not_finite_is_named(tmp_path: Path) -> None:
+    name = "model.layers.1.mlp.experts.6.down_proj.weight"
+    folder = write_checkpoint(tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name][3, 4] = float("nan")
+    write_shards(folder, tensors)
+    with pytest.raises(FxquantError, match="NaN or infinity") as caught:
+        write(open_checkpoint(folder), "deepseek_w4a8_dynamic", tmp_path / "out")
+    assert caught.value.place == name
+
+
+# what is in memory
+
+
+def test_every_source_tensor_is_read_once_and_dropped(tiny: Tiny, tmp_path: Path, monkeypatch: Any) -> None:
+    checkpoint = tiny(fp8=True, attention_bias=True)
+    program = rewritten(checkpoint, "deepseek_w4a8")
+    files = plan_files(stored_tensors(program, checkpoint), 1 << 30)
+    reads, live, most, original = Counter(), [0, 0], [0, 0], TensorInfo.read
+
+    def count(tensors: int, nbytes: int) -> None:
+        live[0], live[1] = live[0] + tensors, live[1] + nbytes
+        most[0], most[1] = max(most[0], live[0]), max(most[1], live[1])
+
+    def read(info: TensorInfo) -> Tensor:
+        tensor = original(info)
+        reads[info.name] += 1
+        count(1, info.nbytes)
+        weakref.finalize(tensor, count, -1, -info.nbytes)
+        return tensor
+
+    monkeypatch.setattr(TensorInfo, "read", read)
+    gc.disable()  # only reference counts may free them: a cycle would live until the collector comes
+    try:
+        write_weights(files, checkpoint, tmp_path, lambda amount: None)
+    finally:
+        gc.enable()
+    assert set(reads.values()) == {1}
+    sources = {name for recipe in program.recipes.values() for name in recipe.source_names}
+    assert sources <= set(reads)
+    # a weight, its block scales and its bias
+    assert live == [0, 0] and most[0] <= 3
+    largest = max(info.nbytes for info in checkpoint.tensors.values() if info.name in sources)
+    assert most[1] <= largest + 256 * 4
+
+
+def test_kept_tensors_are_copied_in_ranges(tiny: Tiny, tmp_path: Path, monkeypatch: Any) -> None:
+    checkpoint, original, lengths = tiny(), TensorInfo.read_bytes, []
+
+    def read_bytes(info: TensorInfo, offset: int, length: int) -> bytearray:
+        lengths.append((info.name, offset, length))
+        return original(info, offset, length)
+
+    monkeypatch.setattr(writer, "COPY_BLOCK", 1000)
+    monkeypatch.setattr(TensorInfo, "read_bytes", read_bytes)
+    write(checkpoint, "float", tmp_path / "out")
+    assert max(length for _, _, length in lengths) == 1000
+    assert sum(length for _, _, length in lengths) == checkpoint.nbytes
+    monkeypatch.undo()
+    found = stored_in(tmp_path / "out")
+    assert all(same(found[name], checkpoint.read(name)) for name in checkpoint.tensors)
+
+
+MEASURE = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from tiny import rewritten
+from fxquant.checkpoint import open_checkpoint
+from fxquant.lowering.layout import plan_files, stored_tensors
+from fxquant.lowering.weights import write_weights
+
+def memory(key):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key)) * 1024
+
+checkpoint = open_checkpoint(Path(sys.argv[2]))
+files = plan_files(stored_tensors(rewritten(checkpoint, "deepseek_w4a8_dynamic"), checkpoint), 1 << 30)
+before = memory("VmRSS")
+Path("/proc/self/clear_refs").write_text("5")
+write_weights(files, checkpoint, Path(sys.argv[3]), lambda amount: None)
+print(memory("VmHWM") - before)
+"""
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_checkpoint(tmp_path: Path) -> None:
+    """A checkpoint of 250 MB whose largest module has 2 MB."""
+    shape = {"hidden_size": 1024, "moe_intermediate_size": 1024, "n_routed_experts": 40, "first_k_dense_replace": 0}
+    folder = write_checkpoint(tmp_path / "model", num_hidden_layers=1, **shape)
+    (tmp_path / "out").mkdir()
+    command = [sys.executable, "-c", MEASURE, str(Path(__file__).parent), str(folder), str(tmp_path / "out")]
+    grown = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    # a module in float32 is 4 MB; quantizing it makes a dozen temporaries of that size
+    assert grown < 72 << 20 < open_checkpoint(folder).nbytes / 3
+
+
+# the JSON files
+
+
+@pytest.mark.parametrize("policy", shipped_policies())
+def test_the_description_has_one_entry_a_tensor(policy: str, tiny: Tiny) -> None:
+    checkpoint = tiny(attention_bias=True)
+    program = rewritten(checkpoint, policy)
+    files = plan_files(stored_tensors(program, checkpoint), 300_000)
+    document = description(program, files)
+    stored = {tensor.name: tensor.spec.description for file in files for tensor in file.tensors}
+    header = {key: document.pop(key) for key in ("version", "model_quant_type", "group_size")}
+    assert document == stored
+    assert list(document) == sorted(stored)
+    int4 = [recipe.group_size for recipe in program.recipes.values() if recipe.scheme == "W4A8_DYNAMIC"]
+    quantized = "FLOAT" if policy == "float" else "W8A8_DYNAMIC"
+    assert header == {"version": "1.0.0", "model_quant_type": quantized, "group_size": int4[0] if int4 else 0}
+
+
+CONFIG_KEYS = {  # policy → mla_quantize, moe_quantize
+    "deepseek_w4a8": ("w8a8", "w4a8_dynamic"),
+    "deepseek_w4a8_dynamic": ("w8a8_dynamic", "w4a8_dynamic"),
+    "deepseek_w4a8_msmodelslim": ("w8a8", "w4a8_dynamic"),
+    "deepseek_w4a8_per_channel": ("w8a8_dynamic", "w4a8_dynamic"),
+    "deepseek_w4a8_per_channel_static": ("w8a8", "w4a8_dynamic"),
+    "deepseek_w4a8_shared_w4": ("w8a8", "w4a8_dynamic"),
+    "deepseek_w8a8": ("w8a8", "w8a8_dynamic"),
+}
+
+
+@pytest.mark.parametrize("policy", shipped_policies())
+def test_config_tells_an_engine_what_it_loads(policy: str, tiny: Tiny) -> None:
+    checkpoint = tiny(fp8=True)
+    config = engine_config(rewritten(checkpoint, policy))
+    source = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
+    assert "quantization_config" in checkpoint.config
+    added = {}
+    if policy != "float":
+        mla, moe = CONFIG_KEYS[policy]
+        added = {"quantize": "w8a8_dynamic", "mla_quantize": mla, "moe_quantize": moe}
+    assert config == source | added
+    assert list(config) == list(source) + list(added)
+
+
+def test_config_is_silent_about_mixed_schemes(tiny: Tiny, tmp_path: Path) -> None:
+    (tmp_path / "policy.yaml").write_text(
+        "extends: deepseek_w4a8_dynamic\n"
+        "rules: [{path: '*.layers.1.self_attn.o_proj', scheme: W8A8},"
+        " {path: '*.experts.down_proj', scheme: W8A8_DYNAMIC}]"
+    )
+    config = engine_config(rewritten(tiny(), tmp_path / "policy.yaml"))
+    assert not {"mla_quantize", "moe_quantize"} & set(config)
+    assert config["quantize"] == "w8a8_dynamic"
+
+
+def test_json_is_written_for_people_and_diffs(tmp_path: Path) -> None:
+    document = {"b": [1, 2.5, None], "a": {"ключ": "é"}}
+    write_json(tmp_path / "file.json", document)
+    text = (tmp_path / "file.json").read_text(encoding="utf-8")
+    assert json.loads(text) == document and list(json.loads(text)) == ["b", "a"]
+    assert text.endswith("}\n") and '\n  "b": [\n' in text and "ключ" in text
