@@ -20,5 +20,5 @@ _READERS = {
         "SGLang-NPU (group size 256 or 0); vllm-ascend releases from 2025-08-20 to 2026-08-08 for per-group experts, "
         "later ones read per-channel experts only (policy deepseek_w4a8_per_channel)"
     ),
-    Target.ONNX: "ONNX Runtime 1.22 or later on CPU, opset 21, IR 10; the weight directory is that of target ascend",
+    Target.ONNX: "ONNX Runtime 1.23 or later on CPU, opset 21, IR 10; the weight directory is that of target ascend",
 }

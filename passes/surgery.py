@@ -48,7 +48,7 @@ class Surgery:
         with self.graph.inserting_before(self.site):
             node = self.graph.create_node("get_attr", target)
         mode = detect_fake_mode([n.meta["val"] for n in self.site.all_input_nodes])
-        return self._finish(node, identifier(target), mode.from_tensor(tensor) if mode else tensor)
+        return self._finish(node, identifier(target), mode.from_tensor(tensor, static_shapes=True) if mode else tensor)
 
     def replace(self, node: fx.Node) -> None:
         """Let `node` take over the name and the users of the site, and erase the site."""

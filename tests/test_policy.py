@@ -267,6 +267,13 @@ def test_a_norm_that_no_rule_covers_is_refused(assign: Assign, write: Write) -> 
         assign(write(f"rules: [{{kind: {kinds}, scheme: FLOAT}}]"))
 
 
+@pytest.mark.parametrize("kind", ["attention", "norm"])
+def test_nothing_that_the_graph_reads_is_left_out(kind: str, assign: Assign, write: Write) -> None:
+    with pytest.raises(FxquantError, match="LEAVE_OUT") as caught:
+        assign(write(f"extends: deepseek_w4a8\nrules: [{{kind: {kind}, scheme: LEAVE_OUT}}]"))
+    assert caught.value.place == "policy policy"
+
+
 # refused files
 
 

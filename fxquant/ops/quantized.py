@@ -38,7 +38,9 @@ def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
     """
     wide = x.float()
     maximum = wide.abs().amax(-1, keepdim=True)
-    step = torch.where(maximum < SMALLEST_ROW_MAXIMUM, 0.0, 127 / maximum)
+    step = torch.where(
+        maximum < SMALLEST_ROW_MAXIMUM, 0.0, torch.tensor(127.0) / maximum
+    )  # 127 / maximum would round twice
     return torch.round(wide * step).to(torch.int8), maximum / 127
 
 

@@ -17,10 +17,9 @@ def quantize_static(b: Builder, x: ir.Value, input_scale: ir.Value, input_offset
 
 
 def quantize_per_token(b: Builder, x: ir.Value) -> tuple[ir.Value, ...]:
-    """`127 / m` is two roundings, as torch divides a number by a tensor: the reciprocal, then times 127."""
     maximum = b.op("ReduceMax", b.op("Abs", x), b.ints(-1), keepdims=1)
-    reciprocal = b.op("Div", b.number(1), b.op("Max", maximum, b.number(SMALLEST_ROW_MAXIMUM)))
-    step = b.op("Mul", reciprocal, b.number(127))
+    tiny = b.op("Less", maximum, b.number(SMALLEST_ROW_MAXIMUM))
+    step = b.op("Where", tiny, b.number(0), b.op("Div", b.number(127), maximum))
     return _to_uint8(b, b.op("Mul", x, step)), b.op("Div", maximum, b.number(127))
 
 
