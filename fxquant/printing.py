@@ -22,7 +22,7 @@ SHORT |= {torch.int64: "i64", torch.bool: "bool"}
 
 def format_program(program: Program, block: str | None = None) -> Iterator[str]:
     """Lines of the whole graph or of one block."""
-    current = None
+    current = ""
     names = _size_names(program)
     for node in program.graph.graph.nodes:
         if node.op != "call_function" or block not in (None, node.meta["block"]) or _is_part(node):
@@ -38,7 +38,7 @@ def _results(node: fx.Node) -> list[fx.Node]:
     """The node, or the parts that its users take of the tuple it returns."""
     if isinstance(node.meta.get("val"), Tensor):
         return [node]
-    return sorted((user for user in node.users if _is_part(user)), key=lambda user: user.args[1]) or [node]
+    return sorted((user for user in node.users if _is_part(user)), key=lambda user: int(str(user.args[1]))) or [node]
 
 
 def _is_part(node: fx.Node) -> bool:

@@ -210,7 +210,7 @@ def test_an_extra_tensor_is_named(name: str, broken: Broken) -> None:
 
 
 def test_mtp_modules_are_those_with_tensors(tiny: Tiny) -> None:
-    names = ("model.layers.1", "model.layers.2", "model.layers.20")
+    names = ("model.layers.1", "model.layers.2", "model.layers.20", "model.layers.1.self")
     assert mtp_modules(tiny(**MTP), names) == names[:2]
     assert mtp_modules(tiny(), names) == names[:1]
 

@@ -203,7 +203,8 @@ def row_of(kind: str, dtype: torch.dtype, k: int, generator: torch.Generator) ->
     if kind == "random":
         row = torch.randn(k, generator=generator) * 10.0 ** torch.randint(-6, 5, (1,), generator=generator)
     elif kind == "subnormal":
-        units = torch.randint(-400, 401, (k,), generator=generator)
+        largest = int(torch.tensor([40, 400]).take(torch.randint(2, (1,), generator=generator)))
+        units = torch.randint(-largest, largest + 1, (k,), generator=generator)
         row = (units.double() * limits.smallest_normal * limits.eps).float()
     elif kind == "spike":
         row = torch.where(torch.arange(k) == torch.randint(k, (1,), generator=generator), 1e4, 1e-3) * signs
@@ -409,6 +410,12 @@ def test_a_bias_is_folded_once(dtype: torch.dtype) -> None:
     deq_scale = (biased["weight_scale"].flatten() * biased["input_scale"].float()).numpy()
     assert folded.tolist() == [round(float(b / d)) for b, d in zip(bias.float().numpy(), deq_scale, strict=True)]
     assert folded.abs().min() > 0
+
+
+def test_bias_and_offset_are_rounded_together() -> None:
+    one, codes = torch.ones(1), torch.tensor([[1]], dtype=torch.int8)
+    _, quant_bias = fused_parameters(codes, one.view(1, 1), one, one, torch.tensor([0.5]))
+    assert quant_bias.tolist() == [0]  # rne(0.5 - 1), not rne(0.5) - 1
 
 
 def test_a_bias_beyond_int32_is_refused() -> None:

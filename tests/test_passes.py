@@ -350,9 +350,8 @@ def test_static_linears_keep_their_own_quantization(policy: str, under: Callable
     assert sorted(owned) == sorted([f"{module}.input_scale", f"{module}.input_offset"] for module in static)
 
 
-@every_policy
-def test_no_float_weight_stays_registered(policy: str, under: Callable[[str], Rewritten]) -> None:
-    program = under(policy).program
+def check_registered(program: Program) -> None:
+    """On the module are the tensors that the graph reads, on meta, and what a recipe makes is there as it is stored."""
     read = {node.target for node in program.graph.graph.nodes if node.op == "get_attr"}
     buffers = dict(program.graph.named_buffers())
     assert set(buffers) == set(program.parameters) == read
@@ -365,6 +364,11 @@ def test_no_float_weight_stays_registered(policy: str, under: Callable[[str], Re
         assert tuple(buffers[f"{module}.weight"].shape[-2:]) == (rows, recipe.in_features)
         parameter = program.parameters[f"{module}.weight"]
         assert parameter.names == tuple(f"{name}.weight" for name in recipe.modules)
+
+
+@every_policy
+def test_no_float_weight_stays_registered(policy: str, under: Callable[[str], Rewritten]) -> None:
+    check_registered(under(policy).program)
 
 
 # the numbers
@@ -438,9 +442,11 @@ def test_linears_with_a_bias_compute_theirs(policy: str, tiny: Callable[..., Che
     assert len(biased) == 6
     for recipe in biased:
         check_linear(done, recipe)
+    check_registered(done.program)  # a bias that was folded into quant_bias is gone
+    assert (f"{biased[0].module}.bias" in done.program.parameters) is (policy == "deepseek_w4a8_dynamic")
 
 
-@pytest.mark.parametrize("policy", [policy for policy in COUNTS if policy != "float"])
+@pytest.mark.parametrize("policy", ["deepseek_w4a8", "deepseek_w4a8_per_channel", "deepseek_w8a8"])
 def test_routed_experts_compute_their_fake_quantization(policy: str, under: Callable[[str], Rewritten]) -> None:
     done, prefix = under(policy), "layers_1_mlp_experts_"
     values = {name.removeprefix(prefix): value for name, value in done.values.items()}

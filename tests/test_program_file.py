@@ -149,7 +149,7 @@ def first_call(document: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "target",
     [
-        "prims::add.default", "profiler::_record_function_enter.default", "python::exec", "python::__import__",
+        "profiler::_record_function_enter.default", "python::exec", "python::__import__",
         "os::system.default", "aten::no_such_operator.default", "aten::add.no_such_overload", "fxq::linear.__class__",
         "aten::add", "add", "", "aten::from_file.default",
     ],
@@ -158,6 +158,14 @@ def test_an_unknown_operator_is_refused(target: str, document: dict[str, Any], t
     edited = copy.deepcopy(document)
     first_call(edited)["target"] = target
     with pytest.raises(FxquantError, match="not a program"):
+        load_edited(edited, tmp_path)
+
+
+def test_an_operator_of_another_namespace_is_refused(document: dict[str, Any], tmp_path: Path) -> None:
+    """Though it would compute the same."""
+    edited = copy.deepcopy(document)
+    next(node for node in edited["nodes"] if node["target"] == "aten::add.Tensor")["target"] = "prims::add.default"
+    with pytest.raises(FxquantError, match=r"operator prims::add\.default"):
         load_edited(edited, tmp_path)
 
 

@@ -27,12 +27,13 @@ from fxquant.policy import shipped_policies
 from fxquant.program import Program
 from fxquant.reference import contradiction, expected_tensors
 from fxquant.safetensors_file import TensorInfo
+from fxquant.schemes import Recipe
 from fxquant.weights import RecipeReader
 
 Tiny = Callable[..., Checkpoint]
 MODELS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "fp8 in shards": {"fp8": True, "shards": 3},
+    "fp8 with bias in shards": {"fp8": True, "attention_bias": True, "shards": 3},
     "float16 with bias": {"dtype": torch.float16, "attention_bias": True},
     "float32": {"dtype": torch.float32},
 }
@@ -71,7 +72,9 @@ def same(x: Tensor, y: Tensor) -> bool:
 
 
 @pytest.mark.parametrize("options", MODELS.values(), ids=MODELS)
-def test_files_hold_what_the_recipes_make(options: dict[str, Any], tiny: Tiny, tmp_path: Path) -> None:
+def test_files_hold_the_plan_made_by_recipes_as_the_slow_reference_makes_it(
+    options: dict[str, Any], tiny: Tiny, tmp_path: Path
+) -> None:
     checkpoint = tiny(**options)
     program, files, reported = write(checkpoint, "deepseek_w4a8", tmp_path / "out")
     found, reader = stored_in(tmp_path / "out"), RecipeReader(program, checkpoint)
@@ -83,23 +86,20 @@ def test_files_hold_what_the_recipes_make(options: dict[str, Any], tiny: Tiny, t
         assert same(tensor, reader(name)), name
     assert reported == sum(tensor.nbytes for tensor in found.values())
     assert (tmp_path / "out" / files[0].name).stat().st_size == files[0].nbytes
-
-
-@pytest.mark.parametrize("options", MODELS.values(), ids=MODELS)
-def test_files_hold_what_the_slow_reference_makes(options: dict[str, Any], tiny: Tiny, tmp_path: Path) -> None:
-    checkpoint = tiny(**options)
-    program, _, _ = write(checkpoint, "deepseek_w4a8", tmp_path / "out")
-    found = stored_in(tmp_path / "out")
     for recipe in program.recipes.values():
         for module in recipe.modules[:2]:
-            bias = checkpoint.read(f"{module}.bias") if recipe.bias else None
-            for suffix, tensor in expected_tensors(recipe, checkpoint.read(f"{module}.weight"), bias).items():
-                assert same(found[f"{module}.{suffix}"], tensor), f"{module}.{suffix}"
-            if recipe.scheme.static:
-                own = {name.removeprefix(f"{module}."): t for name, t in found.items() if name.startswith(f"{module}.")}
-                assert contradiction(recipe, own, bias) is None, module
+            check_module(checkpoint, recipe, module, found)
     for name in program.kept_names():
         assert same(found[name], checkpoint.read(name)), name
+
+
+def check_module(checkpoint: Checkpoint, recipe: Recipe, module: str, found: dict[str, Tensor]) -> None:
+    bias = checkpoint.read(f"{module}.bias") if recipe.bias else None
+    for suffix, tensor in expected_tensors(recipe, checkpoint.read(f"{module}.weight"), bias).items():
+        assert same(found[f"{module}.{suffix}"], tensor), f"{module}.{suffix}"
+    if recipe.scheme.static:
+        own = {name.removeprefix(f"{module}."): t for name, t in found.items() if name.startswith(f"{module}.")}
+        assert contradiction(recipe, own, bias) is None, module
 
 
 def test_shards_hold_the_same_tensors_and_an_index_names_them(tiny: Tiny, tmp_path: Path) -> None:
@@ -153,7 +153,7 @@ def test_a_weight_that_is_not_finite_is_named(tmp_path: Path) -> None:
 
 
 def test_every_source_tensor_is_read_once_and_dropped(tiny: Tiny, tmp_path: Path, monkeypatch: Any) -> None:
-    checkpoint = tiny(fp8=True, attention_bias=True)
+    checkpoint = tiny(**MODELS["fp8 with bias in shards"])
     program = rewritten(checkpoint, "deepseek_w4a8")
     files = plan_files(stored_tensors(program, checkpoint), 1 << 30)
     reads, live, most, original = Counter(), [0, 0], [0, 0], TensorInfo.read
@@ -266,16 +266,23 @@ CONFIG_KEYS = {  # policy → mla_quantize, moe_quantize
 
 @pytest.mark.parametrize("policy", shipped_policies())
 def test_config_tells_an_engine_what_it_loads(policy: str, tiny: Tiny) -> None:
-    checkpoint = tiny(fp8=True)
+    checkpoint = tiny(attention_bias=True)
     config = engine_config(rewritten(checkpoint, policy))
-    source = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
-    assert "quantization_config" in checkpoint.config
     added = {}
     if policy != "float":
         mla, moe = CONFIG_KEYS[policy]
         added = {"quantize": "w8a8_dynamic", "mla_quantize": mla, "moe_quantize": moe}
-    assert config == source | added
-    assert list(config) == list(source) + list(added)
+    assert config == checkpoint.config | added
+    assert list(config) == list(checkpoint.config) + list(added)
+
+
+@pytest.mark.parametrize("policy", ["deepseek_w4a8", "float"])
+def test_config_no_longer_says_fp8(policy: str, tiny: Tiny) -> None:
+    checkpoint = tiny(**MODELS["fp8 with bias in shards"])
+    assert "quantization_config" in checkpoint.config
+    config = engine_config(rewritten(checkpoint, policy))
+    assert set(checkpoint.config) - set(config) == {"quantization_config"}
+    assert config["torch_dtype"] == "bfloat16"
 
 
 def test_config_is_silent_about_mixed_schemes(tiny: Tiny, tmp_path: Path) -> None:
