@@ -38,16 +38,17 @@ def execute(
         if node.op == "placeholder":
             values[node] = [batch[placeholders] for batch in batches]
             placeholders += 1
-        elif node.op == "get_attr":
-            values[node] = [load(program, node.target, read, dtype)] * len(batches)
         elif node.op == "output":
             return [fx.map_arg(node.args[0], _of_batch(values, i)) for i in range(len(batches))]
-        else:
+        elif node.op == "call_function":
+            for source in node.all_input_nodes:
+                if source.op == "get_attr" and source not in values:
+                    values[source] = [load(program, str(source.target), read, dtype)] * len(batches)
             values[node] = [call(node, _of_batch(values, i)) for i in range(len(batches))]
             if observe:
                 observe(node, values[node])
         for dead in last_use.get(node, ()):
-            del values[dead]
+            values.pop(dead, None)
     raise AssertionError("a graph ends in an output node")
 
 

@@ -49,7 +49,7 @@ def load_program(path: Path) -> Program:
         program = _program(document)
     except OSError as error:
         raise FxquantError(path, f"cannot be read: {error.strerror}.", "Name a folder that fxquant wrote.") from None
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, AssertionError, RuntimeError) as error:
         raise FxquantError(path, f"not a program of fxquant: {error!r}.", "Compile again.") from None
     return program
 

@@ -70,7 +70,7 @@ def _int4_row(row: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _two_level_row(row: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    q8, scale = _symmetric_row(row, 119, -128, 127)
+    q8, scale = _symmetric_row(row, 119, -119, 119)
     seconds, codes = [], []
     for group in q8.split(group_size):
         second = max(1.0, float(torch.round(group.abs().max() / 7)))

@@ -26,10 +26,13 @@ def load_batches(file: Path, checkpoint: Checkpoint, samples: int, length: int) 
     if file.suffix in (".npy", ".safetensors"):
         return _token_ids(file, checkpoint)[:samples]
     tokenizer, bos = open_tokenizer(checkpoint.folder), bos_ids(checkpoint)
+    if length <= len(bos):
+        raise FxquantError(file, f"length {length} leaves no room for text.", "Take at least 2 tokens a batch.")
     pieces = _pieces(file, tokenizer, length - len(bos))
     batches = [torch.tensor([bos + ids]) for _, ids in zip(range(samples), pieces, strict=False)]
     if not batches:
         raise FxquantError(file, "holds no text.", f"Give {FORMATS}.")
+    _check_vocabulary(file, batches, checkpoint)
     return batches
 
 
@@ -68,12 +71,14 @@ def _pieces(file: Path, tokenizer: Tokenizer, length: int) -> Iterator[list[int]
 
 
 def _documents(file: Path) -> Iterator[str]:
-    with file.open(encoding="utf-8") as lines:
+    with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
-                text = json.loads(line)["text"]
+                text = json.loads(line.decode("utf-8"))["text"]
+            except UnicodeDecodeError as error:
+                raise FxquantError(f"{file}:{number}", f"not UTF-8: {error}.", "Save it as UTF-8.") from None
             except (json.JSONDecodeError, KeyError, TypeError):
                 raise FxquantError(f"{file}:{number}", "is not an object with a text field.", "One per line.") from None
             if not isinstance(text, str):
@@ -84,12 +89,17 @@ def _documents(file: Path) -> Iterator[str]:
 def _token_ids(file: Path, checkpoint: Checkpoint) -> list[Tensor]:
     try:
         ids = torch.from_numpy(np.load(file, allow_pickle=False)) if file.suffix == ".npy" else token_ids_from(file)
-    except (ValueError, OSError) as error:
+    except (ValueError, TypeError, EOFError, OSError) as error:
         raise FxquantError(file, f"cannot be read: {error}.", f"Give {FORMATS}.") from None
     if ids.dtype is not torch.int64 or ids.ndim != 2 or not ids.numel():
         raise FxquantError(file, f"{ids.dtype}{list(ids.shape)}.", "Token ids are int64 [batches, length].")
-    size = checkpoint.config.get("vocab_size", 0)
-    if ids.min() < 0 or ids.max() >= size:
-        fact = f"token ids {int(ids.min())} … {int(ids.max())}, the vocabulary has {size}."
-        raise FxquantError(file, fact, "Tokenize with this model's tokenizer.")
+    _check_vocabulary(file, [ids], checkpoint)
     return list(ids.split(1))
+
+
+def _check_vocabulary(file: Path, batches: list[Tensor], checkpoint: Checkpoint) -> None:
+    size = checkpoint.config.get("vocab_size", 0)
+    low, high = min(int(ids.min()) for ids in batches), max(int(ids.max()) for ids in batches)
+    if low < 0 or high >= size:
+        fact = f"token ids {low} … {high}, the vocabulary has {size}."
+        raise FxquantError(file, fact, "Tokenize with this model's tokenizer.")

@@ -1,13 +1,13 @@
 """Policy × graph → a recipe for every linear to quantize, a rule for every parameter that stays."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fxquant.errors import FxquantError
 from fxquant.kinds import Kind
 from fxquant.passes.base import Pass, PassResult
 from fxquant.passes.linears import LinearSite, kind_of, linear_sites
-from fxquant.policy import Policy, Rule
+from fxquant.policy import LEAVE_OUT, Policy, Rule
 from fxquant.program import Program
 from fxquant.schemes import Recipe, Scheme, why_not
 
@@ -32,7 +32,7 @@ class AssignSchemes(Pass):
             rule = self._rule(site.module, kind_of(program, site), True)
             used.add(rule)
             program.rules[site.module] = rule
-            if rule.scheme is not Scheme.FLOAT:
+            if rule.scheme != Scheme.FLOAT:
                 program.recipes[site.module] = _recipe(program, site, rule)
         for target, parameter in program.parameters.items():
             if target not in weights:
@@ -44,12 +44,23 @@ class AssignSchemes(Pass):
             rule = self._rule(module, Kind.MTP, False)
             used.add(rule)
             program.rules[module] = rule
+        self._check_group_sizes(program)
         modules = [(parameter.module, parameter.kind) for parameter in program.parameters.values()]
         program.idle_rules = self.policy.idle_rules(used, modules)
         return PassResult(self.name, tuple(program.recipes), {m: str(r) for m, r in program.rules.items()})
 
+    def _check_group_sizes(self, program: Program) -> None:
+        int4 = [recipe for recipe in program.recipes.values() if recipe.scheme is Scheme.W4A8_DYNAMIC]
+        first = {recipe.group_size: recipe.module for recipe in reversed(int4)}
+        if len(first) > 1:
+            fact = f"group sizes {sorted(first)}: " + ", ".join(f"{size} for {m}" for size, m in sorted(first.items()))
+            raise FxquantError(f"policy {self.policy.name}", f"{fact}.", "A weight file has one group_size: choose one.")
+
     def _rule(self, module: str, kind: Kind, quantizable: bool) -> Rule:
         rule = self.policy.rule_for(module, kind, quantizable)
+        if rule is not None and rule.scheme == LEAVE_OUT and kind is not Kind.MTP:
+            fact = f"rule “{rule}” leaves out {module}, which the graph reads."
+            raise FxquantError(f"policy {self.policy.name}", fact, f"{LEAVE_OUT} is for kind mtp; use FLOAT.")
         if rule is None:
             way_out = f"Add a rule for kind {kind} or path {module}; scheme FLOAT keeps it as it is."
             raise FxquantError(f"policy {self.policy.name}", f"no rule covers {module} ({kind}).", way_out)
@@ -81,6 +92,8 @@ def _recipe(program: Program, site: LinearSite, rule: Rule) -> Recipe:
 
 def _way_out(recipe: Recipe) -> str:
     fitting = math.gcd(recipe.in_features, 256)
-    if recipe.group_size and fitting >= 32 and recipe.out_features % 2 == 0:
+    if recipe.group_size and fitting >= 32 and why_not(replace(recipe, group_size=fitting)) is None:
         return f"Use a policy with group_size: {fitting} (or 0, per channel) for it."
-    return "Use group_size: 0 or another scheme for it."
+    if recipe.group_size and why_not(replace(recipe, group_size=0)) is None:
+        return "Use group_size: 0 or another scheme for it."
+    return "Use another scheme for it, such as W8A8_DYNAMIC."

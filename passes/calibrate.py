@@ -9,12 +9,14 @@ from torch import Tensor, fx
 
 from fxquant.errors import FxquantError
 from fxquant.execute import execute, prefill_inputs
+from fxquant.kernels.activation import static_parameters
 from fxquant.passes.base import Pass, PassResult
 from fxquant.passes.linears import linear_sites
 from fxquant.passes.observe import combine
 from fxquant.policy import CalibrationWeights, Policy
 from fxquant.program import Program, input_node
 from fxquant.progress import Reporter, silent
+from fxquant.schemes import ActivationRange, Recipe
 from fxquant.weights import Read, RoundedReader
 
 Ranges = dict[fx.Node, tuple[list[Tensor], list[Tensor]]]
@@ -35,11 +37,11 @@ class Calibrate(Pass):
     name = "calibrate"
 
     def __call__(self, program: Program) -> PassResult:
-        inputs: dict[fx.Node, list[str]] = {}
+        inputs: dict[str, list[fx.Node]] = {}
         for site in linear_sites(program):
             recipe = program.recipes.get(site.module)
             if recipe is not None and recipe.scheme.static:
-                inputs.setdefault(input_node(site.node, 0), []).append(site.module)
+                inputs.setdefault(site.module, []).append(input_node(site.node, 0))
         if not inputs:
             return PassResult(self.name)
         batches = self.batches()
@@ -48,12 +50,17 @@ class Calibrate(Pass):
             raise FxquantError(
                 f"policy {self.policy.name}", "static schemes need calibration text, none given.", way_out
             )
-        ranges = self._observe(program, set(inputs), batches)
-        for node, modules in inputs.items():
-            observed = combine(*ranges[node], self.policy.activation_statistic, program.dtype)
-            for module in modules:
-                program.recipes[module] = replace(program.recipes[module], activation=observed)
-        return PassResult(self.name, tuple(module for modules in inputs.values() for module in modules))
+        ranges = self._observe(program, {node for nodes in inputs.values() for node in nodes}, batches)
+        for module, nodes in inputs.items():
+            program.recipes[module] = replace(program.recipes[module], activation=self._range(program, ranges, nodes))
+            _check_range(program.recipes[module])
+        return PassResult(self.name, tuple(inputs))
+
+    def _range(self, program: Program, ranges: Ranges, nodes: list[fx.Node]) -> ActivationRange:
+        """Of a linear that is called on each of `nodes`: in each batch the smallest minimum and largest maximum."""
+        lows = [torch.stack(values).min() for values in zip(*(ranges[node][0] for node in nodes), strict=True)]
+        highs = [torch.stack(values).max() for values in zip(*(ranges[node][1] for node in nodes), strict=True)]
+        return combine(lows, highs, self.policy.activation_statistic, program.dtype)
 
     def _observe(self, program: Program, wanted: set[fx.Node], batches: list[Tensor]) -> Ranges:
         ranges: Ranges = {}
@@ -71,3 +78,12 @@ class Calibrate(Pass):
             if not torch.isfinite(torch.stack(lows + highs)).all():
                 raise FxquantError(node.name, "calibration gave NaN or infinity.", "Check the checkpoint's weights.")
         return ranges
+
+
+def _check_range(recipe: Recipe) -> None:
+    """Scale and offset must be numbers in the model's dtype; float16 ends at 65504."""
+    observed = recipe.activation
+    assert observed is not None
+    if not all(torch.isfinite(value.to(recipe.dtype)) for value in static_parameters(observed)):
+        fact = f"its input, {observed.low:g} … {observed.high:g}, does not fit {recipe.dtype} arithmetic."
+        raise FxquantError(recipe.module, fact, "Use activation_statistic: min_max, or W8A8_DYNAMIC for it.")

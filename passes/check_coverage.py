@@ -5,7 +5,8 @@ from torch import fx
 from fxquant import ops
 from fxquant.errors import FxquantError
 from fxquant.passes.base import Pass, PassResult
-from fxquant.program import Program, made_parameters
+from fxquant.passes.linears import PROJECTIONS
+from fxquant.program import Program, input_node, made_parameters
 
 
 class CheckCoverage(Pass):
@@ -26,8 +27,10 @@ class CheckCoverage(Pass):
         return PassResult(self.name)
 
     def _check(self, node: fx.Node, program: Program) -> None:
-        module = node.meta.get("module", "")
-        if node.target in (ops.linear, ops.moe_experts) and module in program.recipes:
-            raise FxquantError(module, "has a recipe and is still float.", "This is a fault of a pass.")
+        for position in {ops.linear: (1,), ops.moe_experts: tuple(PROJECTIONS.values())}.get(node.target, ()):
+            module = str(input_node(node, position).target).removesuffix(".weight")
+            if module in program.recipes:
+                way_out = "Experts are quantized in all three projections or in none; otherwise a fault of a pass."
+                raise FxquantError(module, "has a recipe and is still float.", way_out)
         if node.op == "call_function" and "val" not in node.meta:
             raise FxquantError(node.name, "has no checked shape.", "This is a fault of a pass.")

@@ -23,7 +23,7 @@ def static_parameters(observed: ActivationRange) -> tuple[Tensor, Tensor]:
 def fused_parameters(
     q: Tensor, weight_scale: Tensor, input_scale: Tensor, input_offset: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """deq_scale float32 [n] and quant_bias int32 [n] of a static linear, from the parameters as stored.
+    """deq_scale float32 [n] and quant_bias [n], integers in float64, of a static linear, from the parameters as stored.
 
     deq_scale = input_scale * weight_scale; quant_bias = rne(bias / deq_scale - input_offset * sum of q over k).
     """
@@ -32,7 +32,7 @@ def fused_parameters(
     folded = torch.zeros_like(shift)
     if bias is not None:
         folded = (bias.float() / torch.where(deq_scale > 0, deq_scale, 1)).double()
-    return deq_scale, torch.round(folded - shift).to(torch.int32)
+    return deq_scale, torch.round(folded - shift)
 
 
 def encode_deq_scale(deq_scale: Tensor, dtype: torch.dtype) -> Tensor:

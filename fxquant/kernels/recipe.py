@@ -34,11 +34,14 @@ def _int8(recipe: Recipe, weight: Tensor, bias: Tensor | None) -> dict[str, Tens
         raise FxquantError(recipe.module, "static, but its input was never observed.", "Calibrate first.")
     input_scale, input_offset = (value.to(recipe.dtype).view(1) for value in static_parameters(recipe.activation))
     deq_scale, quant_bias = fused_parameters(q, scale, input_scale, input_offset, bias)
+    if quant_bias.abs().max() > torch.iinfo(torch.int32).max:
+        fact = f"its bias is {quant_bias.abs().max():.3g} steps of input_scale * weight_scale, no int32."
+        raise FxquantError(recipe.module, fact, "Use W8A8_DYNAMIC for it, or calibrate on text that reaches it.")
     return tensors | {
         "input_scale": input_scale,
         "input_offset": input_offset,
         "deq_scale": encode_deq_scale(deq_scale, recipe.dtype),
-        "quant_bias": quant_bias,
+        "quant_bias": quant_bias.to(torch.int32),
     }
 
 

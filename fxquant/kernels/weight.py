@@ -24,11 +24,11 @@ def quantize_int4_per_channel(weight: Tensor) -> tuple[Tensor, Tensor]:
 def quantize_int4_two_level(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
     """float32 [n, k] → int8 [n, k] in [-8, 7], scale float32 [n, 1], second scale float32 [n, G] of integers 1 … 17.
 
-    s = max|W| / 119; q8 = rne(W / s); second = max(1, rne(max|q8| over the group / 7)); q4 = clamp(rne(q8 / second)).
+    s = max|W| / 119; q8 = clamp(rne(W / s), -119, 119), which only a subnormal s, a rounded one, can reach; second = max(1, rne(max|q8| over the group / 7)); q4 = clamp(rne(q8 / second)).
     `q4 * second * s` approximates W. A progressive scheme as in QServe (Lin et al. 2024, arXiv:2405.04532).
     """
     scale = _row_scale(weight, TWO_LEVEL_MAXIMUM)
-    groups = _round(weight, scale, -128, 127).float().unflatten(1, (-1, group_size))
+    groups = _round(weight, scale, -TWO_LEVEL_MAXIMUM, TWO_LEVEL_MAXIMUM).float().unflatten(1, (-1, group_size))
     second = torch.round(groups.abs().amax(-1) / INT4_MAXIMUM).clamp(min=1)
     q4 = torch.round(groups / second.unsqueeze(-1)).clamp(-8, 7)
     return q4.flatten(1).to(torch.int8), scale, second
