@@ -27,6 +27,8 @@ from fxquant.weights import Cached, Read, RecipeReader
 
 CALIBRATION_FILES = ("calibration.jsonl", "calibration.txt", "calib.jsonl", "calib.txt")
 DEFAULT_POLICY = "deepseek_w4a8"
+COMPARE_CACHE = 1 << 28
+"""Bytes of made weights that `compare` keeps for each policy between chunks of text."""
 
 
 @dataclass(frozen=True)
@@ -201,7 +203,7 @@ def evaluate(
     quantized = open_output(folder)
     batches = load_batches(Path(text), source.checkpoint, samples, length)
     original = (trace(source.model, source.checkpoint), Cached(source.checkpoint.read))
-    return evaluate_programs(original, quantized, batches, report)
+    return evaluate_programs(original, [quantized], batches, report)[0]
 
 
 def compare(
@@ -218,13 +220,11 @@ def compare(
     source = open_source(Path(model), _path(options.checkpoint))
     batches = load_batches(Path(text), source.checkpoint, samples, length)
     original = (trace(source.model, source.checkpoint), Cached(source.checkpoint.read))
-    results = {}
-    for name in policies:
-        program = prepare(source, load_policy(name), options, report).program
-        nbytes = sum(tensor.nbytes for tensor in stored_tensors(program, source.checkpoint))
-        quantized = (program, Cached(RecipeReader(program, source.checkpoint)))
-        results[name] = (evaluate_programs(original, quantized, batches, report), nbytes)
-    return results
+    programs = [prepare(source, load_policy(name), options, report).program for name in policies]
+    sizes = [sum(tensor.nbytes for tensor in stored_tensors(one, source.checkpoint)) for one in programs]
+    quantized = [(one, Cached(RecipeReader(one, source.checkpoint), COMPARE_CACHE)) for one in programs]
+    results = evaluate_programs(original, quantized, batches, report)
+    return dict(zip(policies, zip(results, sizes, strict=True), strict=True))
 
 
 def open_graph(model: str | Path, checkpoint: Path | None = None) -> Program:

@@ -38,21 +38,23 @@ class Evaluation:
 
 
 def evaluate_programs(
-    original: tuple[Program, Read], quantized: tuple[Program, Read], batches: list[Tensor], report: Reporter = silent
-) -> Evaluation:
-    """Score every next token of `batches` (int64 [1, length]) under both programs."""
-    sums, tokens = torch.zeros(4, dtype=torch.float64), 0
-    with report("evaluate", len(batches), "batches") as advance:
+    original: tuple[Program, Read],
+    quantized: list[tuple[Program, Read]],
+    batches: list[Tensor],
+    report: Reporter = silent,
+) -> list[Evaluation]:
+    """Score every next token of `batches` (int64 [1, length]) under the float program and each of the others."""
+    sums, tokens = torch.zeros(len(quantized), 4, dtype=torch.float64), 0
+    with report("evaluate", len(batches) * len(quantized), "batches") as advance:
         for start in range(0, len(batches), CHUNK):
             chunk = batches[start : start + CHUNK]
-            for ids, p, q in zip(
-                chunk, _log_probabilities(*original, chunk), _log_probabilities(*quantized, chunk), strict=True
-            ):
-                sums += _scores(ids, p, q)
-                tokens += ids.numel() - ids.shape[0]
-            advance(len(chunk))
-    means = (sums / tokens).tolist()
-    return Evaluation(math.exp(means[0]), math.exp(means[1]), means[2], means[3], tokens)
+            expected = _log_probabilities(*original, chunk)
+            for index, program in enumerate(quantized):
+                for ids, p, q in zip(chunk, expected, _log_probabilities(*program, chunk), strict=True):
+                    sums[index] += _scores(ids, p, q)
+                advance(len(chunk))
+            tokens += sum(ids.numel() - ids.shape[0] for ids in chunk)
+    return [Evaluation(math.exp(one[0]), math.exp(one[1]), one[2], one[3], tokens) for one in (sums / tokens).tolist()]
 
 
 def _log_probabilities(program: Program, read: Read, batches: list[Tensor]) -> list[Tensor]:

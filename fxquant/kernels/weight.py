@@ -24,7 +24,8 @@ def quantize_int4_per_channel(weight: Tensor) -> tuple[Tensor, Tensor]:
 def quantize_int4_two_level(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
     """float32 [n, k] → int8 [n, k] in [-8, 7], scale float32 [n, 1], second scale float32 [n, G] of integers 1 … 17.
 
-    s = max|W| / 119; q8 = clamp(rne(W / s), -119, 119), which only a subnormal s, a rounded one, can reach; second = max(1, rne(max|q8| over the group / 7)); q4 = clamp(rne(q8 / second)).
+    s = max|W| / 119; q8 = clamp(rne(W / s), -119, 119), a clamp that only a rounded subnormal s reaches;
+    second = max(1, rne(max|q8| over the group / 7)); q4 = clamp(rne(q8 / second), -8, 7).
     `q4 * second * s` approximates W. A progressive scheme as in QServe (Lin et al. 2024, arXiv:2405.04532).
     """
     scale = _row_scale(weight, TWO_LEVEL_MAXIMUM)
