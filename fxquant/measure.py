@@ -1,6 +1,7 @@
 """Perplexity and KL divergence of a rewritten graph against the float graph."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +40,7 @@ class Evaluation:
 
 def evaluate_programs(
     original: tuple[Program, Read],
-    quantized: list[tuple[Program, Read]],
+    quantized: Sequence[tuple[Program, Read]],
     batches: list[Tensor],
     report: Reporter = silent,
 ) -> list[Evaluation]:

@@ -54,7 +54,8 @@ class AssignSchemes(Pass):
         first = {recipe.group_size: recipe.module for recipe in reversed(int4)}
         if len(first) > 1:
             fact = f"group sizes {sorted(first)}: " + ", ".join(f"{size} for {m}" for size, m in sorted(first.items()))
-            raise FxquantError(f"policy {self.policy.name}", f"{fact}.", "A weight file has one group_size: choose one.")
+            way_out = "A weight file has one group_size: choose one."
+            raise FxquantError(f"policy {self.policy.name}", f"{fact}.", way_out)
 
     def _rule(self, module: str, kind: Kind, quantizable: bool) -> Rule:
         rule = self.policy.rule_for(module, kind, quantizable)

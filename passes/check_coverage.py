@@ -1,5 +1,7 @@
 """The last pass: nothing quantizable is left, every shape rule holds, every parameter has an owner."""
 
+from typing import Any
+
 from torch import fx
 
 from fxquant import ops
@@ -27,7 +29,8 @@ class CheckCoverage(Pass):
         return PassResult(self.name)
 
     def _check(self, node: fx.Node, program: Program) -> None:
-        for position in {ops.linear: (1,), ops.moe_experts: tuple(PROJECTIONS.values())}.get(node.target, ()):
+        weights = {ops.linear: (1,), ops.moe_experts: tuple(PROJECTIONS.values())}  # type: dict[Any, tuple[int, ...]]
+        for position in weights.get(node.target, ()):
             module = str(input_node(node, position).target).removesuffix(".weight")
             if module in program.recipes:
                 way_out = "Experts are quantized in all three projections or in none; otherwise a fault of a pass."
