@@ -29,7 +29,7 @@ class CheckCoverage(Pass):
         return PassResult(self.name)
 
     def _check(self, node: fx.Node, program: Program) -> None:
-        weights = {ops.linear: (1,), ops.moe_experts: tuple(PROJECTIONS.values())}  # type: dict[Any, tuple[int, ...]]
+        weights: dict[Any, tuple[int, ...]] = {ops.linear: (1,), ops.moe_experts: tuple(PROJECTIONS.values())}
         for position in weights.get(node.target, ()):
             module = str(input_node(node, position).target).removesuffix(".weight")
             if module in program.recipes:
