@@ -103,11 +103,6 @@ class Policy:
     def rules(self) -> tuple[Rule, ...]:
         return self.own + self.inherited
 
-    @property
-    def group_size(self) -> int:
-        """The group size of its int4 rules, 0 for per channel or none."""
-        return max((rule.group_size for rule in self.rules if rule.scheme is Scheme.W4A8_DYNAMIC), default=0)
-
     def rule_for(self, module: str, kind: Kind, quantizable: bool) -> Rule | None:
         """The first rule for a module. Quantizing rules pass over modules that are not linear."""
         for rule in self.rules:

@@ -18,8 +18,9 @@ COPY_BLOCK = 16 << 20
 
 def write_weights(files: list[FileLayout], checkpoint: Checkpoint, folder: Path, advance: Advance) -> None:
     """Write every file of the plan into `folder`. `advance` counts output bytes."""
-    handles = [_create(folder / file.name, file) for file in files]
+    handles: list[int] = []
     try:
+        handles += (_create(folder / file.name, file) for file in files)
         places = {
             tensor.name: (handle, tensor, offset)
             for file, handle in zip(files, handles, strict=True)
@@ -41,7 +42,10 @@ Place = tuple[int, StoredTensor, int]
 
 
 def _create(path: Path, file: FileLayout) -> int:
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+    except OSError as error:
+        raise FxquantError(path, f"cannot be made: {error.strerror}.", "Raise --max-shard-size or the limit.") from None
     try:
         os.posix_fallocate(handle, 0, file.nbytes)
     except OSError as error:

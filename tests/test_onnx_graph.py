@@ -1,0 +1,200 @@
+"""The ONNX target: whole models of every policy, what they compute and what their files say."""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx_calls import integers
+from onnx_graphs import Emitted, assert_operators_agree, check_everything, emit, quantized
+
+from fxquant.checkpoint import Checkpoint
+from fxquant.execute import generate, prefill_inputs
+from fxquant.lowering.onnx.builder import DOMAIN
+from fxquant.lowering.onnx.runner import products_saturate, session_options
+from fxquant.policy import shipped_policies
+from fxquant.safetensors_file import read_header
+
+
+@pytest.fixture(scope="session")
+def emitted(tiny: Callable[..., Checkpoint], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Emitted]:
+    """`emitted(policy, **checkpoint options)`, made once."""
+
+    @functools.cache
+    def make(policy: str, **options: Any) -> Emitted:
+        checkpoint = tiny(**options)
+        return emit(quantized(checkpoint, policy), checkpoint, tmp_path_factory.mktemp("onnx"))
+
+    return make
+
+
+POLICIES = shipped_policies()
+VARIANTS = [
+    ("deepseek_w4a8", {"dtype": torch.float16}),
+    ("deepseek_w4a8", {"attention_bias": True, "q_lora_rank": None}),
+    ("deepseek_w4a8_dynamic", {"attention_bias": True}),
+    ("float", {"dtype": torch.float32, "n_shared_experts": 0}),
+]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_every_policy(emitted: Callable[..., Emitted], policy: str):
+    check_everything(emitted(policy))
+
+
+@pytest.mark.parametrize(("policy", "options"), VARIANTS)
+def test_variants(emitted: Callable[..., Emitted], policy: str, options: dict[str, Any]):
+    check_everything(emitted(policy, **options))
+
+
+def test_few_tokens_leave_experts_empty(emitted: Callable[..., Emitted]):
+    for policy in ("deepseek_w4a8", "float"):
+        one = emitted(policy)
+        ids = integers(0, 100, 1, 1, dtype=torch.int64, seed=7)
+        assert_operators_agree(one, prefill_inputs(one.program, ids))
+
+
+def test_prefill_and_decode_generate_what_the_graph_generates(emitted: Callable[..., Emitted]):
+    one = emitted("deepseek_w4a8")
+    prompt = [5, 17, 3, 99, 42]
+    mine, reference = list(one.runner.generate(prompt, 6)), list(generate(one.program, one.read, prompt, 6))
+    assert len(mine) == 6
+    for left, right in zip(mine, reference, strict=True):
+        assert left.argmax() == right.argmax()
+    logits, caches = one.runner.prefill(torch.tensor([prompt, prompt]))
+    assert logits.shape[:2] == (2, 5) and [cache.shape[1] for cache in caches] == [5, 5]
+    assert torch.allclose(logits[0, -1], mine[0], rtol=1e-4, atol=1e-4)
+    assert not list(one.runner.generate(prompt, 0))
+
+
+def test_weights_lie_in_their_files(emitted: Callable[..., Emitted]):
+    one = emitted("deepseek_w4a8")
+    model = onnx.load(one.folder / "model.onnx", load_external_data=False)
+    infos = {}
+    for file in ("weights-0.safetensors", "weights-1.safetensors"):
+        infos |= read_header(one.folder / file)
+    graphs = [model.graph]
+    found = {}
+    while graphs:
+        graph = graphs.pop()
+        graphs += [attribute.g for node in graph.node for attribute in node.attribute if attribute.HasField("g")]
+        found |= {tensor.name: tensor for tensor in graph.initializer}
+    assert found.keys() == {name for p in one.program.parameters.values() for name in p.names}
+    for name, tensor in found.items():
+        place = {entry.key: entry.value for entry in tensor.external_data}
+        info = infos[name]
+        assert tensor.data_location == onnx.TensorProto.EXTERNAL and not tensor.raw_data
+        assert place == {"location": info.file.name, "offset": str(info.start), "length": str(info.nbytes)}
+    weights = sum((one.folder / f"weights-{file}.safetensors").stat().st_size for file in range(2))
+    assert (one.folder / "model.onnx").stat().st_size < weights / 10
+
+
+def test_the_model_says_what_it_is(emitted: Callable[..., Emitted]):
+    model = onnx.load(emitted("deepseek_w4a8").folder / "model.onnx", load_external_data=False)
+    assert [(one.domain, one.version) for one in model.opset_import] == [("", 21), ("fxquant", 1)]
+    assert (model.ir_version, model.producer_name) == (10, "fxquant")
+    notes = {prop.key: prop.value for prop in model.metadata_props}
+    assert notes["producer"] == "fxquant" and "become int8 in memory" in notes["numerics"]
+    inputs = {
+        one.name: [d.dim_param or d.dim_value for d in one.type.tensor_type.shape.dim] for one in model.graph.input
+    }
+    outputs = {o.name: [d.dim_param or d.dim_value for d in o.type.tensor_type.shape.dim] for o in model.graph.output}
+    assert inputs == {
+        "input_ids": ["batch", "sequence"],
+        "attention_mask": ["batch", "total"],
+        "position_ids": ["batch", "sequence"],
+        "past_key_values.0.latent": ["batch", "past", 40],
+        "past_key_values.1.latent": ["batch", "past", 40],
+    }
+    assert outputs == {
+        "logits": ["batch", "sequence", 128],
+        "present.0.latent": ["batch", "total", 40],
+        "present.1.latent": ["batch", "total", 40],
+    }
+
+
+MOE_LAYER = """
+layers_1_mlp_gate_router_logits = router_logits
+layers_1_mlp_gate = moe_gate
+layers_1_mlp_experts_init_routing = moe_init_routing
+layers_1_mlp_experts_down_proj = CumSum Sub Greater Split If Concat
+layers_1_mlp_experts = moe_finalize_routing
+layers_1_mlp_shared_experts_gate_proj_input_int8 = quantize_static
+layers_1_mlp_shared_experts_gate_proj_int32 = int_matmul
+layers_1_mlp_shared_experts_gate_proj = dequantize_static
+layers_1_mlp_shared_experts_up_proj_input_int8 = quantize_static
+layers_1_mlp_shared_experts_up_proj_int32 = int_matmul
+layers_1_mlp_shared_experts_up_proj = dequantize_static
+layers_1_mlp_shared_experts_swiglu = swiglu
+layers_1_mlp_shared_experts_down_proj_input_int8 = quantize_static
+layers_1_mlp_shared_experts_down_proj_int32 = int_matmul
+layers_1_mlp_shared_experts_down_proj = dequantize_static
+layers_1_mlp_add = Add
+"""
+EXPERT = """
+[0] = quantize_per_token(rows)
+[1] = int4_matmul([0], gate_proj_weight, gate_proj_weight_scale_second)
+[2] = dequantize_per_token([1], [0], gate_proj_weight_scale)
+[3] = int4_matmul([0], up_proj_weight, up_proj_weight_scale_second)
+[4] = dequantize_per_token([3], [0], up_proj_weight_scale)
+[5] = swiglu([2], [4])
+[6] = quantize_per_token([5])
+[7] = int4_matmul([6], down_proj_weight, down_proj_weight_scale_second)
+[8] = dequantize_per_token([7], [6], down_proj_weight_scale)
+"""
+
+
+def test_the_graph_mirrors_the_fx_graph(emitted: Callable[..., Emitted]):
+    model = onnx.load(emitted("deepseek_w4a8").folder / "model.onnx", load_external_data=False)
+    units: dict[str, list[str]] = {}
+    for node in model.graph.node:
+        units.setdefault(node.name.partition("/")[0], []).append(node.op_type)
+    lines = (
+        f"{name} = {' '.join(dict.fromkeys(t for t in types if t != 'Constant'))}" for name, types in units.items()
+    )
+    assert "\n" + "\n".join(line for line in lines if line.startswith("layers_1_mlp")) + "\n" == MOE_LAYER
+    function = next(one for one in model.functions if one.name == "routed_expert")
+    calls = [node for node in function.node if node.domain == DOMAIN]
+    made = {output: f"[{index}]" for index, node in enumerate(calls) for output in node.output}
+    made |= {node.output[0]: node.input[0] for node in function.node if node.op_type == "Cast"}
+    text = [f"[{i}] = {n.op_type}({', '.join(made.get(x, x) for x in n.input)})" for i, n in enumerate(calls)]
+    assert "\n" + "\n".join(text) + "\n" == EXPERT
+    assert sum(one.name.startswith("routed_expert") for one in model.functions) == 1
+
+
+def test_integers_stay_integers_when_onnxruntime_has_optimized(emitted: Callable[..., Emitted], tmp_path: Path):
+    options = session_options()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    onnxruntime.InferenceSession(emitted("deepseek_w4a8_shared_w4").folder / "model.onnx", options)
+    model = onnx.load(tmp_path / "optimized.onnx", load_external_data=False)
+    branch = next(node for node in model.graph.node if node.op_type == "If")
+    then = next(attribute.g for attribute in branch.attribute if attribute.name == "then_branch")
+    assert [node.op_type for node in then.node].count("MatMulInteger") == 3
+    for graph in (model.graph, then):
+        dtypes = {one.name: one.data_type for one in graph.initializer}
+        products = [node for node in graph.node if node.op_type == "MatMulInteger"]
+        assert products and all(dtypes[node.input[1]] == onnx.TensorProto.INT8 for node in products)
+        assert onnx.TensorProto.INT4 not in dtypes.values(), "unpacked once, when the session is made"
+
+
+def test_the_probe_sees_saturation(monkeypatch: pytest.MonkeyPatch):
+    assert products_saturate() in (False, True)
+    lossy = lambda *_, **__: SimpleNamespace(run=lambda *_: [np.full((4, 16), 64 * 32767 // 2)])  # noqa: E731
+    monkeypatch.setattr(onnxruntime, "InferenceSession", lossy)
+    assert products_saturate.__wrapped__()
+
+
+def test_same_program_same_bytes(emitted: Callable[..., Emitted], tiny: Callable[..., Checkpoint], tmp_path: Path):
+    again = emit(quantized(tiny(), "deepseek_w4a8"), tiny(), tmp_path)
+    assert (again.folder / "model.onnx").read_bytes() == (emitted("deepseek_w4a8").folder / "model.onnx").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "model.onnx",
+        "weights-0.safetensors",
+        "weights-1.safetensors",
+    ]
