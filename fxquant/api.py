@@ -1,23 +1,24 @@
 """The verbs of the command line as functions: compile, verify, run, evaluate."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from torch import Tensor
 
 from fxquant.binding import Ledger, build_ledger, check_parameters, mtp_modules
+from fxquant.checkpoint import Checkpoint, open_checkpoint
 from fxquant.errors import FxquantError
 from fxquant.execute import generate
 from fxquant.lowering.layout import stored_tensors
-from fxquant.lowering.manifest import GRAPH, read_manifest
+from fxquant.lowering.manifest import FLOAT_GRAPH, GRAPH, read_manifest
 from fxquant.lowering.output import Output, check_out, write_output
 from fxquant.lowering.verify import VerifyReport, verify_output
 from fxquant.measure import Evaluation, evaluate_programs
 from fxquant.passes import AssignSchemes, Calibrate, PassResult, pipeline, run_passes
 from fxquant.policy import Policy, Rule, load_policy
 from fxquant.program import Program
-from fxquant.program_file import load_program
+from fxquant.program_file import dump_program, load_program
 from fxquant.progress import Reporter, silent
 from fxquant.source import Source, open_source
 from fxquant.targets import Target
@@ -79,6 +80,7 @@ class Prepared:
     policy: Policy
     program: Program
     ledger: Ledger
+    float_graph: str
     passes: list[PassResult] = field(default_factory=list)
 
 
@@ -89,6 +91,7 @@ def compile(model: str | Path, options: CompileOptions | None = None, report: Re
     FxquantError for anything wrong with the input, before a weight is read where headers tell.
     """
     options = options or CompileOptions()
+    options = replace(options, target=Target(options.target))
     _refuse_kv_cache(options.kv_cache)
     source = open_source(Path(model), _path(options.checkpoint))
     policy = load_policy(options.policy or source.policy or DEFAULT_POLICY)
@@ -112,11 +115,12 @@ def prepare(source: Source, policy: Policy, options: CompileOptions, report: Rep
     """Trace, check against the checkpoint, and run the pass pipeline."""
     program = trace(source.model, source.checkpoint)
     check_parameters(program, source.checkpoint)
+    float_graph = dump_program(program)
     mtp = mtp_modules(source.checkpoint, source.model.mtp_modules())
     assign = AssignSchemes(policy, mtp)
     calibrate = Calibrate(policy, source.checkpoint.read, lambda: calibration(source, options), report)
     results = run_passes(program, pipeline(assign, calibrate))
-    return Prepared(source, policy, program, build_ledger(program, source.checkpoint, mtp), results)
+    return Prepared(source, policy, program, build_ledger(program, source.checkpoint, mtp), float_graph, results)
 
 
 def calibration(source: Source, options: CompileOptions) -> list[Tensor] | None:
@@ -141,8 +145,6 @@ def verify(
     if against is not None:
         checkpoint = open_source(Path(against)).checkpoint
     elif manifest.checkpoint_path(folder).is_dir():
-        from fxquant.checkpoint import open_checkpoint
-
         checkpoint = open_checkpoint(manifest.checkpoint_path(folder))
     return verify_output(folder, checkpoint, full, report)
 
@@ -152,8 +154,6 @@ def run(out: str | Path, prompt: str, max_new_tokens: int = 64) -> Iterator[str]
     folder = Path(out)
     program, read = open_output(folder)
     tokenizer = open_tokenizer(folder)
-    from fxquant.checkpoint import Checkpoint
-
     ids = bos_ids(Checkpoint(folder, program.config, {})) + tokenizer.encode(prompt, add_special_tokens=False).ids
     if not ids:
         raise FxquantError("--prompt", "holds no token.", "Give some text.")
@@ -196,13 +196,21 @@ def evaluate(
     length: int = 256,
     report: Reporter = silent,
 ) -> Evaluation:
-    """Perplexity of the float model and of the rewritten graph of `out`, and the KL divergence between them."""
+    """Perplexity of the float model and of the rewritten graph of `out`, and the KL divergence between them.
+
+    Without `against` the float graph is the one that `out` carries, on the checkpoint that the manifest names: no code
+    of a model file runs.
+    """
     folder = Path(out)
     manifest = read_manifest(folder)
-    source = open_source(Path(against) if against else manifest.source_path(folder))
-    quantized = open_output(folder)
-    batches = load_batches(Path(text), source.checkpoint, samples, length)
-    original = (trace(source.model, source.checkpoint), Cached(source.checkpoint.read))
+    if against is None:
+        checkpoint = open_checkpoint(manifest.checkpoint_path(folder))
+        program = load_program(folder / FLOAT_GRAPH)
+    else:
+        source = open_source(Path(against))
+        checkpoint, program = source.checkpoint, trace(source.model, source.checkpoint)
+    quantized, original = open_output(folder), (program, Cached(checkpoint.read))
+    batches = load_batches(Path(text), checkpoint, samples, length)
     return evaluate_programs(original, [quantized], batches, report)[0]
 
 

@@ -1,5 +1,6 @@
 """Layer policies: typed YAML, ordered rules, the first that matches a module decides its scheme."""
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
@@ -60,6 +61,8 @@ class Rule(BaseModel):
     def _check(self) -> "Rule":
         if not self.kind and self.path is None:
             raise ValueError("a rule needs a kind or a path")
+        if self.path is not None and not re.fullmatch(r"[\w.*?\[\]!\-]+", self.path, re.ASCII):
+            raise ValueError(f"path {self.path!r} is not a shell pattern of a module path")
         if self.group_size not in GROUP_SIZES:
             raise ValueError(f"group_size {self.group_size} is none of {GROUP_SIZES}")
         if self.group_size and self.scheme is not Scheme.W4A8_DYNAMIC:
@@ -137,7 +140,7 @@ def _load(name: str, ancestors: tuple[str, ...]) -> Policy:
         raise FxquantError(f"policy {name}", f"extends itself: {' → '.join((*ancestors, name))}.", "Break the circle.")
     text, place = _read(name)
     document = _parse(text, place)
-    parent = _load(document.extends, (*ancestors, name)) if document.extends else None
+    parent = _load(_beside(document.extends, name), (*ancestors, name)) if document.extends else None
     statistic = document.activation_statistic or (parent and parent.activation_statistic) or ActivationStatistic.MIN_MAX
     weights = document.calibration_weights or (parent and parent.calibration_weights) or CalibrationWeights.FLOAT
     title = Path(name).stem if name.endswith((".yaml", ".yml")) else name
@@ -146,6 +149,11 @@ def _load(name: str, ancestors: tuple[str, ...]) -> Policy:
     if len(sizes) > 1:
         raise FxquantError(place, f"group sizes {sorted(sizes)}.", "A weight file has one group_size: choose one.")
     return Policy(title, document.description, statistic, weights, own, inherited)
+
+
+def _beside(extends: str, name: str) -> str:
+    """A policy file named by `extends` is relative to the file that names it."""
+    return str(Path(name).parent / extends) if extends.endswith((".yaml", ".yml")) else extends
 
 
 def _folder() -> Any:

@@ -3,6 +3,8 @@
 import json
 import math
 import operator
+import re
+from keyword import iskeyword
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +26,18 @@ SYMBOLS = {"batch": 1009, "sequence": 1013, "past": 1019, "total": 2032}
 """Sizes at which shapes are checked when a program is read back: no model has them, and total = past + sequence."""
 
 
+IDENTIFIER = re.compile(r"[A-Za-z_]\w*", re.ASCII)
+PLACE = re.compile(r"[\w.\-]*", re.ASCII)
+"""Node names and dotted paths: these become source text of the Ascend module, so nothing else may pass."""
+
+
 def save_program(program: Program, path: Path) -> None:
-    """Write the graph, its parameters, recipes and rules; one node a line."""
+    """Write `dump_program(program)`."""
+    path.write_text(dump_program(program), encoding="utf-8")
+
+
+def dump_program(program: Program) -> str:
+    """The graph, its parameters, recipes and rules as JSON; one node a line."""
     nodes = [_node(node) for node in program.graph.graph.nodes]
     document = {
         "format": FORMAT,
@@ -37,7 +49,7 @@ def save_program(program: Program, path: Path) -> None:
     }
     head = json.dumps(document, ensure_ascii=False)[:-1]
     body = ",\n".join(json.dumps(node, ensure_ascii=False) for node in nodes)
-    path.write_text(f'{head},\n"nodes": [\n{body}\n]}}\n', encoding="utf-8")
+    return f'{head},\n"nodes": [\n{body}\n]}}\n'
 
 
 def load_program(path: Path) -> Program:
@@ -75,6 +87,10 @@ def _target(node: fx.Node) -> str:
     if node.op != "call_function":
         return str(node.target)
     if isinstance(node.target, torch._ops.OpOverload):
+        if node.target.namespace not in NAMESPACES:
+            raise FxquantError(
+                node.name, f"{node.target} is of another library.", "Use torch operators in the forward."
+            )
         return f"{node.target.namespace}::{node.target._schema.name.split('::')[1]}.{node.target._overloadname}"
     name = getattr(node.target, "__name__", "")
     if PYTHON.get(name) is not node.target:
@@ -141,6 +157,7 @@ def _read_recipe(module: str, fields: dict[str, Any]) -> Recipe:
 
 
 def _program(document: dict[str, Any]) -> Program:
+    _check_texts(document)
     root = nn.Module()
     for target, fields in document["parameters"].items():
         attach(root, target, torch.empty(fields["shape"], dtype=DTYPES[fields["dtype"]], device="meta"))
@@ -164,6 +181,32 @@ def _program(document: dict[str, Any]) -> Program:
         rules={module: Rule.model_validate(rule) for module, rule in document["rules"].items()},
         names=set(nodes),
     )
+
+
+def _check_texts(document: dict[str, Any]) -> None:
+    """Refuse names that are not names; raises ValueError."""
+    places = [*document["parameters"], *document["recipes"], *document["rules"]]
+    for parameter in document["parameters"].values():
+        places += [*parameter["names"], parameter["module"]]
+    for recipe in document["recipes"].values():
+        places += recipe["modules"]
+    for entry in document["nodes"]:
+        places += [entry.get("module", ""), entry.get("block", ""), *_strings(entry["args"])]
+        places += _strings(entry.get("kwargs"))
+        if not IDENTIFIER.fullmatch(entry["name"]) or iskeyword(entry["name"]):
+            raise ValueError(f"node name {entry['name']!r}")
+    wrong = next((place for place in places if not PLACE.fullmatch(place)), None)
+    if wrong is not None:
+        raise ValueError(f"name {wrong!r}")
+
+
+def _strings(value: Any) -> list[str]:
+    """Every string, keys included, in a JSON value."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, dict):
+        return [text for key, item in value.items() for text in (key, *_strings(item))]
+    return [text for item in value for text in _strings(item)] if isinstance(value, list) else []
 
 
 def _read_target(entry: dict[str, Any]) -> Any:

@@ -52,7 +52,13 @@ def open_source(path: Path, checkpoint: Path | None = None) -> Source:
         build = getattr(module, "build_model", None)
         if not callable(build):
             raise FxquantError(path, "defines no build_model.", CONTRACT)
-        return Source(path, _build(build, opened, path), opened, getattr(module, "POLICY", None))
+        return Source(path, _build(build, opened, path), opened, _policy(path, module))
+
+
+def _policy(path: Path, module: ModuleType) -> str | None:
+    """The file's POLICY; a YAML file is relative to it, as CHECKPOINT is."""
+    named = getattr(module, "POLICY", None)
+    return str(path.parent / named) if isinstance(named, str) and named.endswith((".yaml", ".yml")) else named
 
 
 @contextmanager

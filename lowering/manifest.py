@@ -11,6 +11,7 @@ from fxquant.errors import FxquantError
 
 MANIFEST = "fxquant_manifest.json"
 GRAPH = "fxquant_graph.json"
+FLOAT_GRAPH = "fxquant_float_graph.json"
 LEDGER = "fxquant_ledger.json"
 
 

@@ -13,7 +13,7 @@ from fxquant.errors import FxquantError
 from fxquant.lowering.ascend.writer import write_ascend
 from fxquant.lowering.description import DESCRIPTION, INDEX, description, engine_config, index, write_json
 from fxquant.lowering.layout import FileLayout, plan_files, stored_tensors
-from fxquant.lowering.manifest import GRAPH, LEDGER, MANIFEST, Manifest, file_sizes, relative
+from fxquant.lowering.manifest import FLOAT_GRAPH, GRAPH, LEDGER, MANIFEST, Manifest, file_sizes, relative
 from fxquant.lowering.onnx.writer import write_onnx
 from fxquant.lowering.weights import write_weights
 from fxquant.policy import Policy
@@ -24,7 +24,8 @@ from fxquant.safetensors_file import read_header
 from fxquant.source import Source
 from fxquant.targets import Target
 
-COPIED_SUFFIXES = (".json", ".jinja", ".model", ".txt")
+COPIED_SUFFIXES = (".json", ".jinja", ".model")
+COPIED = ("merges.txt", "vocab.txt")
 NOT_COPIED = ("config.json", "model.safetensors.index.json")
 
 
@@ -35,6 +36,7 @@ class PreparedProgram(Protocol):
     policy: Policy
     program: Program
     ledger: Ledger
+    float_graph: str
 
 
 class OutputOptions(Protocol):
@@ -82,6 +84,7 @@ def write_output(prepared: PreparedProgram, options: OutputOptions, out: Path, r
         with report("quantize, write", sum(t.nbytes for file in files for t in file.tensors), "bytes") as advance:
             write_weights(files, checkpoint, partial, advance)
         _write_documents(prepared, files, partial)
+        (partial / FLOAT_GRAPH).write_text(prepared.float_graph, encoding="utf-8")
         _write_graph(prepared.program, options.target, files, partial)
         _write_manifest(prepared, options.target, partial)
         output = Output(partial, files)
@@ -103,7 +106,9 @@ def _write_documents(prepared: PreparedProgram, files: list[FileLayout], folder:
     program, source = prepared.program, prepared.source.checkpoint.folder
     for file in sorted(source.iterdir()):
         wanted = (
-            file.suffix in COPIED_SUFFIXES and file.name not in NOT_COPIED and not file.name.endswith(".index.json")
+            (file.suffix in COPIED_SUFFIXES or file.name in COPIED)
+            and file.name not in NOT_COPIED
+            and not file.name.endswith(".index.json")
         )
         if wanted and file.is_file():
             shutil.copyfile(file, folder / file.name)

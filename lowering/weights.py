@@ -47,12 +47,17 @@ def _create(path: Path, file: FileLayout) -> int:
     except OSError as error:
         raise FxquantError(path, f"cannot be made: {error.strerror}.", "Raise --max-shard-size or the limit.") from None
     try:
-        os.posix_fallocate(handle, 0, file.nbytes)
+        getattr(os, "posix_fallocate", _extend)(handle, 0, file.nbytes)
     except OSError as error:
         os.close(handle)
         raise FxquantError(path, f"cannot reserve {file.nbytes:,} bytes: {error.strerror}.", "Free space.") from None
     os.pwrite(handle, file.header, 0)
     return handle
+
+
+def _extend(handle: int, start: int, length: int) -> None:
+    """Where the system cannot reserve space."""
+    os.ftruncate(handle, start + length)
 
 
 def _make(weight: StoredTensor, places: dict[str, Place], checkpoint: Checkpoint, advance: Advance) -> None:

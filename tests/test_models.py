@@ -147,6 +147,7 @@ def test_float32_is_that_of_transformers(tiny: Callable[..., Checkpoint], option
     check_float32(tiny(**options))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", CONFIGS.values(), ids=CONFIGS.keys())
 def test_bfloat16_is_that_of_transformers(tiny: Callable[..., Checkpoint], options: dict[str, Any]) -> None:
     check_bfloat16(tiny(**options))

@@ -48,6 +48,7 @@ def test_every_policy(emitted: Callable[..., Emitted], policy: str):
     check_everything(emitted(policy))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("policy", "options"), VARIANTS)
 def test_variants(emitted: Callable[..., Emitted], policy: str, options: dict[str, Any]):
     check_everything(emitted(policy, **options))

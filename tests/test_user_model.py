@@ -53,6 +53,7 @@ def write_model(folder: Path, name: str, text: str, checkpoint: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", sorted(VARIANTS))
 def test_a_changed_block_changes_every_output(variant: str, tmp_path: Path, tiny_folder: Callable[..., Path]) -> None:
     checkpoint = tiny_folder()

@@ -1,6 +1,7 @@
 """Program → the text of `model_ascend.py`, a module of plain torch that calls the operators of torch_npu."""
 
 import inspect
+import re
 from collections import Counter
 from itertools import groupby
 from types import ModuleType
@@ -174,4 +175,4 @@ def _docstring(program: Program, emitted: list[Emitted], graph: str) -> str:
     lines += ["", "Use:", f"{INDENT}model = Model.load(folder)"]
     lines += [f"{INDENT}logits, past = model(input_ids, attention_mask, position_ids, model.empty_past(batch))"]
     lines += ["", "Functions take w, a block's tensors by name, and dtype, which floats have between operators."]
-    return "\n".join([*lines, ""])
+    return re.sub(r"[^ -~\n→…]|[\"\\]", "?", "\n".join([*lines, ""]))  # it stands between triple quotes
