@@ -29,10 +29,10 @@ def main() -> None:
         lines = list(format_program(open_graph(out), "model.layers.3"))
         first = next(index for index, line in enumerate(lines) if "router_logits" in line)
         last = next(index for index, line in enumerate(lines) if "finalize_routing(" in line)
-        screen = Console(record=True, width=150, file=(Path(folder) / "screen").open("w"))
+        screen = Console(record=True, width=132, file=(Path(folder) / "screen").open("w"))
         screen.print("$ fxquant show out/tiny_w4a8 --block model.layers.3", style="bold")
         for line in lines[first : last + 1]:
-            screen.print(line, soft_wrap=True)
+            screen.print(line, markup=False, highlight=False)
         screen.save_svg(str(HERE / "images" / "expert_layer.svg"), title="fxquant show: an expert layer in integers")
 
 
