@@ -1,7 +1,8 @@
-"""Checkpoints in: Hugging Face folders of safetensors, read tensor by tensor, FP8 blocks decoded on the way."""
+"""Checkpoints in: folders of safetensors, read tensor by tensor under Hugging Face's names, FP8 blocks decoded."""
 
 import json
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxquant.checkpoint_names import official_tensors
+from fxquant.checkpoint_parts import SourceTensor, join_parts, part_files
 from fxquant.config import read_config
 from fxquant.errors import FxquantError
 from fxquant.safetensors_file import TensorInfo, read_header
@@ -19,12 +22,15 @@ AGAIN = "Download or copy the checkpoint again."
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder's config and tensors. `tensors` holds what a model asks for; `scales` the FP8 block scales behind it."""
+    """A folder's config and tensors. `tensors` holds what a model asks for; `scales` the FP8 block scales behind it.
+
+    Keys and names are Hugging Face's, whatever the folder's convention.
+    """
 
     folder: Path
     config: dict[str, Any]
-    tensors: dict[str, TensorInfo]
-    scales: dict[str, TensorInfo] = field(default_factory=dict)
+    tensors: Mapping[str, SourceTensor]
+    scales: Mapping[str, SourceTensor] = field(default_factory=dict)
     block: tuple[int, int] = (128, 128)
 
     @property
@@ -78,17 +84,19 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(folder, config, tensors, scales, block)
 
 
-def _tensors(folder: Path) -> dict[str, TensorInfo]:
+def _tensors(folder: Path) -> Mapping[str, SourceTensor]:
     indexes = sorted(folder.glob("*.safetensors.index.json"))
     if len(indexes) > 1:
         raise FxquantError(folder, f"{len(indexes)} index files.", "Keep the one that belongs to the checkpoint.")
     if indexes:
-        return _indexed_tensors(folder, indexes[0])
+        return official_tensors(_indexed_tensors(folder, indexes[0]))
+    if parts := part_files(folder):
+        return join_parts(parts)
     files = sorted(folder.glob("*.safetensors"))
     if len(files) != 1:
         found = f"{len(files)} safetensors files and no index" if files else "no safetensors file"
         raise FxquantError(folder, f"not a checkpoint: {found}.", "Name a folder with the weights and their index.")
-    return read_header(files[0])
+    return official_tensors(read_header(files[0]))
 
 
 def _indexed_tensors(folder: Path, index: Path) -> dict[str, TensorInfo]:
@@ -132,7 +140,7 @@ def _block_size(folder: Path, config: dict[str, Any]) -> tuple[int, int]:
     return size[0], size[1]
 
 
-def _check_scale(info: TensorInfo, scale: TensorInfo | None, block: tuple[int, int]) -> None:
+def _check_scale(info: SourceTensor, scale: SourceTensor | None, block: tuple[int, int]) -> None:
     if info.dtype is not torch.float8_e4m3fn:
         if scale is not None:
             raise FxquantError(scale.file, f"{scale.name} scales {info.name}, which is not FP8.", AGAIN)

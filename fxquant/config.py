@@ -7,9 +7,30 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from fxquant.checkpoint_model_args import hf_to_model_args, is_model_args, model_args_to_hf, validation_fact
 from fxquant.errors import FxquantError
 
+__all__ = [
+    "DeepseekV3Config", "RopeScaling", "hf_to_model_args", "model_args_to_hf", "parse_config", "read_config",
+    "yarn_mscale",
+]  # fmt: skip
+
 SUPPORTED = "DeepSeek-V3, DeepSeek-R1 and their family (model_type deepseek_v3)"
+DENSE = "are dense, without latent attention or experts, so there is nothing for this compiler"
+THIS = f"fxquant compiles {SUPPORTED}."
+QUANTIZER = f"Use a general quantizer; {THIS}"
+NEIGHBOURS = {
+    "deepseek_v2": ("its router scores with softmax, DeepSeek-V3's with sigmoid", THIS),
+    "deepseek_v32": ("its attention is sparse, chosen by an indexer that DeepSeek-V3 lacks", THIS),
+    "kimi_k2": (
+        "fxquant reads this architecture under DeepSeek's name only",
+        "A Kimi-K2 whose architecture is DeepSeek-V3's can be given model_type deepseek_v3.",
+    ),
+    "qwen2": (f"Qwen2 models, DeepSeek-R1-Distill-Qwen among them, {DENSE}", QUANTIZER),
+    "qwen3": (f"Qwen3 models, DeepSeek-R1-0528-Qwen3 among them, {DENSE}", QUANTIZER),
+    "llama": (f"Llama models, DeepSeek-R1-Distill-Llama among them, {DENSE}", QUANTIZER),
+}
+"""model_type that is taken for DeepSeek-V3's → why it is none, and the way out."""
 
 
 class RopeScaling(BaseModel):
@@ -99,10 +120,11 @@ def yarn_mscale(factor: float, mscale: float) -> float:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The parsed config.json of `folder`; refuses what is not a checkpoint."""
+    """The parsed config.json of `folder` in Hugging Face's keys; refuses what is not a checkpoint."""
     path = folder / "config.json"
     if not path.is_file():
-        raise FxquantError(folder, "not a checkpoint: it has no config.json.", "Name a Hugging Face checkpoint folder.")
+        way_out = "Name a Hugging Face checkpoint folder, or put the model's config.json beside its weights."
+        raise FxquantError(folder, "not a checkpoint: it has no config.json.", way_out)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -111,20 +133,21 @@ def read_config(folder: Path) -> dict[str, Any]:
         ) from None
     if not isinstance(config, dict):
         raise FxquantError(path, f"holds a {type(config).__name__}, not an object.", "Copy the file again.")
-    return config
+    return model_args_to_hf(config, path) if is_model_args(config) else config
 
 
 def parse_config(config: dict[str, Any], place: object) -> DeepseekV3Config:
     """Validate `config`; the error names the architecture and what is supported."""
     model_type = config.get("model_type")
+    if str(model_type) in NEIGHBOURS:
+        reason, way_out = NEIGHBOURS[str(model_type)]
+        raise FxquantError(place, f"model_type is {model_type!r}: {reason}.", way_out)
     if model_type != "deepseek_v3":
-        raise FxquantError(place, f"model_type is {model_type!r}.", f"fxquant compiles {SUPPORTED}.")
+        raise FxquantError(place, f"model_type is {model_type!r}.", THIS)
     try:
         return DeepseekV3Config.model_validate(_modern_rope(config))
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"]) or "config"
-        raise FxquantError(place, f"{key}: {first['msg']}.", f"fxquant compiles {SUPPORTED}.") from None
+        raise FxquantError(place, validation_fact(error), THIS) from None
 
 
 def _modern_rope(config: dict[str, Any]) -> dict[str, Any]:

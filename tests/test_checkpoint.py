@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import encode_fp8, random_tensors, stored_tensors, tiny_config, write_checkpoint, write_shards
+from tiny import encode_fp8, random_tensors, stored_tensors, write_checkpoint, write_shards
+from tiny_names import folder_of
 from torch import Tensor
 
 from fxquant.checkpoint import Checkpoint, decode_fp8, open_checkpoint, token_ids_from
@@ -18,14 +19,6 @@ from fxquant.errors import FxquantError
 from fxquant.safetensors_file import TensorInfo
 
 INDEX = "model.safetensors.index.json"
-
-
-def folder_of(path: Path, tensors: dict[str, Tensor], **config: Any) -> Path:
-    """A checkpoint of these tensors."""
-    path.mkdir(exist_ok=True)
-    (path / "config.json").write_text(json.dumps(tiny_config(**config)))
-    save_file(tensors, path / "model.safetensors")
-    return path
 
 
 def sharded(path: Path) -> Path:

@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from tiny import ABSENT, YARN, tiny_config
 
+from fxquant.checkpoint import open_checkpoint
 from fxquant.config import DeepseekV3Config, parse_config, read_config, yarn_mscale
 from fxquant.errors import FxquantError
 
@@ -62,8 +65,24 @@ def test_unknown_keys_are_ignored() -> None:
     assert parse(torch_dtype="bfloat16", use_cache=True, num_atention_heads=7) == parse()
 
 
-@pytest.mark.parametrize("model_type", ["qwen3", "deepseek_v2", None, 3])
-def test_other_architectures_are_refused_by_name(model_type: object) -> None:
+@pytest.mark.parametrize(
+    ("model_type", "fact", "way_out"),
+    [
+        ("deepseek_v2", "router scores with softmax", "fxquant compiles DeepSeek-V3"),
+        ("deepseek_v32", "attention is sparse", "fxquant compiles DeepSeek-V3"),
+        ("kimi_k2", "DeepSeek's name only", "architecture is DeepSeek-V3's can be given model_type deepseek_v3"),
+        ("qwen2", "R1-Distill-Qwen .* dense, without latent attention or experts", "general quantizer"),
+        ("qwen3", "R1-0528-Qwen3 .* dense, without latent attention or experts", "general quantizer"),
+        ("llama", "R1-Distill-Llama .* dense, without latent attention or experts", "general quantizer"),
+    ],
+)
+def test_neighbours_are_refused_by_name(model_type: str, fact: str, way_out: str) -> None:
+    with pytest.raises(FxquantError, match=rf"^config\.json: model_type is '{model_type}': .*{fact}.*\. .*{way_out}"):
+        parse(model_type=model_type)
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", None, 3, ["qwen2"]])
+def test_other_architectures_are_refused(model_type: object) -> None:
     with pytest.raises(FxquantError) as caught:
         parse(model_type=model_type)
     assert str(caught.value) == (
@@ -102,6 +121,50 @@ def test_absent_model_type_is_refused() -> None:
 def test_refusals_name_the_key_and_what_is_supported(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(FxquantError, match=rf"^config\.json: .*{message}.* fxquant compiles DeepSeek-V3"):
         parse(**changes)
+
+
+# the family
+
+
+FP8 = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
+DEEPSEEK_V3 = PUBLISHED | {
+    "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "torch_dtype": "bfloat16",
+    "quantization_config": FP8, "rope_scaling": YARN | {"original_max_position_embeddings": 4096},
+    "num_key_value_heads": 128, "num_nextn_predict_layers": 1, "topk_method": "noaux_tc", "scoring_func": "sigmoid",
+    "moe_layer_freq": 1, "hidden_act": "silu", "tie_word_embeddings": False, "ep_size": 1, "initializer_range": 0.02,
+    "attention_dropout": 0.0, "use_cache": True, "transformers_version": "4.33.1",
+}  # fmt: skip
+KIMI_K2 = DEEPSEEK_V3 | {
+    "vocab_size": 163840, "n_routed_experts": 384, "n_group": 1, "topk_group": 1, "num_attention_heads": 64,
+    "num_key_value_heads": 64, "first_k_dense_replace": 1, "routed_scaling_factor": 2.827, "rope_theta": 50000.0,
+    "max_position_embeddings": 131072, "num_nextn_predict_layers": 0, "bos_token_id": 163584, "eos_token_id": 163585,
+    "rope_scaling": DEEPSEEK_V3["rope_scaling"] | {"factor": 32.0, "beta_fast": 1.0, "beta_slow": 1.0},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"transformers_version": "4.46.3"},
+        {"aux_loss_alpha": 0.001, "pretraining_tp": 1, "seq_aux": True},
+        {"quantization_config": FP8 | {"scale_fmt": "ue8m0"}, "transformers_version": "4.44.2"},
+    ],
+    ids=["DeepSeek-V3-0324 and R1-0528", "R1-Zero", "DeepSeek-V3.1"],
+)
+def test_the_family_has_the_architecture_of_deepseek_v3(tmp_path: Path, changes: dict[str, Any]) -> None:
+    save_file({}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(DEEPSEEK_V3 | changes))
+    checkpoint = open_checkpoint(tmp_path)
+    parsed = parse_config(checkpoint.config, "config.json")
+    assert parsed == parse_config(DEEPSEEK_V3, "published")
+    assert parsed.softmax_scale == 192**-0.5 * (0.1 * math.log(40) + 1) ** 2
+    assert (checkpoint.block, checkpoint.dtype) == ((128, 128), torch.bfloat16)
+
+
+def test_kimi_k2_under_its_architecture() -> None:
+    parsed = parse_config(KIMI_K2, "config.json")
+    assert {key: getattr(parsed, key) for key in PUBLISHED} == {key: KIMI_K2[key] for key in PUBLISHED}
+    assert parsed.rope_scaling is not None and parsed.rope_scaling.factor == 32.0
 
 
 # rotary keys
