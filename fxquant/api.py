@@ -7,23 +7,24 @@ from pathlib import Path
 from torch import Tensor
 
 from fxquant.binding import Ledger, build_ledger, check_parameters, mtp_modules
-from fxquant.checkpoint import Checkpoint, open_checkpoint
+from fxquant.checkpoint import open_checkpoint
 from fxquant.errors import FxquantError
-from fxquant.execute import generate
+from fxquant.frontend.source import TRACE_TIMEOUT, Source, open_source
+from fxquant.generation import greedy_text
 from fxquant.lowering.layout import stored_tensors
 from fxquant.lowering.manifest import FLOAT_GRAPH, GRAPH, read_manifest
 from fxquant.lowering.output import Output, check_out, write_output
 from fxquant.lowering.verify import VerifyReport, verify_output
 from fxquant.measure import Evaluation, evaluate_programs
+from fxquant.models.deepseek_v3 import mtp_paths
 from fxquant.passes import AssignSchemes, Calibrate, PassResult, pipeline, run_passes
 from fxquant.policy import Policy, Rule, load_policy
 from fxquant.program import Program
 from fxquant.program_file import dump_program, load_program
 from fxquant.progress import Reporter, silent
-from fxquant.source import Source, open_source
+from fxquant.structure import structural_hash
 from fxquant.targets import Target
-from fxquant.text import bos_ids, load_batches, open_tokenizer
-from fxquant.trace import trace
+from fxquant.text import load_batches
 from fxquant.weights import Cached, Read, RecipeReader
 
 CALIBRATION_FILES = ("calibration.jsonl", "calibration.txt", "calib.jsonl", "calib.txt")
@@ -41,6 +42,7 @@ class CompileOptions:
     calib           calibration text or token ids; None: the file that lies beside the model, if any
     calib_samples   batches to calibrate on, each of at most `calib_length` tokens
     checkpoint      overrides the folder that a model.py names
+    trace_timeout   seconds that a model.py may take to import, build and trace
     max_shard_size  bytes of tensor data a weight file may hold
     force           replace an earlier output of fxquant at `out`
     """
@@ -52,6 +54,7 @@ class CompileOptions:
     calib_samples: int = 32
     calib_length: int = 256
     checkpoint: str | Path | None = None
+    trace_timeout: float = TRACE_TIMEOUT
     max_shard_size: int = 4 << 30
     force: bool = False
     verify: bool = True
@@ -60,9 +63,15 @@ class CompileOptions:
 
 @dataclass
 class CompileReport:
-    """What `compile` did."""
+    """What `compile` did.
+
+    way_in           the kind of MODEL: a folder, or a model.py of some family
+    structural_hash  of the float graph, equal for graphs that compute the same
+    """
 
     out: Path
+    way_in: str
+    structural_hash: str
     policy: Policy
     target: Target
     ledger: Ledger
@@ -81,6 +90,7 @@ class Prepared:
     program: Program
     ledger: Ledger
     float_graph: str
+    structural_hash: str
     passes: list[PassResult] = field(default_factory=list)
 
 
@@ -93,7 +103,7 @@ def compile(model: str | Path, options: CompileOptions | None = None, report: Re
     options = options or CompileOptions()
     options = replace(options, target=Target(options.target))
     _refuse_kv_cache(options.kv_cache)
-    source = open_source(Path(model), _path(options.checkpoint))
+    source = _open(model, options, report)
     policy = load_policy(options.policy or source.policy or DEFAULT_POLICY)
     out = _path(options.out) or Path(f"{source.name}-{policy.name}-{options.target}")
     check_out(out, options.force, source.checkpoint.folder)
@@ -107,20 +117,33 @@ def compile(model: str | Path, options: CompileOptions | None = None, report: Re
                     out, "verification failed, nothing was kept: " + first_miss(verification), "Report it."
                 )
     return CompileReport(
-        out, policy, options.target, prepared.ledger, prepared.passes, prepared.program.idle_rules, output, verification
+        out,
+        source.way_in,
+        prepared.structural_hash,
+        policy,
+        options.target,
+        prepared.ledger,
+        prepared.passes,
+        prepared.program.idle_rules,
+        output,
+        verification,
     )
 
 
 def prepare(source: Source, policy: Policy, options: CompileOptions, report: Reporter = silent) -> Prepared:
     """Trace, check against the checkpoint, and run the pass pipeline."""
-    program = trace(source.model, source.checkpoint)
+    with report("trace", 1, "graph") as advance:
+        program = source.program()
+        advance(1)
     check_parameters(program, source.checkpoint)
-    float_graph = dump_program(program)
-    mtp = mtp_modules(source.checkpoint, source.model.mtp_modules())
+    float_graph, digest = dump_program(program), structural_hash(program)
+    mtp = mtp_modules(source.checkpoint, mtp_paths(source.config))
     assign = AssignSchemes(policy, mtp)
     calibrate = Calibrate(policy, source.checkpoint.read, lambda: calibration(source, options), report)
     results = run_passes(program, pipeline(assign, calibrate))
-    return Prepared(source, policy, program, build_ledger(program, source.checkpoint, mtp), float_graph, results)
+    return Prepared(
+        source, policy, program, build_ledger(program, source.checkpoint, mtp), float_graph, digest, results
+    )
 
 
 def calibration(source: Source, options: CompileOptions) -> list[Tensor] | None:
@@ -153,31 +176,7 @@ def run(out: str | Path, prompt: str, max_new_tokens: int = 64) -> Iterator[str]
     """Greedy text after `prompt`, piece by piece: from the ONNX graph if `out` has one, else from its fx graph."""
     folder = Path(out)
     program, read = open_output(folder)
-    tokenizer = open_tokenizer(folder)
-    ids = bos_ids(Checkpoint(folder, program.config, {})) + tokenizer.encode(prompt, add_special_tokens=False).ids
-    if not ids:
-        raise FxquantError("--prompt", "holds no token.", "Give some text.")
-    stop = program.config.get("eos_token_id")
-    stops = set(stop) if isinstance(stop, list) else {stop}
-    written, new = "", []
-    for logits in step_logits(folder, program, read, ids, max_new_tokens):
-        token = int(logits.argmax())
-        if token in stops:
-            return
-        new.append(token)
-        text = tokenizer.decode(new)
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
-            yield text[len(written) :]
-            written = text
-
-
-def step_logits(folder: Path, program: Program, read: Read, ids: list[int], steps: int) -> Iterator[Tensor]:
-    """float32 [vocabulary] a step, decoding greedily with the cache."""
-    if (folder / "model.onnx").is_file():
-        from fxquant.lowering.onnx.runner import OnnxRunner
-
-        return OnnxRunner(folder).generate(ids, steps)
-    return generate(program, read, ids, steps)
+    return greedy_text(folder, program, read, prompt, max_new_tokens)
 
 
 def open_output(folder: Path) -> tuple[Program, Read]:
@@ -208,7 +207,7 @@ def evaluate(
         program = load_program(folder / FLOAT_GRAPH)
     else:
         source = open_source(Path(against))
-        checkpoint, program = source.checkpoint, trace(source.model, source.checkpoint)
+        checkpoint, program = source.checkpoint, source.program()
     quantized, original = open_output(folder), (program, Cached(checkpoint.read))
     batches = load_batches(Path(text), checkpoint, samples, length)
     return evaluate_programs(original, [quantized], batches, report)[0]
@@ -225,9 +224,9 @@ def compare(
 ) -> dict[str, tuple[Evaluation, int]]:
     """Policy → its evaluation and the bytes of its weights. Nothing is written; integers are made as needed."""
     options = options or CompileOptions()
-    source = open_source(Path(model), _path(options.checkpoint))
+    source = _open(model, options, report)
     batches = load_batches(Path(text), source.checkpoint, samples, length)
-    original = (trace(source.model, source.checkpoint), Cached(source.checkpoint.read))
+    original = (source.program(), Cached(source.checkpoint.read))
     programs = [prepare(source, load_policy(name), options, report).program for name in policies]
     sizes = [sum(tensor.nbytes for tensor in stored_tensors(one, source.checkpoint)) for one in programs]
     quantized = [(one, Cached(RecipeReader(one, source.checkpoint), COMPARE_CACHE)) for one in programs]
@@ -235,18 +234,25 @@ def compare(
     return dict(zip(policies, zip(results, sizes, strict=True), strict=True))
 
 
-def open_graph(model: str | Path, checkpoint: Path | None = None) -> Program:
+def open_graph(model: str | Path, checkpoint: Path | None = None, trace_timeout: float = TRACE_TIMEOUT) -> Program:
     """The rewritten graph of a compiled folder, or the float graph of a model."""
     folder = Path(model)
     if (folder / GRAPH).is_file():
         return load_program(folder / GRAPH)
-    source = open_source(folder, checkpoint)
-    return trace(source.model, source.checkpoint)
+    return open_source(folder, checkpoint, trace_timeout).program()
 
 
 def first_miss(verification: VerifyReport) -> str:
     """The first thing verification found, with its check."""
     return next(f"{check.name}: {check.misses[0]}" for check in verification.checks if check.misses)
+
+
+def _open(model: str | Path, options: CompileOptions, report: Reporter) -> Source:
+    """MODEL, opened; a model.py is run meanwhile."""
+    with report("open", 1, "model") as advance:
+        source = open_source(Path(model), _path(options.checkpoint), options.trace_timeout)
+        advance(1)
+    return source
 
 
 def _path(path: str | Path | None) -> Path | None:

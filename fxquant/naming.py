@@ -4,27 +4,25 @@ import re
 
 from torch import fx
 
-from fxquant.program import Program
 
-
-def name_nodes(program: Program) -> None:
-    """Rename calls and parameters of `program`; inputs keep their names, which users of the graph address."""
-    graph = program.graph.graph
-    program.names = {node.name for node in graph.nodes if node.op == "placeholder"}
+def name_nodes(graph: fx.Graph) -> set[str]:
+    """Rename calls and parameters; inputs keep their names, which users of the graph address. → names in use."""
+    names = {node.name for node in graph.nodes if node.op == "placeholder"}
     for node in graph.nodes:
         if node.op == "call_function":
-            rename(program, node, _call_name(node))
+            rename(names, node, _call_name(node))
         elif node.op == "get_attr":
-            rename(program, node, identifier(node.target))
+            rename(names, node, identifier(str(node.target)))
+    return names
 
 
-def rename(program: Program, node: fx.Node, name: str) -> None:
-    """Name `node` `name`, or `name_1`, `name_2`, … if that is taken."""
+def rename(names: set[str], node: fx.Node, name: str) -> None:
+    """Name `node` `name`, or `name_1`, `name_2`, … if that is taken; `names` are those in use."""
     candidate, count = name, 0
-    while candidate in program.names:
+    while candidate in names:
         count += 1
         candidate = f"{name}_{count}"
-    program.names.add(candidate)
+    names.add(candidate)
     node.name = candidate
 
 

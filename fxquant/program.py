@@ -83,9 +83,11 @@ def attach(root: nn.Module, target: str, tensor: torch.Tensor) -> None:
     """Make `root.<target>` a buffer, creating the modules on the way."""
     *path, name = target.split(".")
     for part in path:
-        if not isinstance(root._modules.get(part), nn.Module):
-            root.add_module(part, nn.Module())
-        root = root.get_submodule(part)
+        child = root._modules.get(part)
+        if child is None:
+            child = nn.Module()
+            root.add_module(part, child)
+        root = child
     root._buffers.pop(name, None)
     root.register_buffer(name, tensor)
 

@@ -4,23 +4,26 @@ import json
 import math
 import operator
 import re
+from collections.abc import Callable
 from keyword import iskeyword
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx, nn
 
+from fxquant import ops
 from fxquant.errors import FxquantError
 from fxquant.kinds import Kind
-from fxquant.meta import call_on_meta
 from fxquant.policy import Rule
 from fxquant.program import Parameter, Program, attach
 from fxquant.safetensors_file import DTYPES, NAMES
 from fxquant.schemes import ActivationRange, Recipe, Scheme
+from fxquant.shape_rules import ShapeRules
 
 FORMAT = 1
-NAMESPACES = ("fxq", "aten")
+NAMESPACES = (ops.linear.namespace, "aten")
 PYTHON = {name: getattr(operator, name) for name in ("getitem", "add", "sub", "mul", "floordiv", "mod", "neg")}
 SYMBOLS = {"batch": 1009, "sequence": 1013, "past": 1019, "total": 2032}
 """Sizes at which shapes are checked when a program is read back: no model has them, and total = past + sequence."""
@@ -53,23 +56,34 @@ def dump_program(program: Program) -> str:
 
 
 def load_program(path: Path) -> Program:
-    """Read what `save_program` wrote, and check every shape again. Raises FxquantError for anything else."""
+    """Read what `save_program` wrote, as `parse_program` does."""
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-        if document["format"] != FORMAT:
-            raise FxquantError(path, f"format {document['format']}.", "Compile again with this version.")
-        program = _program(document)
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise FxquantError(path, f"cannot be read: {error.strerror}.", "Name a folder that fxquant wrote.") from None
+    except UnicodeDecodeError as error:
+        raise FxquantError(path, f"not a program of fxquant: {error!r}.", "Compile again.") from None
+    return parse_program(text, path)
+
+
+def parse_program(text: str, path: object) -> Program:
+    """The program that `dump_program` wrote as `text`, every shape checked again; `path` is what an error names.
+
+    Raises FxquantError for anything else.
+    """
+    try:
+        document = json.loads(text)
+        if document["format"] != FORMAT:
+            raise FxquantError(path, f"format {document['format']}.", "Compile again with this version.")
+        return _program(document)
     except (LookupError, TypeError, ValueError, AttributeError, AssertionError, RuntimeError) as error:
         raise FxquantError(path, f"not a program of fxquant: {error!r}.", "Compile again.") from None
-    return program
 
 
 def _node(node: fx.Node) -> dict[str, Any]:
-    entry = {"name": node.name, "op": node.op, "target": _target(node), "args": _encode(node.args)}
+    entry = {"name": node.name, "op": node.op, "target": target_name(node), "args": encode(node.args)}
     if node.kwargs:
-        entry["kwargs"] = _encode(node.kwargs)
+        entry["kwargs"] = encode(node.kwargs)
     if node.op == "placeholder":
         value = node.meta["val"]
         entry |= {"dtype": str(value.dtype).removeprefix("torch."), "shape": input_shape(node)}
@@ -83,7 +97,8 @@ def input_shape(node: fx.Node) -> list[int | str]:
     return ["batch", second, *(int(size) for size in shape[2:])]
 
 
-def _target(node: fx.Node) -> str:
+def target_name(node: fx.Node) -> str:
+    """An operator as `library::name.overload`, a Python operator as `python::name`, another node's target as it is."""
     if node.op != "call_function":
         return str(node.target)
     if isinstance(node.target, torch._ops.OpOverload):
@@ -98,17 +113,18 @@ def _target(node: fx.Node) -> str:
     return f"python::{name}"
 
 
-def _encode(value: Any) -> Any:
+def encode(value: Any, refer: Callable[[fx.Node], str] = attrgetter("name")) -> Any:
+    """Arguments of a call as JSON; `refer` says how other nodes are named."""
     if isinstance(value, fx.Node):
-        return {"node": value.name}
+        return {"node": refer(value)}
     if isinstance(value, torch.dtype):
         return {"dtype": str(value).removeprefix("torch.")}
     if isinstance(value, float) and not math.isfinite(value):
         return {"float": str(value)}
     if isinstance(value, dict):
-        return {"map": {key: _encode(item) for key, item in value.items()}}
+        return {"map": {key: encode(item, refer) for key, item in value.items()}}
     if isinstance(value, list | tuple):
-        return [_encode(item) for item in value]
+        return [encode(item, refer) for item in value]
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise FxquantError(repr(value), f"an argument of type {type(value).__name__} cannot be stored.", "Simplify it.")
@@ -158,7 +174,7 @@ def _read_recipe(module: str, fields: dict[str, Any]) -> Recipe:
 
 def _program(document: dict[str, Any]) -> Program:
     _check_texts(document)
-    root = nn.Module()
+    root, rules = fx.GraphModule(nn.Module(), fx.Graph()), ShapeRules()
     for target, fields in document["parameters"].items():
         attach(root, target, torch.empty(fields["shape"], dtype=DTYPES[fields["dtype"]], device="meta"))
     graph, nodes = fx.Graph(), {}  # type: fx.Graph, dict[str, fx.Node]
@@ -167,10 +183,11 @@ def _program(document: dict[str, Any]) -> Program:
         node = graph.create_node(entry["op"], _read_target(entry), args, kwargs, name=entry["name"])
         node.name = entry["name"]
         node.meta = {"module": entry.get("module", ""), "block": entry.get("block", "")}
-        node.meta |= {"kind": Kind(entry.get("kind", Kind.OTHER)), "val": _value(entry, node, root)}
+        node.meta |= {"kind": Kind(entry.get("kind", Kind.OTHER)), "val": _value(entry, node, root, rules)}
         nodes[node.name] = node
+    root.graph = graph
     return Program(
-        graph=fx.GraphModule(root, graph),
+        graph=root,
         config=document["config"],
         dtype=DTYPES[document["dtype"]],
         parameters={
@@ -221,7 +238,7 @@ def _read_target(entry: dict[str, Any]) -> Any:
     return getattr(getattr(getattr(torch.ops, namespace), name), overload)
 
 
-def _value(entry: dict[str, Any], node: fx.Node, root: nn.Module) -> Any:
+def _value(entry: dict[str, Any], node: fx.Node, root: nn.Module, rules: ShapeRules) -> Any:
     if node.op == "placeholder":
         shape = [SYMBOLS[size] if isinstance(size, str) else size for size in entry["shape"]]
         return torch.empty(shape, dtype=getattr(torch, entry["dtype"]), device="meta")
@@ -229,5 +246,4 @@ def _value(entry: dict[str, Any], node: fx.Node, root: nn.Module) -> Any:
         return root.get_buffer(str(node.target))
     if node.op == "output":
         return None
-    values = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-    return call_on_meta(node.target, *values)
+    return rules.call(node.target, *fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"]))

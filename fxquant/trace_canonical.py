@@ -3,32 +3,75 @@
 from collections.abc import Callable
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from fxquant import ops
 from fxquant.errors import FxquantError
-from fxquant.program import Program
 
 ATEN = torch.ops.aten
 PLACEMENT = ("device", "layout", "pin_memory")
 """Arguments that say where a tensor lies: meta while tracing, and the caller's business afterwards."""
 
 
-def canonicalize(program: Program) -> None:
-    """Rewrite known aten calls, drop what does nothing in inference, and remove dead nodes."""
-    graph = program.graph.graph
+def canonicalize(graph: fx.Graph) -> None:
+    """Rewrite known aten calls, drop what does nothing in inference, and remove dead nodes.
+
+    Sizes are read from the first input that has them, each once; of two tensors that are added or multiplied, the one
+    made earlier comes first, a parameter last.
+    """
     for node in list(graph.nodes):
         if node.op == "call_function":
             node.kwargs = {key: value for key, value in node.kwargs.items() if key not in PLACEMENT}
         rewrite = REWRITES.get(node.target)
         if node.op == "call_function" and rewrite is not None:
             rewrite(graph, node)
+    _share_sizes(graph)
     graph.eliminate_dead_code(is_impure_node=_has_effect)
+    _order_operands(graph)
 
 
 def _has_effect(node: fx.Node) -> bool:
     """Inputs and outputs stay; shape assertions of torch.export go, the dialect's own verifier repeats them."""
     return node.op in ("placeholder", "output")
+
+
+def _share_sizes(graph: fx.Graph) -> None:
+    """Calls that give the same number become one, the first; torch.export takes sizes from any input that has them."""
+    sources: dict[str, tuple[fx.Node, int]] = {}
+    for node in graph.find_nodes(op="placeholder"):
+        for dimension, size in enumerate(node.meta["val"].shape):
+            if isinstance(size, torch.SymInt):
+                sources.setdefault(str(size), (node, dimension))
+    first: dict[str, fx.Node] = {}
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if node.op != "call_function" or not isinstance(value, torch.SymInt):
+            continue
+        if node.target == ATEN.sym_size.int:
+            node.args = sources.get(str(value), node.args)
+        same = first.setdefault(str(value), node)
+        if same is not node:
+            node.replace_all_uses_with(same)
+
+
+def _order_operands(graph: fx.Graph) -> None:
+    position = {node: index for index, node in enumerate(graph.nodes)}
+    for node in graph.nodes:
+        if node.target in COMMUTATIVE and not node.kwargs and all(map(_is_tensor, node.args)):
+            made = (argument for argument in node.args if argument.op != "get_attr")
+            held = (argument for argument in node.args if argument.op == "get_attr")
+            node.args = (*sorted(made, key=position.__getitem__), *sorted(held, key=lambda one: str(one.target)))
+
+
+def order_parameters(graph: fx.Graph) -> None:
+    """Parameters in front, in the order in which calls first read them, however the model lists them."""
+    read = dict.fromkeys(source for node in graph.nodes for source in node.all_input_nodes if source.op == "get_attr")
+    for node in reversed(read):
+        next(iter(graph.nodes)).prepend(node)
+
+
+def _is_tensor(argument: object) -> bool:
+    return isinstance(argument, fx.Node) and isinstance(argument.meta.get("val"), Tensor)
 
 
 def _replace(node: fx.Node, target: Callable, args: tuple) -> None:
@@ -71,3 +114,5 @@ REWRITES = {
     ATEN.alias.default: _identity,
     ATEN.clone.default: _identity,
 }
+COMMUTATIVE = (ATEN.add.Tensor, ATEN.mul.Tensor)
+"""a op b is b op a, bit for bit."""

@@ -10,6 +10,7 @@ from typing import Protocol
 import fxquant
 from fxquant.binding import Ledger
 from fxquant.errors import FxquantError
+from fxquant.frontend.source import Source
 from fxquant.lowering.ascend.writer import write_ascend
 from fxquant.lowering.description import DESCRIPTION, INDEX, description, engine_config, index, write_json
 from fxquant.lowering.layout import FileLayout, plan_files, stored_tensors
@@ -21,7 +22,6 @@ from fxquant.program import Program
 from fxquant.program_file import save_program
 from fxquant.progress import Reporter
 from fxquant.safetensors_file import read_header
-from fxquant.source import Source
 from fxquant.targets import Target
 
 COPIED_SUFFIXES = (".json", ".jinja", ".model")

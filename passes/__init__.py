@@ -30,4 +30,6 @@ def pipeline(assign: AssignSchemes, calibrate: Calibrate) -> list[Pass]:
 
 def run_passes(program: Program, passes: Sequence[Pass]) -> list[PassResult]:
     """Apply `passes` in order."""
-    return [one(program) for one in passes]
+    results = [one.apply(program) for one in passes]
+    program.graph.recompile()
+    return results

@@ -24,9 +24,10 @@ class AssignSchemes(Pass):
     mtp: tuple[str, ...] = ()
     name = "assign-schemes"
 
-    def __call__(self, program: Program) -> PassResult:
+    def apply(self, program: Program) -> PassResult:
         sites = list(linear_sites(program))
         weights = {str(site.weight.target) for site in sites}
+        biases = {str(site.bias.target) for site in sites if site.bias is not None}
         used: set[Rule] = set()
         for site in sites:
             rule = self._rule(site.module, kind_of(program, site), True)
@@ -36,8 +37,7 @@ class AssignSchemes(Pass):
                 program.recipes[site.module] = _recipe(program, site, rule)
         for target, parameter in program.parameters.items():
             if target not in weights:
-                linear = any(site.bias is not None and site.bias.target == target for site in sites)
-                rule = self._rule(parameter.module, parameter.kind, linear)
+                rule = self._rule(parameter.module, parameter.kind, target in biases)
                 used.add(rule)
                 program.rules.setdefault(parameter.module, rule)
         for module in self.mtp:

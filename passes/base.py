@@ -30,6 +30,13 @@ class Pass:
         raise TypeError(f"{type(self).__name__} does not say how it rewrites")
 
     def __call__(self, program: Program) -> PassResult:
+        """Apply the pass, and make the module's code that of its graph."""
+        result = self.apply(program)
+        program.graph.recompile()
+        return result
+
+    def apply(self, program: Program) -> PassResult:
+        """As a call, without the code: `run_passes` makes it once."""
         rewritten, kept = [], {}
         for node in list(program.graph.graph.nodes):
             reason = self.why_not(node, program)
@@ -41,5 +48,4 @@ class Pass:
         program.graph.graph.eliminate_dead_code()
         program.drop_unused_parameters()
         program.graph.graph.lint()
-        program.graph.recompile()
         return PassResult(self.name, tuple(rewritten), kept)

@@ -36,7 +36,7 @@ class Calibrate(Pass):
     report: Reporter = silent
     name = "calibrate"
 
-    def __call__(self, program: Program) -> PassResult:
+    def apply(self, program: Program) -> PassResult:
         inputs: dict[str, list[fx.Node]] = {}
         for site in linear_sites(program):
             recipe = program.recipes.get(site.module)

@@ -16,7 +16,7 @@ class CheckCoverage(Pass):
 
     name = "check-coverage"
 
-    def __call__(self, program: Program) -> PassResult:
+    def apply(self, program: Program) -> PassResult:
         made = {target for recipe in program.recipes.values() for target in made_parameters(recipe)}
         for module in program.recipes:
             if f"{module}.weight" not in program.parameters:

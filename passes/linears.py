@@ -11,6 +11,9 @@ from fxquant.program import Program
 
 PROJECTIONS = {"gate_proj": 3, "up_proj": 4, "down_proj": 5}
 """Argument positions of the stacked weights of `fxq::moe_experts`."""
+MAKE_FEATURES = {ops.swiglu, ops.mla_attention}
+MIX = {ops.linear, ops.moe_experts, ops.embedding}
+"""What is behind them is of no block any more."""
 
 
 @dataclass(frozen=True)
@@ -29,11 +32,19 @@ class LinearSite:
 
 
 def linear_sites(program: Program) -> Iterator[LinearSite]:
-    """Every linear whose weight is a parameter, in graph order."""
+    """Every linear whose weight is a parameter, in graph order.
+
+    It is row parallel when it reads features that its block made: going back from its input, an attention or a swiglu
+    comes before any other linear. Tensor parallelism splits such a linear along in_features.
+    """
+    made_by_block: set[fx.Node] = set()
     for node in program.graph.graph.nodes:
+        reads_features = not made_by_block.isdisjoint(node.all_input_nodes)
+        if node.target in MAKE_FEATURES or (reads_features and node.target not in MIX):
+            made_by_block.add(node)
         if node.target == ops.linear and is_parameter(node.args[1]):
             bias = node.args[2] if len(node.args) > 2 else None
-            yield LinearSite(node, node.args[1], bias, is_row_parallel(node))
+            yield LinearSite(node, node.args[1], bias, node.args[0] in made_by_block)
         elif node.target == ops.moe_experts:
             for name, position in PROJECTIONS.items():
                 yield LinearSite(node, node.args[position], None, name == "down_proj")
@@ -42,23 +53,6 @@ def linear_sites(program: Program) -> Iterator[LinearSite]:
 def is_parameter(value: object) -> bool:
     """Whether an argument is read from the weight file."""
     return isinstance(value, fx.Node) and value.op == "get_attr"
-
-
-def is_row_parallel(linear: fx.Node) -> bool:
-    """True when the linear reads features that its block made: walking up from its input, an attention or a swiglu
-    comes before any other linear. Tensor parallelism splits such a linear along in_features."""
-    made_by_block = {ops.swiglu, ops.mla_attention}
-    stops = {ops.linear, ops.moe_experts, ops.embedding}
-    frontier, seen = [linear.args[0]], set()
-    while frontier:
-        node = frontier.pop()
-        if not isinstance(node, fx.Node) or node in seen or node.target in stops:
-            continue
-        if node.target in made_by_block:
-            return True
-        seen.add(node)
-        frontier.extend(node.all_input_nodes)
-    return False
 
 
 def kind_of(program: Program, site: LinearSite) -> Kind:

@@ -13,12 +13,16 @@ from fxquant.passes.quantize_linear import quantize_per_token
 from fxquant.passes.surgery import Surgery
 from fxquant.program import Program
 from fxquant.schemes import Recipe, Scheme
+from fxquant.shape_rules import ShapeRules
 
 
 class QuantizeExperts(Pass):
     """Rewrites every `fxq::moe_experts` whose three projections have recipes."""
 
     name = "quantize-experts"
+
+    def __init__(self) -> None:
+        self._rules = ShapeRules()
 
     def why_not(self, node: fx.Node, program: Program) -> str | None:
         if node.target != ops.moe_experts:
@@ -27,7 +31,7 @@ class QuantizeExperts(Pass):
         return f"policy keeps {', '.join(missing)} in float" if missing else None
 
     def rewrite(self, node: fx.Node, program: Program) -> None:
-        surgery = Surgery(program, node)
+        surgery = Surgery(program, node, self._rules)
         x, ids, weights = node.args[:3]
         recipes = {name: program.recipes[_module(node, name)] for name in PROJECTIONS}
         count = len(recipes["gate_proj"].modules)

@@ -16,6 +16,7 @@ from fxquant.passes.linears import is_parameter
 from fxquant.passes.surgery import Surgery
 from fxquant.program import Program, input_node
 from fxquant.schemes import Recipe, Scheme
+from fxquant.shape_rules import ShapeRules
 
 
 class QuantizeLinear(Pass):
@@ -25,6 +26,7 @@ class QuantizeLinear(Pass):
 
     def __init__(self) -> None:
         self._per_token: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
+        self._rules = ShapeRules()
 
     def why_not(self, node: fx.Node, program: Program) -> str | None:
         if node.target != ops.linear:
@@ -36,7 +38,7 @@ class QuantizeLinear(Pass):
 
     def rewrite(self, node: fx.Node, program: Program) -> None:
         recipe = program.recipes[_module(node)]
-        surgery = Surgery(program, node)
+        surgery = Surgery(program, node, self._rules)
         static = recipe.scheme is Scheme.W8A8
         surgery.replace(_static(surgery, recipe) if static else self._dynamic(surgery, recipe))
 

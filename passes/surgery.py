@@ -11,13 +11,14 @@ from torch._guards import detect_fake_mode
 from fxquant.naming import identifier, rename
 from fxquant.program import Parameter, Program
 from fxquant.schemes import Recipe, tensor_specs
+from fxquant.shape_rules import ShapeRules
 
 
 class Surgery:
-    """Creates nodes in front of `site`, which lends them its module, kind and block."""
+    """Creates nodes in front of `site`, which lends them its module, kind and block; `rules` remember shapes."""
 
-    def __init__(self, program: Program, site: fx.Node) -> None:
-        self.program, self.site = program, site
+    def __init__(self, program: Program, site: fx.Node, rules: ShapeRules | None = None) -> None:
+        self.program, self.site, self.rules = program, site, rules or ShapeRules()
         self.graph = program.graph.graph
 
     def call(self, target: Any, args: Sequence[Any], name: str) -> fx.Node:
@@ -25,7 +26,7 @@ class Surgery:
         with self.graph.inserting_before(self.site):
             node = self.graph.create_node("call_function", target, tuple(args))
         values = fx.map_arg(node.args, lambda n: n.meta["val"])
-        return self._finish(node, name, target(*values))
+        return self._finish(node, name, self.rules.call(target, values))
 
     def outputs(self, node: fx.Node, names: Sequence[str]) -> list[fx.Node]:
         """One getitem for each output of a call that returns a tuple."""
@@ -44,11 +45,11 @@ class Surgery:
         for old in self.site.all_input_nodes:
             if old.op == "get_attr" and old.target == target:
                 self.program.names.discard(old.name)
-                rename(self.program, old, f"{old.name}_float")
+                rename(self.program.names, old, f"{old.name}_float")
         with self.graph.inserting_before(self.site):
             node = self.graph.create_node("get_attr", target)
         mode = detect_fake_mode([n.meta["val"] for n in self.site.all_input_nodes])
-        return self._finish(node, identifier(target), mode.from_tensor(tensor, static_shapes=True) if mode else tensor)
+        return self._finish(node, identifier(target), self.rules.fake(tensor, mode) if mode else tensor)
 
     def replace(self, node: fx.Node) -> None:
         """Let `node` take over the name and the users of the site, and erase the site."""
@@ -59,6 +60,6 @@ class Surgery:
         node.name = name
 
     def _finish(self, node: fx.Node, name: str, value: Any) -> fx.Node:
-        rename(self.program, node, name)
+        rename(self.program.names, node, name)
         node.meta |= {key: self.site.meta[key] for key in ("module", "kind", "block")} | {"val": value}
         return node

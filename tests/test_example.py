@@ -8,8 +8,9 @@ import torch
 
 import fxquant
 from fxquant import CompileOptions
-from fxquant.api import open_output, step_logits
+from fxquant.api import open_output
 from fxquant.execute import generate, prefill_inputs
+from fxquant.generation import step_logits
 from fxquant.lowering.verify.noise import logit_noise
 from fxquant.policy import shipped_policies
 from fxquant.targets import Target

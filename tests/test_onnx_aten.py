@@ -67,7 +67,7 @@ def expression_program() -> Program:
     arguments = (ids, torch.zeros(2, 8, dtype=torch.int64), ids.clone(), floats(2, 11, 6))
     graph = torch.export.export(Expressions(), arguments, dynamic_shapes=shapes, strict=False).graph
     program = Program(fx.GraphModule(nn.Module(), graph), {}, torch.float32)
-    canonicalize(program)
+    canonicalize(program.graph.graph)
     return program
 
 

@@ -10,9 +10,14 @@ from tiny import load_weights
 import fxquant
 from fxquant import CompileOptions
 from fxquant.api import open_graph, open_output
+from fxquant.checkpoint import open_checkpoint
+from fxquant.config import parse_config
 from fxquant.execute import execute, prefill_inputs
+from fxquant.frontend.build import build_model
+from fxquant.frontend.source import open_source
+from fxquant.frontend.user_file import open_user_file
+from fxquant.models import DeepseekV3
 from fxquant.printing import format_program
-from fxquant.source import open_source
 from fxquant.targets import Target
 from fxquant.trace import trace
 
@@ -73,13 +78,16 @@ def test_a_changed_block_changes_every_output(variant: str, tmp_path: Path, tiny
 
 @pytest.mark.parametrize("variant", sorted(VARIANTS))
 def test_its_float_graph_is_its_eager_forward(variant: str, tmp_path: Path, tiny_folder: Callable[..., Path]) -> None:
-    source = open_source(write_model(tmp_path, variant, VARIANTS[variant], tiny_folder()))
-    program = trace(source.model, source.checkpoint)
+    checkpoint = open_checkpoint(tiny_folder())
+    with open_user_file(write_model(tmp_path, variant, VARIANTS[variant], checkpoint.folder)) as file:
+        model = build_model(file, parse_config(checkpoint.config, file.path), "meta")
+    assert isinstance(model, DeepseekV3)
+    program = trace(model, checkpoint)
     ids = torch.arange(14).view(2, 7)
     inputs = prefill_inputs(program, ids)
     with torch.no_grad():
-        eager, _ = load_weights(source.model, source.checkpoint)(*inputs[:3], inputs[3:])
-    traced = execute(program, source.checkpoint.read, [inputs])[0][0]
+        eager, _ = load_weights(model, checkpoint)(*inputs[:3], inputs[3:])
+    traced = execute(program, checkpoint.read, [inputs])[0][0]
     assert torch.equal(traced, eager)  # the same operators on the same values
 
 
@@ -89,5 +97,5 @@ def test_float_policy_reproduces_the_float_graph(tmp_path: Path, tiny_folder: Ca
     program, read = open_output(out)
     source = open_source(model)
     inputs = prefill_inputs(program, torch.arange(14).view(2, 7))
-    float_graph = execute(trace(source.model, source.checkpoint), source.checkpoint.read, [inputs])[0]
+    float_graph = execute(source.program(), source.checkpoint.read, [inputs])[0]
     assert torch.equal(execute(program, read, [inputs])[0][0], float_graph[0])

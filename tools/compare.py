@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from fxquant.tools.compile_model import Model
+from fxquant.tools.compile_model import Model, TraceTimeout
 from fxquant.tools.console import console, print_json, reporter, size
 
 
@@ -18,6 +18,7 @@ def command(
     ] = None,
     calib: Annotated[Path | None, typer.Option(help="Calibration text, as for compile.")] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="Checkpoint for a model.py that names none.")] = None,
+    trace_timeout: TraceTimeout = 120.0,
     samples: Annotated[int, typer.Option(help="Pieces of text to score.", min=1)] = 64,
     length: Annotated[int, typer.Option(help="Tokens a piece.", min=2)] = 256,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON alone on stdout.")] = False,
@@ -27,7 +28,7 @@ def command(
     from fxquant.api import CompileOptions, compare
     from fxquant.policy import shipped_policies
 
-    options = CompileOptions(calib=calib, checkpoint=checkpoint)
+    options = CompileOptions(calib=calib, checkpoint=checkpoint, trace_timeout=trace_timeout)
     names = policy or shipped_policies()
     results = compare(model, names, text, options, samples, length, reporter(quiet or as_json))
     if as_json:

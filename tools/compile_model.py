@@ -23,6 +23,10 @@ PolicyName = Annotated[
     ),
 ]
 
+TraceTimeout = Annotated[
+    float, typer.Option(metavar="SECONDS", help="Longest a model.py may take to import, build and trace.", min=0.1)
+]
+
 
 def command(
     model: Model,
@@ -40,6 +44,7 @@ def command(
     calib_samples: Annotated[int, typer.Option(help="Batches to calibrate on.", min=1)] = 32,
     calib_length: Annotated[int, typer.Option(help="Tokens a batch of text.", min=2)] = 256,
     checkpoint: Annotated[Path | None, typer.Option(help="Checkpoint for a model.py that names none.")] = None,
+    trace_timeout: TraceTimeout = 120.0,
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file, such as 4GiB or 500MB.")] = "4GiB",
     kv_cache: Annotated[str, typer.Option(help="float: the one choice, see --kv-cache int8.")] = "float",
     verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Read everything back and compare.")] = True,
@@ -61,6 +66,7 @@ def command(
         calib_samples=calib_samples,
         calib_length=calib_length,
         checkpoint=checkpoint,
+        trace_timeout=trace_timeout,
         max_shard_size=parse_size(max_shard_size),
         force=force,
         verify=verify,
@@ -97,6 +103,8 @@ def as_document(report: "CompileReport") -> dict:
     """The report for scripts."""
     return {
         "out": str(report.out),
+        "way_in": report.way_in,
+        "structural_hash": report.structural_hash,
         "policy": report.policy.name,
         "target": report.target.value,
         "ledger": report.ledger.as_json()["totals"],
@@ -126,4 +134,5 @@ def print_report(report: "CompileReport", console: Console = console) -> None:
         console.print(verification_table(report.verification))
     written = sum(file.nbytes for file in report.output.files)
     console.print(f"[bold]{report.out}[/]  {size(written)} of weights, policy {report.policy.name}", highlight=False)
+    console.print(f"[dim]from a {report.way_in}, graph {report.structural_hash[:12]}[/]", highlight=False)
     console.print(f"[dim]read by {report.target.readers}[/]", highlight=False)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from fxquant.tools.compile_model import Model
+from fxquant.tools.compile_model import Model, TraceTimeout
 from fxquant.tools.console import console
 
 
@@ -15,10 +15,23 @@ def command(
         str | None, typer.Option(help="Only this block, such as model.layers.3; before and after are the ends.")
     ] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="Checkpoint for a model.py that names none.")] = None,
+    hash_only: Annotated[
+        bool, typer.Option("--hash", help="Only the structural hash: equal for graphs that compute the same.")
+    ] = False,
+    trace_timeout: TraceTimeout = 120.0,
 ) -> None:
     """Print the graph of a model, or the rewritten graph of a compiled folder, with shapes and parameter names."""
     from fxquant.api import open_graph
     from fxquant.printing import format_program
+    from fxquant.structure import structural_hash
 
-    for line in format_program(open_graph(model, checkpoint), block):
+    program = open_graph(model, checkpoint, trace_timeout)
+    if hash_only:
+        console.print(structural_hash(program), highlight=False)
+        return
+    for line in format_program(program, block):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+    if block is None:
+        calls = sum(node.op == "call_function" for node in program.graph.graph.nodes)
+        summary = f"{calls:,} calls, {len(program.parameters):,} parameters, structural hash {structural_hash(program)}"
+        console.print(f"[dim]{summary}[/]", highlight=False, soft_wrap=True)

@@ -57,7 +57,7 @@ class MLA(nn.Module):
 
     def __init__(self, config: DeepseekV3Config) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.softmax_scale = config, config.softmax_scale
         heads = config.num_attention_heads
         if config.q_lora_rank is None:
             self.q_proj = Linear(config.hidden_size, heads * config.qk_head_dim)
@@ -90,7 +90,7 @@ class MLA(nn.Module):
         c_kv, k_rope = present.split(widths, -1)
         context = ops.mla_attention(
             q, self.kv_b_proj(c_kv), k_rope, attention_mask, config.num_attention_heads, config.v_head_dim,
-            config.softmax_scale,
+            self.softmax_scale,
         )  # fmt: skip
         return self.o_proj(context), present
 
@@ -159,11 +159,16 @@ class DeepseekV3(nn.Module):
         return self.lm_head(x), presents
 
     def mtp_modules(self) -> tuple[str, ...]:
-        """Checkpoint paths of the multi-token prediction layers, which follow the decoder layers and are not traced."""
-        first, count = self.config.num_hidden_layers, self.config.num_nextn_predict_layers
-        return tuple(f"model.layers.{index}" for index in range(first, first + count))
+        """`mtp_paths` of its config."""
+        return mtp_paths(self.config)
 
     def empty_cache(self, batch: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
         """`past` of a first call."""
         width = self.config.kv_lora_rank + self.config.qk_rope_head_dim
         return [torch.empty(batch, 0, width, dtype=dtype) for _ in self.model.layers]
+
+
+def mtp_paths(config: DeepseekV3Config) -> tuple[str, ...]:
+    """Checkpoint paths of the multi-token prediction layers, which follow the decoder layers and are not traced."""
+    first, count = config.num_hidden_layers, config.num_nextn_predict_layers
+    return tuple(f"model.layers.{index}" for index in range(first, first + count))

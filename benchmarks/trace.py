@@ -1,0 +1,139 @@
+"""From a config to the rewritten graph, at full dimensions and growing depth: python benchmarks/trace.py
+
+Each measurement has a process of its own, so that imports count and peak memory is its own.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+STAGES = ("import", "build", "trace", "passes")
+COLUMNS = ("way in", "layers", *STAGES, "total", "nodes", "rewritten", "MiB", "ms/layer")
+POLICY = "deepseek_w4a8_dynamic"
+
+
+def fxquant_model(config: Any) -> Any:
+    """The project's own model."""
+    from fxquant.models import DeepseekV3
+
+    return DeepseekV3(config)
+
+
+WAYS: dict[str, Callable[[Any], Any]] = {"fxquant": fxquant_model}
+"""Way in → a function that builds the model of a DeepseekV3Config in the form that `trace` takes. It runs on the meta
+device, imports what it needs, and need not undo anything: its process ends after one measurement."""
+
+
+def main() -> None:
+    """Print seconds a stage, nodes and peak memory for each way in and depth, and what a further layer costs."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", type=Path, help="config.json of a checkpoint; default: the published sizes")
+    parser.add_argument("--layers", type=int, nargs="+", default=[4, 16, 61])
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--rounds", type=int, default=3, help="processes a line; the median of each stage is printed")
+    parser.add_argument("--json", action="store_true", help="print numbers instead of a table")
+    parser.add_argument("--measure", nargs=2, metavar=("WAY", "LAYERS"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.measure:
+        way, layers = options.measure
+        print(json.dumps(measure(way, int(layers), options.config)))
+        return
+    depths = sorted(options.layers)
+    lines = [line for way in options.ways for line in rows(way, depths, options.config, options.rounds)]
+    if options.json:
+        print(json.dumps(lines, indent=2))
+    else:
+        Console(width=100).print(table(lines))
+
+
+def rows(way: str, depths: list[int], config_file: Path | None, rounds: int) -> list[dict[str, Any]]:
+    """Medians for each depth; `ms/layer` is what trace and passes took for each layer more than in the row above."""
+    found: list[dict[str, Any]] = []
+    for layers in depths:
+        row = {"way in": way, "layers": layers} | medians([in_process(way, layers, config_file) for _ in range(rounds)])
+        if found:
+            seconds = sum(row[stage] - found[-1][stage] for stage in ("trace", "passes"))
+            row["ms/layer"] = 1000 * seconds / (layers - found[-1]["layers"])
+        found.append(row)
+    return found
+
+
+def measure(way: str, layers: int, config_file: Path | None) -> dict[str, float]:
+    """Seconds of each stage in this process, nodes of the float and of the rewritten graph, peak MiB."""
+    times = [time.perf_counter()]
+    import torch
+
+    from fxquant.checkpoint import Checkpoint
+    from fxquant.config import DeepseekV3Config, parse_config
+    from fxquant.passes import AssignSchemes, Calibrate, pipeline, run_passes
+    from fxquant.policy import load_policy
+    from fxquant.trace import trace
+
+    times.append(time.perf_counter())
+    given = json.loads(config_file.read_text()) if config_file else DeepseekV3Config().model_dump()
+    given = {key: value for key, value in given.items() if key != "quantization_config"} | {"num_hidden_layers": layers}
+    checkpoint, policy = Checkpoint(Path("benchmark"), given, {}), load_policy(POLICY)
+    with torch.device("meta"):
+        model = WAYS[way](parse_config(given, config_file))
+    times.append(time.perf_counter())
+    program = trace(model, checkpoint)
+    traced = len(program.graph.graph.nodes)
+    times.append(time.perf_counter())
+    run_passes(program, pipeline(AssignSchemes(policy), Calibrate(policy, checkpoint.read, lambda: [])))
+    times.append(time.perf_counter())
+    seconds = {stage: times[index + 1] - times[index] for index, stage in enumerate(STAGES)}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return seconds | {"nodes": traced, "rewritten": len(program.graph.graph.nodes), "MiB": peak}
+
+
+def in_process(way: str, layers: int, config_file: Path | None) -> dict[str, float]:
+    """What `measure` gives in a process of its own."""
+    config = ["--config", str(config_file)] if config_file else []
+    command = [sys.executable, __file__, *config, "--measure", way, str(layers)]
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+
+
+def medians(rounds: list[dict[str, float]]) -> dict[str, float]:
+    """The median of each number, and the sum of the stages'."""
+    found = {key: statistics.median(one[key] for one in rounds) for key in rounds[0]}
+    return found | {"total": sum(found[stage] for stage in STAGES)}
+
+
+def table(lines: list[dict[str, Any]]) -> Table:
+    """One row a line."""
+    shown = Table(title=f"config → {POLICY}, seconds", caption=linearity(lines))
+    for column in COLUMNS:
+        shown.add_column(column, justify="left" if column == "way in" else "right")
+    for line in lines:
+        shown.add_row(*(cell(column, line.get(column, "")) for column in COLUMNS))
+    return shown
+
+
+def cell(column: str, value: Any) -> str:
+    """A number with two digits if it is seconds, else without."""
+    if isinstance(value, str):
+        return value
+    return f"{value:.2f}" if column in (*STAGES, "total") else f"{value:.0f}"
+
+
+def linearity(lines: list[dict[str, Any]]) -> str:
+    """What the deepest layers cost in terms of the first ones, for each way in: one where the cost is linear."""
+    costs: dict[str, list[float]] = {}
+    for line in lines:
+        costs.setdefault(line["way in"], []).extend([line["ms/layer"]] if "ms/layer" in line else [])
+    ratios = [f"{way} {cost[-1] / cost[0]:.2f}" for way, cost in costs.items() if len(cost) > 1]
+    return "ms/layer, last row / first: " + ", ".join(ratios) if ratios else ""
+
+
+if __name__ == "__main__":
+    main()

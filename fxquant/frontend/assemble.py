@@ -1,0 +1,41 @@
+"""Our modules put together from parts that exist already."""
+
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from fxquant.errors import FxquantError
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def assemble(cls: type[Module], **parts: Any) -> Module:
+    """An instance of `cls` with these attributes in place of what its constructor would make."""
+    module = cls.__new__(cls)
+    nn.Module.__init__(module)
+    for name, part in parts.items():
+        setattr(module, name, part)
+    return module
+
+
+def fetch(module: nn.Module, path: str) -> Any:
+    """The attribute at dotted `path`; raises FxquantError where the module has none."""
+    found: Any = module
+    for name in path.split("."):
+        if not hasattr(found, name):
+            fact = f"an adapter looks for {path!r}, and there is no {name!r}."
+            names = sorted({*module._modules, *module._parameters, *module._buffers})
+            raise FxquantError(type(module).__name__, fact, f"It has: {', '.join(names)}. Name the right one.")
+        found = getattr(found, name)
+    return found
+
+
+def parameter(tensor: Tensor) -> nn.Parameter:
+    """`tensor` as a float32 parameter, sharing memory where it is float32 already."""
+    return nn.Parameter(tensor.detach().to(torch.float32), requires_grad=False)
+
+
+def optional_parameter(tensor: Tensor | None) -> nn.Parameter | None:
+    """As `parameter`, for a bias that may be absent."""
+    return None if tensor is None else parameter(tensor)

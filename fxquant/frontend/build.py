@@ -1,0 +1,92 @@
+"""A model.py → the float program, in this process."""
+
+import inspect
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from fxquant.checkpoint import Checkpoint, open_checkpoint
+from fxquant.config import DeepseekV3Config, parse_config
+from fxquant.errors import FxquantError
+from fxquant.frontend.adapt import adapted
+from fxquant.frontend.child import Traced
+from fxquant.frontend.families import FAMILIES, family_of
+from fxquant.frontend.probe import probe
+from fxquant.frontend.user_file import UserFile, open_user_file, remedy, where
+from fxquant.models import DeepseekV3
+from fxquant.program import Program
+from fxquant.program_file import dump_program
+from fxquant.trace import trace
+from fxquant.trace_inputs import declared_inputs
+
+CANONICAL = ("input_ids", "attention_mask", "position_ids", "past")
+
+
+@dataclass(frozen=True)
+class Built:
+    """The float program, the way the model came in, and whether a small copy of it was run."""
+
+    program: Program
+    family: str
+    probed: bool
+
+
+def trace_file(path: Path, checkpoint: Path | None = None) -> Traced:
+    """Import `path`, open the checkpoint it names or `checkpoint`, and trace its model."""
+    with open_user_file(path) as file:
+        opened = open_checkpoint(checkpoint or checkpoint_folder(file))
+        built = build_program(file, opened)
+    way_in = f"model.py, {built.family}" + ("" if built.probed or built.family == "fxquant" else ", not checked")
+    return Traced(dump_program(built.program), opened.folder, file.policy, way_in)
+
+
+def checkpoint_folder(file: UserFile) -> Path:
+    """The folder that the file names, relative to it."""
+    if file.checkpoint is None:
+        raise FxquantError(file.path, "names no CHECKPOINT.", "Set CHECKPOINT in the file or pass --checkpoint DIR.")
+    folder = file.path.parent / file.checkpoint
+    if not folder.is_dir():
+        raise FxquantError(file.path, f"CHECKPOINT {file.checkpoint!r} is not a folder.", "It is relative to the file.")
+    return folder
+
+
+def build_program(file: UserFile, checkpoint: Checkpoint) -> Built:
+    """Build on meta, check a small copy, adapt and trace. Raises FxquantError for all that the file does wrong."""
+    config = parse_config(checkpoint.config, checkpoint.folder / "config.json")
+    model = build_model(file, config, "meta")
+    family = family_of(model)
+    needed = family is not None or bool(file.leaves)
+    probed = needed and probe(file, config, lambda small, device: build_model(file, small, device))
+    with adapted(model, config, file.leaves) as root:
+        inputs = file.example_inputs and declared_inputs(root, file.example_inputs, file.dynamic_shapes)
+        program = trace(root, checkpoint, inputs, file.checkpoint_names)
+    return Built(program, family.name if family else "fxquant", probed)
+
+
+def build_model(file: UserFile, config: DeepseekV3Config, device: str) -> nn.Module:
+    """The file's model on `device`, in inference mode; raises FxquantError for what is none of DeepSeek-V3's."""
+    try:
+        with torch.device(device), torch.random.fork_rng(devices=[]):
+            model = file.build(config)
+    except FxquantError:
+        raise
+    except Exception as error:
+        raise FxquantError(file.path, f"build_model failed: {where(error, file.path)}", remedy(error)) from error
+    if not isinstance(model, nn.Module):
+        fact = f"build_model gave a {type(model).__name__}."
+        raise FxquantError(file.path, fact, "Return a torch.nn.Module.")
+    _check_root(file, model)
+    return model.eval()
+
+
+def _check_root(file: UserFile, model: nn.Module) -> None:
+    if isinstance(model, DeepseekV3) or family_of(model) is not None:
+        return
+    parameters = tuple(inspect.signature(model.forward).parameters)
+    if parameters != CANONICAL:
+        known = ", ".join(dict.fromkeys(family.root for family in FAMILIES))
+        fact = f"build_model gave a {type(model).__name__}, whose forward takes {', '.join(parameters) or 'nothing'}."
+        way_out = f"Return a DeepSeek-V3: fxquant.models.DeepseekV3, {known}, or a module whose forward takes "
+        raise FxquantError(file.path, fact, way_out + ", ".join(CANONICAL) + ".")

@@ -1,0 +1,64 @@
+"""MODEL, as a user names it, to a float program and its checkpoint."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fxquant.checkpoint import Checkpoint, open_checkpoint
+from fxquant.config import DeepseekV3Config, parse_config
+from fxquant.errors import FxquantError
+from fxquant.frontend.child import trace_in_child
+from fxquant.models import DeepseekV3
+from fxquant.program import Program
+from fxquant.program_file import parse_program
+from fxquant.trace import trace
+
+TRACE_TIMEOUT = 120.0
+"""Seconds that a model.py may take to import, build and trace."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model without weights, the checkpoint that has them, and the policy its file names, if any.
+
+    program  a fresh copy of the float program at each call
+    way_in   the kind of source, as a report shows it
+    """
+
+    path: Path
+    checkpoint: Checkpoint
+    config: DeepseekV3Config
+    program: Callable[[], Program]
+    policy: str | None = None
+    way_in: str = "Hugging Face folder"
+
+    @property
+    def name(self) -> str:
+        """Short name for default output folders."""
+        return self.checkpoint.folder.resolve().name
+
+
+def open_source(path: Path, checkpoint: Path | None = None, timeout: float = TRACE_TIMEOUT) -> Source:
+    """Open a checkpoint folder or a `model.py`. `checkpoint` overrides the folder that the file names.
+
+    A folder runs no code. A `model.py` is imported, built and traced in a process of its own, which is ended after
+    `timeout` seconds; only its graph, as text, comes back.
+    """
+    if path.is_dir():
+        opened = open_checkpoint(path)
+        config = parse_config(opened.config, path / "config.json")
+        return Source(path, opened, config, lambda: trace(_on_meta(config), opened))
+    if path.suffix != ".py" or not path.is_file():
+        fact = "no such file or folder." if not path.exists() else "neither a folder nor a .py file."
+        raise FxquantError(path, fact, "Name a Hugging Face checkpoint folder or a model.py.")
+    traced = trace_in_child(path, checkpoint, timeout)
+    opened = open_checkpoint(traced.checkpoint)
+    config = parse_config(opened.config, traced.checkpoint / "config.json")
+    return Source(path, opened, config, lambda: parse_program(traced.program, path), traced.policy, traced.way_in)
+
+
+def _on_meta(config: DeepseekV3Config) -> DeepseekV3:
+    with torch.device("meta"):
+        return DeepseekV3(config)

@@ -1,0 +1,161 @@
+"""A `model.py`: imported, and what it defines checked against the contract of docs/model-file.md."""
+
+import ast
+import dataclasses
+import importlib.util
+import inspect
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxquant.config import DeepseekV3Config, hf_to_model_args
+from fxquant.errors import FxquantError
+from fxquant.frontend.adapt import Leaves
+from fxquant.frontend.stubs import accelerator_stubs
+
+CONTRACT = "A model.py defines build_model(config) and may name its CHECKPOINT folder; see docs/model-file.md."
+CUDA = "The file runs on the meta device, on machines without an accelerator: leave devices to whoever runs the model."
+
+
+@dataclass(frozen=True)
+class UserFile:
+    """What a model.py defines.
+
+    build             (config) → the model, on the device of the caller's `torch.device` context
+    takes_config      whether its sizes can be asked for
+    leaves            module class → adapter
+    checkpoint_names  path of a parameter in the model → its name in the checkpoint
+    example_inputs    (model, phase) → (args, kwargs) to trace with; dynamic_shapes: (phase) → their dynamic sizes
+    """
+
+    path: Path
+    build: Callable[[DeepseekV3Config], nn.Module]
+    takes_config: bool
+    checkpoint: str | None
+    policy: str | None
+    leaves: Leaves
+    checkpoint_names: Callable[[str], str] | None
+    example_inputs: Callable[..., Any] | None
+    dynamic_shapes: Callable[..., Any] | None
+
+
+@contextmanager
+def open_user_file(path: Path) -> Iterator[UserFile]:
+    """Import `path`. Within the context it may import files that lie beside it.
+
+    Raises FxquantError for a file that cannot be imported or does not keep the contract.
+    """
+    folder = str(path.parent.resolve())
+    sys.path.insert(0, folder)
+    try:
+        yield _read(path)
+    finally:
+        sys.path.remove(folder)
+        sys.modules.pop(_module_name(path), None)
+
+
+def _read(path: Path) -> UserFile:
+    bare = "build_model" not in _top_names(path) and "model" in _top_names(path)
+    with torch.device("meta") if bare else nullcontext():
+        module = _import(path)
+    build, takes_config = _builder(path, module)
+    policy, names = getattr(module, "POLICY", None), getattr(module, "checkpoint_names", None)
+    if isinstance(policy, str) and policy.endswith((".yaml", ".yml")):
+        policy = str(path.parent / policy)
+    return UserFile(
+        path, build, takes_config, _text(path, module, "CHECKPOINT"), policy, _leaves(path, module),
+        names.__getitem__ if isinstance(names, dict) else names,
+        getattr(module, "example_inputs", None), getattr(module, "dynamic_shapes", None),
+    )  # fmt: skip
+
+
+def _top_names(path: Path) -> set[str]:
+    """Names that the file defines or imports at its top level."""
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (SyntaxError, ValueError):
+        return set()  # the import says it better
+    names = set()
+    for statement in tree.body:
+        if isinstance(statement, ast.FunctionDef | ast.ClassDef):
+            names.add(statement.name)
+        elif isinstance(statement, ast.Assign):
+            names |= {target.id for target in statement.targets if isinstance(target, ast.Name)}
+        elif isinstance(statement, ast.Import | ast.ImportFrom):
+            names |= {alias.asname or alias.name for alias in statement.names}
+    return names
+
+
+def _module_name(path: Path) -> str:
+    return f"fxquant_user_{path.stem}"
+
+
+def _import(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(_module_name(path), path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look for the module of their annotations
+    try:
+        with accelerator_stubs(path.parent):
+            spec.loader.exec_module(module)
+    except FxquantError:
+        raise
+    except Exception as error:
+        raise FxquantError(path, f"cannot be imported: {where(error, path)}", remedy(error)) from error
+    return module
+
+
+def _builder(path: Path, module: ModuleType) -> tuple[Callable[[DeepseekV3Config], nn.Module], bool]:
+    build = getattr(module, "build_model", None)
+    if callable(build):
+        takes_config = bool(inspect.signature(build).parameters)
+        return (build if takes_config else lambda config: build()), takes_config
+    if isinstance(getattr(module, "model", None), nn.Module):
+        return lambda config: _import(path).model, False
+    if hasattr(module, "Transformer") and dataclasses.is_dataclass(getattr(module, "ModelArgs", None)):
+        return lambda config: _deepseek_model(module, config), True
+    raise FxquantError(path, "defines no build_model.", CONTRACT)
+
+
+def _deepseek_model(module: ModuleType, config: DeepseekV3Config) -> nn.Module:
+    """DeepSeek's inference/model.py as it is: its Transformer with the checkpoint's sizes."""
+    known = {field.name for field in dataclasses.fields(module.ModelArgs)}
+    return module.Transformer(module.ModelArgs(**{k: v for k, v in hf_to_model_args(config).items() if k in known}))
+
+
+def _text(path: Path, module: ModuleType, name: str) -> str | None:
+    value = getattr(module, name, None)
+    return None if value is None else str(value)
+
+
+def _leaves(path: Path, module: ModuleType) -> Leaves:
+    leaves = getattr(module, "LEAVES", {})
+    sound = isinstance(leaves, dict) and all(
+        isinstance(cls, type) and issubclass(cls, nn.Module) and callable(adapter) for cls, adapter in leaves.items()
+    )
+    if not sound:
+        raise FxquantError(path, "LEAVES does not map module classes to adapters.", "See docs/model-file.md, LEAVES.")
+    return leaves
+
+
+def where(error: BaseException, path: Path) -> str:
+    """The error in one line, with the user's own line of code where there is one."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if Path(frame.filename).resolve() == path.resolve()]
+    line = f" (line {own[-1].lineno}: {own[-1].line})" if own else ""
+    message = str(error).strip().split("\n")[0]
+    return f"{type(error).__name__}: {message}{line}."
+
+
+def remedy(error: BaseException) -> str:
+    """What to do about an error in the user's file."""
+    cuda = "CUDA" in str(error) or "NVIDIA" in str(error)
+    return CUDA if cuda else CONTRACT

@@ -1,0 +1,49 @@
+"""The parameters of a traced graph: a tensor on meta for each, and the checkpoint tensors behind it."""
+
+from collections.abc import Callable
+
+import torch
+from torch import fx, nn
+
+from fxquant.models.layers import RoutedExperts
+from fxquant.program import Parameter, attach
+from fxquant.trace_annotate import kinds
+from fxquant.trace_calls import model_state
+
+Names = Callable[[str], str]
+"""Path of a parameter in the model → its name in the checkpoint."""
+
+
+def attach_parameters(
+    root: fx.GraphModule, graph: fx.Graph, model: nn.Module, checkpoint_name: Names | None = None
+) -> dict[str, Parameter]:
+    """Give `root` what the graph reads. Targets, and the modules of calls, take the names of the checkpoint."""
+    modules, state = dict(model.named_modules(remove_duplicate=False)), model_state(model)
+    kind, renamed = kinds(modules), {}  # type: Callable, dict[str, str]
+    parameters: dict[str, Parameter] = {}
+    for node in graph.find_nodes(op="get_attr"):
+        path = node.target
+        holder, _, name = path.rpartition(".")
+        owner = modules[holder]
+        if isinstance(owner, RoutedExperts):
+            names = tuple(map(checkpoint_name or str, owner.checkpoint_names(holder, name)))
+            stack = _stack_path(names) if checkpoint_name else path
+            node.target, parameter = f"{stack}.weight", Parameter(names, stack, kind(holder), stacked=True)
+            renamed[holder] = stack.rpartition(".")[0]
+        else:
+            node.target = checkpoint_name(path) if checkpoint_name else path
+            renamed[holder] = node.target.rpartition(".")[0]
+            parameter = Parameter((node.target,), renamed[holder], kind(holder))
+        attach(root, node.target, torch.empty_like(state[path], device="meta"))
+        parameters[node.target] = parameter
+    for node in graph.nodes:
+        node.meta["module"] = renamed.get(node.meta.get("module", ""), node.meta.get("module", ""))
+    return parameters
+
+
+def _stack_path(names: tuple[str, ...]) -> str:
+    """`layer.experts.gate_proj` for `layer.experts.0.gate_proj.weight`, `layer.experts.1.…`: what they share."""
+    first, last = names[0].split(".")[:-1], names[-1].split(".")[:-1]
+    if first == last:
+        return ".".join(part for part in first if not part.isdigit())
+    return ".".join(one for one, other in zip(first, last, strict=True) if one == other)

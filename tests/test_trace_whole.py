@@ -1,0 +1,255 @@
+"""Layers that depend on more than the one before are traced whole, or refused as they would be alone."""
+
+import re
+from types import MethodType
+
+import pytest
+import torch
+from stamps import LAYERS, Build, Indexed, NoCacheInLast, Traces, decoder, of, same
+from test_trace_subclasses import (
+    ByDecode,
+    ConstantInForward,
+    ConstantInInit,
+    InPlace,
+    InPlaceOnAView,
+)
+from torch import Tensor
+
+from fxquant import ops
+from fxquant.config import DeepseekV3Config
+from fxquant.models import DecoderLayer, DeepseekV3
+from fxquant.models.deepseek_v3 import Decoder
+from fxquant.program import Program
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def traces(monkeypatch: pytest.MonkeyPatch) -> Traces:
+    return Traces(monkeypatch)
+
+
+# what is traced whole
+
+
+class ScaledByIndex(Indexed):
+    def forward(self, x: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
+        return super().forward(x * (1 + self.index), *rest)
+
+
+def shared_module(config: DeepseekV3Config) -> DeepseekV3:
+    """All attentions are one."""
+    model = DeepseekV3(config)
+    for layer in model.model.layers:
+        layer.self_attn = model.model.layers[0].self_attn
+    return model
+
+
+def shared_parameter(config: DeepseekV3Config) -> DeepseekV3:
+    model = DeepseekV3(config)
+    for layer in model.model.layers:
+        layer.input_layernorm.weight = model.model.layers[1].input_layernorm.weight
+    return model
+
+
+def foreign_parameter(config: DeepseekV3Config) -> DeepseekV3:
+    """Each norm multiplies by the weight of layer 0's, too."""
+    model = DeepseekV3(config)
+    first = model.model.layers[0].input_layernorm
+    for layer in model.model.layers:
+        norm = layer.input_layernorm
+        norm.forward = MethodType(lambda self, x: type(self).forward(self, x) * first.weight, norm)
+    return model
+
+
+class Decoding(Decoder):
+    """As its base; what a forward does with layers is given by `run`."""
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: list[Tensor]
+    ) -> tuple[Tensor, list[Tensor]]:
+        cos, sin = ops.rope_table(position_ids, self.inv_freq, self.attention_factor)
+        x, presents = self.run(self.embed_tokens(input_ids), past, (cos, sin, attention_mask))
+        return self.norm(x), presents
+
+    def run(self, x: Tensor, past: list[Tensor], rest: tuple[Tensor, ...]) -> tuple[Tensor, list[Tensor]]:
+        presents = []
+        for layer, cache in zip(self.layers, past, strict=True):
+            x, present = layer(x, *rest, cache)
+            presents.append(present)
+        return x, presents
+
+
+class LastTwice(Decoding):
+    def run(self, x: Tensor, past: list[Tensor], rest: tuple[Tensor, ...]) -> tuple[Tensor, list[Tensor]]:
+        x, presents = super().run(x, past, rest)
+        return self.layers[-1](x, *rest, past[-1])[0], presents
+
+
+class SkipsOne(Decoding):
+    def run(self, x: Tensor, past: list[Tensor], rest: tuple[Tensor, ...]) -> tuple[Tensor, list[Tensor]]:
+        presents = []
+        for index, (layer, cache) in enumerate(zip(self.layers, past, strict=True)):
+            y, present = layer(x, *rest, cache) if index != 2 else (x, cache + 0)
+            x = y
+            presents.append(present)
+        return x, presents
+
+
+class SkipsItsResult(Decoding):
+    """Layer 3 reads what layer 1 made."""
+
+    def run(self, x: Tensor, past: list[Tensor], rest: tuple[Tensor, ...]) -> tuple[Tensor, list[Tensor]]:
+        made, presents = [x], []
+        for index, (layer, cache) in enumerate(zip(self.layers, past, strict=True)):
+            x, present = layer(made[-2 if index == 3 else -1], *rest, cache)
+            made.append(x)
+            presents.append(present)
+        return x, presents
+
+
+class Between(Decoding):
+    def run(self, x: Tensor, past: list[Tensor], rest: tuple[Tensor, ...]) -> tuple[Tensor, list[Tensor]]:
+        presents = []
+        for layer, cache in zip(self.layers, past, strict=True):
+            x, present = layer(x * 2, *rest, cache)
+            presents.append(present)
+        return x, presents
+
+
+class ByDepth(Decoding):
+    def run(self, x: Tensor, past: list[Tensor], rest: tuple[Tensor, ...]) -> tuple[Tensor, list[Tensor]]:
+        x, presents = super().run(x, past, rest)
+        return x / len(self.layers), presents
+
+
+class ForItsDepth(Decoding):
+    def run(self, x: Tensor, past: list[Tensor], rest: tuple[Tensor, ...]) -> tuple[Tensor, list[Tensor]]:
+        x, presents = super().run(x, past, rest)
+        return x + presents[LAYERS - 1].mean(), presents
+
+
+class ReadsFirstCache(Decoding):
+    def run(self, x: Tensor, past: list[Tensor], rest: tuple[Tensor, ...]) -> tuple[Tensor, list[Tensor]]:
+        presents = []
+        for layer in self.layers:
+            x, present = layer(x, *rest, past[0])
+            presents.append(present)
+        return x, presents
+
+
+class OtherOrder(Decoding):
+    def run(self, x: Tensor, past: list[Tensor], rest: tuple[Tensor, ...]) -> tuple[Tensor, list[Tensor]]:
+        x, presents = super().run(x, past, rest)
+        return x, [presents[1], presents[0], *presents[2:]]
+
+
+class CarriesTwo(Decoding):
+    """Layers hand on two tensors."""
+
+    def run(self, x: Tensor, past: list[Tensor], rest: tuple[Tensor, ...]) -> tuple[Tensor, list[Tensor]]:
+        presents, residual = [], x
+        for layer, cache in zip(self.layers, past, strict=True):
+            x, residual, present = layer(x, residual, *rest, cache)
+            presents.append(present)
+        return x + residual, presents
+
+
+class TwoStreams(DecoderLayer):
+    def forward(self, x: Tensor, residual: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        attended, present = self.self_attn(self.input_layernorm(x + residual), *rest)
+        residual = residual + attended
+        return self.mlp(self.post_attention_layernorm(residual)), residual, present
+
+
+class AddsInPlace(DecoderLayer):
+    """The tensor that comes in is the one that goes out."""
+
+    def forward(self, x: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
+        y, present = super().forward(x, *rest)
+        x += y
+        return x, present
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        of(ScaledByIndex),
+        of(InPlace),
+        of(InPlaceOnAView),
+        of(AddsInPlace),
+        shared_module,
+        shared_parameter,
+        foreign_parameter,
+        decoder(LastTwice),
+        decoder(SkipsOne),
+        decoder(SkipsItsResult),
+        decoder(Between),
+        decoder(ByDepth),
+        decoder(ForItsDepth),
+        decoder(ReadsFirstCache),
+        decoder(CarriesTwo, TwoStreams),
+        decoder(NoCacheInLast),
+    ],
+)
+def test_layers_that_depend_on_more_are_traced_whole(build: Build, traces: Traces) -> None:
+    stamped, whole = traces.both(build)
+    assert traces.depths[-1] == LAYERS
+    assert isinstance(stamped, Program) and same(stamped, whole)
+
+
+def test_outputs_may_be_in_any_order(traces: Traces) -> None:
+    stamped, whole = traces.both(decoder(OtherOrder))
+    assert isinstance(stamped, Program) and same(stamped, whole)
+
+
+# what is refused
+
+
+class LongInOne(Indexed):
+    """One layer has a branch that no run takes."""
+
+    def forward(self, x: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
+        return super().forward(x * 2 if self.index == 4 and x.shape[1] > 5000 else x, *rest)
+
+
+class ByDecodeInOne(Indexed):
+    def forward(self, x: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
+        return super().forward(x * 2 if self.index == 4 and x.shape[1] == 1 else x, *rest)
+
+
+class ReadsAValueInOne(Indexed):
+    def forward(self, x: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
+        return super().forward(x * rest[2].sum().item() if self.index == 4 else x, *rest)
+
+
+class ConstantInOne(Indexed):
+    def forward(self, x: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
+        return super().forward(x * torch.tensor(2.0) if self.index == 4 else x, *rest)
+
+
+class WritesInOne(Indexed):
+    def forward(self, x: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
+        if self.index == 4:
+            rest[3].mul_(0.5)
+        return super().forward(x, *rest)
+
+
+@pytest.mark.parametrize(
+    ("layer", "fact"),
+    [
+        (ByDecode, "another path"),
+        (ConstantInForward, "model.layers.0.*constant tensor"),
+        (ConstantInInit, "model.layers.0.factor: a constant tensor"),
+        (LongInOne, "cannot be traced"),
+        (ByDecodeInOne, "another path"),
+        (ReadsAValueInOne, "cannot be traced"),
+        (ConstantInOne, "model.layers.4.*constant tensor"),
+        (WritesInOne, "writes into"),
+    ],
+)
+def test_what_the_whole_trace_refuses_is_refused(layer: type[DecoderLayer], fact: str, traces: Traces) -> None:
+    stamped, whole = traces.both(of(layer))
+    assert isinstance(stamped, str) and isinstance(whole, str)
+    assert stamped == whole
+    assert re.search(fact, stamped)
