@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,27 @@ def fxquant_model(config: Any) -> Any:
     return DeepseekV3(config)
 
 
-WAYS: dict[str, Callable[[Any], Any]] = {"fxquant": fxquant_model}
+def model_file(name: str) -> Callable[[Any], Any]:
+    """A model.py of the tests, adapted; checking a small copy of it is not part of what is measured."""
+
+    def build(config: Any) -> Any:
+        from fxquant.frontend.adapt import adapted
+        from fxquant.frontend.build import build_model
+        from fxquant.frontend.user_file import open_user_file
+
+        file = OPEN.enter_context(open_user_file(FILES / name))
+        return OPEN.enter_context(adapted(build_model(file, config, "meta"), config, file.leaves))
+
+    return build
+
+
+FILES, OPEN = Path(__file__).parents[1] / "tests" / "model_files", ExitStack()
+WAYS: dict[str, Callable[[Any], Any]] = {
+    "fxquant": fxquant_model,
+    "transformers": model_file("hugging_face.py"),
+    "DeepSeek": model_file("deepseek_style.py"),
+    "LEAVES": model_file("researcher.py"),
+}
 """Way in → a function that builds the model of a DeepseekV3Config in the form that `trace` takes. It runs on the meta
 device, imports what it needs, and need not undo anything: its process ends after one measurement."""
 
@@ -46,14 +67,15 @@ def main() -> None:
     options = parser.parse_args()
     if options.measure:
         way, layers = options.measure
-        print(json.dumps(measure(way, int(layers), options.config)))
+        with OPEN:
+            print(json.dumps(measure(way, int(layers), options.config)))
         return
     depths = sorted(options.layers)
     lines = [line for way in options.ways for line in rows(way, depths, options.config, options.rounds)]
     if options.json:
         print(json.dumps(lines, indent=2))
     else:
-        Console(width=100).print(table(lines))
+        Console(width=110).print(table(lines))
 
 
 def rows(way: str, depths: list[int], config_file: Path | None, rounds: int) -> list[dict[str, Any]]:
@@ -77,7 +99,7 @@ def measure(way: str, layers: int, config_file: Path | None) -> dict[str, float]
     from fxquant.config import DeepseekV3Config, parse_config
     from fxquant.passes import AssignSchemes, Calibrate, pipeline, run_passes
     from fxquant.policy import load_policy
-    from fxquant.trace import trace
+    from fxquant.tracing import trace
 
     times.append(time.perf_counter())
     given = json.loads(config_file.read_text()) if config_file else DeepseekV3Config().model_dump()

@@ -19,7 +19,7 @@ from fxquant.models import DecoderLayer
 from fxquant.passes import AssignSchemes, Calibrate, pipeline, run_passes
 from fxquant.policy import load_policy
 from fxquant.program import Program
-from fxquant.trace import trace
+from fxquant.tracing import trace
 from fxquant.weights import Cached, Read, RecipeReader, load, make_module
 
 WEIGHTS = "quant_model_weight_w8a8.safetensors"

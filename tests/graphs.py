@@ -10,7 +10,7 @@ from fxquant.checkpoint import Checkpoint
 from fxquant.models import DecoderLayer
 from fxquant.naming import operator_name
 from fxquant.program import Program
-from fxquant.trace import trace
+from fxquant.tracing import trace
 
 DENSE_LAYER = """
 input_layernorm = rms_norm(embed_tokens, input_layernorm_weight, 1e-06)

@@ -25,7 +25,7 @@ from fxquant.passes import AssignSchemes, Calibrate, pipeline, run_passes
 from fxquant.policy import load_policy
 from fxquant.program import Program
 from fxquant.safetensors_file import read_header
-from fxquant.trace import trace
+from fxquant.tracing import trace
 from fxquant.weights import Cached, RecipeReader, load
 
 ATEN = torch.ops.aten

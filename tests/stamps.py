@@ -9,7 +9,6 @@ import torch
 from tiny import tiny_config
 from torch import Tensor, nn
 
-import fxquant.trace as trace_module
 from fxquant.checkpoint import Checkpoint
 from fxquant.config import DeepseekV3Config, parse_config
 from fxquant.errors import FxquantError
@@ -17,8 +16,9 @@ from fxquant.models import DecoderLayer, DeepseekV3
 from fxquant.models.deepseek_v3 import Decoder
 from fxquant.program import Program
 from fxquant.program_file import SYMBOLS, dump_program
-from fxquant.trace import trace
-from fxquant.trace_inputs import Inputs
+from fxquant.tracing import export as trace_module
+from fxquant.tracing import trace
+from fxquant.tracing.inputs import Inputs
 
 LAYERS = 6
 Build = Callable[[DeepseekV3Config], DeepseekV3]
@@ -30,12 +30,19 @@ def checkpoint_of(**changes: Any) -> Checkpoint:
 
 
 class Traces:
-    """Traces a model with and without stamping; `depths` are the numbers of layers that torch.export saw."""
+    """Traces a model with and without stamping.
+
+    depths   numbers of layers that torch.export saw
+    reasons  why layers were not stamped
+    """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.depths: list[int] = []
+        self.reasons: list[str] = []
         self._monkeypatch, self._export = monkeypatch, trace_module._export
+        self._from_representatives = trace_module._from_representatives
         monkeypatch.setattr(trace_module, "_export", self._counted)
+        monkeypatch.setattr(trace_module, "_from_representatives", self._reasoned)
 
     def both(self, build: Build, checkpoint: Checkpoint | None = None) -> tuple[Program | str, Program | str]:
         """A program each way, or the error's text."""
@@ -53,6 +60,13 @@ class Traces:
     def _counted(self, model: nn.Module, inputs: Inputs) -> Any:
         self.depths.append(len(inputs.runs[0][3]))
         return self._export(model, inputs)
+
+    def _reasoned(self, *arguments: Any) -> Any:
+        try:
+            return self._from_representatives(*arguments)
+        except Exception as error:
+            self.reasons.append(str(error))
+            raise
 
 
 def _result(model: DeepseekV3, checkpoint: Checkpoint) -> Program | str:
@@ -99,7 +113,7 @@ class Indexed(DecoderLayer):
 
 
 class NoCacheInLast(Decoder):
-    """Its last layer is behind the list, and so is its cache."""
+    """It has one layer fewer than caches."""
 
     def __init__(self, config: DeepseekV3Config, layer: type[DecoderLayer]) -> None:
         super().__init__(config, layer)
@@ -108,7 +122,7 @@ class NoCacheInLast(Decoder):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: list[Tensor]
     ) -> tuple[Tensor, list[Tensor]]:
-        return super().forward(input_ids, attention_mask, position_ids, past[:-1])
+        return super().forward(input_ids, attention_mask, position_ids, past[: len(self.layers)])
 
 
 def of(layer: type[DecoderLayer]) -> Build:

@@ -13,7 +13,7 @@ from torch.export import Dim
 from fxquant.lowering.onnx import write_onnx
 from fxquant.lowering.onnx.runner import session_options
 from fxquant.program import Program
-from fxquant.trace_canonical import canonicalize
+from fxquant.tracing.canonical import canonicalize
 
 
 def expressions(x: Tensor) -> dict[str, Tensor]:

@@ -38,7 +38,7 @@ from fxquant.printing import format_program
 from fxquant.program import Program
 from fxquant.reference import expected_tensors
 from fxquant.schemes import Recipe, Scheme
-from fxquant.trace import trace
+from fxquant.tracing import trace
 from fxquant.weights import RecipeReader
 
 ULP = 2.0**-24

@@ -11,7 +11,7 @@ from fxquant.checkpoint import Checkpoint
 from fxquant.kinds import Kind
 from fxquant.program import Program
 from fxquant.safetensors_file import TensorInfo
-from fxquant.trace import trace
+from fxquant.tracing import trace
 
 MOE_MLP = """
 mlp_gate_router_logits = router_logits(post_attention_layernorm, mlp_gate_weight)

@@ -14,7 +14,7 @@ from fxquant.checkpoint import Checkpoint
 from fxquant.models import DecoderLayer
 from fxquant.program import Program
 from fxquant.program_file import dump_program
-from fxquant.trace import trace
+from fxquant.tracing import trace
 
 ATEN = torch.ops.aten
 

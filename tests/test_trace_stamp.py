@@ -25,7 +25,7 @@ from fxquant.kinds import Kind
 from fxquant.models import DecoderLayer, DeepseekV3
 from fxquant.models.deepseek_v3 import Decoder
 from fxquant.program import Program
-from fxquant.trace import trace
+from fxquant.tracing import trace
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from fxquant.errors import FxquantError
 from fxquant.kinds import Kind
 from fxquant.models import DecoderLayer, DeepseekV3, RMSNorm
 from fxquant.program import Program
-from fxquant.trace import trace
+from fxquant.tracing import trace
 
 
 @pytest.fixture(scope="module")

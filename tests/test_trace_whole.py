@@ -172,29 +172,30 @@ class AddsInPlace(DecoderLayer):
 
 
 @pytest.mark.parametrize(
-    "build",
+    ("build", "reason"),
     [
-        of(ScaledByIndex),
-        of(InPlace),
-        of(InPlaceOnAView),
-        of(AddsInPlace),
-        shared_module,
-        shared_parameter,
-        foreign_parameter,
-        decoder(LastTwice),
-        decoder(SkipsOne),
-        decoder(SkipsItsResult),
-        decoder(Between),
-        decoder(ByDepth),
-        decoder(ForItsDepth),
-        decoder(ReadsFirstCache),
-        decoder(CarriesTwo, TwoStreams),
-        decoder(NoCacheInLast),
+        (of(ScaledByIndex), "no two layers are the same"),
+        (of(InPlace), "a write in one layer may show in another"),
+        (of(InPlaceOnAView), "a write in one layer may show in another"),
+        (of(AddsInPlace), "a layer hands on no tensor or several"),
+        (shared_module, "a module of a layer that is not its own"),
+        (shared_parameter, "a module of a layer that is not its own"),
+        (foreign_parameter, "a module of a layer that is not its own"),
+        (decoder(LastTwice), "do not run in order, once each"),
+        (decoder(SkipsOne), "do not run in order, once each"),
+        (decoder(SkipsItsResult), "what an earlier one than the last made"),
+        (decoder(Between), "calls between layers"),
+        (decoder(ByDepth), "fewer layers make other calls"),
+        (decoder(ForItsDepth), "a layer hands on no tensor or several"),
+        (decoder(ReadsFirstCache), "the cache of another layer"),
+        (decoder(CarriesTwo, TwoStreams), "a layer hands on no tensor or several"),
+        (decoder(NoCacheInLast), "not one latent cache for each layer"),
     ],
 )
-def test_layers_that_depend_on_more_are_traced_whole(build: Build, traces: Traces) -> None:
+def test_layers_that_depend_on_more_are_traced_whole(build: Build, reason: str, traces: Traces) -> None:
     stamped, whole = traces.both(build)
     assert traces.depths[-1] == LAYERS
+    assert len(traces.reasons) == 1 and reason in traces.reasons[0]
     assert isinstance(stamped, Program) and same(stamped, whole)
 
 
@@ -204,6 +205,26 @@ def test_outputs_may_be_in_any_order(traces: Traces) -> None:
 
 
 # what is refused
+
+
+class ReadsLength(Indexed):
+    def forward(self, x: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
+        return super().forward(x if x.shape[1] else x, *rest)
+
+
+class LongerThanAnyRun(ReadsLength):
+    def forward(self, x: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
+        return DecoderLayer.forward(self, x * 2 if x.shape[1] > 10**9 else x, *rest)
+
+
+def test_layers_of_another_class_are_another_sort_though_they_make_the_same_calls(traces: Traces) -> None:
+    stamped, whole = traces.both(lambda config: DeepseekV3(config, mixed))
+    assert isinstance(stamped, str) and stamped == whole and "cannot be traced" in stamped
+
+
+def mixed(config: DeepseekV3Config, index: int) -> DecoderLayer:
+    """Only the fourth layer has a branch on its input's length, which no run takes."""
+    return (LongerThanAnyRun if index == 3 else ReadsLength)(config, index)
 
 
 class LongInOne(Indexed):

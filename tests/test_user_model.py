@@ -19,7 +19,7 @@ from fxquant.frontend.user_file import open_user_file
 from fxquant.models import DeepseekV3
 from fxquant.printing import format_program
 from fxquant.targets import Target
-from fxquant.trace import trace
+from fxquant.tracing import trace
 
 PLAIN = """
 from fxquant.models import DeepseekV3

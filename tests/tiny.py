@@ -20,7 +20,7 @@ from fxquant.models.layers import RoutedExperts
 from fxquant.passes import AssignSchemes, Calibrate, pipeline, run_passes
 from fxquant.policy import load_policy
 from fxquant.program import Program, attach
-from fxquant.trace import trace
+from fxquant.tracing import trace
 
 ABSENT = object()
 """A config change that removes the key."""

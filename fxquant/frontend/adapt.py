@@ -19,7 +19,7 @@ from fxquant.frontend.families import Family, family_of
 from fxquant.kinds import Kind
 from fxquant.models import DeepseekV3, layers, rotary
 from fxquant.models.deepseek_v3 import Decoder, Head
-from fxquant.trace_undeclared import forward_owner, undeclared
+from fxquant.tracing.undeclared import forward_owner, undeclared
 
 Leaves = Mapping[type[nn.Module], Adapter]
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn)

@@ -18,8 +18,8 @@ from fxquant.frontend.user_file import UserFile, open_user_file, remedy, where
 from fxquant.models import DeepseekV3
 from fxquant.program import Program
 from fxquant.program_file import dump_program
-from fxquant.trace import trace
-from fxquant.trace_inputs import declared_inputs
+from fxquant.tracing import trace
+from fxquant.tracing.inputs import declared_inputs
 
 CANONICAL = ("input_ids", "attention_mask", "position_ids", "past")
 

@@ -19,7 +19,7 @@ from fxquant.frontend.families import Family, family_of
 from fxquant.frontend.user_file import UserFile
 from fxquant.models.layers import Gate, RoutedExperts
 from fxquant.program import Program
-from fxquant.trace import trace
+from fxquant.tracing import trace
 
 Build = Callable[[DeepseekV3Config, str], nn.Module]
 LENGTHS, STEPS = (7, 4), 3

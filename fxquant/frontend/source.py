@@ -13,7 +13,7 @@ from fxquant.frontend.child import trace_in_child
 from fxquant.models import DeepseekV3
 from fxquant.program import Program
 from fxquant.program_file import parse_program
-from fxquant.trace import trace
+from fxquant.tracing import trace
 
 TRACE_TIMEOUT = 120.0
 """Seconds that a model.py may take to import, build and trace."""

@@ -4,7 +4,7 @@ from torch import nn
 
 from fxquant.frontend.families import deepseek, transformers_v4, transformers_v5
 from fxquant.frontend.families.base import Family
-from fxquant.trace_undeclared import forward_owner
+from fxquant.tracing.undeclared import forward_owner
 
 FAMILIES = (transformers_v5.FAMILY, transformers_v4.FAMILY, deepseek.FAMILY)
 

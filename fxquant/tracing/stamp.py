@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxquant.trace_layers import FIRST_PAST, NotRepeatedError, Plan
+from fxquant.tracing.layers import FIRST_PAST, NotRepeatedError, Plan
 
 SIZES = (torch.SymInt, torch.SymFloat, torch.SymBool)
 """Numbers that shapes are made of: the same in all layers, so they are not copied."""

@@ -7,8 +7,8 @@ from torch import fx, nn
 
 from fxquant.models.layers import RoutedExperts
 from fxquant.program import Parameter, attach
-from fxquant.trace_annotate import kinds
-from fxquant.trace_calls import model_state
+from fxquant.tracing.annotate import kinds
+from fxquant.tracing.calls import model_state
 
 Names = Callable[[str], str]
 """Path of a parameter in the model → its name in the checkpoint."""

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from fxquant.trace_calls import Call, Given, Held, Log, Made, Unknown
+from fxquant.tracing.calls import Call, Given, Held, Log, Made, Unknown
 
 FIRST_PAST = 3
 """Flat inputs before the latent caches: input_ids, attention_mask, position_ids."""

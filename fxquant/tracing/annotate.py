@@ -8,7 +8,7 @@ from typing import Any
 from torch import fx, nn
 
 from fxquant.kinds import Kind
-from fxquant.trace_calls import layer_paths
+from fxquant.tracing.calls import layer_paths
 
 TORCH_KINDS = {nn.RMSNorm: Kind.NORM, nn.LayerNorm: Kind.NORM, nn.Embedding: Kind.EMBEDDING}
 """What torch's own modules are."""

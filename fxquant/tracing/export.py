@@ -17,14 +17,14 @@ from fxquant.config import DeepseekV3Config
 from fxquant.errors import FxquantError
 from fxquant.naming import name_nodes
 from fxquant.program import Program
-from fxquant.trace_annotate import annotate, name_modules
-from fxquant.trace_calls import Log, Recorder, model_state, outermost_lists
-from fxquant.trace_canonical import canonicalize, order_parameters
-from fxquant.trace_inputs import Inputs, check_dynamic, standard_inputs
-from fxquant.trace_layers import NotRepeatedError, confirm, plan_layers, shortened, split
-from fxquant.trace_parameters import Names, attach_parameters
-from fxquant.trace_stamp import stamp
-from fxquant.trace_undeclared import undeclared
+from fxquant.tracing.annotate import annotate, name_modules
+from fxquant.tracing.calls import Log, Recorder, model_state, outermost_lists
+from fxquant.tracing.canonical import canonicalize, order_parameters
+from fxquant.tracing.inputs import Inputs, check_dynamic, standard_inputs
+from fxquant.tracing.layers import NotRepeatedError, confirm, plan_layers, shortened, split
+from fxquant.tracing.parameters import Names, attach_parameters
+from fxquant.tracing.stamp import stamp
+from fxquant.tracing.undeclared import undeclared
 
 RULE = "Keep shapes and control flow free of tensor values; put data-dependent parts behind an fxq:: operator."
 
