@@ -10,9 +10,11 @@ import torch
 from safetensors.torch import save_file
 from tiny import ABSENT, YARN, tiny_config
 
+from fxquant import ops
 from fxquant.checkpoint import open_checkpoint
 from fxquant.config import DeepseekV3Config, parse_config, read_config, yarn_mscale
 from fxquant.errors import FxquantError
+from fxquant.frontend.source import open_source
 
 PUBLISHED = {
     "vocab_size": 129280,
@@ -165,6 +167,19 @@ def test_kimi_k2_under_its_architecture() -> None:
     parsed = parse_config(KIMI_K2, "config.json")
     assert {key: getattr(parsed, key) for key in PUBLISHED} == {key: KIMI_K2[key] for key in PUBLISHED}
     assert parsed.rope_scaling is not None and parsed.rope_scaling.factor == 32.0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [DEEPSEEK_V3, KIMI_K2], ids=["DeepSeek-V3", "Kimi-K2"])
+def test_the_full_size_is_traced_by_config_alone(config: dict[str, Any], tmp_path: Path) -> None:
+    save_file({}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    program = open_source(tmp_path).program()
+    moe = config["num_hidden_layers"] - config["first_k_dense_replace"]
+    assert [len(gate.args) for gate in program.nodes(ops.moe_gate)] == [7] * moe
+    assert sum(one.stacked * len(one.names) for one in program.parameters.values()) == (
+        3 * moe * config["n_routed_experts"]
+    )
 
 
 # rotary keys

@@ -123,6 +123,12 @@ def test_an_adapter_that_names_what_is_not_there(tmp_path: Path, tiny_folder: Ca
         trace_file(write(tmp_path, text), tiny_folder())
 
 
+def test_a_forward_that_fails_on_the_small_copy(tmp_path: Path, tiny_folder: Callable[..., Path]) -> None:
+    text = OWN + LEAVES["mlp"].replace("> 1e30", "> 0 and x.missing")
+    with pytest.raises(FxquantError, match=r"forward of DeepseekV3 fails on a small copy: AttributeError.*\(line \d+"):
+        trace_file(write(tmp_path, text), tiny_folder())
+
+
 RENAMED = """
 Layer.change = lambda self, config: None
 def checkpoint_names(path):

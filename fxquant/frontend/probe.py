@@ -16,7 +16,7 @@ from fxquant.errors import FxquantError
 from fxquant.execute import cache_inputs, execute
 from fxquant.frontend.adapt import adapted
 from fxquant.frontend.families import Family, family_of
-from fxquant.frontend.user_file import UserFile
+from fxquant.frontend.user_file import UserFile, where
 from fxquant.models.layers import Gate, RoutedExperts
 from fxquant.program import Program
 from fxquant.tracing import trace
@@ -65,7 +65,13 @@ def probe(file: UserFile, config: DeepseekV3Config, build: Build) -> bool:
     with adapted(model, config, file.leaves) as root:
         tensors = dict(named_tensors(root))
     ids = torch.randint(config.vocab_size, (len(LENGTHS), LENGTHS[0] + STEPS), generator=_generator())
-    expected = eager_logits(model, family_of(model), ids)
+    try:
+        expected = eager_logits(model, family_of(model), ids)
+    except Exception as error:
+        fact = f"the forward of {type(model).__name__} fails on a small copy: {where(error, file.path)}"
+        raise FxquantError(
+            file.path, fact, "It must run on a CPU, with a cache, at any sizes that config gives."
+        ) from error
     found = graph_logits(program, tensors, ids)
     _compare(file, type(meta).__name__, expected, found, config)
     return True
