@@ -225,12 +225,14 @@ ENDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("text", "message"), ENDS.values(), ids=ENDS.keys())
 def test_a_process_that_ends(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(FxquantError, match=rf"model\.py: {message}"):
         open_source(model_file(tmp_path, text))
 
 
+@pytest.mark.slow
 def test_processes_of_its_own_end_with_it(tmp_path: Path) -> None:
     """One that holds the output open must not be waited for."""
     text = "import subprocess\nsubprocess.run(['sleep', '1000'])"

@@ -138,6 +138,7 @@ class AddsFirst(DecoderLayer):
         return super().forward(x + self.first, *rest)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("build", "depth"),
     [

@@ -91,6 +91,7 @@ def test_its_float_graph_is_its_eager_forward(variant: str, tmp_path: Path, tiny
     assert torch.equal(traced, eager)  # the same operators on the same values
 
 
+@pytest.mark.slow
 def test_float_policy_reproduces_the_float_graph(tmp_path: Path, tiny_folder: Callable[..., Path]) -> None:
     model = write_model(tmp_path, "extra norm", VARIANTS["extra norm"], tiny_folder())
     out = fxquant.compile(model, CompileOptions(policy="float", out=tmp_path / "out")).out

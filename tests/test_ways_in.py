@@ -124,6 +124,7 @@ OTHER_MEANING = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("here", "there"), OTHER_MEANING.values(), ids=OTHER_MEANING.keys())
 def test_a_known_name_with_another_meaning_is_refused(
     here: str, there: str, tmp_path: Path, tiny_folder: Callable[..., Path]
@@ -145,6 +146,48 @@ def test_attributes_of_the_instance_count(tmp_path: Path, tiny_folder: Callable[
     scale = [node.args[-1] for node in plain.nodes(ops.mla_attention)]
     halved = [node.args[-1] for node in parse_program(found, "here").nodes(ops.mla_attention)]
     assert halved == [value / 2 for value in scale]
+
+
+TRANSFORMERS = """
+import transformers
+from transformers.models.deepseek_v3 import modeling_deepseek_v3 as hf
+
+class Half(hf.DeepseekV3DecoderLayer):
+    def forward(self, hidden_states, **kwargs):
+        return hidden_states + (super().forward(hidden_states, **kwargs) - hidden_states) * 0.5
+
+class Mine(hf.DeepseekV3Attention):
+    def forward(self, hidden_states, **kwargs):
+        return super().forward(hidden_states, **kwargs)
+
+def build_model(config):
+    model = transformers.DeepseekV3ForCausalLM(transformers.DeepseekV3Config(**config.model_dump()))
+    for layer in model.model.layers:
+        {change}
+    return model
+"""
+
+
+def test_the_layers_of_a_foreign_model_stay_its_own(tmp_path: Path, tiny_folder: Callable[..., Path]) -> None:
+    (tmp_path / "model.py").write_text(TRANSFORMERS.format(change="layer.__class__ = Half"))
+    program = parse_program(trace_file(tmp_path / "model.py", tiny_folder()).program, "here")
+    assert [node.meta["module"] for node in program.nodes(torch.ops.aten.mul.Tensor)] == [
+        "model.layers.0", "model.layers.1",
+    ]  # fmt: skip
+
+
+def test_an_attention_of_its_own_must_be_declared(tmp_path: Path, tiny_folder: Callable[..., Path]) -> None:
+    change = "layer.self_attn.__class__ = Mine"
+    (tmp_path / "model.py").write_text(TRANSFORMERS.format(change=change))
+    with pytest.raises(FxquantError, match=r"model.layers.0.self_attn: Mine is no attention"):
+        trace_file(tmp_path / "model.py", tiny_folder())
+    declared = TRANSFORMERS.format(change=change) + (
+        "from fxquant import adapters\nLEAVES = {Mine: adapters.Attention(softmax_scale='scaling')}\n"
+    )
+    (tmp_path / "model.py").write_text(declared)
+    assert trace_file(tmp_path / "model.py", tiny_folder()).program == dump_program(
+        open_source(tiny_folder()).program()
+    )
 
 
 def test_a_large_model_that_ignores_config_cannot_be_checked(tmp_path: Path, tiny_folder: Callable[..., Path]) -> None:

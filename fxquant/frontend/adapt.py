@@ -128,7 +128,9 @@ class Adaptation:
             slot.cos, slot.sin, slot.attention_mask, slot.past, slot.present = cos, sin, attention_mask, past, None
             x = family.call_layer(inner, x, (cos, sin))
             if slot.present is None:
-                raise undeclared(path, layer, "ran no attention that has an adapter")
+                attention = layer._modules.get("self_attn")
+                place = f"{path}.self_attn" if attention is not None else path
+                raise undeclared(place, attention or layer, "is no attention that has an adapter", rule="")
             return x, slot.present
 
         layer.forward = forward
@@ -176,7 +178,7 @@ def _root(model: nn.Module, adaptation: Adaptation) -> DeepseekV3:
     decoder = assemble(
         Decoder,
         embed_tokens=adaptation.convert(embed),
-        layers=nn.ModuleList(adaptation.layer(layer, f"layers.{index}") for index, layer in enumerate(stack)),
+        layers=nn.ModuleList(adaptation.layer(layer, f"model.layers.{index}") for index, layer in enumerate(stack)),
         norm=adaptation.convert(norm),
         inv_freq=rotary.frequencies(config),
         attention_factor=rotary.attention_factor(config),

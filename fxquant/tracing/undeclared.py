@@ -12,18 +12,22 @@ def forward_owner(module: nn.Module) -> type[nn.Module]:
     return next(cls for cls in type(module).__mro__ if "forward" in vars(cls))
 
 
-def undeclared(path: str, module: nn.Module, what: str) -> FxquantError:
+RULE = "A forward keeps shapes and control flow free of tensor values, and writes into nothing it was given. "
+
+
+def undeclared(path: str, module: nn.Module, what: str, rule: str = RULE) -> FxquantError:
     """`what` the module at `path` does, its class, and the adapter that it needs, ready to paste."""
     name = type(module).__name__
-    rule = "A forward keeps shapes and control flow free of tensor values, and writes into nothing it was given."
-    declare = f"Or declare {name} in the model file, if it computes what a part of DeepSeek-V3 does:"
-    return FxquantError(path or name, f"{name} {what}.", f"{rule} {declare}\n\n{skeleton(module)}")
+    declare = f"If {name} computes what a part of DeepSeek-V3 does, declare it in the model file:"
+    return FxquantError(path or name, f"{name} {what}.", f"{rule}{declare}\n\n{skeleton(module)}")
 
 
 def skeleton(module: nn.Module) -> str:
-    """LEAVES with an adapter for the class of `module`: that of an MoE if it holds a list of modules, else a function
-    that gives a module in its place."""
+    """LEAVES with an adapter for the class of `module`: that of an attention if it projects down to latents, of an MoE
+    if it holds a list of modules, else a function that gives a module in its place."""
     name = type(module).__name__
+    if "kv_a_proj_with_mqa" in module._modules:
+        return f"    from fxquant import adapters\n    LEAVES = {{{name}: adapters.Attention()}}"
     lists = [child for child, held in module._modules.items() if isinstance(held, nn.ModuleList)]
     others = [child for child, held in module._modules.items() if held is not None and child not in lists]
     if lists:
