@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import settings
+from rewrites import Rewritten, rewrite
 from tiny import write_checkpoint
 
 from fxquant.checkpoint import Checkpoint, open_checkpoint
@@ -36,3 +37,22 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
 def tiny(tiny_folder: Callable[..., Path]) -> Callable[..., Checkpoint]:
     """As `tiny_folder`, opened."""
     return lambda **options: open_checkpoint(tiny_folder(**options))
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tiny: Callable[..., Checkpoint]) -> Checkpoint:
+    """The tiny model as it comes."""
+    return tiny()
+
+
+@pytest.fixture(scope="session")
+def under(checkpoint: Checkpoint) -> Callable[[str], Rewritten]:
+    """`under("deepseek_w8a8")`: the tiny model rewritten, once a policy."""
+    done: dict[str, Rewritten] = {}
+
+    def get(policy: str) -> Rewritten:
+        if policy not in done:
+            done[policy] = rewrite(checkpoint, policy)
+        return done[policy]
+
+    return get

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from fxquant.tools.compile_model import Model, TraceTimeout
+from fxquant.tools.compile_model import CheckpointFolder, Model, TraceTimeout
 from fxquant.tools.console import console, print_json, reporter, size
 
 
@@ -17,7 +17,7 @@ def command(
         list[str] | None, typer.Option("--policy", "-p", help="Policies to compare. [dim]default: all shipped ones[/]")
     ] = None,
     calib: Annotated[Path | None, typer.Option(help="Calibration text, as for compile.")] = None,
-    checkpoint: Annotated[Path | None, typer.Option(help="Checkpoint for a model.py that names none.")] = None,
+    checkpoint: CheckpointFolder = None,
     trace_timeout: TraceTimeout = 120.0,
     samples: Annotated[int, typer.Option(help="Pieces of text to score.", min=1)] = 64,
     length: Annotated[int, typer.Option(help="Tokens a piece.", min=2)] = 256,

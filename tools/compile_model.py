@@ -23,6 +23,14 @@ PolicyName = Annotated[
     ),
 ]
 
+OutFolder = Annotated[
+    Path | None, typer.Option("-o", "--out", help="Output folder. [dim]default: ./<name>-<policy>-<target>[/]")
+]
+CalibrationFile = Annotated[
+    Path | None,
+    typer.Option(help="Calibration .txt, .jsonl, or token ids. [dim]default: calibration.jsonl beside the model[/]"),
+]
+CheckpointFolder = Annotated[Path | None, typer.Option(help="Checkpoint for a model.py that names none.")]
 TraceTimeout = Annotated[
     float, typer.Option(metavar="SECONDS", help="Longest a model.py may take to import, build and trace.", min=0.1)
 ]
@@ -31,19 +39,12 @@ TraceTimeout = Annotated[
 def command(
     model: Model,
     policy: PolicyName = None,
-    out: Annotated[
-        Path | None, typer.Option("-o", "--out", help="Output folder. [dim]default: ./<name>-<policy>-<target>[/]")
-    ] = None,
+    out: OutFolder = None,
     target: Annotated[str, typer.Option("--target", "-t", help="ascend or onnx.")] = "ascend",
-    calib: Annotated[
-        Path | None,
-        typer.Option(
-            help="Calibration .txt, .jsonl, or token ids. [dim]default: calibration.jsonl beside the model[/]"
-        ),
-    ] = None,
+    calib: CalibrationFile = None,
     calib_samples: Annotated[int, typer.Option(help="Batches to calibrate on.", min=1)] = 32,
     calib_length: Annotated[int, typer.Option(help="Tokens a batch of text.", min=2)] = 256,
-    checkpoint: Annotated[Path | None, typer.Option(help="Checkpoint for a model.py that names none.")] = None,
+    checkpoint: CheckpointFolder = None,
     trace_timeout: TraceTimeout = 120.0,
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file, such as 4GiB or 500MB.")] = "4GiB",
     kv_cache: Annotated[str, typer.Option(help="float: the one choice, see --kv-cache int8.")] = "float",

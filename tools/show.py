@@ -1,11 +1,10 @@
 """fxquant show"""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from fxquant.tools.compile_model import Model, TraceTimeout
+from fxquant.tools.compile_model import CheckpointFolder, Model, TraceTimeout
 from fxquant.tools.console import console
 
 
@@ -14,7 +13,7 @@ def command(
     block: Annotated[
         str | None, typer.Option(help="Only this block, such as model.layers.3; before and after are the ends.")
     ] = None,
-    checkpoint: Annotated[Path | None, typer.Option(help="Checkpoint for a model.py that names none.")] = None,
+    checkpoint: CheckpointFolder = None,
     hash_only: Annotated[
         bool, typer.Option("--hash", help="Only the structural hash: equal for graphs that compute the same.")
     ] = False,
