@@ -84,8 +84,8 @@ class Adaptation:
                 if tensor is None or tensor.dtype is torch.float32:
                     continue
                 if tensor.dtype not in FLOATS:
-                    fact = f"parameter {path}.{name} of {type(module).__name__} is {tensor.dtype}."
-                    raise FxquantError("model.py", fact, "Build the float model; fxquant quantizes it.")
+                    fact = f"a parameter of {type(module).__name__} is {tensor.dtype}."
+                    raise FxquantError(f"{path}.{name}", fact, "Build the float model; fxquant quantizes it.")
                 self.touch(module)
                 setattr(module, name, parameter(tensor))
 

@@ -32,7 +32,7 @@ class Source:
     config: DeepseekV3Config
     program: Callable[[], Program]
     policy: str | None = None
-    way_in: str = "Hugging Face folder"
+    way_in: str = "checkpoint folder"
 
     @property
     def name(self) -> str:

@@ -71,7 +71,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _runs(model: nn.Module, inputs: Inputs) -> list[Log]:
-    """One log for each of SIZES. torch.export takes sizes for two or more, so a branch on an empty cache or a single
+    """One log a run of `inputs`. torch.export takes sizes for two or more, so a branch on an empty cache or a single
     token would leave no trace."""
     recorder, logs = Recorder(model), []  # type: Recorder, list[Log]
     for arguments in inputs.runs:
