@@ -1,9 +1,12 @@
 """MODEL as a user names it: folders, model.py files, and files that are wrong. Files are read in this process, except
 where the process is what is tested."""
 
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torch import nn
@@ -238,3 +241,30 @@ def test_processes_of_its_own_end_with_it(tmp_path: Path) -> None:
     text = "import subprocess\nsubprocess.run(['sleep', '1000'])"
     with pytest.raises(FxquantError, match="not imported, built and traced within 3 seconds"):
         open_source(model_file(tmp_path, text), timeout=3)
+
+
+@pytest.mark.slow
+def test_it_ends_when_the_command_is_killed(tmp_path: Path) -> None:
+    """Killed outright, the command cannot end it."""
+    note = f"open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))"
+    path = model_file(tmp_path, f"import os\n{note}\nwhile True: pass")
+    command = subprocess.Popen([sys.executable, "-c", "from fxquant.tools.main import run; run()", "show", str(path)])
+    pid = int(_eventually(lambda: (tmp_path / "pid").is_file() and (tmp_path / "pid").read_text()))
+    assert _running(pid)
+    command.kill()
+    command.wait()
+    assert _eventually(lambda: not _running(pid))
+
+
+def _running(pid: int) -> bool:
+    done = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True, check=False)
+    return done.stdout.strip()[:1] not in ("", "Z")
+
+
+def _eventually(condition: Callable[[], Any]) -> Any:
+    """What `condition` gives once it is true, within half a minute."""
+    for _ in range(300):
+        if found := condition():
+            return found
+        time.sleep(0.1)
+    raise AssertionError("never")
