@@ -1,0 +1,150 @@
+"""A folder of weight files as an engine sees it: config, description, and tensors checked one module at a time."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from fxquant.errors import FxquantError
+
+_DTYPES = {
+    "I8": torch.int8, "I32": torch.int32, "I64": torch.int64,
+    "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32,
+}  # fmt: skip
+_MODEL_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The shape and the dtypes in which an engine takes one tensor of a module; `required`: it fails without it."""
+
+    shape: tuple[int, ...]
+    dtypes: tuple[torch.dtype, ...]
+    required: bool = True
+
+
+class WeightFolder:
+    """Names → tensors of every `*.safetensors` in a folder, beside its config.json and its description.
+
+    Raises FxquantError where a file is missing, a tensor lies in two files, or an index says otherwise.
+    """
+
+    def __init__(self, folder: Path, description: str) -> None:
+        self.path = folder
+        self.config = _read_json(folder, "config.json")
+        self.description_name = description
+        self.description = _read_json(folder, description)
+        self._handles: dict[Path, Any] = {}
+        self._files = self._list_tensors()
+        self._suffixes: dict[str, list[str]] = {}
+        for name in sorted(self._files):
+            module, _, suffix = name.rpartition(".")
+            self._suffixes.setdefault(module, []).append(suffix)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The model's dtype, in which engines allocate their float parameters."""
+        name = str(self.config.get("torch_dtype", self.config.get("dtype")))
+        if name not in _MODEL_DTYPES:
+            raise FxquantError(
+                self.path / "config.json", f"torch_dtype is {name}; the engines run bfloat16 and float16.", "Set it."
+            )
+        return _MODEL_DTYPES[name]
+
+    def type_of(self, module: str) -> str:
+        """The type of a module: the description's entry of its weight, which all its tensors but `.bias` share."""
+        types = {}
+        for suffix in {*self.suffixes(module), "weight"} - {"bias"}:
+            name = f"{module}.{suffix}"
+            if name not in self.description:
+                raise FxquantError(self.path / self.description_name, f"{name} is missing.", "Describe every tensor.")
+            types[name] = str(self.description[name])
+        if len(set(types.values())) != 1:
+            raise FxquantError(module, f"its tensors are described as {types}.", "Give them one type.")
+        return types[f"{module}.weight"]
+
+    def suffixes(self, module: str) -> tuple[str, ...]:
+        """What is stored directly under a module."""
+        return tuple(self._suffixes.get(module, ()))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of one stored tensor."""
+        return tuple(self._slice(name).get_shape())
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor as stored."""
+        self._slice(name)
+        return self._handles[self._files[name]].get_tensor(name)
+
+    def load(self, module: str, wanted: Mapping[str, Wanted]) -> dict[str, Tensor]:
+        """Suffix → tensor, for the suffixes that are stored.
+
+        Raises FxquantError for a missing required tensor, one that the engine has no parameter for, and any other
+        shape or dtype than wanted: engines of today copy a smaller tensor into part of a parameter unnoticed.
+        """
+        for suffix in self.suffixes(module):
+            if suffix not in wanted:
+                fact = f"the engine has no parameter for it; it takes {', '.join(wanted)}."
+                raise FxquantError(f"{module}.{suffix}", fact, "Leave it out.")
+        loaded = {}
+        for suffix, want in wanted.items():
+            name = f"{module}.{suffix}"
+            if suffix in self.suffixes(module):
+                self._check(name, want)
+                loaded[suffix] = self.tensor(name)
+            elif want.required:
+                raise FxquantError(name, "missing.", "The engine loads nothing without it: write it.")
+        return loaded
+
+    def _check(self, name: str, want: Wanted) -> None:
+        stored = self._slice(name)
+        dtype, shape = _DTYPES.get(stored.get_dtype()), tuple(stored.get_shape())
+        if dtype not in want.dtypes or shape != want.shape:
+            takes = " or ".join(str(dtype).removeprefix("torch.") for dtype in want.dtypes)
+            fact = f"{stored.get_dtype()} {list(shape)}; the engine takes {takes} {list(want.shape)}."
+            raise FxquantError(name, fact, "Write it so.")
+
+    def _slice(self, name: str) -> Any:
+        if name not in self._files:
+            raise FxquantError(name, f"missing in {self.path}.", "The engine loads nothing without it: write it.")
+        return self._handles[self._files[name]].get_slice(name)
+
+    def _list_tensors(self) -> dict[str, Path]:
+        files: dict[str, Path] = {}
+        for file in sorted(self.path.glob("*.safetensors")):
+            self._handles[file] = safe_open(file, "pt").__enter__()
+            for name in self._handles[file].keys():  # noqa: SIM118, not a mapping
+                if name in files:
+                    raise FxquantError(name, f"in {files[name].name} and in {file.name}.", "Store it once.")
+                files[name] = file
+        if not files:
+            raise FxquantError(self.path, "holds no *.safetensors.", "Compile into it first.")
+        for index in sorted(self.path.glob("*.safetensors.index.json")):
+            _check_index(index, files)
+        return files
+
+
+def _check_index(index: Path, files: Mapping[str, Path]) -> None:
+    listed = _read_json(index.parent, index.name).get("weight_map", {})
+    for name in sorted(set(listed) | set(files)):
+        stored = files[name].name if name in files else None
+        if listed.get(name) != stored:
+            raise FxquantError(index, f"{name} in {listed.get(name)}, it lies in {stored}.", "Write the index anew.")
+
+
+def _read_json(folder: Path, name: str) -> dict[str, Any]:
+    try:
+        document = json.loads((folder / name).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        beside = ", ".join(sorted(file.name for file in folder.glob("*.json"))) or "no JSON at all"
+        raise FxquantError(folder / name, f"missing; there is {beside}.", "The engine looks for this name.") from None
+    except (OSError, ValueError) as error:
+        raise FxquantError(folder / name, f"not readable: {error}.", "Write it anew.") from error
+    if not isinstance(document, dict):
+        raise FxquantError(folder / name, "not a JSON object.", "Write it anew.")
+    return document

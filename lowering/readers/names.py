@@ -1,0 +1,42 @@
+"""Module paths as engines take them apart: which modules are fused, and which projection of which expert one is."""
+
+from dataclasses import dataclass
+
+from fxquant.errors import FxquantError
+
+_FUSED = (("gate_proj", "up_proj"), ("q_a_proj", "kv_a_proj_with_mqa"))
+"""gate_up_proj and fused_qkv_a_proj of vllm-ascend's ModelSlim configuration."""
+
+GATE_UP = ("gate_proj", "up_proj")
+DOWN = "down_proj"
+PROJECTIONS = (*GATE_UP, DOWN)
+
+
+@dataclass(frozen=True)
+class ExpertPath:
+    """`<parent>.<index>.<projection>`; `stored`: the path under which its tensors lie."""
+
+    parent: str
+    index: int
+    projection: str
+    stored: str
+
+    def module(self, projection: str) -> str:
+        """The path of another projection of this expert."""
+        return f"{self.stored}.{projection}"
+
+
+def expert_path(module: str) -> ExpertPath:
+    """Raises FxquantError for a path that is no projection of a routed expert."""
+    parent, _, rest = module.rpartition(".experts.")
+    index, _, projection = rest.partition(".")
+    if not parent or not index.isdecimal() or projection not in PROJECTIONS:
+        remedy = f"Routed experts are <mlp>.experts.<number>.{{{', '.join(PROJECTIONS)}}}."
+        raise FxquantError(module, "is no projection of a routed expert.", remedy)
+    return ExpertPath(f"{parent}.experts", int(index), projection, f"{parent}.experts.{index}")
+
+
+def fused_group(module: str) -> tuple[str, ...]:
+    """The modules that an engine loads into one with this one, itself included; empty if it stands alone."""
+    parent, _, name = module.rpartition(".")
+    return next((tuple(f"{parent}.{shard}" for shard in group) for group in _FUSED if name in group), ())

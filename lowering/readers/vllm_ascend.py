@@ -1,0 +1,27 @@
+"""vllm-ascend from 2026-08-08 on: routed experts int4 with one scale per output channel.
+
+Per-group experts are refused since pull request 13713. Source: vllm-ascend, quantization/methods.
+"""
+
+from pathlib import Path
+
+from fxquant.errors import FxquantError
+from fxquant.lowering.readers.folder import WeightFolder
+from fxquant.lowering.readers.linear_loader import LinearRules
+from fxquant.lowering.readers.packed_experts import PackedExperts
+from fxquant.lowering.readers.reader import EngineReader
+
+DESCRIPTION = "quant_model_description.json"
+
+RULES = LinearRules(reciprocal=True, narrow_scale=True, biased=False)
+"""The reciprocal of input_scale is formed in the model's dtype, in which per-token weight scales are held too."""
+
+
+def open_vllm_ascend(folder: Path, ranks: int) -> EngineReader:
+    """Raises FxquantError for a header with a group_size."""
+    files = WeightFolder(folder, DESCRIPTION)
+    group_size = int(files.description.get("group_size", 0))
+    if group_size > 0:
+        fact = f"group_size {group_size}: per-group experts are no longer read, only per-channel ones."
+        raise FxquantError(folder / DESCRIPTION, fact, "Use group_size: 0, or a release before 2026-08-08.")
+    return EngineReader("vllm-ascend", files, ranks, RULES, PackedExperts(files, ranks, 0).load)

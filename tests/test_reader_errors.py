@@ -1,0 +1,232 @@
+"""What an engine refuses, or would take without a word and turn into garbage, is an error that names the place."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from reader_folders import EXPERTS, MINDIE_DESCRIPTION, WEIGHTS, Draft
+from safetensors.torch import save_file
+
+from fxquant.errors import FxquantError
+from fxquant.lowering.readers import open_reader
+from fxquant.lowering.readers.mindie import open_mindie
+
+ATTENTION = "model.layers.0.self_attn"
+LINEAR = f"{ATTENTION}.q_a_proj"
+OTHER = f"{ATTENTION}.kv_a_proj_with_mqa"
+FUSED = (LINEAR, OTHER)
+DOWN = f"{EXPERTS}.1.down_proj"
+
+
+def static_pair() -> Draft:
+    draft = Draft()
+    for module in FUSED:
+        draft.static(module, 16, 64)
+    return draft
+
+
+def experts(group: int = 0, packed: bool = True) -> Draft:
+    draft = Draft()
+    draft.expert_layer(256, 256, group, packed)
+    return draft
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop(f"{LINEAR}.deq_scale"), r"q_a_proj.deq_scale: missing"),
+        (lambda t: t.pop(f"{LINEAR}.weight"), r"q_a_proj.weight: missing"),
+        (lambda t: t.update({f"{LINEAR}.scale_bias": torch.ones(16, 1)}), r"scale_bias: .*has no parameter"),
+        (lambda t: t.update({f"{LINEAR}.deq_scale": torch.ones(15)}), r"deq_scale: F32 \[15\]; .*float32 \[16\]"),
+        (lambda t: t.update({f"{LINEAR}.deq_scale": torch.ones(16).double()}), r"F64 \[16\]; .*float32 \[16\]"),
+        (lambda t: t.update({f"{LINEAR}.quant_bias": torch.ones(16)}), r"F32 \[16\]; the engine takes int32"),
+        (lambda t: t.update({f"{LINEAR}.input_offset": torch.ones(1) / 2}), r"input_offset: is 0.5"),
+    ],
+)
+def test_tensors_of_a_static_linear(tmp_path: Path, change: Callable[[dict], object], message: str) -> None:
+    draft = static_pair()
+    change(draft.tensors)
+    draft.types |= dict.fromkeys(draft.tensors, "W8A8")
+    with pytest.raises(FxquantError, match=message):
+        open_reader("vllm-ascend", draft.write(tmp_path)).linear(LINEAR)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop(f"{DOWN}.scale_bias"), r"down_proj.scale_bias: missing"),
+        (lambda t: t.pop(f"{DOWN}.weight_offset"), r"down_proj.weight_offset: missing"),
+        (lambda t: t.update({f"{DOWN}.scale_bias": torch.ones(256, 1)}), r"\[256, 1\]; .*\[256, 16\]"),
+        (lambda t: t.update({f"{DOWN}.weight_scale_second": torch.ones(256, 1)}), r"second: .*has no parameter"),
+        (lambda t: t.update({f"{DOWN}.weight": torch.ones(64, 256, dtype=torch.int8)}), r"\[256, 1\]; .*\[128, 1\]"),
+    ],
+)
+def test_tensors_of_an_expert(tmp_path: Path, change: Callable[[dict], object], message: str) -> None:
+    draft = experts()
+    change(draft.tensors)
+    draft.types |= dict.fromkeys(draft.tensors, "W4A8_DYNAMIC")
+    with pytest.raises(FxquantError, match=message):
+        open_reader("vllm-ascend", draft.write(tmp_path)).expert_linear(DOWN, row_parallel=True)
+
+
+def test_vllm_ascend_of_today_refuses_groups(tmp_path: Path) -> None:
+    with pytest.raises(FxquantError, match=r"group_size 256: per-group experts are no longer read"):
+        open_reader("vllm-ascend", experts(256).write(tmp_path))
+
+
+def test_releases_for_groups_refuse_channels_and_unpacked_weights(tmp_path: Path) -> None:
+    with pytest.raises(FxquantError, match=r"group_size 0: the experts are per channel"):
+        open_reader("vllm-ascend-per-group", experts().write(tmp_path / "channel"))
+    draft = experts(256)
+    del draft.header["version"]
+    for engine in ("vllm-ascend-per-group", "sglang-npu"):
+        with pytest.raises(FxquantError, match="takes the weights for unpacked"):
+            open_reader(engine, draft.write(tmp_path / engine))
+
+
+def test_a_header_that_contradicts_the_experts(tmp_path: Path) -> None:
+    draft = experts(256)
+    draft.header["group_size"] = 0
+    reader = open_reader("sglang-npu", draft.write(tmp_path))
+    with pytest.raises(FxquantError, match=r"weight_(offset|scale)_second: the engine has no parameter"):
+        reader.expert_linear(DOWN, row_parallel=True)
+
+
+@pytest.mark.parametrize(
+    ("engine", "module", "kind", "message"),
+    [
+        ("vllm-ascend", LINEAR, "W4A8_DYNAMIC", "W4A8_DYNAMIC; vllm-ascend takes FLOAT, W8A8"),
+        ("mindie", LINEAR, "W8A16", "W8A16; mindie takes FLOAT, W8A8, W8A8_DYNAMIC, W8A8_MIX"),
+    ],
+)
+def test_types_of_linears(tmp_path: Path, engine: str, module: str, kind: str, message: str) -> None:
+    draft = static_pair()
+    draft.types |= dict.fromkeys(draft.types, kind)
+    if engine == "mindie":
+        draft.for_mindie(256)
+    with pytest.raises(FxquantError, match=message):
+        open_reader(engine, draft.write(tmp_path)).linear(module)
+
+
+def test_types_of_experts(tmp_path: Path) -> None:
+    draft = experts()
+    for name in draft.types:
+        draft.types[name] = "W8A8"
+    with pytest.raises(FxquantError, match="takes FLOAT, W8A8_DYNAMIC, W4A8_DYNAMIC for experts"):
+        open_reader("vllm-ascend", draft.write(tmp_path)).expert_linear(DOWN, row_parallel=True)
+
+
+def test_only_expert_zero_decides_the_type_of_a_layer(tmp_path: Path) -> None:
+    draft = experts()
+    for name in [name for name in draft.types if name.startswith(f"{EXPERTS}.1.")]:
+        draft.types[name] = "W8A8_DYNAMIC"
+    with pytest.raises(FxquantError, match=r"experts.1: one module of types"):
+        open_reader("vllm-ascend", draft.write(tmp_path)).expert_linear(DOWN, row_parallel=True)
+
+
+def test_a_tensor_that_the_description_lacks_or_calls_otherwise(tmp_path: Path) -> None:
+    draft = static_pair()
+    del draft.types[f"{LINEAR}.weight"]
+    with pytest.raises(FxquantError, match=r"q_a_proj.weight is missing"):
+        open_reader("vllm-ascend", draft.write(tmp_path)).linear(LINEAR)
+    draft.types[f"{LINEAR}.weight"] = "W8A8_DYNAMIC"
+    with pytest.raises(FxquantError, match=r"its tensors are described as"):
+        open_reader("vllm-ascend", draft.write(tmp_path)).linear(LINEAR)
+
+
+def test_shards_of_a_fused_module_agree(tmp_path: Path) -> None:
+    draft = static_pair()
+    reader = open_reader("vllm-ascend", draft.write(tmp_path / "same"))
+    assert reader.fused_with(OTHER) == FUSED and reader.fused_with(f"{ATTENTION}.o_proj") == ()
+    reader.check_fused(FUSED)
+    draft.tensors[f"{OTHER}.input_scale"] = draft.tensors[f"{OTHER}.input_scale"] * 2
+    reader = open_reader("vllm-ascend", draft.write(tmp_path / "scale"))
+    with pytest.raises(FxquantError, match=r"q_a_proj \+ .*kv_a_proj_with_mqa: fused, but with input_scale"):
+        reader.check_fused(FUSED)
+    for name in [name for name in draft.types if name.startswith(OTHER)]:
+        draft.types[name] = "FLOAT"
+    reader = open_reader("mindie", draft.for_mindie(256).write(tmp_path / "type"))
+    with pytest.raises(FxquantError, match="fused, but of types"):
+        reader.check_fused(FUSED)
+
+
+@pytest.mark.parametrize(
+    ("group", "ranks", "message"),
+    [
+        (0, 3, "3 ranks do not divide the 16 columns"),
+        (0, 32, "32 ranks do not divide"),
+        (0, 8, "in_features 32 on one rank; the kernel takes multiples of 64"),
+        (256, 2, "in_features 256 is not a multiple of 2 ranks x 256"),
+    ],
+)
+def test_ranks_that_do_not_fit_the_experts(tmp_path: Path, group: int, ranks: int, message: str) -> None:
+    folder = experts(group).write(tmp_path)
+    with pytest.raises(FxquantError, match=message):
+        open_reader("sglang-npu", folder, ranks).expert_linear(DOWN, row_parallel=True)
+
+
+def test_mindie_wants_its_model_type_group_size_and_unpacked_weights(tmp_path: Path) -> None:
+    packed = experts(256).for_mindie(256)
+    with pytest.raises(FxquantError, match=r"weight_scale: F32 \[256, 1\]; .*\[128, 1\]|has no parameter"):
+        open_reader("mindie", packed.write(tmp_path / "packed")).expert_linear(DOWN, row_parallel=True)
+    draft = experts(256, packed=False).for_mindie(256)
+    open_reader("mindie", draft.write(tmp_path / "right")).expert_linear(DOWN, row_parallel=True)
+    draft.config["quantization_config"] = {}
+    with pytest.raises(FxquantError, match="group_size None in quantization_config"):
+        open_reader("mindie", draft.write(tmp_path / "size")).expert_linear(DOWN, row_parallel=True)
+    draft.config["model_type"] = "deepseek_v3"
+    with pytest.raises(FxquantError, match="MindIE runs DeepSeek as deepseekv2"):
+        open_reader("mindie", draft.write(tmp_path / "type"))
+
+
+def test_mindie_takes_the_shared_expert_in_four_bits_only_with_the_routed_ones(tmp_path: Path) -> None:
+    shared = "model.layers.3.mlp.shared_experts"
+    draft = experts(256, packed=False).for_mindie(256)
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        draft.per_token(f"{shared}.{name}", 256, 256)
+    reader = open_mindie(draft.write(tmp_path), 1)
+    assert not reader.mix_shared_routing("model.layers.3.mlp")
+    reader.linear(f"{shared}.down_proj", row_parallel=True)
+    with pytest.raises(FxquantError, match="shared_experts.down_proj: W8A8_DYNAMIC; with mix_shared_routing"):
+        reader.expert_linear(f"{EXPERTS}.2.down_proj", row_parallel=True)
+
+
+def test_mindie_loads_gate_biases_and_norm_biases(tmp_path: Path) -> None:
+    draft = Draft().for_mindie(256)
+    draft.put("mlp.gate", "FLOAT", e_score_correction_bias=torch.tensor([3.0, 1.0, 2.0]))
+    draft.put("norm", "FLOAT", weight=torch.ones(3), bias=torch.zeros(3))
+    draft.put("plain_norm", "FLOAT", weight=torch.ones(3))
+    reader = open_mindie(draft.write(tmp_path), 1)
+    assert reader.gate_bias("mlp.gate.e_score_correction_bias").tolist() == [2.0, 0.0, 1.0]
+    assert reader.norm("norm")[1] is not None and reader.norm("plain_norm")[1] is None
+
+
+def test_folders_that_contradict_themselves(tmp_path: Path) -> None:
+    folder = static_pair().write(tmp_path)
+    index = folder / "quant_model_weight_w8a8_dynamic.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"absent.weight": WEIGHTS}}))
+    with pytest.raises(FxquantError, match="absent.weight in .*, it lies in None"):
+        open_reader("vllm-ascend", folder)
+    index.unlink()
+    save_file({f"{LINEAR}.weight": torch.ones(2, 2)}, folder / "other.safetensors")
+    with pytest.raises(FxquantError, match="in other.safetensors and in"):
+        open_reader("vllm-ascend", folder)
+    with pytest.raises(FxquantError, match=f"{MINDIE_DESCRIPTION}: missing; there is config.json, quant_model_desc"):
+        open_reader("mindie", folder)
+
+
+def test_names_of_engines_and_experts(tmp_path: Path) -> None:
+    folder = experts().write(tmp_path)
+    with pytest.raises(FxquantError, match="tensorrt: no such engine"):
+        open_reader("tensorrt", folder)
+    reader = open_reader("vllm-ascend", folder)
+    with pytest.raises(FxquantError, match="is no projection of a routed expert"):
+        reader.expert_linear(LINEAR)
+    with pytest.raises(FxquantError, match="Engines split k of down_proj only"):
+        reader.expert_linear(DOWN, row_parallel=False)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"torch_dtype": "float32"}))
+    with pytest.raises(FxquantError, match="torch_dtype is float32"):
+        open_reader("vllm-ascend", folder).expert_linear(DOWN, row_parallel=True)
