@@ -1,5 +1,6 @@
 """Draw the README's pictures with the project's own commands: python docs/make_images.py"""
 
+import io
 import tempfile
 from pathlib import Path
 
@@ -7,8 +8,10 @@ from rich.console import Console
 
 from fxquant import CompileOptions, compile
 from fxquant.api import open_graph
+from fxquant.deployments import RANKS, deployments, float_program
 from fxquant.printing import format_program
-from fxquant.tools import compile_model
+from fxquant.targets import Target
+from fxquant.tools import compile_model, targets
 
 HERE = Path(__file__).parent
 EXAMPLE = HERE.parent / "examples" / "tiny_deepseek_v3"
@@ -34,6 +37,12 @@ def main() -> None:
         for line in lines[first : last + 1]:
             screen.print(line, markup=False, highlight=False)
         screen.save_svg(str(HERE / "images" / "expert_layer.svg"), title="fxquant show: an expert layer in integers")
+
+    policies = ["deepseek_w4a8", "deepseek_w4a8_per_channel", "deepseek_w4a8_shared_w4", "deepseek_w8a8_mix"]
+    screen = Console(record=True, width=110, file=io.StringIO())
+    screen.print("$ fxquant targets --table " + " ".join(f"-p {name}" for name in policies), style="bold")
+    targets.print_table(deployments(float_program(), policies, list(Target)), list(RANKS), screen)
+    screen.save_svg(str(HERE / "images" / "targets.svg"), title="fxquant targets: DeepSeek-V3 671B")
 
 
 if __name__ == "__main__":

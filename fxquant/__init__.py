@@ -5,15 +5,27 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from fxquant.api import CompileOptions, CompileReport, compare, compile, evaluate, run, verify
+    from fxquant.api import (
+        CompileOptions,
+        CompileReport,
+        ConvertReport,
+        compare,
+        compile,
+        convert,
+        evaluate,
+        run,
+        verify,
+    )
     from fxquant.errors import FxquantError
     from fxquant.policy import load_policy, shipped_policies
 
 _HOMES = {
     "CompileOptions": "fxquant.api",
     "CompileReport": "fxquant.api",
+    "ConvertReport": "fxquant.api",
     "compare": "fxquant.api",
     "compile": "fxquant.api",
+    "convert": "fxquant.api",
     "evaluate": "fxquant.api",
     "run": "fxquant.api",
     "verify": "fxquant.api",
@@ -25,10 +37,12 @@ _HOMES = {
 __all__ = [
     "CompileOptions",
     "CompileReport",
+    "ConvertReport",
     "FxquantError",
     "__version__",
     "compare",
     "compile",
+    "convert",
     "evaluate",
     "load_policy",
     "run",

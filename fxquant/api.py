@@ -1,64 +1,35 @@
-"""The verbs of the command line as functions: compile, verify, run, evaluate."""
+"""The verbs of the command line as functions: compile, convert, verify, run, evaluate, compare."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from torch import Tensor
-
-from fxquant.binding import Ledger, build_ledger, check_parameters, mtp_modules
-from fxquant.checkpoint import open_checkpoint
+from fxquant.binding import Ledger
+from fxquant.checkpoint import Checkpoint, open_checkpoint
+from fxquant.contracts import Contract, load_contract
 from fxquant.errors import FxquantError
-from fxquant.frontend.source import TRACE_TIMEOUT, Source, open_source
+from fxquant.frontend.source import TRACE_TIMEOUT, open_source
 from fxquant.generation import greedy_text
+from fxquant.lowering.convert import converted_contents
+from fxquant.lowering.engines import ENGINES, group_size
 from fxquant.lowering.layout import stored_tensors
-from fxquant.lowering.manifest import FLOAT_GRAPH, GRAPH, read_manifest
-from fxquant.lowering.output import Output, check_out, write_output
+from fxquant.lowering.manifest import FLOAT_GRAPH, GRAPH, MANIFEST, find_manifest, read_manifest
+from fxquant.lowering.output import Contents, Output, check_out, write_output
 from fxquant.lowering.verify import VerifyReport, verify_output
 from fxquant.measure import Evaluation, evaluate_programs
-from fxquant.models.deepseek_v3 import mtp_paths
-from fxquant.passes import AssignSchemes, Calibrate, PassResult, pipeline, run_passes
+from fxquant.passes import CheckContract, PassResult
 from fxquant.policy import Policy, Rule, load_policy
+from fxquant.preparation import CompileOptions, Prepared, as_path, open_model, prepare, refuse_kv_cache
 from fxquant.program import Program
-from fxquant.program_file import dump_program, load_program
+from fxquant.program_file import load_program
 from fxquant.progress import Reporter, silent
-from fxquant.structure import structural_hash
 from fxquant.targets import Target
 from fxquant.text import load_batches
-from fxquant.weights import Cached, Read, RecipeReader
+from fxquant.weights import Cached, Read, RecipeReader, maker
 
-CALIBRATION_FILES = ("calibration.jsonl", "calibration.txt", "calib.jsonl", "calib.txt")
 DEFAULT_POLICY = "deepseek_w4a8"
 COMPARE_CACHE = 1 << 28
 """Bytes of made weights that `compare` keeps for each policy between chunks of text."""
-
-
-@dataclass(frozen=True)
-class CompileOptions:
-    """What `compile` takes besides the model.
-
-    policy          name of a shipped policy or path of a YAML file; None: the model file's POLICY or deepseek_w4a8
-    out             output folder; None: `./<name>-<policy>-<target>`
-    calib           calibration text or token ids; None: the file that lies beside the model, if any
-    calib_samples   batches to calibrate on, each of at most `calib_length` tokens
-    checkpoint      overrides the folder that a model.py names
-    trace_timeout   seconds that a model.py may take to import, build and trace
-    max_shard_size  bytes of tensor data a weight file may hold
-    force           replace an earlier output of fxquant at `out`
-    """
-
-    policy: str | None = None
-    out: str | Path | None = None
-    target: Target = Target.ASCEND
-    calib: str | Path | None = None
-    calib_samples: int = 32
-    calib_length: int = 256
-    checkpoint: str | Path | None = None
-    trace_timeout: float = TRACE_TIMEOUT
-    max_shard_size: int = 4 << 30
-    force: bool = False
-    verify: bool = True
-    kv_cache: str | None = None
 
 
 @dataclass
@@ -80,18 +51,16 @@ class CompileReport:
     output: Output
     verification: VerifyReport | None = None
 
+    @property
+    def contract(self) -> Contract:
+        """What the target loads, and how to serve it."""
+        return load_contract(self.target)
 
-@dataclass
-class Prepared:
-    """A model rewritten under a policy, nothing written yet."""
-
-    source: Source
-    policy: Policy
-    program: Program
-    ledger: Ledger
-    float_graph: str
-    structural_hash: str
-    passes: list[PassResult] = field(default_factory=list)
+    @property
+    def unverified(self) -> list[str]:
+        """What nobody has shown to work or to fail on the target, each with its source."""
+        checks = (one.kept.items() for one in self.passes if one.name == CheckContract.name)
+        return list(dict.fromkeys(f"{fact} ({source})" for check in checks for fact, source in check))
 
 
 def compile(model: str | Path, options: CompileOptions | None = None, report: Reporter = silent) -> CompileReport:  # noqa: A001
@@ -102,13 +71,13 @@ def compile(model: str | Path, options: CompileOptions | None = None, report: Re
     """
     options = options or CompileOptions()
     options = replace(options, target=Target(options.target))
-    _refuse_kv_cache(options.kv_cache)
-    source = _open(model, options, report)
+    refuse_kv_cache(options.kv_cache)
+    source = open_model(model, options, report)
     policy = load_policy(options.policy or source.policy or DEFAULT_POLICY)
-    out = _path(options.out) or Path(f"{source.name}-{policy.name}-{options.target}")
+    out = as_path(options.out) or Path(f"{source.name}-{policy.name}-{options.target}")
     check_out(out, options.force, source.checkpoint.folder)
     prepared = prepare(source, policy, options, report)
-    with write_output(prepared, options, out, report) as output:
+    with write_output(_contents(prepared, options), out, report) as output:
         verification = None
         if options.verify:
             verification = verify_output(output.folder, source.checkpoint, full=False, report=report)
@@ -130,46 +99,84 @@ def compile(model: str | Path, options: CompileOptions | None = None, report: Re
     )
 
 
-def prepare(source: Source, policy: Policy, options: CompileOptions, report: Reporter = silent) -> Prepared:
-    """Trace, check against the checkpoint, and run the pass pipeline."""
-    with report("trace", 1, "graph") as advance:
-        program = source.program()
-        advance(1)
-    check_parameters(program, source.checkpoint)
-    float_graph, digest = dump_program(program), structural_hash(program)
-    mtp = mtp_modules(source.checkpoint, mtp_paths(source.config))
-    assign = AssignSchemes(policy, mtp)
-    calibrate = Calibrate(policy, source.checkpoint.read, lambda: calibration(source, options), report)
-    results = run_passes(program, pipeline(assign, calibrate))
-    return Prepared(
-        source, policy, program, build_ledger(program, source.checkpoint, mtp), float_graph, digest, results
+def _contents(prepared: Prepared, options: CompileOptions) -> Contents:
+    source = prepared.source
+    return Contents(
+        program=prepared.program,
+        checkpoint=source.checkpoint,
+        make=maker(source.checkpoint.read),
+        float_graph=prepared.float_graph,
+        ledger=prepared.ledger.as_json(),
+        source=source.path,
+        origin=source.checkpoint.folder,
+        policy=prepared.policy.name,
+        target=options.target,
+        max_shard_size=options.max_shard_size,
+        tp=options.tp,
+        export=options.export,
     )
 
 
-def calibration(source: Source, options: CompileOptions) -> list[Tensor] | None:
-    """Batches of token ids from `options.calib`, or from the file beside the model; None when there is neither."""
-    file = _path(options.calib)
-    if file is None:
-        folders = (source.path if source.path.is_dir() else source.path.parent, source.checkpoint.folder)
-        candidates = (folder / name for folder in folders for name in CALIBRATION_FILES)
-        file = next((candidate for candidate in candidates if candidate.is_file()), None)
-    if file is None:
-        return None
-    return load_batches(file, source.checkpoint, options.calib_samples, options.calib_length)
+@dataclass
+class ConvertReport:
+    """What `convert` did."""
+
+    out: Path
+    target: Target
+    policy: str
+    output: Output
+    verification: VerifyReport | None = None
+
+
+def convert(
+    out: str | Path,
+    target: Target,
+    into: str | Path | None = None,
+    tp: int = 1,
+    verify: bool = True,
+    force: bool = False,
+    report: Reporter = silent,
+) -> ConvertReport:
+    """Write the weights of `out` in the form of another target, integers untouched, and the graph that goes with them.
+
+    Raises FxquantError where the other form has no place for them, with the command that quantizes anew.
+    """
+    folder, target = Path(out), Target(target)
+    new = Path(into) if into else Path(f"{folder.resolve().name}-{target}")
+    check_out(new, force, folder)
+    contents = replace(converted_contents(folder, target, new), tp=tp)
+    CheckContract(contents.policy, load_contract(target), tp)(contents.program)
+    source = open_checkpoint(contents.origin) if contents.origin.is_dir() else None
+    with write_output(contents, new, report) as output:
+        verification = verify_output(output.folder, source, full=False, report=report) if verify else None
+        if verification is not None and not verification.ok:
+            raise FxquantError(new, "verification failed, nothing was kept: " + first_miss(verification), "Report it.")
+    return ConvertReport(new, target, contents.policy, output, verification)
 
 
 def verify(
-    out: str | Path, against: str | Path | None = None, full: bool = False, report: Reporter = silent
+    out: str | Path,
+    against: str | Path | None = None,
+    full: bool = False,
+    report: Reporter = silent,
+    tp: int | None = None,
+    target: Target | None = None,
 ) -> VerifyReport:
-    """Re-read `out` and hold it against MODEL (default: the manifest's source) and its own graph."""
+    """Re-read `out` and hold it against MODEL (default: the manifest's source), its own graph, and its engine's reader.
+
+    `tp`: ranks that the reader splits over; None: as many as `out` was compiled for.
+    `target`: where the manifest is gone; None: what the files show. `against` must then be given.
+    """
     folder = Path(out)
-    manifest = read_manifest(folder)
+    manifest = find_manifest(folder)
     checkpoint = None
     if against is not None:
         checkpoint = open_source(Path(against)).checkpoint
+    elif manifest is None:
+        raise FxquantError(folder, f"has no {MANIFEST} to say what it was made from.", "Pass --against MODEL.")
     elif manifest.checkpoint_path(folder).is_dir():
         checkpoint = open_checkpoint(manifest.checkpoint_path(folder))
-    return verify_output(folder, checkpoint, full, report)
+    return verify_output(folder, checkpoint, full, report, tp, target)
 
 
 def run(out: str | Path, prompt: str, max_new_tokens: int = 64) -> Iterator[str]:
@@ -213,6 +220,28 @@ def evaluate(
     return evaluate_programs(original, [quantized], batches, report)[0]
 
 
+def engine_perplexities(
+    out: str | Path, text: str | Path, samples: int = 64, length: int = 256, report: Reporter = silent
+) -> dict[str, float]:
+    """Perplexity of `out` as its engine computes it: "<reader>, exact" with the formats' own arithmetic, and
+    "<reader>, device" with the rounding of the NPU's kernels. Raises FxquantError where no engine reads `out`."""
+    from fxquant.lowering.readers import Arithmetic, open_reader
+    from fxquant.lowering.verify.through_reader import reader_perplexity
+
+    folder = Path(out)
+    manifest, (program, read) = read_manifest(folder), open_output(folder)
+    name = ENGINES[Target(manifest.target)].reader(group_size(program))
+    if name is None:
+        raise FxquantError(folder, f"target {manifest.target} has no engine to emulate.", "Leave out --engine.")
+    batches = load_batches(Path(text), Checkpoint(folder, program.config, {}), samples, length)
+    reader = open_reader(name, folder, manifest.tp)
+    ways = {"exact": Arithmetic.EXACT, "device": Arithmetic.KERNEL}
+    return {
+        f"{name}, {way}": reader_perplexity(program, reader, read, batches, arithmetic, report)
+        for way, arithmetic in ways.items()
+    }
+
+
 def compare(
     model: str | Path,
     policies: list[str],
@@ -224,10 +253,10 @@ def compare(
 ) -> dict[str, tuple[Evaluation, int]]:
     """Policy → its evaluation and the bytes of its weights. Nothing is written; integers are made as needed."""
     options = options or CompileOptions()
-    source = _open(model, options, report)
+    source = open_model(model, options, report)
     batches = load_batches(Path(text), source.checkpoint, samples, length)
     original = (source.program(), Cached(source.checkpoint.read))
-    programs = [prepare(source, load_policy(name), options, report).program for name in policies]
+    programs = [prepare(source, load_policy(name), options, report, for_engine=False).program for name in policies]
     sizes = [sum(tensor.nbytes for tensor in stored_tensors(one, source.checkpoint)) for one in programs]
     quantized = [(one, Cached(RecipeReader(one, source.checkpoint), COMPARE_CACHE)) for one in programs]
     results = evaluate_programs(original, quantized, batches, report)
@@ -247,35 +276,14 @@ def first_miss(verification: VerifyReport) -> str:
     return next(f"{check.name}: {check.misses[0]}" for check in verification.checks if check.misses)
 
 
-def _open(model: str | Path, options: CompileOptions, report: Reporter) -> Source:
-    """MODEL, opened; a model.py is run meanwhile."""
-    with report("open", 1, "model") as advance:
-        source = open_source(Path(model), _path(options.checkpoint), options.trace_timeout)
-        advance(1)
-    return source
-
-
-def _path(path: str | Path | None) -> Path | None:
-    return None if path is None else Path(path)
-
-
-def _refuse_kv_cache(kv_cache: str | None) -> None:
-    if kv_cache in (None, "float"):
-        return
-    if kv_cache == "int8":
-        fact = (
-            "the engines' W4A8 path takes no int8 KV cache: its scales exclude mixed int4 experts, and quantizing the "
-            "latent costs two to three points of accuracy."
-        )
-        raise FxquantError("--kv-cache int8", fact, "Leave the cache in float: it is already latent, 71 times smaller.")
-    raise FxquantError(f"--kv-cache {kv_cache}", "unknown.", "Only float is supported.")
-
-
 __all__ = [
     "CompileOptions",
     "CompileReport",
+    "ConvertReport",
     "compare",
     "compile",
+    "convert",
+    "engine_perplexities",
     "evaluate",
     "open_graph",
     "prepare",

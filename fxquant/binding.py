@@ -9,8 +9,9 @@ import torch
 
 from fxquant.checkpoint import Checkpoint
 from fxquant.errors import FxquantError
-from fxquant.policy import LEAVE_OUT
+from fxquant.policy import LEAVE_OUT, Rule
 from fxquant.program import Program, made_parameters
+from fxquant.schemes import Scheme
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn)
 
@@ -95,13 +96,18 @@ def mtp_modules(checkpoint: Checkpoint, modules: tuple[str, ...]) -> tuple[str, 
     return tuple(m for m in modules if any(name.startswith(m + ".") for name in checkpoint.tensors))
 
 
-def build_ledger(program: Program, checkpoint: Checkpoint, mtp: tuple[str, ...]) -> Ledger:
+def build_ledger(program: Program, checkpoint: Checkpoint) -> Ledger:
     """Sort every tensor into its bucket. Raises FxquantError for a tensor that belongs nowhere."""
     homes: dict[str, tuple[Bucket, str]] = {}
+    mtp = program.mtp.layers
     for recipe in program.recipes.values():
         homes |= dict.fromkeys(recipe.source_names, (Bucket.REWRITTEN, recipe.scheme.value))
     for name, parameter in program.kept_names().items():
         homes[name] = (Bucket.KEPT, str(program.rules[parameter.module]))
+    for recipe in program.mtp.recipes.values():
+        homes |= dict.fromkeys(recipe.source_names, (Bucket.REWRITTEN, recipe.scheme.value))
+    for name in program.mtp.kept:
+        homes[name] = (Bucket.KEPT, _kept_of_mtp(program.rules[_mtp_of(name, mtp)]))
     entries = [_entry(program, checkpoint, name, homes, mtp) for name in sorted(checkpoint.tensors)]
     for name, scale in checkpoint.scales.items():
         if name in homes:
@@ -121,11 +127,12 @@ def _entry(
     rule = program.rules.get(module)
     if rule is not None and rule.scheme == LEAVE_OUT:
         return Entry(name, Bucket.LEFT_OUT, str(rule), nbytes)
-    if rule is not None:
-        fact = f"policy gives {rule.scheme} to the multi-token prediction layer {module}, which is not in the graph."
-        raise FxquantError(name, fact, f"Use scheme {LEAVE_OUT} for kind mtp.")
     fact = f"tensor {name} belongs to no parameter of the model."
     raise FxquantError(checkpoint.tensors[name].file, fact, "Check config.json, or add it to the model's forward.")
+
+
+def _kept_of_mtp(rule: Rule) -> str:
+    return str(rule) if rule.scheme == Scheme.FLOAT else f"{rule}, what is no linear of a decoder layer"
 
 
 def _mtp_of(name: str, mtp: tuple[str, ...]) -> str:

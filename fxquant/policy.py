@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from fnmatch import fnmatchcase
 from importlib import resources
@@ -30,6 +30,14 @@ class ActivationStatistic(StrEnum):
 
     MIN_MAX = "min_max"
     BATCH_MEAN = "batch_mean"
+
+
+class MtpMode(StrEnum):
+    """What a user asks of multi-token prediction layers: absent, as in the checkpoint, or in dynamic int8."""
+
+    NONE = "none"
+    FLOAT = "float"
+    QUANT = "quant"
 
 
 class CalibrationWeights(StrEnum):
@@ -112,6 +120,18 @@ class Policy:
             if rule.selects(module, kind) and (quantizable or rule.scheme in (Scheme.FLOAT, LEAVE_OUT)):
                 return rule
         return None
+
+    def with_mtp(self, mode: MtpMode) -> "Policy":
+        """This policy with its rules for kind mtp replaced by what a user asks."""
+        schemes: dict[MtpMode, Scheme | Literal["LEAVE_OUT"]] = {
+            MtpMode.NONE: LEAVE_OUT,
+            MtpMode.FLOAT: Scheme.FLOAT,
+            MtpMode.QUANT: Scheme.W8A8_DYNAMIC,
+        }
+        why = f"--mtp {mode}"
+        asked = Rule(kind=(Kind.MTP,), scheme=schemes[mode], optional=mode is MtpMode.NONE, why=why)
+        own, inherited = ([rule for rule in rules if rule.kind != (Kind.MTP,)] for rules in (self.own, self.inherited))
+        return replace(self, own=(asked, *own), inherited=tuple(inherited))
 
     def idle_rules(self, used: Iterable[Rule], modules: Iterable[tuple[str, Kind]]) -> list[Rule]:
         """Rules that decided nothing; raises FxquantError unless each is `optional` or inherited and overridden."""

@@ -23,6 +23,27 @@ class Parameter:
 
 
 @dataclass
+class MtpLayers:
+    """Multi-token prediction layers: they are stored, and no graph runs them.
+
+    layers       their paths in the checkpoint, stored or not
+    recipes      module path → how its tensors are made
+    kept         checkpoint tensor → its module, for those that stay float
+    gate_biases  those of `kept` that are stored in float32 whatever the checkpoint has
+    """
+
+    layers: tuple[str, ...] = ()
+    recipes: dict[str, Recipe] = field(default_factory=dict)
+    kept: dict[str, str] = field(default_factory=dict)
+    gate_biases: tuple[str, ...] = ()
+
+    @property
+    def stored(self) -> bool:
+        """Whether the output has any."""
+        return bool(self.recipes or self.kept)
+
+
+@dataclass
 class Program:
     """A graph whose `get_attr` targets are the keys of `parameters`, and the recipes of what was quantized.
 
@@ -31,6 +52,7 @@ class Program:
     recipes     graph module path → how its tensors are made
     rules       module path → the policy rule that decided it; idle_rules: those that decided nothing
     names       node names in use
+    mtp         the multi-token prediction layers of the output
 
     Every node carries `meta["module"]`, the path of the module that made it, `meta["kind"]` and `meta["block"]`: the
     path of its decoder layer, or "before", "between_0", …, "after" for what is in none.
@@ -44,6 +66,7 @@ class Program:
     rules: dict[str, Rule] = field(default_factory=dict)
     idle_rules: list[Rule] = field(default_factory=list)
     names: set[str] = field(default_factory=set)
+    mtp: MtpLayers = field(default_factory=MtpLayers)
 
     def nodes(self, target: Any) -> list[fx.Node]:
         """Calls of one operator, in graph order."""

@@ -14,15 +14,16 @@ import torch
 from torch import fx, nn
 
 from fxquant import ops
+from fxquant.dialects import Dialect
 from fxquant.errors import FxquantError
 from fxquant.kinds import Kind
 from fxquant.policy import Rule
-from fxquant.program import Parameter, Program, attach
+from fxquant.program import MtpLayers, Parameter, Program, attach
 from fxquant.safetensors_file import DTYPES, NAMES
 from fxquant.schemes import ActivationRange, Recipe, Scheme
 from fxquant.shape_rules import ShapeRules
 
-FORMAT = 1
+FORMAT = 2
 NAMESPACES = (ops.linear.namespace, "aten")
 PYTHON = {name: getattr(operator, name) for name in ("getitem", "add", "sub", "mul", "floordiv", "mod", "neg")}
 SYMBOLS = {"batch": 1009, "sequence": 1013, "past": 1019, "total": 2032}
@@ -49,6 +50,12 @@ def dump_program(program: Program) -> str:
         "parameters": {target: _parameter(program, target) for target in program.parameters},
         "recipes": {module: _recipe(recipe) for module, recipe in program.recipes.items()},
         "rules": {module: rule.model_dump(mode="json") for module, rule in program.rules.items()},
+        "mtp": {
+            "layers": list(program.mtp.layers),
+            "recipes": {module: _recipe(recipe) for module, recipe in program.mtp.recipes.items()},
+            "kept": program.mtp.kept,
+            "gate_biases": list(program.mtp.gate_biases),
+        },
     }
     head = json.dumps(document, ensure_ascii=False)[:-1]
     body = ",\n".join(json.dumps(node, ensure_ascii=False) for node in nodes)
@@ -154,6 +161,7 @@ def _recipe(recipe: Recipe) -> dict[str, Any]:
         key: getattr(recipe, key) for key in ("group_size", "out_features", "in_features", "bias", "row_parallel")
     }
     fields |= {"scheme": recipe.scheme.value, "modules": list(recipe.modules), "dtype": NAMES[recipe.dtype]}
+    fields |= {"dialect": recipe.dialect.value, "scale_dtype": NAMES[recipe.scale_dtype]}
     if recipe.activation:
         observed = recipe.activation
         fields["activation"] = [observed.low, observed.high, NAMES[observed.arithmetic]]
@@ -168,6 +176,8 @@ def _read_recipe(module: str, fields: dict[str, Any]) -> Recipe:
         "scheme": Scheme(fields["scheme"]),
         "modules": tuple(fields["modules"]),
         "dtype": DTYPES[fields["dtype"]],
+        "dialect": Dialect(fields["dialect"]),
+        "scale_dtype": DTYPES[fields["scale_dtype"]],
     }
     return Recipe(module=module, activation=activation, **fields)
 
@@ -197,7 +207,13 @@ def _program(document: dict[str, Any]) -> Program:
         recipes={module: _read_recipe(module, fields) for module, fields in document["recipes"].items()},
         rules={module: Rule.model_validate(rule) for module, rule in document["rules"].items()},
         names=set(nodes),
+        mtp=_read_mtp(document["mtp"]),
     )
+
+
+def _read_mtp(fields: dict[str, Any]) -> MtpLayers:
+    recipes = {module: _read_recipe(module, recipe) for module, recipe in fields["recipes"].items()}
+    return MtpLayers(tuple(fields["layers"]), recipes, dict(fields["kept"]), tuple(fields["gate_biases"]))
 
 
 def _check_texts(document: dict[str, Any]) -> None:
@@ -205,7 +221,9 @@ def _check_texts(document: dict[str, Any]) -> None:
     places = [*document["parameters"], *document["recipes"], *document["rules"]]
     for parameter in document["parameters"].values():
         places += [*parameter["names"], parameter["module"]]
-    for recipe in document["recipes"].values():
+    mtp = document["mtp"]
+    places += [*mtp["layers"], *mtp["recipes"], *mtp["kept"], *mtp["kept"].values(), *mtp["gate_biases"]]
+    for recipe in [*document["recipes"].values(), *mtp["recipes"].values()]:
         places += recipe["modules"]
     for entry in document["nodes"]:
         places += [entry.get("module", ""), entry.get("block", ""), *_strings(entry["args"])]

@@ -6,34 +6,50 @@
 import torch
 from torch import Tensor
 
-from fxquant.schemes import Recipe, Scheme
+from fxquant.schemes import Recipe, tensor_specs
 
 
 def expected_tensors(recipe: Recipe, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
     """Every tensor that one module of `recipe` owns, except the calibrated ones, from its weight [n, k]."""
-    rows = [row.float() for row in weight]
-    n, groups = len(rows), recipe.in_features // recipe.group_size if recipe.group_size else 1
-    expected = {"weight_offset": torch.zeros(n, 1)}
+    codes, scales, seconds = _expected_codes(recipe, weight)
+    n, groups = seconds.shape
+    packed = recipe.int4 and recipe.dialect.packed
+    expected = {
+        "weight": _pack(codes) if packed else codes.to(torch.int8),
+        "weight_scale": scales.view(n, 1),
+        "weight_offset": torch.zeros(n, 1),
+        "weight_scale_second": seconds,
+        "weight_offset_second": torch.zeros(n, groups, dtype=torch.int64),
+    }
+    if packed:
+        expected["scale_bias"] = _scale_bias(recipe, codes, scales, seconds)
     if bias is not None:
-        expected["bias"] = bias.to(recipe.dtype)
-    if recipe.scheme is not Scheme.W4A8_DYNAMIC:
-        pairs = [_symmetric_row(row, 127, -128, 127) for row in rows]
-        expected["weight"] = torch.stack([q for q, _ in pairs]).to(torch.int8)
-        expected["weight_scale"] = torch.stack([scale for _, scale in pairs]).view(n, 1)
-        return expected
-    made = [_two_level_row(row, recipe.group_size) if recipe.group_size else _int4_row(row) for row in rows]
+        expected["bias"] = bias.to(torch.float32 if recipe.dialect.float32_parameters else recipe.dtype)
+    return {suffix: expected[suffix] for suffix in tensor_specs(recipe) if suffix in expected}
+
+
+def _expected_codes(recipe: Recipe, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes [n, k], scales [n], second scales [n, G]."""
+    rounded_to = recipe.scale_dtype
+    made = []
+    for row in weight:
+        if not recipe.int4:
+            made.append((*_symmetric_row(row.float(), 127, -128, 127, rounded_to), torch.ones(1)))
+        elif not recipe.group_size:
+            made.append((*_symmetric_row(row.float(), 7, -8, 7, rounded_to), torch.ones(1)))
+        else:
+            made.append(_two_level_row(row.float(), recipe.group_size))
     codes, scales, seconds = (torch.stack(column) for column in zip(*made, strict=True))
-    expected["weight"] = _pack(codes)
-    expected["weight_scale"] = scales.view(n, 1)
-    expected["scale_bias"] = _scale_bias(recipe, codes, scales, seconds)
-    if recipe.group_size:
-        expected["weight_scale_second"] = seconds
-        expected["weight_offset_second"] = torch.zeros(n, groups, dtype=torch.int64)
-    return expected
+    return codes, scales, seconds
 
 
-def contradiction(recipe: Recipe, stored: dict[str, Tensor], bias: Tensor | None) -> str | None:
-    """Why the calibrated tensors of a static linear disagree with its range or with each other, or None."""
+def contradiction(
+    recipe: Recipe, stored: dict[str, Tensor], bias: Tensor | None, weight: Tensor | None = None
+) -> str | None:
+    """Why the calibrated tensors of a static linear disagree with its range or with each other, or None.
+
+    `weight` is that of the source, from which the weight scale follows where it is not stored.
+    """
     observed = recipe.activation
     if observed is None:
         return "static, but the graph holds no observed range"
@@ -44,11 +60,14 @@ def contradiction(recipe: Recipe, stored: dict[str, Tensor], bias: Tensor | None
     input_scale, deq_scale = stored["input_scale"].float(), stored["deq_scale"]
     if deq_scale.dtype is torch.int64:
         deq_scale = deq_scale.to(torch.int32).view(torch.float32)
-    if not torch.equal(stored["input_scale"], scale.to(recipe.dtype).view(1)):
+    if input_scale.item() != scale.to(recipe.dtype).item():
         return f"input_scale is {input_scale.item()}, the observed range gives {scale.item()}"
     if stored["input_offset"].item() != offset:
         return f"input_offset is {stored['input_offset'].item()}, the observed range gives {offset}"
-    if not torch.equal(deq_scale, input_scale * stored["weight_scale"].flatten()):
+    weight_scale = stored.get("weight_scale")
+    if weight_scale is None and weight is not None:
+        weight_scale = _expected_codes(recipe, weight)[1]
+    if weight_scale is not None and not torch.equal(deq_scale, input_scale * weight_scale.flatten()):
         return "deq_scale is not input_scale * weight_scale"
     for row, q in enumerate(stored["weight"]):
         folded = float(bias[row].float() / deq_scale[row]) if bias is not None and deq_scale[row] > 0 else 0.0
@@ -57,16 +76,13 @@ def contradiction(recipe: Recipe, stored: dict[str, Tensor], bias: Tensor | None
     return None
 
 
-def _symmetric_row(row: Tensor, maximum: int, low: int, high: int) -> tuple[Tensor, Tensor]:
-    """q = clamp(rne(w / s)), s = max|w| / maximum; a row of zeros stays zeros with scale 0."""
-    scale = row.abs().max() / maximum
+def _symmetric_row(
+    row: Tensor, maximum: int, low: int, high: int, rounded_to: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """q = clamp(rne(w / s)), s = max|w| / maximum in `rounded_to`; a row of zeros stays zeros with scale 0."""
+    scale = (row.abs().max() / maximum).to(rounded_to).float()
     q = torch.zeros_like(row) if scale == 0 else torch.round(row / scale).clamp(low, high)
     return q, scale
-
-
-def _int4_row(row: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    q, scale = _symmetric_row(row, 7, -8, 7)
-    return q, scale, torch.ones(1)
 
 
 def _two_level_row(row: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:

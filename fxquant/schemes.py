@@ -8,22 +8,29 @@ from enum import StrEnum
 
 import torch
 
+from fxquant.dialects import Dialect
+
 ROW_PARALLEL_CHUNKS = 16
 """scale_bias columns of a linear whose k is split over tensor-parallel ranks: any of 1, 2, 4, 8, 16 ranks divides."""
 
 
 class Scheme(StrEnum):
-    """Weight bits, activation bits, and how activations are quantized."""
+    """Weight bits, activation bits, and how activations are quantized.
+
+    W8A8 is static: one calibrated scale and offset a tensor. W8A8_DYNAMIC and W4A8_DYNAMIC have a scale a token.
+    W8A8_MIX has the parameters of both: engines that split prefill from decode run it dynamic there, static here.
+    """
 
     FLOAT = "FLOAT"
     W8A8 = "W8A8"
+    W8A8_MIX = "W8A8_MIX"
     W8A8_DYNAMIC = "W8A8_DYNAMIC"
     W4A8_DYNAMIC = "W4A8_DYNAMIC"
 
     @property
     def static(self) -> bool:
         """Needs calibrated activation ranges."""
-        return self is Scheme.W8A8
+        return self in (Scheme.W8A8, Scheme.W8A8_MIX)
 
 
 @dataclass(frozen=True)
@@ -45,6 +52,8 @@ class Recipe:
     row_parallel  the linear reads features that an earlier linear of its block made (down_proj, o_proj)
     dtype         the model's dtype
     activation    calibrated range of the input, for static schemes, after the calibration pass
+    dialect       the form on disk
+    scale_dtype   what its weight scales are representable in, whatever they are stored in
     """
 
     module: str
@@ -57,6 +66,13 @@ class Recipe:
     row_parallel: bool
     dtype: torch.dtype
     activation: ActivationRange | None = None
+    dialect: Dialect = Dialect.A
+    scale_dtype: torch.dtype = torch.float32
+
+    @property
+    def int4(self) -> bool:
+        """Whether its weights have four bits."""
+        return self.scheme is Scheme.W4A8_DYNAMIC
 
     @property
     def source_names(self) -> tuple[str, ...]:
@@ -77,26 +93,33 @@ class TensorSpec:
 def tensor_specs(recipe: Recipe) -> dict[str, TensorSpec]:
     """Name suffix → spec of every tensor that each of `recipe.modules` owns in the weight file."""
     n, k = recipe.out_features, recipe.in_features
-    specs: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
-        "weight": (torch.int8, (n, k)),
-        "weight_scale": (torch.float32, (n, 1)),
-        "weight_offset": (torch.float32, (n, 1)),
-    }
-    if recipe.scheme is Scheme.W8A8:
-        specs["input_scale"] = specs["input_offset"] = (recipe.dtype, (1,))
+    parameter_dtype = torch.float32 if recipe.dialect.float32_parameters else recipe.dtype
+    specs: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {"weight": (torch.int8, (n, k))}
+    if recipe.scheme is not Scheme.W8A8 or recipe.dialect.static_weight_scale:
+        specs["weight_scale"] = specs["weight_offset"] = (torch.float32, (n, 1))
+    if recipe.scheme.static:
+        specs["input_scale"] = specs["input_offset"] = (parameter_dtype, (1,))
         specs["quant_bias"] = (torch.int32, (n,))
         specs["deq_scale"] = (torch.int64 if recipe.dtype is torch.float16 else torch.float32, (n,))
-    if recipe.scheme is Scheme.W4A8_DYNAMIC:
+    if recipe.int4 and recipe.dialect.packed:
         specs["weight"] = (torch.int8, (n // 2, k))
         specs["scale_bias"] = (torch.float32, (n, ROW_PARALLEL_CHUNKS if recipe.row_parallel else 1))
-        if recipe.group_size:
-            groups = k // recipe.group_size
-            specs["weight_scale_second"] = (torch.float32, (n, groups))
-            specs["weight_offset_second"] = (torch.int64, (n, groups))
+    if recipe.int4 and recipe.group_size:
+        groups = k // recipe.group_size
+        specs["weight_scale_second"] = (torch.float32, (n, groups))
+        specs["weight_offset_second"] = (torch.int64, (n, groups))
     described = {name: TensorSpec(*spec, recipe.scheme.value) for name, spec in specs.items()}
     if recipe.bias:
-        described["bias"] = TensorSpec(recipe.dtype, (n,), Scheme.FLOAT.value)
+        described["bias"] = TensorSpec(parameter_dtype, (n,), Scheme.FLOAT.value)
     return described
+
+
+def graph_spec(recipe: Recipe, suffix: str) -> TensorSpec:
+    """dtype and shape of a tensor of `recipe` in the graph: as stored, but int4 always packed."""
+    spec = tensor_specs(recipe)[suffix]
+    if suffix == "weight" and recipe.int4 and not recipe.dialect.packed:
+        return TensorSpec(spec.dtype, (recipe.out_features // 2, recipe.in_features), spec.description)
+    return spec
 
 
 def why_not(recipe: Recipe) -> str | None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fxquant.checkpoint import Checkpoint
 from fxquant.kernels.recipe import make_tensors, rounded_weight
+from fxquant.kernels.weight import pack_int4
 from fxquant.program import Program
 from fxquant.schemes import Recipe, tensor_specs
 
@@ -43,11 +44,15 @@ class LazyStack:
 
 
 def load(program: Program, target: str, read: Read, dtype: torch.dtype = torch.float32) -> Tensor | LazyStack:
-    """The value of a graph parameter; floating tensors come as `dtype`."""
+    """The value of a graph parameter; floating tensors come as `dtype`, int4 codes packed."""
     parameter = program.parameters[target]
+    recipe = program.recipes.get(parameter.module)
+    unpacked = recipe is not None and recipe.int4 and not recipe.dialect.packed and target == f"{recipe.module}.weight"
 
     def converted(name: str) -> Tensor:
         tensor = read(name)
+        if unpacked and tensor.dtype is torch.int8:
+            return pack_int4(tensor)
         return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
     return LazyStack(parameter.names, converted) if parameter.stacked else converted(parameter.names[0])
@@ -79,6 +84,11 @@ def make_module(recipe: Recipe, module: str, read: Read) -> dict[str, Tensor]:
     """All tensors of one of `recipe.modules`, by suffix."""
     bias = read(f"{module}.bias") if recipe.bias else None
     return make_tensors(recipe, f"{module}.weight", read(f"{module}.weight"), bias)
+
+
+def maker(read: Read) -> Callable[[Recipe, str], dict[str, Tensor]]:
+    """`make_module` over one reader."""
+    return lambda recipe, module: make_module(recipe, module, read)
 
 
 class RoundedReader:

@@ -12,6 +12,7 @@ from torch import Tensor, fx
 
 from fxquant import ops
 from fxquant.lowering.operands import operands, producer
+from fxquant.ops.quantized import SMALLEST_ROW_MAXIMUM
 
 U = 2.0**-24
 SILU_SLOPE = 1.1
@@ -38,10 +39,34 @@ def _linear(call: fx.Node, value: Value, expected: Tensor) -> Tensor:
     return 2 * (weight.shape[1] + 2) * U * (x.abs() @ weight.abs().T) + 2 * U * expected.abs()
 
 
-def _rms_norm(call: fx.Node, value: Value, expected: Tensor) -> Tensor:
-    """The mean sums n squares and the root halves its error; a bias may cancel what carries it."""
-    bias = value(operands(call)[3]).abs() if len(operands(call)) > 3 and operands(call)[3] is not None else 0
-    return (expected.shape[-1] + 8) * U * (expected.abs() + 2 * bias)
+def _rms_norm(position: int) -> Rule:
+    """The mean sums n squares and the root halves its error; a bias, at `position`, may cancel what carries it."""
+
+    def rule(call: fx.Node, value: Value, expected: Tensor) -> Tensor:
+        given = operands(call)[position:]
+        bias = value(given[0]).abs() if given and given[0] is not None else 0
+        return (expected.shape[-1] + 8) * U * (expected.abs() + 2 * bias)
+
+    return rule
+
+
+def _norm_scale(call: fx.Node, value: Value, expected: Tensor) -> Tensor:
+    """The largest magnitude of a norm's row, off by no more than the row's worst element, through one quotient."""
+    x1, x2, weight, eps, *bias = (value(argument) for argument in operands(call))
+    y = ops.rms_norm(x1 + x2, weight, eps, *bias)
+    return _rms_norm(4)(call, value, y).amax(-1).reshape(expected.shape) / 127 + 2 * U * expected.abs()
+
+
+def _swiglu_codes(call: fx.Node, value: Value, expected: Tensor) -> Tensor:
+    """1 where the float behind a code is within its own error of a tie, else 0.
+
+    That float is y * (127 / m): swiglu has 8 roundings in y and as many in m, then quotient and product round on both
+    sides.
+    """
+    gate, up = (value(argument).double() for argument in operands(call))
+    y = torch.nn.functional.silu(gate) * up
+    real = y * (127 / y.abs().amax(-1, keepdim=True).clamp(min=SMALLEST_ROW_MAXIMUM))
+    return (((real - real.floor()) - 0.5).abs() <= 20 * U * real.abs()).double()
 
 
 def _rope_table(call: fx.Node, value: Value, expected: Tensor) -> Tensor:
@@ -126,8 +151,12 @@ def blocks(counts: Tensor) -> Iterator[tuple[int, slice]]:
 RULES: dict[tuple[Any, int | None], Rule] = {
     (ops.linear, None): _linear,
     (ops.router_logits, None): _linear,
-    (ops.rms_norm, None): _rms_norm,
+    (ops.rms_norm, None): _rms_norm(3),
+    (ops.add_rms_norm, 0): _rms_norm(4),
+    (ops.add_rms_norm_quantize_per_token, 1): _norm_scale,
     (ops.swiglu, None): _relative(8),
+    (ops.swiglu_quantize_per_token, 0): _swiglu_codes,
+    (ops.swiglu_quantize_per_token, 1): _relative(10),
     (ops.rope_table, 0): _rope_table,
     (ops.rope_table, 1): _rope_table,
     (ops.rope, None): _rope,

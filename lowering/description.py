@@ -4,14 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fxquant.kinds import Kind
-from fxquant.lowering.layout import STEM, FileLayout
+from fxquant.lowering.engines import Engine
+from fxquant.lowering.layout import FileLayout
 from fxquant.program import Program
-from fxquant.schemes import Scheme
 
-DESCRIPTION = "quant_model_description.json"
-INDEX = f"{STEM}.safetensors.index.json"
-FORMAT_VERSION = "1.0.0"
+MTP_LAYERS = "num_nextn_predict_layers"
 
 
 def write_json(path: Path, document: Any) -> None:
@@ -19,20 +16,10 @@ def write_json(path: Path, document: Any) -> None:
     path.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def description(program: Program, files: list[FileLayout]) -> dict[str, Any]:
+def description(program: Program, files: list[FileLayout], engine: Engine) -> dict[str, Any]:
     """Header keys, then one entry for every stored tensor: its type."""
     entries = {tensor.name: tensor.spec.description for file in files for tensor in file.tensors}
-    header = {
-        "version": FORMAT_VERSION,
-        "model_quant_type": model_quant_type(program),
-        "group_size": max((recipe.group_size for recipe in program.recipes.values()), default=0),
-    }
-    return header | dict(sorted(entries.items()))
-
-
-def model_quant_type(program: Program) -> str:
-    """Engines read it as the type of what is neither attention nor expert; they decide the rest tensor by tensor."""
-    return (Scheme.W8A8_DYNAMIC if program.recipes else Scheme.FLOAT).value
+    return engine.header(program) | dict(sorted(entries.items()))
 
 
 def index(files: list[FileLayout]) -> dict[str, Any]:
@@ -42,16 +29,12 @@ def index(files: list[FileLayout]) -> dict[str, Any]:
     return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
 
 
-def engine_config(program: Program) -> dict[str, Any]:
-    """The source's config.json without its `quantization_config`, plus the keys that tell an engine what it loads."""
+def engine_config(program: Program, engine: Engine) -> dict[str, Any]:
+    """The source's config.json without its `quantization_config`, plus the keys that tell an engine what it loads.
+
+    Multi-token prediction layers that are not in the output are not announced.
+    """
     config = {key: value for key, value in program.config.items() if key != "quantization_config"}
-    keys = {"quantize": model_quant_type(program).lower()} if program.recipes else {}
-    for key, kind in (("mla_quantize", Kind.ATTENTION), ("moe_quantize", Kind.ROUTED_EXPERT)):
-        schemes = {r.scheme for module, r in program.recipes.items() if _kind(program, module) is kind}
-        if len(schemes) == 1:
-            keys[key] = schemes.pop().value.lower()
-    return config | keys
-
-
-def _kind(program: Program, module: str) -> Kind:
-    return program.parameters[f"{module}.weight"].kind
+    if config.get(MTP_LAYERS) and not program.mtp.stored:
+        config[MTP_LAYERS] = 0
+    return config | engine.config(program)

@@ -6,21 +6,29 @@ import torch
 
 from fxquant import ops
 from fxquant.checkpoint import Checkpoint
+from fxquant.lowering.engines import Engine
+from fxquant.lowering.engines.engine import numbered
 from fxquant.program import Program, input_node
 from fxquant.safetensors_file import build_header
 from fxquant.schemes import Recipe, Scheme, TensorSpec, tensor_specs
 
-STEM = "quant_model_weight_w8a8"
+MTP_STEM = "mtp_float"
+MAX_SHARD_SIZE = 4 << 30
+"""Bytes of tensor data a weight file holds, unless the user says otherwise."""
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of the output: made by `recipe` for `module`, or kept from the checkpoint when there is none."""
+    """One tensor of the output: made by `recipe` for `module`, or kept from the checkpoint when there is none.
+
+    `mtp` says that it is of a multi-token prediction layer.
+    """
 
     name: str
     spec: TensorSpec
     module: str
     recipe: Recipe | None = None
+    mtp: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -51,17 +59,26 @@ def stored_tensors(program: Program, checkpoint: Checkpoint) -> list[StoredTenso
         recipe = program.recipes.get(parameter.module)
         if recipe is not None and parameter.module not in seen:
             seen.add(parameter.module)
-            specs = tensor_specs(recipe)
-            stored += [
-                StoredTensor(f"{module}.{suffix}", spec, module, recipe)
-                for module in recipe.modules
-                for suffix, spec in specs.items()
-            ]
+            stored += _made(recipe)
         for name in parameter.names:
             if name in kept:
                 dtype = torch.float32 if target in gate_biases else checkpoint.stored_dtype(name)
                 spec = TensorSpec(dtype, checkpoint.tensors[name].shape, Scheme.FLOAT.value)
                 stored.append(StoredTensor(name, spec, parameter.module))
+    return stored + _mtp(program, checkpoint)
+
+
+def _made(recipe: Recipe, mtp: bool = False) -> list[StoredTensor]:
+    specs = tensor_specs(recipe).items()
+    return [StoredTensor(f"{m}.{suffix}", spec, m, recipe, mtp) for m in recipe.modules for suffix, spec in specs]
+
+
+def _mtp(program: Program, checkpoint: Checkpoint) -> list[StoredTensor]:
+    stored = [tensor for recipe in program.mtp.recipes.values() for tensor in _made(recipe, mtp=True)]
+    for name, module in program.mtp.kept.items():
+        dtype = torch.float32 if name in program.mtp.gate_biases else checkpoint.stored_dtype(name)
+        spec = TensorSpec(dtype, checkpoint.tensors[name].shape, Scheme.FLOAT.value)
+        stored.append(StoredTensor(name, spec, module, mtp=True))
     return stored
 
 
@@ -70,12 +87,22 @@ def _gate_biases(program: Program) -> set[str]:
     return {str(input_node(node, 1).target) for node in program.nodes(ops.moe_gate)}
 
 
-def plan_files(stored: list[StoredTensor], max_shard_size: int) -> list[FileLayout]:
+def plan_files(stored: list[StoredTensor], max_shard_size: int, engine: Engine) -> list[FileLayout]:
     """Fill files in graph order up to `max_shard_size` bytes of data each; a larger tensor gets a file of its own.
 
     Inside a file tensors are ordered by falling item size, then name: every one is aligned, and the bytes depend on
-    nothing but the graph.
+    nothing but the graph. Float multi-token prediction layers are in files of their own where the engine has it so.
     """
+    apart = [tensor for tensor in stored if tensor.mtp and engine.mtp_files]
+    if any(tensor.recipe is not None for tensor in apart):
+        apart = []
+    groups = _filled([tensor for tensor in stored if not apart or not tensor.mtp], max_shard_size)
+    files = [_file(engine.file_name(part, len(groups)), group) for part, group in enumerate(groups, 1)]
+    extra = _filled(apart, max_shard_size) if apart else []
+    return files + [_file(numbered(MTP_STEM, part, len(extra)), group) for part, group in enumerate(extra, 1)]
+
+
+def _filled(stored: list[StoredTensor], max_shard_size: int) -> list[list[StoredTensor]]:
     groups: list[list[StoredTensor]] = [[]]
     size = 0
     for tensor in stored:
@@ -84,11 +111,7 @@ def plan_files(stored: list[StoredTensor], max_shard_size: int) -> list[FileLayo
             size = 0
         groups[-1].append(tensor)
         size += tensor.nbytes
-    return [_file(_file_name(index, len(groups)), group) for index, group in enumerate(groups, 1)]
-
-
-def _file_name(index: int, count: int) -> str:
-    return f"{STEM}.safetensors" if count == 1 else f"{STEM}-{index:05d}-of-{count:05d}.safetensors"
+    return groups
 
 
 def _file(name: str, group: list[StoredTensor]) -> FileLayout:

@@ -1,6 +1,7 @@
 """Fill the planned weight files, one module in memory at a time."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -10,14 +11,18 @@ from fxquant.checkpoint import Checkpoint
 from fxquant.errors import FxquantError
 from fxquant.lowering.layout import FileLayout, StoredTensor
 from fxquant.progress import Advance
-from fxquant.schemes import tensor_specs
-from fxquant.weights import make_module
+from fxquant.schemes import Recipe, tensor_specs
 
 COPY_BLOCK = 16 << 20
+Make = Callable[[Recipe, str], dict[str, Tensor]]
+"""Recipe and one of its modules → all tensors of that module, by suffix."""
 
 
-def write_weights(files: list[FileLayout], checkpoint: Checkpoint, folder: Path, advance: Advance) -> None:
-    """Write every file of the plan into `folder`. `advance` counts output bytes."""
+def write_weights(files: list[FileLayout], checkpoint: Checkpoint, make: Make, folder: Path, advance: Advance) -> None:
+    """Write every file of the plan into `folder`: what `make` gives, and kept tensors of `checkpoint`.
+
+    `advance` counts output bytes.
+    """
     handles: list[int] = []
     try:
         handles += (_create(folder / file.name, file) for file in files)
@@ -30,7 +35,7 @@ def write_weights(files: list[FileLayout], checkpoint: Checkpoint, folder: Path,
             if tensor.recipe is None:
                 _keep(places[tensor.name], checkpoint, advance)
             elif tensor.name == f"{tensor.module}.weight":
-                _make(tensor, places, checkpoint, advance)
+                _make(tensor, places, make, advance)
         for handle in handles:
             os.fsync(handle)
     finally:
@@ -60,10 +65,10 @@ def _extend(handle: int, start: int, length: int) -> None:
     os.ftruncate(handle, start + length)
 
 
-def _make(weight: StoredTensor, places: dict[str, Place], checkpoint: Checkpoint, advance: Advance) -> None:
+def _make(weight: StoredTensor, places: dict[str, Place], make: Make, advance: Advance) -> None:
     """All tensors of one module."""
     assert weight.recipe is not None
-    tensors = make_module(weight.recipe, weight.module, checkpoint.read)
+    tensors = make(weight.recipe, weight.module)
     for suffix, spec in tensor_specs(weight.recipe).items():
         tensor = tensors[suffix]
         if tensor.dtype is not spec.dtype or tuple(tensor.shape) != spec.shape:

@@ -2,30 +2,43 @@
 
 from collections.abc import Sequence
 
+from fxquant.passes.assign_mtp import AssignMtp
 from fxquant.passes.assign_schemes import AssignSchemes
 from fxquant.passes.base import Pass, PassResult
 from fxquant.passes.calibrate import Calibrate
+from fxquant.passes.check_contract import CheckContract
 from fxquant.passes.check_coverage import CheckCoverage
+from fxquant.passes.fuse_norm_quantize import FuseNormQuantize
+from fxquant.passes.fuse_swiglu_quantize import FuseSwigluQuantize
 from fxquant.passes.quantize_experts import QuantizeExperts
 from fxquant.passes.quantize_linear import QuantizeLinear
+from fxquant.passes.share_quantize import ShareQuantize
 from fxquant.program import Program
 
 __all__ = [
+    "AssignMtp",
     "AssignSchemes",
     "Calibrate",
+    "CheckContract",
     "CheckCoverage",
+    "FuseNormQuantize",
+    "FuseSwigluQuantize",
     "Pass",
     "PassResult",
     "QuantizeExperts",
     "QuantizeLinear",
+    "ShareQuantize",
     "pipeline",
     "run_passes",
 ]
 
 
-def pipeline(assign: AssignSchemes, calibrate: Calibrate) -> list[Pass]:
-    """Every pass, in order; the two that need more than the graph come ready made."""
-    return [assign, calibrate, QuantizeLinear(), QuantizeExperts(), CheckCoverage()]
+def pipeline(assign: Sequence[Pass], calibrate: Pass, contract: Sequence[Pass] = ()) -> list[Pass]:
+    """Every pass, in order; those that need more than the graph come ready made.
+
+    The contract is checked twice: before weights are read, and when static linears have their ranges.
+    """
+    return [*assign, *contract, calibrate, *contract, QuantizeLinear(), QuantizeExperts(), CheckCoverage()]
 
 
 def run_passes(program: Program, passes: Sequence[Pass]) -> list[PassResult]:

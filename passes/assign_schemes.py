@@ -1,8 +1,12 @@
 """Policy × graph → a recipe for every linear to quantize, a rule for every parameter that stays."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import torch
+
+from fxquant.dialects import Dialect
 from fxquant.errors import FxquantError
 from fxquant.kinds import Kind
 from fxquant.passes.base import Pass, PassResult
@@ -17,11 +21,14 @@ class AssignSchemes(Pass):
     """Fills `program.recipes` and `program.rules`; the graph itself stays.
 
     Raises FxquantError for a linear that no rule covers, a scheme that does not fit a linear, a rule that matches
-    nothing. `mtp` names the checkpoint's multi-token prediction modules, which are not in the graph.
+    nothing. `mtp` names the checkpoint's multi-token prediction layers, which are not in the graph: here they have
+    their rules, and `AssignMtp` carries these out. `dialect` says which form on disk the target wants for a group size
+    of the int4 linears (0: per channel, or none).
     """
 
     policy: Policy
     mtp: tuple[str, ...] = ()
+    dialect: Callable[[int], Dialect] = lambda group_size: Dialect.A
     name = "assign-schemes"
 
     def apply(self, program: Program) -> PassResult:
@@ -40,22 +47,27 @@ class AssignSchemes(Pass):
                 rule = self._rule(parameter.module, parameter.kind, target in biases)
                 used.add(rule)
                 program.rules.setdefault(parameter.module, rule)
+        program.mtp.layers = self.mtp
         for module in self.mtp:
-            rule = self._rule(module, Kind.MTP, False)
+            rule = self._rule(module, Kind.MTP, True)
             used.add(rule)
             program.rules[module] = rule
-        self._check_group_sizes(program)
+        dialect = self.dialect(self._group_size(program))
+        scales = program.dtype if dialect.model_dtype_scales else torch.float32
+        for module, recipe in program.recipes.items():
+            program.recipes[module] = replace(recipe, dialect=dialect, scale_dtype=scales)
         modules = [(parameter.module, parameter.kind) for parameter in program.parameters.values()]
         program.idle_rules = self.policy.idle_rules(used, modules)
         return PassResult(self.name, tuple(program.recipes), {m: str(r) for m, r in program.rules.items()})
 
-    def _check_group_sizes(self, program: Program) -> None:
+    def _group_size(self, program: Program) -> int:
         int4 = [recipe for recipe in program.recipes.values() if recipe.scheme is Scheme.W4A8_DYNAMIC]
         first = {recipe.group_size: recipe.module for recipe in reversed(int4)}
         if len(first) > 1:
             fact = f"group sizes {sorted(first)}: " + ", ".join(f"{size} for {m}" for size, m in sorted(first.items()))
             way_out = "A weight file has one group_size: choose one."
             raise FxquantError(f"policy {self.policy.name}", f"{fact}.", way_out)
+        return next(iter(first), 0)
 
     def _rule(self, module: str, kind: Kind, quantizable: bool) -> Rule:
         rule = self.policy.rule_for(module, kind, quantizable)
@@ -71,7 +83,7 @@ class AssignSchemes(Pass):
 def _recipe(program: Program, site: LinearSite, rule: Rule) -> Recipe:
     weight = program.graph.get_buffer(str(site.weight.target))
     parameter = program.parameters[str(site.weight.target)]
-    if parameter.stacked and rule.scheme is Scheme.W8A8:
+    if parameter.stacked and Scheme(rule.scheme).static:
         fact = "routed experts have no static scheme: a batch may leave an expert without input."
         raise FxquantError(site.module, fact, "Use W8A8_DYNAMIC or W4A8_DYNAMIC.")
     recipe = Recipe(

@@ -1,6 +1,7 @@
 """linear(x)  →  dequantize(int_matmul(quantize(x), weight))
 
 W8A8          quantize_static → int_matmul → dequantize_static
+W8A8_MIX      the same; engines that split prefill from decode run W8A8_DYNAMIC there
 W8A8_DYNAMIC  quantize_per_token → int_matmul → dequantize_per_token
 W4A8_DYNAMIC  quantize_per_token → int4_matmul → dequantize_per_token
 
@@ -39,7 +40,7 @@ class QuantizeLinear(Pass):
     def rewrite(self, node: fx.Node, program: Program) -> None:
         recipe = program.recipes[_module(node)]
         surgery = Surgery(program, node, self._rules)
-        static = recipe.scheme is Scheme.W8A8
+        static = recipe.scheme.static
         surgery.replace(_static(surgery, recipe) if static else self._dynamic(surgery, recipe))
 
     def _dynamic(self, surgery: Surgery, recipe: Recipe) -> fx.Node:

@@ -10,7 +10,7 @@ from torch._guards import detect_fake_mode
 
 from fxquant.naming import identifier, rename
 from fxquant.program import Parameter, Program
-from fxquant.schemes import Recipe, tensor_specs
+from fxquant.schemes import Recipe, graph_spec
 from fxquant.shape_rules import ShapeRules
 
 
@@ -35,7 +35,7 @@ class Surgery:
     def parameter(self, recipe: Recipe, suffix: str) -> fx.Node:
         """The `get_attr` of a tensor that `recipe` owns, stacked [experts, …] when it is of routed experts."""
         target = f"{recipe.module}.{suffix}"
-        spec = tensor_specs(recipe)[suffix]
+        spec = graph_spec(recipe, suffix)
         kind = self.site.meta["kind"]
         stacked = recipe.modules != (recipe.module,)
         shape = (len(recipe.modules), *spec.shape) if stacked else spec.shape

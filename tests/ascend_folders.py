@@ -1,11 +1,14 @@
 """Compiled folders for the Ascend tests: weights made from recipes, the emitted module, and the graph's own values."""
 
+import ast
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import save_file
 from tiny import meta_model
@@ -13,10 +16,11 @@ from torch import Tensor
 
 from fxquant.checkpoint import Checkpoint, open_checkpoint
 from fxquant.execute import execute
+from fxquant.lowering.ascend.deployment import deployment
 from fxquant.lowering.ascend.verify import EmittedModule, StatementCheck, check_statements
 from fxquant.lowering.ascend.writer import write_ascend
 from fxquant.models import DecoderLayer
-from fxquant.passes import AssignSchemes, Calibrate, pipeline, run_passes
+from fxquant.passes import AssignSchemes, Calibrate, CheckCoverage, QuantizeExperts, QuantizeLinear, run_passes
 from fxquant.policy import load_policy
 from fxquant.program import Program
 from fxquant.tracing import trace
@@ -41,8 +45,13 @@ class Compiled:
         """Stored tensors made anew from the checkpoint, whatever the folder holds."""
         return Cached(RecipeReader(self.program, self.checkpoint))
 
+    @cached_property
+    def deployed(self) -> Program:
+        """The fused program, whose values the module computes."""
+        return deployment(self.program).program
+
     def module(self) -> EmittedModule:
-        return EmittedModule(self.program, self.folder)
+        return EmittedModule(self.deployed, self.folder)
 
 
 def rewritten(checkpoint: Checkpoint, policy: str, layer: type[DecoderLayer] = DecoderLayer) -> Program:
@@ -50,7 +59,8 @@ def rewritten(checkpoint: Checkpoint, policy: str, layer: type[DecoderLayer] = D
     program = trace(meta_model(checkpoint, layer), checkpoint)
     chosen = load_policy(policy)
     ids = torch.randint(100, (2, 1, 16), generator=torch.Generator().manual_seed(3))
-    run_passes(program, pipeline(AssignSchemes(chosen), Calibrate(chosen, checkpoint.read, lambda: list(ids))))
+    calibrate = Calibrate(chosen, checkpoint.read, lambda: list(ids))
+    run_passes(program, [AssignSchemes(chosen), calibrate, QuantizeLinear(), QuantizeExperts(), CheckCoverage()])
     return program
 
 
@@ -76,6 +86,28 @@ def compile_folder(
     return Compiled(program, checkpoint, out)
 
 
+Compile = Callable[..., Compiled]
+
+
+def compiled_folders(tiny_folder: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Compile:
+    """`compiled("deepseek_w4a8", q_lora_rank=None)`, made once. Do not write to its folder."""
+    made: dict[tuple, Compiled] = {}
+
+    def get(policy: str, layer: type[DecoderLayer] = DecoderLayer, **options: Any) -> Compiled:
+        key = (policy, layer, repr(sorted(options.items(), key=str)))
+        if key not in made:
+            made[key] = compile_folder(tiny_folder(**options), tmp_path_factory.mktemp("ascend"), policy, layer)
+        return made[key]
+
+    return get
+
+
+def function_text(source: str, name: str) -> str:
+    """One function of a module, as it stands there."""
+    found = next(node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef) and node.name == name)
+    return ast.get_source_segment(source, found) + "\n"
+
+
 def corrupted(compiled: Compiled, out: Path, change: Callable[[dict[str, Tensor]], None]) -> Compiled:
     """The same folder with changed stored tensors."""
     tensors = stored_tensors(compiled.program, compiled.checkpoint)
@@ -98,8 +130,8 @@ def padded_inputs(program: Program, past: int = 3, length: int = 5) -> list[Tens
 
 
 def graph_values(compiled: Compiled, inputs: list[Tensor]) -> dict[str, Any]:
-    """Node name → value, for every node of the graph."""
-    program, read = compiled.program, compiled.read()
+    """Node name → value, for every node of the deployed graph."""
+    program, read = compiled.deployed, compiled.read()
     values = dict(zip((n.name for n in program.graph.graph.find_nodes(op="placeholder")), inputs, strict=True))
     for node in program.graph.graph.find_nodes(op="get_attr"):
         values[node.name] = load(program, str(node.target), read)

@@ -1,6 +1,6 @@
 """Fixtures: tiny checkpoints, written once a session."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,27 @@ from rewrites import Rewritten, rewrite
 from tiny import write_checkpoint
 
 from fxquant.checkpoint import Checkpoint, open_checkpoint
+from fxquant.lowering.ascend.exported import write_exported
 
 torch.set_num_threads(1)
 """At these sizes threads only wait for each other, for seconds where the machine is busy."""
 
 settings.register_profile("tests", deadline=None)
 settings.load_profile("tests")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def without_exports() -> Iterator[None]:
+    """The .pt2 files cost seconds a compile; a test that wants them asks for `with_exports`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fxquant.lowering.output.write_exported", lambda program, folder: None)
+        yield
+
+
+@pytest.fixture
+def with_exports(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`compile` writes the .pt2 files in this test."""
+    monkeypatch.setattr("fxquant.lowering.output.write_exported", write_exported)
 
 
 @pytest.fixture(scope="session")

@@ -25,7 +25,7 @@ MTP = {"num_nextn_predict_layers": 1}
 
 def ledger_of(checkpoint: Checkpoint, policy: str) -> Ledger:
     program = rewritten(checkpoint, policy)
-    return build_ledger(program, checkpoint, mtp_of(checkpoint))
+    return build_ledger(program, checkpoint)
 
 
 def mtp_of(checkpoint: Checkpoint) -> tuple[str, ...]:
@@ -79,7 +79,7 @@ def test_totals_sum_to_the_checkpoint(policy: str, options: dict[str, Any], tiny
     """Of the float graph with recipes, as a plan sees it."""
     checkpoint, program = tiny(**options), float_program(tiny(**options))
     AssignSchemes(load_policy(policy), mtp_of(checkpoint))(program)
-    totals = build_ledger(program, checkpoint, mtp_of(checkpoint)).totals()
+    totals = build_ledger(program, checkpoint).totals()
     counts, sizes = zip(*totals.values(), strict=True)
     assert sum(counts) == len(checkpoint.tensors) + len(checkpoint.scales)
     assert sum(sizes) == checkpoint.nbytes
@@ -202,7 +202,7 @@ def test_an_extra_tensor_is_named(name: str, broken: Broken) -> None:
     check_parameters(program, checkpoint)
     AssignSchemes(load_policy("float"))(program)
     with pytest.raises(FxquantError, match=f"tensor {re.escape(name)} belongs to no parameter") as caught:
-        build_ledger(program, checkpoint, ())
+        build_ledger(program, checkpoint)
     assert caught.value.place.endswith("model.safetensors")
 
 
@@ -222,7 +222,7 @@ def test_mtp_tensors_that_the_config_does_not_mention_are_refused(tiny_folder: C
     checkpoint = Checkpoint(untold.folder, config, untold.tensors)
     program = rewritten(checkpoint, "deepseek_w4a8")
     with pytest.raises(FxquantError, match=r"tensor model\.layers\.2\.\S+ belongs to no parameter") as caught:
-        build_ledger(program, checkpoint, mtp_of(checkpoint))
+        build_ledger(program, checkpoint)
     assert "config.json" in caught.value.remedy
 
 
@@ -234,15 +234,3 @@ def test_a_config_may_mention_mtp_without_tensors(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(folder)
     assert mtp_of(checkpoint) == ()
     assert Bucket.LEFT_OUT not in {entry.bucket for entry in ledger_of(checkpoint, "deepseek_w4a8").entries}
-
-
-@pytest.mark.parametrize("fp8", [False, True], ids=["plain", "fp8"])
-def test_mtp_with_another_scheme_than_leave_out_is_refused(fp8: bool, tiny: Tiny, tmp_path: Path) -> None:
-    policy = tmp_path / "policy.yaml"
-    policy.write_text("extends: deepseek_w4a8\nrules: [{kind: mtp, scheme: FLOAT}]")
-    with pytest.raises(
-        FxquantError, match=r"gives FLOAT to the multi-token prediction layer model\.layers\.2"
-    ) as caught:
-        ledger_of(tiny(fp8=fp8, **MTP), str(policy))
-    assert caught.value.place.startswith("model.layers.2.")
-    assert "LEAVE_OUT for kind mtp" in caught.value.remedy

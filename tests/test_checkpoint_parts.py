@@ -19,9 +19,12 @@ from fxquant.checkpoint import open_checkpoint
 from fxquant.checkpoint_parts import JoinedTensor
 from fxquant.config import parse_config
 from fxquant.errors import FxquantError
+from fxquant.lowering.engines import ENGINES
 from fxquant.lowering.layout import plan_files, stored_tensors
 from fxquant.lowering.weights import tensor_bytes, write_weights
 from fxquant.safetensors_file import TensorInfo, read_header
+from fxquant.targets import Target
+from fxquant.weights import maker
 
 Folder = Callable[..., Path]
 CHANGES: dict[str, dict[str, Any]] = {
@@ -108,8 +111,8 @@ def test_compiles_to_the_same_bytes(tiny_folder: Folder, tmp_path: Path) -> None
         checkpoint, out = open_checkpoint(folder), tmp_path / f"out{len(files)}"
         program = rewritten(checkpoint, "deepseek_w4a8_dynamic")
         out.mkdir()
-        layouts = plan_files(stored_tensors(program, checkpoint), 1 << 30)
-        write_weights(layouts, checkpoint, out, lambda amount: None)
+        layouts = plan_files(stored_tensors(program, checkpoint), 1 << 30, ENGINES[Target.ASCEND])
+        write_weights(layouts, checkpoint, maker(checkpoint.read), out, lambda amount: None)
         files.append([(out / layout.name).read_bytes() for layout in layouts])
     assert files[0] == files[1]
 

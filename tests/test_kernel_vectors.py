@@ -1,5 +1,7 @@
 """The kernels against published vectors."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,9 +9,12 @@ from kernel_loops import EPS, recipe_of, same, unpack
 from torch import Tensor
 
 from fxquant import ops
+from fxquant.dialects import Dialect
 from fxquant.kernels import weight as kernels
 from fxquant.kernels.activation import encode_deq_scale, static_parameters
 from fxquant.kernels.recipe import make_tensors
+from fxquant.lowering.ascend.operators.grouped_matmul import split_nibbles
+from fxquant.lowering.ascend.operators.quantize import npu_trans_quant_param
 from fxquant.schemes import ActivationRange, Scheme
 
 # published vectors
@@ -57,6 +62,22 @@ def test_t5_static_parameters(low: float, high: float, scale: float, offset: flo
     made = static_parameters(ActivationRange(low, high))
     assert [value.dtype for value in made] == [torch.float32] * 2
     assert [value.item() for value in made] == [np.float32(scale), offset]
+
+
+T6 = {-128: (-8, -8), -17: (-2, 7), -16: (-1, -8), -1: (-1, 7), 0: (0, -8), 7: (0, -1), 8: (0, 0), 127: (7, 7)}
+
+
+def test_t6_an_int8_is_two_signed_nibbles() -> None:
+    x = torch.arange(-128, 128).to(torch.int8)
+    high, low = split_nibbles(x)
+    assert torch.equal(16 * high.int() + low.int() + 8, x.int())
+    assert all(-8 <= nibble <= 7 for part in (high, low) for nibble in part.tolist())
+    assert {code: (high[code + 128].item(), low[code + 128].item()) for code in T6} == T6
+
+
+def test_t7_what_the_device_makes_of_a_scale() -> None:
+    encoded = npu_trans_quant_param(torch.tensor([0.0123])).item()
+    assert (encoded, encoded & 0xFFFFFFFF) == (70369755627520, 1011449856)
 
 
 def test_t7_deq_scale_of_float16_models() -> None:
@@ -117,3 +138,18 @@ def test_t10_zero_row() -> None:
     assert made["weight_scale_second"].tolist() == [[1, 1], [17, 1]]
     assert unpack(made["weight"]) == [[0] * 32, [7] + [0] * 31]
     assert made["scale_bias"].tolist() == [[0], [8 * 7 * 17]]
+
+
+@pytest.mark.parametrize("scheme", [Scheme.W8A8_DYNAMIC, Scheme.W4A8_DYNAMIC])
+def test_t11_scales_in_the_models_dtype_give_other_integers(scheme: Scheme) -> None:
+    """bfloat16 holds another scale, by up to 2**-9, and some quotients fall on the other side of a half."""
+    weight = torch.randn(64, 512, generator=torch.Generator().manual_seed(0)).bfloat16()
+    one = recipe_of(weight, scheme)
+    other = replace(one, dialect=Dialect.C, scale_dtype=torch.bfloat16)
+    wide, narrow = (make_tensors(recipe, "place", weight) for recipe in (one, other))
+    assert torch.equal(narrow["weight_scale"], wide["weight_scale"].bfloat16().float())
+    assert not torch.equal(narrow["weight_scale"], wide["weight_scale"])
+    assert not torch.equal(narrow["weight"], wide["weight"])
+    codes = narrow["weight"] if scheme is Scheme.W8A8_DYNAMIC else torch.tensor(unpack(narrow["weight"]))
+    step = narrow["weight_scale"]
+    assert ((codes * step - weight.float()).abs() <= step * (0.5 + 127 * 2.0**-8)).all()

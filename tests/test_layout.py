@@ -11,10 +11,12 @@ from safetensors.torch import load_file
 from tiny import float_program, rewritten, write_checkpoint, write_shards
 
 from fxquant.checkpoint import Checkpoint, open_checkpoint
+from fxquant.lowering.engines import ENGINES
 from fxquant.lowering.layout import FileLayout, StoredTensor, plan_files, stored_tensors
 from fxquant.policy import shipped_policies
 from fxquant.safetensors_file import TensorInfo
 from fxquant.schemes import Scheme, TensorSpec, tensor_specs
+from fxquant.targets import Target
 
 Tiny = Callable[..., Checkpoint]
 NAME = "quant_model_weight_w8a8"
@@ -25,7 +27,7 @@ def tensor(name: str, nbytes: int, dtype: torch.dtype = torch.int8) -> StoredTen
 
 
 def layout(checkpoint: Checkpoint, policy: str, size: int = 1 << 30) -> list[FileLayout]:
-    return plan_files(stored_tensors(rewritten(checkpoint, policy), checkpoint), size)
+    return plan_files(stored_tensors(rewritten(checkpoint, policy), checkpoint), size, ENGINES[Target.ASCEND])
 
 
 def held(files: list[FileLayout]) -> list[list[str]]:
@@ -118,7 +120,7 @@ def test_planning_reads_no_tensor(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(TensorInfo, "read", refuse)
     monkeypatch.setattr(TensorInfo, "read_bytes", refuse)
-    files = plan_files(stored_tensors(program, checkpoint), 1 << 20)
+    files = plan_files(stored_tensors(program, checkpoint), 1 << 20, ENGINES[Target.ASCEND])
     assert len(files) > 1
 
 
@@ -137,28 +139,32 @@ def test_order_is_that_of_the_graph_and_not_of_the_source(tiny: Tiny) -> None:
 
 
 def test_one_file_has_no_number() -> None:
-    (file,) = plan_files([tensor("a", 10), tensor("b", 20)], 30)
+    (file,) = plan_files([tensor("a", 10), tensor("b", 20)], 30, ENGINES[Target.ASCEND])
     assert file.name == f"{NAME}.safetensors"
 
 
 def test_files_are_filled_up_to_the_limit() -> None:
     stored = [tensor(name, 10) for name in "abcde"]
-    files = plan_files(stored, 20)
+    files = plan_files(stored, 20, ENGINES[Target.ASCEND])
     assert held(files) == [["a", "b"], ["c", "d"], ["e"]]
     assert [file.name for file in files] == [f"{NAME}-0000{index}-of-00003.safetensors" for index in (1, 2, 3)]
-    assert held(plan_files(stored, 19)) == [["a"], ["b"], ["c"], ["d"], ["e"]]
+    assert held(plan_files(stored, 19, ENGINES[Target.ASCEND])) == [["a"], ["b"], ["c"], ["d"], ["e"]]
 
 
 def test_a_larger_tensor_has_a_file_of_its_own() -> None:
-    assert held(plan_files([tensor("a", 10), tensor("b", 50), tensor("c", 10)], 20)) == [["a"], ["b"], ["c"]]
-    assert held(plan_files([tensor("b", 50)], 20)) == [["b"]]
+    assert held(plan_files([tensor("a", 10), tensor("b", 50), tensor("c", 10)], 20, ENGINES[Target.ASCEND])) == [
+        ["a"],
+        ["b"],
+        ["c"],
+    ]
+    assert held(plan_files([tensor("b", 50)], 20, ENGINES[Target.ASCEND])) == [["b"]]
 
 
 @pytest.mark.parametrize("size", [1, 100_000, 400_000, 1 << 20])
 def test_a_file_ends_where_the_next_tensor_would_not_fit(size: int, tiny: Tiny) -> None:
     stored = stored_tensors(rewritten(tiny(), "deepseek_w4a8"), tiny())
     remaining = list(stored)
-    for file in plan_files(stored, size):
+    for file in plan_files(stored, size, ENGINES[Target.ASCEND]):
         count, used = len(file.tensors), sum(t.nbytes for t in file.tensors)
         part, remaining = remaining[:count], remaining[count:]
         assert {t.name for t in file.tensors} == {t.name for t in part}
@@ -172,7 +178,9 @@ def test_a_file_ends_where_the_next_tensor_would_not_fit(size: int, tiny: Tiny) 
 
 def test_wide_items_come_first_then_names() -> None:
     stored = [tensor("b", 8), tensor("z", 8, torch.int64), tensor("a", 8), tensor("y", 8, torch.bfloat16)]
-    assert held(plan_files([*stored, tensor("x", 8, torch.float32)], 1 << 20)) == [["z", "x", "y", "a", "b"]]
+    assert held(plan_files([*stored, tensor("x", 8, torch.float32)], 1 << 20, ENGINES[Target.ASCEND])) == [
+        ["z", "x", "y", "a", "b"]
+    ]
 
 
 @pytest.mark.parametrize("policy", ["deepseek_w4a8", "float"])

@@ -24,6 +24,7 @@ def integers(low: int, high: int, *shape: int, dtype: torch.dtype = torch.int8) 
 X, X8, IDS = normal(2, 3, 8), integers(-128, 127, 2, 3, 8), integers(0, 3, 2, 3, 2, dtype=torch.int64)
 ROWS8, COUNTS = integers(-128, 127, 5, 8), torch.tensor([2, 0, 3])
 TABLE = (normal(2, 3, 4), normal(2, 3, 4, seed=1))
+PAGES, LENGTHS = torch.tensor([[0, 1], [3, 2]], dtype=torch.int32), torch.tensor([3, 4], dtype=torch.int32)
 CASES = [
     (ops.embedding, (normal(7, 8), IDS)),
     (ops.linear, (X, normal(5, 8))),
@@ -51,6 +52,14 @@ CASES = [
     (ops.grouped_int_matmul, (ROWS8, integers(-128, 127, 3, 5, 8), COUNTS)),
     (ops.grouped_int4_matmul, (ROWS8, integers(-128, 127, 3, 2, 8), COUNTS)),
     (ops.grouped_int4_matmul, (ROWS8, integers(-128, 127, 3, 2, 8), COUNTS, torch.ones(3, 4, 2))),
+    (ops.add_rms_norm, (X, X, normal(8), 1e-6)),
+    (ops.add_rms_norm, (X.bfloat16(), X.bfloat16(), normal(8).bfloat16(), 1e-6, normal(8))),
+    (ops.add_rms_norm_quantize_static, (X, X, normal(8), 1e-6, torch.tensor([0.1]), torch.tensor([3.0]))),
+    (ops.add_rms_norm_quantize_per_token, (X.half(), X.half(), normal(8).half(), 1e-6)),
+    (ops.swiglu_quantize_per_token, (X.half(), X.half())),
+    (ops.write_latents, (normal(4, 2, 6), normal(2, 3, 6), torch.tensor([[0, -1], [5, 6]], dtype=torch.int32))),
+    (ops.gather_latents, (normal(4, 2, 6), PAGES)),
+    (ops.latent_attention, (normal(2, 3, 10), normal(10, 4), normal(4, 2, 6), PAGES, LENGTHS, 2, 2, 0.5)),
     (ops.grouped_dequantize, (torch.ones(5, 4).int(), normal(5, 1), normal(3, 4, 1), COUNTS)),
 ]
 

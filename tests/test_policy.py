@@ -35,6 +35,7 @@ SHIPPED = {  # policy → attention, dense MLP, shared expert, routed expert
     "deepseek_w4a8_per_channel_static": (STATIC, DYNAMIC, DYNAMIC, INT4),
     "deepseek_w4a8_shared_w4": (STATIC, DYNAMIC, INT4_256, INT4_256),
     "deepseek_w8a8": (STATIC, DYNAMIC, DYNAMIC, DYNAMIC),
+    "deepseek_w8a8_mix": ("W8A8_MIX", DYNAMIC, DYNAMIC, DYNAMIC),
     "float": ("FLOAT", "FLOAT", "FLOAT", "FLOAT"),
 }
 KV_B = "attention at *.kv_b_proj → FLOAT"
@@ -47,6 +48,7 @@ OVERRIDDEN = {  # policy → inherited rules that its own leave without a module
     },
     "deepseek_w4a8_shared_w4": {SHARED},
     "deepseek_w8a8": {SHARED, "routed_expert → W4A8_DYNAMIC group_size 256"},
+    "deepseek_w8a8_mix": {KV_B, "attention → W8A8", SHARED, "routed_expert → W4A8_DYNAMIC group_size 256"},
 }  # fmt: skip
 
 

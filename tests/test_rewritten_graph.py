@@ -12,7 +12,6 @@ from fxquant.naming import operator_name
 from fxquant.passes.linears import linear_sites
 from fxquant.printing import format_program
 from fxquant.program import Program
-from fxquant.schemes import Scheme
 
 # the rewritten graph
 
@@ -28,6 +27,7 @@ COUNTS = {
     "deepseek_w4a8_per_channel_static": (3, 0, 8, 6, 14, 0, 0, 3, 8, 6, 3),
     "deepseek_w4a8_shared_w4": (3, 0, 8, 6, 11, 3, 0, 3, 8, 6, 3),
     "deepseek_w8a8": (3, 0, 8, 6, 14, 0, 3, 0, 8, 6, 3),
+    "deepseek_w8a8_mix": (3, 0, 8, 6, 14, 0, 3, 0, 8, 6, 3),
     "float": (17, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0),
 }
 
@@ -148,7 +148,7 @@ def test_linears_of_one_input_share_its_per_token_quantization(policy: str, unde
 @every_policy
 def test_static_linears_keep_their_own_quantization(policy: str, under: Callable[[str], Rewritten]) -> None:
     program = under(policy).program
-    static = [module for module, recipe in program.recipes.items() if recipe.scheme is Scheme.W8A8]
+    static = [module for module, recipe in program.recipes.items() if recipe.scheme.static]
     owned = [[argument.target for argument in node.args[1:]] for node in program.nodes(ops.quantize_static)]
     assert sorted(owned) == sorted([f"{module}.input_scale", f"{module}.input_offset"] for module in static)
 

@@ -32,7 +32,9 @@ def compiled(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Callable[...
     save_file({"ids": ids}, folder / "ids.safetensors")
     outs = {}
     for target in Target:
-        options = CompileOptions(target=target, out=folder / target, calib=folder / "ids.safetensors", verify=False)
+        policy = "deepseek_w4a8_per_channel_static" if target is Target.VLLM_ASCEND else "deepseek_w4a8"
+        calib, out = folder / "ids.safetensors", folder / target
+        options = CompileOptions(policy=policy, target=target, out=out, calib=calib, verify=False)
         outs[target] = fxquant.compile(tiny_folder(fp8=True), options).out
     return outs
 

@@ -21,6 +21,7 @@ from fxquant.checkpoint import Checkpoint, open_checkpoint
 from fxquant.errors import FxquantError
 from fxquant.lowering import weights as writer
 from fxquant.lowering.description import description, engine_config, index, write_json
+from fxquant.lowering.engines import ENGINES
 from fxquant.lowering.layout import FileLayout, plan_files, stored_tensors
 from fxquant.lowering.weights import write_weights
 from fxquant.policy import shipped_policies
@@ -28,7 +29,8 @@ from fxquant.program import Program
 from fxquant.reference import contradiction, expected_tensors
 from fxquant.safetensors_file import TensorInfo
 from fxquant.schemes import Recipe
-from fxquant.weights import RecipeReader
+from fxquant.targets import Target
+from fxquant.weights import RecipeReader, maker
 
 Tiny = Callable[..., Checkpoint]
 MODELS: dict[str, dict[str, Any]] = {
@@ -44,9 +46,9 @@ def write(
 ) -> tuple[Program, list[FileLayout], int]:
     """The program, the plan and the bytes that were reported."""
     program, done = rewritten(checkpoint, policy), []
-    files = plan_files(stored_tensors(program, checkpoint), size)
+    files = plan_files(stored_tensors(program, checkpoint), size, ENGINES[Target.ASCEND])
     folder.mkdir()
-    write_weights(files, checkpoint, folder, done.append)
+    write_weights(files, checkpoint, maker(checkpoint.read), folder, done.append)
     return program, files, sum(done)
 
 
@@ -155,7 +157,7 @@ def test_a_weight_that_is_not_finite_is_named(tmp_path: Path) -> None:
 def test_every_source_tensor_is_read_once_and_dropped(tiny: Tiny, tmp_path: Path, monkeypatch: Any) -> None:
     checkpoint = tiny(**MODELS["fp8 with bias in shards"])
     program = rewritten(checkpoint, "deepseek_w4a8")
-    files = plan_files(stored_tensors(program, checkpoint), 1 << 30)
+    files = plan_files(stored_tensors(program, checkpoint), 1 << 30, ENGINES[Target.ASCEND])
     reads, live, most, original = Counter(), [0, 0], [0, 0], TensorInfo.read
 
     def count(tensors: int, nbytes: int) -> None:
@@ -172,7 +174,7 @@ def test_every_source_tensor_is_read_once_and_dropped(tiny: Tiny, tmp_path: Path
     monkeypatch.setattr(TensorInfo, "read", read)
     gc.disable()  # only reference counts may free them: a cycle would live until the collector comes
     try:
-        write_weights(files, checkpoint, tmp_path, lambda amount: None)
+        write_weights(files, checkpoint, maker(checkpoint.read), tmp_path, lambda amount: None)
     finally:
         gc.enable()
     assert set(reads.values()) == {1}
@@ -207,18 +209,22 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from tiny import rewritten
 from fxquant.checkpoint import open_checkpoint
+from fxquant.lowering.engines import ENGINES
 from fxquant.lowering.layout import plan_files, stored_tensors
 from fxquant.lowering.weights import write_weights
+from fxquant.targets import Target
+from fxquant.weights import maker
 
 def memory(key):
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(key)) * 1024
 
 checkpoint = open_checkpoint(Path(sys.argv[2]))
-files = plan_files(stored_tensors(rewritten(checkpoint, "deepseek_w4a8_dynamic"), checkpoint), 1 << 30)
+stored = stored_tensors(rewritten(checkpoint, "deepseek_w4a8_dynamic"), checkpoint)
+files = plan_files(stored, 1 << 30, ENGINES[Target.ASCEND])
 before = memory("VmRSS")
 Path("/proc/self/clear_refs").write_text("5")
-write_weights(files, checkpoint, Path(sys.argv[3]), lambda amount: None)
+write_weights(files, checkpoint, maker(checkpoint.read), Path(sys.argv[3]), lambda amount: None)
 print(memory("VmHWM") - before)
 """
 
@@ -242,8 +248,8 @@ def test_memory_does_not_grow_with_the_checkpoint(tmp_path: Path) -> None:
 def test_the_description_has_one_entry_a_tensor(policy: str, tiny: Tiny) -> None:
     checkpoint = tiny(attention_bias=True)
     program = rewritten(checkpoint, policy)
-    files = plan_files(stored_tensors(program, checkpoint), 300_000)
-    document = description(program, files)
+    files = plan_files(stored_tensors(program, checkpoint), 300_000, ENGINES[Target.ASCEND])
+    document = description(program, files, ENGINES[Target.ASCEND])
     stored = {tensor.name: tensor.spec.description for file in files for tensor in file.tensors}
     header = {key: document.pop(key) for key in ("version", "model_quant_type", "group_size")}
     assert document == stored
@@ -261,13 +267,14 @@ CONFIG_KEYS = {  # policy → mla_quantize, moe_quantize
     "deepseek_w4a8_per_channel_static": ("w8a8", "w4a8_dynamic"),
     "deepseek_w4a8_shared_w4": ("w8a8", "w4a8_dynamic"),
     "deepseek_w8a8": ("w8a8", "w8a8_dynamic"),
+    "deepseek_w8a8_mix": ("w8a8_mix", "w8a8_dynamic"),
 }
 
 
 @pytest.mark.parametrize("policy", shipped_policies())
 def test_config_tells_an_engine_what_it_loads(policy: str, tiny: Tiny) -> None:
     checkpoint = tiny(attention_bias=True)
-    config = engine_config(rewritten(checkpoint, policy))
+    config = engine_config(rewritten(checkpoint, policy), ENGINES[Target.ASCEND])
     added = {}
     if policy != "float":
         mla, moe = CONFIG_KEYS[policy]
@@ -280,7 +287,7 @@ def test_config_tells_an_engine_what_it_loads(policy: str, tiny: Tiny) -> None:
 def test_config_no_longer_says_fp8(policy: str, tiny: Tiny) -> None:
     checkpoint = tiny(**MODELS["fp8 with bias in shards"])
     assert "quantization_config" in checkpoint.config
-    config = engine_config(rewritten(checkpoint, policy))
+    config = engine_config(rewritten(checkpoint, policy), ENGINES[Target.ASCEND])
     assert set(checkpoint.config) - set(config) == {"quantization_config"}
     assert config["torch_dtype"] == "bfloat16"
 
@@ -291,7 +298,7 @@ def test_config_is_silent_about_mixed_schemes(tiny: Tiny, tmp_path: Path) -> Non
         "rules: [{path: '*.layers.1.self_attn.o_proj', scheme: W8A8},"
         " {path: '*.experts.down_proj', scheme: W8A8_DYNAMIC}]"
     )
-    config = engine_config(rewritten(tiny(), tmp_path / "policy.yaml"))
+    config = engine_config(rewritten(tiny(), tmp_path / "policy.yaml"), ENGINES[Target.ASCEND])
     assert not {"mla_quantize", "moe_quantize"} & set(config)
     assert config["quantize"] == "w8a8_dynamic"
 

@@ -156,7 +156,8 @@ def test_int8_kv_cache(fxquant: Fxquant, folder: Path) -> None:
 
 
 def test_unknown_target(fxquant: Fxquant, folder: Path) -> None:
-    refused(fxquant, folder, "--target tpu", "ascend, onnx", options=("--target", "tpu"))
+    targets = "ascend, mindie, vllm-ascend, sglang-npu, onnx"
+    refused(fxquant, folder, "--target tpu", targets, options=("--target", "tpu"))
 
 
 def test_nan_in_a_weight(fxquant: Fxquant, folder: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from fxquant.tools.compile_model import CheckpointFolder, Model, TraceTimeout
+from fxquant.tools.compile_options import CheckpointFolder, Model, TraceTimeout
 from fxquant.tools.console import console, print_json, reporter, size
 
 

@@ -17,15 +17,20 @@ def command(
     ] = None,
     samples: Annotated[int, typer.Option(help="Pieces of text to score.", min=1)] = 64,
     length: Annotated[int, typer.Option(help="Tokens a piece.", min=2)] = 256,
+    engine: Annotated[
+        bool, typer.Option("--engine", help="Also as the engine computes it, exactly and with device rounding.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON alone on stdout.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
 ) -> None:
     """Perplexity of the float model and of OUT's integer graph, and the KL divergence a token between them."""
-    from fxquant.api import evaluate
+    from fxquant.api import engine_perplexities, evaluate
 
-    result = evaluate(out, text, against, samples, length, reporter(quiet or as_json))
+    report = reporter(quiet or as_json)
+    result = evaluate(out, text, against, samples, length, report)
+    engines = engine_perplexities(out, text, samples, length, report) if engine else {}
     if as_json:
-        print_json(result.as_json())
+        print_json(result.as_json() | ({"engine": engines} if engine else {}))
         return
     table = Table(title=f"{result.tokens:,} tokens of {text.name}", title_justify="left")
     for heading in ("", "perplexity", "KL a token", "top-1 agreement"):
@@ -34,4 +39,6 @@ def command(
     table.add_row(
         "quantized", f"{result.quantized_perplexity:.4f}", f"{result.kl_mean:.5f}", f"{result.top1_agreement:.2%}"
     )
+    for name, perplexity in engines.items():
+        table.add_row(name, f"{perplexity:.4f}", "", "")
     console.print(table)

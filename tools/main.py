@@ -5,7 +5,7 @@ import sys
 import typer
 
 from fxquant.errors import FxquantError
-from fxquant.tools import compare, compile_model, evaluate, generate, show, verify
+from fxquant.tools import compare, compile_model, convert, evaluate, generate, show, targets, verify
 from fxquant.tools.console import errors, show_error
 
 app = typer.Typer(
@@ -34,6 +34,8 @@ app.command("run")(generate.command)
 app.command("eval")(evaluate.command)
 app.command("compare")(compare.command)
 app.command("show")(show.command)
+app.command("convert")(convert.command)
+app.command("targets")(targets.command)
 
 
 def run() -> None:

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from fxquant.tools.compile_model import CheckpointFolder, Model, TraceTimeout
+from fxquant.tools.compile_options import CheckpointFolder, Model, TraceTimeout
 from fxquant.tools.console import console
 
 
@@ -17,6 +17,7 @@ def command(
     hash_only: Annotated[
         bool, typer.Option("--hash", help="Only the structural hash: equal for graphs that compute the same.")
     ] = False,
+    fused: Annotated[bool, typer.Option("--fused", help="The graph as the NPU runs it, and what was fused.")] = False,
     trace_timeout: TraceTimeout = 120.0,
 ) -> None:
     """Print the graph of a model, or the rewritten graph of a compiled folder, with shapes and parameter names."""
@@ -25,6 +26,13 @@ def command(
     from fxquant.structure import structural_hash
 
     program = open_graph(model, checkpoint, trace_timeout)
+    table = None
+    if fused:
+        from fxquant.lowering.ascend.deployment import deployment
+        from fxquant.tools.fusion_table import fusion_table
+
+        deployed = deployment(program)
+        program, table = deployed.program, fusion_table(deployed)
     if hash_only:
         console.print(structural_hash(program), highlight=False)
         return
@@ -34,3 +42,5 @@ def command(
         calls = sum(node.op == "call_function" for node in program.graph.graph.nodes)
         summary = f"{calls:,} calls, {len(program.parameters):,} parameters, structural hash {structural_hash(program)}"
         console.print(f"[dim]{summary}[/]", highlight=False, soft_wrap=True)
+    if table is not None:
+        console.print(table)

@@ -7,6 +7,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from fxquant.tools.compile_options import parse_target
 from fxquant.tools.console import console, print_json, reporter
 
 if TYPE_CHECKING:
@@ -20,6 +21,13 @@ def command(
     against: Annotated[
         Path | None, typer.Option(help="The model it was made from. [dim]default: the path in the manifest[/]")
     ] = None,
+    tp: Annotated[
+        int | None,
+        typer.Option("--tp", metavar="N", help="Ranks to read it on. [dim]default: as compiled for[/]", min=1),
+    ] = None,
+    target: Annotated[
+        str | None, typer.Option("--target", "-t", help="The target of OUT. [dim]default: the manifest's[/]")
+    ] = None,
     full: Annotated[bool, typer.Option("--full", help="Check every tensor, however large the model.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
@@ -30,7 +38,8 @@ def command(
     """
     from fxquant.api import verify
 
-    report = verify(out, against, full, reporter(quiet or as_json))
+    engine = None if target is None else parse_target(target)
+    report = verify(out, against, full, reporter(quiet or as_json), tp, engine)
     print_json(report.as_json()) if as_json else console.print(verification_table(report))
     if not report.ok:
         if not as_json:

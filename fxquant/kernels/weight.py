@@ -9,15 +9,18 @@ TWO_LEVEL_MAXIMUM = INT4_MAXIMUM * 17
 """119: with integer group scales up to 17, `q4 * second` of the two-level form stays within int8."""
 
 
-def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """float32 [n, k] → int8 [n, k], float32 scale [n, 1]: `s = max|W| / 127`, `q = clamp(rne(W / s), -128, 127)`."""
-    scale = _row_scale(weight, INT8_MAXIMUM)
+def quantize_int8(weight: Tensor, scale_dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """float32 [n, k] → int8 [n, k], float32 scale [n, 1]: `s = max|W| / 127`, `q = clamp(rne(W / s), -128, 127)`.
+
+    s is rounded to `scale_dtype` before W is divided by it; the quotient is that of float32.
+    """
+    scale = _row_scale(weight, INT8_MAXIMUM, scale_dtype)
     return _round(weight, scale, -128, 127), scale
 
 
-def quantize_int4_per_channel(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """float32 [n, k] → int8 [n, k] in [-8, 7], float32 scale [n, 1]: `s = max|W| / 7`."""
-    scale = _row_scale(weight, INT4_MAXIMUM)
+def quantize_int4_per_channel(weight: Tensor, scale_dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """float32 [n, k] → int8 [n, k] in [-8, 7], float32 scale [n, 1]: `s = max|W| / 7`, rounded to `scale_dtype`."""
+    scale = _row_scale(weight, INT4_MAXIMUM, scale_dtype)
     return _round(weight, scale, -8, 7), scale
 
 
@@ -54,8 +57,8 @@ def scale_bias(q4: Tensor, scale: Tensor, second: Tensor | None, chunks: int) ->
     return (8 * scale.double() * sums.double()).float()
 
 
-def _row_scale(weight: Tensor, maximum: int) -> Tensor:
-    return weight.abs().amax(1, keepdim=True) / maximum
+def _row_scale(weight: Tensor, maximum: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return (weight.abs().amax(1, keepdim=True) / maximum).to(dtype).float()
 
 
 def _round(weight: Tensor, scale: Tensor, low: int, high: int) -> Tensor:

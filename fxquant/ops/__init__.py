@@ -1,10 +1,18 @@
 """The `fxq::` dialect: importing this package defines its operators with torch.
 
-Float operators are in `dense`, `attention` and `moe`; quantize, integer matmul and dequantize in `quantized`.
+Float operators are in `dense`, `attention` and `moe`; quantize, integer matmul and dequantize in `quantized`; what
+engines do in one piece in `fused`.
 """
 
 from fxquant.ops.attention import mla_attention, rope, rope_table
 from fxquant.ops.dense import embedding, linear, rms_norm, swiglu
+from fxquant.ops.fused import (
+    add_rms_norm,
+    add_rms_norm_quantize_per_token,
+    add_rms_norm_quantize_static,
+    swiglu_quantize_per_token,
+)
+from fxquant.ops.latent_cache import gather_latents, latent_attention, write_latents
 from fxquant.ops.library import REFERENCES
 from fxquant.ops.moe import moe_experts, moe_finalize_routing, moe_gate, moe_init_routing, router_logits
 from fxquant.ops.quantized import (
@@ -21,14 +29,19 @@ from fxquant.ops.quantized import (
 
 __all__ = [
     "REFERENCES",
+    "add_rms_norm",
+    "add_rms_norm_quantize_per_token",
+    "add_rms_norm_quantize_static",
     "dequantize_per_token",
     "dequantize_static",
     "embedding",
+    "gather_latents",
     "grouped_dequantize",
     "grouped_int4_matmul",
     "grouped_int_matmul",
     "int4_matmul",
     "int_matmul",
+    "latent_attention",
     "linear",
     "mla_attention",
     "moe_experts",
@@ -42,4 +55,6 @@ __all__ = [
     "rope_table",
     "router_logits",
     "swiglu",
+    "swiglu_quantize_per_token",
+    "write_latents",
 ]

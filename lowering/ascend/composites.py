@@ -54,6 +54,67 @@ def mla_attention(
     return context.flatten(2)
 
 
+def gather_latents(pages: tuple[Tensor, Tensor], block_table: Tensor) -> Tensor:
+    """All pages of each sequence, block_table int32 [B, blocks] -> latents [B, blocks * block_size, width].
+
+    pages: the two parts of a layer's latents, [num_blocks, block_size, 1, width of the part].
+    """
+    parts = [page.index_select(0, block_table.flatten()) for page in pages]
+    return torch.cat([part.unflatten(0, block_table.shape).flatten(1, 3) for part in parts], -1)
+
+
+def write_latents(pages: tuple[Tensor, Tensor], latents: Tensor, slot_mapping: Tensor) -> tuple[Tensor, Tensor]:
+    """Write the last S positions of latents [B, T, width] into the pages at slot_mapping int32 [B, S], in place."""
+    steps = slot_mapping.shape[1]
+    new = latents.narrow(1, latents.shape[1] - steps, steps).flatten(0, 1).unsqueeze(1)
+    rank = pages[0].shape[-1]
+    torch.ops.npu.npu_scatter_pa_kv_cache(
+        new[..., :rank].contiguous(),
+        new[..., rank:].contiguous(),
+        pages[0],
+        pages[1],
+        slot_mapping.flatten(),
+        cache_mode="Norm",
+    )
+    return pages
+
+
+def latent_attention(
+    q: Tensor,
+    kv_b_weight: Tensor,
+    pages: tuple[Tensor, Tensor],
+    block_table: Tensor,
+    seq_lens: list[int],
+    num_heads: int,
+    v_head_dim: int,
+    softmax_scale: float,
+) -> Tensor:
+    """One query a sequence over its pages: q [B, 1, heads * (nope + rope)], seq_lens its positions, new ones included.
+
+    kv_b_weight [heads * (nope + v_head_dim), rank]: its first part makes queries of the latents' space, its second
+    part values of the context. -> [B, 1, heads * v_head_dim].
+    """
+    q, weight = q.squeeze(1).unflatten(-1, (num_heads, -1)), kv_b_weight.unflatten(0, (num_heads, -1))
+    (c_kv, k_rope), width = (page.transpose(1, 2) for page in pages), pages[1].shape[-1]
+    latent_q = torch.bmm(q[..., :-width].transpose(0, 1), weight[:, :-v_head_dim]).transpose(0, 1)
+    context, _ = torch.ops.npu.npu_fused_infer_attention_score(
+        latent_q.unsqueeze(2).contiguous(),
+        c_kv,
+        c_kv,
+        query_rope=q[..., -width:].unsqueeze(2).contiguous(),
+        key_rope=k_rope,
+        num_heads=num_heads,
+        num_key_value_heads=1,
+        scale=softmax_scale,
+        input_layout="BNSD",
+        block_table=block_table,
+        block_size=pages[0].shape[1],
+        actual_seq_lengths_kv=seq_lens,
+    )
+    values = torch.bmm(context.squeeze(2).transpose(0, 1), weight[:, -v_head_dim:].transpose(1, 2))
+    return values.transpose(0, 1).flatten(1).unsqueeze(1)
+
+
 def moe_gate(
     logits: Tensor, bias: Tensor, top_k: int, n_group: int, topk_group: int, routed_scaling_factor: float
 ) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ from fxquant.lowering.ascend.functions import Emitted
 from fxquant.lowering.ascend.segment_text import INDENT, Call, assignment
 from fxquant.lowering.ascend.structure import Input, base_name
 from fxquant.lowering.operands import operands
+from fxquant.passes.page_latents import caches, is_paged
 from fxquant.program import Program
 
 
@@ -27,22 +28,27 @@ def forward_lines(program: Program, emitted: list[Emitted]) -> Iterator[str]:
     graph = program.graph.graph
     placeholders = graph.find_nodes(op="placeholder")
     results = operands(graph.output_node())[0]
-    names = _names(emitted, placeholders, results)
+    names = _names(program, emitted, results)
     yield "w, dtype = self.weights, self.dtype"
     if any(given.hidden_keys for call in emitted for given in call.inputs):
         yield f"hidden_keys = find_hidden_keys({placeholders[1].name}, {placeholders[0].name}.shape[1])"
-    yield f"presents = [None] * {len(results) - 1}"
+    if not is_paged(program):
+        yield f"presents = [None] * {len(results) - 1}"
     yield from _fold([(_step(call, names, None), _step(call, names, _number(call))) for call in emitted])
+    if is_paged(program):
+        yield f"return {names[results[0]]}"
+        return
     for index, node in enumerate(results[1:]):
         if names[node] != f"presents[{index}]":
             yield f"presents[{index}] = {names[node]}"
     yield f"return {names[results[0]]}, presents"
 
 
-def _names(emitted: list[Emitted], placeholders: list[fx.Node], results: tuple[fx.Node, ...]) -> dict[fx.Node, str]:
+def _names(program: Program, emitted: list[Emitted], results: tuple[fx.Node, ...]) -> dict[fx.Node, str]:
     """Variable of every value that a call gives or takes; a name is free again after the last call that reads it."""
-    names = {node: node.name for node in placeholders[:3]}
-    names |= {node: f"past[{index}]" for index, node in enumerate(placeholders[3:])}
+    names = {node: node.name for node in program.graph.graph.find_nodes(op="placeholder")}
+    past = "pages" if is_paged(program) else "past"
+    names |= {node: f"{past}[{index}]" for index, node in enumerate(caches(program))}
     last = {node: step for step, call in enumerate(emitted) for node in call.segment.inputs}
     last |= dict.fromkeys(results, len(emitted))
     live: dict[str, int] = {}

@@ -1,6 +1,7 @@
 """Segments → Python functions: one for each distinct text, so that layers of the same structure share it."""
 
 import operator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 from torch import fx
 
 from fxquant import ops
-from fxquant.lowering.ascend import composites, runtime
+from fxquant.lowering.ascend import composites, norm_composites, norm_layouts, runtime
 from fxquant.lowering.ascend.segment_text import INDENT, Call, Writer
 from fxquant.lowering.ascend.statements import right_hand_side
 from fxquant.lowering.ascend.structure import AFTER, BEFORE, BETWEEN, Input, Names, Segment, segments, unique
@@ -16,6 +17,9 @@ from fxquant.lowering.ascend.values import float32_values
 from fxquant.lowering.operands import operands
 from fxquant.program import Program
 from fxquant.schemes import Recipe
+
+Weights = tuple[tuple[str, Call], ...]
+"""Key of `w` → source of its table entry."""
 
 MOE = (ops.moe_experts, ops.moe_gate, ops.moe_init_routing)
 
@@ -27,7 +31,7 @@ class Function:
     name: str
     inputs: tuple[str, ...]
     lines: tuple[str, ...]
-    weights: tuple[tuple[str, Call], ...]
+    weights: Weights
     used: frozenset[str]
 
 
@@ -41,23 +45,43 @@ class Emitted:
     variables: dict[str, fx.Node]
 
 
-def functions(program: Program) -> list[Emitted]:
-    """Every segment with its function, in graph order."""
-    float32 = float32_values(program)
-    emitted: list[Emitted] = []
-    known: dict[tuple, Function] = {}
-    names: set[str] = set()
-    for segment in segments(program):
+class Functions:
+    """Makes the functions of one module; graphs whose segments read alike share them."""
+
+    def __init__(self, emitted: Sequence[Emitted] = ()) -> None:
+        self._known: dict[tuple, Function] = {}
+        for function, segment in {call.function: call.segment for call in emitted}.items():
+            self._known[_kind(segment), function.inputs, function.lines, function.weights] = function
+        self._names = {function.name for function in self._known.values()}
+
+    def of(self, program: Program, suffix: str = "", weights: Mapping[str, Weights] | None = None) -> list[Emitted]:
+        """Every segment with its function, in graph order.
+
+        suffix   of the names of functions that no graph before had
+        weights  segment key → entries that the segment's table has already
+        """
+        float32 = float32_values(program)
+        return [self._emitted(program, segment, float32, suffix, weights or {}) for segment in segments(program)]
+
+    def _emitted(
+        self, program: Program, segment: Segment, float32: set[fx.Node], suffix: str, weights: Mapping[str, Weights]
+    ) -> Emitted:
         writer = Writer(program, segment, Names(program, segment, RESERVED), float32)
+        writer.weights |= dict(weights.get(segment.key, ()))
         _write(writer)
         inputs = writer.names.inputs
         text = (tuple(i.name for i in inputs), tuple(writer.lines), tuple(writer.weights.items()))
         key = (_kind(segment), *text)
-        if key not in known:
-            known[key] = Function(unique(_kind(segment), names), *text, frozenset(writer.used))
+        if key not in self._known:
+            name = unique(_kind(segment) + suffix, self._names)
+            self._known[key] = Function(name, *text, frozenset(writer.used))
         variables = {name: node for node, name in writer.names.variables.items()}
-        emitted.append(Emitted(segment, known[key], inputs, variables))
-    return emitted
+        return Emitted(segment, self._known[key], inputs, variables)
+
+
+def functions(program: Program) -> list[Emitted]:
+    """Every segment with its function, in graph order."""
+    return Functions().of(program)
 
 
 def own_names(module: ModuleType) -> dict[str, Any]:
@@ -65,7 +89,7 @@ def own_names(module: ModuleType) -> dict[str, Any]:
     return {name: value for name, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__}
 
 
-RESERVED = own_names(composites).keys() | own_names(runtime).keys()
+RESERVED = set().union(*(own_names(module) for module in (composites, norm_composites, runtime, norm_layouts)))
 
 
 def _write(writer: Writer) -> None:
@@ -77,7 +101,7 @@ def _write(writer: Writer) -> None:
         value = right_hand_side(writer, node)
         if value is None:
             continue
-        writer.assign(_target(writer, node), value)
+        writer.assign(_target(writer, node, value), value)
         if node.meta["module"] != module:
             module = node.meta["module"]
             writer.lines.insert(start, f"# {_comment(writer, module)}")
@@ -92,12 +116,15 @@ def _unpacked(segment: Segment, node: fx.Node) -> bool:
     return node in segment.calls and len(own) == len(node.users) == len(indices)
 
 
-def _target(writer: Writer, node: fx.Node) -> str:
+def _target(writer: Writer, node: fx.Node, call: Call | str) -> str:
     value = node.meta.get("val")
+    outputs: Sequence[int | None] = call.outputs if isinstance(call, Call) else ()
     if not isinstance(value, list | tuple) or not _unpacked(writer.segment, node):
+        if outputs:
+            raise writer.fail(node, "its results are not taken one by one.", "This is a fault of a pass.")
         return writer.names.variables[node]
     items = {int(operands(user)[1]): writer.names.variables[user] for user in node.users}
-    targets = [items.get(index, "_") for index in range(len(value))]
+    targets = [items.get(index, "_") if index is not None else "_" for index in outputs or range(len(value))]
     return ", ".join(targets) if len(targets) > 1 else f"({targets[0]},)"
 
 

@@ -145,3 +145,19 @@ def channel_scale_word(dtype: torch.dtype, scale: Tensor) -> Tensor:
 def summed(dtype: torch.dtype, scale_bias: Tensor) -> Tensor:
     """float32 [n, 1 or 16], one column for each part of k -> [n]."""
     return scale_bias.float().sum(-1)
+
+
+def int4_words_unpacked(dtype: torch.dtype, weight: Tensor) -> Tensor:
+    """Codes [n, k] one a byte -> int32 [k, n / 8], the lowest n in the lowest four bits."""
+    return int4_words(dtype, (weight[0::2] & 0xF) | (weight[1::2] << 4))
+
+
+def channel_scale_bias(dtype: torch.dtype, weight: Tensor, scale: Tensor) -> Tensor:
+    """Codes [n, k], scale [n, 1] -> what the nibble arithmetic adds, 8 * scale * their sum [n]."""
+    return (8 * scale.double().flatten() * weight.sum(-1)).float()
+
+
+def group_scale_bias(dtype: torch.dtype, weight: Tensor, scale: Tensor, second: Tensor) -> Tensor:
+    """The same with codes times second [n, G], whole numbers."""
+    sums = (weight.unflatten(-1, (second.shape[-1], -1)).sum(-1) * second.double()).sum(-1)
+    return (8 * scale.double().flatten() * sums).float()

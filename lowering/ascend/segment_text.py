@@ -15,22 +15,31 @@ from fxquant.schemes import Recipe
 
 WIDTH = 120
 INDENT = "    "
+NPU = "torch.ops.npu."
 
 
 @dataclass(frozen=True)
 class Call:
-    """`head(arguments)tail`; too long for a line, it is broken between arguments."""
+    """`head(arguments)tail`; too long for a line, it is broken between arguments.
+
+    `outputs`: for each result of the call, which result of the graph's operator it is, None for what that has not.
+    Empty: the same results in the same order.
+    """
 
     head: str
     arguments: tuple[str, ...]
     tail: str = ""
+    outputs: tuple[int | None, ...] = ()
 
     def __str__(self) -> str:
         return f"{self.head}({', '.join(self.arguments)}){self.tail}"
 
 
 def assignment(target: str, value: Call | str, depth: int = 1) -> list[str]:
-    """Source lines of `target = value`, to be indented `depth` times."""
+    """Source lines of `target = value`, to be indented `depth` times. Many targets get a line of their own."""
+    head = value.head if isinstance(value, Call) else ""
+    if len(f"{target} = {head}(") > WIDTH - depth * len(INDENT):
+        return ["(", f"{INDENT}{target}", *broken(") = ", value, "", depth)]
     return broken(f"{target} = ", value, "", depth)
 
 
@@ -98,14 +107,16 @@ class Writer:
             return f"{text}.unsqueeze(-1)"
         return f"{text}.long()" if is_int32(node) else text
 
-    def weight(self, node: fx.Node, layout: str) -> str:
-        """`w["…"]` for a parameter of the graph, made by `layout` of the tensors it names."""
-        parameter = self.program.parameters[str(node.target)]
+    def weight(self, node: fx.Node, layout: str, beside: tuple[fx.Node, ...] = ()) -> str:
+        """`w["…"]` for a parameter of the graph, made by `layout` of the tensors it names and of those `beside` it."""
+        parameters = [self.program.parameters[str(one.target)] for one in (node, *beside)]
         key, relative = self._relative(str(node.target))
-        template, experts = template_of(parameter.names)
-        stacked = parameter.stacked
-        name = (template if stacked else parameter.names[0]).removeprefix(self.segment.prefix if relative else "")
-        return self._entry(key, layout, (name,), experts if stacked else "0", relative)
+        relative = relative and all(str(one.target).startswith(self.segment.prefix) for one in beside)
+        template, experts = template_of(parameters[0].names)
+        stacked = parameters[0].stacked
+        names = (template if stacked else parameters[0].names[0], *(one.names[0] for one in parameters[1:]))
+        names = tuple(name.removeprefix(self.segment.prefix if relative else "") for name in names)
+        return self._entry(key, layout, names, experts if stacked else "0", relative)
 
     def made(self, recipe: Recipe, suffix: str, layout: str, stored: tuple[str, ...]) -> str:
         """`w["<module>.<suffix>"]` [experts, …], made by `layout` of the tensors `stored` of a recipe's modules."""

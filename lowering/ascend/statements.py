@@ -8,13 +8,14 @@ from torch import fx
 from fxquant import ops
 from fxquant.errors import FxquantError
 from fxquant.lowering.ascend.aten import aten_call
-from fxquant.lowering.ascend.segment_text import Call, Emitter, Writer
+from fxquant.lowering.ascend.cache_statements import CACHE_EMITTERS
+from fxquant.lowering.ascend.fused_statements import FUSED_EMITTERS
+from fxquant.lowering.ascend.segment_text import NPU, Call, Emitter, Writer
 from fxquant.lowering.ascend.structure import is_attention_mask
 from fxquant.lowering.ascend.values import is_int32
 from fxquant.lowering.operands import operands
 from fxquant.schemes import Recipe
 
-NPU = "torch.ops.npu."
 PRODUCTS = {
     ops.int_matmul: (ops.dequantize_static, ops.dequantize_per_token),
     ops.int4_matmul: (ops.dequantize_per_token,),
@@ -137,12 +138,14 @@ def _int4_operands(writer: Writer, recipe: Recipe) -> tuple[str, str, str]:
     if n % WORD:
         fact = f"out_features {n} is not a multiple of {WORD}: npu_grouped_matmul reads {WORD} int4 channels a word."
         raise FxquantError(f"layer {recipe.module}", fact, "Use W8A8_DYNAMIC for it, or another target.")
-    weight = writer.made(recipe, "weight", "int4_words", ("weight",))
-    if recipe.group_size:
-        scale = writer.made(recipe, "scale", "group_scale", ("weight_scale", "weight_scale_second"))
-    else:
-        scale = writer.made(recipe, "scale", "channel_scale_word", ("weight_scale",))
-    return weight, scale, writer.made(recipe, "scale_bias", "summed", ("scale_bias",))
+    packed = recipe.dialect.packed
+    scales = ("weight_scale", "weight_scale_second") if recipe.group_size else ("weight_scale",)
+    weight = writer.made(recipe, "weight", "int4_words" if packed else "int4_words_unpacked", ("weight",))
+    scale = writer.made(recipe, "scale", "group_scale" if recipe.group_size else "channel_scale_word", scales)
+    if packed:
+        return weight, scale, writer.made(recipe, "scale_bias", "summed", ("scale_bias",))
+    layout = "group_scale_bias" if recipe.group_size else "channel_scale_bias"
+    return weight, scale, writer.made(recipe, "scale_bias", layout, ("weight", *scales))
 
 
 def _grouped_dequantize(writer: Writer, node: fx.Node) -> Call:
@@ -186,7 +189,7 @@ def _init_routing(writer: Writer, x: fx.Node, ids: fx.Node, experts: int) -> Cal
         (
             _rows(writer, x),
             f"{chosen if is_int32(ids) else f'{chosen}.int()'}.flatten(0, -2)",
-            f"active_num={chosen}.numel()",
+            "active_num=0",  # all rows (op-plugin documentation); an exported graph would fix their number
             f"expert_num={experts}",
             "expert_tokens_num_type=1",
             "expert_tokens_num_flag=True",
@@ -227,6 +230,8 @@ def _moe_experts(writer: Writer, node: fx.Node) -> Call:
 
 
 EMITTERS: dict[object, Emitter] = {
+    **FUSED_EMITTERS,
+    **CACHE_EMITTERS,
     ops.embedding: _embedding,
     ops.linear: _linear,
     ops.rms_norm: _rms_norm,

@@ -7,8 +7,10 @@ import torch
 from torch import fx
 
 from fxquant import ops
+from fxquant.lowering.ascend.values import is_residual
 from fxquant.lowering.operands import operands, producer
 from fxquant.naming import identifier
+from fxquant.passes.page_latents import CACHE_INPUTS, caches, is_paged
 from fxquant.program import Program
 
 BEFORE, BETWEEN, AFTER = "before", "between", "after"
@@ -54,9 +56,14 @@ def _segment(block: str, calls: list[fx.Node], key: str, caches: tuple[fx.Node, 
     own = set(calls)
     read = [source for node in calls for source in node.all_input_nodes]
     inputs = dict.fromkeys(node for node in read if node.op != "get_attr" and node not in own)
-    outputs = [node for node in calls if any(user not in own for user in node.users)]
+    outputs = [node for node in calls if any(user not in own for user in _readers(node))]
     outputs.sort(key=lambda node: 2 if node in caches else is_rope_table(node))
     return Segment(key, f"{block}." if is_layer(block) else "", tuple(calls), tuple(inputs), tuple(outputs))
+
+
+def _readers(node: fx.Node) -> list[fx.Node]:
+    """Users of a value; a cache in pages is written in place, so the graph's output is none."""
+    return [user for user in node.users if node.target != ops.write_latents or user.op != "output"]
 
 
 def is_layer(block: str) -> bool:
@@ -89,7 +96,7 @@ class Input:
     hidden_keys: bool = False
 
 
-RESERVED = {"w", "dtype", "torch", "F", "float", "x", "cos", "sin", "hidden_keys", "past"}
+RESERVED = {"w", "dtype", "torch", "F", "float", "x", "residual", "cos", "sin", "hidden_keys", "past", "pages", "_"}
 """What the text of a function uses, and the names of its arguments."""
 
 
@@ -120,14 +127,17 @@ def _inputs(program: Program, segment: Segment) -> tuple[Input, ...]:
         if reads_mask_for_attention(program, node, segment):
             found.append((2, Input("hidden_keys", node, hidden_keys=True)))
         if not all(is_attention_mask(program, node, user) for user in node.users if user in segment.calls):
-            rank, name = _role(node, placeholders)
+            rank, name = _role(program, node)
             found.append((rank, Input(unique(name, taken), node)))
     return tuple(item for _, item in sorted(found, key=lambda pair: pair[0]))
 
 
-def _role(node: fx.Node, placeholders: list[fx.Node]) -> tuple[int, str]:
-    if node in placeholders:
-        return (3, "past") if node in placeholders[3:] else (0, node.name)
+def _role(program: Program, node: fx.Node) -> tuple[int, str]:
+    """Rank among the arguments, and name."""
+    if node.op == "placeholder" and node in caches(program):
+        return 3, "pages" if is_paged(program) else "past"
+    if node.op == "placeholder":
+        return (4 + CACHE_INPUTS.index(node.name) if node.name in CACHE_INPUTS else 0), node.name
     return (1 if is_rope_table(node) else 0), base_name(node)
 
 
@@ -135,6 +145,8 @@ def base_name(node: fx.Node) -> str:
     """Name of a value outside the segment that made it."""
     if is_rope_table(node):
         return ("cos", "sin")[int(operands(node)[1])]
+    if is_residual(node):
+        return "residual"
     return "size" if isinstance(node.meta["val"], torch.SymInt | int) else "x"
 
 

@@ -9,10 +9,24 @@ from fxquant import ops
 from fxquant.lowering.operands import producer
 from fxquant.program import Program
 
+TOKEN_SCALES = (
+    (ops.quantize_per_token, 1),
+    (ops.add_rms_norm_quantize_per_token, 1),
+    (ops.swiglu_quantize_per_token, 1),
+)
+"""Results that are a scale for each row."""
+SUMS = ((ops.add_rms_norm, 1), (ops.add_rms_norm_quantize_static, 1), (ops.add_rms_norm_quantize_per_token, 2))
+"""Results that are what a fused norm added."""
+
 
 def drops_last_dimension(node: fx.Node) -> bool:
     """Scales of a per-token quantization: [..., 1] in the graph, [...] of an engine operator."""
-    return producer(node) == (ops.quantize_per_token, 1)
+    return producer(node) in TOKEN_SCALES
+
+
+def is_residual(node: fx.Node) -> bool:
+    """The sum that a norm made on its way."""
+    return producer(node) in SUMS
 
 
 def is_int32(node: fx.Node) -> bool:

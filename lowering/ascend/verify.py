@@ -33,7 +33,8 @@ Weights = Mapping[str, Mapping[str, Tensor]]
 class StatementCheck:
     """One assigned variable. `error` and `bound` are the largest of the tensor; `ok` holds for each element.
 
-    For integers and booleans the bound is 0. A shape that differs is an infinite error.
+    For integers and booleans the bound is 0, but for codes that are as near to the next one as their floats are
+    uncertain. A shape that differs is an infinite error.
     """
 
     node: str
@@ -44,7 +45,10 @@ class StatementCheck:
 
 
 class EmittedModule:
-    """The `model_ascend.py` of a folder: required to be, byte for byte, what `program` emits, and only then run."""
+    """The `model_ascend.py` of a folder: required to be, byte for byte, what `program` emits, and only then run.
+
+    `program` is that of the deployment.
+    """
 
     def __init__(self, program: Program, folder: Path) -> None:
         path = folder / FILE
@@ -133,10 +137,7 @@ def _compare(node: fx.Node, actual: Any, values: Mapping[str, Any]) -> Statement
     if not expected.numel():
         return StatementCheck(node.name, kind, 0.0, 0.0, True)
     error = torch.where(actual == expected, 0.0, (actual.double() - expected.double()).abs())
-    if expected.is_floating_point():
-        bound = error_bound(node, lambda argument: _value(argument, values), expected).double()
-    else:
-        bound = torch.zeros_like(error)
+    bound = error_bound(node, lambda argument: _value(argument, values), expected).double()
     inside = (error <= bound) & error.isfinite()
     return StatementCheck(node.name, kind, error.max().item(), bound.max().item(), bool(inside.all()))
 

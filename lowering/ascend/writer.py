@@ -2,17 +2,18 @@
 
 from pathlib import Path
 
+from fxquant.lowering.ascend.deployment import Deployment, deployment
 from fxquant.lowering.ascend.emit import ascend_source
 from fxquant.program import Program
 
 FILE = "model_ascend.py"
 
 
-def write_ascend(program: Program, folder: Path) -> Path:
-    """Write `model_ascend.py` into `folder`, whose weight files its `Model.load(folder)` reads; return its path.
+def write_ascend(program: Program, folder: Path) -> Deployment:
+    """Write `model_ascend.py` into `folder`, whose weight files its `Model.load(folder)` reads; return what it runs.
 
     Raises FxquantError where an operator or a shape has no counterpart on the engine.
     """
-    path = folder / FILE
-    path.write_text(ascend_source(program), encoding="utf-8", newline="\n")
-    return path
+    deployed = deployment(program)
+    (folder / FILE).write_text(ascend_source(deployed.program), encoding="utf-8", newline="\n")
+    return deployed

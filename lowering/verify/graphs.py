@@ -6,6 +6,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, fx
 
+from fxquant.lowering.ascend.deployment import deployment
 from fxquant.lowering.ascend.verify import EmittedModule, check_statements
 from fxquant.lowering.onnx.bounds import error_bound
 from fxquant.lowering.onnx.extract import operator_session
@@ -14,8 +15,9 @@ from fxquant.program import Program
 
 
 class GraphChecker(Protocol):
-    """Checks one block after another and keeps the account."""
+    """Checks one block after another and keeps the account. `program`: whose blocks and values it takes."""
 
+    program: Program
     checks: list[Check]
 
     def check(self, block: str, values: dict[str, Any]) -> None:
@@ -48,11 +50,13 @@ class Comparison:
 class AscendChecker:
     """Runs `model_ascend.py` statement by statement on the CPU reference of the NPU operators, in float32.
 
-    The file must be, byte for byte, what the stored graph emits: nothing else is ever executed.
+    The file must be, byte for byte, what the stored graph emits: nothing else is ever executed. `program` is the
+    deployment of that graph.
     """
 
     def __init__(self, program: Program, folder: Path) -> None:
-        self._module = EmittedModule(program, folder)
+        self.program = deployment(program).program
+        self._module = EmittedModule(self.program, folder)
         self._comparison = Comparison("Ascend graph")
         self.checks = self._comparison.checks
 
@@ -65,7 +69,7 @@ class OnnxChecker:
     """Runs `model.onnx` operator by operator in ONNX Runtime, each fed what the fx graph fed it."""
 
     def __init__(self, program: Program, folder: Path) -> None:
-        self._program, self._folder = program, folder
+        self.program, self._folder = program, folder
         self._nodes = {node.name: node for node in program.graph.graph.nodes}
         self._comparison = Comparison("ONNX graph")
         self.checks = self._comparison.checks

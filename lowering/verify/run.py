@@ -1,11 +1,18 @@
 """All checks of an output folder, in order: files, values, graphs."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from fxquant.binding import build_ledger, check_parameters
 from fxquant.checkpoint import Checkpoint
-from fxquant.lowering.manifest import GRAPH, file_sizes, read_manifest
+from fxquant.contracts import Verdict, load_contract
+from fxquant.contracts import check as findings
+from fxquant.lowering.engines import ENGINES, group_size
+from fxquant.lowering.layout import StoredTensor
+from fxquant.lowering.manifest import GRAPH, find_manifest
 from fxquant.lowering.verify.blocks import block_names, probe_inputs, walk
+from fxquant.lowering.verify.engine import EngineChecker
+from fxquant.lowering.verify.files import check_config, check_digests, check_sizes, infer_target
 from fxquant.lowering.verify.graphs import AscendChecker, GraphChecker, OnnxChecker
 from fxquant.lowering.verify.noise import logit_noise
 from fxquant.lowering.verify.report import Check, VerifyReport
@@ -17,58 +24,77 @@ from fxquant.lowering.verify.weights import (
     expected_stored,
     sample,
 )
-from fxquant.policy import LEAVE_OUT
+from fxquant.passes.check_contract import linears
 from fxquant.program import Program
 from fxquant.program_file import load_program
 from fxquant.progress import Reporter
 from fxquant.targets import Target
-from fxquant.weights import Cached
+from fxquant.weights import Cached, Read, RecipeReader
 
 SAMPLE_ABOVE = 1 << 30
 """Bytes of weights above which a sample is checked, unless the caller asks for all."""
 SAMPLED_TENSORS = 256
+SAMPLED_EXPERTS = 8
 NOISE_SEEDS = 8
+VALUE_CACHE = 1 << 28
+"""Bytes of weights that a walk over the graph keeps."""
 
 
-def verify_output(folder: Path, source: Checkpoint | None, full: bool, report: Reporter) -> VerifyReport:
-    """Hold `folder` against `source` (None: structure and graphs only). Streams; reads nothing whole but one module."""
-    manifest = read_manifest(folder)
+def verify_output(
+    folder: Path,
+    source: Checkpoint | None,
+    full: bool,
+    report: Reporter,
+    ranks: int | None = None,
+    target: Target | None = None,
+) -> VerifyReport:
+    """Hold `folder` against `source` (None: structure and graphs only). Streams; reads nothing whole but one module.
+
+    `ranks`: tensor-parallel ranks that the engine's reader splits over; None: as many as it was compiled for.
+    `target`: None: the manifest's; without a manifest, the one that the files show. A digest that differs stops no
+    other check: they say which tensor it is.
+    """
+    manifest = find_manifest(folder)
     program, files = load_program(folder / GRAPH), WeightFiles(folder)
-    checks = [_check_sizes(manifest.files, folder)]
+    target = target or (Target(manifest.target) if manifest else infer_target(program, folder))
+    ranks = ranks or (manifest.tp if manifest else 1)
+    stored = expected_stored(program, source, files)
+    sampled = not full and sum(tensor.nbytes for tensor in stored) > SAMPLE_ABOVE
+    output = _Output(folder, program, files, source, target, ranks, sampled)
+    digests = [check_digests(manifest, folder, report)] if manifest else []
+    checks = [check_sizes(manifest, folder)] if manifest else []
     if source is not None:
         checks.append(_check_source(program, source))
-    stored = expected_stored(program, source, files)
-    checks += check_names(program, files, folder, stored)
-    sampled = not full and sum(tensor.nbytes for tensor in stored) > SAMPLE_ABOVE
+    checks += check_names(program, files, folder, stored, ENGINES[target])
+    checks += [check_config(program, folder, target), _check_contract(program, target, ranks)]
     if all(check.ok for check in checks):
-        units = sample(stored, SAMPLED_TENSORS if sampled else None)
-        if source is not None:
-            with report("verify weights", sum(unit.nbytes for unit in units), "bytes") as advance:
-                checks += check_values(units, files, source, advance)
-        else:
-            checks.append(check_static(program, files))
+        checks += _check_values(output, stored, report)
     if all(check.ok for check in checks):
-        checks += _check_graph(program, files, folder, Target(manifest.target), sampled, report)
+        checks += _check_graphs(output, report)
     noise = None
     if not sampled and all(check.ok for check in checks):
         inputs = list(probe_inputs(program).values())
         noise = logit_noise(program, Cached(files.read, SAMPLE_ABOVE), inputs, NOISE_SEEDS)
-    return VerifyReport(checks, None if source is None else str(source.folder), sampled, noise)
+    return VerifyReport([*digests, *checks], None if source is None else str(source.folder), sampled, noise)
 
 
-def _check_sizes(sizes: dict[str, int], folder: Path) -> Check:
-    check = Check("files: present, size", len(sizes))
-    found = file_sizes(folder)
-    for name, size in sizes.items():
-        check.expect(found.get(name) == size, f"{name}: {found.get(name, 'missing')} bytes, written with {size}")
-    return check
+@dataclass(frozen=True)
+class _Output:
+    """What is held against what: a folder and its graph, read for `target` on `ranks`."""
+
+    folder: Path
+    program: Program
+    files: WeightFiles
+    source: Checkpoint | None
+    target: Target
+    ranks: int
+    sampled: bool
 
 
 def _check_source(program: Program, source: Checkpoint) -> Check:
     """Every source tensor is accounted for by the graph that was written."""
     check_parameters(program, source)
-    left_out = tuple(module for module, rule in program.rules.items() if rule.scheme == LEAVE_OUT)
-    ledger = build_ledger(program, source, left_out)
+    ledger = build_ledger(program, source)
     check = Check("source tensors accounted for", len(ledger.entries))
     check.checked = len(ledger.entries)
     check.expect(sum(entry.nbytes for entry in ledger.entries) == source.nbytes, "bytes do not sum to the checkpoint")
@@ -76,14 +102,60 @@ def _check_source(program: Program, source: Checkpoint) -> Check:
     return check
 
 
-def _check_graph(
-    program: Program, files: WeightFiles, folder: Path, target: Target, sampled: bool, report: Reporter
-) -> list[Check]:
-    checker: GraphChecker = (OnnxChecker if target is Target.ONNX else AscendChecker)(program, folder)
+def _check_contract(program: Program, target: Target, ranks: int) -> Check:
+    """No linear is one that the target refuses on so many ranks."""
+    found = linears(program)
+    check = Check(f"contract of {target}, ranks: {ranks}", len(found))
+    refused = [one for one in findings(load_contract(target), found, ranks) if one.verdict is Verdict.REFUSED]
+    check.checked = len(found)
+    check.misses += (f"{one.module}: {one.fact} ({one.source})" for one in refused)
+    return check
+
+
+def _check_values(output: _Output, stored: list[StoredTensor], report: Reporter) -> list[Check]:
+    """Every tensor, or a sample, against the source; without one, static parameters among themselves."""
+    if output.source is None:
+        return [check_static(output.program, output.files)]
+    units = sample(stored, SAMPLED_TENSORS if output.sampled else None)
+    with report("verify weights", sum(unit.nbytes for unit in units), "bytes") as advance:
+        return check_values(units, output.files, output.source, advance)
+
+
+def _check_graphs(output: _Output, report: Reporter) -> list[Check]:
+    """Block by block: the emitted graph, and the engine that will read the weights.
+
+    The engine is held against the graph on the integers that the recipes make of the source: of a sampled model the
+    files were not compared in full.
+    """
+    program, folder, files = output.program, output.folder, output.files
+    engine = ENGINES[output.target]
+    graph: GraphChecker = (AscendChecker if engine.npu_graph else OnnxChecker)(program, folder)
+    checks = _check_graph("verify graph", graph, files.read, output.sampled, report)
+    reader = engine.reader(group_size(program))
+    if reader is None or not _takes_dtype(program, output.target):
+        return checks
+    sampled = SAMPLED_EXPERTS if output.sampled else None
+    checker = EngineChecker(program, folder, reader, output.ranks, _unverified(output), sampled)
+    read = files.read if output.source is None else RecipeReader(program, output.source)
+    return checks + _check_graph("verify reader", checker, read, output.sampled, report)
+
+
+def _takes_dtype(program: Program, target: Target) -> bool:
+    return str(program.dtype).removeprefix("torch.") in load_contract(target).dtypes.accepted
+
+
+def _unverified(output: _Output) -> frozenset[str]:
+    """Modules that the engine is not known to read; the report of `compile` names them."""
+    found = findings(load_contract(output.target), linears(output.program), output.ranks)
+    return frozenset(one.module for one in found if one.module)
+
+
+def _check_graph(stage: str, checker: GraphChecker, read: Read, sampled: bool, report: Reporter) -> list[Check]:
+    program = checker.program
     blocks = block_names(program)
     wanted = set(one_of_each_kind(program)) if sampled else set(blocks)
-    with report("verify graph", len(wanted), "blocks") as advance:
-        for block, values in walk(program, Cached(files.read, 1 << 28), wanted):
+    with report(stage, len(wanted), "blocks") as advance:
+        for block, values in walk(program, Cached(read, VALUE_CACHE), wanted):
             checker.check(block, values)
             advance(1)
     return checker.checks

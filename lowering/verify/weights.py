@@ -11,8 +11,9 @@ from torch import Tensor
 
 from fxquant.checkpoint import Checkpoint
 from fxquant.errors import FxquantError
-from fxquant.lowering.description import DESCRIPTION, INDEX, description
-from fxquant.lowering.layout import FileLayout, StoredTensor, plan_files, stored_tensors
+from fxquant.lowering.description import description
+from fxquant.lowering.engines import Engine
+from fxquant.lowering.layout import MTP_STEM, FileLayout, StoredTensor, stored_tensors
 from fxquant.lowering.verify.report import Check
 from fxquant.program import Program
 from fxquant.progress import Advance
@@ -20,6 +21,7 @@ from fxquant.reference import contradiction, expected_tensors
 from fxquant.safetensors_file import TensorInfo, read_header
 from fxquant.schemes import Recipe, tensor_specs
 
+STEMS = ("quant_model_weight", MTP_STEM)
 CALIBRATED = ("input_scale", "input_offset", "deq_scale", "quant_bias")
 
 
@@ -27,9 +29,9 @@ class WeightFiles:
     """The weight files of an output folder, read through the safetensors library."""
 
     def __init__(self, folder: Path) -> None:
-        files = sorted(folder.glob("quant_model_weight*.safetensors"))
+        files = sorted(file for stem in STEMS for file in folder.glob(f"{stem}*.safetensors"))
         if not files:
-            raise FxquantError(folder, "holds no quant_model_weight*.safetensors.", "Compile again.")
+            raise FxquantError(folder, f"holds no {STEMS[0]}*.safetensors.", "Compile again.")
         self.infos: dict[str, TensorInfo] = {}
         for file in files:
             self.infos |= read_header(file)
@@ -43,7 +45,9 @@ class WeightFiles:
         return self._handles[file].get_tensor(name)
 
 
-def check_names(program: Program, files: WeightFiles, folder: Path, stored: list[StoredTensor]) -> list[Check]:
+def check_names(
+    program: Program, files: WeightFiles, folder: Path, stored: list[StoredTensor], engine: Engine
+) -> list[Check]:
     """Names, dtypes and shapes against the graph; description and index against the files."""
     names = Check("tensors: name, dtype, shape", len(stored))
     wanted = {tensor.name: tensor.spec for tensor in stored}
@@ -54,23 +58,25 @@ def check_names(program: Program, files: WeightFiles, folder: Path, stored: list
         names.expect(same, f"{name}: {found}, the graph says {spec.dtype}{list(spec.shape)}")
     for name in sorted(set(files.infos) - set(wanted)):
         names.expect(False, f"{name}: in the files, not in the graph")
-    return [names, _check_description(program, folder, stored, files)]
+    return [names, _check_description(program, folder, stored, files, engine)]
 
 
-def _check_description(program: Program, folder: Path, stored: list[StoredTensor], files: WeightFiles) -> Check:
+def _check_description(
+    program: Program, folder: Path, stored: list[StoredTensor], files: WeightFiles, engine: Engine
+) -> Check:
     check = Check("description and index", len(stored))
     try:
-        found = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+        found = json.loads((folder / engine.description).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        check.expect(False, f"{DESCRIPTION}: {error}")
+        check.expect(False, f"{engine.description}: {error}")
         return check
-    wanted = description(program, [FileLayout("", b"", tuple(stored), ())])
+    wanted = description(program, [FileLayout("", b"", tuple(stored), ())], engine)
     for key in sorted(set(wanted) | set(found)):
         check.expect(
             found.get(key) == wanted.get(key), f"{key}: {found.get(key)!r}, the graph says {wanted.get(key)!r}"
         )
-    if (folder / INDEX).is_file():
-        weight_map = json.loads((folder / INDEX).read_text(encoding="utf-8")).get("weight_map", {})
+    if (folder / engine.index).is_file():
+        weight_map = json.loads((folder / engine.index).read_text(encoding="utf-8")).get("weight_map", {})
         for name, info in files.infos.items():
             check.expect(weight_map.get(name) == info.file.name, f"{name}: the index says {weight_map.get(name)}")
     return check
@@ -109,14 +115,15 @@ def _check_unit(
         kept.expect(same_bytes(files.read(unit.name), want), f"{unit.name}: differs from the source")
         return
     bias = source.read(f"{module}.bias") if recipe.bias else None
-    for suffix, want in expected_tensors(recipe, source.read(unit.name), bias).items():
+    weight = source.read(unit.name)
+    for suffix, want in expected_tensors(recipe, weight, bias).items():
         made.expect(
             same_bytes(files.read(f"{module}.{suffix}"), want),
             f"{module}.{suffix}: {_where(files, module, suffix, want)}",
         )
     if recipe.scheme.static:
         stored = {suffix: files.read(f"{module}.{suffix}") for suffix in tensor_specs(recipe)}
-        reason = contradiction(recipe, stored, bias)
+        reason = contradiction(recipe, stored, bias, weight)
         calibrated.expect(reason is None, f"{module}: {reason}")
 
 
@@ -165,4 +172,4 @@ def expected_stored(program: Program, source: Checkpoint | None, files: WeightFi
     return stored_tensors(program, believed)
 
 
-__all__ = ["WeightFiles", "check_names", "check_static", "check_values", "expected_stored", "plan_files", "sample"]
+__all__ = ["WeightFiles", "check_names", "check_static", "check_values", "expected_stored", "sample"]

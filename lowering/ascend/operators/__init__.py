@@ -10,7 +10,14 @@ import torch
 
 from fxquant.lowering.ascend.operators.arguments import Kernel, only_supported
 from fxquant.lowering.ascend.operators.attention import npu_fused_infer_attention_score, npu_interleave_rope
+from fxquant.lowering.ascend.operators.cache import npu_scatter_pa_kv_cache
 from fxquant.lowering.ascend.operators.dense import npu_rms_norm, npu_swiglu
+from fxquant.lowering.ascend.operators.fused import (
+    npu_add_rms_norm,
+    npu_add_rms_norm_dynamic_quant,
+    npu_add_rms_norm_quant,
+    npu_dequant_swiglu_quant,
+)
 from fxquant.lowering.ascend.operators.grouped_matmul import npu_grouped_matmul
 from fxquant.lowering.ascend.operators.matmul import npu_quant_matmul
 from fxquant.lowering.ascend.operators.moe import (
@@ -20,6 +27,7 @@ from fxquant.lowering.ascend.operators.moe import (
 )
 from fxquant.lowering.ascend.operators.quantize import npu_dynamic_quant, npu_quantize, npu_trans_quant_param
 from fxquant.lowering.ascend.operators.schemas import SCHEMAS
+from fxquant.lowering.ascend.operators.shapes import SHAPES, shape_rule
 
 KERNELS: dict[str, Kernel] = {
     "npu_dynamic_quant": npu_dynamic_quant,
@@ -29,8 +37,13 @@ KERNELS: dict[str, Kernel] = {
     "npu_grouped_matmul": npu_grouped_matmul,
     "npu_rms_norm": npu_rms_norm,
     "npu_swiglu": npu_swiglu,
+    "npu_add_rms_norm": npu_add_rms_norm,
+    "npu_add_rms_norm_quant": npu_add_rms_norm_quant,
+    "npu_add_rms_norm_dynamic_quant": npu_add_rms_norm_dynamic_quant,
+    "npu_dequant_swiglu_quant": npu_dequant_swiglu_quant,
     "npu_interleave_rope": npu_interleave_rope,
     "npu_fused_infer_attention_score": npu_fused_infer_attention_score,
+    "npu_scatter_pa_kv_cache": npu_scatter_pa_kv_cache,
     "npu_moe_gating_top_k": npu_moe_gating_top_k,
     "npu_moe_init_routing_v2": npu_moe_init_routing_v2,
     "npu_moe_token_unpermute": npu_moe_token_unpermute,
@@ -53,4 +66,5 @@ def _define() -> torch.library.Library:
     for name, kernel in KERNELS.items():
         library.define(SCHEMAS[name])
         library.impl(name, only_supported(kernel, SCHEMAS[name]), "CPU")
+        torch.library.register_fake(f"npu::{name}", shape_rule(SHAPES[name], SCHEMAS[name]), lib=library)
     return library

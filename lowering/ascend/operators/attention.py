@@ -1,12 +1,15 @@
-"""Rotary embedding and attention over whole sequences. float32 inside, rounded once to the dtype of the input.
+"""Rotary embedding and attention. float32 inside, rounded once to the dtype of the input.
 
 B batch, S queries, T keys, N heads, D features. Formulas: op-plugin documentation.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from fxquant.lowering.ascend.operators.arguments import require
+from fxquant.lowering.ascend.operators.paged_attention import NAME, Keys, expect_shape, paged_attention
 
 
 def npu_interleave_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -33,37 +36,58 @@ def npu_fused_infer_attention_score(
     value: Tensor,
     *,
     atten_mask: Tensor | None = None,
+    actual_seq_lengths_kv: Sequence[int] | None = None,
+    block_table: Tensor | None = None,
     query_rope: Tensor | None = None,
     key_rope: Tensor | None = None,
     num_heads: int = 1,
     scale: float = 1.0,
     input_layout: str = "BSH",
     num_key_value_heads: int = 0,
+    block_size: int = 0,
     softmax_lse_flag: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Layout BSND: query [B, S, N, D], key [B, T, N, D], value [B, T, N, Dv] → [B, S, N, Dv], log-sum-exp.
+    """Attention over whole sequences (`_attention`) or, with block_table, over pages (`paged_attention`).
+
+    → the context in query's layout and dtype, and a log-sum-exp: float32 [B, N, S, 1] with softmax_lse_flag, else a
+    single zero.
+    """
+    require((query_rope is None) == (key_rope is None), f"{NAME}: query_rope and key_rope go together")
+    keys = Keys(key, value, query_rope, key_rope)
+    if block_table is not None:
+        whole = atten_mask is None and not softmax_lse_flag and input_layout == "BNSD"
+        require(whole, f"{NAME}: block_table goes with input_layout 'BNSD', no atten_mask and no softmax_lse_flag here")
+        require((num_heads, num_key_value_heads) == (query.shape[1], 1), f"{NAME}: heads are not {query.shape[1]} on 1")
+        context = paged_attention(query, keys, block_table, actual_seq_lengths_kv, block_size, scale)
+        return context, query.new_zeros(1, dtype=torch.float32)
+    require(input_layout == "BSND", f"{NAME}: input_layout {input_layout!r} is not supported, only 'BSND'")
+    heads = {num_heads, num_key_value_heads or num_heads}
+    require(heads == {query.shape[-2]}, f"{NAME}: num_heads and num_key_value_heads are not {query.shape[-2]}")
+    alone = actual_seq_lengths_kv is None and block_size == 0
+    require(alone, f"{NAME}: actual_seq_lengths_kv and block_size are not supported without block_table")
+    context, lse = _attention(query, keys, atten_mask, scale)
+    return context, lse if softmax_lse_flag else lse.new_zeros(1)
+
+
+def _attention(query: Tensor, keys: Keys, atten_mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """query [B, S, N, D], key [B, T, N, D], value [B, T, N, Dv] → [B, S, N, Dv], log-sum-exp [B, N, S, 1].
 
     Scores are `(query · key + query_rope · key_rope) * scale`, rope [B, S or T, N, Dr]. atten_mask bool, int8 or uint8
     [B or 1, 1, S, T]: nonzero hides a key; a query that sees no key gets the mean of all values.
-    The log-sum-exp is float32 [B, N, S, 1] with softmax_lse_flag, else a single zero.
     """
-    name = "npu_fused_infer_attention_score"
-    require(input_layout == "BSND", f"{name}: input_layout {input_layout!r} is not supported, only 'BSND'")
-    heads = {num_heads, num_key_value_heads or num_heads}
-    require(heads == {query.shape[-2]}, f"{name}: num_heads and num_key_value_heads are not {query.shape[-2]}")
-    require((query_rope is None) == (key_rope is None), f"{name}: query_rope and key_rope go together")
-    _expect_shape("key", key, (query.shape[0], key.shape[1], *query.shape[2:]))
-    _expect_shape("value", value, (*key.shape[:3], value.shape[-1]))
+    key, value = keys.key, keys.value
+    expect_shape("key", key, (query.shape[0], key.shape[1], *query.shape[2:]))
+    expect_shape("value", value, (*key.shape[:3], value.shape[-1]))
     scores = _products(query, key)
-    if query_rope is not None and key_rope is not None:
-        _expect_shape("query_rope", query_rope, (*query.shape[:3], query_rope.shape[-1]))
-        _expect_shape("key_rope", key_rope, (*key.shape[:3], query_rope.shape[-1]))
-        scores = scores + _products(query_rope, key_rope)
+    if keys.query_rope is not None and keys.key_rope is not None:
+        expect_shape("query_rope", keys.query_rope, (*query.shape[:3], keys.query_rope.shape[-1]))
+        expect_shape("key_rope", keys.key_rope, (*key.shape[:3], keys.query_rope.shape[-1]))
+        scores = scores + _products(keys.query_rope, keys.key_rope)
     scores = scores * scale
     if atten_mask is not None:
         scores = scores.masked_fill(_hidden(atten_mask, scores), torch.finfo(torch.float32).min)
     out = (scores.softmax(-1) @ value.transpose(1, 2).float()).transpose(1, 2).contiguous().to(query.dtype)
-    return out, scores.logsumexp(-1, keepdim=True) if softmax_lse_flag else scores.new_zeros(1)
+    return out, scores.logsumexp(-1, keepdim=True)
 
 
 def _products(query: Tensor, key: Tensor) -> Tensor:
@@ -72,14 +96,9 @@ def _products(query: Tensor, key: Tensor) -> Tensor:
 
 
 def _hidden(mask: Tensor, scores: Tensor) -> Tensor:
-    argument = "npu_fused_infer_attention_score: atten_mask"
+    argument = f"{NAME}: atten_mask"
     require(mask.dtype in {torch.bool, torch.int8, torch.uint8}, f"{argument} is {mask.dtype}, not bool, int8 or uint8")
     batch, _, queries, keys = scores.shape
     shapes = {(batch, 1, queries, keys), (1, 1, queries, keys)}
     require(tuple(mask.shape) in shapes, f"{argument} {tuple(mask.shape)} is not [{batch} or 1, 1, {queries}, {keys}]")
     return mask.bool()
-
-
-def _expect_shape(argument: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    fits = tuple(tensor.shape) == tuple(shape)
-    require(fits, f"npu_fused_infer_attention_score: {argument} is {tuple(tensor.shape)}, not {tuple(shape)}")

@@ -1,0 +1,88 @@
+"""A multi-token prediction layer (DeepSeek-V3, arXiv:2412.19437, section 2.2) as its checkpoints hold it.
+
+No graph runs it: engines do, as a draft model. It says which tensors there are and what each of them is.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from fxquant.config import DeepseekV3Config
+from fxquant.kinds import Kind
+from fxquant.models.deepseek_v3 import DecoderLayer, Head
+from fxquant.models.layers import Embedding, Gate, Linear, RMSNorm, RoutedExperts
+
+
+class SharedHead(nn.Module):
+    """Norm and head after the layer; the head is the model's own, stored again."""
+
+    def __init__(self, config: DeepseekV3Config) -> None:
+        super().__init__()
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.head = Head(config.hidden_size, config.vocab_size)
+
+
+class MtpLayer(DecoderLayer):
+    """A decoder layer over `eh_proj` of the next token's embedding and the last hidden state, both normed."""
+
+    def __init__(self, config: DeepseekV3Config, index: int) -> None:
+        super().__init__(config, index)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        self.enorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.hnorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.eh_proj = Linear(2 * config.hidden_size, config.hidden_size)
+        self.shared_head = SharedHead(config)
+
+
+@dataclass(frozen=True)
+class MtpLinear:
+    """A quantizable weight of such a layer.
+
+    module   its path: `model.layers.61.self_attn.o_proj`, or `model.layers.61.mlp.experts.up_proj` for all experts
+    modules  paths in the checkpoint, one an expert, or just `module`
+    """
+
+    module: str
+    kind: Kind
+    modules: tuple[str, ...]
+    out_features: int
+    in_features: int
+    bias: bool = False
+
+
+def mtp_linears(config: DeepseekV3Config, path: str) -> Iterator[MtpLinear]:
+    """Every quantizable weight of the layer at `path`, in the order of its modules."""
+    layer = _on_meta(config, path)
+    for name, module in layer.named_modules():
+        place, kind = f"{path}.{name}", _kind(layer, name)
+        if isinstance(module, Linear):
+            n, k = module.weight.shape
+            yield MtpLinear(place, kind, (place,), n, k, module.bias is not None)
+        elif isinstance(module, RoutedExperts):
+            for projection, stack in module.named_parameters():
+                modules = (weight.removesuffix(".weight") for weight in module.checkpoint_names(place, projection))
+                yield MtpLinear(f"{place}.{projection}", kind, tuple(modules), stack.shape[1], stack.shape[2])
+
+
+def mtp_gate_biases(config: DeepseekV3Config, path: str) -> Iterator[str]:
+    """Tensors of the layer at `path` that are float32 in every checkpoint form."""
+    for name, module in _on_meta(config, path).named_modules():
+        if isinstance(module, Gate):
+            yield f"{path}.{name}.e_score_correction_bias"
+
+
+def _on_meta(config: DeepseekV3Config, path: str) -> MtpLayer:
+    with torch.device("meta"):
+        return MtpLayer(config, int(path.rpartition(".")[2]))
+
+
+def _kind(layer: nn.Module, name: str) -> Kind:
+    """That of the nearest module that has one; MTP for what is of the layer itself."""
+    while name:
+        kind = getattr(layer.get_submodule(name), "kind", None)
+        if kind is not None:
+            return kind
+        name = name.rpartition(".")[0]
+    return Kind.MTP

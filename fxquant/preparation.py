@@ -1,0 +1,141 @@
+"""MODEL and options → the rewritten program, with nothing written yet."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor
+
+from fxquant.binding import Ledger, build_ledger, check_parameters, mtp_modules
+from fxquant.contracts import load_contract
+from fxquant.errors import FxquantError
+from fxquant.frontend.source import TRACE_TIMEOUT, Source, open_source
+from fxquant.lowering.engines import ENGINES
+from fxquant.lowering.layout import MAX_SHARD_SIZE
+from fxquant.models.deepseek_v3 import mtp_paths
+from fxquant.passes import (
+    AssignMtp,
+    AssignSchemes,
+    Calibrate,
+    CheckContract,
+    Pass,
+    PassResult,
+    pipeline,
+    run_passes,
+)
+from fxquant.policy import MtpMode, Policy
+from fxquant.program import Program
+from fxquant.program_file import dump_program
+from fxquant.progress import Reporter, silent
+from fxquant.structure import structural_hash
+from fxquant.targets import Target
+from fxquant.text import load_batches
+
+CALIBRATION_FILES = ("calibration.jsonl", "calibration.txt", "calib.jsonl", "calib.txt")
+
+
+@dataclass(frozen=True)
+class CompileOptions:
+    """What `compile` takes besides the model.
+
+    policy          name of a shipped policy or path of a YAML file; None: the model file's POLICY or deepseek_w4a8
+    out             output folder; None: `./<name>-<policy>-<target>`
+    calib           calibration text or token ids; None: the file that lies beside the model, if any
+    calib_samples   batches to calibrate on, each of at most `calib_length` tokens
+    checkpoint      overrides the folder that a model.py names
+    trace_timeout   seconds that a model.py may take to import, build and trace
+    max_shard_size  bytes of tensor data a weight file may hold
+    force           replace an earlier output of fxquant at `out`
+    tp              tensor-parallel ranks that the output will be served on
+    mtp             multi-token prediction layers: none, float or quant; None: as the policy says
+    export          write the NPU graph as torch.export programs (.pt2) too
+    mix             whether the engine will run shared experts as routed ones; None: as the policy needs it
+    """
+
+    policy: str | None = None
+    out: str | Path | None = None
+    target: Target = Target.ASCEND
+    calib: str | Path | None = None
+    calib_samples: int = 32
+    calib_length: int = 256
+    checkpoint: str | Path | None = None
+    trace_timeout: float = TRACE_TIMEOUT
+    max_shard_size: int = MAX_SHARD_SIZE
+    force: bool = False
+    verify: bool = True
+    kv_cache: str | None = None
+    tp: int = 1
+    mtp: MtpMode | None = None
+    mix: bool | None = None
+    export: bool = True
+
+
+@dataclass
+class Prepared:
+    """A model rewritten under a policy, nothing written yet."""
+
+    source: Source
+    policy: Policy
+    program: Program
+    ledger: Ledger
+    float_graph: str
+    structural_hash: str
+    passes: list[PassResult] = field(default_factory=list)
+
+
+def prepare(
+    source: Source, policy: Policy, options: CompileOptions, report: Reporter = silent, for_engine: bool = True
+) -> Prepared:
+    """Trace, check against the checkpoint, and run the pass pipeline; `for_engine` with the target's contract."""
+    with report("trace", 1, "graph") as advance:
+        program = source.program()
+        advance(1)
+    check_parameters(program, source.checkpoint)
+    policy = policy if options.mtp is None else policy.with_mtp(options.mtp)
+    float_graph, digest = dump_program(program), structural_hash(program)
+    results = run_passes(program, _passes(source, policy, options, report, for_engine))
+    return Prepared(source, policy, program, build_ledger(program, source.checkpoint), float_graph, digest, results)
+
+
+def _passes(source: Source, policy: Policy, options: CompileOptions, report: Reporter, for_engine: bool) -> list[Pass]:
+    checkpoint, dialect = source.checkpoint, ENGINES[options.target].dialect
+    layers = mtp_modules(checkpoint, mtp_paths(source.config))
+    assign = (AssignSchemes(policy, layers, dialect), AssignMtp(policy, source.config, checkpoint, dialect))
+    contract = CheckContract(policy.name, load_contract(options.target), options.tp, options.mix)
+    calibrate = Calibrate(policy, checkpoint.read, lambda: calibration(source, options), report)
+    return pipeline(assign, calibrate, (contract,) if for_engine else ())
+
+
+def calibration(source: Source, options: CompileOptions) -> list[Tensor] | None:
+    """Batches of token ids from `options.calib`, or from the file beside the model; None when there is neither."""
+    file = as_path(options.calib)
+    if file is None:
+        folders = (source.path if source.path.is_dir() else source.path.parent, source.checkpoint.folder)
+        candidates = (folder / name for folder in folders for name in CALIBRATION_FILES)
+        file = next((candidate for candidate in candidates if candidate.is_file()), None)
+    if file is None:
+        return None
+    return load_batches(file, source.checkpoint, options.calib_samples, options.calib_length)
+
+
+def open_model(model: str | Path, options: CompileOptions, report: Reporter) -> Source:
+    """MODEL, opened; a model.py is run meanwhile."""
+    with report("open", 1, "model") as advance:
+        source = open_source(Path(model), as_path(options.checkpoint), options.trace_timeout)
+        advance(1)
+    return source
+
+
+def as_path(path: str | Path | None) -> Path | None:
+    return None if path is None else Path(path)
+
+
+def refuse_kv_cache(kv_cache: str | None) -> None:
+    if kv_cache in (None, "float"):
+        return
+    if kv_cache == "int8":
+        fact = (
+            "the engines' W4A8 path takes no int8 KV cache: its scales exclude mixed int4 experts, and quantizing the "
+            "latent costs two to three points of accuracy."
+        )
+        raise FxquantError("--kv-cache int8", fact, "Leave the cache in float: it is already latent, 71 times smaller.")
+    raise FxquantError(f"--kv-cache {kv_cache}", "unknown.", "Only float is supported.")

@@ -1,0 +1,60 @@
+"""The program that an Ascend module is emitted from: the stored one, in the pieces that engines have."""
+
+import operator
+from dataclasses import dataclass
+
+from fxquant.lowering.ascend.values import float32_values
+from fxquant.passes import FuseNormQuantize, FuseSwigluQuantize, Pass, PassResult, ShareQuantize
+from fxquant.program import Program
+from fxquant.program_file import dump_program, parse_program
+
+WIDEST_SWIGLU = 4096
+"""Features of one npu_dequant_swiglu_quant.
+
+The kernel's rows must fit on chip (ops-nn, aclnnDequantSwigluQuant): ten times the 2 · features inputs of two bytes,
+and a fortieth of the scales of all rows, are less than 192 KiB. 4096 features take 160 KiB and leave room for the
+scales of 300,000 rows.
+"""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one pass did, and how many operators the graph called before and after it."""
+
+    result: PassResult
+    calls_before: int
+    calls_after: int
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """A fused copy of a program, and how it came to be."""
+
+    program: Program
+    steps: tuple[Step, ...]
+
+
+def deployment(program: Program) -> Deployment:
+    """Fuse a copy of `program`. The copy computes the same, bit for bit, and reads the same weight files."""
+    copy = parse_program(dump_program(program), "the deployment graph")
+    steps = tuple(_step(one, copy) for one in fusions(copy))
+    copy.graph.recompile()
+    return Deployment(copy, steps)
+
+
+def fusions(program: Program) -> list[Pass]:
+    """Every pass of a deployment, in order."""
+    float32 = frozenset(float32_values(program))
+    return [ShareQuantize(), FuseNormQuantize(float32), FuseSwigluQuantize(WIDEST_SWIGLU)]
+
+
+def _step(one: Pass, program: Program) -> Step:
+    before = count_calls(program)
+    result = one.apply(program)
+    return Step(result, before, count_calls(program))
+
+
+def count_calls(program: Program) -> int:
+    """Operators that the graph calls; taking an item of a tuple is none."""
+    nodes = program.graph.graph.nodes
+    return sum(node.op == "call_function" and node.target is not operator.getitem for node in nodes)

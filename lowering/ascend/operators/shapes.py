@@ -1,0 +1,150 @@
+"""Shape rules of the operators: what `torch.export` and fake tensors see of them. Kernels check, these do not.
+
+Arguments are those of the kernels; a rule takes the ones that decide its result.
+"""
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxquant.lowering.ascend.operators.arguments import Kernel, dtype_of
+from fxquant.lowering.ascend.operators.matmul import OUTPUT_DTYPES
+
+
+def shape_rule(rule: Kernel, schema: str) -> Kernel:
+    """`rule`, for all arguments of `schema`; `self` and `input` are `x`, as in the kernels."""
+    parsed = torch._C.parse_schema(schema)
+    names = ["x" if argument.name in {"self", "input"} else argument.name for argument in parsed.arguments]
+    taken = frozenset(inspect.signature(rule).parameters)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        given = dict(zip(names, args, strict=False)) | kwargs
+        return rule(**{name: value for name, value in given.items() if name in taken})
+
+    return call
+
+
+def _rows(x: Tensor, *features: Any, dtype: torch.dtype | None = None) -> Tensor:
+    """[..., *features] for x [..., k]."""
+    return x.new_empty((*x.shape[:-1], *features), dtype=dtype or x.dtype)
+
+
+def _int8(x: Tensor) -> Tensor:
+    return torch.empty_like(x, dtype=torch.int8)
+
+
+def _dtype(code: int | None, otherwise: torch.dtype) -> torch.dtype:
+    return otherwise if code is None else dtype_of(code, "output_dtype", OUTPUT_DTYPES)
+
+
+def npu_dynamic_quant(x: Tensor) -> tuple[Tensor, Tensor]:
+    return _int8(x), _rows(x, dtype=torch.float32)
+
+
+def npu_quantize(x: Tensor) -> Tensor:
+    return _int8(x)
+
+
+def npu_trans_quant_param(scale: Tensor) -> Tensor:
+    return torch.empty_like(scale, dtype=torch.int64)
+
+
+def npu_quant_matmul(x1: Tensor, x2: Tensor, output_dtype: int | None = None) -> Tensor:
+    return _rows(x1, x2.shape[1], dtype=_dtype(output_dtype, torch.int8))
+
+
+def npu_grouped_matmul(x: Sequence[Tensor], weight: Sequence[Tensor], output_dtype: int | None = None) -> list[Tensor]:
+    words = 8 if weight[0].dtype == torch.int32 else 1
+    return [_rows(x[0], weight[0].shape[2] * words, dtype=_dtype(output_dtype, x[0].dtype))]
+
+
+def npu_rms_norm(x: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), _rows(x, 1, dtype=torch.float32)
+
+
+def npu_add_rms_norm(x1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(x1), _rows(x1, 1, dtype=torch.float32), torch.empty_like(x1)
+
+
+def npu_add_rms_norm_quant(x1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return _int8(x1), x1.new_empty((0,), dtype=torch.int8), torch.empty_like(x1)
+
+
+def npu_add_rms_norm_dynamic_quant(x1: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    scale = _rows(x1, dtype=torch.float32)
+    return _int8(x1), x1.new_empty((0,), dtype=torch.int8), torch.empty_like(x1), scale, scale.new_empty((0,))
+
+
+def npu_dequant_swiglu_quant(x: Tensor) -> tuple[Tensor, Tensor]:
+    return _rows(x, x.shape[-1] // 2, dtype=torch.int8), _rows(x, dtype=torch.float32)
+
+
+def npu_swiglu(x: Tensor, dim: int = -1) -> Tensor:
+    shape = list(x.shape)
+    shape[dim] = shape[dim] // 2
+    return x.new_empty(shape)
+
+
+def npu_interleave_rope(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def npu_fused_infer_attention_score(
+    query: Tensor, value: Tensor, block_table: Tensor | None = None, softmax_lse_flag: bool = False
+) -> tuple[Tensor, Tensor]:
+    """BSND over whole sequences, BNSD over pages."""
+    batch, steps, heads, _ = query.shape
+    shape = (batch, heads, steps, 1) if softmax_lse_flag else (1,)
+    context = torch.empty_like(query) if block_table is not None else _rows(query, value.shape[-1])
+    return context, query.new_empty(shape, dtype=torch.float32)
+
+
+def npu_scatter_pa_kv_cache(key: Tensor) -> None:
+    return None
+
+
+def npu_moe_gating_top_k(x: Tensor, k: int, out_flag: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    scores = x.new_empty(x.shape if out_flag else (0,), dtype=torch.float32)
+    return _rows(x, k), _rows(x, k, dtype=torch.int32), scores
+
+
+def npu_moe_init_routing_v2(
+    x: Tensor, expert_idx: Tensor, expert_num: int = -1, active_expert_range: Sequence[int] = ()
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    low, high = active_expert_range or (0, expert_num)
+    copies = expert_idx.shape[0] * expert_idx.shape[1]
+    counts = x.new_empty((high - low,), dtype=torch.int64)
+    row_index = x.new_empty((copies,), dtype=torch.int32)
+    return x.new_empty((copies, x.shape[1])), row_index, counts, x.new_empty((0,), dtype=torch.float32)
+
+
+def npu_moe_token_unpermute(permuted_tokens: Tensor, sorted_indices: Tensor, probs: Tensor | None = None) -> Tensor:
+    tokens = sorted_indices.shape[0] if probs is None else probs.shape[0]
+    return permuted_tokens.new_empty((tokens, permuted_tokens.shape[1]))
+
+
+SHAPES: dict[str, Kernel] = {
+    rule.__name__: rule
+    for rule in (
+        npu_dynamic_quant,
+        npu_quantize,
+        npu_trans_quant_param,
+        npu_quant_matmul,
+        npu_grouped_matmul,
+        npu_rms_norm,
+        npu_add_rms_norm,
+        npu_add_rms_norm_quant,
+        npu_add_rms_norm_dynamic_quant,
+        npu_dequant_swiglu_quant,
+        npu_swiglu,
+        npu_interleave_rope,
+        npu_fused_infer_attention_score,
+        npu_scatter_pa_kv_cache,
+        npu_moe_gating_top_k,
+        npu_moe_init_routing_v2,
+        npu_moe_token_unpermute,
+    )
+}

@@ -1,0 +1,72 @@
+"""The files of an output folder against its manifest, and what the folder was compiled for where there is none."""
+
+import json
+from pathlib import Path
+
+from fxquant.errors import FxquantError
+from fxquant.lowering.description import engine_config
+from fxquant.lowering.engines import ENGINES, group_size
+from fxquant.lowering.manifest import Manifest, file_digests, file_sizes
+from fxquant.lowering.verify.report import Check
+from fxquant.program import Program
+from fxquant.progress import Reporter
+from fxquant.targets import Target
+
+ONNX_GRAPH = "model.onnx"
+
+
+def check_sizes(manifest: Manifest, folder: Path) -> Check:
+    """Every file that was written is there, as long as it was."""
+    check = Check("files: present, size", len(manifest.files))
+    found = file_sizes(folder)
+    for name, size in manifest.files.items():
+        check.expect(found.get(name) == size, f"{name}: {found.get(name, 'missing')} bytes, written with {size}")
+    return check
+
+
+def check_digests(manifest: Manifest, folder: Path, report: Reporter) -> Check:
+    """Every file that is there has the bytes that were written."""
+    check = Check("files: digest", len(manifest.blake2b))
+    with report("verify digests", sum(file_sizes(folder).values()), "bytes") as advance:
+        found = file_digests(folder, advance)
+    for name, digest in manifest.blake2b.items():
+        held = found.get(name, "missing")
+        check.expect(held == digest, f"{name}: BLAKE2b {held[:16]}, written with {digest[:16]}")
+    return check
+
+
+def check_config(program: Program, folder: Path, target: Target) -> Check:
+    """config.json says what the graph and the target make it say, key by key."""
+    wanted = engine_config(program, ENGINES[target])
+    check = Check("config.json", len(wanted))
+    try:
+        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        check.expect(False, f"not read: {error}")
+        return check
+    for key in sorted(set(wanted) | set(found)):
+        miss = f"{key}: {found.get(key)!r}, the graph says {wanted.get(key)!r}"
+        check.expect(found.get(key) == wanted.get(key), miss)
+    return check
+
+
+def infer_target(program: Program, folder: Path) -> Target:
+    """The only target that writes such weights under such names. Raises FxquantError where several, or none, do."""
+    targets = [target for target in Target if _could_be(target, program, folder)]
+    if len(targets) == 1:
+        return targets[0]
+    choice = f"{' or '.join(targets) or 'none'} by its files"
+    way_out = f"Say which: --target {targets[0] if targets else Target.ASCEND}."
+    raise FxquantError(folder, f"without its manifest, the target is {choice}.", way_out)
+
+
+def _could_be(target: Target, program: Program, folder: Path) -> bool:
+    engine = ENGINES[target]
+    dialects = {recipe.dialect for recipe in program.recipes.values()}
+    weights = (folder / engine.file_name(1, 1)).is_file() or (folder / engine.index).is_file()
+    return (
+        dialects <= {engine.dialect(group_size(program))}
+        and engine.npu_graph != (folder / ONNX_GRAPH).is_file()
+        and (folder / engine.description).is_file()
+        and weights
+    )

@@ -1,0 +1,89 @@
+"""Multi-token prediction layers → left out, kept in float, or quantized, as the policy or the user says."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from fxquant.checkpoint import Checkpoint
+from fxquant.config import DeepseekV3Config
+from fxquant.dialects import Dialect
+from fxquant.errors import FxquantError
+from fxquant.kinds import Kind
+from fxquant.models.mtp import MtpLinear, mtp_gate_biases, mtp_linears
+from fxquant.passes.base import Pass, PassResult
+from fxquant.policy import LEAVE_OUT, Policy
+from fxquant.program import MtpLayers, Program
+from fxquant.schemes import Recipe, Scheme
+
+CHOICES = (LEAVE_OUT, Scheme.FLOAT, Scheme.W8A8_DYNAMIC)
+"""What a rule may give to such a layer."""
+
+
+@dataclass
+class AssignMtp(Pass):
+    """Fills `program.mtp` as the rules of its layers say; no graph runs them, so none is changed.
+
+    Quantized, a layer has W8A8_DYNAMIC wherever the policy quantizes a decoder layer at all: it needs no calibration,
+    and it is what engines take for draft layers.
+    """
+
+    policy: Policy
+    config: DeepseekV3Config
+    checkpoint: Checkpoint
+    dialect: Callable[[int], Dialect]
+    name = "assign-mtp"
+
+    def apply(self, program: Program) -> PassResult:
+        for path in program.mtp.layers:
+            rule = program.rules[path]
+            if rule.scheme not in CHOICES:
+                fact, way_out = f"rule “{rule}” gives {rule.scheme} to {path}.", f"Use one of {', '.join(CHOICES)}."
+                raise FxquantError(f"policy {self.policy.name}", fact, way_out)
+            if rule.scheme == Scheme.W8A8_DYNAMIC:
+                self._quantize(program, path)
+            if rule.scheme != LEAVE_OUT:
+                self._keep(program.mtp, path)
+        return PassResult(self.name, tuple(program.mtp.recipes))
+
+    def _quantize(self, program: Program, path: str) -> None:
+        dialect = self.dialect(max((recipe.group_size for recipe in program.recipes.values()), default=0))
+        for linear in mtp_linears(self.config, path):
+            rule = self.policy.rule_for(linear.module, linear.kind, True)
+            if linear.kind is not Kind.MTP and rule is not None and rule.scheme not in (Scheme.FLOAT, LEAVE_OUT):
+                self._check(linear)
+                program.mtp.recipes[linear.module] = _recipe(linear, program, dialect)
+
+    def _check(self, linear: MtpLinear) -> None:
+        for module in linear.modules:
+            info = self.checkpoint.tensors.get(f"{module}.weight")
+            shape = (linear.out_features, linear.in_features)
+            if info is None or info.shape != shape:
+                fact = (
+                    f"tensor {module}.weight is {'missing' if info is None else list(info.shape)}, not {list(shape)}."
+                )
+                raise FxquantError(self.checkpoint.folder, fact, "Use --mtp none, or complete the checkpoint.")
+
+    def _keep(self, mtp: MtpLayers, path: str) -> None:
+        """Every tensor of the layer that no recipe consumes."""
+        made = {name for recipe in mtp.recipes.values() for name in recipe.source_names}
+        names = sorted(name for name in self.checkpoint.tensors if name.startswith(f"{path}."))
+        mtp.kept |= {name: name.rpartition(".")[0] for name in names if name not in made}
+        biases = (name for name in mtp_gate_biases(self.config, path) if name in mtp.kept)
+        mtp.gate_biases = (*mtp.gate_biases, *biases)
+
+
+def _recipe(linear: MtpLinear, program: Program, dialect: Dialect) -> Recipe:
+    return Recipe(
+        module=linear.module,
+        modules=linear.modules,
+        scheme=Scheme.W8A8_DYNAMIC,
+        group_size=0,
+        out_features=linear.out_features,
+        in_features=linear.in_features,
+        bias=linear.bias,
+        row_parallel=False,
+        dtype=program.dtype,
+        dialect=dialect,
+        scale_dtype=program.dtype if dialect.model_dtype_scales else torch.float32,
+    )

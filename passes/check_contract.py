@@ -1,0 +1,66 @@
+"""Schemes × the target's contract, before a weight is read."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from fxquant import ops
+from fxquant.contracts import Contract, Finding, Linear, check, refusal
+from fxquant.errors import FxquantError
+from fxquant.kinds import Kind
+from fxquant.passes.base import Pass, PassResult
+from fxquant.passes.linears import LinearSite, linear_sites
+from fxquant.program import Program
+from fxquant.schemes import Recipe, Scheme
+
+
+@dataclass
+class CheckContract(Pass):
+    """Raises FxquantError for the first thing the engine refuses; what nobody has verified is in the result's `kept`.
+
+    ranks  size of the tensor-parallel group it will be served on
+    mix    whether the engine will run shared experts as routed ones; None: as the policy needs it
+    """
+
+    policy: str
+    contract: Contract
+    ranks: int = 1
+    mix: bool | None = None
+    name = "check-contract"
+
+    def apply(self, program: Program) -> PassResult:
+        findings = check(self.contract, linears(program), self.ranks, self.mix)
+        refused = refusal(findings)
+        if refused is not None:
+            raise FxquantError(*as_error(refused, self.policy, self.contract))
+        unverified: dict[str, str] = {}
+        for finding in findings:
+            unverified.setdefault(finding.fact, finding.source)
+        return PassResult(self.name, kept=unverified)
+
+
+def as_error(finding: Finding, policy: str, contract: Contract) -> tuple[str, str, str]:
+    """Place, fact and way out of a refusal."""
+    place = f"layer {finding.module}" if finding.module else f"policy {policy}"
+    fact = f"{finding.fact}; target {contract.target} refuses it ({finding.source})."
+    return place, fact, finding.way_out or "Choose another policy or target: fxquant targets lists them."
+
+
+def linears(program: Program) -> list[Linear]:
+    """Every linear, float ones as scheme FLOAT, with what a contract asks of it."""
+    attention = program.nodes(ops.mla_attention)
+    heads: Any = attention[0].args[4] if attention else 0
+    recipes = dict(program.recipes)
+    for site in linear_sites(program):
+        recipes.setdefault(site.module, _float(program, site))
+    found = []
+    for module, recipe in recipes.items():
+        kind = program.parameters[f"{module}.weight"].kind if f"{module}.weight" in program.parameters else Kind.OTHER
+        found.append(Linear(recipe, kind, heads if kind is Kind.ATTENTION else 0))
+    return found + [Linear(recipe, Kind.MTP) for recipe in program.mtp.recipes.values()]
+
+
+def _float(program: Program, site: LinearSite) -> Recipe:
+    target = str(site.weight.target)
+    n, k = program.graph.get_buffer(target).shape[-2:]
+    modules = tuple(name.removesuffix(".weight") for name in program.parameters[target].names)
+    return Recipe(site.module, modules, Scheme.FLOAT, 0, n, k, site.bias is not None, site.row_parallel, program.dtype)

@@ -1,0 +1,236 @@
+"""What engines refuse is refused before a weight is read, in words that name layer, rule, limit and way out."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from fxquant.api import compile
+from fxquant.contracts import Finding, Linear, Verdict, check, load_contract, refusal
+from fxquant.errors import FxquantError
+from fxquant.kinds import Kind
+from fxquant.lowering.engines import ENGINES
+from fxquant.preparation import CompileOptions
+from fxquant.safetensors_file import TensorInfo
+from fxquant.schemes import ActivationRange, Recipe, Scheme
+from fxquant.targets import Target
+
+Folder = Callable[..., Path]
+NPU = [Target.ASCEND, Target.MINDIE, Target.VLLM_ASCEND, Target.SGLANG_NPU]
+MLP = "model.layers.3.mlp."
+
+
+def linear(
+    name: str, kind: Kind, scheme: Scheme, group_size: int = 0, n: int = 2048, k: int = 7168, heads: int = 0
+) -> Linear:
+    row_parallel = name.endswith(("down_proj", "o_proj"))
+    shape = (k, n) if row_parallel else (n, k)
+    recipe = Recipe(name, (name,), scheme, group_size, *shape, False, row_parallel, torch.bfloat16)
+    return Linear(recipe, kind, heads)
+
+
+def expert(name: str, group_size: int = 256, n: int = 2048, k: int = 7168) -> Linear:
+    return linear(f"{MLP}experts.{name}", Kind.ROUTED_EXPERT, Scheme.W4A8_DYNAMIC, group_size, n, k)
+
+
+def experts(group_size: int = 256) -> list[Linear]:
+    return [expert(name, group_size) for name in ("gate_proj", "up_proj", "down_proj")]
+
+
+def refused(target: Target, linears: list[Linear], ranks: int = 1, mix: bool | None = None) -> Finding:
+    found = refusal(check(load_contract(target), linears, ranks, mix))
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("target", list(Target))
+def test_every_cell_has_a_source_and_refusals_a_reason(target: Target) -> None:
+    contract = load_contract(target)
+    assert contract.target is target and contract.releases and contract.serve
+    for cell in contract.cells:
+        assert cell.source, cell
+        assert cell.why or cell.verdict is Verdict.ACCEPTED, cell
+        assert cell.way_out or cell.verdict is not Verdict.REFUSED, cell
+
+
+@pytest.mark.parametrize("target", list(Target))
+def test_every_kind_and_scheme_has_a_verdict(target: Target) -> None:
+    contract = load_contract(target)
+    for kind in Kind:
+        assert contract.cell(kind, linear("x", kind, Scheme.FLOAT).recipe).verdict is Verdict.ACCEPTED
+        for scheme in Scheme:
+            assert contract.cell(kind, linear("x", kind, scheme).recipe).verdict in Verdict
+
+
+@pytest.mark.parametrize("target", list(Target))
+@pytest.mark.parametrize("group_size", [0, 256])
+def test_headers_hold_what_the_contract_asks(
+    target: Target, group_size: int, tiny_folder: Folder, tmp_path: Path
+) -> None:
+    import json
+
+    policy = "deepseek_w4a8_dynamic" if group_size else "deepseek_w4a8_per_channel"
+    if target is Target.VLLM_ASCEND and group_size:
+        pytest.skip("refused")
+    out = compile(tiny_folder(), CompileOptions(policy=policy, out=tmp_path / "out", target=target, verify=False)).out
+    document = json.loads((out / ENGINES[target].description).read_text())
+    assert [key for key in document if "." not in key] == list(load_contract(target).header)
+    assert document.get("group_size", group_size) == group_size
+
+
+@pytest.mark.parametrize("target", NPU)
+def test_two_level_experts(target: Target) -> None:
+    findings = check(load_contract(target), experts())
+    if target is Target.VLLM_ASCEND:
+        found = refusal(findings)
+        assert found is not None and found.module == f"{MLP}experts.gate_proj"
+        assert "group_size 256" in found.fact and "2026-08-08" in found.fact and "#13713" in found.source
+        assert "group_size: 0" in found.way_out and "--target ascend" in found.way_out
+    else:
+        assert not findings
+
+
+@pytest.mark.parametrize("target", NPU)
+def test_groups_of_other_sizes_are_unverified_or_refused(target: Target) -> None:
+    findings = check(load_contract(target), experts(64))
+    wanted = Verdict.REFUSED if target is Target.VLLM_ASCEND else Verdict.UNVERIFIED
+    assert {finding.verdict for finding in findings} == {wanted}
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+@pytest.mark.parametrize("target", [Target.ASCEND, Target.MINDIE, Target.SGLANG_NPU])
+def test_a_rank_has_whole_groups(target: Target, ranks: int) -> None:
+    assert not check(load_contract(target), experts(), ranks)
+
+
+@pytest.mark.parametrize("target", [Target.ASCEND, Target.MINDIE, Target.SGLANG_NPU])
+def test_a_part_of_a_group_is_refused(target: Target) -> None:
+    found = refused(target, experts(), 16)
+    assert found.module.endswith("down_proj") and "128 of each of 16 ranks" in found.fact and "256" in found.fact
+    assert "fewer ranks" in found.way_out and "expert parallelism" in found.way_out
+    assert not check(load_contract(target), experts(0), 16)
+
+
+@pytest.mark.parametrize(("target", "ranks"), [*((target, 3) for target in NPU), (Target.ASCEND, 32), (Target.ONNX, 2)])
+def test_numbers_of_ranks(target: Target, ranks: int) -> None:
+    assert "tensor-parallel ranks must be 1" in refused(target, [], ranks).fact
+
+
+def test_mindie_has_no_sixteen_columns() -> None:
+    assert not check(load_contract(Target.MINDIE), experts(0), 32)
+
+
+@pytest.mark.parametrize(("n", "k", "fact"), [(2044, 7168, "out_features 2044"), (2048, 7200, "in_features 7200"),
+                                              (2048, 20480, "more than 18432")])  # fmt: skip
+@pytest.mark.parametrize("target", NPU)
+def test_kernels_take_multiples(target: Target, n: int, k: int, fact: str) -> None:
+    assert fact in refused(target, [expert("gate_proj", 0, n, k)]).fact
+
+
+def test_out_features_of_a_rank_are_pairs() -> None:
+    assert "of each of 16 ranks" in refused(Target.ASCEND, [expert("gate_proj", 0, n=192)], 16).fact
+
+
+def test_heads_split_over_ranks() -> None:
+    q_b = linear("model.layers.0.self_attn.q_b_proj", Kind.ATTENTION, Scheme.W8A8_DYNAMIC, heads=24)
+    assert "24 heads do not split over 16 ranks" in refused(Target.VLLM_ASCEND, [q_b], 16).fact
+    assert not check(load_contract(Target.VLLM_ASCEND), [q_b], 8)
+
+
+ATTENTION = "model.layers.0.self_attn."
+PAIRS = [
+    (ATTENTION + "q_a_proj", ATTENTION + "kv_a_proj_with_mqa", Kind.ATTENTION),
+    ("model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj", Kind.DENSE_MLP),
+    (MLP + "shared_experts.gate_proj", MLP + "shared_experts.up_proj", Kind.SHARED_EXPERT),
+]
+
+
+@pytest.mark.parametrize(("one", "other", "kind"), PAIRS)
+@pytest.mark.parametrize("target", NPU)
+def test_shards_of_a_fused_module_share_a_scheme(target: Target, one: str, other: str, kind: Kind) -> None:
+    for scheme in (Scheme.W8A8, Scheme.FLOAT):
+        found = refused(target, [linear(one, kind, Scheme.W8A8_DYNAMIC), linear(other, kind, scheme)])
+        assert found.module == one and other.rpartition(".")[2] in found.fact and "loads both as one" in found.fact
+    assert not check(load_contract(target), [linear(name, kind, Scheme.W8A8_DYNAMIC) for name in (one, other)])
+
+
+@pytest.mark.parametrize("target", NPU)
+def test_static_shards_share_a_range(target: Target) -> None:
+    def static(name: str, high: float) -> Linear:
+        recipe = linear(name, Kind.ATTENTION, Scheme.W8A8).recipe
+        return Linear(replace(recipe, activation=ActivationRange(-1.0, high)), Kind.ATTENTION)
+
+    one, other, _ = PAIRS[0]
+    assert not check(load_contract(target), [static(one, 2.0), static(other, 2.0)])
+    assert "-1 … 3" in refused(target, [static(one, 2.0), static(other, 3.0)]).fact
+
+
+@pytest.mark.parametrize("target", NPU)
+def test_experts_of_a_layer_share_a_scheme(target: Target) -> None:
+    down = linear(f"{MLP}experts.down_proj", Kind.ROUTED_EXPERT, Scheme.W8A8_DYNAMIC)
+    size = 0 if target is Target.VLLM_ASCEND else 256
+    assert "one experts" in refused(target, [expert("gate_proj", size), expert("up_proj", size), down]).fact
+
+
+def test_mixing_shared_experts_in_mindie() -> None:
+    contract = load_contract(Target.MINDIE)
+    int4 = linear(f"{MLP}shared_experts.gate_proj", Kind.SHARED_EXPERT, Scheme.W4A8_DYNAMIC, 256)
+    int8 = linear(f"{MLP}shared_experts.gate_proj", Kind.SHARED_EXPERT, Scheme.W8A8_DYNAMIC)
+    assert not check(contract, [int4]) and not check(contract, [int8])
+    assert not check(contract, [int4], mix=True) and not check(contract, [int8], mix=False)
+    for one, mix, state in ((int4, False, "off"), (int8, True, "on")):
+        found = refused(Target.MINDIE, [one], mix=mix)
+        assert f"mix_shared_routing {state}" in found.fact and "ValueError" not in found.fact
+
+
+@pytest.mark.parametrize("target", [Target.VLLM_ASCEND, Target.SGLANG_NPU])
+def test_a_bias_that_is_not_loaded(target: Target) -> None:
+    dynamic = linear(ATTENTION + "q_a_proj", Kind.ATTENTION, Scheme.W8A8_DYNAMIC).recipe
+    biased = Linear(replace(dynamic, bias=True), Kind.ATTENTION)
+    assert "not loaded" in refused(target, [biased]).fact
+    assert not check(load_contract(target), [Linear(replace(biased.recipe, scheme=Scheme.W8A8), Kind.ATTENTION)])
+
+
+@pytest.mark.parametrize("target", NPU)
+def test_dtypes_of_models(target: Target) -> None:
+    recipe = linear(ATTENTION + "q_a_proj", Kind.ATTENTION, Scheme.W8A8).recipe
+    (finding,) = check(load_contract(target), [Linear(replace(recipe, dtype=torch.float32), Kind.ATTENTION)])
+    assert "float32" in finding.fact and "torch_dtype" in finding.way_out
+    assert finding.verdict is (Verdict.UNVERIFIED if target is Target.ASCEND else Verdict.REFUSED)
+    assert not check(load_contract(target), [Linear(replace(recipe, dtype=torch.float16), Kind.ATTENTION)])
+
+
+@pytest.mark.parametrize("target", [Target.MINDIE, Target.VLLM_ASCEND, Target.SGLANG_NPU])
+def test_kv_b_proj_stays_float(target: Target) -> None:
+    kv_b = linear(ATTENTION + "kv_b_proj", Kind.ATTENTION, Scheme.W8A8_DYNAMIC)
+    assert "absorbed" in refused(target, [kv_b]).fact
+
+
+def test_nothing_is_read_before_a_refusal(tiny_folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(self: TensorInfo, *_: object) -> None:
+        raise AssertionError("read")
+
+    monkeypatch.setattr(TensorInfo, "read", read)
+    monkeypatch.setattr(TensorInfo, "read_bytes", read)
+    options = CompileOptions(policy="deepseek_w4a8", out=tmp_path / "out", target=Target.VLLM_ASCEND)
+    with pytest.raises(FxquantError, match="two-level experts are rejected") as caught:
+        compile(tiny_folder(), options)
+    assert caught.value.place.startswith("layer model.layers.") and "group_size: 0" in str(caught.value.remedy)
+    assert not list(tmp_path.iterdir())
+
+
+def test_unverified_cells_compile_and_are_told(tiny_folder: Folder, tmp_path: Path) -> None:
+    policy = tmp_path / "policy.yaml"
+    policy.write_text(
+        "extends: deepseek_w4a8_dynamic\nrules: [{kind: routed_expert, scheme: W4A8_DYNAMIC, group_size: 64}]"
+    )
+    report = compile(tiny_folder(), CompileOptions(policy=str(policy), out=tmp_path / "out"))
+    assert len(report.unverified) == 1 and "group_size 64" in report.unverified[0] and "#5603" in report.unverified[0]
+
+
+def test_ranks_are_checked_by_compile(tiny_folder: Folder, tmp_path: Path) -> None:
+    options = CompileOptions(policy="deepseek_w4a8_dynamic", out=tmp_path / "out", tp=2)
+    with pytest.raises(FxquantError, match="128 of each of 2 ranks are no whole number of groups of 256"):
+        compile(tiny_folder(), options)

@@ -1,0 +1,116 @@
+"""Multi-token prediction layers: absent, kept and quantized outputs are each complete, described and counted."""
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fxquant.api import compile, verify
+from fxquant.binding import Bucket
+from fxquant.checkpoint import open_checkpoint
+from fxquant.errors import FxquantError
+from fxquant.policy import MtpMode
+from fxquant.preparation import CompileOptions
+from fxquant.program_file import load_program
+from fxquant.reference import expected_tensors
+from fxquant.targets import Target
+
+Folder = Callable[..., Path]
+DYNAMIC = {Target.VLLM_ASCEND: "deepseek_w4a8_per_channel"}
+LAYER = "model.layers.2."
+LINEARS = 4 + 3 + 3 * 8  # q_a, q_b, kv_a, o; the shared expert; eight experts
+
+
+def compiled(folder: Path, out: Path, target: Target, mtp: MtpMode | None) -> Path:
+    policy = DYNAMIC.get(target, "deepseek_w4a8_dynamic")
+    compile(folder, CompileOptions(policy=policy, out=out, target=target, mtp=mtp))
+    return out
+
+
+def stored(out: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in out.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def entries(out: Path) -> dict[str, str]:
+    (file,) = out.glob("quant_model_description*.json")
+    return {key: value for key, value in json.loads(file.read_text()).items() if key.startswith(LAYER)}
+
+
+@pytest.mark.parametrize("target", [Target.ASCEND, Target.MINDIE, Target.VLLM_ASCEND])
+@pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
+def test_absent_layers_are_not_announced(target: Target, fp8: bool, tiny_folder: Folder, tmp_path: Path) -> None:
+    folder = tiny_folder(num_nextn_predict_layers=1, fp8=fp8)
+    out = compiled(folder, tmp_path / "out", target, None)
+    assert json.loads((out / "config.json").read_text())["num_nextn_predict_layers"] == 0
+    assert not any(name.startswith(LAYER) for name in stored(out)) and not entries(out)
+
+
+@pytest.mark.parametrize("target", [Target.ASCEND, Target.MINDIE, Target.VLLM_ASCEND])
+@pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
+def test_float_layers_are_the_checkpoints(target: Target, fp8: bool, tiny_folder: Folder, tmp_path: Path) -> None:
+    folder = tiny_folder(num_nextn_predict_layers=1, fp8=fp8)
+    out, source = compiled(folder, tmp_path / "out", target, MtpMode.FLOAT), open_checkpoint(folder)
+    tensors, described = stored(out), entries(out)
+    names = [name for name in source.tensors if name.startswith(LAYER)]
+    assert sorted(described) == sorted(names) and set(described.values()) == {"FLOAT"}
+    for name in names:
+        assert torch.equal(tensors[name], source.read(name).to(tensors[name].dtype)), name
+        wide = name.endswith("e_score_correction_bias")
+        assert tensors[name].dtype is (torch.float32 if wide else source.dtype)
+    assert json.loads((out / "config.json").read_text())["num_nextn_predict_layers"] == 1
+    apart = sorted(file.name for file in out.glob("mtp_float*"))
+    assert apart == ([] if target is Target.VLLM_ASCEND else ["mtp_float-00001-of-00001.safetensors"])
+    (index,) = out.glob("*.safetensors.index.json")
+    assert sorted(json.loads(index.read_text())["weight_map"]) == sorted(tensors)
+
+
+@pytest.mark.parametrize("target", [Target.ASCEND, Target.MINDIE, Target.VLLM_ASCEND])
+def test_quantized_layers_follow_the_formulas(target: Target, tiny_folder: Folder, tmp_path: Path) -> None:
+    folder = tiny_folder(num_nextn_predict_layers=1)
+    out, source = tmp_path / "out", open_checkpoint(folder)
+    policy = DYNAMIC.get(target, "deepseek_w4a8_dynamic")
+    report = compile(folder, CompileOptions(policy=policy, out=out, target=target, mtp=MtpMode.QUANT))
+    recipes = report.passes[1].rewritten
+    assert len(recipes) == 4 + 3 + 3
+    tensors, described = stored(out), entries(out)
+    assert Counter(described.values())["W8A8_DYNAMIC"] == 3 * LINEARS
+    config = json.loads((out / "config.json").read_text())
+    assert config["mtp_quantize"] == "w8a8_dynamic" and config["num_nextn_predict_layers"] == 1
+    kept = [name for name, kind in described.items() if kind == "FLOAT"]
+    assert f"{LAYER}eh_proj.weight" in kept and f"{LAYER}self_attn.kv_b_proj.weight" in kept
+    entry = {entry.name: entry.bucket for entry in report.ledger.entries if entry.name.startswith(LAYER)}
+    assert Counter(entry.values()) == {Bucket.REWRITTEN: LINEARS, Bucket.KEPT: len(kept)}
+    for recipe in load_program(out / "fxquant_graph.json").mtp.recipes.values():
+        for module in recipe.modules:
+            for suffix, want in expected_tensors(recipe, source.read(f"{module}.weight"), None).items():
+                assert torch.equal(tensors[f"{module}.{suffix}"], want)
+    assert verify(out, folder).verdict == "verified"
+
+
+def test_a_mode_replaces_the_policys_rule(tiny_folder: Folder, tmp_path: Path) -> None:
+    policy = tmp_path / "policy.yaml"
+    policy.write_text("extends: deepseek_w4a8_dynamic\nrules: [{kind: mtp, scheme: FLOAT}]")
+    folder = tiny_folder(num_nextn_predict_layers=1)
+    kept = compile(folder, CompileOptions(policy=str(policy), out=tmp_path / "kept"))
+    assert "mtp → FLOAT" in {why for _, why in kept.ledger.totals()}
+    none = compile(folder, CompileOptions(policy=str(policy), out=tmp_path / "none", mtp=MtpMode.NONE))
+    assert "mtp → LEAVE_OUT" in {why for _, why in none.ledger.totals()}
+
+
+def test_a_scheme_that_needs_calibration_is_refused(tiny_folder: Folder, tmp_path: Path) -> None:
+    policy = tmp_path / "policy.yaml"
+    policy.write_text("extends: deepseek_w4a8_dynamic\nrules: [{kind: mtp, scheme: W8A8}]")
+    folder = tiny_folder(num_nextn_predict_layers=1)
+    with pytest.raises(FxquantError, match=r"gives W8A8 to model\.layers\.2"):
+        compile(folder, CompileOptions(policy=str(policy), out=tmp_path / "out"))
+
+
+@pytest.mark.parametrize("mode", [MtpMode.FLOAT, MtpMode.QUANT])
+def test_asking_for_layers_that_are_not_there_is_an_error(mode: MtpMode, tiny_folder: Folder, tmp_path: Path) -> None:
+    options = CompileOptions(policy="deepseek_w4a8_dynamic", out=tmp_path / "out", mtp=mode)
+    with pytest.raises(FxquantError, match="matches no module"):
+        compile(tiny_folder(), options)

@@ -1,0 +1,85 @@
+"""Options that `compile` shares with other verbs, and how their texts are read."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fxquant.errors import FxquantError
+
+if TYPE_CHECKING:
+    from fxquant.policy import MtpMode
+    from fxquant.targets import Target
+
+Model = Annotated[
+    Path, typer.Argument(metavar="MODEL", help="A model.py, or a Hugging Face checkpoint folder.", show_default=False)
+]
+PolicyName = Annotated[
+    str | None,
+    typer.Option(
+        "--policy", "-p", help="Shipped policy or YAML file. [dim]default: the model file's, or deepseek_w4a8[/]"
+    ),
+]
+OutFolder = Annotated[
+    Path | None, typer.Option("-o", "--out", help="Output folder. [dim]default: ./<name>-<policy>-<target>[/]")
+]
+TargetName = Annotated[
+    str, typer.Option("--target", "-t", help="ascend, mindie, vllm-ascend, sglang-npu or onnx: see fxquant targets.")
+]
+Ranks = Annotated[int, typer.Option("--tp", metavar="N", help="Tensor-parallel ranks to check the output for.", min=1)]
+MtpName = Annotated[
+    str | None,
+    typer.Option(help="Multi-token prediction layers: none, float or quant. [dim]default: as the policy says[/]"),
+]
+Mix = Annotated[
+    bool | None,
+    typer.Option(
+        "--mix-shared/--no-mix-shared",
+        help="The engine will, or won't, run shared experts as routed ones. [dim]default: as the policy needs it[/]",
+    ),
+]
+CalibrationFile = Annotated[
+    Path | None,
+    typer.Option(help="Calibration .txt, .jsonl, or token ids. [dim]default: calibration.jsonl beside the model[/]"),
+]
+CheckpointFolder = Annotated[Path | None, typer.Option(help="Checkpoint for a model.py that names none.")]
+TraceTimeout = Annotated[
+    float, typer.Option(metavar="SECONDS", help="Longest a model.py may take to import, build and trace.", min=0.1)
+]
+Force = Annotated[bool, typer.Option("--force", help="Replace an earlier output.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the report as JSON.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+Export = Annotated[bool, typer.Option("--export/--no-export", help="The NPU graph as .pt2 files too.")]
+Verify = Annotated[bool, typer.Option("--verify/--no-verify", help="Read everything back and compare.")]
+
+
+def parse_target(name: str) -> "Target":
+    """The target of that name."""
+    from fxquant.targets import Target
+
+    if name not in list(Target):
+        raise FxquantError(f"--target {name}", "unknown.", f"Choose one of: {', '.join(Target)}.")
+    return Target(name)
+
+
+def parse_mtp(name: str | None) -> "MtpMode | None":
+    """The mode of that name."""
+    from fxquant.policy import MtpMode
+
+    if name is not None and name not in list(MtpMode):
+        raise FxquantError(f"--mtp {name}", "unknown.", f"Choose one of: {', '.join(MtpMode)}.")
+    return None if name is None else MtpMode(name)
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "4GiB", "500MB" or "1000000"."""
+    units = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
+    number = text.rstrip("kKmMgGiIbB ")
+    unit = text[len(number) :].strip().upper()
+    try:
+        value = int(float(number) * units[unit])
+    except (ValueError, KeyError):
+        value = 0
+    if value <= 0:
+        raise FxquantError(f"--max-shard-size {text}", "not a size.", "Write 4GiB, 500MB or a number of bytes.")
+    return value
