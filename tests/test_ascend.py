@@ -17,6 +17,8 @@ from ascend_folders import (
     padded_inputs,
     rewritten,
 )
+from slowness import POLICIES as FEW_POLICIES
+from slowness import others_slow
 from tiny import write_checkpoint
 
 import fxquant
@@ -54,7 +56,7 @@ def test_text_depends_on_the_graph_alone(compiled: Compile, tmp_path: Path) -> N
     assert one.source == ascend_source(deployment(again).program) == ascend_source(deployment(stored).program)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", others_slow(POLICIES, FEW_POLICIES))
 def test_text_is_plain_and_fits_its_lines(compiled: Compile, policy: str) -> None:
     source = compiled(policy).source
     assert max(map(len, source.splitlines())) <= 120
@@ -156,7 +158,7 @@ OPTIONS = [
 ]
 
 
-@pytest.mark.parametrize(("policy", "options"), OPTIONS, ids=str)
+@pytest.mark.parametrize(("policy", "options"), others_slow(OPTIONS, OPTIONS[:2]), ids=str)
 def test_other_shapes_of_the_model_agree(compiled: Compile, policy: str, options: dict[str, Any]) -> None:
     one = compiled(policy, **options)
     assert bad(check_all(one)) == {}

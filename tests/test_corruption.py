@@ -117,6 +117,7 @@ def seen() -> Iterator[Row]:
 
 
 @pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.slow
 def test_what_is_right_is_no_miss(case: Callable, target: Target, tmp_path: Path) -> None:
     right = case(target)
     out = damaged(right.folder, tmp_path / "out", lambda folder: None)

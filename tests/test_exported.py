@@ -79,9 +79,10 @@ write_exported(program, Path(sys.argv[2]), torch.float32, sequences=3, block_siz
 
 
 LATE = pytest.param(("deepseek_w8a8", LateNorm), marks=pytest.mark.slow)
+MIX = pytest.param(("deepseek_w8a8_mix", DecoderLayer), marks=pytest.mark.slow)
 
 
-@pytest.fixture(scope="module", params=[("deepseek_w4a8", DecoderLayer), ("deepseek_w8a8_mix", DecoderLayer), LATE])
+@pytest.fixture(scope="module", params=[("deepseek_w4a8", DecoderLayer), MIX, LATE])
 def exported(
     request: pytest.FixtureRequest, tiny_folder: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Compiled:
@@ -114,6 +115,7 @@ def test_files_hold_no_weight_no_path_and_no_time(exported: Compiled) -> None:
             assert not re.search(rb"/[\w.-]+/[\w./-]+\.py", data)
 
 
+@pytest.mark.slow
 def test_the_same_graph_gives_the_same_bytes(exported: Compiled, tmp_path: Path) -> None:
     save_program(exported.program, tmp_path / "graph.json")
     (tmp_path / "out").mkdir()

@@ -8,6 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 from ascend_folders import padded_inputs, rewritten
+from slowness import POLICIES as FEW_POLICIES
+from slowness import others_slow
 from torch import Tensor
 
 from fxquant import ops
@@ -63,7 +65,7 @@ COUNTS = {
 }
 
 
-@pytest.mark.parametrize("policy", shipped_policies())
+@pytest.mark.parametrize("policy", others_slow(shipped_policies(), FEW_POLICIES))
 def test_the_deployed_graph(policy: str, plain: Callable[[str], Program], checkpoint: Checkpoint) -> None:
     """Its operators, that it is whole, and that it computes the same bits; the stored graph stays as it was."""
     program = plain(policy)

@@ -10,6 +10,7 @@ import torch
 from ascend_folders import rewritten
 from paged import CALLS, LateNorm, PagedRun, absorbed, copy, empty_pages, forward_logits, paged, tokens
 from rewrites import ULP
+from slowness import others_slow
 from tiny import float_program
 from torch import Tensor
 
@@ -151,7 +152,7 @@ def test_a_cache_that_nothing_is_appended_to_stays(checkpoint: Checkpoint) -> No
 
 
 @pytest.mark.parametrize("kind", ["paged", "contiguous"])
-@pytest.mark.parametrize("layer", [DecoderLayer, LateNorm])
+@pytest.mark.parametrize("layer", others_slow([DecoderLayer, LateNorm], [DecoderLayer]))
 @pytest.mark.parametrize("policy", ["float", "deepseek_w4a8"])
 def test_steps_over_pages_give_the_logits_of_a_whole_forward(
     checkpoint: Checkpoint, policy: str, layer: type[DecoderLayer], kind: str

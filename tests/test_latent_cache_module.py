@@ -191,6 +191,7 @@ def greedy(model: Any, cache: Any, sequences: list[list[int]]) -> list[list[int]
     return written
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [0, 1], ids=["paged", "contiguous"])
 def test_the_example_writes_the_same_text(example: Compiled, kind: int) -> None:
     model, read = float32_model(example), example.read()

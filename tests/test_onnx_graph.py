@@ -13,6 +13,8 @@ import pytest
 import torch
 from onnx_calls import integers
 from onnx_graphs import Emitted, assert_operators_agree, check_everything, emit, quantized
+from slowness import POLICIES as FEW_POLICIES
+from slowness import others_slow
 
 from fxquant.checkpoint import Checkpoint
 from fxquant.execute import generate, prefill_inputs
@@ -43,7 +45,7 @@ VARIANTS = [
 ]
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", others_slow(POLICIES, FEW_POLICIES))
 def test_every_policy(emitted: Callable[..., Emitted], policy: str):
     check_everything(emitted(policy))
 

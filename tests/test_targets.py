@@ -104,6 +104,13 @@ def test_markdown_says_the_same(small: tuple[str, dict]) -> None:
     assert len(notes) == len({one.words for one in verdicts.values() if one.words})
 
 
+@pytest.mark.slow
+def test_the_document_is_what_the_command_prints() -> None:
+    """docs/targets.md ends with `fxquant targets --markdown`."""
+    document = (Path(__file__).parents[1] / "docs" / "targets.md").read_text(encoding="utf-8")
+    assert document.endswith(targets("--markdown").output)
+
+
 def test_the_published_model_as_json() -> None:
     result = targets("--table", "--json", "-p", "deepseek_w4a8", "-t", "ascend", "--tp", "8", "--tp", "16")
     eight, sixteen = json.loads(result.output)

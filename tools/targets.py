@@ -70,6 +70,7 @@ def _print_contracts(targets: list["Target"], as_json: bool) -> None:
         for cell in contract.cells:
             sizes = "" if cell.group_size is None else f" group_size {', '.join(map(str, cell.group_size))}"
             where = ", ".join(cell.kind) + ("" if cell.module == "*" else f" ({cell.module})")
+            where += {None: "", True: " with a bias", False: " without a bias"}[cell.bias]
             verdict = f"{MARKS[cell.verdict]} {cell.verdict}" + (f": {cell.why}" if cell.why else "")
             table.add_row(where, ", ".join(cell.scheme) + sizes, verdict, cell.source)
         console.print(table)
