@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from slowness import POLICIES as FEW_POLICIES
 
 import fxquant
 from fxquant import CompileOptions
@@ -23,6 +24,12 @@ NOISE_SEEDS = 16
 pytestmark = pytest.mark.slow
 
 
+COMPILED = [(policy, Target.ASCEND) for policy in shipped_policies()]
+COMPILED += [(policy, Target.ONNX) for policy in FEW_POLICIES]
+COMPILED += [("deepseek_w4a8_shared_w4", Target.MINDIE), ("deepseek_w8a8_mix", Target.VLLM_ASCEND)]
+"""tests/test_engines.py has the other engines' own policies."""
+
+
 @pytest.fixture(scope="module")
 def onnx_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The example compiled to ONNX, calibrated on the text beside it."""
@@ -30,8 +37,7 @@ def onnx_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return fxquant.compile(EXAMPLE / "model.py", CompileOptions(target=Target.ONNX, out=out)).out
 
 
-@pytest.mark.parametrize("target", list(Target))
-@pytest.mark.parametrize("policy", shipped_policies())
+@pytest.mark.parametrize(("policy", "target"), COMPILED, ids=str)
 def test_every_policy_compiles_and_verifies(policy: str, target: Target, tmp_path: Path) -> None:
     report = fxquant.compile(EXAMPLE, CompileOptions(policy=policy, target=target, out=tmp_path / "out"))
     assert report.verification is not None

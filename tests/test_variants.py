@@ -29,7 +29,7 @@ SOURCES = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", list(Target))
+@pytest.mark.parametrize("target", [Target.ASCEND, Target.ONNX])
 @pytest.mark.parametrize("name", sorted(SOURCES))
 def test_compiles_and_verifies(name: str, target: Target, tmp_path: Path, tiny_folder: Callable[..., Path]) -> None:
     ids = torch.randint(3, 128, (4, 24), generator=torch.Generator().manual_seed(1))
