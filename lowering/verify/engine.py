@@ -108,8 +108,8 @@ class EngineChecker:
         self.program, self._skip, self._experts = program, skip, experts
         self._reader = open_reader(reader_name, folder, tp)
         engine = reader_name if tp == 1 else f"{reader_name} on {tp} ranks"
-        self._codes = Check(f"{engine}: weight integers == graph", 0)
-        self._inputs = Check(f"{engine}: int8 activations == graph", 0)
+        self._codes = Check(f"{engine}: weights == graph", 0)
+        self._inputs = Check(f"{engine}: activations == graph", 0)
         self._outputs = Check(f"{engine}: results ≈ graph", 0)
         self._device = Check(f"{engine}: device rounding", 0)
         self.checks = [self._codes, self._inputs, self._outputs, self._device]
