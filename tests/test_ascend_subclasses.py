@@ -84,6 +84,7 @@ def with_norms(folder: Path, out: Path, policy: str, layer: type[DecoderLayer], 
     return compile_folder(folder, out, policy, layer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["deepseek_w4a8", "deepseek_w4a8_dynamic"])
 def test_a_norm_with_a_bias(policy: str, tmp_path: Path) -> None:
     """The fused operators with quantization take it, the one without has it added behind."""

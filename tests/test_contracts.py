@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from slowness import others_slow
 
 from fxquant.api import compile
 from fxquant.contracts import Finding, Linear, Verdict, check, load_contract, refusal
@@ -68,7 +69,7 @@ def test_every_kind_and_scheme_has_a_verdict(target: Target) -> None:
 SIZES = [(target, size) for target in Target for size in (0, 256) if (target, size) != (Target.VLLM_ASCEND, 256)]
 
 
-@pytest.mark.parametrize(("target", "group_size"), SIZES)
+@pytest.mark.parametrize(("target", "group_size"), others_slow(SIZES, SIZES[:2]))
 def test_headers_hold_what_the_contract_asks(
     target: Target, group_size: int, tiny_folder: Folder, tmp_path: Path
 ) -> None:

@@ -103,9 +103,8 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow if "unpacked" in name else ()) for name in REFUSED]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", REFUSED)
 def test_what_has_no_place_is_refused_with_a_command(
     compiled: Compiled, source: Path, tmp_path: Path, name: str
 ) -> None:

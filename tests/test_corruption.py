@@ -128,7 +128,7 @@ def test_what_is_right_is_no_miss(case: Callable, target: Target, tmp_path: Path
 
 
 DAMAGES = [
-    pytest.param(name, target, marks=pytest.mark.slow if target is Target.SGLANG_NPU else ())
+    pytest.param(name, target, marks=() if target is Target.ASCEND else pytest.mark.slow)
     for name, corruption in CORRUPTIONS.items()
     for target in NPU
     if corruption.needs != LACKS.get(target)
@@ -160,6 +160,7 @@ UNREAD = (LEDGER, FLOAT_GRAPH)
 """What no check reads but that of digests."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_one_byte_anywhere_changes_a_digest(case: Callable, target: Target, tmp_path: Path) -> None:
     right = case(target)

@@ -119,6 +119,7 @@ SOURCES: dict[str, tuple[torch.dtype, bool, torch.dtype]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", DIALECTS)
 def test_equal_values_of_any_dtype_give_equal_integers(target: Target, tmp_path: Path) -> None:
     """Dialect C rounds scales to the model's dtype, so there float16 has integers of its own."""

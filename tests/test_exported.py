@@ -98,6 +98,7 @@ def run(script: str, *arguments: Path, hash_seed: int = 0) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_a_process_without_passes_runs_them_as_the_module(exported: Compiled) -> None:
     run(RELOAD, exported.folder)
 

@@ -109,6 +109,7 @@ CORRUPTIONS: dict[str, tuple[Callable[[dict[str, torch.Tensor]], None], str]] = 
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(CORRUPTIONS))
 def test_corrupted_weights_are_named(out: Path, name: str) -> None:
     change, words = CORRUPTIONS[name]
