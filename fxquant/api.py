@@ -136,6 +136,7 @@ def convert(
     verify: bool = True,
     force: bool = False,
     report: Reporter = silent,
+    export: bool = True,
 ) -> ConvertReport:
     """Write the weights of `out` in the form of another target, integers untouched, and the graph that goes with them.
 
@@ -144,7 +145,7 @@ def convert(
     folder, target = Path(out), Target(target)
     new = Path(into) if into else Path(f"{folder.resolve().name}-{target}")
     check_out(new, force, folder)
-    contents = replace(converted_contents(folder, target, new), tp=tp)
+    contents = replace(converted_contents(folder, target, new), tp=tp, export=export)
     CheckContract(contents.policy, load_contract(target), tp)(contents.program)
     source = open_checkpoint(contents.origin) if contents.origin.is_dir() else None
     with write_output(contents, new, report) as output:

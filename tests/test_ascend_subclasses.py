@@ -15,6 +15,7 @@ from ascend_folders import (
     function_text,
     padded_inputs,
 )
+from own_layers import ExtraNorm, ScaledResidual
 from safetensors.torch import load_file, save_file
 from tiny import write_checkpoint
 from torch import Tensor, nn
@@ -28,21 +29,6 @@ from fxquant.models import DecoderLayer, RMSNorm
 @pytest.fixture(scope="module")
 def compiled(tiny_folder: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Compile:
     return compiled_folders(tiny_folder, tmp_path_factory)
-
-
-class ExtraNorm(DecoderLayer):
-    def __init__(self, config: DeepseekV3Config, index: int) -> None:
-        super().__init__(config, index)
-        self.extra_norm = RMSNorm(config.hidden_size, 1e-5)
-
-    def forward(self, x: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
-        return super().forward(self.extra_norm(x), *rest)
-
-
-class ScaledResidual(DecoderLayer):
-    def forward(self, x: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
-        y, present = super().forward(x, *rest)
-        return x + (y - x) * 0.5, present
 
 
 class OwnOperators(DecoderLayer):

@@ -9,12 +9,15 @@ import pytest
 import torch
 from slowness import others_slow
 
-from fxquant.api import compile
+from fxquant.api import CompileReport, compile
 from fxquant.contracts import Finding, Linear, Verdict, check, load_contract, refusal
 from fxquant.errors import FxquantError
 from fxquant.kinds import Kind
 from fxquant.lowering.engines import ENGINES
+from fxquant.lowering.manifest import GRAPH
+from fxquant.lowering.verify import Check
 from fxquant.preparation import CompileOptions
+from fxquant.program_file import load_program
 from fxquant.safetensors_file import TensorInfo
 from fxquant.schemes import ActivationRange, Recipe, Scheme
 from fxquant.targets import Target
@@ -228,6 +231,23 @@ def test_unverified_cells_compile_and_are_told(tiny_folder: Folder, tmp_path: Pa
     )
     report = compile(tiny_folder(), CompileOptions(policy=str(policy), out=tmp_path / "out"))
     assert len(report.unverified) == 1 and "group_size 64" in report.unverified[0] and "#5603" in report.unverified[0]
+    weights = reader_check(report)
+    assert weights.checked == sum(len(recipe.modules) for recipe in load_program(report.out / GRAPH).recipes.values())
+    assert "not read" not in weights.worst
+
+
+def test_an_unverified_module_that_the_reader_refuses_is_told(tiny_folder: Folder, tmp_path: Path) -> None:
+    """A dynamic linear with a bias: q_a_proj, kv_a_proj_with_mqa and o_proj of two layers."""
+    options = CompileOptions(policy="deepseek_w4a8_dynamic", out=tmp_path / "out")
+    report = compile(tiny_folder(attention_bias=True), options)
+    assert report.verification is not None and report.verification.verdict == "verified"
+    assert "bias" in report.unverified[0] and reader_check(report).worst == "6 unverified modules are not read"
+
+
+def reader_check(report: CompileReport) -> Check:
+    """What verification says of the integers that the engine's reader ends up with."""
+    assert report.verification is not None
+    return next(one for one in report.verification.checks if one.name.endswith(": weights == graph"))
 
 
 def test_ranks_are_checked_by_compile(tiny_folder: Folder, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from graphs import DENSE_LAYER, computes_the_same, equal, flat, run, text, traced
+from own_layers import ExtraNorm, ScaledResidual
 from tiny import float32_bound, inputs, load_model, load_weights, meta_model, random_ids
 from torch import Tensor, nn
 
@@ -27,25 +28,8 @@ def program(checkpoint: Checkpoint) -> Program:
     return trace(meta_model(checkpoint), checkpoint)
 
 
-class DoubleNorm(DecoderLayer):
-    """One more norm before the attention's residual."""
-
-    def __init__(self, config: DeepseekV3Config, index: int) -> None:
-        super().__init__(config, index)
-        self.extra_norm = RMSNorm(config.hidden_size, 1e-5)
-
-    def forward(self, x: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
-        return super().forward(self.extra_norm(x), *rest)
-
-
-class ScaledResidual(DecoderLayer):
-    def forward(self, x: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
-        y, present = super().forward(x, *rest)
-        return x + (y - x) * 0.5, present
-
-
 def test_an_extra_norm_is_in_the_graph(checkpoint: Checkpoint) -> None:
-    program = traced(checkpoint, DoubleNorm)
+    program = traced(checkpoint, ExtraNorm)
     expected = DENSE_LAYER.replace("embed_tokens", "extra_norm")
     assert text(program, "model.layers.0") == (
         "\nextra_norm = rms_norm(embed_tokens, extra_norm_weight, 1e-05)" + expected

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from fxquant.tools.compile_options import AsJson, Force, Quiet, Ranks, Verify, parse_target
+from fxquant.tools.compile_options import AsJson, Export, Force, Quiet, Ranks, Verify, parse_target
 from fxquant.tools.console import console, print_json, reporter, size
 
 
@@ -16,6 +16,7 @@ def command(
         Path | None, typer.Option("-o", "--out", help="Output folder. [dim]default: ./<OUT>-<target>[/]")
     ] = None,
     tp: Ranks = 1,
+    export: Export = True,
     verify: Verify = True,
     force: Force = False,
     as_json: AsJson = False,
@@ -28,7 +29,7 @@ def command(
     from fxquant.api import convert
     from fxquant.tools.verify import verification_table
 
-    report = convert(out, parse_target(target), into, tp, verify, force, reporter(quiet or as_json))
+    report = convert(out, parse_target(target), into, tp, verify, force, reporter(quiet or as_json), export)
     verification = report.verification
     if as_json:
         document = {"out": str(report.out), "target": report.target.value, "policy": report.policy}

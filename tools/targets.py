@@ -77,8 +77,9 @@ def _print_contracts(targets: list["Target"], as_json: bool) -> None:
         sizes = ", ".join(map(str, contract.tensor_parallel.sizes))
         console.print(f"tensor parallel {sizes}; description: {', '.join(contract.header)}", highlight=False)
         for release in contract.releases:
-            span = f"from {release.since}" + (f" to {release.until}" if release.until else " on")
-            console.print(f"[dim]{release.engine} {span} loads {release.loads} ({release.source})[/]", highlight=False)
+            until = f" to {release.until}" if release.until else " on"
+            span = f" from {release.since}{until}" if release.since else ""
+            console.print(f"[dim]{release.engine}{span} loads {release.loads} ({release.source})[/]", highlight=False)
         console.print(f"[dim]{contract.serve}[/]\n", highlight=False)
 
 

@@ -97,7 +97,7 @@ class Fused(_Data):
 
 
 class Release(_Data):
-    """Engine releases, by date, and the forms that they load."""
+    """Engine releases, by date or commit, and the forms that they load; `since` is empty where it is not known."""
 
     engine: str
     since: str

@@ -145,9 +145,9 @@ def _takes_dtype(program: Program, target: Target) -> bool:
 
 
 def _unverified(output: _Output) -> frozenset[str]:
-    """Modules that the engine is not known to read; the report of `compile` names them."""
+    """Modules of which nobody has shown whether the engine reads them; the report of `compile` names them."""
     found = findings(load_contract(output.target), linears(output.program), output.ranks)
-    return frozenset(one.module for one in found if one.module)
+    return frozenset(one.module for one in found if one.verdict is Verdict.UNVERIFIED)
 
 
 def _check_graph(stage: str, checker: GraphChecker, read: Read, sampled: bool, report: Reporter) -> list[Check]:
