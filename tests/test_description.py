@@ -1,0 +1,84 @@
+"""The JSON files beside the weights: description, config."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tiny import rewritten
+
+from fxquant.checkpoint import Checkpoint
+from fxquant.lowering.description import description, engine_config, write_json
+from fxquant.lowering.engines import ENGINES
+from fxquant.lowering.layout import plan_files, stored_tensors
+from fxquant.policy import shipped_policies
+from fxquant.targets import Target
+
+Tiny = Callable[..., Checkpoint]
+
+
+@pytest.mark.parametrize("policy", shipped_policies())
+def test_the_description_has_one_entry_a_tensor(policy: str, tiny: Tiny) -> None:
+    checkpoint = tiny(attention_bias=True)
+    program = rewritten(checkpoint, policy)
+    files = plan_files(stored_tensors(program, checkpoint), 300_000, ENGINES[Target.ASCEND])
+    document = description(program, files, ENGINES[Target.ASCEND])
+    stored = {tensor.name: tensor.spec.description for file in files for tensor in file.tensors}
+    header = {key: document.pop(key) for key in ("version", "model_quant_type", "group_size")}
+    assert document == stored
+    assert list(document) == sorted(stored)
+    int4 = [recipe.group_size for recipe in program.recipes.values() if recipe.scheme == "W4A8_DYNAMIC"]
+    quantized = "FLOAT" if policy == "float" else "W8A8_DYNAMIC"
+    assert header == {"version": "1.0.0", "model_quant_type": quantized, "group_size": int4[0] if int4 else 0}
+
+
+CONFIG_KEYS = {  # policy → mla_quantize, moe_quantize
+    "deepseek_w4a8": ("w8a8", "w4a8_dynamic"),
+    "deepseek_w4a8_dynamic": ("w8a8_dynamic", "w4a8_dynamic"),
+    "deepseek_w4a8_msmodelslim": ("w8a8", "w4a8_dynamic"),
+    "deepseek_w4a8_per_channel": ("w8a8_dynamic", "w4a8_dynamic"),
+    "deepseek_w4a8_per_channel_static": ("w8a8", "w4a8_dynamic"),
+    "deepseek_w4a8_shared_w4": ("w8a8", "w4a8_dynamic"),
+    "deepseek_w8a8": ("w8a8", "w8a8_dynamic"),
+    "deepseek_w8a8_mix": ("w8a8_mix", "w8a8_dynamic"),
+}
+
+
+@pytest.mark.parametrize("policy", shipped_policies())
+def test_config_tells_an_engine_what_it_loads(policy: str, tiny: Tiny) -> None:
+    checkpoint = tiny(attention_bias=True)
+    config = engine_config(rewritten(checkpoint, policy), ENGINES[Target.ASCEND])
+    added = {}
+    if policy != "float":
+        mla, moe = CONFIG_KEYS[policy]
+        added = {"quantize": "w8a8_dynamic", "mla_quantize": mla, "moe_quantize": moe}
+    assert config == checkpoint.config | added
+    assert list(config) == list(checkpoint.config) + list(added)
+
+
+@pytest.mark.parametrize("policy", ["deepseek_w4a8", "float"])
+def test_config_no_longer_says_fp8(policy: str, tiny: Tiny) -> None:
+    checkpoint = tiny(fp8=True, attention_bias=True, shards=3)
+    assert "quantization_config" in checkpoint.config
+    config = engine_config(rewritten(checkpoint, policy), ENGINES[Target.ASCEND])
+    assert set(checkpoint.config) - set(config) == {"quantization_config"}
+    assert config["torch_dtype"] == "bfloat16"
+
+
+def test_config_is_silent_about_mixed_schemes(tiny: Tiny, tmp_path: Path) -> None:
+    (tmp_path / "policy.yaml").write_text(
+        "extends: deepseek_w4a8_dynamic\n"
+        "rules: [{path: '*.layers.1.self_attn.o_proj', scheme: W8A8},"
+        " {path: '*.experts.down_proj', scheme: W8A8_DYNAMIC}]"
+    )
+    config = engine_config(rewritten(tiny(), tmp_path / "policy.yaml"), ENGINES[Target.ASCEND])
+    assert not {"mla_quantize", "moe_quantize"} & set(config)
+    assert config["quantize"] == "w8a8_dynamic"
+
+
+def test_json_is_written_for_people_and_diffs(tmp_path: Path) -> None:
+    document = {"b": [1, 2.5, None], "a": {"ключ": "é"}}
+    write_json(tmp_path / "file.json", document)
+    text = (tmp_path / "file.json").read_text(encoding="utf-8")
+    assert json.loads(text) == document and list(json.loads(text)) == ["b", "a"]
+    assert text.endswith("}\n") and '\n  "b": [\n' in text and "ключ" in text
