@@ -90,15 +90,29 @@ def prepare(
         program = source.program()
         advance(1)
     check_parameters(program, source.checkpoint)
-    policy = policy if options.mtp is None else policy.with_mtp(options.mtp)
+    layers = mtp_modules(source.checkpoint, mtp_paths(source.config))
+    policy = policy if options.mtp is None else _with_mtp(policy, options.mtp, layers)
     float_graph, digest = dump_program(program), structural_hash(program)
-    results = run_passes(program, _passes(source, policy, options, report, for_engine))
+    results = run_passes(program, _passes(source, policy, options, layers, report, for_engine))
     return Prepared(source, policy, program, build_ledger(program, source.checkpoint), float_graph, digest, results)
 
 
-def _passes(source: Source, policy: Policy, options: CompileOptions, report: Reporter, for_engine: bool) -> list[Pass]:
+def _with_mtp(policy: Policy, mode: MtpMode, layers: tuple[str, ...]) -> Policy:
+    if mode is not MtpMode.NONE and not layers:
+        fact = "the checkpoint has no multi-token prediction layers."
+        raise FxquantError(f"--mtp {mode}", fact, "Leave the option out.")
+    return policy.with_mtp(mode)
+
+
+def _passes(
+    source: Source,
+    policy: Policy,
+    options: CompileOptions,
+    layers: tuple[str, ...],
+    report: Reporter,
+    for_engine: bool,
+) -> list[Pass]:
     checkpoint, dialect = source.checkpoint, ENGINES[options.target].dialect
-    layers = mtp_modules(checkpoint, mtp_paths(source.config))
     assign = (AssignSchemes(policy, layers, dialect), AssignMtp(policy, source.config, checkpoint, dialect))
     contract = CheckContract(policy.name, load_contract(options.target), options.tp, options.mix)
     calibrate = Calibrate(policy, checkpoint.read, lambda: calibration(source, options), report)

@@ -138,9 +138,13 @@ def test_out_features_of_a_rank_are_pairs() -> None:
 
 
 def test_heads_split_over_ranks() -> None:
-    q_b = linear("model.layers.0.self_attn.q_b_proj", Kind.ATTENTION, Scheme.W8A8_DYNAMIC, heads=24)
-    assert "24 heads do not split over 16 ranks" in refused(Target.VLLM_ASCEND, [q_b], 16).fact
-    assert not check(load_contract(Target.VLLM_ASCEND), [q_b], 8)
+    """Told once a layer, at the linear that reads all heads."""
+    names = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj")
+    layer = [linear(f"{ATTENTION}{name}", Kind.ATTENTION, Scheme.W8A8_DYNAMIC, heads=24) for name in names]
+    (found,) = check(load_contract(Target.VLLM_ASCEND), layer, 16)
+    assert found.module == f"{ATTENTION}o_proj" and found.verdict is Verdict.REFUSED
+    assert "24 heads do not split over 16 ranks" in found.fact and "divides 24" in found.way_out
+    assert not check(load_contract(Target.VLLM_ASCEND), layer, 8)
 
 
 ATTENTION = "model.layers.0.self_attn."

@@ -78,7 +78,7 @@ def _print_contracts(targets: list["Target"], as_json: bool) -> None:
         console.print(f"tensor parallel {sizes}; description: {', '.join(contract.header)}", highlight=False)
         for release in contract.releases:
             until = f" to {release.until}" if release.until else " on"
-            span = f" from {release.since}{until}" if release.since else ""
+            span = f" from {release.since}{until}" if release.since else ", since when is not known,"
             console.print(f"[dim]{release.engine}{span} loads {release.loads} ({release.source})[/]", highlight=False)
         console.print(f"[dim]{contract.serve}[/]\n", highlight=False)
 

@@ -85,12 +85,12 @@ def _fact(recipe: Recipe, kind: Kind, cell: Cell) -> str:
 def _sizes(contract: Contract, linear: Linear, ranks: int) -> Iterator[Finding]:
     recipe, source = linear.recipe, contract.tensor_parallel.source
     n, k = recipe.out_features, recipe.in_features
-    if linear.heads and linear.heads % ranks:
-        yield _size(recipe, f"{linear.heads} heads do not split over {ranks} ranks", "Use a divisor.", source)
+    if linear.heads and recipe.row_parallel and linear.heads % ranks:  # told once a layer, where heads come together
+        yield _size(recipe, f"{linear.heads} heads do not split over {ranks} ranks", _divides(linear.heads), source)
     if linear.kind is not Kind.ATTENTION:
         axis, size = ("in_features", k) if recipe.row_parallel else ("out_features", n)
         if size % ranks:
-            yield _size(recipe, f"{axis} {size} does not split over {ranks} ranks", "Use a divisor.", source)
+            yield _size(recipe, f"{axis} {size} does not split over {ranks} ranks", _divides(size), source)
             return
         n, k = (n, k // ranks) if recipe.row_parallel else (n // ranks, k)
     part = f" of each of {ranks} ranks" if ranks > 1 else ""
@@ -108,6 +108,10 @@ def _sizes(contract: Contract, linear: Linear, ranks: int) -> Iterator[Finding]:
             if rule.largest_in_features and k > rule.largest_in_features:
                 fact = f"in_features {k}{part} are more than {rule.largest_in_features}"
                 yield _size(recipe, fact, "Use W8A8_DYNAMIC for it.", rule.source)
+
+
+def _divides(size: int) -> str:
+    return f"Use a number of ranks that divides {size}."
 
 
 def _size(recipe: Recipe, fact: str, way_out: str, source: str) -> Finding:
