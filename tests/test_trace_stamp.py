@@ -6,13 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from own_layers import ExtraNorm, ScaledResidual
 from slowness import others_slow
 from stamps import Build, Indexed, Traces, checkpoint_of, decoder, of, same
 from test_trace_subclasses import (
     Counted,
-    DoubleNorm,
     Nested,
-    ScaledResidual,
     Shared,
     Sized,
     TorchModel,
@@ -114,7 +113,7 @@ class Reversed(DecoderLayer):
 
 def fourth_of_another_class(config: DeepseekV3Config) -> DeepseekV3:
     model = DeepseekV3(config)
-    model.model.layers[3] = DoubleNorm(config, 3)
+    model.model.layers[3] = ExtraNorm(config, 3)
     return model
 
 
@@ -153,7 +152,7 @@ class AddsFirst(DecoderLayer):
         (of(Reversed), 2),
         (of(Sized), 2),
         (of(Counted), 2),
-        (of(DoubleNorm), 2),
+        (of(ExtraNorm), 2),
         (of(Nested), 2),
         (of(Shared), 2),
         (of(ScaledResidual), 2),
