@@ -7,13 +7,14 @@ import json
 import math
 import os
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fxquant.errors import FxquantError
+from fxquant.errors import FxquantError, StoppedError
 
 DTYPES = {
     "F32": torch.float32,
@@ -45,6 +46,15 @@ class TensorInfo:
     def nbytes(self) -> int:
         return self.end - self.start
 
+    @property
+    def parts(self) -> tuple["TensorInfo", ...]:
+        """Itself: the one place where its bytes lie."""
+        return (self,)
+
+    def ranges(self, offset: int, length: int) -> Iterator[tuple["TensorInfo", int, int]]:
+        """Where `length` bytes from `offset` within the tensor lie: part, offset in it, bytes."""
+        yield self, offset, length
+
     def read(self) -> torch.Tensor:
         """The whole tensor, by pread."""
         if not self.nbytes:
@@ -53,17 +63,27 @@ class TensorInfo:
 
     def read_bytes(self, offset: int, length: int) -> bytearray:
         """`length` bytes from `offset` within the tensor."""
-        data, handle = bytearray(length), os.open(self.file, os.O_RDONLY)
+        data = bytearray(length)
+        handle = os.open(self.file, os.O_RDONLY)
         try:
-            done = 0
-            while done < length:
-                part = os.preadv(handle, [memoryview(data)[done:]], self.start + offset + done)
-                if not part:
-                    raise FxquantError(self.file, f"ends inside tensor {self.name}.", AGAIN)
-                done += part
+            pread(handle, memoryview(data), self.start + offset, self)
         finally:
             os.close(handle)
         return data
+
+
+def pread(handle: int, view: memoryview, start: int, tensor: TensorInfo) -> None:
+    """Fill `view` from byte `start` of the open file of `tensor`. Raises StoppedError where it can't."""
+    done = 0
+    while done < len(view):
+        try:
+            part = os.preadv(handle, [view[done:]], start + done)
+        except OSError as error:
+            fact = f"tensor {tensor.name} cannot be read: {error.strerror}."
+            raise StoppedError(tensor.file, fact, "Repair the disk, or copy the file again.") from None
+        if not part:
+            raise StoppedError(tensor.file, f"ends inside tensor {tensor.name}.", AGAIN)
+        done += part
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:
@@ -84,6 +104,20 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     infos = [_entry(file, name, entry, 8 + length) for name, entry in sorted(header.items())]
     _check_ranges(file, infos, 8 + length, size)
     return {info.name: info for info in infos}
+
+
+def header_bytes(file: Path) -> bytes:
+    """The header of `file` as it lies there, its length before it."""
+    with file.open("rb") as stream:
+        prefix = stream.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+        return prefix + stream.read(min(length, LARGEST_HEADER))
+
+
+def read_metadata(file: Path) -> dict[str, str]:
+    """The header's `__metadata__`; empty where it has none. `read_header` says whether the file is sound."""
+    metadata = json.loads(header_bytes(file)[8:]).get("__metadata__")
+    return metadata if isinstance(metadata, dict) else {}
 
 
 def _entry(file: Path, name: str, entry: Any, base: int) -> TensorInfo:
@@ -112,13 +146,15 @@ def _check_ranges(file: Path, infos: list[TensorInfo], base: int, size: int) -> 
         raise FxquantError(file, f"truncated or padded: the header describes {position} bytes of {size}.", AGAIN)
 
 
-def build_header(entries: list[tuple[str, torch.dtype, tuple[int, ...]]], pad: int = 4096) -> tuple[bytes, list[int]]:
+def build_header(
+    entries: list[tuple[str, torch.dtype, tuple[int, ...]]], pad: int = 4096, metadata: dict[str, str] | None = None
+) -> tuple[bytes, list[int]]:
     """Header bytes for tensors stored in this order, and each one's absolute offset.
 
     Order by descending item size keeps every tensor aligned; the header is padded so that data starts at a multiple
     of `pad` bytes.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"} | (metadata or {})}
     offsets, position = [], 0
     for name, dtype, shape in entries:
         length = math.prod(shape) * dtype.itemsize

@@ -1,6 +1,7 @@
 """The JSON files beside the weights: description, index, config."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,13 @@ def write_json(path: Path, document: Any) -> None:
     path.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def description(program: Program, files: list[FileLayout], engine: Engine) -> dict[str, Any]:
+def description(program: Program, files: Sequence[FileLayout], engine: Engine) -> dict[str, Any]:
     """Header keys, then one entry for every stored tensor: its type."""
     entries = {tensor.name: tensor.spec.description for file in files for tensor in file.tensors}
     return engine.header(program) | dict(sorted(entries.items()))
 
 
-def index(files: list[FileLayout]) -> dict[str, Any]:
+def index(files: Sequence[FileLayout]) -> dict[str, Any]:
     """The safetensors index of a sharded output."""
     weight_map = {tensor.name: file.name for file in files for tensor in file.tensors}
     total = sum(tensor.nbytes for file in files for tensor in file.tensors)

@@ -46,7 +46,7 @@ def run() -> None:
         show_error(error)
         sys.exit(1)
     except KeyboardInterrupt:
-        errors.print("interrupted: nothing was left under the final name")
+        errors.print("interrupted: nothing was left under the final name. The same command goes on where it was.")
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(141)
