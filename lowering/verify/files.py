@@ -44,13 +44,19 @@ def check_digests(manifest: Manifest, folder: Path, report: Reporter) -> Check:
         for unit, found in digests_on_disk(units, folder):
             written = manifest.units[unit.name].digests
             misses = [
-                f"{unit.tensor_name(suffix)}: XXH3 {found.digests.get(suffix, 'missing')[:16]}, not {digest[:16]}"
+                _other_bytes(unit, suffix, found.digests.get(suffix, "missing"), digest)
                 for suffix, digest in written.items()
                 if found.digests.get(suffix) != digest
             ]
             check.expect(not misses, "; ".join(misses))
             advance(unit.nbytes)
     return check
+
+
+def _other_bytes(unit: Unit, suffix: str, held: str, written: str) -> str:
+    place = unit.places.get(suffix)
+    where = f"{place.file}: " if place else ""
+    return f"{where}{unit.tensor_name(suffix)}: XXH3 {held[:16]}, written with {written[:16]}"
 
 
 def _units_on_disk(manifest: Manifest, folder: Path) -> list[Unit]:
