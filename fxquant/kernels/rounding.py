@@ -63,7 +63,7 @@ def to_float16(magnitude: np.uint32) -> np.uint32:
     normal = np.uint32(magnitude + np.uint32(0xFFF) + kept) & np.uint32(0xFFFFE000)
     normal = normal if normal < FLOAT16_OVERFLOW else INFINITY
     half = np.float32(0.5)
-    subnormal = bits_of(float_of(np.uint32(min(magnitude, FLOAT16_NORMAL))) + half - half)
+    subnormal = bits_of(float_of(magnitude) + half - half)
     return np.uint32(normal if magnitude >= FLOAT16_NORMAL else subnormal)
 
 
