@@ -210,6 +210,7 @@ def _write_manifest(contents: Contents, plan: WeightPlan, journal: Journal, spac
         save_stamps(contents.stamps, folder)
     sizes, weights = file_sizes(folder), {file.name: hash_bytes(file.header) for file in plan.files}
     done = sorted(journal.done.values(), key=lambda filled: filled.name)
+    units = {one.name: UnitRecord(key=plan.keys[one.name], digests=dict(sorted(one.digests.items()))) for one in done}
     manifest = Manifest(
         fxquant=fxquant.__version__,
         kernels=KERNEL_VERSION,
@@ -222,6 +223,6 @@ def _write_manifest(contents: Contents, plan: WeightPlan, journal: Journal, spac
         files=sizes,
         digests={name: file_digest(folder / name) for name in sizes if name not in weights},
         weights=weights,
-        units={one.name: UnitRecord(key=plan.keys[one.name], digests=one.digests) for one in done},
+        units=units,
     )
     write_json(folder / MANIFEST, manifest.model_dump())
