@@ -32,6 +32,8 @@ class _Rows:
     def empty(cls, recipe: Recipe, n: int, packed: bool) -> "_Rows":
         groups = recipe.in_features // recipe.group_size if recipe.int4 and recipe.group_size else 0
         chunks = ROW_PARALLEL_CHUNKS if recipe.row_parallel else 1
+        if recipe.int4 and (recipe.in_features % max(recipe.group_size, 1) or (packed and recipe.in_features % chunks)):
+            raise ValueError(f"{groups} groups and {chunks} chunks do not divide {recipe}")
         return cls(
             np.empty((n // 2 if packed else n, recipe.in_features), np.int8),
             np.empty(n, np.float32),
@@ -42,6 +44,8 @@ class _Rows:
 
     def make(self, recipe: Recipe, source: SourceRows) -> int:
         """Fill it from as many rows. Which of them is the first with NaN or infinity, or -1."""
+        if (source.rows, source.in_features) != (len(self.scale), self.codes.shape[1]):
+            raise ValueError(f"{source.rows} rows of {source.in_features} in room for {len(self.scale)} of {recipe}")
         if recipe.int4:
             dtype = KERNEL_DTYPES[torch.float32 if recipe.group_size else recipe.scale_dtype]
             return int4_rows(source.encoded(), dtype, self.codes, self.scale, self.second, self.bias)
@@ -71,8 +75,8 @@ class ModuleMaker:
         packed: there, blocks have an even number of rows. Raises FxquantError for NaN or infinite weights.
         """
         n = source.rows
-        if source.in_features != self._recipe.in_features or (self._packed and n % 2):
-            raise ValueError(f"{self._place}: {n} rows of {source.in_features} do not fit {self._recipe}")
+        if self._packed and n % 2:
+            raise ValueError(f"{self._place}: {n} rows of {source.in_features}, packed in pairs")
         if self._room is None or len(self._room.scale) != n:
             self._room = _Rows.empty(self._recipe, n, self._packed)
             self._tensors = self._row_tensors(self._room)
