@@ -7,7 +7,11 @@ import json
 import math
 import os
 import struct
+from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +32,7 @@ DTYPES = {
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 LARGEST_HEADER = 200_000_000
 AGAIN = "Download or copy the file again."
+quoted = json.encoder.encode_basestring
 
 
 @dataclass(frozen=True)
@@ -112,19 +117,50 @@ def _check_ranges(file: Path, infos: list[TensorInfo], base: int, size: int) -> 
         raise FxquantError(file, f"truncated or padded: the header describes {position} bytes of {size}.", AGAIN)
 
 
-def build_header(entries: list[tuple[str, torch.dtype, tuple[int, ...]]], pad: int = 4096) -> tuple[bytes, list[int]]:
+Entry = tuple[str, torch.dtype, tuple[int, ...]]
+"""Name, dtype and shape of a tensor to store."""
+OPENING = '{"__metadata__":{"format":"pt"}'
+
+
+def build_header(entries: Sequence[Entry], pad: int = 4096) -> tuple[bytes, list[int]]:
     """Header bytes for tensors stored in this order, and each one's absolute offset.
 
     Order by descending item size keeps every tensor aligned; the header is padded so that data starts at a multiple
     of `pad` bytes.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offsets, position = [], 0
+    parts, offsets, position, describe = [OPENING], [], 0, cache(_described)
     for name, dtype, shape in entries:
-        length = math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [position, position + length]}
+        described, length = describe(dtype, shape)
         offsets.append(position)
+        parts.append(f",{quoted(name)}:{described}{position},{position + length}]}}")
         position += length
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text = "".join([*parts, "}"]).encode()
     text += b" " * (-(len(text) + 8) % pad)
     return struct.pack("<Q", len(text)) + text, [8 + len(text) + offset for offset in offsets]
+
+
+def header_length(entries: Sequence[Entry], pad: int = 4096) -> int:
+    """Bytes of the header that `build_header` gives, counted without writing it."""
+    if not entries:
+        return len(build_header([], pad)[0])
+    describe = cache(_described)
+    described = [describe(dtype, shape) for _, dtype, shape in entries]
+    ends = list(accumulate(length for _, length in described))
+    names = len(quoted("".join(name for name, _, _ in entries)).encode()) + 2 * (len(entries) - 1)
+    numbers = 2 * _digits(ends) - len(str(ends[-1])) + 1  # a tensor begins where the one before it ends, the first at 0
+    separators = len(entries) * len(",:,]}")
+    length = 8 + len(OPENING) + names + sum(len(text) for text, _ in described) + numbers + separators + 1
+    return length + -length % pad
+
+
+def _described(dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[str, int]:
+    """A header entry up to its offsets, and the tensor's bytes."""
+    sizes = ",".join(map(str, shape))
+    text = f'{{"dtype":"{NAMES[dtype]}","shape":[{sizes}],"data_offsets":['
+    return text, math.prod(shape) * dtype.itemsize
+
+
+def _digits(rising: list[int]) -> int:
+    """Decimal digits of all `rising` numbers together."""
+    powers = (10**power for power in range(1, len(str(rising[-1]))))
+    return len(rising) + sum(len(rising) - bisect_left(rising, power) for power in powers)
