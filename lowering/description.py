@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -41,15 +42,22 @@ def description(
     program: Program, files: list[FileLayout], engine: Engine, in_order: bool = True
 ) -> dict[str, Any]:
     """Header keys, then one entry for every stored tensor: its type."""
-    entries = {tensor.name: tensor.spec.description for file in files for tensor in file.tensors}
+    entries: dict[str, str] = {}
+    for file in files:
+        entries.update(zip(file.names, map(attrgetter("spec.description"), file.tensors), strict=True))
     return engine.header(program) | (dict(sorted(entries.items())) if in_order else entries)
 
 
 def index(files: list[FileLayout], in_order: bool = True) -> dict[str, Any]:
     """The safetensors index of a sharded output."""
-    weight_map = {tensor.name: file.name for file in files for tensor in file.tensors}
-    total = sum(tensor.spec.nbytes for file in files for tensor in file.tensors)
-    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items())) if in_order else weight_map}
+    weight_map: dict[str, str] = {}
+    for file in files:
+        weight_map.update(dict.fromkeys(file.names, file.name))
+    total = sum(file.data_bytes for file in files)
+    return {
+        "metadata": {"total_size": total},
+        "weight_map": dict(sorted(weight_map.items())) if in_order else weight_map,
+    }
 
 
 def engine_config(program: Program, engine: Engine) -> dict[str, Any]:

@@ -53,8 +53,17 @@ class FileLayout:
         return self._built[1]
 
     @cached_property
+    def names(self) -> tuple[str, ...]:
+        return tuple(map(attrgetter("name"), self.tensors))
+
+    @cached_property
+    def data_bytes(self) -> int:
+        """Without the header."""
+        return sum(map(attrgetter("spec.nbytes"), self.tensors))
+
+    @cached_property
     def nbytes(self) -> int:
-        return header_length(self._entries()) + sum(tensor.spec.nbytes for tensor in self.tensors)
+        return header_length(self._entries()) + self.data_bytes
 
     @cached_property
     def _built(self) -> tuple[bytes, tuple[int, ...]]:
@@ -62,7 +71,7 @@ class FileLayout:
         return header, tuple(offsets)
 
     def _entries(self) -> list[Entry]:
-        return [(name, spec.dtype, spec.shape) for name, spec, *_ in self.tensors]
+        return [(tensor.name, tensor.spec.dtype, tensor.spec.shape) for tensor in self.tensors]
 
 
 def stored_tensors(program: Program, checkpoint: Checkpoint) -> list[StoredTensor]:

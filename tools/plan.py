@@ -1,5 +1,6 @@
 """fxquant plan"""
 
+import gc
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -73,6 +74,7 @@ def command(
         )  # fmt: skip
         found = plan(model, options, jobs, lambda machine: _assumed(machine, cores, disk), measuring)
     print_json(found.as_json()) if as_json else print_plan(found)
+    gc.freeze()  # the process ends here: its last search for garbage would take longer than the tables
 
 
 def _assumed(machine: "Machine", cores: int | None, disk: float | None) -> "Machine":

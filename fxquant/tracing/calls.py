@@ -9,9 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map_only
-
-from fxquant.shape_rules import ShapeRules
 
 SCALARS = (bool, int, float, complex, str, type, torch.dtype, torch.device, torch.layout, torch.memory_format)
 
@@ -79,7 +76,6 @@ class Recorder(TorchFunctionMode):
         self.failed_in: str | None = None
         """Path of the innermost module that ran when the last run failed."""
         self._paths = {id(module): path for path, module in model.named_modules()}
-        self._rules, self._makes = ShapeRules(), {}  # type: ShapeRules, dict[Any, bool]
         self._held = {id(tensor): _held(path, tensor) for path, tensor in reversed(model_state(model).items())}
 
     def record(self, arguments: tuple[Any, ...]) -> Log:
@@ -107,7 +103,7 @@ class Recorder(TorchFunctionMode):
         """Call `func` and write it down."""
         kwargs = kwargs or {}
         arguments = (self._plain(args), self._plain(kwargs))
-        result = self._result(func, args, kwargs)
+        result = func(*args, **kwargs)
         made = list(tensors(result))
         for index, tensor in enumerate(made):
             self._made.setdefault(id(tensor), Made(len(self._log.calls), index))
@@ -115,14 +111,6 @@ class Recorder(TorchFunctionMode):
         results = tuple((tuple(tensor.shape), tensor.dtype) for tensor in made)
         self._log.calls.append(Call(func, self._stack[-1], arguments, results))
         return result
-
-    def _result(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """`func(*args, **kwargs)`; operators that make new tensors of others run their shape rule once a signature."""
-        if func not in self._makes:
-            self._makes[func] = isinstance(func, torch._ops.OpOverload) and makes_tensors(func._schema)
-        if not self._makes[func]:
-            return func(*args, **kwargs)
-        return tree_map_only(Tensor, Tensor.detach, self._rules.call(func, args, kwargs))
 
     def _enter(self, module: nn.Module, _: Any) -> None:
         self._stack.append(self._paths.get(id(module), self._stack[-1]))
@@ -154,11 +142,6 @@ class Recorder(TorchFunctionMode):
         self._alive.append(tensor)
         self._made[id(tensor)] = Unknown()
         return self._made[id(tensor)]
-
-
-def makes_tensors(schema: torch.FunctionSchema) -> bool:
-    """Whether an operator writes into nothing it is given, and gives nothing of it back."""
-    return not schema.is_mutable and all(value.alias_info is None for value in schema.returns)
 
 
 def _held(path: str, tensor: Tensor) -> Held:
