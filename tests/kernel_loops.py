@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fxquant.dialects import Dialect
+from fxquant.kernels.recipe import make_tensors
 from fxquant.schemes import Recipe, Scheme
 
 EPS = 1.1920928955078125e-07
@@ -19,6 +21,12 @@ def recipe_of(weight: Tensor, scheme: Scheme, group_size: int = 0, **changes: ob
     n, k = weight.shape
     made = Recipe("model.linear", ("model.linear",), scheme, group_size, n, k, False, False, torch.bfloat16)
     return replace(made, **changes)
+
+
+def codes_of(weight: Tensor, scheme: Scheme, group_size: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes int8 [n, k], scale float32 [n, 1], second scale float32 [n, G], by the kernels, one code a byte."""
+    made = make_tensors(recipe_of(weight, scheme, group_size, dialect=Dialect.B), "w", weight)
+    return made["weight"], made["weight_scale"], made.get("weight_scale_second", torch.ones(len(weight), 1))
 
 
 def same(x: Tensor, y: Tensor) -> bool:

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from kernel_loops import EPS, recipe_of, same, unpack
+from kernel_loops import EPS, codes_of, recipe_of, same, unpack
 from torch import Tensor
 
 from fxquant import ops
@@ -34,21 +34,21 @@ SECONDS |= {100: 14, 118: 17, 119: 17}
 def test_t2_second_scale(sign: int) -> None:
     """A first group that reaches 119 makes the row scale 1, so that the second holds the maxima of the table."""
     weight = torch.tensor([[119.0, 0.0, sign * float(maximum), 0.0] for maximum in SECONDS])
-    _, scale, second = kernels.quantize_int4_two_level(weight, 2)
+    _, scale, second = codes_of(weight, Scheme.W4A8_DYNAMIC, 2)
     assert scale.flatten().tolist() == [1.0] * len(SECONDS)
     assert second.tolist() == [[17.0, float(expected)] for expected in SECONDS.values()]
 
 
 def test_t3_saturation() -> None:
     weight = torch.tensor([[119.0, 0, 0, 0, 10, -5, 3, -10]])
-    q4, _, second = kernels.quantize_int4_two_level(weight, 4)
+    q4, _, second = codes_of(weight, Scheme.W4A8_DYNAMIC, 4)
     assert second.tolist() == [[17, 1]]
     assert q4[0, 4:].tolist() == [7, -5, 3, -8]
 
 
 def test_t4_rounding() -> None:
     weight = torch.tensor([[127.0, 0.5, 1.5, 2.5, -7.5, 126.6]])
-    q, scale = kernels.quantize_int8(weight)
+    q, scale, _ = codes_of(weight, Scheme.W8A8_DYNAMIC)
     assert (q.tolist(), scale.tolist()) == ([[127, 0, 2, 2, -8, 127]], [[1.0]])
     # a weight never exceeds its own scale, an activation does
     assert ops.quantize_static(torch.tensor([-128.4]), torch.ones(1), torch.zeros(1)).tolist() == [-128]

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from kernel_loops import (
     FLOATS,
     bfloat16,
+    codes_of,
     loop_row,
     loop_scale_bias,
     loop_two_level,
@@ -66,7 +67,7 @@ every_row = settings(deadline=None, max_examples=80)
 @every_row
 @given(weights())
 def test_int8_is_its_formula(weight: Tensor) -> None:
-    q, scale = kernels.quantize_int8(weight.float())
+    q, scale, _ = codes_of(weight, Scheme.W8A8_DYNAMIC)
     loops = [loop_row(row, 127, -128, 127) for row in weight.float().numpy()]
     assert q.tolist() == [codes for codes, _ in loops]
     assert same(scale, torch.tensor([[float(s)] for _, s in loops]))
@@ -76,7 +77,7 @@ def test_int8_is_its_formula(weight: Tensor) -> None:
 @every_row
 @given(weights())
 def test_int4_per_channel_is_its_formula(weight: Tensor) -> None:
-    q, scale = kernels.quantize_int4_per_channel(weight.float())
+    q, scale, _ = codes_of(weight, Scheme.W4A8_DYNAMIC)
     loops = [loop_row(row, 7, -8, 7) for row in weight.float().numpy()]
     assert q.tolist() == [codes for codes, _ in loops]
     assert same(scale, torch.tensor([[float(s)] for _, s in loops]))
@@ -88,7 +89,7 @@ def test_int4_per_channel_is_its_formula(weight: Tensor) -> None:
 @every_row
 @given(weights())
 def test_int4_two_level_is_its_formula(weight: Tensor) -> None:
-    q4, scale, second = kernels.quantize_int4_two_level(weight.float(), GROUP)
+    q4, scale, second = codes_of(weight, Scheme.W4A8_DYNAMIC, GROUP)
     loops = [loop_two_level(row, GROUP) for row in weight.float().numpy()]
     assert q4.tolist() == [codes for codes, _, _ in loops]
     assert same(scale, torch.tensor([[float(s)] for _, s, _ in loops]))
@@ -102,7 +103,7 @@ def test_int4_two_level_is_its_formula(weight: Tensor) -> None:
 @every_row
 @given(weights())
 def test_two_level_codes_times_second_scale_fit_int8(weight: Tensor) -> None:
-    q4, scale, second = kernels.quantize_int4_two_level(weight.float(), GROUP)
+    q4, scale, second = codes_of(weight, Scheme.W4A8_DYNAMIC, GROUP)
     assert torch.isfinite(scale).all()
     assert set(second.flatten().tolist()) <= set(map(float, range(1, 18)))
     assert (q4 * second.repeat_interleave(GROUP, 1)).abs().max() <= 119

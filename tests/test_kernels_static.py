@@ -84,7 +84,7 @@ def test_a_bias_is_folded_once(dtype: torch.dtype) -> None:
 
 def test_bias_and_offset_are_rounded_together() -> None:
     one, codes = torch.ones(1), torch.tensor([[1]], dtype=torch.int8)
-    _, quant_bias = fused_parameters(codes, one.view(1, 1), one, one, torch.tensor([0.5]))
+    _, quant_bias = fused_parameters(codes.sum(1), one.view(1, 1), one, one, torch.tensor([0.5]))
     assert quant_bias.tolist() == [0]  # rne(0.5 - 1), not rne(0.5) - 1
 
 
@@ -114,7 +114,7 @@ def test_a_static_linear_computes_the_linear(dtype: torch.dtype) -> None:
 def test_fused_parameters_take_the_stored_scale() -> None:
     q, weight_scale = torch.tensor([[1, 2, -4]], dtype=torch.int8), torch.tensor([[0.1]])
     scale, offset = torch.tensor([0.3]).bfloat16(), torch.tensor([7.0]).bfloat16()
-    deq_scale, quant_bias = fused_parameters(q, weight_scale, scale, offset, torch.tensor([1.0]))
+    deq_scale, quant_bias = fused_parameters(q.sum(1), weight_scale, scale, offset, torch.tensor([1.0]))
     assert deq_scale.tolist() == [np.float32(bfloat16(np.float32(0.3))) * np.float32(0.1)]
     assert quant_bias.tolist() == [round(1.0 / deq_scale.item()) + 7]
 

@@ -21,14 +21,15 @@ def static_parameters(observed: ActivationRange) -> tuple[Tensor, Tensor]:
 
 
 def fused_parameters(
-    q: Tensor, weight_scale: Tensor, input_scale: Tensor, input_offset: Tensor, bias: Tensor | None
+    sums: Tensor, weight_scale: Tensor, input_scale: Tensor, input_offset: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """deq_scale float32 [n] and quant_bias [n], integers in float64, of a static linear, from the parameters as stored.
 
-    deq_scale = input_scale * weight_scale; quant_bias = rne(bias / deq_scale - input_offset * sum of q over k).
+    sums int64 [n], of q over k. deq_scale = input_scale * weight_scale; quant_bias = rne(bias / deq_scale -
+    input_offset * sums).
     """
     deq_scale = input_scale.float() * weight_scale.flatten()
-    shift = input_offset.double() * q.sum(1, dtype=torch.int64).double()
+    shift = input_offset.double() * sums.double()
     folded = torch.zeros_like(shift)
     if bias is not None:
         folded = (bias.float() / torch.where(deq_scale > 0, deq_scale, 1)).double()

@@ -1,12 +1,112 @@
 """Recipe and float weight → every tensor that the linear owns in the weight file."""
 
+from dataclasses import dataclass
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from fxquant.errors import FxquantError
 from fxquant.kernels import weight as kernels
 from fxquant.kernels.activation import encode_deq_scale, fused_parameters, static_parameters
-from fxquant.schemes import ROW_PARALLEL_CHUNKS, Recipe, tensor_specs
+from fxquant.kernels.int4 import int4_rows
+from fxquant.kernels.int8 import int8_rows
+from fxquant.kernels.source_rows import KERNEL_DTYPES, SourceRows, rows_of
+from fxquant.schemes import ROW_PARALLEL_CHUNKS, ActivationRange, Recipe, tensor_specs
+
+KERNEL_VERSION = 1
+"""Rises when a kernel gives other bytes for the same weight."""
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Room for what the kernels make of some rows: `int8_rows` and `int4_rows` say what."""
+
+    codes: np.ndarray
+    scale: np.ndarray
+    second: np.ndarray
+    bias: np.ndarray
+    sums: np.ndarray
+
+    @classmethod
+    def empty(cls, recipe: Recipe, n: int, packed: bool) -> "_Rows":
+        groups = recipe.in_features // recipe.group_size if recipe.int4 and recipe.group_size else 0
+        chunks = ROW_PARALLEL_CHUNKS if recipe.row_parallel else 1
+        return cls(
+            np.empty((n // 2 if packed else n, recipe.in_features), np.int8),
+            np.empty(n, np.float32),
+            np.empty((n, groups), np.float32),
+            np.empty((n, chunks if packed else 0), np.float32),
+            np.empty(n, np.int64),
+        )
+
+    def make(self, recipe: Recipe, place: str, source: SourceRows) -> None:
+        """Fill it from as many rows. Raises FxquantError for NaN or infinity."""
+        if recipe.int4:
+            dtype = KERNEL_DTYPES[torch.float32 if recipe.group_size else recipe.scale_dtype]
+            bad = int4_rows(source.encoded(), dtype, self.codes, self.scale, self.second, self.bias)
+        else:
+            bad = int8_rows(source.encoded(), KERNEL_DTYPES[recipe.scale_dtype], self.codes, self.scale, self.sums)
+        if bad >= 0:
+            fact = f"holds NaN or infinity (row {source.start + bad})."
+            raise FxquantError(place, fact, "Repair the checkpoint: no scale can represent it.")
+
+
+class ModuleMaker:
+    """Makes the tensors of one module from its rows, in order, block by block. One thread at a time may use it.
+
+    `place` names the weight in errors; bias [n] comes in the model's dtype.
+    """
+
+    def __init__(self, recipe: Recipe, place: str, bias: Tensor | None = None) -> None:
+        self._recipe, self._place, self._bias = recipe, place, bias
+        self._specs = tensor_specs(recipe)
+        self._packed = recipe.int4 and recipe.dialect.packed
+        self._static = _observed(recipe) if recipe.scheme.static else None
+        self._room: _Rows | None = None
+        self._tensors: dict[str, Tensor] = {}
+        self._scales: list[Tensor] = []
+        self._sums: list[Tensor] = []
+
+    def rows(self, source: SourceRows) -> dict[str, Tensor]:
+        """Name suffix → these rows of every tensor that has rows, with the dtypes of `schemes.tensor_specs`.
+
+        The tensors are valid until the next call, which uses their memory again. Two rows share a byte where int4 is
+        packed: there, blocks have an even number of rows. Raises FxquantError for NaN or infinite weights.
+        """
+        n = source.rows
+        if source.in_features != self._recipe.in_features or (self._packed and n % 2):
+            raise ValueError(f"{self._place}: {n} rows of {source.in_features} do not fit {self._recipe}")
+        if self._room is None or len(self._room.scale) != n:
+            self._room = _Rows.empty(self._recipe, n, self._packed)
+            self._tensors = self._row_tensors(self._room)
+        self._room.make(self._recipe, self._place, source)
+        if self._static is not None:
+            self._scales.append(torch.from_numpy(self._room.scale.copy()))
+            self._sums.append(torch.from_numpy(self._room.sums.copy()))
+        return dict(self._tensors)
+
+    def rest(self) -> dict[str, Tensor]:
+        """After the last row: the tensors that have no row of their own for each row of the weight."""
+        tensors = {}
+        if self._static is not None:
+            scale, sums = torch.cat(self._scales), torch.cat(self._sums)
+            tensors = _static(self._recipe, self._static, sums, scale, self._bias)
+        if self._recipe.bias and self._bias is not None:
+            tensors["bias"] = self._bias.to(self._specs["bias"].dtype)
+        return tensors
+
+    def _row_tensors(self, room: _Rows) -> dict[str, Tensor]:
+        n, groups = room.second.shape
+        tensors = {
+            "weight": torch.from_numpy(room.codes),
+            "weight_scale": torch.from_numpy(room.scale).view(n, 1),
+            "weight_offset": torch.zeros(n, 1),
+            "weight_scale_second": torch.from_numpy(room.second),
+            "weight_offset_second": torch.zeros(n, groups, dtype=torch.int64),
+            "scale_bias": torch.from_numpy(room.bias),
+        }
+        return {suffix: tensor for suffix, tensor in tensors.items() if suffix in self._specs}
 
 
 def make_tensors(recipe: Recipe, place: str, weight: Tensor, bias: Tensor | None = None) -> dict[str, Tensor]:
@@ -15,18 +115,9 @@ def make_tensors(recipe: Recipe, place: str, weight: Tensor, bias: Tensor | None
     weight [n, k] and bias [n] come in the model's dtype; `place` names the weight in errors. Raises FxquantError for
     NaN or infinite weights.
     """
-    wide = weight.float()
-    if not torch.isfinite(wide).all():
-        raise FxquantError(place, "holds NaN or infinity.", "Repair the checkpoint: no scale can represent it.")
-    q, scale, second = _codes(recipe, wide)
-    tensors = int4_tensors(recipe, q, scale, second) if recipe.int4 else {"weight": q, "weight_scale": scale}
-    if recipe.scheme.static:
-        tensors |= _static(recipe, q, scale, bias)
-    tensors["weight_offset"] = torch.zeros(wide.shape[0], 1)
-    specs = tensor_specs(recipe)
-    if recipe.bias and bias is not None:
-        tensors["bias"] = bias.to(specs["bias"].dtype)
-    return {suffix: tensors[suffix] for suffix in specs}
+    maker = ModuleMaker(recipe, place, bias)
+    tensors = maker.rows(rows_of(weight)) | maker.rest()
+    return {suffix: tensors[suffix] for suffix in tensor_specs(recipe)}
 
 
 def int4_tensors(recipe: Recipe, q: Tensor, scale: Tensor, second: Tensor | None) -> dict[str, Tensor]:
@@ -44,20 +135,30 @@ def int4_tensors(recipe: Recipe, q: Tensor, scale: Tensor, second: Tensor | None
     return tensors
 
 
-def _codes(recipe: Recipe, wide: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Integers, scale of each row, and second scales if the recipe has them."""
-    if recipe.int4 and recipe.group_size:
-        return kernels.quantize_int4_two_level(wide, recipe.group_size)
-    quantize = kernels.quantize_int4_per_channel if recipe.int4 else kernels.quantize_int8
-    return *quantize(wide, recipe.scale_dtype), None
+def rounded_weight(recipe: Recipe, weight: Tensor) -> Tensor:
+    """float32 [n, k]: what the integers of the recipe's scheme stand for, `q * scale` (`* second scale`).
+
+    Raises FxquantError for NaN or infinite weights.
+    """
+    room = _Rows.empty(recipe, len(weight), packed=False)
+    room.make(recipe, f"{recipe.module}.weight", rows_of(weight))
+    q, scale, second = (torch.from_numpy(made) for made in (room.codes, room.scale, room.second))
+    codes = q * second.repeat_interleave(recipe.group_size, 1) if second.shape[1] else q
+    return codes * scale.unsqueeze(1)
 
 
-def _static(recipe: Recipe, q: Tensor, scale: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
+def _observed(recipe: Recipe) -> ActivationRange:
     if recipe.activation is None:
         raise FxquantError(recipe.module, "static, but its input was never observed.", "Calibrate first.")
+    return recipe.activation
+
+
+def _static(
+    recipe: Recipe, observed: ActivationRange, sums: Tensor, scale: Tensor, bias: Tensor | None
+) -> dict[str, Tensor]:
     stored = tensor_specs(recipe)["input_scale"].dtype
-    input_scale, input_offset = (value.to(recipe.dtype).view(1) for value in static_parameters(recipe.activation))
-    deq_scale, quant_bias = fused_parameters(q, scale, input_scale, input_offset, bias)
+    input_scale, input_offset = (value.to(recipe.dtype).view(1) for value in static_parameters(observed))
+    deq_scale, quant_bias = fused_parameters(sums, scale, input_scale, input_offset, bias)
     if quant_bias.abs().max() > torch.iinfo(torch.int32).max:
         fact = f"its bias is {quant_bias.abs().max():.3g} steps of input_scale * weight_scale, no int32."
         raise FxquantError(recipe.module, fact, "Use W8A8_DYNAMIC for it, or calibrate on text that reaches it.")
@@ -67,9 +168,3 @@ def _static(recipe: Recipe, q: Tensor, scale: Tensor, bias: Tensor | None) -> di
         "deq_scale": encode_deq_scale(deq_scale, recipe.dtype),
         "quant_bias": quant_bias.to(torch.int32),
     }
-
-
-def rounded_weight(recipe: Recipe, weight: Tensor) -> Tensor:
-    """float32 [n, k]: what the integers of the recipe's scheme stand for, `q * scale` (`* second scale`)."""
-    q, scale, second = _codes(recipe, weight.float())
-    return q * scale if second is None else q * second.repeat_interleave(recipe.group_size, 1) * scale

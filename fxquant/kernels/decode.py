@@ -1,0 +1,115 @@
+"""Rows of a weight as they lie on disk → float32 rows, one at a time. Needs numpy and numba only."""
+
+from typing import NamedTuple
+
+import numpy as np
+from numba import njit
+
+from fxquant.kernels.rounding import (
+    BFLOAT16,
+    FLOAT8,
+    FLOAT16,
+    FLOAT32,
+    MAGNITUDE,
+    OPTIONS,
+    bits_of,
+    float_of,
+    round_row,
+)
+
+NAN = np.uint32(0x7FC00000)
+
+
+class EncodedRows(NamedTuple):
+    """Rows [n, k] of a weight and what decoding them needs. Arrays are C-contiguous, and read-only.
+
+    raw      uint8 [n, k * itemsize], little-endian
+    stored   FLOAT32, BFLOAT16, FLOAT16 or FLOAT8 (E4M3)
+    start    index of the first row in the weight
+    scales   float32 [blocks of rows, blocks of columns] of the whole weight for FLOAT8, else [0, 0]
+    block_rows, block_columns  edges of a block
+    smooth   float32 [k], or [0]
+    rounded  what decoded FLOAT8, and values times `smooth`, are rounded to
+    """
+
+    raw: np.ndarray
+    stored: int
+    start: int
+    scales: np.ndarray
+    block_rows: int
+    block_columns: int
+    smooth: np.ndarray
+    rounded: int
+
+
+@njit(**OPTIONS)
+def decode_bfloat16(row: np.ndarray, values: np.ndarray) -> np.uint32:
+    """uint16 [k] → float32 [k], and the largest magnitude."""
+    largest = np.uint32(0)
+    for j in range(row.shape[0]):
+        bits = np.uint32(row[j]) << np.uint32(16)
+        values[j] = float_of(np.uint32(bits))
+        largest = np.uint32(max(largest, np.uint32(bits & MAGNITUDE)))
+    return largest
+
+
+@njit(**OPTIONS)
+def decode_float16(row: np.ndarray, values: np.ndarray) -> np.uint32:
+    """uint16 [k] → float32 [k], and the largest magnitude. Subnormals: `float(2**-14 + x) - 2**-14`, exact."""
+    largest = np.uint32(0)
+    smallest, step = np.float32(2.0**-14), np.uint32(112 << 23)
+    for j in range(row.shape[0]):
+        code = np.uint32(row[j])
+        shifted = np.uint32((code & np.uint32(0x7FFF)) << np.uint32(13))
+        normal = np.uint32(shifted + step)
+        special = np.uint32(normal + step)
+        value = float_of(np.uint32(special if shifted >= np.uint32(31 << 23) else normal))
+        subnormal = float_of(np.uint32(shifted + np.uint32(113 << 23))) - smallest
+        value = subnormal if shifted < np.uint32(1 << 23) else value
+        magnitude = bits_of(value)
+        values[j] = float_of(np.uint32(magnitude | np.uint32((code & np.uint32(0x8000)) << np.uint32(16))))
+        largest = np.uint32(max(largest, magnitude))
+    return largest
+
+
+@njit(**OPTIONS)
+def decode_float8(row: np.ndarray, scale: np.float32, values: np.ndarray) -> None:
+    """uint8 [k], E4M3 → float32 [k], times one scale. Codes 0x7f and 0xff are NaN; there is no infinity."""
+    smallest = np.float32(2.0**-6)
+    for j in range(row.shape[0]):
+        code = np.uint32(row[j])
+        magnitude = np.uint32(code & np.uint32(0x7F))
+        shifted = np.uint32(magnitude << np.uint32(20))
+        subnormal = float_of(np.uint32(shifted + np.uint32(121 << 23))) - smallest
+        value = subnormal if magnitude < np.uint32(8) else float_of(np.uint32(shifted + np.uint32(120 << 23)))
+        value = float_of(NAN) if magnitude == np.uint32(0x7F) else value
+        sign = np.uint32((code & np.uint32(0x80)) << np.uint32(24))
+        values[j] = float_of(np.uint32(bits_of(value) | sign)) * scale
+
+
+@njit(**OPTIONS)
+def decode_row(rows: EncodedRows, index: int, values: np.ndarray) -> np.uint32:
+    """Row `index` of `rows` → float32 [k], and the bits of its largest magnitude.
+
+    FLOAT8 is `rounded(float32(w) * scale)`, with the scale of its block; `smooth` makes it `rounded(W * smooth)`.
+    """
+    row = rows.raw[index]
+    if rows.stored == BFLOAT16:
+        largest = decode_bfloat16(row.view(np.uint16), values)
+    elif rows.stored == FLOAT16:
+        largest = decode_float16(row.view(np.uint16), values)
+    elif rows.stored == FLOAT8:
+        scales = rows.scales[(rows.start + index) // rows.block_rows]
+        for block in range(scales.shape[0]):
+            first = block * rows.block_columns
+            run = row[first : first + rows.block_columns]
+            decode_float8(run, scales[block], values[first : first + rows.block_columns])
+        largest = round_row(values, rows.rounded)
+    else:
+        values[:] = row.view(np.float32)
+        largest = round_row(values, FLOAT32)
+    if rows.smooth.shape[0]:
+        for j in range(values.shape[0]):
+            values[j] *= rows.smooth[j]
+        largest = round_row(values, rows.rounded)
+    return largest

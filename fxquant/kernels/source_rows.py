@@ -1,0 +1,74 @@
+"""Rows of a weight as a checkpoint stores them, before anything is decoded."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fxquant.kernels.decode import EncodedRows
+from fxquant.kernels.rounding import BFLOAT16, FLOAT8, FLOAT16, FLOAT32
+
+KERNEL_DTYPES = {
+    torch.float32: FLOAT32,
+    torch.bfloat16: BFLOAT16,
+    torch.float16: FLOAT16,
+    torch.float8_e4m3fn: FLOAT8,
+}
+
+
+@dataclass(frozen=True)
+class SourceRows:
+    """Some rows of a weight [n, k], as they lie on disk.
+
+    raw          uint8, C-contiguous, the little-endian bytes of the rows; any shape
+    dtype        as stored: bfloat16, float16, float32 or float8_e4m3fn
+    in_features  k
+    start        index of the first row in the weight: which block scales apply
+    model_dtype  what decoded FP8, and smoothed values, are rounded to
+    scale_inv    float32 [ceil(n / block[0]), ceil(k / block[1])] of the whole weight, for FP8
+    smooth       float32 [k] or None: `W' = model_dtype(W * smooth)`
+    """
+
+    raw: np.ndarray
+    dtype: torch.dtype
+    in_features: int
+    start: int = 0
+    model_dtype: torch.dtype = torch.bfloat16
+    scale_inv: np.ndarray | None = None
+    block: tuple[int, int] = (128, 128)
+    smooth: np.ndarray | None = None
+
+    @property
+    def rows(self) -> int:
+        """How many rows there are."""
+        return self.raw.size // (self.in_features * self.dtype.itemsize)
+
+    def encoded(self) -> EncodedRows:
+        """The same for kernels; no row is copied."""
+        if (self.dtype is torch.float8_e4m3fn) is (self.scale_inv is None):
+            raise ValueError(f"{self.dtype} rows {'without' if self.scale_inv is None else 'with'} block scales")
+        scales = np.empty((0, 0), np.float32) if self.scale_inv is None else self.scale_inv
+        smooth = np.empty(0, np.float32) if self.smooth is None else self.smooth
+        return EncodedRows(
+            _read_only(self.raw.reshape(self.rows, self.in_features * self.dtype.itemsize)),
+            KERNEL_DTYPES[self.dtype],
+            self.start,
+            _read_only(scales),
+            *self.block,
+            _read_only(smooth),
+            KERNEL_DTYPES[self.model_dtype],
+        )
+
+
+def rows_of(weight: Tensor) -> SourceRows:
+    """All rows of a tensor [n, k] of float32, bfloat16 or float16, over its own memory."""
+    raw = weight.detach().contiguous().view(torch.uint8).numpy()
+    return SourceRows(raw, weight.dtype, weight.shape[1], model_dtype=weight.dtype)
+
+
+def _read_only(array: np.ndarray) -> np.ndarray:
+    """A view that cannot be written: kernels are compiled for one kind of array, and mapped files are of this kind."""
+    view = np.ascontiguousarray(array).view()
+    view.flags.writeable = False
+    return view

@@ -1,0 +1,232 @@
+"""Kernels on rows as they lie on disk, bit for bit against whole-tensor torch: every dtype, scheme, form and block."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_loops import FLOATS, recipe_of, same_tensors
+from kernel_reference import decoded, reference_tensors
+from test_kernels import KINDS, row_of
+from torch import Tensor
+
+from fxquant.dialects import Dialect
+from fxquant.errors import FxquantError
+from fxquant.kernels.recipe import ModuleMaker, make_tensors, rounded_weight
+from fxquant.kernels.source_rows import SourceRows, rows_of
+from fxquant.reference import expected_tensors
+from fxquant.schemes import ActivationRange, Recipe, Scheme, tensor_specs
+
+K, GROUP = 192, 32
+STORED = (*FLOATS, torch.float8_e4m3fn)
+BLOCKS = ((128, 128), (3, 40), (1, 192), (2, 7), (64, 256))
+FORMS = [
+    (Scheme.W8A8, 0, Dialect.A, False),
+    (Scheme.W8A8, 0, Dialect.C, False),
+    (Scheme.W8A8_MIX, 0, Dialect.A, False),
+    (Scheme.W8A8_DYNAMIC, 0, Dialect.A, False),
+    (Scheme.W8A8_DYNAMIC, 0, Dialect.C, False),
+    *((Scheme.W4A8_DYNAMIC, 0, dialect, parallel) for dialect in Dialect for parallel in (False, True)),
+    *((Scheme.W4A8_DYNAMIC, GROUP, dialect, parallel) for dialect in (Dialect.A, Dialect.B) for parallel in (0, 1)),
+    (Scheme.W4A8_DYNAMIC, 96, Dialect.A, True),
+]
+
+
+def weight_of(stored: torch.dtype, generator: torch.Generator, kinds: tuple[str, ...] = KINDS) -> Tensor:
+    """[n, 192] in which rows of every kind stand; float8 rows have random codes too, none of them NaN."""
+    weight = torch.stack([row_of(kind, stored, K, generator) for kind in kinds]).to(stored)
+    if stored is torch.float8_e4m3fn:
+        codes = torch.randint(0, 256, (len(kinds), K), generator=generator).to(torch.uint8)
+        codes[codes & 0x7F == 0x7F] = 1
+        weight = torch.cat((weight.view(torch.uint8), codes)).view(stored)
+    return weight
+
+
+def scales_of(weight: Tensor, block: tuple[int, int], generator: torch.Generator, exponents: range) -> np.ndarray:
+    shape = [-(-edge // size) for edge, size in zip(weight.shape, block, strict=True)]
+    powers = torch.randint(exponents.start, exponents.stop, shape, generator=generator)
+    return (torch.rand(shape, generator=generator, dtype=torch.float64) * 10.0**powers).float().numpy()
+
+
+ORDINARY, TINY, HUGE = range(-6, 3), range(-45, -36), range(30, 36)
+
+
+def source_of(weight: Tensor, model: torch.dtype, start: int = 0, count: int = 0, **changes: object) -> SourceRows:
+    """Rows start … start + count of a weight, as bytes."""
+    rows = weight.view(torch.uint8).numpy().reshape(len(weight), -1)[start : start + (count or len(weight))]
+    return SourceRows(rows, weight.dtype, weight.shape[1], start, model, **changes)
+
+
+def recipe_for(source: SourceRows, form: tuple, biased: bool = False) -> Recipe:
+    scheme, group_size, dialect, row_parallel = form
+    made = recipe_of(torch.empty(source.rows, source.in_features, device="meta"), scheme, group_size)
+    dtype = source.model_dtype
+    scale_dtype = dtype if dialect.model_dtype_scales else torch.float32
+    observed = ActivationRange(-3.0, 2.0) if scheme.static else None
+    changes = {"dialect": dialect, "row_parallel": bool(row_parallel), "scale_dtype": scale_dtype, "bias": biased}
+    return replace(made, dtype=dtype, activation=observed, **changes)
+
+
+def made_of(recipe: Recipe, source: SourceRows, bias: Tensor | None = None) -> dict[str, Tensor]:
+    maker = ModuleMaker(recipe, "w", bias)
+    tensors = maker.rows(source) | maker.rest()
+    return {suffix: tensors[suffix] for suffix in tensor_specs(recipe)}
+
+
+def check(recipe: Recipe, source: SourceRows, bias: Tensor | None = None) -> bool:
+    """Equal to the reference in every bit, or refused where a value is not finite. Whether it was made."""
+    weight = decoded(source)
+    bad = (~torch.isfinite(weight.float())).any(1).nonzero().flatten().tolist()
+    if bad:
+        with pytest.raises(FxquantError, match=rf"NaN or infinity \(row {source.start + bad[0]}\)"):
+            made_of(recipe, source, bias)
+        return False
+    made = made_of(recipe, source, bias)
+    assert same_tensors(made, reference_tensors(recipe, weight, bias))
+    specs = {suffix: (spec.dtype, spec.shape) for suffix, spec in tensor_specs(recipe).items()}
+    assert {suffix: (tensor.dtype, tuple(tensor.shape)) for suffix, tensor in made.items()} == specs
+    return True
+
+
+@pytest.mark.parametrize("stored", STORED, ids=str)
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: "-".join(map(str, form)))
+def test_every_form_from_every_dtype(stored: torch.dtype, form: tuple) -> None:
+    """Rows of every kind; float8 with block scales of every size, and with blocks that the edges cut."""
+    generator = torch.Generator().manual_seed(0)
+    made = 0
+    for model in (stored,) if stored is not torch.float8_e4m3fn else FLOATS:
+        weight = weight_of(stored, generator)
+        smooths = (None, (torch.rand(K, generator=generator) * 0.9 + 0.01).numpy())
+        scalings = (
+            [{"scale_inv": scales_of(weight, block, generator, size), "block": block} for block in BLOCKS for size in
+             (ORDINARY, TINY, HUGE)]
+            if stored is torch.float8_e4m3fn
+            else [{}]
+        )  # fmt: skip
+        for scaling in scalings:
+            for smooth in smooths:
+                source = source_of(weight, model, smooth=smooth, **scaling)
+                made += check(recipe_for(source, form), source)
+    assert made >= 2
+
+
+def test_the_reference_of_verification_agrees() -> None:
+    generator = torch.Generator().manual_seed(1)
+    for stored in FLOATS:
+        weight = weight_of(stored, generator, KINDS[:3] + KINDS[4:5])
+        for form in FORMS:
+            if not form[0].static:
+                source = source_of(weight, stored)
+                recipe = recipe_for(source, form)
+                assert same_tensors(made_of(recipe, source), expected_tensors(recipe, weight, None))
+
+
+@st.composite
+def sources(draw: Callable) -> SourceRows:
+    """Any even number of rows from anywhere in a weight of 16, and what decoding needs."""
+    stored = draw(st.sampled_from(STORED))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    weight = weight_of(stored, generator, tuple(draw(st.lists(st.sampled_from(KINDS), min_size=16, max_size=16))))
+    start = draw(st.integers(0, 14))
+    count = 2 * draw(st.integers(1, (16 - start) // 2))
+    smooth = (torch.rand(K, generator=generator) * 10.0 ** draw(st.integers(-6, 6))).numpy()
+    changes = {"smooth": draw(st.sampled_from([None, smooth]))}
+    if stored is torch.float8_e4m3fn:
+        block = draw(st.sampled_from(BLOCKS))
+        size = draw(st.sampled_from([ORDINARY, ORDINARY, TINY, HUGE]))
+        changes |= {"scale_inv": scales_of(weight, block, generator, size), "block": block}
+    return source_of(weight, draw(st.sampled_from(FLOATS)), start, count, **changes)
+
+
+@settings(deadline=None, max_examples=300)
+@given(sources(), st.sampled_from(FORMS), st.booleans())
+def test_any_rows_are_those_of_the_reference(source: SourceRows, form: tuple, biased: bool) -> None:
+    bias = torch.zeros(source.rows).to(source.model_dtype) if biased else None
+    recipe = recipe_for(source, form, biased)
+    check(recipe, source, bias)
+
+
+def collected(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {suffix: torch.cat([part[suffix] for part in parts]) for suffix in parts[0]}
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: "-".join(map(str, form)))
+def test_blocks_of_rows_make_the_whole(form: tuple) -> None:
+    generator = torch.Generator().manual_seed(2)
+    weight = weight_of(torch.float8_e4m3fn, generator, ("random", "spike") * 20)
+    scaling = {"scale_inv": scales_of(weight, (24, 40), generator, ORDINARY), "block": (24, 40)}
+    scaling["smooth"] = (torch.rand(K, generator=generator) + 0.5).numpy()
+    source = source_of(weight, torch.bfloat16, **scaling)
+    bias = torch.randn(len(weight), generator=generator).bfloat16()
+    recipe = recipe_for(source, form, biased=True)
+    whole = made_of(recipe, source, bias)
+    assert same_tensors(whole, reference_tensors(recipe, decoded(source), bias))
+    for sizes in ((2,) * 40, (32, 32, 16), (2, 50, 28), (10, 70)):
+        maker, parts = ModuleMaker(recipe, "w", bias), []
+        for index, size in enumerate(sizes):
+            block = source_of(weight, torch.bfloat16, sum(sizes[:index]), size, **scaling)
+            parts.append({suffix: tensor.clone() for suffix, tensor in maker.rows(block).items()})
+        assert same_tensors(collected(parts) | maker.rest(), whole)
+
+
+def test_rows_of_a_call_lie_where_those_of_the_last_one_lay() -> None:
+    """What the documentation of `rows` says; `make_tensors` gives memory of its own."""
+    weight = weight_of(torch.bfloat16, torch.Generator().manual_seed(3))
+    source = source_of(weight, torch.bfloat16)
+    recipe = recipe_for(source, FORMS[-1])
+    maker = ModuleMaker(recipe, "w")
+    first = maker.rows(source)
+    assert {suffix: tensor.data_ptr() for suffix, tensor in first.items()} == {
+        suffix: tensor.data_ptr() for suffix, tensor in maker.rows(source).items()
+    }
+    made = [make_tensors(recipe, "w", weight)["weight"].data_ptr(), make_tensors(recipe, "w", weight)["weight"]]
+    assert made[0] != first["weight"].data_ptr() != made[1].data_ptr()
+
+
+@pytest.mark.parametrize("stored", STORED, ids=str)
+def test_bytes_may_lie_anywhere_and_be_read_only(stored: torch.dtype) -> None:
+    """Mapped files begin a tensor at any byte."""
+    generator = torch.Generator().manual_seed(4)
+    weight = weight_of(stored, generator, ("random",) * 4)
+    scaling = {}
+    if stored is torch.float8_e4m3fn:
+        scaling = {"scale_inv": scales_of(weight, (2, 128), generator, ORDINARY), "block": (2, 128)}
+    source = source_of(weight, torch.bfloat16, **scaling)
+    data = b"x" + source.raw.tobytes()
+    shifted = replace(source, raw=np.frombuffer(data, np.uint8, offset=1))
+    assert shifted.raw.ctypes.data % 2 and not shifted.raw.flags.writeable and shifted.rows == source.rows
+    for form in FORMS:
+        recipe = recipe_for(source, form)
+        assert same_tensors(made_of(recipe, shifted), made_of(recipe, source))
+
+
+def test_a_tensor_is_read_where_it_lies() -> None:
+    weight = torch.ones(2, 32, dtype=torch.bfloat16)
+    assert rows_of(weight).raw.ctypes.data == weight.data_ptr()
+    turned = torch.randn(32, 4, generator=torch.Generator().manual_seed(5)).T
+    assert same_tensors(
+        make_tensors(recipe_of(turned, Scheme.W8A8_DYNAMIC), "w", turned),
+        make_tensors(recipe_of(turned, Scheme.W8A8_DYNAMIC), "w", turned.contiguous()),
+    )
+
+
+@pytest.mark.parametrize("scheme", [Scheme.W8A8_DYNAMIC, Scheme.W4A8_DYNAMIC])
+def test_rounded_weight_refuses_what_is_not_finite(scheme: Scheme) -> None:
+    weight = torch.ones(3, 32)
+    weight[1, 5] = torch.nan
+    with pytest.raises(FxquantError, match="NaN or infinity") as caught:
+        rounded_weight(recipe_of(weight, scheme), weight)
+    assert caught.value.place == "model.linear.weight"
+
+
+def test_rows_that_do_not_fit_are_an_error() -> None:
+    weight = torch.ones(3, 32)
+    with pytest.raises(ValueError, match="3 rows of 32"):
+        ModuleMaker(recipe_of(weight, Scheme.W4A8_DYNAMIC), "w").rows(rows_of(weight))
+    with pytest.raises(ValueError, match="rows of 32"):
+        ModuleMaker(recipe_of(torch.ones(3, 16), Scheme.W8A8_DYNAMIC), "w").rows(rows_of(weight))
+    with pytest.raises(ValueError, match="block scales"):
+        SourceRows(np.zeros((2, 32), np.uint8), torch.float8_e4m3fn, 32).encoded()
