@@ -18,8 +18,8 @@ from fxquant.lowering.output import Contents, Output, check_out, write_output
 from fxquant.lowering.verify import VerifyReport, verify_output
 from fxquant.measure import Evaluation, evaluate_programs
 from fxquant.passes import CheckContract, PassResult
-from fxquant.policy import Policy, Rule, load_policy
 from fxquant.planning import Plan, plan
+from fxquant.policy import Policy, Rule, load_policy
 from fxquant.preparation import (
     DEFAULT_POLICY,
     CompileOptions,

@@ -36,14 +36,14 @@ class Estimate:
     """Seconds.
 
     read, write  of all bytes, None where the disk is not known
-    compute      kernel → seconds of all workers together
+    compute      kernel → seconds of all workers together, None where its rate is not known
     fixed        opening, tracing, passes and layout, as they took now
     """
 
     workers: int
     read: float | None
     write: float | None
-    compute: dict[str, float]
+    compute: dict[str, float | None]
     fixed: float
 
     @property
@@ -51,8 +51,18 @@ class Estimate:
         return None if self.read is None or self.write is None else self.read + self.write
 
     @property
+    def computing(self) -> float:
+        """What is known of it."""
+        return sum(seconds or 0.0 for seconds in self.compute.values())
+
+    @property
+    def complete(self) -> bool:
+        """Whether all rates were known; if not, `total` is the least that it takes."""
+        return self.disk is not None and None not in self.compute.values()
+
+    @property
     def total(self) -> float:
-        return max(self.disk or 0.0, sum(self.compute.values())) + self.fixed
+        return max(self.disk or 0.0, self.computing) + self.fixed
 
 
 def estimate(
@@ -62,8 +72,13 @@ def estimate(
     workers = min(jobs or machine.cores, machine.cores)
     return Estimate(
         workers=workers,
-        read=None if machine.disk_read is None else bytes_in / machine.disk_read / 1e9,
-        write=None if machine.disk_write is None else bytes_out / machine.disk_write / 1e9,
-        compute={kernel: amount / machine.kernels[kernel] / 1e9 / workers for kernel, amount in work.items()},
+        read=_seconds(bytes_in, machine.disk_read),
+        write=_seconds(bytes_out, machine.disk_write),
+        compute={kernel: _seconds(amount, machine.kernels.get(kernel), workers) for kernel, amount in work.items()},
         fixed=fixed,
     )
+
+
+def _seconds(amount: int, rate: float | None, workers: int = 1) -> float | None:
+    """`rate` in 10**9 a second."""
+    return None if rate is None else amount / rate / 1e9 / workers

@@ -9,20 +9,22 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 
 DISK_BYTES = 64 << 20
 DISK_SECONDS = 0.5
 """Bytes to write and read, and when to stop before them."""
-BLOCK = (256, 7168)
-"""Rows and columns of the weight that kernels are timed on."""
-KERNEL_SECONDS = 0.1
-COPY = "copy"
-KERNELS = ((False, 0), (True, 0), (True, 256))
-"""Four bits or eight, and the group size; 0: one scale a channel."""
+BLOCK = (1024, 7168)
+"""Rows and columns of the weight that kernels are timed on: more than caches hold."""
+GROUP_SIZE, FP8_BLOCK = 256, 128
+KERNEL_SECONDS = 0.08
+SECONDS, LAST_WAIT = 4.0, 0.25
+"""How long to measure: enough unless kernels are compiled for the first time, which takes ten seconds."""
+COPY, COPY_BYTES = "copy", 64 << 20
 PACKAGE = str(Path(__file__).parents[1])
 
 
@@ -31,7 +33,7 @@ class Machine:
     """Disk rates are in GB/s, 10**9 bytes a second.
 
     cores         that a process may use
-    kernels       as `kernel_rates` gives them, of one core
+    kernels       as `kernel_rates` gives them, of one core; those that were not measured in time are not there
     disk_read     of the folder measured, past the page cache where the system lets go of it; None: not measured
     disk_write    with fsync
     disk_unknown  why there is no disk rate, "" where there is
@@ -40,12 +42,12 @@ class Machine:
     """
 
     cores: int
-    kernels: dict[str, float]
-    disk_read: float | None
-    disk_write: float | None
-    disk_unknown: str
-    kernel_bytes: int
-    peak_bytes: int
+    kernels: dict[str, float] = field(default_factory=dict)
+    disk_read: float | None = None
+    disk_write: float | None = None
+    disk_unknown: str = "not measured in time"
+    kernel_bytes: int = 0
+    peak_bytes: int = 0
 
 
 def kernel_name(int4: bool, group_size: int, fp8: bool) -> str:
@@ -53,19 +55,54 @@ def kernel_name(int4: bool, group_size: int, fp8: bool) -> str:
     return f"{'int4' if int4 else 'int8'}{' groups' if int4 and group_size else ''} of {'fp8' if fp8 else 'bf16'}"
 
 
-def kernel_rates() -> dict[str, float]:
-    """Kernel → 10**9 weights a second, or for `COPY` 10**9 bytes, on one core."""
+def kernel_rates(kernels: dict[str, Callable[[], object]]) -> Iterator[tuple[str, float]]:
+    """Kernel and 10**9 weights a second on one core."""
+    for name, work in kernels.items():
+        yield name, BLOCK[0] * BLOCK[1] / best_seconds(work) / 1e9
+
+
+def copy_rate() -> float:
+    """GB/s that one core copies, from memory to memory."""
     import numpy as np
 
-    weight = np.random.default_rng(0).standard_normal(BLOCK, np.float32)
-    copy = np.empty_like(weight)
+    source = np.ones(COPY_BYTES, np.uint8)
+    copy = np.empty_like(source)
+    return source.nbytes / best_seconds(lambda: np.copyto(copy, source)) / 1e9
 
-    def int8() -> None:
-        np.rint(weight / (np.abs(weight).max(1, keepdims=True) / 127)).astype(np.int8)
 
-    rates = {COPY: weight.nbytes / best_seconds(lambda: np.copyto(copy, weight)) / 1e9}
-    rate = weight.size / best_seconds(int8) / 1e9
-    return rates | {kernel_name(*kernel, fp8): rate for kernel in KERNELS for fp8 in (False, True)}
+def block_kernels() -> dict[str, Callable[[], object]]:
+    """Kernel → a call on random weights of `BLOCK`, with the types that `compile` calls it with."""
+    import numpy as np
+
+    from fxquant.kernels.decode import EncodedRows
+    from fxquant.kernels.int4 import int4_rows
+    from fxquant.kernels.int8 import int8_rows
+    from fxquant.kernels.rounding import BFLOAT16, FLOAT8, FLOAT32
+
+    generator, (n, k) = np.random.default_rng(0), BLOCK
+    bits = generator.standard_normal(BLOCK, np.float32).view(np.uint32) >> 16
+    bf16 = bits.astype(np.uint16).view(np.uint8)
+    fp8 = generator.integers(0, 0x78, BLOCK, np.uint8)
+    scales = np.full((n // FP8_BLOCK, k // FP8_BLOCK), 0.01, np.float32)
+    nothing = np.empty((0, 0), np.float32), np.empty(0, np.float32)
+    for array in (bf16, fp8, scales, *nothing):
+        array.flags.writeable = False
+    sources = {
+        False: EncodedRows(bf16, BFLOAT16, 0, nothing[0], FP8_BLOCK, FP8_BLOCK, nothing[1], BFLOAT16),
+        True: EncodedRows(fp8, FLOAT8, 0, scales, FP8_BLOCK, FP8_BLOCK, nothing[1], BFLOAT16),
+    }
+    codes, scale, sums = np.empty(BLOCK, np.int8), np.empty(n, np.float32), np.empty(n, np.int64)
+    bias = np.empty((n, 1), np.float32)
+
+    def int4(rows: EncodedRows, groups: int) -> object:
+        return int4_rows(rows, FLOAT32, codes[: n // 2], scale, np.empty((n, groups), np.float32), bias)
+
+    calls: dict[str, Callable[[], object]] = {}
+    for is_fp8, rows in sources.items():
+        calls[kernel_name(False, 0, is_fp8)] = partial(int8_rows, rows, FLOAT32, codes, scale, sums)
+        for group_size in (0, GROUP_SIZE):
+            calls[kernel_name(True, group_size, is_fp8)] = partial(int4, rows, k // group_size if group_size else 0)
+    return calls
 
 
 def best_seconds(work: Callable[[], object], limit: float = KERNEL_SECONDS) -> float:
@@ -96,18 +133,22 @@ def disk_rates(folder: Path) -> tuple[float, float]:
         return done / (time.perf_counter() - start) / 1e9, write / 1e9
 
 
-def measure(folder: Path) -> Machine:
-    """This machine, and the disk of `folder`."""
-    unknown, read, write = "", None, None
+def measure(folder: Path) -> Iterator[Machine]:
+    """What is known of this machine, and of the disk of `folder`, after each step."""
+    machine = Machine(len(os.sched_getaffinity(0)))
     try:
         read, write = disk_rates(folder)
+        machine = replace(machine, disk_read=read, disk_write=write, disk_unknown="")
     except OSError as error:
-        unknown = f"{folder} cannot be written: {error.strerror}"
+        machine = replace(machine, disk_unknown=f"{folder} cannot be written: {error.strerror}")
+    yield machine
+    machine = replace(machine, kernels={COPY: copy_rate()})
+    yield machine
     before = resident_bytes()
-    kernels = kernel_rates()
-    return Machine(
-        len(os.sched_getaffinity(0)), kernels, read, write, unknown, resident_bytes() - before, peak_bytes()
-    )
+    for name, rate in kernel_rates(block_kernels()):
+        taken, kernels = resident_bytes() - before, machine.kernels | {name: rate}
+        machine = replace(machine, kernels=kernels, kernel_bytes=taken, peak_bytes=peak_bytes())
+        yield machine
 
 
 def resident_bytes() -> int:
@@ -126,8 +167,9 @@ def peak_bytes() -> int:
 class Measuring:
     """`measure(folder)` in a process of its own, beside what is done inside the `with`; it ends with it."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, seconds: float = SECONDS) -> None:
         path = os.pathsep.join(filter(None, (PACKAGE, os.environ.get("PYTHONPATH"))))
+        self._end = time.monotonic() + seconds
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", "fxquant.machine", str(folder)], stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"PYTHONPATH": path}, text=True,
@@ -141,12 +183,21 @@ class Measuring:
         self._process.communicate()
 
     def result(self) -> Machine:
-        """Waits for it. Raises RuntimeError with what the process said if it failed."""
-        answer, errors = self._process.communicate()
-        if self._process.returncode:
+        """What was found out in `seconds` from the start, of which some wait is left however late this is asked.
+
+        Raises RuntimeError with what the process said if it failed.
+        """
+        try:
+            answer, errors = self._process.communicate(timeout=max(self._end - time.monotonic(), LAST_WAIT))
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            answer, errors = self._process.communicate()
+        if self._process.returncode > 0:
             raise RuntimeError(f"measuring this machine failed:\n{errors}")
-        return Machine(**json.loads(answer))
+        lines = [line for line in answer.splitlines(keepends=True) if line.endswith("\n")]
+        return Machine(**json.loads(lines[-1])) if lines else Machine(len(os.sched_getaffinity(0)))
 
 
 if __name__ == "__main__":
-    print(json.dumps(asdict(measure(Path(sys.argv[1])))))
+    for known in measure(Path(sys.argv[1])):
+        print(json.dumps(asdict(known)), flush=True)

@@ -36,7 +36,7 @@ class Plan(PlanContents):
     def as_json(self) -> dict[str, Any]:
         """Everything, with the sums."""
         document = asdict(self) | {"model": str(self.model), "operators": list(self.operators)}
-        document["time"] |= {"disk": self.time.disk, "total": self.time.total}
+        document["time"] |= {key: getattr(self.time, key) for key in ("disk", "computing", "complete", "total")}
         document["memory"]["peak"] = self.memory.peak
         sums = {key: sum(getattr(row, key) for row in self.rows) for key in ("modules", "parameters")}
         return document | sums | {"bytes_in": self.bytes_in, "bytes_out": self.bytes_out}
@@ -68,5 +68,13 @@ def plan(
     machine = assume(machine) if assume else machine
     spent = estimate(contents.bytes_in, contents.bytes_out, contents.work, machine, jobs, fixed)
     memory = Memory(base, machine.kernel_bytes, spent.workers)
-    return Plan(**vars(contents), model=Path(model), way_in=source.way_in, policy=policy.name, target=options.target,
-                machine=machine, time=spent, memory=memory)
+    return Plan(
+        **vars(contents),
+        model=Path(model),
+        way_in=source.way_in,
+        policy=policy.name,
+        target=options.target,
+        machine=machine,
+        time=spent,
+        memory=memory,
+    )

@@ -38,9 +38,7 @@ def _json_size(value: Any, depth: int) -> int:
     return lines + keys + values + others + len("{\n}") + INDENT * depth
 
 
-def description(
-    program: Program, files: list[FileLayout], engine: Engine, in_order: bool = True
-) -> dict[str, Any]:
+def description(program: Program, files: list[FileLayout], engine: Engine, in_order: bool = True) -> dict[str, Any]:
     """Header keys, then one entry for every stored tensor: its type."""
     entries: dict[str, str] = {}
     for file in files:

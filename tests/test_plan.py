@@ -28,9 +28,8 @@ from fxquant.tools.main import run
 
 Folder = Callable[..., Path]
 EXAMPLE = Path(__file__).parents[1] / "examples" / "tiny_deepseek_v3"
-RATES = {
-    COPY: 10.0, **{kernel_name(four, size, fp8): 1.0 for four in (False, True) for size in (0, 64) for fp8 in (False, True)}
-}  # fmt: skip
+KERNELS = [kernel_name(four, size, fp8) for four, size in ((False, 0), (True, 0), (True, 64)) for fp8 in (False, True)]
+RATES = {COPY: 10.0} | dict.fromkeys(KERNELS, 1.0)
 MACHINE = Machine(2, RATES, 2.0, 1.0, "", 1 << 20, 1 << 27)
 
 
@@ -164,8 +163,8 @@ def test_the_dtype_that_is_not_said_is_bfloat16(tmp_path: Path) -> None:
 def test_a_model_file_over_a_config(tiny_folder: Folder, tmp_path: Path) -> None:
     model = tiny_folder(fp8=True)
     shutil.copy(model / "config.json", tmp_path)
-    text = "from fxquant.models import DeepseekV3\nCHECKPOINT = {!r}\ndef build_model(config):\n    return DeepseekV3(config)\n"
-    (tmp_path / "model.py").write_text(text.format(str(tmp_path)))
+    lines = ("from fxquant.models import DeepseekV3 as build_model", f"CHECKPOINT = {str(tmp_path)!r}")
+    (tmp_path / "model.py").write_text("\n".join(lines))
     assert planned(tmp_path / "model.py", "deepseek_w4a8").rows == planned(model, "deepseek_w4a8").rows
 
 
@@ -255,12 +254,15 @@ def test_the_estimate_is_its_arithmetic() -> None:
     found = estimate(60 * 10**9, 30 * 10**9, work, MACHINE, None, 5.0)
     assert (found.read, found.write, found.workers) == (30.0, 30.0, 2)
     assert found.compute == {kernel_name(True, 0, False): 20.0, COPY: 1.0}
-    assert found.total == 60.0 + 5.0
+    assert found.total == 60.0 + 5.0 and found.complete
     faster = replace(MACHINE, disk_read=100.0, disk_write=100.0)
     assert estimate(60 * 10**9, 30 * 10**9, work, faster, 1, 5.0).total == 42.0 + 5.0
     assert estimate(0, 0, work, faster, 64, 0.0).workers == 2, "more workers than cores are no faster"
     unknown = replace(MACHINE, disk_read=None, disk_write=None, disk_unknown="why")
-    assert estimate(60 * 10**9, 30 * 10**9, work, unknown, None, 5.0).total == 21.0 + 5.0
+    found = estimate(60 * 10**9, 30 * 10**9, work, unknown, None, 5.0)
+    assert found.total == 21.0 + 5.0 and not found.complete
+    found = estimate(0, 0, work, replace(MACHINE, kernels={COPY: 10.0}), None, 5.0)
+    assert found.total == 1.0 + 5.0 and not found.complete and list(found.compute.values()) == [None, 1.0]
     assert Memory(100, 10, 3).peak == 110 + 3 * PER_WORKER_BYTES
 
 
@@ -281,17 +283,21 @@ def test_the_command_says_its_arithmetic(monkeypatch: Any, capsys: Any, tiny_fol
 
 
 def test_the_measurement(tmp_path: Path) -> None:
-    with Measuring(tmp_path / "not" / "yet") as measuring:
+    with Measuring(tmp_path / "not" / "yet", seconds=300) as measuring:
         machine = measuring.result()
     assert machine.disk_unknown == "" and machine.disk_read and machine.disk_write
-    assert min(machine.kernels.values()) > 0 and machine.kernels.keys() == {
-        COPY, *(kernel_name(*kernel, fp8) for kernel in ((False, 0), (True, 0), (True, 32)) for fp8 in (False, True))
-    }  # fmt: skip
+    assert min(machine.kernels.values()) > 0 and machine.kernels.keys() == RATES.keys()
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_measurement_that_takes_too_long() -> None:
+    with Measuring(Path("/proc/self"), seconds=0) as measuring:
+        machine = measuring.result()
+    assert machine.cores > 0 and machine.kernels == {} and machine.disk_unknown
+
+
 def test_a_folder_that_cannot_be_written() -> None:
-    with Measuring(Path("/proc/self")) as measuring:
+    with Measuring(Path("/proc/self"), seconds=300) as measuring:
         machine = measuring.result()
     assert machine.disk_read is None and machine.disk_unknown.startswith("/proc/self cannot be written")
     assert machine.kernels
@@ -300,7 +306,7 @@ def test_a_folder_that_cannot_be_written() -> None:
 def test_measuring_imports_no_torch(tmp_path: Path) -> None:
     code = (
         "import sys, pathlib, fxquant.machine as m\n"
-        f"m.DISK_BYTES = {DISK_BYTES // 16}; m.measure(pathlib.Path({str(tmp_path)!r}))\n"
+        f"m.DISK_BYTES = {DISK_BYTES // 16}; print(*m.measure(pathlib.Path({str(tmp_path)!r})))\n"
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

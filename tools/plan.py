@@ -93,14 +93,14 @@ def print_plan(plan: "Plan", console: Console = console) -> None:
         table.add_row(row.kind, row.scheme, *(f"{number:,}" for number in numbers))
     console.print(table)
     console.print(_files(plan))
-    for line in (*_time(plan), *_memory(plan)):
+    for line in (*_time(plan), _memory(plan)):
         console.print(line, highlight=False, soft_wrap=True)
     for reason in plan.unverified:
         console.print(f"[yellow]unverified[/] {reason}", highlight=False)
     modules, parameters = (sum(getattr(row, key) for row in plan.rows) for key in ("modules", "parameters"))
     console.print(
-        f"[bold]{size(plan.bytes_out)}[/] out of {size(plan.bytes_in)}: {parameters:,} parameters of {modules:,} modules, "
-        f"{plan.operators[0]:,} operators, rewritten {plan.operators[1]:,}; {_duration(plan.time.total)}, "
+        f"[bold]{size(plan.bytes_out)}[/] out of {size(plan.bytes_in)}: {parameters:,} parameters of {modules:,} "
+        f"modules; {plan.operators[0]:,} operators, rewritten {plan.operators[1]:,}; {_total(plan)}, "
         f"{size(plan.memory.peak)} of memory",
         highlight=False,
     )
@@ -131,20 +131,25 @@ def _time(plan: "Plan") -> list[str]:
             f"{plan.bytes_in / 1e9:,.2f} GB / {machine.disk_read:.2f} GB/s + {plan.bytes_out / 1e9:,.2f} GB / "
             f"{machine.disk_write:.2f} GB/s = {time.disk:,.1f} s"
         )
-    parts = [
-        f"{plan.work[kernel] / 1e9:,.2f} G / {machine.kernels[kernel]:.2f} G/s ({kernel})" for kernel in time.compute
-    ]
-    compute = f"({' + '.join(parts)}) / {time.workers} workers = {sum(time.compute.values()):,.1f} s"
-    total = f"max of both + {time.fixed:.1f} s of tracing, passes and layout = {_duration(time.total)}"
+    known = [kernel for kernel, seconds in time.compute.items() if seconds is not None]
+    parts = [f"{plan.work[kernel] / 1e9:,.2f} G / {machine.kernels[kernel]:.2f} G/s ({kernel})" for kernel in known]
+    compute = f"({' + '.join(parts)}) / {time.workers} workers = {time.computing:,.1f} s"
+    unknown = ", ".join(kernel for kernel in time.compute if kernel not in known)
+    if unknown:
+        compute += f", and {unknown}: not compiled yet, which takes seconds once; plan again"
+    total = f"max of both + {time.fixed:.1f} s of tracing, passes and layout = {_total(plan)}"
     return [f"disk     {disk}", f"compute  {compute}", f"time     {total}"]
 
 
-def _memory(plan: "Plan") -> list[str]:
+def _memory(plan: "Plan") -> str:
     memory = plan.memory
     workers = f"{memory.workers} workers × {size(memory.per_worker)}"
-    return [
-        f"memory   {size(memory.base)} graph and layout + {size(memory.kernels)} kernels + {workers} = {size(memory.peak)}"
-    ]
+    parts = f"{size(memory.base)} graph and layout + {size(memory.kernels)} kernels + {workers}"
+    return f"memory   {parts} = {size(memory.peak)}"
+
+
+def _total(plan: "Plan") -> str:
+    return f"{'' if plan.time.complete else 'at least '}{_duration(plan.time.total)}"
 
 
 def _duration(seconds: float) -> str:
