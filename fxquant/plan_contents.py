@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from fxquant.binding import build_ledger, check_parameters, mtp_modules
 from fxquant.config_checkpoint import config_checkpoint
 from fxquant.frontend.source import Source
-from fxquant.lowering.description import description, engine_config, index, json_size
+from fxquant.lowering.description import description_size, engine_config, index_size, json_size
 from fxquant.lowering.engines import ENGINES, Engine
 from fxquant.lowering.layout import FileLayout, plan_files, stored_tensors
 from fxquant.models.deepseek_v3 import mtp_paths
@@ -93,8 +93,8 @@ def _calls(program: Program) -> int:
 
 
 def _documents(program: Program, files: list[FileLayout], engine: Engine) -> dict[str, int]:
-    """As `lowering.output` writes them; keys are in another order here, which no size depends on."""
-    sizes = {engine.description: json_size(description(program, files, engine, in_order=False))}
+    """As `lowering.output` writes them."""
+    sizes = {engine.description: description_size(program, files, engine)}
     if len(files) > 1 or engine.numbered:
-        sizes[engine.index] = json_size(index(files, in_order=False))
+        sizes[engine.index] = index_size(files)
     return sizes | {"config.json": json_size(engine_config(program, engine))}

@@ -8,10 +8,9 @@ import math
 import os
 import struct
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -119,10 +118,11 @@ def _check_ranges(file: Path, infos: list[TensorInfo], base: int, size: int) -> 
 
 Entry = tuple[str, torch.dtype, tuple[int, ...]]
 """Name, dtype and shape of a tensor to store."""
+PAD = 4096
 OPENING = '{"__metadata__":{"format":"pt"}'
 
 
-def build_header(entries: Sequence[Entry], pad: int = 4096) -> tuple[bytes, list[int]]:
+def build_header(entries: Sequence[Entry], pad: int = PAD) -> tuple[bytes, list[int]]:
     """Header bytes for tensors stored in this order, and each one's absolute offset.
 
     Order by descending item size keeps every tensor aligned; the header is padded so that data starts at a multiple
@@ -139,18 +139,21 @@ def build_header(entries: Sequence[Entry], pad: int = 4096) -> tuple[bytes, list
     return struct.pack("<Q", len(text)) + text, [8 + len(text) + offset for offset in offsets]
 
 
-def header_length(entries: Sequence[Entry], pad: int = 4096) -> int:
-    """Bytes of the header that `build_header` gives, counted without writing it."""
-    if not entries:
-        return len(build_header([], pad)[0])
-    describe = cache(_described)
-    described = [describe(dtype, shape) for _, dtype, shape in entries]
-    ends = list(accumulate(length for _, length in described))
-    names = len(quoted("".join(name for name, _, _ in entries)).encode()) + 2 * (len(entries) - 1)
-    numbers = 2 * _digits(ends) - len(str(ends[-1])) + 1  # a tensor begins where the one before it ends, the first at 0
-    separators = len(entries) * len(",:,]}")
-    length = 8 + len(OPENING) + names + sum(len(text) for text, _ in described) + numbers + separators + 1
-    return length + -length % pad
+def header_length(names: int, forms: Iterable[tuple[torch.dtype, tuple[int, ...], int]], ends: list[int]) -> int:
+    """Bytes of the header that `build_header` gives, counted without writing it.
+
+    `names`: bytes of all names as JSON strings; `forms`: dtype, shape and how many tensors have them; `ends`: bytes of
+    data up to each tensor's end.
+    """
+    numbers = 2 * _digits(ends) - len(str(ends[-1])) + 1 if ends else 0  # a tensor begins where the last one ended
+    described = sum(len(_described(dtype, shape)[0]) * count for dtype, shape, count in forms)
+    length = 8 + len(OPENING) + names + described + numbers + len(ends) * len(",:,]}") + len("}")
+    return length + -length % PAD
+
+
+def quoted_size(names: Collection[str]) -> int:
+    """Bytes of all `names` as JSON strings: what is escaped is escaped letter by letter."""
+    return len(quoted("".join(names)).encode()) - 2 + 2 * len(names)
 
 
 def _described(dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[str, int]:

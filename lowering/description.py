@@ -1,8 +1,6 @@
 """The JSON files beside the weights: description, index, config."""
 
 import json
-from collections import Counter
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -17,45 +15,50 @@ MTP_LAYERS = "num_nextn_predict_layers"
 
 def write_json(path: Path, document: Any) -> None:
     """Two-space JSON with a final newline, keys in the order given."""
-    path.write_text(json.dumps(document, indent=INDENT, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(_text(document), encoding="utf-8")
+
+
+def _text(document: Any) -> str:
+    return json.dumps(document, indent=INDENT, ensure_ascii=False) + "\n"
 
 
 def json_size(document: Any) -> int:
-    """Bytes that `write_json` writes; maps of texts are counted by their keys and values, and not written out."""
-    return _json_size(document, 0) + 1
+    """Bytes that `write_json` writes."""
+    return len(_text(document).encode())
 
 
-def _json_size(value: Any, depth: int) -> int:
-    """At `depth` levels of indentation; a map has a line an entry, commas between them, and its braces."""
-    if not isinstance(value, dict) or set(map(type, value)) != {str}:
-        text = json.dumps(value, indent=INDENT, ensure_ascii=False)
-        return len(text.encode()) + text.count("\n") * INDENT * depth
-    lines = len(value) * (len("\n: ,") + INDENT * (depth + 1)) - 1
-    keys = len(quoted("".join(value)).encode()) - 2 + 2 * len(value)  # escapes are made letter by letter
-    texts = Counter(item for item in value.values() if type(item) is str)
-    values = sum(len(quoted(text).encode()) * count for text, count in texts.items())
-    others = sum(_json_size(item, depth + 1) for item in value.values() if type(item) is not str)
-    return lines + keys + values + others + len("{\n}") + INDENT * depth
-
-
-def description(program: Program, files: list[FileLayout], engine: Engine, in_order: bool = True) -> dict[str, Any]:
+def description(program: Program, files: list[FileLayout], engine: Engine) -> dict[str, Any]:
     """Header keys, then one entry for every stored tensor: its type."""
-    entries: dict[str, str] = {}
-    for file in files:
-        entries.update(zip(file.names, map(attrgetter("spec.description"), file.tensors), strict=True))
-    return engine.header(program) | (dict(sorted(entries.items())) if in_order else entries)
+    entries = {tensor.name: tensor.spec.description for file in files for tensor in file.tensors}
+    return engine.header(program) | dict(sorted(entries.items()))
 
 
-def index(files: list[FileLayout], in_order: bool = True) -> dict[str, Any]:
+def description_size(program: Program, files: list[FileLayout], engine: Engine) -> int:
+    """Bytes of `description` as JSON, counted without writing it."""
+    types = sum(len(quoted(spec.description)) * count for file in files for spec, count in file.specs)
+    return json_size(engine.header(program) | {"": ""}) - len('\n  "": ""') + _lines(files, types, depth=1)
+
+
+def index(files: list[FileLayout]) -> dict[str, Any]:
     """The safetensors index of a sharded output."""
-    weight_map: dict[str, str] = {}
-    for file in files:
-        weight_map.update(dict.fromkeys(file.names, file.name))
-    total = sum(file.data_bytes for file in files)
-    return {
-        "metadata": {"total_size": total},
-        "weight_map": dict(sorted(weight_map.items())) if in_order else weight_map,
-    }
+    weight_map = {tensor.name: file.name for file in files for tensor in file.tensors}
+    return _index(files, dict(sorted(weight_map.items())))
+
+
+def index_size(files: list[FileLayout]) -> int:
+    """Bytes of `index` as JSON, counted without writing it."""
+    names = sum(len(quoted(file.name)) * len(file.tensors) for file in files)
+    return json_size(_index(files, {"": ""})) - len('\n    "": ""') + _lines(files, names, depth=2)
+
+
+def _index(files: list[FileLayout], weight_map: dict[str, str]) -> dict[str, Any]:
+    return {"metadata": {"total_size": sum(file.data_bytes for file in files)}, "weight_map": weight_map}
+
+
+def _lines(files: list[FileLayout], values: int, depth: int) -> int:
+    """Bytes of one line a tensor, name and value, with the commas between them; `values`: those of all values."""
+    count = sum(len(file.tensors) for file in files)
+    return sum(file.names_size for file in files) + values + count * (len("\n: ,") + INDENT * depth) - 1
 
 
 def engine_config(program: Program, engine: Engine) -> dict[str, Any]:

@@ -1,7 +1,9 @@
 """Which tensors the weight files hold, in which file and where, known from the graph before a byte is read."""
 
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from operator import attrgetter
 from typing import NamedTuple
 
@@ -12,7 +14,7 @@ from fxquant.checkpoint import Checkpoint
 from fxquant.lowering.engines import Engine
 from fxquant.lowering.engines.engine import numbered
 from fxquant.program import Program, input_node
-from fxquant.safetensors_file import Entry, build_header, header_length
+from fxquant.safetensors_file import build_header, header_length, quoted_size
 from fxquant.schemes import Recipe, Scheme, TensorSpec, tensor_specs
 
 MTP_STEM = "mtp_float"
@@ -53,25 +55,32 @@ class FileLayout:
         return self._built[1]
 
     @cached_property
-    def names(self) -> tuple[str, ...]:
-        return tuple(map(attrgetter("name"), self.tensors))
+    def nbytes(self) -> int:
+        ends = list(accumulate(map(attrgetter("spec.nbytes"), self.tensors)))
+        forms = [(spec.dtype, spec.shape, count) for spec, count in self.specs]
+        return header_length(self.names_size, forms, ends) + (ends[-1] if ends else 0)
 
     @cached_property
     def data_bytes(self) -> int:
         """Without the header."""
-        return sum(map(attrgetter("spec.nbytes"), self.tensors))
+        return sum(spec.nbytes * count for spec, count in self.specs)
 
     @cached_property
-    def nbytes(self) -> int:
-        return header_length(self._entries()) + self.data_bytes
+    def names_size(self) -> int:
+        """Bytes of all names as JSON strings."""
+        return quoted_size([tensor.name for tensor in self.tensors])
+
+    @cached_property
+    def specs(self) -> list[tuple[TensorSpec, int]]:
+        """Each of the tensors' specs, and how many tensors have it; equal ones may be there more than once."""
+        counts = Counter(map(id, map(attrgetter("spec"), self.tensors)))
+        found = {id(tensor.spec): tensor.spec for tensor in self.tensors}
+        return [(found[key], count) for key, count in counts.items()]
 
     @cached_property
     def _built(self) -> tuple[bytes, tuple[int, ...]]:
-        header, offsets = build_header(self._entries())
+        header, offsets = build_header([(one.name, one.spec.dtype, one.spec.shape) for one in self.tensors])
         return header, tuple(offsets)
-
-    def _entries(self) -> list[Entry]:
-        return [(tensor.name, tensor.spec.dtype, tensor.spec.shape) for tensor in self.tensors]
 
 
 def stored_tensors(program: Program, checkpoint: Checkpoint) -> list[StoredTensor]:
