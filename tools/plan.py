@@ -103,6 +103,7 @@ def print_plan(plan: "Plan", console: Console = console) -> None:
         f"modules; {plan.operators[0]:,} operators, rewritten {plan.operators[1]:,}; {_total(plan)}, "
         f"{size(plan.memory.peak)} of memory",
         highlight=False,
+        soft_wrap=True,
     )
 
 
