@@ -20,15 +20,15 @@ POLICY = "deepseek_w4a8_dynamic"
 MODEL = Path(str(resources.files("fxquant") / "models" / "deepseek_v3_671b.json"))
 CORES, DISK = 32, 3.0
 CODE = """
-import resource, sys
+import sys
+from fxquant.machine import peak_bytes
 from fxquant.tools.main import run
 try:
     run()
 finally:
-    whose = resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN
-    print(*(resource.getrusage(one).ru_maxrss * 1024 for one in whose), file=sys.stderr)
+    print(peak_bytes(), file=sys.stderr)
 """
-"""The command, and after it the largest resident memory of its process and of the one that measures."""
+"""The command, and after it the largest resident memory of its process."""
 
 
 def main() -> None:
@@ -52,8 +52,9 @@ def measured(config: Path, policy: str, *more: str) -> dict[str, Any]:
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
     used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    peaks = [int(number) for number in done.stderr.split()[-2:]]
-    return {"seconds": seconds, "cpu seconds": used, "peak bytes": sum(peaks), "plan": json.loads(done.stdout)}
+    plan, own = json.loads(done.stdout), int(done.stderr.split()[-1])
+    peak = own + plan["machine"]["peak_bytes"]
+    return {"seconds": seconds, "cpu seconds": used, "peak bytes": peak, "plan": plan}
 
 
 def lines(best: dict[str, Any]) -> list[str]:
