@@ -114,15 +114,17 @@ def test_a_machine_that_dies_changes_no_byte(
 
 @pytest.mark.slow
 def test_a_driver_that_is_killed_goes_on(
-    cluster: Cluster, model: Path, whole: Path, tmp_path: Path, notes: Path
+    cluster: Cluster, model: Path, whole: Path, tmp_path: Path, notes: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, address = tmp_path / "out", ("--address", cluster.address)
-    process = driver(model, out, notes, *address)
+    """Begun at an address, ended at `auto`."""
+    out = tmp_path / "out"
+    process = driver(model, out, notes, "--address", cluster.address)
     wait_until(lambda: finished(out) >= 20, process)
     process.kill()
     process.communicate()
     kept = finished(out)
-    again = driver(model, out, notes, *address, "--json", seconds=0.0)
+    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+    again = driver(model, out, notes, "--address", "auto", "--json", "--quiet", seconds=0.0)
     output, errors = again.communicate()
     assert again.returncode == 0 and errors == "", errors
     work = json.loads(output)["bytes"]
