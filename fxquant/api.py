@@ -1,4 +1,4 @@
-"""The verbs of the command line as functions: compile, convert, verify, run, evaluate, compare."""
+"""The verbs of the command line as functions: compile, plan, convert, verify, run, evaluate, compare."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -20,8 +20,17 @@ from fxquant.lowering.weights import CheckpointProducer, Workers
 from fxquant.lowering.workspace import unfinished_folder
 from fxquant.measure import Evaluation, evaluate_programs
 from fxquant.passes import CheckContract, PassResult
+from fxquant.planning import Plan, plan
 from fxquant.policy import Policy, Rule, load_policy
-from fxquant.preparation import CompileOptions, Prepared, as_path, open_model, prepare, refuse_kv_cache
+from fxquant.preparation import (
+    DEFAULT_POLICY,
+    CompileOptions,
+    Prepared,
+    as_path,
+    open_model,
+    prepare,
+    refuse_kv_cache,
+)
 from fxquant.program import Program
 from fxquant.program_file import load_program
 from fxquant.progress import Reporter, silent
@@ -30,7 +39,6 @@ from fxquant.targets import Target
 from fxquant.text import load_batches
 from fxquant.weights import Cached, Read, RecipeReader
 
-DEFAULT_POLICY = "deepseek_w4a8"
 COMPARE_CACHE = 1 << 28
 """Bytes of made weights that `compare` keeps for each policy between chunks of text."""
 
@@ -297,12 +305,14 @@ __all__ = [
     "CompileOptions",
     "CompileReport",
     "ConvertReport",
+    "Plan",
     "compare",
     "compile",
     "convert",
     "engine_perplexities",
     "evaluate",
     "open_graph",
+    "plan",
     "prepare",
     "run",
     "verify",

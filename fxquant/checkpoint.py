@@ -78,10 +78,18 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             scales[weight] = info
         else:
             tensors[name] = info
-    block = _block_size(folder, config)
+    block = block_size(folder / "config.json", config)
     for name, info in tensors.items():
         _check_scale(info, scales.get(name), block)
     return Checkpoint(folder, config, tensors, scales, block)
+
+
+def open_config(folder: Path) -> Checkpoint:
+    """The checkpoint in `folder`, or its config.json with no tensors where it has no weights."""
+    if any(folder.glob("*.safetensors")):
+        return open_checkpoint(folder)
+    config = read_config(folder)
+    return Checkpoint(folder, config, {}, {}, block_size(folder / "config.json", config))
 
 
 def _tensors(folder: Path) -> Mapping[str, SourceTensor]:
@@ -126,17 +134,18 @@ def _indexed_tensors(folder: Path, index: Path) -> dict[str, TensorInfo]:
     return dict(sorted(found.items()))
 
 
-def _block_size(folder: Path, config: dict[str, Any]) -> tuple[int, int]:
+def block_size(place: Path, config: dict[str, Any]) -> tuple[int, int]:
+    """Rows and columns that share one FP8 scale. Raises FxquantError for any other quantization."""
     quantization = config.get("quantization_config")
     if quantization is None:
         return (128, 128)
     method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
     if method != "fp8" or not isinstance(quantization, dict):
         way_out = "fxquant compiles float checkpoints and DeepSeek's official FP8."
-        raise FxquantError(folder / "config.json", f"already quantized: quant_method {method!r}.", way_out)
+        raise FxquantError(place, f"already quantized: quant_method {method!r}.", way_out)
     size = quantization.get("weight_block_size", [128, 128])
     if not (isinstance(size, list) and len(size) == 2 and all(isinstance(edge, int) and edge > 0 for edge in size)):
-        raise FxquantError(folder / "config.json", f"weight_block_size {size!r}.", "It is two positive numbers.")
+        raise FxquantError(place, f"weight_block_size {size!r}.", "It is two positive numbers.")
     return size[0], size[1]
 
 

@@ -12,7 +12,7 @@ from fxquant.errors import FxquantError
 
 __all__ = [
     "DeepseekV3Config", "RopeScaling", "hf_to_model_args", "model_args_to_hf", "parse_config", "read_config",
-    "yarn_mscale",
+    "read_config_file", "yarn_mscale",
 ]  # fmt: skip
 
 SUPPORTED = "DeepSeek-V3, DeepSeek-R1 and their family (model_type deepseek_v3)"
@@ -125,6 +125,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         way_out = "Name a Hugging Face checkpoint folder, or put the model's config.json beside its weights."
         raise FxquantError(folder, "not a checkpoint: it has no config.json.", way_out)
+    return read_config_file(path)
+
+
+def read_config_file(path: Path) -> dict[str, Any]:
+    """A parsed config.json in Hugging Face's keys."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:

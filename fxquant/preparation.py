@@ -34,6 +34,7 @@ from fxquant.structure import structural_hash
 from fxquant.targets import Target
 from fxquant.text import load_batches
 
+DEFAULT_POLICY = "deepseek_w4a8"
 CALIBRATION_FILES = ("calibration.jsonl", "calibration.txt", "calib.jsonl", "calib.txt")
 
 
@@ -113,33 +114,35 @@ def prepare(
     `known`: folders that may hold a calibration on the same text, which need not be repeated then.
     """
     layers = mtp_modules(source.checkpoint, mtp_paths(source.config))
-    policy = policy if options.mtp is None else _with_mtp(policy, options.mtp, layers)
+    policy = policy if options.mtp is None else with_mtp(policy, options.mtp, layers)
     calibrate = _calibrate(source, policy, options, report, known)
     with report("trace", 1, "graph") as advance:
         program = source.program()
         advance(1)
     check_parameters(program, source.checkpoint)
     float_graph, digest = dump_program(program), structural_hash(program)
-    results = run_passes(program, _passes(source, policy, options, layers, calibrate, for_engine))
+    results = run_passes(program, passes_for(source, policy, options, layers, calibrate, for_engine))
     ledger = build_ledger(program, source.checkpoint)
     return Prepared(source, policy, program, ledger, float_graph, digest, calibrate.used, results)
 
 
-def _with_mtp(policy: Policy, mode: MtpMode, layers: tuple[str, ...]) -> Policy:
+def with_mtp(policy: Policy, mode: MtpMode, layers: tuple[str, ...]) -> Policy:
+    """`policy` with what `--mtp` asks of the checkpoint's `layers`. Raises FxquantError where there are none."""
     if mode is not MtpMode.NONE and not layers:
         fact = "the checkpoint has no multi-token prediction layers."
         raise FxquantError(f"--mtp {mode}", fact, "Leave the option out.")
     return policy.with_mtp(mode)
 
 
-def _passes(
+def passes_for(
     source: Source,
     policy: Policy,
     options: CompileOptions,
     layers: tuple[str, ...],
-    calibrate: Calibrate,
-    for_engine: bool,
+    calibrate: Pass,
+    for_engine: bool = True,
 ) -> list[Pass]:
+    """The pipeline of these options; `layers` are the checkpoint's multi-token prediction layers."""
     checkpoint, dialect = source.checkpoint, ENGINES[options.target].dialect
     assign = (AssignSchemes(policy, layers, dialect), AssignMtp(policy, source.config, checkpoint, dialect))
     contract = CheckContract(policy.name, load_contract(options.target), options.tp, options.mix)

@@ -7,8 +7,10 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterator
+from bisect import bisect_left
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ DTYPES = {
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 LARGEST_HEADER = 200_000_000
 AGAIN = "Download or copy the file again."
+quoted = json.encoder.encode_basestring
 
 
 @dataclass(frozen=True)
@@ -146,21 +149,58 @@ def _check_ranges(file: Path, infos: list[TensorInfo], base: int, size: int) -> 
         raise FxquantError(file, f"truncated or padded: the header describes {position} bytes of {size}.", AGAIN)
 
 
+Entry = tuple[str, torch.dtype, tuple[int, ...]]
+"""Name, dtype and shape of a tensor to store."""
+PAD = 4096
+METADATA = {"format": "pt"}
+OPENING = '{"__metadata__":' + json.dumps(METADATA, separators=(",", ":"))
+
+
 def build_header(
-    entries: list[tuple[str, torch.dtype, tuple[int, ...]]], pad: int = 4096, metadata: dict[str, str] | None = None
+    entries: Sequence[Entry], pad: int = PAD, metadata: dict[str, str] | None = None
 ) -> tuple[bytes, list[int]]:
     """Header bytes for tensors stored in this order, and each one's absolute offset.
 
     Order by descending item size keeps every tensor aligned; the header is padded so that data starts at a multiple
     of `pad` bytes.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"} | (metadata or {})}
-    offsets, position = [], 0
+    opening = '{"__metadata__":' + json.dumps(METADATA | (metadata or {}), separators=(",", ":"), ensure_ascii=False)
+    parts, offsets, position, describe = [opening], [], 0, cache(_described)
     for name, dtype, shape in entries:
-        length = math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [position, position + length]}
+        described, length = describe(dtype, shape)
         offsets.append(position)
+        parts.append(f",{quoted(name)}:{described}{position},{position + length}]}}")
         position += length
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text = "".join([*parts, "}"]).encode()
     text += b" " * (-(len(text) + 8) % pad)
     return struct.pack("<Q", len(text)) + text, [8 + len(text) + offset for offset in offsets]
+
+
+def header_length(names: int, forms: Iterable[tuple[torch.dtype, tuple[int, ...], int]], ends: list[int]) -> int:
+    """Bytes of the header that `build_header` gives, counted without writing it.
+
+    `names`: bytes of all names as JSON strings; `forms`: dtype, shape and how many tensors have them; `ends`: bytes of
+    data up to each tensor's end.
+    """
+    numbers = 2 * _digits(ends) - len(str(ends[-1])) + 1 if ends else 0  # a tensor begins where the last one ended
+    described = sum(len(_described(dtype, shape)[0]) * count for dtype, shape, count in forms)
+    length = 8 + len(OPENING) + names + described + numbers + len(ends) * len(",:,]}") + len("}")
+    return length + -length % PAD
+
+
+def quoted_size(names: Collection[str]) -> int:
+    """Bytes of all `names` as JSON strings: what is escaped is escaped letter by letter."""
+    return len(quoted("".join(names)).encode()) - 2 + 2 * len(names)
+
+
+def _described(dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[str, int]:
+    """A header entry up to its offsets, and the tensor's bytes."""
+    sizes = ",".join(map(str, shape))
+    text = f'{{"dtype":"{NAMES[dtype]}","shape":[{sizes}],"data_offsets":['
+    return text, math.prod(shape) * dtype.itemsize
+
+
+def _digits(rising: list[int]) -> int:
+    """Decimal digits of all `rising` numbers together."""
+    powers = (10**power for power in range(1, len(str(rising[-1]))))
+    return len(rising) + sum(len(rising) - bisect_left(rising, power) for power in powers)

@@ -3,8 +3,10 @@
 n out_features, k in_features, G = k / group_size. Formulas: `fxquant.kernels`; bytes: docs/formats.md.
 """
 
+import math
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cached_property
 
 import torch
 
@@ -88,6 +90,10 @@ class TensorSpec:
     dtype: torch.dtype
     shape: tuple[int, ...]
     description: str
+
+    @cached_property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def tensor_specs(recipe: Recipe) -> dict[str, TensorSpec]:

@@ -8,13 +8,24 @@ from typing import Any
 from fxquant.lowering.engines import Engine
 from fxquant.lowering.layout import FileLayout
 from fxquant.program import Program
+from fxquant.safetensors_file import quoted
 
+INDENT = 2
 MTP_LAYERS = "num_nextn_predict_layers"
 
 
 def write_json(path: Path, document: Any) -> None:
     """Two-space JSON with a final newline, keys in the order given."""
-    path.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(_text(document), encoding="utf-8")
+
+
+def _text(document: Any) -> str:
+    return json.dumps(document, indent=INDENT, ensure_ascii=False) + "\n"
+
+
+def json_size(document: Any) -> int:
+    """Bytes that `write_json` writes."""
+    return len(_text(document).encode())
 
 
 def description(program: Program, files: Sequence[FileLayout], engine: Engine) -> dict[str, Any]:
@@ -23,11 +34,32 @@ def description(program: Program, files: Sequence[FileLayout], engine: Engine) -
     return engine.header(program) | dict(sorted(entries.items()))
 
 
+def description_size(program: Program, files: Sequence[FileLayout], engine: Engine) -> int:
+    """Bytes of `description` as JSON, counted without writing it."""
+    types = sum(len(quoted(spec.description)) * count for file in files for spec, count in file.specs)
+    return json_size(engine.header(program) | {"": ""}) - len('\n  "": ""') + _lines(files, types, depth=1)
+
+
 def index(files: Sequence[FileLayout]) -> dict[str, Any]:
     """The safetensors index of a sharded output."""
     weight_map = {tensor.name: file.name for file in files for tensor in file.tensors}
-    total = sum(tensor.nbytes for file in files for tensor in file.tensors)
-    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    return _index(files, dict(sorted(weight_map.items())))
+
+
+def index_size(files: Sequence[FileLayout]) -> int:
+    """Bytes of `index` as JSON, counted without writing it."""
+    names = sum(len(quoted(file.name)) * len(file.tensors) for file in files)
+    return json_size(_index(files, {"": ""})) - len('\n    "": ""') + _lines(files, names, depth=2)
+
+
+def _index(files: Sequence[FileLayout], weight_map: dict[str, str]) -> dict[str, Any]:
+    return {"metadata": {"total_size": sum(file.data_bytes for file in files)}, "weight_map": weight_map}
+
+
+def _lines(files: Sequence[FileLayout], values: int, depth: int) -> int:
+    """Bytes of one line a tensor, name and value, with the commas between them; `values`: those of all values."""
+    count = sum(len(file.tensors) for file in files)
+    return sum(file.names_size for file in files) + values + count * (len("\n: ,") + INDENT * depth) - 1
 
 
 def engine_config(program: Program, engine: Engine) -> dict[str, Any]:

@@ -1,6 +1,11 @@
 """Which tensors the weight files hold, in which file and where, known from the graph before a byte is read."""
 
+from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from operator import attrgetter
+from typing import NamedTuple
 
 import torch
 
@@ -9,7 +14,7 @@ from fxquant.checkpoint import Checkpoint
 from fxquant.lowering.engines import Engine
 from fxquant.lowering.engines.engine import numbered
 from fxquant.program import Program, input_node
-from fxquant.safetensors_file import build_header
+from fxquant.safetensors_file import build_header, header_length, quoted_size
 from fxquant.schemes import Recipe, Scheme, TensorSpec, tensor_specs
 
 MTP_STEM = "mtp_float"
@@ -17,8 +22,7 @@ MAX_SHARD_SIZE = 4 << 30
 """Bytes of tensor data a weight file holds, unless the user says otherwise."""
 
 
-@dataclass(frozen=True)
-class StoredTensor:
+class StoredTensor(NamedTuple):
     """One tensor of the output: made by `recipe` for `module`, or kept from the checkpoint when there is none.
 
     `mtp` says that it is of a multi-token prediction layer.
@@ -32,28 +36,58 @@ class StoredTensor:
 
     @property
     def nbytes(self) -> int:
-        return torch.Size(self.spec.shape).numel() * self.spec.dtype.itemsize
+        return self.spec.nbytes
 
 
 @dataclass(frozen=True)
 class FileLayout:
-    """One weight file: its header, and each tensor's absolute offset."""
+    """One weight file: its header, and each tensor's absolute offset. The header is made when it is asked for."""
 
     name: str
-    header: bytes
     tensors: tuple[StoredTensor, ...]
-    offsets: tuple[int, ...]
 
     @property
+    def header(self) -> bytes:
+        return self._built[0]
+
+    @property
+    def offsets(self) -> tuple[int, ...]:
+        return self._built[1]
+
+    @cached_property
     def nbytes(self) -> int:
-        return len(self.header) + sum(tensor.nbytes for tensor in self.tensors)
+        ends = list(accumulate(map(attrgetter("spec.nbytes"), self.tensors)))
+        forms = [(spec.dtype, spec.shape, count) for spec, count in self.specs]
+        return header_length(self.names_size, forms, ends) + (ends[-1] if ends else 0)
+
+    @cached_property
+    def data_bytes(self) -> int:
+        """Without the header."""
+        return sum(spec.nbytes * count for spec, count in self.specs)
+
+    @cached_property
+    def names_size(self) -> int:
+        """Bytes of all names as JSON strings."""
+        return quoted_size([tensor.name for tensor in self.tensors])
+
+    @cached_property
+    def specs(self) -> list[tuple[TensorSpec, int]]:
+        """Each of the tensors' specs, and how many tensors have it; equal ones may be there more than once."""
+        counts = Counter(map(id, map(attrgetter("spec"), self.tensors)))
+        found = {id(tensor.spec): tensor.spec for tensor in self.tensors}
+        return [(found[key], count) for key, count in counts.items()]
+
+    @cached_property
+    def _built(self) -> tuple[bytes, tuple[int, ...]]:
+        header, offsets = build_header([(one.name, one.spec.dtype, one.spec.shape) for one in self.tensors])
+        return header, tuple(offsets)
 
 
 def stored_tensors(program: Program, checkpoint: Checkpoint) -> list[StoredTensor]:
     """Everything the output holds, in graph order, the tensors of one module side by side."""
     stored: list[StoredTensor] = []
     kept = program.kept_names()
-    gate_biases = _gate_biases(program)
+    biases = gate_biases(program)
     seen: set[str] = set()
     for target, parameter in program.parameters.items():
         recipe = program.recipes.get(parameter.module)
@@ -62,7 +96,7 @@ def stored_tensors(program: Program, checkpoint: Checkpoint) -> list[StoredTenso
             stored += _made(recipe)
         for name in parameter.names:
             if name in kept:
-                dtype = torch.float32 if target in gate_biases else checkpoint.stored_dtype(name)
+                dtype = torch.float32 if target in biases else checkpoint.stored_dtype(name)
                 spec = TensorSpec(dtype, checkpoint.tensors[name].shape, Scheme.FLOAT.value)
                 stored.append(StoredTensor(name, spec, parameter.module))
     return stored + _mtp(program, checkpoint)
@@ -82,7 +116,7 @@ def _mtp(program: Program, checkpoint: Checkpoint) -> list[StoredTensor]:
     return stored
 
 
-def _gate_biases(program: Program) -> set[str]:
+def gate_biases(program: Program) -> set[str]:
     """Correction biases choose experts in float32, so they are stored in it whatever the checkpoint has."""
     return {str(input_node(node, 1).target) for node in program.nodes(ops.moe_gate)}
 
@@ -106,15 +140,18 @@ def _filled(stored: list[StoredTensor], max_shard_size: int) -> list[list[Stored
     groups: list[list[StoredTensor]] = [[]]
     size = 0
     for tensor in stored:
-        if groups[-1] and size + tensor.nbytes > max_shard_size:
+        nbytes = tensor.spec.nbytes
+        if groups[-1] and size + nbytes > max_shard_size:
             groups.append([])
             size = 0
         groups[-1].append(tensor)
-        size += tensor.nbytes
+        size += nbytes
     return groups
 
 
 def _file(name: str, group: list[StoredTensor]) -> FileLayout:
-    tensors = tuple(sorted(group, key=lambda tensor: (-tensor.spec.dtype.itemsize, tensor.name)))
-    header, offsets = build_header([(tensor.name, tensor.spec.dtype, tensor.spec.shape) for tensor in tensors])
-    return FileLayout(name, header, tensors, tuple(offsets))
+    by_size: dict[int, list[StoredTensor]] = {}
+    for tensor in group:
+        by_size.setdefault(tensor.spec.dtype.itemsize, []).append(tensor)
+    in_order = (sorted(by_size[size], key=attrgetter("name")) for size in sorted(by_size, reverse=True))
+    return FileLayout(name, tuple(tensor for part in in_order for tensor in part))

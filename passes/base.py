@@ -45,7 +45,12 @@ class Pass:
                 self.rewrite(node, program)
             elif reason:
                 kept[node.name] = reason
-        program.graph.graph.eliminate_dead_code()
+        program.graph.graph.eliminate_dead_code(is_impure_node=_has_effect)
         program.drop_unused_parameters()
         program.graph.graph.lint()
         return PassResult(self.name, tuple(rewritten), kept)
+
+
+def _has_effect(node: fx.Node) -> bool:
+    """Inputs and outputs stay; no call of a program writes into anything."""
+    return node.op in ("placeholder", "output")

@@ -51,7 +51,8 @@ def linears(program: Program) -> list[Linear]:
     heads: Any = attention[0].args[4] if attention else 0
     recipes = dict(program.recipes)
     for site in linear_sites(program):
-        recipes.setdefault(site.module, _float(program, site))
+        if site.module not in recipes:
+            recipes[site.module] = _float(program, site)
     found = []
     for module, recipe in recipes.items():
         kind = program.parameters[f"{module}.weight"].kind if f"{module}.weight" in program.parameters else Kind.OTHER

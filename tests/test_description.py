@@ -8,7 +8,15 @@ import pytest
 from tiny import rewritten
 
 from fxquant.checkpoint import Checkpoint
-from fxquant.lowering.description import description, engine_config, write_json
+from fxquant.lowering.description import (
+    description,
+    description_size,
+    engine_config,
+    index,
+    index_size,
+    json_size,
+    write_json,
+)
 from fxquant.lowering.engines import ENGINES
 from fxquant.lowering.layout import plan_files, stored_tensors
 from fxquant.policy import shipped_policies
@@ -82,3 +90,22 @@ def test_json_is_written_for_people_and_diffs(tmp_path: Path) -> None:
     text = (tmp_path / "file.json").read_text(encoding="utf-8")
     assert json.loads(text) == document and list(json.loads(text)) == ["b", "a"]
     assert text.endswith("}\n") and '\n  "b": [\n' in text and "ключ" in text
+
+
+@pytest.mark.parametrize("target", Target)
+@pytest.mark.parametrize("size", [300_000, 1 << 30])
+def test_sizes_are_those_of_the_files(size: int, target: Target, tiny: Tiny, tmp_path: Path) -> None:
+    checkpoint, engine = tiny(attention_bias=True), ENGINES[target]
+    program = rewritten(checkpoint, "deepseek_w4a8")
+    stored = stored_tensors(program, checkpoint)
+    odd = [stored[0]._replace(name=name) for name in ("é", 'a"b', "\t", "漢")]
+    files = plan_files([*stored, *odd], size, engine)
+    documents = {
+        "description": (description(program, files, engine), description_size(program, files, engine)),
+        "index": (index(files), index_size(files)),
+        "config": (engine_config(program, engine), json_size(engine_config(program, engine))),
+    }
+    for name, (document, counted) in documents.items():
+        write_json(tmp_path / name, document)
+        assert (tmp_path / name).stat().st_size == counted, name
+    assert all(len(file.header) + file.data_bytes == file.nbytes for file in files)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fxquant import safetensors_file
 from fxquant.errors import FxquantError
-from fxquant.safetensors_file import DTYPES, build_header, read_header
+from fxquant.safetensors_file import DTYPES, build_header, header_length, quoted_size, read_header
 
 
 def tensor_of(dtype: torch.dtype, shape: tuple[int, ...], seed: int = 0) -> Tensor:
@@ -221,3 +221,17 @@ def test_header_is_padded_and_byte_stable(pad: int) -> None:
         '{"__metadata__":{"format":"pt"},"b":{"dtype":"F32","shape":[2,3],"data_offsets":[0,24]},'
         '"ä":{"dtype":"I8","shape":[5],"data_offsets":[24,29]}}'
     )
+
+
+SHAPES = st.lists(st.integers(0, 300), max_size=3).map(tuple)
+
+
+@given(st.dictionaries(st.text(max_size=20), st.tuples(st.sampled_from(list(DTYPES.values())), SHAPES)))
+def test_length_of_a_header(tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
+    header, offsets = build_header([(name, dtype, shape) for name, (dtype, shape) in tensors.items()])
+    text = json.loads(header[8:])
+    assert text.pop("__metadata__") == {"format": "pt"} and list(text) == list(tensors)
+    assert [len(header) + text[name]["data_offsets"][0] for name in tensors] == offsets
+    forms = [(*form, 1) for form in tensors.values()]
+    ends = [text[name]["data_offsets"][1] for name in tensors]
+    assert header_length(quoted_size(tensors), forms, ends) == len(header)

@@ -5,7 +5,7 @@ import sys
 import typer
 
 from fxquant.errors import FxquantError
-from fxquant.tools import compare, compile_model, convert, evaluate, generate, show, targets, verify
+from fxquant.tools import compare, compile_model, convert, evaluate, generate, plan, show, targets, verify
 from fxquant.tools.console import errors, show_error
 
 INTERRUPTED = 130
@@ -31,6 +31,7 @@ def _main(version: bool = typer.Option(False, "--version", help="Print the versi
 
 
 app.command("compile")(compile_model.command)
+app.command("plan")(plan.command)
 app.command("verify")(verify.command)
 app.command("run")(generate.command)
 app.command("eval")(evaluate.command)

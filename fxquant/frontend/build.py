@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from fxquant.checkpoint import Checkpoint, open_checkpoint
+from fxquant.checkpoint import Checkpoint, open_config
 from fxquant.config import DeepseekV3Config, parse_config
 from fxquant.errors import FxquantError
 from fxquant.frontend.adapt import adapted
@@ -36,7 +36,7 @@ class Built:
 def trace_file(path: Path, checkpoint: Path | None = None) -> Traced:
     """Import `path`, open the checkpoint it names or `checkpoint`, and trace its model."""
     with open_user_file(path) as file:
-        opened = open_checkpoint(checkpoint or checkpoint_folder(file))
+        opened = open_config(checkpoint or checkpoint_folder(file))
         built = build_program(file, opened)
     way_in = f"model.py, {built.family}" + ("" if built.probed or built.family == "fxquant" else ", not checked")
     return Traced(dump_program(built.program), opened.folder, file.policy, way_in)

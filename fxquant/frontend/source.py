@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from fxquant.checkpoint import Checkpoint, open_checkpoint
-from fxquant.config import DeepseekV3Config, parse_config
+from fxquant.checkpoint import Checkpoint, block_size, open_checkpoint, open_config
+from fxquant.config import DeepseekV3Config, parse_config, read_config_file
 from fxquant.errors import FxquantError
 from fxquant.frontend.child import trace_in_child
 from fxquant.models import DeepseekV3
@@ -40,23 +40,37 @@ class Source:
         return self.checkpoint.folder.resolve().name
 
 
-def open_source(path: Path, checkpoint: Path | None = None, timeout: float = TRACE_TIMEOUT) -> Source:
+def open_source(
+    path: Path, checkpoint: Path | None = None, timeout: float = TRACE_TIMEOUT, config_only: bool = False
+) -> Source:
     """Open a checkpoint folder or a `model.py`. `checkpoint` overrides the folder that the file names.
 
     A folder runs no code. A `model.py` is imported, built and traced in a process of its own, which is ended after
-    `timeout` seconds; only its graph, as text, comes back.
+    `timeout` seconds; only its graph, as text, comes back. `config_only` takes a config.json, or a folder with nothing
+    else, in place of a checkpoint, whose tensors are then empty.
     """
     if path.is_dir():
-        opened = open_checkpoint(path)
-        config = parse_config(opened.config, path / "config.json")
-        return Source(path, opened, config, lambda: trace(_on_meta(config), opened))
+        return _from_config(path, open_config(path) if config_only else open_checkpoint(path), path / "config.json")
+    if config_only and path.suffix == ".json" and path.is_file():
+        return _from_config(path, _config_file(path), path)
     if path.suffix != ".py" or not path.is_file():
         fact = "no such file or folder." if not path.exists() else "neither a folder nor a .py file."
         raise FxquantError(path, fact, "Name a Hugging Face checkpoint folder or a model.py.")
     traced = trace_in_child(path, checkpoint, timeout)
-    opened = open_checkpoint(traced.checkpoint)
+    opened = open_config(traced.checkpoint) if config_only else open_checkpoint(traced.checkpoint)
     config = parse_config(opened.config, traced.checkpoint / "config.json")
     return Source(path, opened, config, lambda: parse_program(traced.program, path), traced.policy, traced.way_in)
+
+
+def _config_file(path: Path) -> Checkpoint:
+    config = read_config_file(path)
+    return Checkpoint(path.absolute().parent, config, {}, {}, block_size(path, config))
+
+
+def _from_config(path: Path, opened: Checkpoint, place: Path) -> Source:
+    config = parse_config(opened.config, place)
+    way_in = "checkpoint folder" if opened.tensors else "config.json"
+    return Source(path, opened, config, lambda: trace(_on_meta(config), opened), way_in=way_in)
 
 
 def _on_meta(config: DeepseekV3Config) -> DeepseekV3:

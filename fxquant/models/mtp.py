@@ -66,6 +66,17 @@ def mtp_linears(config: DeepseekV3Config, path: str) -> Iterator[MtpLinear]:
                 yield MtpLinear(f"{place}.{projection}", kind, tuple(modules), stack.shape[1], stack.shape[2])
 
 
+def mtp_tensors(config: DeepseekV3Config, path: str) -> Iterator[tuple[tuple[str, ...], tuple[int, ...]]]:
+    """Every tensor of the layer at `path` in a checkpoint, those of a stack together, and the shape of each."""
+    for name, module in _on_meta(config, path).named_modules():
+        place = f"{path}.{name}"
+        for parameter, tensor in module.named_parameters(recurse=False):
+            if isinstance(module, RoutedExperts):
+                yield module.checkpoint_names(place, parameter), tuple(tensor.shape[1:])
+            else:
+                yield (f"{place}.{parameter}",), tuple(tensor.shape)
+
+
 def mtp_gate_biases(config: DeepseekV3Config, path: str) -> Iterator[str]:
     """Tensors of the layer at `path` that are float32 in every checkpoint form."""
     for name, module in _on_meta(config, path).named_modules():

@@ -30,7 +30,7 @@ def rope_table(position_ids: Tensor, inv_freq: list[float], scale: float) -> tup
 def _rope_shape(x: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> Tensor:
     expect(x.shape[-1] % num_heads == 0, f"fxq::rope: {x.shape[-1]} features do not split into {num_heads} heads")
     expect(x.shape[-1] // num_heads >= cos.shape[-1], "fxq::rope: the head is narrower than the table")
-    return torch.empty_like(x)
+    return x.new_empty(x.shape)
 
 
 @define("rope(Tensor x, Tensor cos, Tensor sin, int num_heads) -> Tensor", _rope_shape)

@@ -36,7 +36,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def _rms_norm_shape(x: Tensor, weight: Tensor, eps: float, bias: Tensor | None = None) -> Tensor:
     expect(x.dtype == weight.dtype, f"fxq::rms_norm: x is {x.dtype}, weight is {weight.dtype}")
     expect(x.shape[-1] == weight.shape[0], f"fxq::rms_norm: x has {x.shape[-1]} features, weight {weight.shape[0]}")
-    return torch.empty_like(x)
+    return x.new_empty(x.shape)
 
 
 @define("rms_norm(Tensor x, Tensor weight, float eps, Tensor? bias=None) -> Tensor", _rms_norm_shape)
@@ -49,7 +49,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, bias: Tensor | None = None) 
 
 def _swiglu_shape(gate: Tensor, up: Tensor) -> Tensor:
     expect(gate.shape == up.shape, f"fxq::swiglu: gate {tuple(gate.shape)} and up {tuple(up.shape)} differ")
-    return torch.empty_like(gate)
+    return gate.new_empty(gate.shape)
 
 
 @define("swiglu(Tensor gate, Tensor up) -> Tensor", _swiglu_shape)

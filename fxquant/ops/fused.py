@@ -17,14 +17,14 @@ def _sum_shape(x1: Tensor, x2: Tensor, weight: Tensor, name: str) -> Tensor:
     expect(len(kinds) == 1, f"fxq::{name}: x1 is {x1.dtype}, x2 {x2.dtype}, weight {weight.dtype}")
     features = weight.shape[0]
     expect(x1.shape[-1] == features, f"fxq::{name}: x1 has {x1.shape[-1]} features, weight {features}")
-    return torch.empty_like(x1)
+    return x1.new_empty(x1.shape)
 
 
 def _add_rms_norm_shape(
     x1: Tensor, x2: Tensor, weight: Tensor, eps: float, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     total = _sum_shape(x1, x2, weight, "add_rms_norm")
-    return torch.empty_like(total), total
+    return total.new_empty(total.shape), total
 
 
 @define(
@@ -51,7 +51,7 @@ def _add_rms_norm_quantize_static_shape(
     name = "add_rms_norm_quantize_static"
     expect(input_scale.numel() == 1 and input_offset.numel() == 1, f"fxq::{name}: one scale and one offset")
     total = _sum_shape(x1, x2, weight, name)
-    return torch.empty_like(total, dtype=torch.int8), total
+    return total.new_empty(total.shape, dtype=torch.int8), total
 
 
 @define(
@@ -78,7 +78,7 @@ def _add_rms_norm_quantize_per_token_shape(
 ) -> tuple[Tensor, Tensor, Tensor]:
     total = _sum_shape(x1, x2, weight, "add_rms_norm_quantize_per_token")
     scale = total.new_empty((*total.shape[:-1], 1), dtype=torch.float32)
-    return torch.empty_like(total, dtype=torch.int8), scale, total
+    return total.new_empty(total.shape, dtype=torch.int8), scale, total
 
 
 @define(
@@ -97,7 +97,7 @@ def add_rms_norm_quantize_per_token(
 def _swiglu_quantize_per_token_shape(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     shapes = f"gate {tuple(gate.shape)} and up {tuple(up.shape)}"
     expect(gate.shape == up.shape, f"fxq::swiglu_quantize_per_token: {shapes} differ")
-    return torch.empty_like(gate, dtype=torch.int8), gate.new_empty((*gate.shape[:-1], 1), dtype=torch.float32)
+    return gate.new_empty(gate.shape, dtype=torch.int8), gate.new_empty((*gate.shape[:-1], 1), dtype=torch.float32)
 
 
 @define("swiglu_quantize_per_token(Tensor gate, Tensor up) -> (Tensor, Tensor)", _swiglu_quantize_per_token_shape)

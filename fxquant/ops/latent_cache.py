@@ -15,7 +15,7 @@ def _write_latents_shape(cache: Tensor, latents: Tensor, slot_mapping: Tensor) -
     expect(cache.dim() == 3, "fxq::write_latents: cache is not [num_blocks, block_size, width]")
     expect(cache.shape[2] == latents.shape[2], f"fxq::write_latents: latents of {latents.shape[2]}, not of the cache")
     expect(slot_mapping.dim() == 2, "fxq::write_latents: slot_mapping is not [B, S]")
-    return torch.empty_like(cache)
+    return cache.new_empty(cache.shape)
 
 
 @define("write_latents(Tensor cache, Tensor latents, Tensor slot_mapping) -> Tensor", _write_latents_shape)

@@ -73,7 +73,7 @@ def _moe_experts_shape(
         x.shape[-1] == gate_proj.shape[2], f"fxq::moe_experts: x has {x.shape[-1]} features, not {gate_proj.shape[2]}"
     )
     expect(down_proj.shape[2] == gate_proj.shape[1], "fxq::moe_experts: down_proj does not take what gate_proj gives")
-    return torch.empty_like(x)
+    return x.new_empty(x.shape)
 
 
 @define(

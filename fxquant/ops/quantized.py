@@ -17,7 +17,7 @@ SMALLEST_ROW_MAXIMUM = 1e-30
 
 def _quantize_static_shape(x: Tensor, input_scale: Tensor, input_offset: Tensor) -> Tensor:
     expect(input_scale.numel() == 1 and input_offset.numel() == 1, "fxq::quantize_static: one scale and one offset")
-    return torch.empty_like(x, dtype=torch.int8)
+    return x.new_empty(x.shape, dtype=torch.int8)
 
 
 @define("quantize_static(Tensor x, Tensor input_scale, Tensor input_offset) -> Tensor", _quantize_static_shape)
@@ -27,7 +27,7 @@ def quantize_static(x: Tensor, input_scale: Tensor, input_offset: Tensor) -> Ten
 
 
 def _quantize_per_token_shape(x: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x, dtype=torch.int8), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
 
 
 @define("quantize_per_token(Tensor x) -> (Tensor, Tensor)", _quantize_per_token_shape)

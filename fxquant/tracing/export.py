@@ -13,6 +13,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 
 from fxquant.checkpoint import Checkpoint
+from fxquant.collection import uncollected
 from fxquant.config import DeepseekV3Config
 from fxquant.errors import FxquantError
 from fxquant.naming import name_nodes
@@ -38,6 +39,11 @@ def trace(
     one is. `inputs` are the arguments to trace with, by default those of `DeepseekV3`; `checkpoint_name` gives the name
     of a parameter where that is not its path. Raises FxquantError where the forward cannot be traced.
     """
+    with uncollected():
+        return _traced(model, checkpoint, inputs, checkpoint_name)
+
+
+def _traced(model: nn.Module, checkpoint: Checkpoint, inputs: Inputs | None, checkpoint_name: Names | None) -> Program:
     given = inputs or standard_inputs(_config(model), _config(model).num_hidden_layers)
     with _traceable(model):
         logs = _runs(model, given)

@@ -65,7 +65,7 @@ def _check_description(
     except (OSError, ValueError) as error:
         check.expect(False, f"{engine.description}: {error}")
         return check
-    wanted = description(program, [FileLayout("", b"", tuple(stored), ())], engine)
+    wanted = description(program, [FileLayout("", tuple(stored))], engine)
     for key in sorted(set(wanted) | set(found)):
         check.expect(
             found.get(key) == wanted.get(key), f"{key}: {found.get(key)!r}, the graph says {wanted.get(key)!r}"

@@ -1,0 +1,160 @@
+"""fxquant plan"""
+
+import gc
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from fxquant.tools.compile_options import (
+    AsJson,
+    CheckpointFolder,
+    Mix,
+    MtpName,
+    OutFolder,
+    PolicyName,
+    Ranks,
+    ShardSize,
+    TargetName,
+    TraceTimeout,
+    parse_mtp,
+    parse_size,
+    parse_target,
+)
+from fxquant.tools.console import console, print_json, size
+
+if TYPE_CHECKING:
+    from fxquant.machine import Machine
+    from fxquant.planning import Plan
+
+SHOWN_FILES = 4
+
+
+def command(
+    model: Annotated[
+        Path,
+        typer.Argument(
+            metavar="MODEL",
+            help="A checkpoint folder, with or without its weights, a config.json, or a model.py.",
+            show_default=False,
+        ),
+    ],
+    policy: PolicyName = None,
+    out: OutFolder = None,
+    target: TargetName = "ascend",
+    tp: Ranks = 1,
+    mtp: MtpName = None,
+    mix: Mix = None,
+    max_shard_size: ShardSize = "4GiB",
+    jobs: Annotated[int | None, typer.Option(help="Workers. [dim]default: one a core[/]", min=1)] = None,
+    cores: Annotated[int | None, typer.Option(help="Estimate for so many cores like this one's.", min=1)] = None,
+    disk: Annotated[float | None, typer.Option(help="Estimate for a disk of so many GB/s.", min=0.001)] = None,
+    checkpoint: CheckpointFolder = None,
+    trace_timeout: TraceTimeout = 120.0,
+    as_json: AsJson = False,
+) -> None:
+    """Say what compile would write, how long it would take, and in how much memory.
+
+    Sizes are exact, and no weights are needed. Rates of this machine are measured meanwhile, for about a second.
+    """
+    from fxquant.collection import uncollected
+    from fxquant.machine import Measuring
+
+    wanted = parse_target(target), parse_size(max_shard_size), parse_mtp(mtp)
+    with Measuring(out or Path.cwd()) as measuring, uncollected():
+        from fxquant.planning import plan
+        from fxquant.preparation import CompileOptions
+
+        options = CompileOptions(
+            policy=policy, out=out, target=wanted[0], checkpoint=checkpoint, trace_timeout=trace_timeout,
+            max_shard_size=wanted[1], tp=tp, mtp=wanted[2], mix=mix,
+        )  # fmt: skip
+        found = plan(model, options, jobs, lambda machine: _assumed(machine, cores, disk), measuring)
+    print_json(found.as_json()) if as_json else print_plan(found)
+    gc.freeze()  # the process ends here: its last search for garbage would take longer than the tables
+
+
+def _assumed(machine: "Machine", cores: int | None, disk: float | None) -> "Machine":
+    if cores is not None:
+        machine = replace(machine, cores=cores)
+    return machine if disk is None else replace(machine, disk_read=disk, disk_write=disk, disk_unknown="")
+
+
+def print_plan(plan: "Plan", console: Console = console) -> None:
+    """Rows, files, time, memory, totals."""
+    table = Table(title=f"{plan.model}: {plan.policy} for {plan.target}, from a {plan.way_in}", title_justify="left")
+    for heading in ("kind", "scheme", "modules", "parameters", "bytes in", "bytes out"):
+        table.add_column(heading, justify="left" if heading in ("kind", "scheme") else "right")
+    for row in sorted(plan.rows, key=lambda row: (row.kind, row.scheme)):
+        numbers = (row.modules, row.parameters, row.bytes_in, row.bytes_out)
+        table.add_row(row.kind, row.scheme, *(f"{number:,}" for number in numbers))
+    console.print(table)
+    console.print(_files(plan))
+    for line in (*_time(plan), _memory(plan)):
+        console.print(line, highlight=False, soft_wrap=True)
+    for reason in plan.unverified:
+        console.print(f"[yellow]unverified[/] {reason}", highlight=False)
+    modules, parameters = (sum(getattr(row, key) for row in plan.rows) for key in ("modules", "parameters"))
+    console.print(
+        f"[bold]{size(plan.bytes_out)}[/] out of {size(plan.bytes_in)}: {parameters:,} parameters of {modules:,} "
+        f"modules; {plan.operators[0]:,} operators, rewritten {plan.operators[1]:,}; {_total(plan)}, "
+        f"{size(plan.memory.peak)} of memory",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _files(plan: "Plan") -> Table:
+    table = Table(title_justify="left")
+    table.add_column("file")
+    table.add_column("bytes", justify="right")
+    files = list(plan.files.items())
+    hidden = files[SHOWN_FILES - 1 : -1] if len(files) > SHOWN_FILES else []
+    for name, nbytes in files:
+        if (name, nbytes) not in hidden:
+            table.add_row(name, f"{nbytes:,}")
+        elif (name, nbytes) == hidden[0]:
+            table.add_row(f"… {len(hidden)} more", f"{sum(more for _, more in hidden):,}")
+    for name, nbytes in plan.documents.items():
+        table.add_row(name, f"{nbytes:,}")
+    return table
+
+
+def _time(plan: "Plan") -> list[str]:
+    time, machine = plan.time, plan.machine
+    if time.read is None or time.write is None:
+        disk = f"unknown ({machine.disk_unknown})"
+    else:
+        disk = (
+            f"{plan.bytes_in / 1e9:,.2f} GB / {machine.disk_read:.2f} GB/s + {plan.bytes_out / 1e9:,.2f} GB / "
+            f"{machine.disk_write:.2f} GB/s = {time.disk:,.1f} s"
+        )
+    known = [kernel for kernel, seconds in time.compute.items() if seconds is not None]
+    parts = [f"{plan.work[kernel] / 1e9:,.2f} G / {machine.kernels[kernel]:.2f} G/s ({kernel})" for kernel in known]
+    compute = f"({' + '.join(parts)}) / {time.workers} workers = {time.computing:,.1f} s"
+    unknown = ", ".join(kernel for kernel in time.compute if kernel not in known)
+    if unknown:
+        compute += f", and {unknown}: not compiled yet, which takes seconds once; plan again"
+    total = f"max of both + {time.fixed:.1f} s of tracing, passes and layout = {_total(plan)}"
+    return [f"disk     {disk}", f"compute  {compute}", f"time     {total}"]
+
+
+def _memory(plan: "Plan") -> str:
+    memory = plan.memory
+    workers = f"{memory.workers} workers × {size(memory.per_worker)}"
+    parts = f"{size(memory.base)} graph and layout + {size(memory.kernels)} kernels + {workers}"
+    return f"memory   {parts} = {size(memory.peak)}"
+
+
+def _total(plan: "Plan") -> str:
+    return f"{'' if plan.time.complete else 'at least '}{_duration(plan.time.total)}"
+
+
+def _duration(seconds: float) -> str:
+    """0.8 s, 42 s, 12 min."""
+    if seconds < 120:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min"
