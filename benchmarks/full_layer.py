@@ -1,4 +1,4 @@
-"""One expert layer of DeepSeek-V3's size, compiled: python benchmarks/full_layer.py [--experts 256] [--experts-small 16]
+"""One expert layer of DeepSeek-V3's size, compiled: python benchmarks/full_layer.py [--experts 256]
 
 Beside it, in the same run: reading the source to nothing and then writing as many bytes as the output has, and the
 kernels alone over the same weights. The source is not in the page cache when it is read. Everything is deleted after.
