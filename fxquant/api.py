@@ -87,6 +87,7 @@ def compile(model: str | Path, options: CompileOptions | None = None, report: Re
     policy = load_policy(options.policy or source.policy or DEFAULT_POLICY)
     out = as_path(options.out) or Path(f"{source.name}-{policy.name}-{options.target}")
     check_out(out, options.force, source.checkpoint.folder)
+    options.workers.check()
     work = Work(options.workers, options.earlier_output(out), options.restart)
     known = [unfinished_folder(out)] if not options.restart else []
     prepared = prepare(source, policy, options, report, known=known + ([work.reuse] if work.reuse else []))

@@ -5,6 +5,7 @@ is the same on any machine.
 """
 
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,7 +60,9 @@ class Calibration:
         header, _ = build_header(entries, metadata=vars(self.seen))
         data = b"".join(tensor.contiguous().numpy().tobytes() for tensor in tensors.values())
         path.parent.mkdir(exist_ok=True)
-        path.write_bytes(header + data)
+        whole = path.with_name(path.name + ".new")
+        whole.write_bytes(header + data)
+        whole.replace(path)  # a kill leaves all of it or nothing
 
 
 def load_calibration(path: Path) -> Calibration:
@@ -80,7 +83,18 @@ def load_calibration(path: Path) -> Calibration:
         raise FxquantError(path, "not a calibration file: its tensors are not one value a batch.", AGAIN)
     if not all(torch.isfinite(tensor).all() for pair in ranges.values() for tensor in pair):
         raise FxquantError(path, "holds NaN or infinity.", AGAIN)
+    if not all((low <= high).all() for low, high in ranges.values()):
+        raise FxquantError(path, "not a calibration file: a smallest input is above its largest.", AGAIN)
     return Calibration(seen, tokens, ranges)
+
+
+def earlier_calibrations(folders: Iterable[Path]) -> list[Calibration]:
+    """Those of output folders that have one. One that cannot be read saves nothing, and is no fault of this work."""
+    found = []
+    for path in (folder / CALIBRATION for folder in folders):
+        with suppress(FxquantError):
+            found.append(load_calibration(path))
+    return found
 
 
 def text_hash(batches: Iterable[Tensor]) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from fxquant.binding import Ledger, build_ledger, check_parameters, mtp_modules
-from fxquant.calibration import CALIBRATION, Calibration, load_calibration
+from fxquant.calibration import Calibration, earlier_calibrations, load_calibration
 from fxquant.contracts import load_contract
 from fxquant.errors import FxquantError
 from fxquant.frontend.source import TRACE_TIMEOUT, Source, open_source
@@ -113,14 +113,14 @@ def prepare(
 
     `known`: folders that may hold a calibration on the same text, which need not be repeated then.
     """
+    layers = mtp_modules(source.checkpoint, mtp_paths(source.config))
+    policy = policy if options.mtp is None else with_mtp(policy, options.mtp, layers)
+    calibrate = _calibrate(source, policy, options, report, known)
     with report("trace", 1, "graph") as advance:
         program = source.program()
         advance(1)
     check_parameters(program, source.checkpoint)
-    layers = mtp_modules(source.checkpoint, mtp_paths(source.config))
-    policy = policy if options.mtp is None else with_mtp(policy, options.mtp, layers)
     float_graph, digest = dump_program(program), structural_hash(program)
-    calibrate = _calibrate(source, policy, options, report, known)
     results = run_passes(program, passes_for(source, policy, options, layers, calibrate, for_engine))
     ledger = build_ledger(program, source.checkpoint)
     return Prepared(source, policy, program, ledger, float_graph, digest, calibrate.used, results)
@@ -153,10 +153,12 @@ def _calibrate(
     source: Source, policy: Policy, options: CompileOptions, report: Reporter, known: Sequence[Path]
 ) -> Calibrate:
     given = as_path(options.calibration)
+    if given is not None and options.calib is not None:
+        fact = "ranges and text to make ranges of, both given."
+        raise FxquantError(f"--calibration {given}", fact, "Leave out one of --calibration and --calib.")
     if given is not None:
         return Calibrate(policy, source.checkpoint.read, lambda: None, report, load_calibration(given))
-    found = (folder / CALIBRATION for folder in known)
-    earlier = [load_calibration(path) for path in found if path.is_file()]
+    earlier = earlier_calibrations(known)
     return Calibrate(policy, source.checkpoint.read, lambda: calibration(source, options), report, earlier=earlier)
 
 

@@ -153,12 +153,12 @@ def _journal(contents: Contents, plan: WeightPlan, space: Workspace) -> Journal:
     journal = space.unfinished(print_)
     if journal is not None:
         _clear_documents(plan, space.folder)
-        return journal
-    check_space(plan.files, space.folder)
-    reserve(plan.files, space.folder)
+    else:
+        check_space(plan.files, space.folder)
+        reserve(plan.files, space.folder)
     if contents.calibration is not None:
         contents.calibration.save(space.folder / CALIBRATION)
-    return space.begin(print_)
+    return journal or space.begin(print_)
 
 
 def _clear_documents(plan: WeightPlan, folder: Path) -> None:

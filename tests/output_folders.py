@@ -7,6 +7,7 @@ from tiny import write_checkpoint
 from fxquant import CompileOptions, compile
 from fxquant.lowering.manifest import MANIFEST
 from fxquant.lowering.weights import Workers
+from fxquant.lowering.workspace import JOURNAL
 
 POLICY = "deepseek_w4a8_dynamic"
 
@@ -39,3 +40,10 @@ def same_files(one: Path, other: Path) -> bool:
 def _without_paths(folder: Path) -> list[str]:
     lines = (folder / MANIFEST).read_text().splitlines()
     return [line for line in lines if not line.startswith(('  "source": ', '  "checkpoint": '))]
+
+
+def finished(out: Path) -> int:
+    """Units in the journal of unfinished work on `out`."""
+    path = out.with_name(out.name + ".partial") / JOURNAL
+    lines = path.read_text().splitlines() if path.exists() else []
+    return sum(line.startswith('{"unit"') for line in lines)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from output_folders import compile_weights, same_files, wide_model
+from output_folders import compile_weights, finished, same_files, wide_model
 
 from fxquant import CompileOptions, FxquantError, compile
 from fxquant.errors import StoppedError
@@ -64,13 +64,6 @@ def stop_after(count: int, monkeypatch: pytest.MonkeyPatch, error: BaseException
 
     monkeypatch.setattr(FillJob, "fill", fill)
     return begun
-
-
-def finished(out: Path) -> int:
-    """Units in the journal of unfinished work on `out`."""
-    path = out.with_name(out.name + ".partial") / JOURNAL
-    lines = path.read_text().splitlines() if path.exists() else []
-    return sum(line.startswith('{"unit"') for line in lines)
 
 
 # one process

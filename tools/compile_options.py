@@ -92,6 +92,9 @@ def parse_workers(engine: str, jobs: int | None, address: str | None) -> "Worker
         raise FxquantError(f"--engine {engine}", "unknown.", f"Choose one of: {', '.join(WorkEngine)}.")
     if address is not None and engine != WorkEngine.RAY:
         raise FxquantError(f"--address {address}", "of a Ray cluster.", "Pass --engine ray with it.")
+    if address is not None and jobs is not None:
+        fact = "says how many workers are started here; a cluster has as many as it has cores."
+        raise FxquantError(f"--jobs {jobs}", fact, "Leave out --jobs or --address.")
     return Workers(WorkEngine(engine), jobs or cores(), address)
 
 

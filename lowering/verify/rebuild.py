@@ -3,7 +3,7 @@
 import random
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fxquant.checkpoint import Checkpoint
 from fxquant.lowering.layout import StoredTensor
@@ -28,27 +28,38 @@ class Rebuild:
 def check_rebuild(
     stored: Sequence[StoredTensor], files: WeightFiles, source: Checkpoint, sample: int | None, report: Reporter
 ) -> Check:
-    """Every unit, or a seeded `sample` of so many, derived again: all bytes must be the same."""
-    placed = [(tensor, _place(tensor, files)) for tensor in stored if tensor.name in files.infos]
-    units = collect_units(placed)
+    """Every unit, or a seeded `sample` of so many, derived again: all bytes must be the same. No other check need have
+    passed: a tensor that is not there, or has another size, is a miss."""
+    units = collect_units((tensor, _place(tensor, files)) for tensor in stored)
     chosen = units if sample is None or sample >= len(units) else random.Random(0).sample(units, sample)
     check = Check("rebuilt from the source ==", len(units))
     producer = CheckpointProducer(source, stamp_files(checkpoint_files(source)))
 
     def rebuilt(unit: Unit) -> tuple[Unit, list[str]]:
-        made, held = unit_anew(unit, producer), unit_on_disk(unit, files.folder)
-        return unit, [suffix for suffix in unit.places if made.digests[suffix] != held.digests[suffix]]
+        made, there = unit_anew(unit, producer), _there(unit, files)
+        held = unit_on_disk(there, files.folder)
+        return unit, [suffix for suffix in unit.places if made.digests[suffix] != held.digests.get(suffix)]
 
     with (
         report("rebuild", sum(unit.nbytes for unit in chosen), "bytes") as advance,
         ThreadPoolExecutor(cores()) as pool,
     ):
         for unit, other in pool.map(rebuilt, chosen):
-            check.expect(not other, ", ".join(unit.tensor_name(suffix) for suffix in other) + ": other bytes")
+            for suffix in other:
+                check.misses.append(f"{unit.tensor_name(suffix)}: other bytes")
+            check.checked += 1
             advance(unit.nbytes)
     return check
 
 
 def _place(tensor: StoredTensor, files: WeightFiles) -> Place:
-    info = files.infos[tensor.name]
-    return Place(info.file.name, info.start, info.nbytes)
+    """Where it lies, at the size it should have; nowhere if it is not there."""
+    info = files.infos.get(tensor.name)
+    return Place("", 0, tensor.nbytes) if info is None else Place(info.file.name, info.start, tensor.nbytes)
+
+
+def _there(unit: Unit, files: WeightFiles) -> Unit:
+    """The unit without what is missing or has another size."""
+    found = {suffix: files.infos.get(unit.tensor_name(suffix)) for suffix in unit.places}
+    good = (suffix for suffix, info in found.items() if info and info.nbytes == unit.places[suffix].nbytes)
+    return replace(unit, places={suffix: unit.places[suffix] for suffix in good})

@@ -53,8 +53,8 @@ def verify_output(
     """Hold `folder` against `source` (None: structure and graphs only). Streams; reads nothing whole but one module.
 
     `ranks`: tensor-parallel ranks that the engine's reader splits over; None: as many as it was compiled for.
-    `target`: None: the manifest's; without a manifest, the one that the files show. A digest that differs stops no
-    other check: they say which tensor it is. `rebuild`: derive weights anew too; it needs `source`.
+    `target`: None: the manifest's; without a manifest, the one that the files show. `rebuild`: derive weights anew too;
+    it needs `source`. A digest or a rebuilt tensor that differs stops no other check: they say what is wrong with it.
     """
     manifest = find_manifest(folder)
     program, files = load_program(folder / GRAPH), WeightFiles(folder)
@@ -69,8 +69,9 @@ def verify_output(
         checks.append(_check_source(program, source))
     checks += check_names(program, files, folder, stored, ENGINES[target])
     checks += [check_config(program, folder, target), _check_contract(program, target, ranks)]
-    if rebuild is not None and source is not None and all(check.ok for check in checks):
-        checks.append(check_rebuild(stored, files, source, rebuild.sample, report))
+    rebuilt = []
+    if rebuild is not None and source is not None:
+        rebuilt = [check_rebuild(stored, files, source, rebuild.sample, report)]
     if all(check.ok for check in checks):
         checks += _check_values(output, stored, report)
     if all(check.ok for check in checks):
@@ -79,7 +80,7 @@ def verify_output(
     if not sampled and all(check.ok for check in checks):
         inputs = list(probe_inputs(program).values())
         noise = logit_noise(program, Cached(files.read, SAMPLE_ABOVE), inputs, NOISE_SEEDS)
-    return VerifyReport([*digests, *checks], None if source is None else str(source.folder), sampled, noise)
+    return VerifyReport([*digests, *rebuilt, *checks], None if source is None else str(source.folder), sampled, noise)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Workers as threads of this process: kernels, hashes, reads and writes all run without the interpreter's lock."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from itertools import islice
 
@@ -8,7 +8,7 @@ from fxquant.lowering.weights.fill import FillJob
 from fxquant.lowering.weights.unit import Filled, Unit
 
 
-def fill_local(job: FillJob, units: Sequence[Unit], jobs: int) -> Iterator[Filled]:
+def fill_local(job: FillJob, units: Sequence[Unit], jobs: int) -> Generator[Filled, None, None]:
     """Fill `units` with `jobs` threads; each is yielded when it is done, in any order. The first error ends it."""
     waiting = iter(units)
     with ThreadPoolExecutor(jobs) as pool:

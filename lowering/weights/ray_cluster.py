@@ -1,73 +1,159 @@
-"""Workers on the machines of a Ray cluster that share the storage of source and output."""
+"""Workers on the machines of a Ray cluster that share the storage of source and output.
 
-from collections.abc import Iterator, Sequence
+Python, Ray and fxquant are the same on every machine; paths mean the same files.
+"""
+
+import logging
+import socket
+import subprocess
+import sys
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import redirect_stdout
+from functools import lru_cache
 from itertools import islice
 from typing import Any
 
-from fxquant.errors import FxquantError
+import fxquant
+from fxquant.errors import FxquantError, StoppedError
+from fxquant.kernels.recipe import KERNEL_VERSION
 from fxquant.lowering.weights.fill import FillJob
 from fxquant.lowering.weights.unit import Filled, Unit
 
 TASK_BYTES = 64 << 20
 """Output bytes of one Ray task, or one unit where that is larger: a task costs a millisecond or so."""
 TASKS_PER_CORE = 2
+SHARES_PER_CORE = 8
+"""Small models are cut into so many tasks a core, that all cores have work to the end."""
 NEVER = -1
+ANSWER_SECONDS = 5
+CONNECT_SECONDS = 60
+PROBE = "import ray, sys; ray.init(address=sys.argv[1], log_to_driver=False); ray.shutdown()"
+VERSIONS = (fxquant.__version__, KERNEL_VERSION)
+WAY_OUT = "Start one with ray start --head, or leave --address out."
 
 
-def fill_ray(job: FillJob, units: Sequence[Unit], jobs: int, address: str | None) -> Iterator[Filled]:
+def fill_ray(job: FillJob, units: Sequence[Unit], jobs: int, address: str | None) -> Generator[Filled, None, None]:
     """Fill `units` on the cluster at `address`; None: on one of `jobs` cores, started here and ended afterwards.
 
     Ray runs the tasks of a dead worker or machine again; a task that runs twice writes the same bytes. No more tasks
-    wait than keep the cluster busy.
+    wait than keep the cluster busy. In a process that has a connection to a cluster already, that one is used. What is
+    printed meanwhile goes to stderr: Ray prints which machine it lost, and stdout may be somebody's JSON.
     """
     ray = _ray()
     started = not ray.is_initialized()
-    if started:
-        _connect(ray, jobs, address)
-    try:
-        yield from _fill(ray, job, units)
-    finally:
+    with redirect_stdout(sys.stderr):
         if started:
-            ray.shutdown()
+            _connect(ray, jobs, address)
+        try:
+            yield from _fill(ray, job, units)
+        except ray.exceptions.RayTaskError as error:
+            raise (error.cause if isinstance(error.cause, FxquantError) else error) from None
+        except ray.exceptions.RayError as error:
+            fact = f"the cluster failed: {_first_line(error)}"
+            raise StoppedError("--engine ray", fact, "ray status shows its machines.") from None
+        finally:
+            if started:
+                ray.shutdown()
+
+
+def check_cluster(address: str | None) -> None:
+    """Raise FxquantError where Ray is not installed, or no cluster answers at `address` in a minute.
+
+    Tried in a process of its own: Ray itself waits longer, and writes what it thinks of it to the terminal.
+    """
+    _ray()
+    if address is None:
+        return
+    place = f"--address {address}"
+    if address != "auto":
+        _reach(address, place)
+    try:
+        command = [sys.executable, "-c", PROBE, address]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=CONNECT_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        fact = f"no Ray cluster answers in {CONNECT_SECONDS} seconds."
+        raise FxquantError(place, fact, WAY_OUT) from None
+    if done.returncode:
+        raise FxquantError(place, f"no Ray cluster answers: {_last_line(done.stderr)}", WAY_OUT)
+
+
+def _reach(address: str, place: str) -> None:
+    host, _, port = address.rpartition(":")
+    if not host or "/" in host or not port.isdecimal():
+        raise FxquantError(place, "not the address of a Ray cluster.", "Write auto, or HOST:PORT such as head:6379.")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), ANSWER_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise FxquantError(place, f"no Ray cluster answers: {reason}.", WAY_OUT) from None
+
+
+def _connect(ray: Any, jobs: int, address: str | None) -> None:
+    own = {"num_cpus": jobs, "include_dashboard": False} if address is None else {}
+    try:
+        ray.init(address=address or "local", log_to_driver=False, logging_level=logging.CRITICAL, **own)
+    except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+        place = "--engine ray" if address is None else f"--address {address}"
+        raise StoppedError(place, f"no Ray cluster answers: {_first_line(error)}", WAY_OUT) from None
 
 
 def _fill(ray: Any, job: FillJob, units: Sequence[Unit]) -> Iterator[Filled]:
     shared, fill = ray.put(job), ray.remote(max_retries=NEVER)(_fill_some)
-    waiting = iter(_tasks(units))
-    limit = max(TASKS_PER_CORE * int(ray.cluster_resources().get("CPU", 1)), TASKS_PER_CORE)
-    running = [fill.remote(shared, task) for task in islice(waiting, limit)]
-    while running:
-        finished, running = ray.wait(running)
-        running += [fill.remote(shared, task) for task in islice(waiting, len(finished))]
-        for one in finished:
-            try:
-                yield from ray.get(one)
-            except ray.exceptions.RayTaskError as error:
-                raise error.cause from None
+    waiting = iter(_tasks(units, _cores(ray)))
+    running: list[Any] = []
+    try:
+        while True:
+            room = TASKS_PER_CORE * _cores(ray) - len(running)  # machines come and go
+            running += [fill.remote([shared], VERSIONS, task) for task in islice(waiting, max(room, 0))]
+            if not running:
+                return
+            finished, running = ray.wait(running)
+            yield from ray.get(finished[0])
+    finally:
+        for task in running:
+            ray.cancel(task, force=True)
 
 
-def _fill_some(job: FillJob, units: list[Unit]) -> list[Filled]:
-    return [job.fill(unit) for unit in units]
+def _cores(ray: Any) -> int:
+    return max(1, int(ray.cluster_resources().get("CPU", 1)))
 
 
-def _tasks(units: Sequence[Unit]) -> Iterator[list[Unit]]:
+def _fill_some(shared: list[Any], versions: tuple[str, int], units: list[Unit]) -> list[Filled]:
+    """In a worker. `shared`: the reference to the job, in a list so that Ray does not read it anew for every task."""
+    if versions != VERSIONS:
+        here, there = (f"fxquant {version} with kernels {kernels}" for version, kernels in (versions, VERSIONS))
+        fact = f"has {there}, the command runs {here}."
+        raise StoppedError(f"worker on {socket.gethostname()}", fact, "Install the same fxquant on every machine.")
+    return [_job(shared[0]).fill(unit) for unit in units]
+
+
+@lru_cache(maxsize=1)
+def _job(reference: Any) -> FillJob:
+    return _ray().get(reference)
+
+
+def _tasks(units: Sequence[Unit], cores: int) -> Iterator[list[Unit]]:
+    largest = min(TASK_BYTES, sum(unit.nbytes for unit in units) // (SHARES_PER_CORE * cores))
     task: list[Unit] = []
+    nbytes = 0
     for unit in units:
         task.append(unit)
-        if sum(one.nbytes for one in task) >= TASK_BYTES:
+        nbytes += unit.nbytes
+        if nbytes >= largest:
             yield task
-            task = []
+            task, nbytes = [], 0
     if task:
         yield task
 
 
-def _connect(ray: Any, jobs: int, address: str | None) -> None:
-    try:
-        cores = {"num_cpus": jobs} if address is None else {}
-        ray.init(address=address or "local", log_to_driver=False, configure_logging=False, **cores)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        fact = f"no Ray cluster answers: {str(error).strip().splitlines()[0]}"
-        raise FxquantError(f"--address {address}", fact, "ray status shows one.") from None
+def _first_line(error: object) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _last_line(text: str) -> str:
+    """Of a traceback: what was raised, without its type."""
+    line = next((line for line in reversed(text.splitlines()) if line.strip()), "")
+    return line.partition(": ")[2] or line
 
 
 def _ray() -> Any:

@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -17,7 +18,7 @@ from fxquant.lowering.weights.fill import FillJob
 from fxquant.lowering.weights.journal import Fingerprint, Journal
 from fxquant.lowering.weights.local import fill_local
 from fxquant.lowering.weights.producer import Producer
-from fxquant.lowering.weights.ray_cluster import fill_ray
+from fxquant.lowering.weights.ray_cluster import check_cluster, fill_ray
 from fxquant.lowering.weights.reuse import Earlier, copy_units
 from fxquant.lowering.weights.unit import Filled, Unit, units_of
 from fxquant.progress import Reporter
@@ -46,7 +47,12 @@ class Workers:
     jobs: int = field(default_factory=cores)
     address: str | None = None
 
-    def fill(self, job: FillJob, units: Sequence[Unit]) -> Iterator[Filled]:
+    def check(self) -> None:
+        """Raise FxquantError where they cannot be had; before anything long begins."""
+        if self.engine is WorkEngine.RAY:
+            check_cluster(self.address)
+
+    def fill(self, job: FillJob, units: Sequence[Unit]) -> Generator[Filled, None, None]:
         """Fill `units`; each is yielded when it is done, in any order."""
         if self.engine is WorkEngine.RAY:
             return fill_ray(job, units, self.jobs, self.address)
@@ -128,8 +134,9 @@ def write_weights(
                 work.reused += unit.nbytes
                 advance(unit.nbytes)
         waiting = [unit for unit in waiting if unit.name not in journal.done]
-    with report("quantize, write", sum(unit.nbytes for unit in waiting), "bytes") as advance:
-        for filled in workers.fill(FillJob(folder.absolute(), producer), waiting):
+    filling = workers.fill(FillJob(folder.absolute(), producer), waiting)
+    with report("quantize, write", sum(unit.nbytes for unit in waiting), "bytes") as advance, closing(filling):
+        for filled in filling:
             journal.append(filled)
             unit = by_name[filled.name]
             work.quantized += unit.nbytes if unit.recipe else 0
