@@ -63,18 +63,17 @@ def command(
     from fxquant.collection import uncollected
     from fxquant.machine import Measuring
 
-    wanted = parse_target(target), parse_size(max_shard_size), parse_mtp(mtp)
-    with Measuring(out or Path.cwd()) as measuring, uncollected():
+    with Measuring(out or Path.cwd()) as measuring, uncollected():  # before anything imports torch
         from fxquant.planning import plan
         from fxquant.preparation import CompileOptions
 
         options = CompileOptions(
-            policy=policy, out=out, target=wanted[0], checkpoint=checkpoint, trace_timeout=trace_timeout,
-            max_shard_size=wanted[1], tp=tp, mtp=wanted[2], mix=mix,
+            policy=policy, out=out, target=parse_target(target), checkpoint=checkpoint, trace_timeout=trace_timeout,
+            max_shard_size=parse_size(max_shard_size), tp=tp, mtp=parse_mtp(mtp), mix=mix,
         )  # fmt: skip
         found = plan(model, options, jobs, lambda machine: _assumed(machine, cores, disk), measuring)
-    print_json(found.as_json()) if as_json else print_plan(found)
-    gc.freeze()  # the process ends here: its last search for garbage would take longer than the tables
+        print_json(found.as_json()) if as_json else print_plan(found)
+        gc.freeze()  # the process ends here: a last search for garbage would take longer than the tables
 
 
 def _assumed(machine: "Machine", cores: int | None, disk: float | None) -> "Machine":
