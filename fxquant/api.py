@@ -13,9 +13,11 @@ from fxquant.generation import greedy_text
 from fxquant.lowering.convert import converted_contents
 from fxquant.lowering.engines import ENGINES, group_size
 from fxquant.lowering.layout import stored_tensors
-from fxquant.lowering.manifest import FLOAT_GRAPH, GRAPH, MANIFEST, find_manifest, read_manifest
-from fxquant.lowering.output import Contents, Output, check_out, write_output
-from fxquant.lowering.verify import VerifyReport, verify_output
+from fxquant.lowering.manifest import FLOAT_GRAPH, GRAPH, MANIFEST, SourceFile, find_manifest, read_manifest
+from fxquant.lowering.output import Contents, Output, Work, check_out, write_output
+from fxquant.lowering.verify import Rebuild, VerifyReport, verify_output
+from fxquant.lowering.weights import CheckpointProducer, Workers
+from fxquant.lowering.workspace import unfinished_folder
 from fxquant.measure import Evaluation, evaluate_programs
 from fxquant.passes import CheckContract, PassResult
 from fxquant.planning import Plan, plan
@@ -32,9 +34,10 @@ from fxquant.preparation import (
 from fxquant.program import Program
 from fxquant.program_file import load_program
 from fxquant.progress import Reporter, silent
+from fxquant.source_reader import checkpoint_files, stamp_files
 from fxquant.targets import Target
 from fxquant.text import load_batches
-from fxquant.weights import Cached, Read, RecipeReader, maker
+from fxquant.weights import Cached, Read, RecipeReader
 
 COMPARE_CACHE = 1 << 28
 """Bytes of made weights that `compare` keeps for each policy between chunks of text."""
@@ -84,8 +87,10 @@ def compile(model: str | Path, options: CompileOptions | None = None, report: Re
     policy = load_policy(options.policy or source.policy or DEFAULT_POLICY)
     out = as_path(options.out) or Path(f"{source.name}-{policy.name}-{options.target}")
     check_out(out, options.force, source.checkpoint.folder)
-    prepared = prepare(source, policy, options, report)
-    with write_output(_contents(prepared, options), out, report) as output:
+    work = Work(options.workers, options.earlier_output(out), options.restart)
+    known = [unfinished_folder(out)] if not options.restart else []
+    prepared = prepare(source, policy, options, report, known=known + ([work.reuse] if work.reuse else []))
+    with write_output(_contents(prepared, options), out, work, report) as output:
         verification = None
         if options.verify:
             verification = verify_output(output.folder, source.checkpoint, full=False, report=report)
@@ -109,10 +114,14 @@ def compile(model: str | Path, options: CompileOptions | None = None, report: Re
 
 def _contents(prepared: Prepared, options: CompileOptions) -> Contents:
     source = prepared.source
+    stamps = stamp_files(checkpoint_files(source.checkpoint))
     return Contents(
         program=prepared.program,
         checkpoint=source.checkpoint,
-        make=maker(source.checkpoint.read),
+        producer=CheckpointProducer(source.checkpoint, stamps),
+        stamps=stamps,
+        sources={file.name: SourceFile(header=s.header, size=s.size) for file, s in sorted(stamps.items())},
+        calibration=prepared.calibration,
         float_graph=prepared.float_graph,
         ledger=prepared.ledger.as_json(),
         source=source.path,
@@ -145,6 +154,8 @@ def convert(
     force: bool = False,
     report: Reporter = silent,
     export: bool = True,
+    workers: Workers | None = None,
+    restart: bool = False,
 ) -> ConvertReport:
     """Write the weights of `out` in the form of another target, integers untouched, and the graph that goes with them.
 
@@ -156,7 +167,7 @@ def convert(
     contents = replace(converted_contents(folder, target, new), tp=tp, export=export)
     CheckContract(contents.policy, load_contract(target), tp)(contents.program)
     source = open_checkpoint(contents.origin) if contents.origin.is_dir() else None
-    with write_output(contents, new, report) as output:
+    with write_output(contents, new, Work(workers or Workers(), None, restart), report) as output:
         verification = verify_output(output.folder, source, full=False, report=report) if verify else None
         if verification is not None and not verification.ok:
             raise FxquantError(new, "verification failed, nothing was kept: " + first_miss(verification), "Report it.")
@@ -170,11 +181,13 @@ def verify(
     report: Reporter = silent,
     tp: int | None = None,
     target: Target | None = None,
+    rebuild: Rebuild | None = None,
 ) -> VerifyReport:
     """Re-read `out` and hold it against MODEL (default: the manifest's source), its own graph, and its engine's reader.
 
     `tp`: ranks that the reader splits over; None: as many as `out` was compiled for.
     `target`: where the manifest is gone; None: what the files show. `against` must then be given.
+    `rebuild`: derive so many weights anew from the source with the kernels, and compare bytes.
     """
     folder = Path(out)
     manifest = find_manifest(folder)
@@ -185,7 +198,9 @@ def verify(
         raise FxquantError(folder, f"has no {MANIFEST} to say what it was made from.", "Pass --against MODEL.")
     elif manifest.checkpoint_path(folder).is_dir():
         checkpoint = open_checkpoint(manifest.checkpoint_path(folder))
-    return verify_output(folder, checkpoint, full, report, tp, target)
+    if rebuild is not None and checkpoint is None:
+        raise FxquantError(folder, "its source is not there to rebuild from.", "Pass --against MODEL.")
+    return verify_output(folder, checkpoint, full, report, tp, target, rebuild)
 
 
 def run(out: str | Path, prompt: str, max_new_tokens: int = 64) -> Iterator[str]:

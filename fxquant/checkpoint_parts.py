@@ -6,6 +6,7 @@ n equal parts along it; every other tensor is the same in all files.
 
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,14 +53,22 @@ class JoinedTensor:
             place.copy_(part.read())
         return joined
 
-    def read_bytes(self, offset: int, length: int) -> bytearray:
-        """`length` bytes from `offset` within the joined tensor: runs of the parts in turn."""
+    def ranges(self, offset: int, length: int) -> Iterator[tuple[TensorInfo, int, int]]:
+        """Where `length` bytes from `offset` within the joined tensor lie: runs of the parts in turn."""
         run = math.prod(self.parts[0].shape[self.dim :]) * self.dtype.itemsize
-        data = bytearray()
-        while len(data) < length:
-            index, start = divmod(offset + len(data), run)
+        done = 0
+        while done < length:
+            index, start = divmod(offset + done, run)
             row, part = divmod(index, len(self.parts))
-            data += self.parts[part].read_bytes(row * run + start, min(run - start, length - len(data)))
+            size = min(run - start, length - done)
+            yield self.parts[part], row * run + start, size
+            done += size
+
+    def read_bytes(self, offset: int, length: int) -> bytearray:
+        """`length` bytes from `offset` within the joined tensor."""
+        data = bytearray()
+        for part, start, size in self.ranges(offset, length):
+            data += part.read_bytes(start, size)
         return data
 
 

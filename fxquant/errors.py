@@ -1,4 +1,4 @@
-"""The one exception that reaches a user: where, what, and the way out."""
+"""What reaches a user when something is wrong: where, what, and the way out."""
 
 
 class FxquantError(Exception):
@@ -12,3 +12,11 @@ class FxquantError(Exception):
     def __init__(self, place: object, fact: str, remedy: str = "") -> None:
         self.place, self.fact, self.remedy = str(place), fact, remedy
         super().__init__(f"{place}: {fact}" + (f" {remedy}" if remedy else ""))
+
+    def __reduce__(self) -> tuple:
+        """Errors come back from other processes."""
+        return type(self), (self.place, self.fact, self.remedy)
+
+
+class StoppedError(FxquantError):
+    """The world got in the way: a full disk, a file that changed or could not be read. What is finished stays good."""

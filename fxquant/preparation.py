@@ -1,16 +1,20 @@
 """MODEL and options → the rewritten program, with nothing written yet."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor
 
 from fxquant.binding import Ledger, build_ledger, check_parameters, mtp_modules
+from fxquant.calibration import CALIBRATION, Calibration, load_calibration
 from fxquant.contracts import load_contract
 from fxquant.errors import FxquantError
 from fxquant.frontend.source import TRACE_TIMEOUT, Source, open_source
 from fxquant.lowering.engines import ENGINES
 from fxquant.lowering.layout import MAX_SHARD_SIZE
+from fxquant.lowering.manifest import MANIFEST
+from fxquant.lowering.weights.work import Workers
 from fxquant.models.deepseek_v3 import mtp_paths
 from fxquant.passes import (
     AssignMtp,
@@ -41,6 +45,7 @@ class CompileOptions:
     policy          name of a shipped policy or path of a YAML file; None: the model file's POLICY or deepseek_w4a8
     out             output folder; None: `./<name>-<policy>-<target>`
     calib           calibration text or token ids; None: the file that lies beside the model, if any
+    calibration     calibration.safetensors of an output, in place of text
     calib_samples   batches to calibrate on, each of at most `calib_length` tokens
     checkpoint      overrides the folder that a model.py names
     trace_timeout   seconds that a model.py may take to import, build and trace
@@ -50,6 +55,9 @@ class CompileOptions:
     mtp             multi-token prediction layers: none, float or quant; None: as the policy says
     export          write the NPU graph as torch.export programs (.pt2) too
     mix             whether the engine will run shared experts as routed ones; None: as the policy needs it
+    workers         how many workers fill the weight files, and where
+    reuse           earlier output to take equal tensors from; None: with `force` the one that is replaced
+    restart         discard unfinished work in `<out>.partial`
     """
 
     policy: str | None = None
@@ -68,6 +76,15 @@ class CompileOptions:
     mtp: MtpMode | None = None
     mix: bool | None = None
     export: bool = True
+    calibration: str | Path | None = None
+    workers: Workers = field(default_factory=Workers)
+    reuse: str | Path | None = None
+    restart: bool = False
+
+    def earlier_output(self, out: Path) -> Path | None:
+        """The folder to take equal tensors from."""
+        replaced = out if self.force and (out / MANIFEST).is_file() else None
+        return as_path(self.reuse) or replaced
 
 
 @dataclass
@@ -80,13 +97,22 @@ class Prepared:
     ledger: Ledger
     float_graph: str
     structural_hash: str
+    calibration: Calibration | None = None
     passes: list[PassResult] = field(default_factory=list)
 
 
 def prepare(
-    source: Source, policy: Policy, options: CompileOptions, report: Reporter = silent, for_engine: bool = True
+    source: Source,
+    policy: Policy,
+    options: CompileOptions,
+    report: Reporter = silent,
+    for_engine: bool = True,
+    known: Sequence[Path] = (),
 ) -> Prepared:
-    """Trace, check against the checkpoint, and run the pass pipeline; `for_engine` with the target's contract."""
+    """Trace, check against the checkpoint, and run the pass pipeline; `for_engine` with the target's contract.
+
+    `known`: folders that may hold a calibration on the same text, which need not be repeated then.
+    """
     with report("trace", 1, "graph") as advance:
         program = source.program()
         advance(1)
@@ -94,9 +120,10 @@ def prepare(
     layers = mtp_modules(source.checkpoint, mtp_paths(source.config))
     policy = policy if options.mtp is None else with_mtp(policy, options.mtp, layers)
     float_graph, digest = dump_program(program), structural_hash(program)
-    calibrate = Calibrate(policy, source.checkpoint.read, lambda: calibration(source, options), report)
+    calibrate = _calibrate(source, policy, options, report, known)
     results = run_passes(program, passes_for(source, policy, options, layers, calibrate, for_engine))
-    return Prepared(source, policy, program, build_ledger(program, source.checkpoint), float_graph, digest, results)
+    ledger = build_ledger(program, source.checkpoint)
+    return Prepared(source, policy, program, ledger, float_graph, digest, calibrate.used, results)
 
 
 def with_mtp(policy: Policy, mode: MtpMode, layers: tuple[str, ...]) -> Policy:
@@ -120,6 +147,17 @@ def passes_for(
     assign = (AssignSchemes(policy, layers, dialect), AssignMtp(policy, source.config, checkpoint, dialect))
     contract = CheckContract(policy.name, load_contract(options.target), options.tp, options.mix)
     return pipeline(assign, calibrate, (contract,) if for_engine else ())
+
+
+def _calibrate(
+    source: Source, policy: Policy, options: CompileOptions, report: Reporter, known: Sequence[Path]
+) -> Calibrate:
+    given = as_path(options.calibration)
+    if given is not None:
+        return Calibrate(policy, source.checkpoint.read, lambda: None, report, load_calibration(given))
+    found = (folder / CALIBRATION for folder in known)
+    earlier = [load_calibration(path) for path in found if path.is_file()]
+    return Calibrate(policy, source.checkpoint.read, lambda: calibration(source, options), report, earlier=earlier)
 
 
 def calibration(source: Source, options: CompileOptions) -> list[Tensor] | None:

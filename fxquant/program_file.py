@@ -157,10 +157,15 @@ def _parameter(program: Program, target: str) -> dict[str, Any]:
 
 
 def _recipe(recipe: Recipe) -> dict[str, Any]:
+    return recipe_arguments(recipe) | {"modules": list(recipe.modules)}
+
+
+def recipe_arguments(recipe: Recipe) -> dict[str, Any]:
+    """A recipe without its modules, for JSON: what decides the bytes of each of them."""
     fields = {
         key: getattr(recipe, key) for key in ("group_size", "out_features", "in_features", "bias", "row_parallel")
     }
-    fields |= {"scheme": recipe.scheme.value, "modules": list(recipe.modules), "dtype": NAMES[recipe.dtype]}
+    fields |= {"scheme": recipe.scheme.value, "dtype": NAMES[recipe.dtype]}
     fields |= {"dialect": recipe.dialect.value, "scale_dtype": NAMES[recipe.scale_dtype]}
     if recipe.activation:
         observed = recipe.activation

@@ -8,7 +8,7 @@ import math
 import os
 import struct
 from bisect import bisect_left
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from fxquant.errors import FxquantError
+from fxquant.errors import FxquantError, StoppedError
 
 DTYPES = {
     "F32": torch.float32,
@@ -49,6 +49,15 @@ class TensorInfo:
     def nbytes(self) -> int:
         return self.end - self.start
 
+    @property
+    def parts(self) -> tuple["TensorInfo", ...]:
+        """Itself: the one place where its bytes lie."""
+        return (self,)
+
+    def ranges(self, offset: int, length: int) -> Iterator[tuple["TensorInfo", int, int]]:
+        """Where `length` bytes from `offset` within the tensor lie: part, offset in it, bytes."""
+        yield self, offset, length
+
     def read(self) -> torch.Tensor:
         """The whole tensor, by pread."""
         if not self.nbytes:
@@ -57,17 +66,27 @@ class TensorInfo:
 
     def read_bytes(self, offset: int, length: int) -> bytearray:
         """`length` bytes from `offset` within the tensor."""
-        data, handle = bytearray(length), os.open(self.file, os.O_RDONLY)
+        data = bytearray(length)
+        handle = os.open(self.file, os.O_RDONLY)
         try:
-            done = 0
-            while done < length:
-                part = os.preadv(handle, [memoryview(data)[done:]], self.start + offset + done)
-                if not part:
-                    raise FxquantError(self.file, f"ends inside tensor {self.name}.", AGAIN)
-                done += part
+            pread(handle, memoryview(data), self.start + offset, self)
         finally:
             os.close(handle)
         return data
+
+
+def pread(handle: int, view: memoryview, start: int, tensor: TensorInfo) -> None:
+    """Fill `view` from byte `start` of the open file of `tensor`. Raises StoppedError where it can't."""
+    done = 0
+    while done < len(view):
+        try:
+            part = os.preadv(handle, [view[done:]], start + done)
+        except OSError as error:
+            fact = f"tensor {tensor.name} cannot be read: {error.strerror}."
+            raise StoppedError(tensor.file, fact, "Repair the disk, or copy the file again.") from None
+        if not part:
+            raise StoppedError(tensor.file, f"ends inside tensor {tensor.name}.", AGAIN)
+        done += part
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:
@@ -88,6 +107,20 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     infos = [_entry(file, name, entry, 8 + length) for name, entry in sorted(header.items())]
     _check_ranges(file, infos, 8 + length, size)
     return {info.name: info for info in infos}
+
+
+def header_bytes(file: Path) -> bytes:
+    """The header of `file` as it lies there, its length before it."""
+    with file.open("rb") as stream:
+        prefix = stream.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+        return prefix + stream.read(min(length, LARGEST_HEADER))
+
+
+def read_metadata(file: Path) -> dict[str, str]:
+    """The header's `__metadata__`; empty where it has none. `read_header` says whether the file is sound."""
+    metadata = json.loads(header_bytes(file)[8:]).get("__metadata__")
+    return metadata if isinstance(metadata, dict) else {}
 
 
 def _entry(file: Path, name: str, entry: Any, base: int) -> TensorInfo:
@@ -119,16 +152,18 @@ def _check_ranges(file: Path, infos: list[TensorInfo], base: int, size: int) -> 
 Entry = tuple[str, torch.dtype, tuple[int, ...]]
 """Name, dtype and shape of a tensor to store."""
 PAD = 4096
-OPENING = '{"__metadata__":{"format":"pt"}'
+FORMAT = {"format": "pt"}
 
 
-def build_header(entries: Sequence[Entry], pad: int = PAD) -> tuple[bytes, list[int]]:
+def build_header(
+    entries: Sequence[Entry], pad: int = PAD, metadata: dict[str, str] | None = None
+) -> tuple[bytes, list[int]]:
     """Header bytes for tensors stored in this order, and each one's absolute offset.
 
     Order by descending item size keeps every tensor aligned; the header is padded so that data starts at a multiple
     of `pad` bytes.
     """
-    parts, offsets, position, describe = [OPENING], [], 0, cache(_described)
+    parts, offsets, position, describe = [_opening(metadata or {})], [], 0, cache(_described)
     for name, dtype, shape in entries:
         described, length = describe(dtype, shape)
         offsets.append(position)
@@ -147,13 +182,18 @@ def header_length(names: int, forms: Iterable[tuple[torch.dtype, tuple[int, ...]
     """
     numbers = 2 * _digits(ends) - len(str(ends[-1])) + 1 if ends else 0  # a tensor begins where the last one ended
     described = sum(len(_described(dtype, shape)[0]) * count for dtype, shape, count in forms)
-    length = 8 + len(OPENING) + names + described + numbers + len(ends) * len(",:,]}") + len("}")
+    length = 8 + len(_opening({})) + names + described + numbers + len(ends) * len(",:,]}") + len("}")
     return length + -length % PAD
 
 
 def quoted_size(names: Collection[str]) -> int:
     """Bytes of all `names` as JSON strings: what is escaped is escaped letter by letter."""
     return len(quoted("".join(names)).encode()) - 2 + 2 * len(names)
+
+
+def _opening(metadata: dict[str, str]) -> str:
+    """A header up to its first tensor."""
+    return '{"__metadata__":' + json.dumps(FORMAT | metadata, separators=(",", ":"), ensure_ascii=False)
 
 
 def _described(dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[str, int]:

@@ -88,11 +88,6 @@ def make_module(recipe: Recipe, module: str, read: Read) -> dict[str, Tensor]:
     return make_tensors(recipe, f"{module}.weight", read(f"{module}.weight"), bias)
 
 
-def maker(read: Read) -> Callable[[Recipe, str], dict[str, Tensor]]:
-    """`make_module` over one reader."""
-    return lambda recipe, module: make_module(recipe, module, read)
-
-
 class RoundedReader:
     """The checkpoint with every weight that has a recipe rounded to what its integers stand for."""
 

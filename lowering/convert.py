@@ -1,26 +1,33 @@
 """One output folder → the form of another target, where its integers allow it: nothing is quantized again."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
+from fxquant.calibration import CALIBRATION, load_calibration
 from fxquant.checkpoint import Checkpoint
+from fxquant.checkpoint_parts import SourceTensor
 from fxquant.dialects import Dialect
 from fxquant.errors import FxquantError
+from fxquant.hashing import hash_text
 from fxquant.kernels.recipe import int4_tensors
 from fxquant.lowering.engines import ENGINES, group_size
 from fxquant.lowering.layout import MAX_SHARD_SIZE
 from fxquant.lowering.manifest import FLOAT_GRAPH, GRAPH, LEDGER, read_manifest
 from fxquant.lowering.output import Contents
 from fxquant.lowering.verify.weights import WeightFiles
+from fxquant.lowering.weights.producer import BLOCK_BYTES, CheckpointProducer, tensor_bytes
+from fxquant.lowering.weights.unit import Unit
 from fxquant.ops.quantized import expand_int4
 from fxquant.program import Program
-from fxquant.program_file import load_program
+from fxquant.program_file import load_program, recipe_arguments
 from fxquant.schemes import Recipe, Scheme, tensor_specs
+from fxquant.source_reader import FileStamp, SourceReader, Stamps, checkpoint_files, stamp_files
 from fxquant.targets import Target
-from fxquant.weights import Read
 
 
 def converted_contents(folder: Path, target: Target, into: Path) -> Contents:
@@ -35,10 +42,16 @@ def converted_contents(folder: Path, target: Target, into: Path) -> Contents:
             policy = "deepseek_w4a8_per_channel" if recipe.group_size else manifest.policy
             command = f"fxquant compile {source} --policy {policy} --target {target} -o {into}"
             raise FxquantError(f"layer {recipe.module}", f"{recipe.scheme}: {reason}.", f"Quantize anew: {command}")
+    checkpoint = Checkpoint(folder, program.config, dict(files.infos))
+    stamps = stamp_files(checkpoint_files(checkpoint))
+    saved = folder / CALIBRATION
     return Contents(
         program=_reformed(program, form),
-        checkpoint=Checkpoint(folder, program.config, dict(files.infos)),
-        make=Converter(old, files.read),
+        checkpoint=checkpoint,
+        producer=Converter(checkpoint, stamps, old, {name: unit.key for name, unit in manifest.units.items()}),
+        stamps=stamps,
+        sources=manifest.sources,
+        calibration=load_calibration(saved) if saved.is_file() else None,
         float_graph=(folder / FLOAT_GRAPH).read_text(encoding="utf-8"),
         ledger=json.loads((folder / LEDGER).read_text(encoding="utf-8")),
         source=source,
@@ -46,6 +59,7 @@ def converted_contents(folder: Path, target: Target, into: Path) -> Contents:
         policy=manifest.policy,
         target=target,
         max_shard_size=MAX_SHARD_SIZE,
+        reusable=False,
     )
 
 
@@ -70,19 +84,58 @@ def why_not(recipe: Recipe, form: Dialect) -> str | None:
 
 
 class Converter:
-    """Recipe of the new form and module → its tensors, from those of the old one."""
+    """Units of the new form from the tensors of the old one, block by block."""
 
-    def __init__(self, old: dict[str, Recipe], read: Read) -> None:
-        self._old, self._read = old, read
+    def __init__(self, checkpoint: Checkpoint, stamps: Stamps, old: dict[str, Recipe], keys: dict[str, str]) -> None:
+        self._checkpoint, self._old, self._keys = checkpoint, old, keys
+        self._reader, self._float = SourceReader(stamps), CheckpointProducer(checkpoint, stamps)
 
-    def __call__(self, recipe: Recipe, module: str) -> dict[str, Tensor]:
-        before = self._old[recipe.module]
-        stored = {suffix: self._read(f"{module}.{suffix}") for suffix in tensor_specs(before)}
+    def key(self, unit: Unit) -> str:
+        arguments = None if unit.recipe is None else recipe_arguments(unit.recipe)
+        return hash_text(json.dumps(["converted", self._keys.get(unit.name), arguments]))
+
+    def stamps_of(self, unit: Unit) -> list[FileStamp]:
+        return []
+
+    def pieces(self, unit: Unit) -> Iterator[tuple[str, memoryview]]:
+        if unit.recipe is None:
+            yield from self._float.pieces(unit)
+            return
+        before, recipe = self._old[unit.recipe.module], unit.recipe
+        made = set()
         if recipe.int4 and before.dialect.packed is not recipe.dialect.packed:
-            stored |= _repacked(before, recipe, stored)
-        return {suffix: stored[suffix].to(spec.dtype) for suffix, spec in tensor_specs(recipe).items()}
+            for suffix, tensor in self._repacked(unit.name, before, recipe):
+                made.add(suffix)
+                yield suffix, tensor_bytes(tensor)
+        for suffix, spec in tensor_specs(recipe).items():
+            if suffix not in made:
+                stored = self._checkpoint.tensors[f"{unit.name}.{suffix}"]
+                for block in self._blocks(stored, BLOCK_BYTES):
+                    yield suffix, tensor_bytes(block.view(stored.dtype).to(spec.dtype))
 
+    def _repacked(self, module: str, before: Recipe, recipe: Recipe) -> Iterator[tuple[str, Tensor]]:
+        """int4 codes in the other packing, and `scale_bias` where the new form has it."""
+        names = [suffix for suffix in ("weight_scale", "weight_scale_second") if suffix in tensor_specs(before)]
+        scales = {suffix: self._read(f"{module}.{suffix}") for suffix in names}
+        weight = self._checkpoint.tensors[f"{module}.weight"]
+        width, pair = recipe.in_features, 1 if before.dialect.packed else 2
+        step, first = width * pair * max(1, BLOCK_BYTES // (width * pair)), 0
+        for block in self._blocks(weight, step):
+            stored = block.view(torch.int8).view(-1, width)
+            codes = expand_int4(stored, None) if before.dialect.packed else stored
+            rows = slice(first, first + len(codes))
+            second = scales["weight_scale_second"][rows] if recipe.group_size else None
+            made = int4_tensors(recipe, codes, scales["weight_scale"][rows], second)
+            yield from ((suffix, made[suffix]) for suffix in ("weight", "scale_bias") if suffix in made)
+            first = rows.stop
 
-def _repacked(before: Recipe, recipe: Recipe, stored: dict[str, Tensor]) -> dict[str, Tensor]:
-    codes = expand_int4(stored["weight"], None) if before.dialect.packed else stored["weight"]
-    return int4_tensors(recipe, codes, stored["weight_scale"], stored.get("weight_scale_second"))
+    def _read(self, name: str) -> Tensor:
+        tensor = self._checkpoint.tensors[name]
+        return torch.frombuffer(self._reader.read(tensor), dtype=tensor.dtype).view(tensor.shape)
+
+    def _blocks(self, tensor: SourceTensor, step: int) -> Iterator[Tensor]:
+        """The tensor's bytes, `step` at a time."""
+        for offset in range(0, tensor.nbytes, step):
+            data = bytearray(min(step, tensor.nbytes - offset))
+            self._reader.read_into(tensor, offset, memoryview(data))
+            yield torch.frombuffer(data, dtype=torch.uint8)

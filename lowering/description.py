@@ -1,6 +1,7 @@
 """The JSON files beside the weights: description, index, config."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,35 +28,35 @@ def json_size(document: Any) -> int:
     return len(_text(document).encode())
 
 
-def description(program: Program, files: list[FileLayout], engine: Engine) -> dict[str, Any]:
+def description(program: Program, files: Sequence[FileLayout], engine: Engine) -> dict[str, Any]:
     """Header keys, then one entry for every stored tensor: its type."""
     entries = {tensor.name: tensor.spec.description for file in files for tensor in file.tensors}
     return engine.header(program) | dict(sorted(entries.items()))
 
 
-def description_size(program: Program, files: list[FileLayout], engine: Engine) -> int:
+def description_size(program: Program, files: Sequence[FileLayout], engine: Engine) -> int:
     """Bytes of `description` as JSON, counted without writing it."""
     types = sum(len(quoted(spec.description)) * count for file in files for spec, count in file.specs)
     return json_size(engine.header(program) | {"": ""}) - len('\n  "": ""') + _lines(files, types, depth=1)
 
 
-def index(files: list[FileLayout]) -> dict[str, Any]:
+def index(files: Sequence[FileLayout]) -> dict[str, Any]:
     """The safetensors index of a sharded output."""
     weight_map = {tensor.name: file.name for file in files for tensor in file.tensors}
     return _index(files, dict(sorted(weight_map.items())))
 
 
-def index_size(files: list[FileLayout]) -> int:
+def index_size(files: Sequence[FileLayout]) -> int:
     """Bytes of `index` as JSON, counted without writing it."""
     names = sum(len(quoted(file.name)) * len(file.tensors) for file in files)
     return json_size(_index(files, {"": ""})) - len('\n    "": ""') + _lines(files, names, depth=2)
 
 
-def _index(files: list[FileLayout], weight_map: dict[str, str]) -> dict[str, Any]:
+def _index(files: Sequence[FileLayout], weight_map: dict[str, str]) -> dict[str, Any]:
     return {"metadata": {"total_size": sum(file.data_bytes for file in files)}, "weight_map": weight_map}
 
 
-def _lines(files: list[FileLayout], values: int, depth: int) -> int:
+def _lines(files: Sequence[FileLayout], values: int, depth: int) -> int:
     """Bytes of one line a tensor, name and value, with the commas between them; `values`: those of all values."""
     count = sum(len(file.tensors) for file in files)
     return sum(file.names_size for file in files) + values + count * (len("\n: ,") + INDENT * depth) - 1

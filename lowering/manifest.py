@@ -1,41 +1,67 @@
 """fxquant_manifest.json: what an output folder is and where it came from."""
 
-import hashlib
 import json
 import os
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from fxquant.errors import FxquantError
-from fxquant.progress import Advance
 
 MANIFEST = "fxquant_manifest.json"
 GRAPH = "fxquant_graph.json"
 FLOAT_GRAPH = "fxquant_float_graph.json"
 LEDGER = "fxquant_ledger.json"
-DIGEST_BYTES = 32
+STAMPS = "fxquant_stamps.json"
+"""States of the source's files as this machine saw them: the one file of an output that is not the same elsewhere."""
+
+
+class SourceFile(BaseModel):
+    """A file of the checkpoint: XXH3-128 of its header in hex, and its bytes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    header: str
+    size: int
+
+
+class UnitRecord(BaseModel):
+    """One module, or one kept tensor: what it was made from, and what its bytes are.
+
+    key      hash of source identity, scheme and arguments, kernel version: equal keys mean equal bytes
+    digests  suffix of each tensor's name ("" for a kept one) → XXH3-128 of its bytes, in hex
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    key: str
+    digests: dict[str, str]
 
 
 class Manifest(BaseModel):
     """Paths are relative to the output folder, so that a folder and its source can move together.
 
+    kernels  version of the weight kernels
     tp       tensor-parallel ranks it was compiled for
-    files    name → size in bytes, of every file but this one
-    blake2b  name → BLAKE2b of 32 bytes (RFC 7693), in hexadecimal
+    sources  file of the checkpoint → what identifies it
+    files    name → size in bytes, of every file but this one and the stamps
+    digests  name → XXH3-128 in hex, of every file that holds no weights
+    weights  weight file → XXH3-128 of its header; the units have the rest of it
+    units    module or kept tensor → key and digests
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     fxquant: str
+    kernels: int
     source: str
     checkpoint: str
     policy: str
     target: str
     tp: int = 1
+    sources: dict[str, SourceFile]
     files: dict[str, int]
-    blake2b: dict[str, str]
+    digests: dict[str, str]
+    weights: dict[str, str]
+    units: dict[str, UnitRecord]
 
     def source_path(self, folder: Path) -> Path:
         """MODEL as it was named to `compile`."""
@@ -52,27 +78,9 @@ def relative(path: Path, folder: Path) -> str:
 
 
 def file_sizes(folder: Path) -> dict[str, int]:
-    """Every file of `folder` but the manifest, with its size."""
-    return {file.name: file.stat().st_size for file in sorted(folder.iterdir()) if file.name != MANIFEST}
-
-
-def file_digests(folder: Path, advance: Advance = lambda amount: None) -> dict[str, str]:
-    """Every file of `folder` but the manifest, with its digest; `advance` counts bytes.
-
-    Weight files are filled in any order, so this reads them once more, several at a time: hashing releases the lock.
-    """
-    sizes = file_sizes(folder)
-    digests = {}
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for name, digest in zip(sizes, pool.map(lambda name: _digest(folder / name), sizes), strict=True):
-            digests[name] = digest
-            advance(sizes[name])
-    return digests
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=DIGEST_BYTES)).hexdigest()
+    """Every file in `folder` but the manifest and the stamps, by its path there, with its size."""
+    files = {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*")) if file.is_file()}
+    return {name: file.stat().st_size for name, file in files.items() if name not in (MANIFEST, STAMPS)}
 
 
 def find_manifest(folder: Path) -> Manifest | None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from filling import fill_folder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -21,10 +22,9 @@ from fxquant.config import parse_config
 from fxquant.errors import FxquantError
 from fxquant.lowering.engines import ENGINES
 from fxquant.lowering.layout import plan_files, stored_tensors
-from fxquant.lowering.weights import tensor_bytes, write_weights
+from fxquant.lowering.weights import tensor_bytes
 from fxquant.safetensors_file import TensorInfo, read_header
 from fxquant.targets import Target
-from fxquant.weights import maker
 
 Folder = Callable[..., Path]
 CHANGES: dict[str, dict[str, Any]] = {
@@ -112,7 +112,7 @@ def test_compiles_to_the_same_bytes(tiny_folder: Folder, tmp_path: Path) -> None
         program = rewritten(checkpoint, "deepseek_w4a8_dynamic")
         out.mkdir()
         layouts = plan_files(stored_tensors(program, checkpoint), 1 << 30, ENGINES[Target.ASCEND])
-        write_weights(layouts, checkpoint, maker(checkpoint.read), out, lambda amount: None)
+        fill_folder(layouts, checkpoint, out)
         files.append([(out / layout.name).read_bytes() for layout in layouts])
     assert files[0] == files[1]
 

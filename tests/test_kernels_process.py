@@ -2,16 +2,19 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pytest
 import torch
 from kernel_loops import recipe_of, same_tensors
 from kernel_reference import reference_tensors
 
 from fxquant.kernels.recipe import ModuleMaker
+from fxquant.kernels.rounding import kernel
 from fxquant.kernels.source_rows import rows_of
 from fxquant.schemes import Scheme
 
@@ -47,8 +50,8 @@ print(json.dumps({
 """
 
 
-def small_process(cache: Path) -> dict:
-    environment = os.environ | {"NUMBA_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT)}
+def small_process(cache: Path, root: Path = ROOT) -> dict:
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(cache), "PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, "-c", SMALL_PROCESS]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, env=environment, cwd=cache).stdout)
 
@@ -58,6 +61,30 @@ def test_kernels_need_no_torch_and_are_compiled_once(tmp_path: Path) -> None:
     assert small_process(tmp_path) == made | {"hits": [0, 0], "misses": [1, 1]}
     assert list(tmp_path.rglob("*.nbi"))
     assert small_process(tmp_path) == made | {"hits": [1, 1], "misses": [0, 0]}
+
+
+@pytest.mark.slow
+def test_code_kept_from_another_version_is_not_taken(tmp_path: Path) -> None:
+    """Of the kernel's own file or of one that it calls into."""
+    cache, root = tmp_path / "cache", tmp_path / "root"
+    cache.mkdir()
+    shutil.copytree(ROOT / "fxquant/kernels", root / "fxquant/kernels", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "fxquant/__init__.py", root / "fxquant")
+    assert small_process(cache, root)["codes"] == [127]
+    file = root / "fxquant/kernels/rounding.py"
+    file.write_text(file.read_text().replace("codes[j] = code", "codes[j] = code - 1"))
+    changed = small_process(cache, root)
+    assert (changed["codes"], changed["hits"]) == ([126], [0, 0])
+
+
+def test_kernels_work_where_nothing_can_be_written() -> None:
+    """numba refuses to cache there."""
+
+    def double(x: int) -> int:
+        return 2 * x
+
+    double.__code__ = double.__code__.replace(co_filename="/nowhere/at/all.py")
+    assert kernel(double)(21) == 42
 
 
 def test_makers_in_threads_give_what_one_gives() -> None:

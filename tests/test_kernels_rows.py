@@ -213,13 +213,14 @@ def test_a_tensor_is_read_where_it_lies() -> None:
     )
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("scheme", [Scheme.W8A8_DYNAMIC, Scheme.W4A8_DYNAMIC])
-def test_rounded_weight_refuses_what_is_not_finite(scheme: Scheme) -> None:
-    weight = torch.ones(3, 32)
-    weight[1, 5] = torch.nan
-    with pytest.raises(FxquantError, match="NaN or infinity") as caught:
-        rounded_weight(recipe_of(weight, scheme), weight)
-    assert caught.value.place == "model.linear.weight"
+def test_rows_that_are_not_finite_round_to_nan(scheme: Scheme, value: float) -> None:
+    weight = torch.randn(6, 32, generator=torch.Generator().manual_seed(6))
+    rounded = rounded_weight(recipe_of(weight, scheme), weight)
+    weight[1, 5] = weight[4, 0] = value
+    rounded[1] = rounded[4] = torch.nan
+    assert torch.equal(rounded_weight(recipe_of(weight, scheme), weight).nan_to_num(9e9), rounded.nan_to_num(9e9))
 
 
 def test_rows_that_do_not_fit_are_an_error() -> None:
@@ -230,3 +231,15 @@ def test_rows_that_do_not_fit_are_an_error() -> None:
         ModuleMaker(recipe_of(torch.ones(3, 16), Scheme.W8A8_DYNAMIC), "w").rows(rows_of(weight))
     with pytest.raises(ValueError, match="block scales"):
         SourceRows(np.zeros((2, 32), np.uint8), torch.float8_e4m3fn, 32).encoded()
+    scales, raw = np.ones((1, 1), np.float32), np.zeros((2, 32), np.uint8)
+    source = SourceRows(raw, torch.float8_e4m3fn, 32, scale_inv=scales)
+    assert source.encoded().scales.shape == (1, 1)
+    for changes in ({"start": 127}, {"block": (128, 16)}, {"smooth": np.ones(31, np.float32)}):
+        with pytest.raises(ValueError, match="scales"):
+            replace(source, **changes).encoded()
+    with pytest.raises(ValueError, match="in room for"):
+        rounded_weight(recipe_of(torch.ones(3, 16), Scheme.W8A8_DYNAMIC), weight)
+    for changes in ({"group_size": 24}, {"row_parallel": True}):
+        recipe = replace(recipe_of(torch.ones(2, 40), Scheme.W4A8_DYNAMIC), **changes)
+        with pytest.raises(ValueError, match="do not divide"):
+            make_tensors(recipe, "w", torch.ones(2, 40))

@@ -1,34 +1,33 @@
 """Weight files: the planned bytes, each module in memory once."""
 
-import gc
 import subprocess
 import sys
-import weakref
-from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from filling import fill_folder
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny import rewritten, write_checkpoint, write_shards
 from torch import Tensor
 
 from fxquant.checkpoint import Checkpoint, open_checkpoint
+from fxquant.checkpoint_parts import SourceTensor
 from fxquant.errors import FxquantError
-from fxquant.lowering import weights as writer
 from fxquant.lowering.description import index
 from fxquant.lowering.engines import ENGINES
 from fxquant.lowering.layout import FileLayout, plan_files, stored_tensors
-from fxquant.lowering.weights import write_weights
+from fxquant.lowering.weights import producer
 from fxquant.program import Program
 from fxquant.reference import contradiction, expected_tensors
-from fxquant.safetensors_file import TensorInfo
 from fxquant.schemes import Recipe
+from fxquant.source_reader import SourceReader
 from fxquant.targets import Target
-from fxquant.weights import RecipeReader, maker
+from fxquant.weights import RecipeReader
 
 Tiny = Callable[..., Checkpoint]
 MODELS: dict[str, dict[str, Any]] = {
@@ -46,7 +45,7 @@ def write(
     program, done = rewritten(checkpoint, policy), []
     files = plan_files(stored_tensors(program, checkpoint), size, ENGINES[Target.ASCEND])
     folder.mkdir()
-    write_weights(files, checkpoint, maker(checkpoint.read), folder, done.append)
+    fill_folder(files, checkpoint, folder, done.append)
     return program, files, sum(done)
 
 
@@ -152,50 +151,58 @@ def test_a_weight_that_is_not_finite_is_named(tmp_path: Path) -> None:
 # what is in memory
 
 
-def test_every_source_tensor_is_read_once_and_dropped(tiny: Tiny, tmp_path: Path, monkeypatch: Any) -> None:
+@dataclass
+class Reads:
+    """Every range that was read of a checkpoint's tensors, and the largest."""
+
+    ranges: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
+
+    def watch(self, monkeypatch: pytest.MonkeyPatch) -> "Reads":
+        original = SourceReader.read_into
+
+        def read_into(reader: SourceReader, tensor: SourceTensor, offset: int, buffer: memoryview) -> None:
+            self.ranges.setdefault(tensor.name, []).append((offset, offset + len(buffer)))
+            original(reader, tensor, offset, buffer)
+
+        monkeypatch.setattr(SourceReader, "read_into", read_into)
+        return self
+
+    @property
+    def largest(self) -> int:
+        return max(stop - start for ranges in self.ranges.values() for start, stop in ranges)
+
+
+def covers_once(ranges: list[tuple[int, int]], nbytes: int) -> bool:
+    """They lie one behind the other and fill the tensor."""
+    ends = [0] + [stop for _, stop in sorted(ranges)]
+    return [start for start, _ in sorted(ranges)] + [nbytes] == ends
+
+
+@pytest.mark.parametrize("jobs", [1, 3])
+def test_every_source_byte_is_read_once_in_blocks(
+    jobs: int, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     checkpoint = tiny(**MODELS["fp8 with bias in shards"])
     program = rewritten(checkpoint, "deepseek_w4a8")
     files = plan_files(stored_tensors(program, checkpoint), 1 << 30, ENGINES[Target.ASCEND])
-    reads, live, most, original = Counter(), [0, 0], [0, 0], TensorInfo.read
-
-    def count(tensors: int, nbytes: int) -> None:
-        live[0], live[1] = live[0] + tensors, live[1] + nbytes
-        most[0], most[1] = max(most[0], live[0]), max(most[1], live[1])
-
-    def read(info: TensorInfo) -> Tensor:
-        tensor = original(info)
-        reads[info.name] += 1
-        count(1, info.nbytes)
-        weakref.finalize(tensor, count, -1, -info.nbytes)
-        return tensor
-
-    monkeypatch.setattr(TensorInfo, "read", read)
-    gc.disable()  # only reference counts may free them: a cycle would live until the collector comes
-    try:
-        write_weights(files, checkpoint, maker(checkpoint.read), tmp_path, lambda amount: None)
-    finally:
-        gc.enable()
-    assert set(reads.values()) == {1}
-    sources = {name for recipe in program.recipes.values() for name in recipe.source_names}
-    assert sources <= set(reads)
-    # a weight, its block scales and its bias
-    assert live == [0, 0] and most[0] <= 3
-    largest = max(info.nbytes for info in checkpoint.tensors.values() if info.name in sources)
-    assert most[1] <= largest + 256 * 4
+    monkeypatch.setattr(producer, "BLOCK_BYTES", 4096)
+    reads = Reads().watch(monkeypatch)
+    fill_folder(files, checkpoint, tmp_path, jobs=jobs)
+    infos = {info.name: info for info in (*checkpoint.tensors.values(), *checkpoint.scales.values())}
+    assert reads.ranges.keys() == infos.keys()
+    assert all(covers_once(reads.ranges[name], info.nbytes) for name, info in infos.items())
+    # a block has as many rows as a block scale, at least
+    widest = max(info.nbytes // info.shape[0] for info in checkpoint.tensors.values() if info.name in checkpoint.scales)
+    assert reads.largest == 128 * widest
 
 
-def test_kept_tensors_are_copied_in_ranges(tiny: Tiny, tmp_path: Path, monkeypatch: Any) -> None:
-    checkpoint, original, lengths = tiny(), TensorInfo.read_bytes, []
-
-    def read_bytes(info: TensorInfo, offset: int, length: int) -> bytearray:
-        lengths.append((info.name, offset, length))
-        return original(info, offset, length)
-
-    monkeypatch.setattr(writer, "COPY_BLOCK", 1000)
-    monkeypatch.setattr(TensorInfo, "read_bytes", read_bytes)
+def test_kept_tensors_are_copied_in_ranges(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = tiny()
+    monkeypatch.setattr(producer, "BLOCK_BYTES", 1000)
+    reads = Reads().watch(monkeypatch)
     write(checkpoint, "float", tmp_path / "out")
-    assert max(length for _, _, length in lengths) == 1000
-    assert sum(length for _, _, length in lengths) == checkpoint.nbytes
+    assert reads.largest == 1000
+    assert all(covers_once(reads.ranges[name], info.nbytes) for name, info in checkpoint.tensors.items())
     monkeypatch.undo()
     found = stored_in(tmp_path / "out")
     assert all(same(found[name], checkpoint.read(name)) for name in checkpoint.tensors)
@@ -205,13 +212,12 @@ MEASURE = """
 import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
+from filling import fill_folder
 from tiny import rewritten
 from fxquant.checkpoint import open_checkpoint
 from fxquant.lowering.engines import ENGINES
 from fxquant.lowering.layout import plan_files, stored_tensors
-from fxquant.lowering.weights import write_weights
 from fxquant.targets import Target
-from fxquant.weights import maker
 
 def memory(key):
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -222,7 +228,7 @@ stored = stored_tensors(rewritten(checkpoint, "deepseek_w4a8_dynamic"), checkpoi
 files = plan_files(stored, 1 << 30, ENGINES[Target.ASCEND])
 before = memory("VmRSS")
 Path("/proc/self/clear_refs").write_text("5")
-write_weights(files, checkpoint, maker(checkpoint.read), Path(sys.argv[3]), lambda amount: None)
+fill_folder(files, checkpoint, Path(sys.argv[3]))
 print(memory("VmHWM") - before)
 """
 

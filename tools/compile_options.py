@@ -8,6 +8,7 @@ import typer
 from fxquant.errors import FxquantError
 
 if TYPE_CHECKING:
+    from fxquant.lowering.weights import Workers
     from fxquant.policy import MtpMode
     from fxquant.targets import Target
 
@@ -42,12 +43,31 @@ CalibrationFile = Annotated[
     Path | None,
     typer.Option(help="Calibration .txt, .jsonl, or token ids. [dim]default: calibration.jsonl beside the model[/]"),
 ]
+SavedCalibration = Annotated[
+    Path | None,
+    typer.Option("--calibration", help="Ranges of an earlier output, optional/calibration.safetensors, not text."),
+]
+Jobs = Annotated[
+    int | None, typer.Option("--jobs", "-j", help="Workers. [dim]default: one a core[/]", min=1, show_default=False)
+]
+EngineName = Annotated[
+    str, typer.Option("--engine", help="Who works: local, threads here; ray, a cluster that shares the storage.")
+]
+Address = Annotated[
+    str | None, typer.Option(help="Ray cluster, such as auto or HOST:6379. [dim]default: one started here[/]")
+]
+Reuse = Annotated[
+    Path | None, typer.Option("--reuse", metavar="OLD_OUT", help="Take what is the same from an earlier output.")
+]
+Restart = Annotated[bool, typer.Option("--restart", help="Discard unfinished work instead of going on with it.")]
 CheckpointFolder = Annotated[Path | None, typer.Option(help="Checkpoint for a model.py that names none.")]
 TraceTimeout = Annotated[
     float, typer.Option(metavar="SECONDS", help="Longest a model.py may take to import, build and trace.", min=0.1)
 ]
 ShardSize = Annotated[str, typer.Option(help="Largest weight file, such as 4GiB or 500MB.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace an earlier output.")]
+Force = Annotated[
+    bool, typer.Option("--force", help="Replace an earlier output; what stays the same is taken over from it.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the report as JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 Export = Annotated[bool, typer.Option("--export/--no-export", help="The NPU graph as .pt2 files too.")]
@@ -61,6 +81,18 @@ def parse_target(name: str) -> "Target":
     if name not in list(Target):
         raise FxquantError(f"--target {name}", "unknown.", f"Choose one of: {', '.join(Target)}.")
     return Target(name)
+
+
+def parse_workers(engine: str, jobs: int | None, address: str | None) -> "Workers":
+    """So many workers of that kind."""
+    from fxquant.lowering.weights import WorkEngine, Workers
+    from fxquant.lowering.weights.work import cores
+
+    if engine not in list(WorkEngine):
+        raise FxquantError(f"--engine {engine}", "unknown.", f"Choose one of: {', '.join(WorkEngine)}.")
+    if address is not None and engine != WorkEngine.RAY:
+        raise FxquantError(f"--address {address}", "of a Ray cluster.", "Pass --engine ray with it.")
+    return Workers(WorkEngine(engine), jobs or cores(), address)
 
 
 def parse_mtp(name: str | None) -> "MtpMode | None":

@@ -5,7 +5,18 @@ from typing import Annotated
 
 import typer
 
-from fxquant.tools.compile_options import AsJson, Export, Force, Quiet, Ranks, Verify, parse_target
+from fxquant.tools.compile_options import (
+    AsJson,
+    Export,
+    Force,
+    Jobs,
+    Quiet,
+    Ranks,
+    Restart,
+    Verify,
+    parse_target,
+    parse_workers,
+)
 from fxquant.tools.console import console, print_json, reporter, size
 
 
@@ -18,6 +29,8 @@ def command(
     tp: Ranks = 1,
     export: Export = True,
     verify: Verify = True,
+    jobs: Jobs = None,
+    restart: Restart = False,
     force: Force = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -29,7 +42,10 @@ def command(
     from fxquant.api import convert
     from fxquant.tools.verify import verification_table
 
-    report = convert(out, parse_target(target), into, tp, verify, force, reporter(quiet or as_json), export)
+    workers = parse_workers("local", jobs, None)
+    report = convert(
+        out, parse_target(target), into, tp, verify, force, reporter(quiet or as_json), export, workers, restart
+    )
     verification = report.verification
     if as_json:
         document = {"out": str(report.out), "target": report.target.value, "policy": report.policy}

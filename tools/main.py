@@ -8,6 +8,8 @@ from fxquant.errors import FxquantError
 from fxquant.tools import compare, compile_model, convert, evaluate, generate, plan, show, targets, verify
 from fxquant.tools.console import errors, show_error
 
+INTERRUPTED = 130
+"""Exit code of a command that Ctrl-C ended: 128 + SIGINT."""
 app = typer.Typer(
     name="fxquant",
     help="Compile quantized DeepSeek-V3/R1 models: a torch.fx graph in, Ascend weights and graphs or ONNX out.",
@@ -46,8 +48,12 @@ def run() -> None:
     except FxquantError as error:
         show_error(error)
         sys.exit(1)
-    except KeyboardInterrupt:
-        errors.print("interrupted: nothing was left under the final name")
-        sys.exit(130)
+    except (KeyboardInterrupt, SystemExit) as stop:
+        if isinstance(stop, SystemExit) and stop.code != INTERRUPTED:
+            raise
+        errors.print(
+            "interrupted: nothing was left under the final name. The same command goes on where it was.", soft_wrap=True
+        )
+        sys.exit(INTERRUPTED)
     except BrokenPipeError:
         sys.exit(141)

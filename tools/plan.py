@@ -12,6 +12,7 @@ from rich.table import Table
 from fxquant.tools.compile_options import (
     AsJson,
     CheckpointFolder,
+    Jobs,
     Mix,
     MtpName,
     OutFolder,
@@ -49,7 +50,7 @@ def command(
     mtp: MtpName = None,
     mix: Mix = None,
     max_shard_size: ShardSize = "4GiB",
-    jobs: Annotated[int | None, typer.Option(help="Workers. [dim]default: one a core[/]", min=1)] = None,
+    jobs: Jobs = None,
     cores: Annotated[int | None, typer.Option(help="Estimate for so many cores like this one's.", min=1)] = None,
     disk: Annotated[float | None, typer.Option(help="Estimate for a disk of so many GB/s.", min=0.001)] = None,
     checkpoint: CheckpointFolder = None,

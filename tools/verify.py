@@ -7,6 +7,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from fxquant.errors import FxquantError
 from fxquant.tools.compile_options import parse_target
 from fxquant.tools.console import console, print_json, reporter
 
@@ -28,6 +29,12 @@ def command(
     target: Annotated[
         str | None, typer.Option("--target", "-t", help="The target of OUT. [dim]default: the manifest's[/]")
     ] = None,
+    rebuild: Annotated[
+        bool, typer.Option("--rebuild", help="Derive the weights anew from the source and compare every byte.")
+    ] = False,
+    sample: Annotated[
+        int | None, typer.Option(metavar="N", help="Rebuild N modules, not all.", min=1, show_default=False)
+    ] = None,
     full: Annotated[bool, typer.Option("--full", help="Check every tensor, however large the model.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
@@ -37,9 +44,13 @@ def command(
     Without a source it says “structure only”. Exits with 1 on any miss.
     """
     from fxquant.api import verify
+    from fxquant.lowering.verify import Rebuild
 
+    if sample is not None and not rebuild:
+        raise FxquantError(f"--sample {sample}", "of what to rebuild.", "Pass --rebuild with it.")
+    anew = Rebuild(sample) if rebuild else None
     engine = None if target is None else parse_target(target)
-    report = verify(out, against, full, reporter(quiet or as_json), tp, engine)
+    report = verify(out, against, full, reporter(quiet or as_json), tp, engine, anew)
     print_json(report.as_json()) if as_json else console.print(verification_table(report))
     if not report.ok:
         if not as_json:

@@ -3,7 +3,6 @@
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
 from fxquant.kernels.rounding import (
     BFLOAT16,
@@ -11,9 +10,9 @@ from fxquant.kernels.rounding import (
     FLOAT16,
     FLOAT32,
     MAGNITUDE,
-    OPTIONS,
     bits_of,
     float_of,
+    kernel,
     round_row,
 )
 
@@ -42,7 +41,7 @@ class EncodedRows(NamedTuple):
     rounded: int
 
 
-@njit(**OPTIONS)
+@kernel
 def decode_bfloat16(row: np.ndarray, values: np.ndarray) -> np.uint32:
     """uint16 [k] → float32 [k], and the largest magnitude."""
     largest = np.uint32(0)
@@ -53,7 +52,7 @@ def decode_bfloat16(row: np.ndarray, values: np.ndarray) -> np.uint32:
     return largest
 
 
-@njit(**OPTIONS)
+@kernel
 def decode_float16(row: np.ndarray, values: np.ndarray) -> np.uint32:
     """uint16 [k] → float32 [k], and the largest magnitude. Subnormals: `float(2**-14 + x) - 2**-14`, exact."""
     largest = np.uint32(0)
@@ -72,7 +71,7 @@ def decode_float16(row: np.ndarray, values: np.ndarray) -> np.uint32:
     return largest
 
 
-@njit(**OPTIONS)
+@kernel
 def decode_float8(row: np.ndarray, scale: np.float32, values: np.ndarray) -> None:
     """uint8 [k], E4M3 → float32 [k], times one scale. Codes 0x7f and 0xff are NaN; there is no infinity."""
     smallest = np.float32(2.0**-6)
@@ -87,7 +86,7 @@ def decode_float8(row: np.ndarray, scale: np.float32, values: np.ndarray) -> Non
         values[j] = float_of(np.uint32(bits_of(value) | sign)) * scale
 
 
-@njit(**OPTIONS)
+@kernel
 def decode_row(rows: EncodedRows, index: int, values: np.ndarray) -> np.uint32:
     """Row `index` of `rows` → float32 [k], and the bits of its largest magnitude.
 

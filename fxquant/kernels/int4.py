@@ -3,17 +3,16 @@
 from math import gcd
 
 import numpy as np
-from numba import njit
 
 from fxquant.kernels.decode import EncodedRows, decode_row
-from fxquant.kernels.rounding import BFLOAT16, INFINITY, OPTIONS, round_run, row_scale
+from fxquant.kernels.rounding import BFLOAT16, INFINITY, kernel, round_run, row_scale
 
 INT4_MAXIMUM = 7
 TWO_LEVEL_MAXIMUM = INT4_MAXIMUM * 17
 """119: with integer group scales up to 17, `q4 * second` of the two-level form stays within int8."""
 
 
-@njit(**OPTIONS)
+@kernel
 def first_level(values: np.ndarray, divisor: np.float32, codes: np.ndarray) -> np.int32:
     """A group, float32 → int8 `clamp(rne(W / s), -119, 119)`, and the largest magnitude of these.
 
@@ -27,7 +26,7 @@ def first_level(values: np.ndarray, divisor: np.float32, codes: np.ndarray) -> n
     return largest
 
 
-@njit(**OPTIONS)
+@kernel
 def second_level(first: np.ndarray, second: np.float32, codes: np.ndarray) -> np.int32:
     """Part of a group, int8 → int8 `clamp(rne(q8 / second), -8, 7)`, and the sum of these."""
     total = np.int32(0)
@@ -38,7 +37,7 @@ def second_level(first: np.ndarray, second: np.float32, codes: np.ndarray) -> np
     return total
 
 
-@njit(**OPTIONS)
+@kernel
 def two_level(
     values: np.ndarray, scale: np.float32, first: np.ndarray, codes: np.ndarray, second: np.ndarray, sums: np.ndarray
 ) -> None:
@@ -60,7 +59,7 @@ def two_level(
         sums[start // chunk] += second_level(first[run], factor, codes[run]) * np.int32(factor)
 
 
-@njit(**OPTIONS)
+@kernel
 def per_channel(values: np.ndarray, scale: np.float32, codes: np.ndarray, sums: np.ndarray) -> None:
     """A row, float32 [k] → codes int8 [k], `clamp(rne(W / s), -8, 7)`, and their sums int32 [chunks]."""
     chunk = values.shape[0] // sums.shape[0]
@@ -69,14 +68,14 @@ def per_channel(values: np.ndarray, scale: np.float32, codes: np.ndarray, sums: 
         sums[c] = round_run(values[run], scale, -8, 7, codes[run])
 
 
-@njit(**OPTIONS)
+@kernel
 def pack_rows(even: np.ndarray, odd: np.ndarray, packed: np.ndarray) -> None:
     """Two rows int8 [k] → one of bytes, the even row in the low nibble."""
     for j in range(packed.shape[0]):
         packed[j] = (even[j] & np.int8(15)) | (odd[j] << np.int8(4))
 
 
-@njit(**OPTIONS)
+@kernel
 def int4_rows(
     rows: EncodedRows, scale_dtype: int, codes: np.ndarray, scale: np.ndarray, second: np.ndarray, bias: np.ndarray
 ) -> int:

@@ -1,15 +1,14 @@
 """One scale per output channel, eight bits. Needs numpy and numba only."""
 
 import numpy as np
-from numba import njit
 
 from fxquant.kernels.decode import EncodedRows, decode_row
-from fxquant.kernels.rounding import INFINITY, OPTIONS, round_run, row_scale
+from fxquant.kernels.rounding import INFINITY, kernel, round_run, row_scale
 
 INT8_MAXIMUM = 127
 
 
-@njit(**OPTIONS)
+@kernel
 def int8_rows(rows: EncodedRows, scale_dtype: int, codes: np.ndarray, scale: np.ndarray, sums: np.ndarray) -> int:
     """Rows [n, k] → codes int8 [n, k], scale float32 [n], sums of the codes int64 [n]; which row is not finite, or -1.
 

@@ -32,6 +32,8 @@ class _Rows:
     def empty(cls, recipe: Recipe, n: int, packed: bool) -> "_Rows":
         groups = recipe.in_features // recipe.group_size if recipe.int4 and recipe.group_size else 0
         chunks = ROW_PARALLEL_CHUNKS if recipe.row_parallel else 1
+        if recipe.int4 and (recipe.in_features % max(recipe.group_size, 1) or (packed and recipe.in_features % chunks)):
+            raise ValueError(f"{groups} groups and {chunks} chunks do not divide {recipe}")
         return cls(
             np.empty((n // 2 if packed else n, recipe.in_features), np.int8),
             np.empty(n, np.float32),
@@ -40,16 +42,14 @@ class _Rows:
             np.empty(n, np.int64),
         )
 
-    def make(self, recipe: Recipe, place: str, source: SourceRows) -> None:
-        """Fill it from as many rows. Raises FxquantError for NaN or infinity."""
+    def make(self, recipe: Recipe, source: SourceRows) -> int:
+        """Fill it from as many rows. Which of them is the first with NaN or infinity, or -1."""
+        if (source.rows, source.in_features) != (len(self.scale), self.codes.shape[1]):
+            raise ValueError(f"{source.rows} rows of {source.in_features} in room for {len(self.scale)} of {recipe}")
         if recipe.int4:
             dtype = KERNEL_DTYPES[torch.float32 if recipe.group_size else recipe.scale_dtype]
-            bad = int4_rows(source.encoded(), dtype, self.codes, self.scale, self.second, self.bias)
-        else:
-            bad = int8_rows(source.encoded(), KERNEL_DTYPES[recipe.scale_dtype], self.codes, self.scale, self.sums)
-        if bad >= 0:
-            fact = f"holds NaN or infinity (row {source.start + bad})."
-            raise FxquantError(place, fact, "Repair the checkpoint: no scale can represent it.")
+            return int4_rows(source.encoded(), dtype, self.codes, self.scale, self.second, self.bias)
+        return int8_rows(source.encoded(), KERNEL_DTYPES[recipe.scale_dtype], self.codes, self.scale, self.sums)
 
 
 class ModuleMaker:
@@ -75,12 +75,15 @@ class ModuleMaker:
         packed: there, blocks have an even number of rows. Raises FxquantError for NaN or infinite weights.
         """
         n = source.rows
-        if source.in_features != self._recipe.in_features or (self._packed and n % 2):
-            raise ValueError(f"{self._place}: {n} rows of {source.in_features} do not fit {self._recipe}")
+        if self._packed and n % 2:
+            raise ValueError(f"{self._place}: {n} rows of {source.in_features}, packed in pairs")
         if self._room is None or len(self._room.scale) != n:
             self._room = _Rows.empty(self._recipe, n, self._packed)
             self._tensors = self._row_tensors(self._room)
-        self._room.make(self._recipe, self._place, source)
+        bad = self._room.make(self._recipe, source)
+        if bad >= 0:
+            fact = f"holds NaN or infinity (row {source.start + bad})."
+            raise FxquantError(self._place, fact, "Repair the checkpoint: no scale can represent it.")
         if self._static is not None:
             self._scales.append(torch.from_numpy(self._room.scale.copy()))
             self._sums.append(torch.from_numpy(self._room.sums.copy()))
@@ -138,10 +141,12 @@ def int4_tensors(recipe: Recipe, q: Tensor, scale: Tensor, second: Tensor | None
 def rounded_weight(recipe: Recipe, weight: Tensor) -> Tensor:
     """float32 [n, k]: what the integers of the recipe's scheme stand for, `q * scale` (`* second scale`).
 
-    Raises FxquantError for NaN or infinite weights.
+    Rows with NaN or infinity become NaN.
     """
     room = _Rows.empty(recipe, len(weight), packed=False)
-    room.make(recipe, f"{recipe.module}.weight", rows_of(weight))
+    if room.make(recipe, rows_of(weight)) >= 0:
+        finite = torch.isfinite(weight).all(1, keepdim=True)
+        return torch.where(finite, rounded_weight(recipe, torch.where(finite, weight, 0)), torch.nan)
     q, scale, second = (torch.from_numpy(made) for made in (room.codes, room.scale, room.second))
     codes = q * second.repeat_interleave(recipe.group_size, 1) if second.shape[1] else q
     return codes * scale.unsqueeze(1)

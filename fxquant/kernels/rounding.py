@@ -5,14 +5,30 @@ NaN come out on top, at INFINITY or above.
 """
 
 from collections.abc import Callable
+from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numba import njit, types
 from numba.extending import intrinsic
 
-OPTIONS: dict[str, Any] = {"nogil": True, "cache": True, "error_model": "numpy", "boundscheck": False}
-"""How every kernel is compiled: IEEE arithmetic as written, threads of the caller may run beside it."""
+SOURCES = sha256(b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py")))).hexdigest()[:8]
+
+
+def kernel(function: Any) -> Any:
+    """Compile with IEEE arithmetic as written, without the interpreter's lock, and keep the code on disk.
+
+    numba looks for kept code by the function's name and its own file's time; the digest in the name makes it look at
+    every file of this folder. Where no folder can be written, each process compiles anew.
+    """
+    function.__qualname__ += f"_{SOURCES}"
+    options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "boundscheck": False}
+    try:
+        return njit(function, cache=True, **options)
+    except RuntimeError:
+        return njit(function, **options)
+
 
 FLOAT32, BFLOAT16, FLOAT16, FLOAT8 = 0, 1, 2, 3
 """dtypes as kernels see them."""
@@ -45,7 +61,7 @@ float_of: Any = intrinsic(_float_of)
 bits_of: Any = intrinsic(_bits_of)
 
 
-@njit(**OPTIONS)
+@kernel
 def to_bfloat16(magnitude: np.uint32) -> np.uint32:
     """Bits without sign → bits of the nearest bfloat16, halves to even; NaN becomes infinity."""
     kept = magnitude >> np.uint32(16) & np.uint32(1)
@@ -53,7 +69,7 @@ def to_bfloat16(magnitude: np.uint32) -> np.uint32:
     return np.uint32(min(rounded, INFINITY))
 
 
-@njit(**OPTIONS)
+@kernel
 def to_float16(magnitude: np.uint32) -> np.uint32:
     """Bits without sign → float32 bits of the nearest float16, halves to even; overflow and NaN become infinity.
 
@@ -67,7 +83,7 @@ def to_float16(magnitude: np.uint32) -> np.uint32:
     return np.uint32(normal if magnitude >= FLOAT16_NORMAL else subnormal)
 
 
-@njit(**OPTIONS)
+@kernel
 def round_row(values: np.ndarray, dtype: int) -> np.uint32:
     """Round float32 [k] in place to `dtype`, and give its largest magnitude."""
     largest = np.uint32(0)
@@ -89,7 +105,7 @@ def round_row(values: np.ndarray, dtype: int) -> np.uint32:
     return largest
 
 
-@njit(**OPTIONS)
+@kernel
 def row_scale(largest: np.uint32, maximum: int, dtype: int) -> np.float32:
     """`max|W| / maximum`, rounded to `dtype`; what is divided by it is `divisor`."""
     scale = float_of(largest) / np.float32(maximum)
@@ -100,7 +116,7 @@ def row_scale(largest: np.uint32, maximum: int, dtype: int) -> np.float32:
     return scale
 
 
-@njit(**OPTIONS)
+@kernel
 def round_run(values: np.ndarray, scale: np.float32, low: int, high: int, codes: np.ndarray) -> np.int32:
     """float32 [k] → int8 [k], `clamp(rne(W / s), low, high)`, and the sum of these. A scale of 0 leaves zeros.
 

@@ -50,13 +50,19 @@ class SourceRows:
             raise ValueError(f"{self.dtype} rows {'without' if self.scale_inv is None else 'with'} block scales")
         scales = np.empty((0, 0), np.float32) if self.scale_inv is None else self.scale_inv
         smooth = np.empty(0, np.float32) if self.smooth is None else self.smooth
+        edges = (self.start + self.rows, self.in_features)
+        blocks = tuple(-(-edge // size) for edge, size in zip(edges, self.block, strict=True))
+        if self.scale_inv is not None and (scales.shape[0] < blocks[0] or scales.shape[1:] != blocks[1:]):
+            raise ValueError(f"block scales {scales.shape} for rows to {edges[0]} of {edges[1]} in {self.block}")
+        if self.smooth is not None and smooth.shape != (self.in_features,):
+            raise ValueError(f"{smooth.shape} smoothing scales for rows of {self.in_features}")
         return EncodedRows(
             _read_only(self.raw.reshape(self.rows, self.in_features * self.dtype.itemsize)),
             KERNEL_DTYPES[self.dtype],
             self.start,
-            _read_only(scales),
+            _read_only(scales.astype(np.float32, copy=False)),
             *self.block,
-            _read_only(smooth),
+            _read_only(smooth.astype(np.float32, copy=False)),
             KERNEL_DTYPES[self.model_dtype],
         )
 

@@ -4,12 +4,17 @@ import json
 from pathlib import Path
 
 from fxquant.errors import FxquantError
+from fxquant.hashing import hash_bytes
 from fxquant.lowering.description import engine_config
 from fxquant.lowering.engines import ENGINES, group_size
-from fxquant.lowering.manifest import Manifest, file_digests, file_sizes
+from fxquant.lowering.manifest import Manifest, file_sizes
 from fxquant.lowering.verify.report import Check
+from fxquant.lowering.verify.weights import WeightFiles
+from fxquant.lowering.weights.digests import digests_on_disk, file_digest
+from fxquant.lowering.weights.unit import Place, Unit
 from fxquant.program import Program
 from fxquant.progress import Reporter
+from fxquant.safetensors_file import header_bytes
 from fxquant.targets import Target
 
 ONNX_GRAPH = "model.onnx"
@@ -25,14 +30,45 @@ def check_sizes(manifest: Manifest, folder: Path) -> Check:
 
 
 def check_digests(manifest: Manifest, folder: Path, report: Reporter) -> Check:
-    """Every file that is there has the bytes that were written."""
-    check = Check("files: digest", len(manifest.blake2b))
-    with report("verify digests", sum(file_sizes(folder).values()), "bytes") as advance:
-        found = file_digests(folder, advance)
-    for name, digest in manifest.blake2b.items():
-        held = found.get(name, "missing")
-        check.expect(held == digest, f"{name}: BLAKE2b {held[:16]}, written with {digest[:16]}")
+    """Every file that is there has the bytes that were written: documents whole, weights tensor by tensor."""
+    check = Check("files: digest", len(manifest.digests) + len(manifest.weights) + len(manifest.units))
+    present = file_sizes(folder)
+    for name, digest in manifest.digests.items():
+        held = file_digest(folder / name) if name in present else "missing"
+        check.expect(held == digest, f"{name}: XXH3 {held[:16]}, written with {digest[:16]}")
+    for name, digest in manifest.weights.items():
+        held = hash_bytes(header_bytes(folder / name)) if name in present else "missing"
+        check.expect(held == digest, f"{name}: header's XXH3 {held[:16]}, written with {digest[:16]}")
+    units = _units_on_disk(manifest, folder)
+    with report("verify digests", sum(unit.nbytes for unit in units), "bytes") as advance:
+        for unit, found in digests_on_disk(units, folder):
+            written = manifest.units[unit.name].digests
+            misses = [
+                _other_bytes(unit, suffix, found.digests.get(suffix, "missing"), digest)
+                for suffix, digest in written.items()
+                if found.digests.get(suffix) != digest
+            ]
+            check.expect(not misses, "; ".join(misses))
+            advance(unit.nbytes)
     return check
+
+
+def _other_bytes(unit: Unit, suffix: str, held: str, written: str) -> str:
+    place = unit.places.get(suffix)
+    where = f"{place.file}: " if place else ""
+    return f"{where}{unit.tensor_name(suffix)}: XXH3 {held[:16]}, written with {written[:16]}"
+
+
+def _units_on_disk(manifest: Manifest, folder: Path) -> list[Unit]:
+    """The manifest's units with the places where the files' headers have their tensors."""
+    infos = WeightFiles(folder).infos
+    units = [Unit(name, None, None, {}) for name in manifest.units]
+    for unit in units:
+        for suffix in manifest.units[unit.name].digests:
+            info = infos.get(unit.tensor_name(suffix))
+            if info is not None:
+                unit.places[suffix] = Place(info.file.name, info.start, info.nbytes)
+    return units
 
 
 def check_config(program: Program, folder: Path, target: Target) -> Check:

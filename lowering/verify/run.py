@@ -15,6 +15,7 @@ from fxquant.lowering.verify.engine import EngineChecker
 from fxquant.lowering.verify.files import check_config, check_digests, check_sizes, infer_target
 from fxquant.lowering.verify.graphs import AscendChecker, GraphChecker, OnnxChecker
 from fxquant.lowering.verify.noise import logit_noise
+from fxquant.lowering.verify.rebuild import Rebuild, check_rebuild
 from fxquant.lowering.verify.report import Check, VerifyReport
 from fxquant.lowering.verify.weights import (
     WeightFiles,
@@ -47,12 +48,13 @@ def verify_output(
     report: Reporter,
     ranks: int | None = None,
     target: Target | None = None,
+    rebuild: Rebuild | None = None,
 ) -> VerifyReport:
     """Hold `folder` against `source` (None: structure and graphs only). Streams; reads nothing whole but one module.
 
     `ranks`: tensor-parallel ranks that the engine's reader splits over; None: as many as it was compiled for.
     `target`: None: the manifest's; without a manifest, the one that the files show. A digest that differs stops no
-    other check: they say which tensor it is.
+    other check: they say which tensor it is. `rebuild`: derive weights anew too; it needs `source`.
     """
     manifest = find_manifest(folder)
     program, files = load_program(folder / GRAPH), WeightFiles(folder)
@@ -67,6 +69,8 @@ def verify_output(
         checks.append(_check_source(program, source))
     checks += check_names(program, files, folder, stored, ENGINES[target])
     checks += [check_config(program, folder, target), _check_contract(program, target, ranks)]
+    if rebuild is not None and source is not None and all(check.ok for check in checks):
+        checks.append(check_rebuild(stored, files, source, rebuild.sample, report))
     if all(check.ok for check in checks):
         checks += _check_values(output, stored, report)
     if all(check.ok for check in checks):

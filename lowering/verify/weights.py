@@ -3,10 +3,8 @@
 import json
 import random
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from fxquant.checkpoint import Checkpoint
@@ -26,23 +24,20 @@ CALIBRATED = ("input_scale", "input_offset", "deq_scale", "quant_bias")
 
 
 class WeightFiles:
-    """The weight files of an output folder, read through the safetensors library."""
+    """The weight files of an output folder, read tensor by tensor; nothing is mapped into memory."""
 
     def __init__(self, folder: Path) -> None:
         files = sorted(file for stem in STEMS for file in folder.glob(f"{stem}*.safetensors"))
         if not files:
             raise FxquantError(folder, f"holds no {STEMS[0]}*.safetensors.", "Compile again.")
+        self.folder = folder
         self.infos: dict[str, TensorInfo] = {}
         for file in files:
             self.infos |= read_header(file)
-        self._handles: dict[Path, Any] = {}
 
     def read(self, name: str) -> Tensor:
         """One tensor, as stored."""
-        file = self.infos[name].file
-        if file not in self._handles:
-            self._handles[file] = safe_open(file, "pt").__enter__()
-        return self._handles[file].get_tensor(name)
+        return self.infos[name].read()
 
 
 def check_names(

@@ -1,0 +1,97 @@
+"""calibration.safetensors: what static linears saw, before any policy made a range of it.
+
+The one part of an output that depends on the order in which floats were summed. With the file at hand everything else
+is the same on any machine.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import xxhash
+from torch import Tensor
+
+from fxquant.errors import FxquantError
+from fxquant.hashing import hash_text
+from fxquant.program_file import recipe_arguments
+from fxquant.safetensors_file import build_header, read_header, read_metadata
+from fxquant.schemes import Recipe
+
+CALIBRATION = "optional/calibration.safetensors"
+"""Within an output. The format keeps what no engine loads in `optional/`: engines take every weight file beside it."""
+TOKENS, LOW, HIGH = "tokens", ".input_low", ".input_high"
+AGAIN = "Calibrate again: pass --calib TEXT instead."
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What ranges were observed on.
+
+    graph    structural hash of the float graph
+    weights  "float", or "rounded" and the hash of the recipes that rounded them
+    text     XXH3-128 of the batches of token ids
+    """
+
+    graph: str
+    weights: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Raw ranges.
+
+    tokens  int64 [batches]: tokens in each batch
+    ranges  module → smallest and largest input in each batch, float32 [batches] each
+    """
+
+    seen: Seen
+    tokens: Tensor
+    ranges: dict[str, tuple[Tensor, Tensor]]
+
+    def save(self, path: Path) -> None:
+        """Write the file; the same calibration gives the same bytes."""
+        tensors = {TOKENS: self.tokens}
+        for module, (low, high) in sorted(self.ranges.items()):
+            tensors |= {module + LOW: low, module + HIGH: high}
+        entries = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
+        header, _ = build_header(entries, metadata=vars(self.seen))
+        data = b"".join(tensor.contiguous().numpy().tobytes() for tensor in tensors.values())
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(header + data)
+
+
+def load_calibration(path: Path) -> Calibration:
+    """Raises FxquantError for a file that `Calibration.save` did not write."""
+    if not path.is_file():
+        raise FxquantError(path, "no such file.", "Name the calibration.safetensors of an output.")
+    infos, metadata = read_header(path), read_metadata(path)
+    try:
+        seen = Seen(*(metadata[key] for key in ("graph", "weights", "text")))
+        modules = [name.removesuffix(LOW) for name in infos if name.endswith(LOW)]
+        ranges = {module: (infos[module + LOW].read(), infos[module + HIGH].read()) for module in modules}
+        tokens = infos[TOKENS].read()
+    except KeyError as error:
+        raise FxquantError(path, f"not a calibration file: it has no {error.args[0]}.", AGAIN) from None
+    shapes = {tuple(tensor.shape) for pair in ranges.values() for tensor in pair} | {tuple(tokens.shape)}
+    dtypes = {tensor.dtype for pair in ranges.values() for tensor in pair} | {torch.float32}
+    if len(shapes) != 1 or len(dtypes) != 1 or tokens.dtype is not torch.int64 or tokens.ndim != 1 or not len(tokens):
+        raise FxquantError(path, "not a calibration file: its tensors are not one value a batch.", AGAIN)
+    if not all(torch.isfinite(tensor).all() for pair in ranges.values() for tensor in pair):
+        raise FxquantError(path, "holds NaN or infinity.", AGAIN)
+    return Calibration(seen, tokens, ranges)
+
+
+def text_hash(batches: Iterable[Tensor]) -> str:
+    """XXH3-128 over shape and ids of each batch, in hex."""
+    digest = xxhash.xxh3_128()
+    for ids in batches:
+        digest.update(str(tuple(ids.shape)).encode() + ids.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def rounded_by(recipes: dict[str, Recipe]) -> str:
+    """The `weights` of ranges that were observed on rounded weights."""
+    arguments = [(module, recipe_arguments(recipe)) for module, recipe in sorted(recipes.items())]
+    return f"rounded {hash_text(repr(arguments))}"

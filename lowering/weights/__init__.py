@@ -1,0 +1,19 @@
+"""The weights of an output: planned files, filled unit by unit by workers, in any order, with the same bytes."""
+
+from fxquant.lowering.weights.producer import CheckpointProducer, Producer, tensor_bytes
+from fxquant.lowering.weights.unit import Filled, Place, Unit, units_of
+from fxquant.lowering.weights.work import WorkEngine, Workers, WorkReport, write_weights
+
+__all__ = [
+    "CheckpointProducer",
+    "Filled",
+    "Place",
+    "Producer",
+    "Unit",
+    "WorkEngine",
+    "WorkReport",
+    "Workers",
+    "tensor_bytes",
+    "units_of",
+    "write_weights",
+]

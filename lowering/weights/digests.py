@@ -1,0 +1,36 @@
+"""XXH3-128 of what lies on the disk, unit by unit and file by file."""
+
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import xxhash
+
+from fxquant.lowering.weights.unit import Filled, Unit
+
+READ_BLOCK = 4 << 20
+
+
+def file_digest(path: Path, start: int = 0, length: int | None = None) -> str:
+    """Of `length` bytes from `start`, in hex; None: to the end."""
+    digest, left = xxhash.xxh3_128(), path.stat().st_size - start if length is None else length
+    buffer = memoryview(bytearray(min(READ_BLOCK, max(left, 0))))
+    with path.open("rb", buffering=0) as file:
+        file.seek(start)
+        while left > 0 and (count := file.readinto(buffer[: min(len(buffer), left)])):
+            digest.update(buffer[:count])
+            left -= count
+    return digest.hexdigest()
+
+
+def digests_on_disk(units: Iterable[Unit], folder: Path) -> Iterator[tuple[Unit, Filled]]:
+    """Each unit as it lies in `folder`, several at a time: hashing and reading release the lock."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield from pool.map(lambda unit: (unit, unit_on_disk(unit, folder)), units)
+
+
+def unit_on_disk(unit: Unit, folder: Path) -> Filled:
+    """The unit as it lies in `folder`."""
+    places = unit.places.items()
+    return Filled(unit.name, {suffix: file_digest(folder / p.file, p.offset, p.nbytes) for suffix, p in places})

@@ -1,0 +1,70 @@
+"""One unit: its pieces to their places, each hashed while it is in the cache."""
+
+import os
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import xxhash
+
+from fxquant.errors import StoppedError
+from fxquant.lowering.weights.producer import Producer
+from fxquant.lowering.weights.unit import Filled, Unit
+
+FREE_SPACE = "Free space or repair the disk."
+
+
+@dataclass(frozen=True)
+class FillJob:
+    """What every worker needs: the folder of reserved files, and where bytes come from. It travels to processes."""
+
+    folder: Path
+    producer: Producer
+
+    def fill(self, unit: Unit) -> Filled:
+        """Write the unit. Doing it again writes the same bytes to the same places. Raises FxquantError."""
+        with ExitStack() as stack:
+            files = sorted({place.file for place in unit.places.values()})
+            handles = {file: self._open(file, stack) for file in files}
+
+            def write(suffix: str, data: memoryview, done: int) -> None:
+                place = unit.places[suffix]
+                self._write(handles[place.file], data, place.offset + done, place.file)
+
+            return _pour(unit, self.producer, write)
+
+    def _open(self, file: str, stack: ExitStack) -> int:
+        try:
+            handle = os.open(self.folder / file, os.O_WRONLY)
+        except OSError as error:
+            raise StoppedError(self.folder / file, f"cannot be opened: {error.strerror}.", FREE_SPACE) from None
+        stack.callback(os.close, handle)
+        return handle
+
+    def _write(self, handle: int, data: memoryview, offset: int, file: str) -> None:
+        done = 0
+        try:
+            while done < len(data):
+                done += os.pwrite(handle, data[done:], offset + done)
+        except OSError as error:
+            raise StoppedError(self.folder / file, f"cannot be written: {error.strerror}.", FREE_SPACE) from None
+
+
+def unit_anew(unit: Unit, producer: Producer) -> Filled:
+    """What filling the unit would write, hashed and not written."""
+    return _pour(unit, producer, lambda suffix, data, done: None)
+
+
+def _pour(unit: Unit, producer: Producer, write: Callable[[str, memoryview, int], None]) -> Filled:
+    """Hash every piece and hand it on, with its suffix and the bytes of that tensor that went before it."""
+    done = dict.fromkeys(unit.places, 0)
+    digests = {suffix: xxhash.xxh3_128() for suffix in unit.places}
+    for suffix, data in producer.pieces(unit):
+        write(suffix, data, done[suffix])
+        digests[suffix].update(data)
+        done[suffix] += len(data)
+    planned = {suffix: place.nbytes for suffix, place in unit.places.items()}
+    if done != planned:
+        raise AssertionError(f"{unit.name}: made {done} bytes, planned {planned}")
+    return Filled(unit.name, {suffix: digest.hexdigest() for suffix, digest in digests.items()})

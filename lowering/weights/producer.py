@@ -1,0 +1,127 @@
+"""The bytes of a unit, piece by piece, made from checkpoint rows."""
+
+import json
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fxquant.checkpoint import Checkpoint, decode_fp8
+from fxquant.checkpoint_parts import SourceTensor
+from fxquant.hashing import hash_text
+from fxquant.kernels.recipe import KERNEL_VERSION, ModuleMaker
+from fxquant.kernels.source_rows import SourceRows
+from fxquant.lowering.weights.unit import Unit
+from fxquant.program_file import recipe_arguments
+from fxquant.safetensors_file import NAMES, TensorInfo
+from fxquant.schemes import Recipe
+from fxquant.source_reader import FileStamp, SourceReader, Stamps
+
+BLOCK_BYTES = 2 << 20
+"""Source bytes that are in memory at one time for each worker, or two rows where these are longer: little enough to
+stay in a core's cache while they are decoded, quantized, packed, hashed and written."""
+
+
+class Producer(Protocol):
+    """Where units come from. It travels to other processes."""
+
+    def pieces(self, unit: Unit) -> Iterator[tuple[str, memoryview]]:
+        """(suffix, bytes) of every tensor of the unit, those of one in order; a piece is valid until the next."""
+
+    def key(self, unit: Unit) -> str:
+        """What the unit's bytes depend on, as 32 hexadecimal digits; known without reading a weight."""
+
+    def stamps_of(self, unit: Unit) -> list[FileStamp]:
+        """The states of the files that the unit is made from."""
+
+
+class CheckpointProducer:
+    """Units made from, or copied out of, a checkpoint whose files have these stamps."""
+
+    def __init__(self, checkpoint: Checkpoint, stamps: Stamps) -> None:
+        self._checkpoint, self._stamps = checkpoint, stamps
+        self._reader = SourceReader(stamps)
+
+    def pieces(self, unit: Unit) -> Iterator[tuple[str, memoryview]]:
+        return self._kept(unit) if unit.recipe is None else self._made(unit, unit.recipe)
+
+    def key(self, unit: Unit) -> str:
+        document: list[Any] = [KERNEL_VERSION, NAMES[self._checkpoint.dtype], list(self._checkpoint.block)]
+        if unit.recipe is None:
+            assert unit.kept is not None
+            document.append(NAMES[unit.kept.spec.dtype])
+        else:
+            document.append(recipe_arguments(unit.recipe))
+        parts = ((self._stamps[part.file], part.start) for part in self._parts(unit))
+        document += ([stamp.header, stamp.size, start] for stamp, start in parts)  # where, and no time
+        return hash_text(json.dumps(document))
+
+    def stamps_of(self, unit: Unit) -> list[FileStamp]:
+        return [self._stamps[part.file] for part in self._parts(unit)]
+
+    def _parts(self, unit: Unit) -> list[TensorInfo]:
+        """All that the unit is made from, as it lies in files: weight, block scales, bias."""
+        names = [unit.name]
+        if unit.recipe is not None:
+            names = [f"{unit.name}.weight"] + ([f"{unit.name}.bias"] if unit.recipe.bias else [])
+        tensors = [self._checkpoint.tensors[name] for name in names]
+        tensors += [self._checkpoint.scales[name] for name in names if name in self._checkpoint.scales]
+        return [part for tensor in tensors for part in tensor.parts]
+
+    def _kept(self, unit: Unit) -> Iterator[tuple[str, memoryview]]:
+        """A float tensor as it is, or decoded and converted where the stored dtype differs."""
+        assert unit.kept is not None
+        tensor, dtype = self._checkpoint.tensors[unit.name], unit.kept.spec.dtype
+        buffer = np.empty(min(BLOCK_BYTES, tensor.nbytes), np.uint8)
+        if tensor.dtype is dtype:
+            for start in range(0, tensor.nbytes, BLOCK_BYTES):
+                view = buffer.data[: min(BLOCK_BYTES, tensor.nbytes - start)]
+                self._reader.read_into(tensor, start, view)
+                yield "", view
+            return
+        for first, rows in self._row_blocks(tensor):
+            wide = torch.from_numpy(rows).view(tensor.dtype).view(-1, *tensor.shape[1:])
+            if unit.name in self._checkpoint.scales:
+                scales = torch.from_numpy(self._scales(unit.name))
+                wide = decode_fp8(wide, scales[first // self._checkpoint.block[0] :], self._checkpoint.block)
+                wide = wide.to(self._checkpoint.dtype)
+            yield "", tensor_bytes(wide.to(dtype))
+
+    def _made(self, unit: Unit, recipe: Recipe) -> Iterator[tuple[str, memoryview]]:
+        name = f"{unit.name}.weight"
+        weight = self._checkpoint.tensors[name]
+        maker = ModuleMaker(recipe, name, self._bias(unit.name) if recipe.bias else None)
+        model_dtype = self._checkpoint.stored_dtype(name)
+        scales = self._scales(name) if name in self._checkpoint.scales else None
+        for first, rows in self._row_blocks(weight):
+            source = SourceRows(rows, weight.dtype, weight.shape[1], first, model_dtype, scales, self._checkpoint.block)
+            for suffix, tensor in maker.rows(source).items():
+                yield suffix, tensor_bytes(tensor)
+        for suffix, tensor in maker.rest().items():
+            yield suffix, tensor_bytes(tensor)
+
+    def _row_blocks(self, tensor: SourceTensor) -> Iterator[tuple[int, np.ndarray]]:
+        """(first row, bytes of the rows as uint8) of consecutive blocks; a block starts where block scales do."""
+        rows, step = tensor.shape[0], self._checkpoint.block[0] + self._checkpoint.block[0] % 2
+        width = tensor.nbytes // rows
+        step *= max(1, BLOCK_BYTES // (step * width))
+        buffer = np.empty(min(step, rows) * width, np.uint8)
+        for first in range(0, rows, step):
+            block = buffer[: min(step, rows - first) * width]
+            self._reader.read_into(tensor, first * width, block.data)
+            yield first, block
+
+    def _scales(self, name: str) -> np.ndarray:
+        scale = self._checkpoint.scales[name]
+        return np.frombuffer(self._reader.read(scale), np.float32).reshape(scale.shape)
+
+    def _bias(self, module: str) -> Tensor:
+        tensor = self._checkpoint.tensors[f"{module}.bias"]
+        return torch.frombuffer(self._reader.read(tensor), dtype=tensor.dtype)
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """Little-endian bytes of a CPU tensor."""
+    return tensor.contiguous().flatten().view(torch.uint8).numpy().data

@@ -1,0 +1,56 @@
+"""Weight files at their final size, headers first, before a weight is read."""
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from fxquant.errors import FxquantError, StoppedError
+from fxquant.lowering.layout import FileLayout
+
+FREE_SPACE = "Free space, or choose another -o."
+
+
+def check_space(files: Sequence[FileLayout], folder: Path) -> None:
+    """Raise FxquantError unless the planned files fit on the disk of `folder`."""
+    needed, free = sum(file.nbytes for file in files), shutil.disk_usage(folder).free
+    if needed > free:
+        raise FxquantError(folder, f"{needed:,} bytes to write, {free:,} free.", FREE_SPACE)
+
+
+def reserve(files: Sequence[FileLayout], folder: Path) -> None:
+    """Make every file in `folder`; from then on no write to them finds the disk full, where it can be reserved."""
+    for file in files:
+        _reserve(folder / file.name, file)
+
+
+def _reserve(path: Path, file: FileLayout) -> None:
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+    except OSError as error:
+        raise StoppedError(path, f"cannot be made: {error.strerror}.", "Raise --max-shard-size or the limit.") from None
+    try:
+        getattr(os, "posix_fallocate", _extend)(handle, 0, file.nbytes)
+        os.pwrite(handle, file.header, 0)
+    except OSError as error:
+        fact = f"cannot reserve {file.nbytes:,} bytes: {error.strerror}."
+        raise StoppedError(path, fact, FREE_SPACE) from None
+    finally:
+        os.close(handle)
+
+
+def _extend(handle: int, start: int, length: int) -> None:
+    """Where the system cannot reserve space."""
+    os.ftruncate(handle, start + length)
+
+
+def sync(folder: Path, files: bool = True) -> None:
+    """Have every file of `folder` (unless `files` is false) and the names in it on the disk."""
+    for path in (*(sorted(folder.rglob("*")) if files else ()), folder):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        except OSError as error:
+            raise StoppedError(path, f"cannot be written to the disk: {error.strerror}.", FREE_SPACE) from None
+        finally:
+            os.close(handle)

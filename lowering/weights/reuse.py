@@ -1,0 +1,124 @@
+"""Units of an earlier output whose keys are the same: their bytes are copied, the cheapest way the file system has."""
+
+import errno
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from fxquant.errors import FxquantError, StoppedError
+from fxquant.hashing import hash_bytes
+from fxquant.lowering.layout import FileLayout
+from fxquant.lowering.manifest import STAMPS, Manifest, read_manifest
+from fxquant.lowering.weights.producer import Producer
+from fxquant.lowering.weights.unit import Filled, Unit
+from fxquant.safetensors_file import TensorInfo, header_bytes, read_header
+from fxquant.source_reader import FileStamp, Stamps
+
+NOT_HERE = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
+"""Errors of copy_file_range that mean: not between these files, copy them yourself."""
+COPY_BLOCK = 8 << 20
+
+
+def save_stamps(stamps: Stamps, folder: Path) -> None:
+    """Beside an output, what its source's files were, by name."""
+    document = {file.name: asdict(stamp) for file, stamp in sorted(stamps.items())}
+    (folder / STAMPS).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """An output folder to take units from: its tensors by name, and the states that its source's files had."""
+
+    folder: Path
+    manifest: Manifest
+    tensors: dict[str, TensorInfo]
+    stamps: frozenset[FileStamp]
+
+    def has(self, unit: Unit, key: str, producer: Producer) -> bool:
+        """Whether it has what `producer` would make: the same key, from source files not touched since."""
+        record = self.manifest.units.get(unit.name)
+        return (
+            record is not None
+            and record.key == key
+            and set(record.digests) == set(unit.places)
+            and all(self._fits(unit, suffix) for suffix in unit.places)
+            and all(stamp in self.stamps for stamp in producer.stamps_of(unit))
+        )
+
+    def filled(self, unit: Unit) -> Filled:
+        """The unit as the earlier work hashed it."""
+        return Filled(unit.name, self.manifest.units[unit.name].digests)
+
+    def _fits(self, unit: Unit, suffix: str) -> bool:
+        found = self.tensors.get(unit.tensor_name(suffix))
+        return found is not None and found.nbytes == unit.places[suffix].nbytes
+
+
+def open_earlier(folder: Path) -> Earlier:
+    """Raises FxquantError unless `folder` is an output whose weight files are as they were written."""
+    manifest = read_manifest(folder)
+    tensors: dict[str, TensorInfo] = {}
+    for name, digest in manifest.weights.items():
+        path = folder / name
+        if not path.is_file() or hash_bytes(header_bytes(path)) != digest:
+            raise FxquantError(path, "is not as it was written.", "Leave out --reuse, or verify that folder.")
+        tensors |= read_header(path)
+    try:
+        document = json.loads((folder / STAMPS).read_text(encoding="utf-8"))
+        stamps = frozenset(FileStamp(**fields) for fields in document.values())
+    except (OSError, ValueError, TypeError, AttributeError):
+        stamps = frozenset()
+    return Earlier(folder, manifest, tensors, stamps)
+
+
+def copy_units(
+    earlier: Earlier, units: Sequence[Unit], files: Sequence[FileLayout], folder: Path
+) -> Iterator[tuple[Unit, Filled]]:
+    """Copy `units` of `earlier` into the reserved `files` of `folder`; each is yielded when its bytes are there.
+
+    A file that comes out the same is copied in one range, which begins at a page: a file system with shared blocks
+    (XFS, Btrfs) copies nothing then.
+    """
+    reused = {unit.tensor_name(suffix) for unit in units for suffix in unit.places}
+    whole = {file.name for file in files if _same_file(earlier, file, reused)}
+    for file in files:
+        if file.name in whole:
+            start = len(file.header)
+            _copy(earlier.folder / file.name, start, folder / file.name, start, file.nbytes - start)
+    for unit in units:
+        for suffix, place in unit.places.items():
+            if place.file not in whole:
+                old = earlier.tensors[unit.tensor_name(suffix)]
+                _copy(old.file, old.start, folder / place.file, place.offset, place.nbytes)
+        yield unit, earlier.filled(unit)
+
+
+def _same_file(earlier: Earlier, file: FileLayout, reused: set[str]) -> bool:
+    same = earlier.manifest.weights.get(file.name) == hash_bytes(file.header)
+    return same and all(tensor.name in reused for tensor in file.tensors)
+
+
+def _copy(source: Path, start: int, target: Path, offset: int, length: int) -> None:
+    """Let the system copy `length` bytes from `start` of one file to `offset` of another, sharing blocks if it can."""
+    try:
+        with source.open("rb", buffering=0) as old, target.open("r+b", buffering=0) as new:
+            _copy_range(old.fileno(), start, new.fileno(), offset, length)
+    except OSError as error:
+        raise StoppedError(target, f"cannot be copied from {source}: {error.strerror}.", "Free space.") from None
+
+
+def _copy_range(old: int, start: int, new: int, offset: int, length: int) -> None:
+    done = 0
+    while done < length:
+        try:
+            count = os.copy_file_range(old, new, length - done, start + done, offset + done)
+        except (OSError, AttributeError) as error:
+            if isinstance(error, OSError) and error.errno not in NOT_HERE:
+                raise
+            data = os.pread(old, min(COPY_BLOCK, length - done), start + done)
+            count = os.pwrite(new, data, offset + done)
+        if not count:
+            raise OSError(errno.EIO, "the earlier file ends too early")
+        done += count

@@ -1,0 +1,74 @@
+"""What workers do at one go, and where its bytes go."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from fxquant.lowering.layout import FileLayout, StoredTensor
+from fxquant.schemes import Recipe
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor lies: absolute byte `offset` in `file`, a name within the output folder."""
+
+    file: str
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Unit:
+    """All tensors of one module, made by its recipe, or one tensor kept from the checkpoint.
+
+    name    the module, or the tensor
+    kept    the kept tensor, where there is no recipe
+    places  suffix of each tensor's name ("" for a kept one) → where it lies
+    """
+
+    name: str
+    recipe: Recipe | None
+    kept: StoredTensor | None
+    places: dict[str, Place]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the output."""
+        return sum(place.nbytes for place in self.places.values())
+
+    def tensor_name(self, suffix: str) -> str:
+        """The name in the weight file."""
+        return f"{self.name}.{suffix}" if suffix else self.name
+
+
+@dataclass(frozen=True)
+class Filled:
+    """A finished unit: the XXH3-128 of each tensor's bytes by suffix, in hex."""
+
+    name: str
+    digests: dict[str, str]
+
+
+def units_of(files: Sequence[FileLayout]) -> list[Unit]:
+    """Every unit of the planned files, large ones first, so that no worker is left with one at the end."""
+    placed = (
+        (tensor, Place(file.name, offset, tensor.nbytes))
+        for file in files
+        for tensor, offset in zip(file.tensors, file.offsets, strict=True)
+    )
+    return sorted(collect_units(placed), key=lambda unit: -unit.nbytes)
+
+
+def collect_units(placed: Iterable[tuple[StoredTensor, Place]]) -> list[Unit]:
+    """Tensors and where they lie → units, sorted by name."""
+    places: dict[str, dict[str, Place]] = {}
+    owners: dict[str, StoredTensor] = {}
+    for tensor, place in placed:
+        name = tensor.name if tensor.recipe is None else tensor.module
+        suffix = "" if tensor.recipe is None else tensor.name.removeprefix(f"{tensor.module}.")
+        places.setdefault(name, {})[suffix] = place
+        owners.setdefault(name, tensor)
+    return [_unit(name, owners[name], places[name]) for name in sorted(places)]
+
+
+def _unit(name: str, owner: StoredTensor, places: dict[str, Place]) -> Unit:
+    return Unit(name, owner.recipe, owner if owner.recipe is None else None, places)

@@ -1,0 +1,150 @@
+"""The weights of an output: go on with what is finished, take over what is the same, make the rest."""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+
+import xxhash
+
+from fxquant.hashing import hash_text
+from fxquant.kernels.recipe import KERNEL_VERSION
+from fxquant.lowering.layout import FileLayout
+from fxquant.lowering.weights.digests import digests_on_disk
+from fxquant.lowering.weights.fill import FillJob
+from fxquant.lowering.weights.journal import Fingerprint, Journal
+from fxquant.lowering.weights.local import fill_local
+from fxquant.lowering.weights.producer import Producer
+from fxquant.lowering.weights.ray_cluster import fill_ray
+from fxquant.lowering.weights.reuse import Earlier, copy_units
+from fxquant.lowering.weights.unit import Filled, Unit, units_of
+from fxquant.progress import Reporter
+from fxquant.source_reader import Stamps
+
+FORMAT = 1
+
+
+class WorkEngine(StrEnum):
+    """Who fills the files: threads of this process, or a Ray cluster that shares the storage."""
+
+    LOCAL = "local"
+    RAY = "ray"
+
+
+def cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@dataclass(frozen=True)
+class Workers:
+    """How many do the work, and where. No choice of them changes a byte."""
+
+    engine: WorkEngine = WorkEngine.LOCAL
+    jobs: int = field(default_factory=cores)
+    address: str | None = None
+
+    def fill(self, job: FillJob, units: Sequence[Unit]) -> Iterator[Filled]:
+        """Fill `units`; each is yielded when it is done, in any order."""
+        if self.engine is WorkEngine.RAY:
+            return fill_ray(job, units, self.jobs, self.address)
+        return fill_local(job, units, self.jobs)
+
+
+@dataclass
+class WorkReport:
+    """Bytes of weights by how they came into the output.
+
+    quantized  made from checkpoint weights by a recipe; copied: float tensors of the checkpoint
+    reused     taken from an earlier output with equal keys
+    resumed    were finished when the same work was killed
+    """
+
+    quantized: int = 0
+    copied: int = 0
+    reused: int = 0
+    resumed: int = 0
+
+
+@dataclass(frozen=True)
+class WeightPlan:
+    """Files, their units, and each unit's key."""
+
+    files: Sequence[FileLayout]
+    units: list[Unit]
+    keys: dict[str, str]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(unit.nbytes for unit in self.units)
+
+
+def plan_weights(files: Sequence[FileLayout], producer: Producer) -> WeightPlan:
+    """Everything that is to be done; no weight is read."""
+    units = units_of(files)
+    return WeightPlan(files, units, {unit.name: producer.key(unit) for unit in units})
+
+
+def fingerprint(plan: WeightPlan, version: str, policy: str, target: str, stamps: Stamps) -> Fingerprint:
+    """What must be the same for unfinished work to go on."""
+    layout = xxhash.xxh3_128()
+    for file in plan.files:
+        layout.update(file.name.encode() + file.header)
+    return {
+        "format": FORMAT,
+        "fxquant": version,
+        "kernels": KERNEL_VERSION,
+        "policy": policy,
+        "target": target,
+        "sources": {file.name: [s.header, s.size, s.mtime_ns] for file, s in sorted(stamps.items())},
+        "layout": layout.hexdigest(),
+        "units": hash_text(json.dumps(plan.keys, sort_keys=True)),
+    }
+
+
+def write_weights(
+    plan: WeightPlan,
+    producer: Producer,
+    journal: Journal,
+    folder: Path,
+    workers: Workers,
+    earlier: Earlier | None,
+    report: Reporter,
+) -> WorkReport:
+    """Fill the reserved files of `folder`; every finished unit goes into the journal. Raises FxquantError."""
+    if not journal.proven:
+        _prove(plan, journal, folder, report)
+    work, by_name = WorkReport(), {unit.name: unit for unit in plan.units}
+    work.resumed = sum(by_name[name].nbytes for name in journal.done)
+    waiting = [unit for unit in plan.units if unit.name not in journal.done]
+    if earlier is not None:
+        known = [unit for unit in waiting if earlier.has(unit, plan.keys[unit.name], producer)]
+        with report("reuse", sum(unit.nbytes for unit in known), "bytes") as advance:
+            for unit, filled in copy_units(earlier, known, plan.files, folder):
+                journal.append(filled)
+                work.reused += unit.nbytes
+                advance(unit.nbytes)
+        waiting = [unit for unit in waiting if unit.name not in journal.done]
+    with report("quantize, write", sum(unit.nbytes for unit in waiting), "bytes") as advance:
+        for filled in workers.fill(FillJob(folder.absolute(), producer), waiting):
+            journal.append(filled)
+            unit = by_name[filled.name]
+            work.quantized += unit.nbytes if unit.recipe else 0
+            work.copied += 0 if unit.recipe else unit.nbytes
+            advance(unit.nbytes)
+    return work
+
+
+def _prove(plan: WeightPlan, journal: Journal, folder: Path, report: Reporter) -> None:
+    """After another start of the machine: units count as finished if their bytes reached the disk."""
+    done = [unit for unit in plan.units if unit.name in journal.done]
+    good: dict[str, Filled] = {}
+    with report("check", sum(unit.nbytes for unit in done), "bytes") as advance:
+        for unit, found in digests_on_disk(done, folder):
+            if found == journal.done[unit.name]:
+                good[unit.name] = found
+            advance(unit.nbytes)
+    journal.prove(good)
