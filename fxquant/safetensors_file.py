@@ -152,7 +152,8 @@ def _check_ranges(file: Path, infos: list[TensorInfo], base: int, size: int) -> 
 Entry = tuple[str, torch.dtype, tuple[int, ...]]
 """Name, dtype and shape of a tensor to store."""
 PAD = 4096
-FORMAT = {"format": "pt"}
+METADATA = {"format": "pt"}
+OPENING = '{"__metadata__":' + json.dumps(METADATA, separators=(",", ":"))
 
 
 def build_header(
@@ -163,7 +164,8 @@ def build_header(
     Order by descending item size keeps every tensor aligned; the header is padded so that data starts at a multiple
     of `pad` bytes.
     """
-    parts, offsets, position, describe = [_opening(metadata or {})], [], 0, cache(_described)
+    opening = '{"__metadata__":' + json.dumps(METADATA | (metadata or {}), separators=(",", ":"), ensure_ascii=False)
+    parts, offsets, position, describe = [opening], [], 0, cache(_described)
     for name, dtype, shape in entries:
         described, length = describe(dtype, shape)
         offsets.append(position)
@@ -182,18 +184,13 @@ def header_length(names: int, forms: Iterable[tuple[torch.dtype, tuple[int, ...]
     """
     numbers = 2 * _digits(ends) - len(str(ends[-1])) + 1 if ends else 0  # a tensor begins where the last one ended
     described = sum(len(_described(dtype, shape)[0]) * count for dtype, shape, count in forms)
-    length = 8 + len(_opening({})) + names + described + numbers + len(ends) * len(",:,]}") + len("}")
+    length = 8 + len(OPENING) + names + described + numbers + len(ends) * len(",:,]}") + len("}")
     return length + -length % PAD
 
 
 def quoted_size(names: Collection[str]) -> int:
     """Bytes of all `names` as JSON strings: what is escaped is escaped letter by letter."""
     return len(quoted("".join(names)).encode()) - 2 + 2 * len(names)
-
-
-def _opening(metadata: dict[str, str]) -> str:
-    """A header up to its first tensor."""
-    return '{"__metadata__":' + json.dumps(FORMAT | metadata, separators=(",", ":"), ensure_ascii=False)
 
 
 def _described(dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[str, int]:

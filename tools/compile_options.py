@@ -64,10 +64,10 @@ CheckpointFolder = Annotated[Path | None, typer.Option(help="Checkpoint for a mo
 TraceTimeout = Annotated[
     float, typer.Option(metavar="SECONDS", help="Longest a model.py may take to import, build and trace.", min=0.1)
 ]
-ShardSize = Annotated[str, typer.Option(help="Largest weight file, such as 4GiB or 500MB.")]
 Force = Annotated[
     bool, typer.Option("--force", help="Replace an earlier output; what stays the same is taken over from it.")
 ]
+ShardSize = Annotated[str, typer.Option(help="Largest weight file, such as 4GiB or 500MB.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the report as JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 Export = Annotated[bool, typer.Option("--export/--no-export", help="The NPU graph as .pt2 files too.")]
