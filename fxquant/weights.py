@@ -1,6 +1,7 @@
 """Readers: disk name → tensor, from a checkpoint, from recipes over it, or from a written weight file.
 
 A graph parameter is loaded through one of them; a stack of experts stays on disk and yields one expert at a time.
+Kernels, and with them numba, are imported when a tensor is made: what looks at graphs alone does without.
 """
 
 from collections import OrderedDict
@@ -11,7 +12,6 @@ import torch
 from torch import Tensor
 
 from fxquant.checkpoint import Checkpoint
-from fxquant.kernels.recipe import make_tensors, rounded_weight
 from fxquant.kernels.weight import pack_int4
 from fxquant.program import Program
 from fxquant.schemes import Recipe, tensor_specs
@@ -82,6 +82,8 @@ class RecipeReader:
 
 def make_module(recipe: Recipe, module: str, read: Read) -> dict[str, Tensor]:
     """All tensors of one of `recipe.modules`, by suffix."""
+    from fxquant.kernels.recipe import make_tensors
+
     bias = read(f"{module}.bias") if recipe.bias else None
     return make_tensors(recipe, f"{module}.weight", read(f"{module}.weight"), bias)
 
@@ -94,6 +96,8 @@ class RoundedReader:
         self._recipes = {f"{m}.weight": recipe for recipe in program.recipes.values() for m in recipe.modules}
 
     def __call__(self, name: str) -> Tensor:
+        from fxquant.kernels.recipe import rounded_weight
+
         tensor = self._read(name)
         recipe = self._recipes.get(name)
         return tensor if recipe is None else rounded_weight(recipe, tensor)

@@ -12,6 +12,7 @@ from rich.table import Table
 from fxquant.tools.compile_options import (
     AsJson,
     CheckpointFolder,
+    Jobs,
     Mix,
     MtpName,
     OutFolder,
@@ -49,7 +50,7 @@ def command(
     mtp: MtpName = None,
     mix: Mix = None,
     max_shard_size: ShardSize = "4GiB",
-    jobs: Annotated[int | None, typer.Option(help="Workers. [dim]default: one a core[/]", min=1)] = None,
+    jobs: Jobs = None,
     cores: Annotated[int | None, typer.Option(help="Estimate for so many cores like this one's.", min=1)] = None,
     disk: Annotated[float | None, typer.Option(help="Estimate for a disk of so many GB/s.", min=0.001)] = None,
     checkpoint: CheckpointFolder = None,
@@ -63,18 +64,17 @@ def command(
     from fxquant.collection import uncollected
     from fxquant.machine import Measuring
 
-    wanted = parse_target(target), parse_size(max_shard_size), parse_mtp(mtp)
-    with Measuring(out or Path.cwd()) as measuring, uncollected():
+    with Measuring(out or Path.cwd()) as measuring, uncollected():  # before anything imports torch
         from fxquant.planning import plan
         from fxquant.preparation import CompileOptions
 
         options = CompileOptions(
-            policy=policy, out=out, target=wanted[0], checkpoint=checkpoint, trace_timeout=trace_timeout,
-            max_shard_size=wanted[1], tp=tp, mtp=wanted[2], mix=mix,
+            policy=policy, out=out, target=parse_target(target), checkpoint=checkpoint, trace_timeout=trace_timeout,
+            max_shard_size=parse_size(max_shard_size), tp=tp, mtp=parse_mtp(mtp), mix=mix,
         )  # fmt: skip
         found = plan(model, options, jobs, lambda machine: _assumed(machine, cores, disk), measuring)
-    print_json(found.as_json()) if as_json else print_plan(found)
-    gc.freeze()  # the process ends here: its last search for garbage would take longer than the tables
+        print_json(found.as_json()) if as_json else print_plan(found)
+        gc.freeze()  # the process ends here: a last search for garbage would take longer than the tables
 
 
 def _assumed(machine: "Machine", cores: int | None, disk: float | None) -> "Machine":
