@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,8 @@ from fxquant.hashing import hash_bytes
 from fxquant.safetensors_file import header_bytes, pread
 
 AGAIN = "Put the file back as it was."
+PREFETCH = 32 << 20
+"""Bytes of a tensor that are asked for ahead of their time."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,16 @@ class SourceReader:
                     stack.callback(os.close, handles[part.file])
                 pread(handles[part.file], buffer[done : done + length], part.start + start, part)
                 done += length
+
+    def prefetch(self, tensor: SourceTensor) -> None:
+        """Have the system begin to read the tensor, so that it is there when it is asked for."""
+        for part in tensor.parts:
+            with suppress(OSError):  # who reads it will say what is wrong
+                handle = os.open(self._folder / part.file, os.O_RDONLY)
+                try:
+                    os.posix_fadvise(handle, part.start, min(part.nbytes, PREFETCH), os.POSIX_FADV_WILLNEED)
+                finally:
+                    os.close(handle)
 
     def read(self, tensor: SourceTensor) -> bytearray:
         """All bytes of a small tensor."""

@@ -97,6 +97,10 @@ class Converter:
     def stamps_of(self, unit: Unit) -> list[FileStamp]:
         return []
 
+    def prefetch(self, unit: Unit) -> None:
+        for suffix in () if unit.recipe is None else tensor_specs(self._old[unit.recipe.module]):
+            self._reader.prefetch(self._checkpoint.tensors[f"{unit.name}.{suffix}"])
+
     def pieces(self, unit: Unit) -> Iterator[tuple[str, memoryview]]:
         if unit.recipe is None:
             yield from self._float.pieces(unit)

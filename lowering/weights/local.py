@@ -9,14 +9,24 @@ from fxquant.lowering.weights.unit import Filled, Unit
 
 
 def fill_local(job: FillJob, units: Sequence[Unit], jobs: int) -> Generator[Filled, None, None]:
-    """Fill `units` with `jobs` threads; each is yielded when it is done, in any order. The first error ends it."""
+    """Fill `units` with `jobs` threads; each is yielded when it is done, in any order. The first error ends it.
+
+    As many units more wait in line, and the disk already reads them.
+    """
     waiting = iter(units)
+
+    def submitted(count: int) -> set[Future[Filled]]:
+        taken = list(islice(waiting, count))
+        for unit in taken:
+            job.producer.prefetch(unit)
+        return {pool.submit(job.fill, unit) for unit in taken}
+
     with ThreadPoolExecutor(jobs) as pool:
-        running = {pool.submit(job.fill, unit) for unit in islice(waiting, 2 * jobs)}
+        running = submitted(2 * jobs)
         try:
             while running:
                 finished, running = wait(running, return_when=FIRST_COMPLETED)
-                running |= {pool.submit(job.fill, unit) for unit in islice(waiting, len(finished))}
+                running |= submitted(len(finished))
                 for future in sorted(finished, key=_failed):  # what is done counts, whatever else happened
                     yield future.result()
         finally:

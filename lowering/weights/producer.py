@@ -36,6 +36,9 @@ class Producer(Protocol):
     def stamps_of(self, unit: Unit) -> list[FileStamp]:
         """The states of the files that the unit is made from."""
 
+    def prefetch(self, unit: Unit) -> None:
+        """The unit is next: have its bytes come into memory."""
+
 
 class CheckpointProducer:
     """Units made from, or copied out of, a checkpoint whose files have these stamps."""
@@ -60,6 +63,10 @@ class CheckpointProducer:
 
     def stamps_of(self, unit: Unit) -> list[FileStamp]:
         return [self._stamps[part.file] for part in self._parts(unit)]
+
+    def prefetch(self, unit: Unit) -> None:
+        for part in self._parts(unit):
+            self._reader.prefetch(part)
 
     def _parts(self, unit: Unit) -> list[TensorInfo]:
         """All that the unit is made from, as it lies in files: weight, block scales, bias."""

@@ -124,7 +124,10 @@ def _fill_some(shared: list[Any], versions: tuple[str, int], units: list[Unit]) 
         here, there = (f"fxquant {version} with kernels {kernels}" for version, kernels in (versions, VERSIONS))
         fact = f"has {there}, the command runs {here}."
         raise StoppedError(f"worker on {socket.gethostname()}", fact, "Install the same fxquant on every machine.")
-    return [_job(shared[0]).fill(unit) for unit in units]
+    job = _job(shared[0])
+    for unit in units:
+        job.producer.prefetch(unit)
+    return [job.fill(unit) for unit in units]
 
 
 @lru_cache(maxsize=1)

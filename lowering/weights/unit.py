@@ -7,6 +7,10 @@ from fxquant.lowering.layout import FileLayout, StoredTensor
 from fxquant.schemes import Recipe
 
 
+LARGE = 64 << 20
+"""Bytes of a unit that another worker should not wait for."""
+
+
 @dataclass(frozen=True)
 class Place:
     """Where a tensor lies: absolute byte `offset` in `file`, a name within the output folder."""
@@ -49,13 +53,14 @@ class Filled:
 
 
 def units_of(files: Sequence[FileLayout]) -> list[Unit]:
-    """Every unit of the planned files, large ones first, so that no worker is left with one at the end."""
+    """Every unit of the planned files: large ones first, so that no worker is left with one at the end, the others by
+    name, which is about the order in which they lie in the source and in the files."""
     placed = (
         (tensor, Place(file.name, offset, tensor.nbytes))
         for file in files
         for tensor, offset in zip(file.tensors, file.offsets, strict=True)
     )
-    return sorted(collect_units(placed), key=lambda unit: -unit.nbytes)
+    return sorted(collect_units(placed), key=lambda unit: unit.nbytes < LARGE)
 
 
 def collect_units(placed: Iterable[tuple[StoredTensor, Place]]) -> list[Unit]:
