@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from fxquant.lowering.layout import FileLayout, StoredTensor
 from fxquant.schemes import Recipe
 
-
 LARGE = 64 << 20
 """Bytes of a unit that another worker should not wait for."""
 
