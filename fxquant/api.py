@@ -1,24 +1,19 @@
 """The verbs of the command line as functions: compile, plan, convert, verify, run, evaluate, compare."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fxquant.binding import Ledger
-from fxquant.checkpoint import Checkpoint, open_checkpoint
+from fxquant.checkpoint import open_checkpoint
 from fxquant.contracts import Contract, load_contract
 from fxquant.errors import FxquantError
 from fxquant.frontend.source import TRACE_TIMEOUT, open_source
-from fxquant.generation import greedy_text
 from fxquant.lowering.convert import converted_contents
-from fxquant.lowering.engines import ENGINES, group_size
-from fxquant.lowering.layout import stored_tensors
-from fxquant.lowering.manifest import FLOAT_GRAPH, GRAPH, MANIFEST, SourceFile, find_manifest, read_manifest
+from fxquant.lowering.manifest import GRAPH, MANIFEST, SourceFile, find_manifest
 from fxquant.lowering.output import Contents, Output, Work, check_out, write_output
 from fxquant.lowering.verify import Rebuild, VerifyReport, verify_output
 from fxquant.lowering.weights import CheckpointProducer, Workers
 from fxquant.lowering.workspace import unfinished_folder
-from fxquant.measure import Evaluation, evaluate_programs
 from fxquant.passes import CheckContract, PassResult
 from fxquant.planning import Plan, plan
 from fxquant.policy import Policy, Rule, load_policy
@@ -34,13 +29,9 @@ from fxquant.preparation import (
 from fxquant.program import Program
 from fxquant.program_file import load_program
 from fxquant.progress import Reporter, silent
+from fxquant.scoring import compare, engine_perplexities, evaluate, open_output, run
 from fxquant.source_reader import checkpoint_files, stamp_files
 from fxquant.targets import Target
-from fxquant.text import load_batches
-from fxquant.weights import Cached, Read, RecipeReader
-
-COMPARE_CACHE = 1 << 28
-"""Bytes of made weights that `compare` keeps for each policy between chunks of text."""
 
 
 @dataclass
@@ -204,90 +195,6 @@ def verify(
     return verify_output(folder, checkpoint, full, report, tp, target, rebuild)
 
 
-def run(out: str | Path, prompt: str, max_new_tokens: int = 64) -> Iterator[str]:
-    """Greedy text after `prompt`, piece by piece: from the ONNX graph if `out` has one, else from its fx graph."""
-    folder = Path(out)
-    program, read = open_output(folder)
-    return greedy_text(folder, program, read, prompt, max_new_tokens)
-
-
-def open_output(folder: Path) -> tuple[Program, Read]:
-    """The rewritten graph of an output folder and a reader of its weights."""
-    from fxquant.lowering.verify.weights import WeightFiles
-
-    read_manifest(folder)
-    return load_program(folder / GRAPH), Cached(WeightFiles(folder).read)
-
-
-def evaluate(
-    out: str | Path,
-    text: str | Path,
-    against: str | Path | None = None,
-    samples: int = 64,
-    length: int = 256,
-    report: Reporter = silent,
-) -> Evaluation:
-    """Perplexity of the float model and of the rewritten graph of `out`, and the KL divergence between them.
-
-    Without `against` the float graph is the one that `out` carries, on the checkpoint that the manifest names: no code
-    of a model file runs.
-    """
-    folder = Path(out)
-    manifest = read_manifest(folder)
-    if against is None:
-        checkpoint = open_checkpoint(manifest.checkpoint_path(folder))
-        program = load_program(folder / FLOAT_GRAPH)
-    else:
-        source = open_source(Path(against))
-        checkpoint, program = source.checkpoint, source.program()
-    quantized, original = open_output(folder), (program, Cached(checkpoint.read))
-    batches = load_batches(Path(text), checkpoint, samples, length)
-    return evaluate_programs(original, [quantized], batches, report)[0]
-
-
-def engine_perplexities(
-    out: str | Path, text: str | Path, samples: int = 64, length: int = 256, report: Reporter = silent
-) -> dict[str, float]:
-    """Perplexity of `out` as its engine computes it: "<reader>, exact" with the formats' own arithmetic, and
-    "<reader>, device" with the rounding of the NPU's kernels. Raises FxquantError where no engine reads `out`."""
-    from fxquant.lowering.readers import Arithmetic, open_reader
-    from fxquant.lowering.verify.through_reader import reader_perplexity
-
-    folder = Path(out)
-    manifest, (program, read) = read_manifest(folder), open_output(folder)
-    name = ENGINES[Target(manifest.target)].reader(group_size(program))
-    if name is None:
-        raise FxquantError(folder, f"target {manifest.target} has no engine to emulate.", "Leave out --engine.")
-    batches = load_batches(Path(text), Checkpoint(folder, program.config, {}), samples, length)
-    reader = open_reader(name, folder, manifest.tp)
-    ways = {"exact": Arithmetic.EXACT, "device": Arithmetic.KERNEL}
-    return {
-        f"{name}, {way}": reader_perplexity(program, reader, read, batches, arithmetic, report)
-        for way, arithmetic in ways.items()
-    }
-
-
-def compare(
-    model: str | Path,
-    policies: list[str],
-    text: str | Path,
-    options: CompileOptions | None = None,
-    samples: int = 64,
-    length: int = 256,
-    report: Reporter = silent,
-) -> dict[str, tuple[Evaluation, int]]:
-    """Policy → its evaluation and the bytes of its weights. Nothing is written; integers are made as needed."""
-    options = options or CompileOptions()
-    source = open_model(model, options, report)
-    batches = load_batches(Path(text), source.checkpoint, samples, length)
-    original = (source.program(), Cached(source.checkpoint.read))
-    programs = [prepare(source, load_policy(name), options, report, for_engine=False).program for name in policies]
-    sizes = [sum(tensor.nbytes for tensor in stored_tensors(one, source.checkpoint)) for one in programs]
-    quantized = [(one, Cached(RecipeReader(one, source.checkpoint), COMPARE_CACHE)) for one in programs]
-    results = evaluate_programs(original, quantized, batches, report)
-    return dict(zip(policies, zip(results, sizes, strict=True), strict=True))
-
-
 def open_graph(model: str | Path, checkpoint: Path | None = None, trace_timeout: float = TRACE_TIMEOUT) -> Program:
     """The rewritten graph of a compiled folder, or the float graph of a model."""
     folder = Path(model)
@@ -312,6 +219,7 @@ __all__ = [
     "engine_perplexities",
     "evaluate",
     "open_graph",
+    "open_output",
     "plan",
     "prepare",
     "run",

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from fxquant.machine import Machine
 
-PER_WORKER_BYTES = 48 << 20
-"""Buffers of one worker: row blocks of 8 MiB of source, decoded, as integers and on their way to the disk. No tensor
+PER_WORKER_BYTES = 16 << 20
+"""Buffers of one worker: a row block of about 2 MiB of source, what is made of it, and the allocator's share. No tensor
 is ever in memory whole."""
 
 

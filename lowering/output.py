@@ -12,7 +12,7 @@ from fxquant.calibration import CALIBRATION, Calibration
 from fxquant.checkpoint import Checkpoint
 from fxquant.errors import FxquantError
 from fxquant.hashing import hash_bytes
-from fxquant.kernels.recipe import KERNEL_VERSION
+from fxquant.kernels.version import KERNEL_VERSION
 from fxquant.lowering.ascend.deployment import Deployment
 from fxquant.lowering.ascend.exported import write_exported
 from fxquant.lowering.ascend.writer import write_ascend

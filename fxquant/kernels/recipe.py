@@ -14,9 +14,6 @@ from fxquant.kernels.int8 import int8_rows
 from fxquant.kernels.source_rows import KERNEL_DTYPES, SourceRows, rows_of
 from fxquant.schemes import ROW_PARALLEL_CHUNKS, ActivationRange, Recipe, tensor_specs
 
-KERNEL_VERSION = 1
-"""Rises when a kernel gives other bytes for the same weight."""
-
 
 @dataclass(frozen=True)
 class _Rows:

@@ -11,8 +11,7 @@ from torch import Tensor
 from fxquant.checkpoint import Checkpoint, decode_fp8
 from fxquant.checkpoint_parts import SourceTensor
 from fxquant.hashing import hash_text
-from fxquant.kernels.recipe import KERNEL_VERSION, ModuleMaker
-from fxquant.kernels.source_rows import SourceRows
+from fxquant.kernels.version import KERNEL_VERSION
 from fxquant.lowering.weights.unit import Unit
 from fxquant.program_file import recipe_arguments
 from fxquant.safetensors_file import NAMES, TensorInfo
@@ -97,6 +96,9 @@ class CheckpointProducer:
             yield "", tensor_bytes(wide.to(dtype))
 
     def _made(self, unit: Unit, recipe: Recipe) -> Iterator[tuple[str, memoryview]]:
+        from fxquant.kernels.recipe import ModuleMaker  # here: keys are asked for where no compiler is wanted
+        from fxquant.kernels.source_rows import SourceRows
+
         name = f"{unit.name}.weight"
         weight = self._checkpoint.tensors[name]
         maker = ModuleMaker(recipe, name, self._bias(unit.name) if recipe.bias else None)

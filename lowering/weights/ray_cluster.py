@@ -15,7 +15,7 @@ from typing import Any
 
 import fxquant
 from fxquant.errors import FxquantError, StoppedError
-from fxquant.kernels.recipe import KERNEL_VERSION
+from fxquant.kernels.version import KERNEL_VERSION
 from fxquant.lowering.weights.fill import FillJob
 from fxquant.lowering.weights.unit import Filled, Unit
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import xxhash
 
 from fxquant.hashing import hash_text
-from fxquant.kernels.recipe import KERNEL_VERSION
+from fxquant.kernels.version import KERNEL_VERSION
 from fxquant.lowering.layout import FileLayout
 from fxquant.lowering.weights.digests import digests_on_disk
 from fxquant.lowering.weights.fill import FillJob

@@ -1,0 +1,108 @@
+"""What a compiled folder is worth: its text, its perplexity, its distance from the float model; policies compared."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from fxquant.checkpoint import Checkpoint, open_checkpoint
+from fxquant.errors import FxquantError
+from fxquant.frontend.source import open_source
+from fxquant.generation import greedy_text
+from fxquant.lowering.engines import ENGINES, group_size
+from fxquant.lowering.layout import stored_tensors
+from fxquant.lowering.manifest import FLOAT_GRAPH, GRAPH, read_manifest
+from fxquant.measure import Evaluation, evaluate_programs
+from fxquant.policy import load_policy
+from fxquant.preparation import CompileOptions, open_model, prepare
+from fxquant.program import Program
+from fxquant.program_file import load_program
+from fxquant.progress import Reporter, silent
+from fxquant.targets import Target
+from fxquant.text import load_batches
+from fxquant.weights import Cached, Read, RecipeReader
+
+COMPARE_CACHE = 1 << 28
+"""Bytes of made weights that `compare` keeps for each policy between chunks of text."""
+
+
+def run(out: str | Path, prompt: str, max_new_tokens: int = 64) -> Iterator[str]:
+    """Greedy text after `prompt`, piece by piece: from the ONNX graph if `out` has one, else from its fx graph."""
+    folder = Path(out)
+    program, read = open_output(folder)
+    return greedy_text(folder, program, read, prompt, max_new_tokens)
+
+
+def open_output(folder: Path) -> tuple[Program, Read]:
+    """The rewritten graph of an output folder and a reader of its weights."""
+    from fxquant.lowering.verify.weights import WeightFiles
+
+    read_manifest(folder)
+    return load_program(folder / GRAPH), Cached(WeightFiles(folder).read)
+
+
+def evaluate(
+    out: str | Path,
+    text: str | Path,
+    against: str | Path | None = None,
+    samples: int = 64,
+    length: int = 256,
+    report: Reporter = silent,
+) -> Evaluation:
+    """Perplexity of the float model and of the rewritten graph of `out`, and the KL divergence between them.
+
+    Without `against` the float graph is the one that `out` carries, on the checkpoint that the manifest names: no code
+    of a model file runs.
+    """
+    folder = Path(out)
+    manifest = read_manifest(folder)
+    if against is None:
+        checkpoint = open_checkpoint(manifest.checkpoint_path(folder))
+        program = load_program(folder / FLOAT_GRAPH)
+    else:
+        source = open_source(Path(against))
+        checkpoint, program = source.checkpoint, source.program()
+    quantized, original = open_output(folder), (program, Cached(checkpoint.read))
+    batches = load_batches(Path(text), checkpoint, samples, length)
+    return evaluate_programs(original, [quantized], batches, report)[0]
+
+
+def engine_perplexities(
+    out: str | Path, text: str | Path, samples: int = 64, length: int = 256, report: Reporter = silent
+) -> dict[str, float]:
+    """Perplexity of `out` as its engine computes it: "<reader>, exact" with the formats' own arithmetic, and
+    "<reader>, device" with the rounding of the NPU's kernels. Raises FxquantError where no engine reads `out`."""
+    from fxquant.lowering.readers import Arithmetic, open_reader
+    from fxquant.lowering.verify.through_reader import reader_perplexity
+
+    folder = Path(out)
+    manifest, (program, read) = read_manifest(folder), open_output(folder)
+    name = ENGINES[Target(manifest.target)].reader(group_size(program))
+    if name is None:
+        raise FxquantError(folder, f"target {manifest.target} has no engine to emulate.", "Leave out --engine.")
+    batches = load_batches(Path(text), Checkpoint(folder, program.config, {}), samples, length)
+    reader = open_reader(name, folder, manifest.tp)
+    ways = {"exact": Arithmetic.EXACT, "device": Arithmetic.KERNEL}
+    return {
+        f"{name}, {way}": reader_perplexity(program, reader, read, batches, arithmetic, report)
+        for way, arithmetic in ways.items()
+    }
+
+
+def compare(
+    model: str | Path,
+    policies: list[str],
+    text: str | Path,
+    options: CompileOptions | None = None,
+    samples: int = 64,
+    length: int = 256,
+    report: Reporter = silent,
+) -> dict[str, tuple[Evaluation, int]]:
+    """Policy → its evaluation and the bytes of its weights. Nothing is written; integers are made as needed."""
+    options = options or CompileOptions()
+    source = open_model(model, options, report)
+    batches = load_batches(Path(text), source.checkpoint, samples, length)
+    original = (source.program(), Cached(source.checkpoint.read))
+    programs = [prepare(source, load_policy(name), options, report, for_engine=False).program for name in policies]
+    sizes = [sum(tensor.nbytes for tensor in stored_tensors(one, source.checkpoint)) for one in programs]
+    quantized = [(one, Cached(RecipeReader(one, source.checkpoint), COMPARE_CACHE)) for one in programs]
+    results = evaluate_programs(original, quantized, batches, report)
+    return dict(zip(policies, zip(results, sizes, strict=True), strict=True))
