@@ -272,7 +272,7 @@ def test_the_command_says_its_arithmetic(monkeypatch: Any, capsys: Any, tiny_fol
         run()
     text = capsys.readouterr().out
     assert stop.value.code == 0
-    assert "/ 3.00 GB/s" in text and "/ 32 workers" in text and "32 workers × 50.3 MB" in text
+    assert "/ 3.00 GB/s" in text and "/ 32 workers" in text and "32 workers × 16.8 MB" in text
     monkeypatch.setattr(sys, "argv", [*arguments, "--json", "--jobs", "4"])
     with pytest.raises(SystemExit):
         run()
