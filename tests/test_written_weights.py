@@ -215,6 +215,7 @@ sys.path.insert(0, sys.argv[1])
 from filling import fill_folder
 from tiny import rewritten
 from fxquant.checkpoint import open_checkpoint
+from fxquant.kernels import recipe  # the compiler's own memory, whatever is quantized
 from fxquant.lowering.engines import ENGINES
 from fxquant.lowering.layout import plan_files, stored_tensors
 from fxquant.targets import Target
