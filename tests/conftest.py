@@ -18,7 +18,7 @@ torch.set_num_threads(1)
 """At these sizes threads only wait for each other, for seconds where the machine is busy."""
 
 signal.signal(signal.SIGINT, signal.default_int_handler)
-"""Where the tests run in the background of a shell, SIGINT is ignored, and so it would be by every process they start."""
+"""Where the tests run in the background of a shell, SIGINT is ignored, and by every process they start."""
 
 settings.register_profile("tests", deadline=None)
 settings.load_profile("tests")
