@@ -27,6 +27,7 @@ def command(
     """Perplexity, KL and size of MODEL under each policy, without writing anything."""
     from fxquant.api import CompileOptions, compare
     from fxquant.policy import shipped_policies
+    from fxquant.tools.figures import interval
 
     options = CompileOptions(calib=calib, checkpoint=checkpoint, trace_timeout=trace_timeout)
     names = policy or shipped_policies()
@@ -36,9 +37,10 @@ def command(
         return
     tokens = next(iter(results.values()))[0].tokens
     table = Table(title=f"{model} on {tokens:,} tokens of {text.name}", title_justify="left")
-    for heading in ("policy", "weights", "float ppl", "quantized ppl", "KL a token", "top-1 agreement"):
+    for heading in ("policy", "weights", "float ppl", "quantized ppl", "KL a token", "95 % of it", "top-1 agreement"):
         table.add_column(heading, justify="left" if heading == "policy" else "right")
     for name, (result, nbytes) in results.items():
         perplexities = (f"{result.float_perplexity:.4f}", f"{result.quantized_perplexity:.4f}")
-        table.add_row(name, size(nbytes), *perplexities, f"{result.kl_mean:.5f}", f"{result.top1_agreement:.2%}")
+        divergence = (f"{result.kl_mean:.5f}", interval(result, "kl_mean"))
+        table.add_row(name, size(nbytes), *perplexities, *divergence, f"{result.top1_agreement:.2%}")
     console.print(table)

@@ -25,6 +25,7 @@ def command(
 ) -> None:
     """Perplexity of the float model and of OUT's integer graph, and the KL divergence a token between them."""
     from fxquant.api import engine_perplexities, evaluate
+    from fxquant.tools.figures import FIGURES, figures, intervals
 
     report = reporter(quiet or as_json)
     result = evaluate(out, text, against, samples, length, report)
@@ -32,13 +33,15 @@ def command(
     if as_json:
         print_json(result.as_json() | ({"engine": engines} if engine else {}))
         return
-    table = Table(title=f"{result.tokens:,} tokens of {text.name}", title_justify="left")
-    for heading in ("", "perplexity", "KL a token", "top-1 agreement"):
-        table.add_column(heading, justify="right" if heading else "left")
-    table.add_row("float", f"{result.float_perplexity:.4f}", "", "")
-    table.add_row(
-        "quantized", f"{result.quantized_perplexity:.4f}", f"{result.kl_mean:.5f}", f"{result.top1_agreement:.2%}"
+    table = Table(
+        title=f"{result.tokens:,} tokens in {result.documents} documents of {text.name}", title_justify="left"
     )
+    for heading in ("", *(figure.heading for figure in FIGURES.values())):
+        table.add_column(heading, justify="right" if heading else "left")
+    table.add_row("float", f"{result.float_perplexity:.4f}")
+    table.add_row("quantized", *figures(result))
+    if result.intervals:
+        table.add_row("95 %", *intervals(result), style="dim")
     for name, perplexity in engines.items():
-        table.add_row(name, f"{perplexity:.4f}", "", "")
+        table.add_row(name, f"{perplexity:.4f}")
     console.print(table)
