@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--memory", type=Path, default=Path("/dev/shm"), help="a file system in memory")
     parser.add_argument("--folder", type=Path, default=Path.cwd(), help="on a disk")
     parser.add_argument("--json", action="store_true", help="print numbers instead of tables")
-    parser.add_argument("--fill", nargs=4, metavar=("MODEL", "OUT", "JOBS", "SYNC"), help=argparse.SUPPRESS)
+    parser.add_argument("--fill", nargs=4, metavar=("MODEL", "OUT", "JOBS", "PLACE"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.fill:
         fill(*options.fill)
@@ -60,8 +60,11 @@ def check_space(folder: Path, needed: int) -> None:
         sys.exit(f"{folder}: {needed / 1e9:.0f} GB needed, {free / 1e9:.0f} free. Take fewer --experts.")
 
 
-def fill(model: str, out: str, jobs: str, sync_files: str) -> None:
-    """In a process of its own: plan, reserve, say that it is ready, wait for a line, fill, print what that took."""
+def fill(model: str, out: str, jobs: str, place: str) -> None:
+    """In a process of its own: plan, reserve, say that it is ready, wait for a line, fill, print what that took.
+
+    In "memory" every page is there before; on a "disk" the work ends when the bytes are on it.
+    """
     from fxquant import CompileOptions
     from fxquant.checkpoint import open_checkpoint
     from fxquant.frontend.source import open_source
@@ -84,7 +87,7 @@ def fill(model: str, out: str, jobs: str, sync_files: str) -> None:
     plan = plan_weights(files, producer)
     folder.mkdir()
     reserve(files, folder)
-    if sync_files == "no":
+    if place == "memory":
         touch(folder)
     journal = begin(folder / "journal.jsonl", {})
     warm_up(plan, producer)
@@ -92,7 +95,7 @@ def fill(model: str, out: str, jobs: str, sync_files: str) -> None:
     sys.stdin.readline()
     before, start = processor_seconds(), time.perf_counter()
     write_weights(plan, producer, journal, folder, Workers(jobs=int(jobs)), None, silent)
-    if sync_files == "sync":
+    if place == "disk":
         sync(folder)
     print(json.dumps({"seconds": time.perf_counter() - start, "cpu": processor_seconds() - before, "out": plan.nbytes}))
 
@@ -122,10 +125,10 @@ def processor_seconds() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def started(model: Path, out: Path, jobs: int, sync_files: bool = False) -> subprocess.Popen:
+def started(model: Path, out: Path, jobs: int, place: str = "memory") -> subprocess.Popen:
     """A process that is ready to fill."""
     shutil.rmtree(out, ignore_errors=True)
-    command = [sys.executable, __file__, "--fill", str(model), str(out), str(jobs), "sync" if sync_files else "no"]
+    command = [sys.executable, __file__, "--fill", str(model), str(out), str(jobs), place]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
     return process
@@ -165,15 +168,15 @@ def round_of(one: dict[str, float], two: dict[str, float], both: list[dict[str, 
 
 
 def layers(folder: Path, experts: int, counts: list[int], rounds: int) -> list[dict[str, float]]:
-    """For each number of layers, medians; all models are there at once and take turns, so that a disk that gets faster
-    or slower meanwhile does so for all of them."""
+    """For each number of layers, medians over half the rounds; the counts take turns in each, so that a disk that gets
+    faster or slower meanwhile does so for all of them."""
     found: dict[int, list[dict[str, float]]] = {count: [] for count in counts}
     for _ in range(max(1, rounds // 2)):
         for count in counts:
             with tempfile.TemporaryDirectory(dir=folder, prefix="scaling-") as place:
                 size = write_model(Path(place) / "model", shape(count, experts))
                 os.sync()
-                (one,) = let_go([started(Path(place) / "model", Path(place) / "out", 2, sync_files=True)])
+                (one,) = let_go([started(Path(place) / "model", Path(place) / "out", 2, "disk")])
                 found[count].append(one | {"source": size})
     lines = []
     for count, results in found.items():

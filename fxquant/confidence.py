@@ -26,12 +26,13 @@ def middle(values: Tensor) -> Interval:
     return low, high
 
 
-def drawn_quantile(values: Tensor, documents: Tensor, counts: Tensor, fraction: float) -> Tensor:
-    """The smallest value that at least `fraction` of a draw's values do not exceed, [draws].
+def drawn_percentile(values: Tensor, documents: Tensor, counts: Tensor, percent: int) -> Tensor:
+    """The smallest value that at least `percent` of a draw's values do not exceed, [draws].
 
-    values [tokens], documents int64 [tokens]: the document of each; counts [draws, documents].
+    values [tokens], documents int64 [tokens]: the document of each; counts [draws, documents], integers in float64, so
+    that a share is compared without rounding.
     """
     order = values.argsort()
     ordered, owner = values[order], documents[order]
-    places = [torch.searchsorted(sums := draw[owner].cumsum(0), fraction * sums[-1]) for draw in counts]
-    return ordered[torch.stack(places).clamp(max=len(ordered) - 1)]
+    places = [torch.searchsorted(100 * (sums := draw[owner].cumsum(0)), percent * sums[-1]) for draw in counts]
+    return ordered[torch.stack(places)]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxquant.confidence import Interval, draw_documents, drawn_quantile, middle
+from fxquant.confidence import Interval, draw_documents, drawn_percentile, middle
 from fxquant.execute import execute, prefill_inputs
 from fxquant.program import Program
 from fxquant.progress import Reporter, silent
@@ -15,7 +15,7 @@ from fxquant.weights import Read
 
 CHUNK = 8
 """Batches run together: their logits are in memory at once, and each weight is read once a chunk."""
-TAIL = 0.99
+TAIL_PERCENT = 99
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,12 @@ def evaluate_programs(
                 for ids, p, q in zip(chunk, expected, _log_probabilities(*program, chunk), strict=True):
                     found.append(token_scores(ids, p, q))
                 advance(len(chunk))
-    return [summary(found) for found in scores]
+    results = []
+    with report("intervals", len(scores), "graphs") as advance:
+        for found in scores:
+            results.append(summary(found))
+            advance(1)
+    return results
 
 
 def _log_probabilities(program: Program, read: Read, batches: list[Tensor]) -> list[Tensor]:
@@ -110,6 +115,6 @@ def _figures(counts: Tensor, tokens: Tensor, sums: Tensor, divergences: Tensor, 
         "quantized_perplexity": quantized_loss.exp(),
         "perplexity_ratio": (quantized_loss - float_loss).exp(),
         "kl_mean": kl,
-        "kl_p99": drawn_quantile(divergences, owners, counts, TAIL),
+        "kl_p99": drawn_percentile(divergences, owners, counts, TAIL_PERCENT),
         "top1_agreement": agreement,
     }

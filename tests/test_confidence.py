@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fxquant.confidence import draw_documents, drawn_quantile, middle
+from fxquant.confidence import draw_documents, drawn_percentile, middle
 from fxquant.measure import Evaluation, summary, token_scores
 from fxquant.tools.main import run
 
@@ -28,8 +28,8 @@ def test_draws_are_the_same_and_have_every_size() -> None:
     assert (counts.sum(1) == 7).all() and counts.min() == 0 and counts.max() > 1
 
 
-@given(st.lists(st.tuples(st.integers(0, 20), st.integers(0, 3)), min_size=1, max_size=30), st.integers(1, 99))
-def test_quantile_of_a_draw_is_that_of_repeated_values(tokens: list[tuple[int, int]], percent: int) -> None:
+@given(st.lists(st.tuples(st.integers(0, 20), st.integers(0, 3)), min_size=1, max_size=30), st.integers(1, 100))
+def test_percentile_of_a_draw_is_that_of_repeated_values(tokens: list[tuple[int, int]], percent: int) -> None:
     values = torch.tensor([float(value) for value, _ in tokens])
     owners = torch.tensor([owner for _, owner in tokens])
     counts = torch.tensor([[1.0, 1, 1, 1], [2, 0, 1, 1], [0, 3, 0, 1]], dtype=torch.float64)
@@ -37,21 +37,19 @@ def test_quantile_of_a_draw_is_that_of_repeated_values(tokens: list[tuple[int, i
         repeated = sorted(v for value, owner in zip(values, owners, strict=True) for v in [value] * int(draw[owner]))
         if not repeated:
             continue
-        expected = repeated[max(0, math.ceil(percent / 100 * len(repeated) - 1e-9) - 1)]
-        # a fraction of a count that is whole up to rounding may fall on either side of it
-        found = drawn_quantile(values, owners, draw[None], percent / 100 - 1e-12)
-        assert found.item() == expected
+        needed = -(-percent * len(repeated) // 100)  # rounded up
+        assert drawn_percentile(values, owners, draw[None], percent).item() == repeated[needed - 1]
 
 
 def test_figures_are_means_over_tokens_not_over_documents() -> None:
-    scores = documents([3, 50, 7])
+    scores = documents([30, 500, 70])
     result, tokens = summary(scores), torch.cat(scores, 1)
-    assert result.tokens == 60 and result.documents == 3 and result.intervals.keys() == NAMES
+    assert result.tokens == 600 and result.documents == 3 and result.intervals.keys() == NAMES
     assert math.isclose(result.float_perplexity, math.exp(tokens[0].mean()))
     assert math.isclose(result.quantized_perplexity, math.exp(tokens[1].mean()))
     assert math.isclose(result.perplexity_ratio, result.quantized_perplexity / result.float_perplexity)
     assert math.isclose(result.kl_mean, tokens[2].mean()) and math.isclose(result.top1_agreement, tokens[3].mean())
-    assert result.kl_p99 == tokens[2].sort().values[59]  # 0.99 of 60 is 59.4: the 60th
+    assert result.kl_p99 == tokens[2].sort().values[593]  # 99 % of 600 is 594: the 594th
 
 
 def test_intervals_hold_the_figure_and_shrink_with_text() -> None:

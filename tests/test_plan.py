@@ -21,7 +21,7 @@ from fxquant import CompileOptions, FxquantError, Plan
 from fxquant.checkpoint import open_checkpoint
 from fxquant.estimate import PER_WORKER_BYTES, Memory, estimate
 from fxquant.lowering.engines import ENGINES
-from fxquant.machine import COPY, DISK_BYTES, Machine, Measuring, disk_rates, kernel_name
+from fxquant.machine import COPY, Machine, Measuring, kernel_name
 from fxquant.policy import LEAVE_OUT, MtpMode, shipped_policies
 from fxquant.targets import Target
 from fxquant.tools.main import run
@@ -279,35 +279,3 @@ def test_the_command_says_its_arithmetic(monkeypatch: Any, capsys: Any, tiny_fol
     document = json.loads(capsys.readouterr().out)
     assert document["time"]["workers"] == 4 and document["machine"]["cores"] == 32
     assert document["machine"]["disk_read"] == document["machine"]["disk_write"] == 3.0
-
-
-def test_the_measurement(tmp_path: Path) -> None:
-    with Measuring(tmp_path / "not" / "yet", seconds=300) as measuring:
-        machine = measuring.result()
-    assert machine.disk_unknown == "" and machine.disk_read and machine.disk_write
-    assert min(machine.kernels.values()) > 0 and machine.kernels.keys() == RATES.keys()
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_measurement_that_takes_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fxquant.machine.LAST_WAIT", 0)
-    with Measuring(Path("/proc/self"), seconds=0) as measuring:
-        machine = measuring.result()
-    assert machine.cores > 0 and machine.kernels == {} and machine.disk_unknown
-
-
-def test_a_folder_that_cannot_be_written() -> None:
-    with Measuring(Path("/proc/self"), seconds=300) as measuring:
-        machine = measuring.result()
-    assert machine.disk_read is None and machine.disk_unknown.startswith("/proc/self cannot be written")
-    assert machine.kernels
-
-
-def test_measuring_imports_no_torch(tmp_path: Path) -> None:
-    code = (
-        "import sys, pathlib, fxquant.machine as m\n"
-        f"m.DISK_BYTES = {DISK_BYTES // 16}; print(*m.measure(pathlib.Path({str(tmp_path)!r})))\n"
-        "assert 'torch' not in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
-    assert min(disk_rates(tmp_path)) > 0

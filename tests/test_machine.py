@@ -1,0 +1,44 @@
+"""What `plan` measures of a machine, in a process of its own."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fxquant.machine import COPY, DISK_BYTES, Measuring, disk_rates, kernel_name
+
+FORMS = ((False, 0), (True, 0), (True, 64))
+KERNELS = {COPY} | {kernel_name(four, size, fp8) for four, size in FORMS for fp8 in (False, True)}
+
+
+def test_the_measurement(tmp_path: Path) -> None:
+    with Measuring(tmp_path / "not" / "yet", seconds=300) as measuring:
+        machine = measuring.result()
+    assert machine.disk_unknown == "" and machine.disk_read and machine.disk_write
+    assert min(machine.kernels.values()) > 0 and machine.kernels.keys() == KERNELS
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_measurement_that_takes_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fxquant.machine.LAST_WAIT", 0)
+    with Measuring(Path("/proc/self"), seconds=0) as measuring:
+        machine = measuring.result()
+    assert machine.cores > 0 and machine.kernels == {} and machine.disk_unknown
+
+
+def test_a_folder_that_cannot_be_written() -> None:
+    with Measuring(Path("/proc/self"), seconds=300) as measuring:
+        machine = measuring.result()
+    assert machine.disk_read is None and machine.disk_unknown.startswith("/proc/self cannot be written")
+    assert machine.kernels
+
+
+def test_measuring_imports_no_torch(tmp_path: Path) -> None:
+    code = (
+        "import sys, pathlib, fxquant.machine as m\n"
+        f"m.DISK_BYTES = {DISK_BYTES // 16}; print(*m.measure(pathlib.Path({str(tmp_path)!r})))\n"
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert min(disk_rates(tmp_path)) > 0
