@@ -109,8 +109,8 @@ def _contents(prepared: Prepared, options: CompileOptions) -> Contents:
     stamps = stamp_files(checkpoint_files(source.checkpoint))
     return Contents(
         program=prepared.program,
-        checkpoint=source.checkpoint,
-        producer=CheckpointProducer(source.checkpoint, stamps),
+        checkpoint=prepared.checkpoint,
+        producer=CheckpointProducer(prepared.checkpoint, stamps),
         stamps=stamps,
         sources={file.name: SourceFile(header=s.header, size=s.size) for file, s in sorted(stamps.items())},
         calibration=prepared.calibration,

@@ -1,4 +1,4 @@
-"""calibration.safetensors: what static linears saw, before any policy made a range of it.
+"""calibration.safetensors: what static linears saw, before any policy made a range of it, and how pairs were smoothed.
 
 The one part of an output that depends on the order in which floats were summed. With the file at hand everything else
 is the same on any machine.
@@ -6,7 +6,7 @@ is the same on any machine.
 
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -15,9 +15,12 @@ from torch import Tensor
 
 from fxquant.errors import FxquantError
 from fxquant.hashing import hash_text
+from fxquant.program import Pair, Program
 from fxquant.program_file import recipe_arguments
 from fxquant.safetensors_file import build_header, read_header, read_metadata
 from fxquant.schemes import Recipe
+from fxquant.smoothing import Smoothing
+from fxquant.smoothing_file import read_smoothing, smoothing_metadata, smoothing_tensors
 
 CALIBRATION = "optional/calibration.safetensors"
 """Within an output. The format keeps what no engine loads in `optional/`: engines take every weight file beside it."""
@@ -32,33 +35,39 @@ class Seen:
     graph    structural hash of the float graph
     weights  "float", or "rounded" and the hash of the recipes that rounded them
     text     XXH3-128 of the batches of token ids
+    smooth   hash of what was smoothed and how, "" for nothing
     """
 
     graph: str
     weights: str
     text: str
+    smooth: str = ""
 
 
 @dataclass(frozen=True)
 class Calibration:
     """Raw ranges.
 
-    tokens  int64 [batches]: tokens in each batch
-    ranges  module → smallest and largest input in each batch, float32 [batches] each
+    tokens     int64 [batches]: tokens in each batch
+    ranges     module → smallest and largest input in each batch, float32 [batches] each, of the smoothed graph
+    smoothing  what was smoothed before they were observed
     """
 
     seen: Seen
     tokens: Tensor
     ranges: dict[str, tuple[Tensor, Tensor]]
+    smoothing: Smoothing = field(default_factory=Smoothing)
 
     def save(self, path: Path) -> None:
         """Write the file; the same calibration gives the same bytes."""
         tensors = {TOKENS: self.tokens}
         for module, (low, high) in sorted(self.ranges.items()):
             tensors |= {module + LOW: low, module + HIGH: high}
+        tensors |= smoothing_tensors(self.smoothing)
+        tensors = dict(sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])))
         entries = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
-        header, _ = build_header(entries, metadata=vars(self.seen))
-        data = b"".join(tensor.contiguous().numpy().tobytes() for tensor in tensors.values())
+        header, _ = build_header(entries, metadata=vars(self.seen) | smoothing_metadata(self.smoothing))
+        data = b"".join(tensor.contiguous().view(torch.uint8).numpy().tobytes() for tensor in tensors.values())
         path.parent.mkdir(exist_ok=True)
         whole = path.with_name(path.name + ".new")
         whole.write_bytes(header + data)
@@ -71,10 +80,10 @@ def load_calibration(path: Path) -> Calibration:
         raise FxquantError(path, "no such file.", "Name the calibration.safetensors of an output.")
     infos, metadata = read_header(path), read_metadata(path)
     try:
-        seen = Seen(*(metadata[key] for key in ("graph", "weights", "text")))
+        seen = Seen(*(metadata[key] for key in ("graph", "weights", "text", "smooth")))
         modules = [name.removesuffix(LOW) for name in infos if name.endswith(LOW)]
         ranges = {module: (infos[module + LOW].read(), infos[module + HIGH].read()) for module in modules}
-        tokens = infos[TOKENS].read()
+        tokens, smoothing = infos[TOKENS].read(), read_smoothing(path, infos, metadata)
     except KeyError as error:
         raise FxquantError(path, f"not a calibration file: it has no {error.args[0]}.", AGAIN) from None
     shapes = {tuple(tensor.shape) for pair in ranges.values() for tensor in pair} | {tuple(tokens.shape)}
@@ -85,7 +94,7 @@ def load_calibration(path: Path) -> Calibration:
         raise FxquantError(path, "holds NaN or infinity.", AGAIN)
     if not all((low <= high).all() for low, high in ranges.values()):
         raise FxquantError(path, "not a calibration file: a smallest input is above its largest.", AGAIN)
-    return Calibration(seen, tokens, ranges)
+    return Calibration(seen, tokens, ranges, smoothing)
 
 
 def earlier_calibrations(folders: Iterable[Path]) -> list[Calibration]:
@@ -103,6 +112,16 @@ def text_hash(batches: Iterable[Tensor]) -> str:
     for ids in batches:
         digest.update(str(tuple(ids.shape)).encode() + ids.contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def pairs_hash(program: Program) -> str:
+    """The `smooth` of a program's pairs."""
+    pairs = [(pair.kind.value, pair.maker, pair.readers, _rule(pair)) for pair in program.pairs]
+    return hash_text(repr((pairs, sorted(program.added)))) if pairs or program.added else ""
+
+
+def _rule(pair: Pair) -> tuple[str, float]:
+    return pair.rule.method.value, pair.rule.alpha
 
 
 def rounded_by(recipes: dict[str, Recipe]) -> str:

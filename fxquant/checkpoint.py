@@ -3,7 +3,7 @@
 import json
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from fxquant.checkpoint_names import official_tensors
-from fxquant.checkpoint_parts import SourceTensor, join_parts, part_files
+from fxquant.checkpoint_parts import HeldTensor, SourceTensor, join_parts, part_files
 from fxquant.config import read_config
 from fxquant.errors import FxquantError
 from fxquant.safetensors_file import TensorInfo, read_header
+from fxquant.smoothing import Smoothing
 
 SCALE_SUFFIX = "_scale_inv"
 AGAIN = "Download or copy the checkpoint again."
@@ -24,7 +25,7 @@ AGAIN = "Download or copy the checkpoint again."
 class Checkpoint:
     """A folder's config and tensors. `tensors` holds what a model asks for; `scales` the FP8 block scales behind it.
 
-    Keys and names are Hugging Face's, whatever the folder's convention.
+    Keys and names are Hugging Face's, whatever the folder's convention. `smoothing`: what is changed as it is read.
     """
 
     folder: Path
@@ -32,6 +33,7 @@ class Checkpoint:
     tensors: Mapping[str, SourceTensor]
     scales: Mapping[str, SourceTensor] = field(default_factory=dict)
     block: tuple[int, int] = (128, 128)
+    smoothing: Smoothing = field(default_factory=Smoothing)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -47,17 +49,24 @@ class Checkpoint:
         """Bytes of all tensors, scales included."""
         return sum(info.nbytes for info in (*self.tensors.values(), *self.scales.values()))
 
+    def smoothed(self, smoothing: Smoothing) -> "Checkpoint":
+        """The checkpoint with these changes, and with the biases that they add."""
+        added = {name: HeldTensor(name, value) for name, value in smoothing.tensors.items() if name not in self.tensors}
+        return replace(self, tensors={**self.tensors, **added}, smoothing=smoothing)
+
     def stored_dtype(self, name: str) -> torch.dtype:
         """What `read(name)` gives."""
         dtype = self.tensors[name].dtype
         return self.dtype if dtype is torch.float8_e4m3fn else dtype
 
     def read(self, name: str) -> Tensor:
-        """One tensor. FP8 E4M3 [n, k] comes decoded: `dtype(float32(w) * scale_inv[i // 128, j // 128])`."""
+        """One tensor, smoothed. FP8 E4M3 [n, k] comes decoded: `dtype(float32(w) * scale_inv[i // 128, j // 128])`."""
+        if name in self.smoothing.tensors:
+            return self.smoothing.tensors[name]
         tensor = self.tensors[name].read()
-        if tensor.dtype is not torch.float8_e4m3fn:
-            return tensor
-        return decode_fp8(tensor, self.scales[name].read(), self.block).to(self.dtype)
+        if tensor.dtype is torch.float8_e4m3fn:
+            tensor = decode_fp8(tensor, self.scales[name].read(), self.block).to(self.dtype)
+        return self.smoothing.apply(name, tensor, len(tensor)) if self.smoothing.changes(name) else tensor
 
 
 def decode_fp8(weight: Tensor, scale_inv: Tensor, block: tuple[int, int]) -> Tensor:

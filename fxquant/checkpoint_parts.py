@@ -72,7 +72,48 @@ class JoinedTensor:
         return data
 
 
-SourceTensor = TensorInfo | JoinedTensor
+HELD = Path("smoothing")
+"""The `file` of tensors that are in memory."""
+
+
+@dataclass(frozen=True)
+class HeldTensor:
+    """A tensor that smoothing added to a checkpoint; reads as those in files do, and lies in none."""
+
+    name: str
+    value: torch.Tensor
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.value.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.value.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.value.nbytes
+
+    @property
+    def parts(self) -> tuple[()]:
+        """No bytes of it lie in files."""
+        return ()
+
+    @property
+    def file(self) -> Path:
+        return HELD
+
+    def read(self) -> torch.Tensor:
+        """The tensor itself."""
+        return self.value
+
+    def ranges(self, offset: int, length: int) -> Iterator[tuple[TensorInfo, int, int]]:
+        """It lies in no file: an error."""
+        raise TypeError(f"{self.name} is in no file")
+
+
+SourceTensor = TensorInfo | JoinedTensor | HeldTensor
 
 
 def part_files(folder: Path) -> list[Path]:

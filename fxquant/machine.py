@@ -88,8 +88,8 @@ def block_kernels() -> dict[str, Callable[[], object]]:
     for array in (bf16, fp8, scales, *nothing):
         array.flags.writeable = False
     sources = {
-        False: EncodedRows(bf16, BFLOAT16, 0, nothing[0], FP8_BLOCK, FP8_BLOCK, nothing[1], BFLOAT16),
-        True: EncodedRows(fp8, FLOAT8, 0, scales, FP8_BLOCK, FP8_BLOCK, nothing[1], BFLOAT16),
+        False: EncodedRows(bf16, BFLOAT16, 0, nothing[0], FP8_BLOCK, FP8_BLOCK, nothing[1], nothing[1], BFLOAT16),
+        True: EncodedRows(fp8, FLOAT8, 0, scales, FP8_BLOCK, FP8_BLOCK, nothing[1], nothing[1], BFLOAT16),
     }
     codes, scale, sums = np.empty(BLOCK, np.int8), np.empty(n, np.float32), np.empty(n, np.int64)
     bias = np.empty((n, 1), np.float32)

@@ -14,6 +14,7 @@ from fxquant.plan_rows import PlanRow, tally
 from fxquant.policy import LEAVE_OUT, Policy
 from fxquant.preparation import CompileOptions, passes_for, with_mtp
 from fxquant.program import Program
+from fxquant.smoothing import Smoothing
 
 
 @dataclass(frozen=True)
@@ -69,9 +70,10 @@ def planned(source: Source, policy: Policy, options: CompileOptions) -> PlanCont
     results = [one.apply(program) for one in passes_for(source, policy, options, layers, RangesLater())]
     if not described:
         build_ledger(program, source.checkpoint)
-    stored, engine = stored_tensors(program, source.checkpoint), ENGINES[options.target]
+    checkpoint = source.checkpoint.smoothed(Smoothing(tensors=program.added))
+    stored, engine = stored_tensors(program, checkpoint), ENGINES[options.target]
     files = plan_files(stored, options.max_shard_size, engine)
-    found = tally(program, source.checkpoint, stored)
+    found = tally(program, checkpoint, stored)
     return PlanContents(
         rows=list(found.rows.values()),
         work=found.work,

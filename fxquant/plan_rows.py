@@ -103,5 +103,5 @@ def _sizes(names: Iterable[str], checkpoint: Checkpoint) -> tuple[int, int]:
     for name in names:
         info, scale = checkpoint.tensors[name], checkpoint.scales.get(name)
         parameters += math.prod(info.shape)
-        nbytes += info.nbytes + (scale.nbytes if scale is not None else 0)
+        nbytes += sum(part.nbytes for part in info.parts) + (scale.nbytes if scale is not None else 0)
     return parameters, nbytes

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from fxquant.errors import FxquantError
 from fxquant.kinds import Kind
 from fxquant.schemes import Scheme
+from fxquant.smooth_rule import PATTERN, NormBias, PairKind, SmoothRule
 
 LEAVE_OUT: Literal["LEAVE_OUT"] = "LEAVE_OUT"
 """Not a scheme: the tensors of the selected modules are left out of the output."""
@@ -69,7 +70,7 @@ class Rule(BaseModel):
     def _check(self) -> "Rule":
         if not self.kind and self.path is None:
             raise ValueError("a rule needs a kind or a path")
-        if self.path is not None and not re.fullmatch(r"[\w.*?\[\]!\-]+", self.path, re.ASCII):
+        if self.path is not None and not re.fullmatch(PATTERN, self.path, re.ASCII):
             raise ValueError(f"path {self.path!r} is not a shell pattern of a module path")
         if self.group_size not in GROUP_SIZES:
             raise ValueError(f"group_size {self.group_size} is none of {GROUP_SIZES}")
@@ -96,12 +97,14 @@ class PolicyFile(BaseModel):
     extends: str | None = None
     activation_statistic: ActivationStatistic | None = None
     calibration_weights: CalibrationWeights | None = None
+    smooth: list[SmoothRule] | None = None
+    norm_bias: NormBias | None = None
     rules: list[Rule] = Field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Policy:
-    """A resolved policy: its own rules, then those of what it extends."""
+    """A resolved policy: its own rules, then those of what it extends; `smooth` is its own, or what it extends has."""
 
     name: str
     description: str
@@ -109,6 +112,8 @@ class Policy:
     calibration_weights: CalibrationWeights
     own: tuple[Rule, ...]
     inherited: tuple[Rule, ...] = ()
+    smooth: tuple[SmoothRule, ...] = ()
+    norm_bias: NormBias = "shifted"
 
     @property
     def rules(self) -> tuple[Rule, ...]:
@@ -120,6 +125,18 @@ class Policy:
             if rule.selects(module, kind) and (quantizable or rule.scheme in (Scheme.FLOAT, LEAVE_OUT)):
                 return rule
         return None
+
+    def smooth_rule_for(self, pair: PairKind, readers: list[tuple[str, Kind]]) -> SmoothRule | None:
+        """The first smoothing rule for a value that these modules read."""
+        return next((rule for rule in self.smooth if rule.selects(pair, readers)), None)
+
+    def check_smooth_rules(self, used: Iterable[SmoothRule]) -> None:
+        """Raises FxquantError for a smoothing rule that decided nothing, unless it is `optional`."""
+        used = set(used)
+        for rule in self.smooth:
+            if rule not in used and not rule.optional:
+                fact = f"smoothing rule “{rule}” matches no pair that an earlier rule has not taken."
+                raise FxquantError(f"policy {self.name}", fact, "Correct it, or mark it optional: true.")
 
     def with_mtp(self, mode: MtpMode) -> "Policy":
         """This policy with its rules for kind mtp replaced by what a user asks."""
@@ -163,12 +180,14 @@ def _load(name: str, ancestors: tuple[str, ...]) -> Policy:
     parent = _load(_beside(document.extends, name), (*ancestors, name)) if document.extends else None
     statistic = document.activation_statistic or (parent and parent.activation_statistic) or ActivationStatistic.MIN_MAX
     weights = document.calibration_weights or (parent and parent.calibration_weights) or CalibrationWeights.FLOAT
+    smooth = tuple(document.smooth) if document.smooth is not None else parent.smooth if parent else ()
+    norm_bias = document.norm_bias or (parent.norm_bias if parent else "shifted")
     title = Path(name).stem if name.endswith((".yaml", ".yml")) else name
     own, inherited = tuple(document.rules), parent.rules if parent else ()
     sizes = {rule.group_size for rule in own if rule.scheme is Scheme.W4A8_DYNAMIC}
     if len(sizes) > 1:
         raise FxquantError(place, f"group sizes {sorted(sizes)}.", "A weight file has one group_size: choose one.")
-    return Policy(title, document.description, statistic, weights, own, inherited)
+    return Policy(title, document.description, statistic, weights, own, inherited, smooth, norm_bias)
 
 
 def _beside(extends: str, name: str) -> str:

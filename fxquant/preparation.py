@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fxquant.binding import Ledger, build_ledger, check_parameters, mtp_modules
 from fxquant.calibration import Calibration, earlier_calibrations, load_calibration
+from fxquant.checkpoint import Checkpoint
 from fxquant.contracts import load_contract
 from fxquant.errors import FxquantError
 from fxquant.frontend.source import TRACE_TIMEOUT, Source, open_source
@@ -21,6 +22,7 @@ from fxquant.passes import (
     AssignSchemes,
     Calibrate,
     CheckContract,
+    PairSmoothing,
     Pass,
     PassResult,
     pipeline,
@@ -100,6 +102,11 @@ class Prepared:
     calibration: Calibration | None = None
     passes: list[PassResult] = field(default_factory=list)
 
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """What the program's weights are made from: the source's, smoothed."""
+        return smoothed_source(self.source.checkpoint, self.calibration)
+
 
 def prepare(
     source: Source,
@@ -126,6 +133,11 @@ def prepare(
     return Prepared(source, policy, program, ledger, float_graph, digest, calibrate.used, results)
 
 
+def smoothed_source(checkpoint: Checkpoint, calibration: Calibration | None) -> Checkpoint:
+    """`checkpoint` as a calibration smoothed it."""
+    return checkpoint.smoothed(calibration.smoothing) if calibration and calibration.smoothing else checkpoint
+
+
 def with_mtp(policy: Policy, mode: MtpMode, layers: tuple[str, ...]) -> Policy:
     """`policy` with what `--mtp` asks of the checkpoint's `layers`. Raises FxquantError where there are none."""
     if mode is not MtpMode.NONE and not layers:
@@ -144,7 +156,11 @@ def passes_for(
 ) -> list[Pass]:
     """The pipeline of these options; `layers` are the checkpoint's multi-token prediction layers."""
     checkpoint, dialect = source.checkpoint, ENGINES[options.target].dialect
-    assign = (AssignSchemes(policy, layers, dialect), AssignMtp(policy, source.config, checkpoint, dialect))
+    assign = (
+        AssignSchemes(policy, layers, dialect),
+        AssignMtp(policy, source.config, checkpoint, dialect),
+        PairSmoothing(policy),
+    )
     contract = CheckContract(policy.name, load_contract(options.target), options.tp, options.mix)
     return pipeline(assign, calibrate, (contract,) if for_engine else ())
 
@@ -157,9 +173,9 @@ def _calibrate(
         fact = "ranges and text to make ranges of, both given."
         raise FxquantError(f"--calibration {given}", fact, "Leave out one of --calibration and --calib.")
     if given is not None:
-        return Calibrate(policy, source.checkpoint.read, lambda: None, report, load_calibration(given))
+        return Calibrate(policy, source.checkpoint, lambda: None, report, load_calibration(given))
     earlier = earlier_calibrations(known)
-    return Calibrate(policy, source.checkpoint.read, lambda: calibration(source, options), report, earlier=earlier)
+    return Calibrate(policy, source.checkpoint, lambda: calibration(source, options), report, earlier=earlier)
 
 
 def calibration(source: Source, options: CompileOptions) -> list[Tensor] | None:

@@ -10,6 +10,7 @@ from torch import fx, nn
 from fxquant.kinds import Kind
 from fxquant.policy import Rule
 from fxquant.schemes import Recipe, tensor_specs
+from fxquant.smooth_rule import PairKind, SmoothRule
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,22 @@ class MtpLayers:
         return bool(self.recipes or self.kept)
 
 
+@dataclass(frozen=True)
+class Pair:
+    """A value that is smoothed, by `rule`: what scales it on one side, and the weights that read it on the other.
+
+    value    the node of a norm or of an attention; its last axis is scaled
+    maker    target of the norm's weight, or of the weight that makes the attention's values
+    readers  targets of the weights that it is multiplied by
+    """
+
+    kind: PairKind
+    value: fx.Node
+    maker: str
+    readers: tuple[str, ...]
+    rule: SmoothRule
+
+
 @dataclass
 class Program:
     """A graph whose `get_attr` targets are the keys of `parameters`, and the recipes of what was quantized.
@@ -53,6 +70,7 @@ class Program:
     rules       module path → the policy rule that decided it; idle_rules: those that decided nothing
     names       node names in use
     mtp         the multi-token prediction layers of the output
+    pairs       what calibration will smooth, in graph order; added: the biases (on meta) that shifts bring
 
     Every node carries `meta["module"]`, the path of the module that made it, `meta["kind"]` and `meta["block"]`: the
     path of its decoder layer, or "before", "between_0", …, "after" for what is in none.
@@ -67,6 +85,8 @@ class Program:
     idle_rules: list[Rule] = field(default_factory=list)
     names: set[str] = field(default_factory=set)
     mtp: MtpLayers = field(default_factory=MtpLayers)
+    pairs: list[Pair] = field(default_factory=list)
+    added: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def nodes(self, target: Any) -> list[fx.Node]:
         """Calls of one operator, in graph order."""

@@ -101,8 +101,8 @@ def compare(
     source = open_model(model, options, report)
     batches = load_batches(Path(text), source.checkpoint, samples, length)
     original = (source.program(), Cached(source.checkpoint.read))
-    programs = [prepare(source, load_policy(name), options, report, for_engine=False).program for name in policies]
-    sizes = [sum(tensor.nbytes for tensor in stored_tensors(one, source.checkpoint)) for one in programs]
-    quantized = [(one, Cached(RecipeReader(one, source.checkpoint), COMPARE_CACHE)) for one in programs]
+    made = [prepare(source, load_policy(name), options, report, for_engine=False) for name in policies]
+    sizes = [sum(tensor.nbytes for tensor in stored_tensors(one.program, one.checkpoint)) for one in made]
+    quantized = [(one.program, Cached(RecipeReader(one.program, one.checkpoint), COMPARE_CACHE)) for one in made]
     results = evaluate_programs(original, quantized, batches, report)
     return dict(zip(policies, zip(results, sizes, strict=True), strict=True))

@@ -10,6 +10,7 @@ from fxquant.passes.check_contract import CheckContract
 from fxquant.passes.check_coverage import CheckCoverage
 from fxquant.passes.fuse_norm_quantize import FuseNormQuantize
 from fxquant.passes.fuse_swiglu_quantize import FuseSwigluQuantize
+from fxquant.passes.pair_smoothing import PairSmoothing
 from fxquant.passes.quantize_experts import QuantizeExperts
 from fxquant.passes.quantize_linear import QuantizeLinear
 from fxquant.passes.share_quantize import ShareQuantize
@@ -23,6 +24,7 @@ __all__ = [
     "CheckCoverage",
     "FuseNormQuantize",
     "FuseSwigluQuantize",
+    "PairSmoothing",
     "Pass",
     "PassResult",
     "QuantizeExperts",

@@ -1,4 +1,4 @@
-"""Run text through the float graph and record the input range of every static linear."""
+"""Run text through the float graph: smooth its pairs, and record the input range of every static linear."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -7,19 +7,21 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxquant.calibration import Calibration, Seen, rounded_by, text_hash
+from fxquant.calibration import Calibration, Seen, pairs_hash, rounded_by, text_hash
+from fxquant.checkpoint import Checkpoint
 from fxquant.errors import FxquantError
 from fxquant.execute import execute, prefill_inputs
 from fxquant.kernels.activation import static_parameters
 from fxquant.passes.base import Pass, PassResult
 from fxquant.passes.linears import linear_sites
 from fxquant.passes.observe import combine
+from fxquant.passes.smooth import Smoother
 from fxquant.policy import CalibrationWeights, Policy
 from fxquant.program import Program, input_node
 from fxquant.progress import Reporter, silent
 from fxquant.schemes import Recipe
 from fxquant.structure import structural_hash
-from fxquant.weights import Read, RoundedReader
+from fxquant.weights import RoundedReader
 
 Ranges = dict[fx.Node, tuple[list[Tensor], list[Tensor]]]
 WAY_OUT = "Pass --calib FILE, put calibration.jsonl beside the model, or use deepseek_w4a8_dynamic."
@@ -27,16 +29,16 @@ WAY_OUT = "Pass --calib FILE, put calibration.jsonl beside the model, or use dee
 
 @dataclass
 class Calibrate(Pass):
-    """Sets `activation` in the recipe of each static linear; the graph itself stays.
+    """Sets `activation` in the recipe of each static linear, and finds the scales of `program.pairs`; the graph stays.
 
-    The forward runs in float32 on the weights that the policy names, the checkpoint's or the rounded ones.
-    `batches` gives token ids int64 [batch, length]; it is asked, and None is an error, only if a scheme is static and
-    no `given` calibration takes its place. `earlier` are calibrations of other runs: one that saw the same saves the
-    forward. `used` is what the ranges were made of.
+    The forward runs in float32 on the weights that the policy names, those of `source` or the rounded ones; from a
+    pair on, on the smoothed ones. `batches` gives token ids int64 [batch, length]; it is asked, and None is an error,
+    only if a scheme is static or a pair is there, and no `given` calibration takes its place. `earlier` are
+    calibrations of other runs: one that saw the same saves the forward. `used` has the ranges and the smoothing.
     """
 
     policy: Policy
-    read: Read
+    source: Checkpoint
     batches: Callable[[], list[Tensor] | None]
     report: Reporter = silent
     given: Calibration | None = None
@@ -50,7 +52,7 @@ class Calibrate(Pass):
             recipe = program.recipes.get(site.module)
             if recipe is not None and recipe.scheme.static:
                 inputs.setdefault(site.module, []).append(input_node(site.node, 0))
-        if not inputs:
+        if not inputs and not program.pairs and not program.added:
             return PassResult(self.name)
         self.used = self._given(program, inputs) if self.given else self._calibrated(program, inputs)
         for module in inputs:
@@ -67,6 +69,7 @@ class Calibrate(Pass):
         facts = {
             f"graph {seen.graph[:12]}, the model's is {graph[:12]}": seen.graph == graph,
             f"{seen.weights} weights, policy {self.policy.name} wants {weights}": seen.weights == weights,
+            f"smoothed otherwise than policy {self.policy.name} says": seen.smooth == pairs_hash(program),
             f"no range of {missing[0] if missing else ''}": not missing,
         }
         wrong = next((fact for fact, holds in facts.items() if not holds), None)
@@ -77,36 +80,45 @@ class Calibrate(Pass):
     def _calibrated(self, program: Program, inputs: dict[str, list[fx.Node]]) -> Calibration:
         batches = self.batches()
         if not batches:
-            fact = "static schemes need calibration text, none given."
+            what = "smoothing needs" if program.pairs else "static schemes need"
+            fact = f"{what} calibration text, none given."
             raise FxquantError(f"policy {self.policy.name}", fact, WAY_OUT)
-        seen = Seen(structural_hash(program), self._weights(program), text_hash(batches))
+        seen = Seen(structural_hash(program), self._weights(program), text_hash(batches), pairs_hash(program))
         for known in self.earlier:
             if known.seen == seen and set(inputs) <= set(known.ranges):
                 return known
-        ranges = self._observe(program, {node for nodes in inputs.values() for node in nodes}, batches)
+        smoother = Smoother(program, self.source, real_tokens)
+        ranges = self._observe(program, {node for nodes in inputs.values() for node in nodes}, batches, smoother)
         tokens = torch.tensor([ids.numel() for ids in batches])
-        return Calibration(seen, tokens, {module: _extremes(ranges, nodes) for module, nodes in inputs.items()})
+        observed = {module: _extremes(ranges, nodes) for module, nodes in inputs.items()}
+        return Calibration(seen, tokens, observed, smoother.smoothing)
 
     def _weights(self, program: Program) -> str:
         rounded = self.policy.calibration_weights is CalibrationWeights.ROUNDED
         return rounded_by(program.recipes) if rounded else self.policy.calibration_weights.value
 
-    def _observe(self, program: Program, wanted: set[fx.Node], batches: list[Tensor]) -> Ranges:
+    def _observe(self, program: Program, wanted: set[fx.Node], batches: list[Tensor], smoother: Smoother) -> Ranges:
         ranges: Ranges = {}
 
         def observe(node: fx.Node, values: list[Any]) -> None:
+            smoother.observe(node, values)
             if node in wanted:
                 ranges[node] = ([value.min() for value in values], [value.max() for value in values])
 
         inputs = [prefill_inputs(program, ids) for ids in batches]
         rounded = self.policy.calibration_weights is CalibrationWeights.ROUNDED
-        read = RoundedReader(program, self.read) if rounded else self.read
+        read = RoundedReader(program, smoother.checkpoint.read) if rounded else smoother.checkpoint.read
         with self.report("calibrate", len(program.graph.graph.nodes), "nodes") as advance:
             execute(program, read, inputs, observe, advance)
         for node, (lows, highs) in ranges.items():
             if not torch.isfinite(torch.stack(lows + highs)).all():
                 raise FxquantError(node.name, "calibration gave NaN or infinity.", "Check the checkpoint's weights.")
         return ranges
+
+
+def real_tokens(values: list[Tensor]) -> Tensor:
+    """float32 [tokens, k] of values [batch, length, k]."""
+    return torch.cat([value.flatten(0, -2) for value in values]).float()
 
 
 def _extremes(ranges: Ranges, nodes: list[fx.Node]) -> tuple[Tensor, Tensor]:

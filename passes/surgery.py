@@ -41,7 +41,11 @@ class Surgery:
         shape = (len(recipe.modules), *spec.shape) if stacked else spec.shape
         names = tuple(f"{module}.{suffix}" for module in recipe.modules)
         tensor = torch.empty(shape, dtype=spec.dtype, device="meta")
-        self.program.add_parameter(target, tensor, Parameter(names, recipe.module, kind, stacked))
+        return self.attach(target, tensor, Parameter(names, recipe.module, kind, stacked))
+
+    def attach(self, target: str, tensor: torch.Tensor, parameter: Parameter) -> fx.Node:
+        """The `get_attr` of a new parameter, `tensor` on meta."""
+        self.program.add_parameter(target, tensor, parameter)
         for old in self.site.all_input_nodes:
             if old.op == "get_attr" and old.target == target:
                 self.program.names.discard(old.name)

@@ -33,7 +33,7 @@ def frozen(array):
 
 raw = frozen(np.full((2, 64), 0x3F, np.uint8))
 none = frozen(np.empty((0, 0), np.float32))
-rows = EncodedRows(raw, BFLOAT16, 0, none, 128, 128, frozen(np.empty(0, np.float32)), BFLOAT16)
+rows = EncodedRows(raw, BFLOAT16, 0, none, 128, 128, *[frozen(np.empty(0, np.float32))] * 2, BFLOAT16)
 codes, scale = np.empty((2, 32), np.int8), np.empty(2, np.float32)
 bad = int8_rows(rows, FLOAT32, codes, scale, np.empty(2, np.int64))
 packed, second, bias = np.empty((1, 32), np.int8), np.empty((2, 1), np.float32), np.empty((2, 1), np.float32)

@@ -28,7 +28,8 @@ class EncodedRows(NamedTuple):
     scales   float32 [blocks of rows, blocks of columns] of the whole weight for FLOAT8, else [0, 0]
     block_rows, block_columns  edges of a block
     smooth   float32 [k], or [0]
-    rounded  what decoded FLOAT8, and values times `smooth`, are rounded to
+    divided  float32 [rows of the weight], or [0]
+    rounded  what decoded FLOAT8, and smoothed values, are rounded to
     """
 
     raw: np.ndarray
@@ -38,6 +39,7 @@ class EncodedRows(NamedTuple):
     block_rows: int
     block_columns: int
     smooth: np.ndarray
+    divided: np.ndarray
     rounded: int
 
 
@@ -90,7 +92,8 @@ def decode_float8(row: np.ndarray, scale: np.float32, values: np.ndarray) -> Non
 def decode_row(rows: EncodedRows, index: int, values: np.ndarray) -> np.uint32:
     """Row `index` of `rows` → float32 [k], and the bits of its largest magnitude.
 
-    FLOAT8 is `rounded(float32(w) * scale)`, with the scale of its block; `smooth` makes it `rounded(W * smooth)`.
+    FLOAT8 is `rounded(float32(w) * scale)`, with the scale of its block; `smooth` makes it `rounded(W * smooth)`,
+    `divided` then `rounded(W / divided)`.
     """
     row = rows.raw[index]
     if rows.stored == BFLOAT16:
@@ -110,5 +113,10 @@ def decode_row(rows: EncodedRows, index: int, values: np.ndarray) -> np.uint32:
     if rows.smooth.shape[0]:
         for j in range(values.shape[0]):
             values[j] *= rows.smooth[j]
+        largest = round_row(values, rows.rounded)
+    if rows.divided.shape[0]:
+        divisor = rows.divided[rows.start + index]
+        for j in range(values.shape[0]):
+            values[j] /= divisor
         largest = round_row(values, rows.rounded)
     return largest

@@ -28,6 +28,7 @@ class SourceRows:
     model_dtype  what decoded FP8, and smoothed values, are rounded to
     scale_inv    float32 [ceil(n / block[0]), ceil(k / block[1])] of the whole weight, for FP8
     smooth       float32 [k] or None: `W' = model_dtype(W * smooth)`
+    divided      float32 [n] of the whole weight, or None: after that `W' = model_dtype(W / divided)`, row by row
     """
 
     raw: np.ndarray
@@ -38,6 +39,7 @@ class SourceRows:
     scale_inv: np.ndarray | None = None
     block: tuple[int, int] = (128, 128)
     smooth: np.ndarray | None = None
+    divided: np.ndarray | None = None
 
     @property
     def rows(self) -> int:
@@ -49,13 +51,15 @@ class SourceRows:
         if (self.dtype is torch.float8_e4m3fn) is (self.scale_inv is None):
             raise ValueError(f"{self.dtype} rows {'without' if self.scale_inv is None else 'with'} block scales")
         scales = np.empty((0, 0), np.float32) if self.scale_inv is None else self.scale_inv
-        smooth = np.empty(0, np.float32) if self.smooth is None else self.smooth
+        smooth, divided = (np.empty(0, np.float32) if one is None else one for one in (self.smooth, self.divided))
         edges = (self.start + self.rows, self.in_features)
         blocks = tuple(-(-edge // size) for edge, size in zip(edges, self.block, strict=True))
         if self.scale_inv is not None and (scales.shape[0] < blocks[0] or scales.shape[1:] != blocks[1:]):
             raise ValueError(f"block scales {scales.shape} for rows to {edges[0]} of {edges[1]} in {self.block}")
         if self.smooth is not None and smooth.shape != (self.in_features,):
             raise ValueError(f"{smooth.shape} smoothing scales for rows of {self.in_features}")
+        if self.divided is not None and len(divided) < edges[0]:
+            raise ValueError(f"{divided.shape} smoothing scales for rows to {edges[0]}")
         return EncodedRows(
             _read_only(self.raw.reshape(self.rows, self.in_features * self.dtype.itemsize)),
             KERNEL_DTYPES[self.dtype],
@@ -63,6 +67,7 @@ class SourceRows:
             _read_only(scales.astype(np.float32, copy=False)),
             *self.block,
             _read_only(smooth.astype(np.float32, copy=False)),
+            _read_only(divided.astype(np.float32, copy=False)),
             KERNEL_DTYPES[self.model_dtype],
         )
 

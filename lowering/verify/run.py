@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fxquant.binding import build_ledger, check_parameters
+from fxquant.calibration import CALIBRATION, load_calibration
 from fxquant.checkpoint import Checkpoint
 from fxquant.contracts import Verdict, load_contract
 from fxquant.contracts import check as findings
@@ -17,6 +18,7 @@ from fxquant.lowering.verify.graphs import AscendChecker, GraphChecker, OnnxChec
 from fxquant.lowering.verify.noise import logit_noise
 from fxquant.lowering.verify.rebuild import Rebuild, check_rebuild
 from fxquant.lowering.verify.report import Check, VerifyReport
+from fxquant.lowering.verify.smoothing import check_smoothing
 from fxquant.lowering.verify.weights import (
     WeightFiles,
     check_names,
@@ -58,6 +60,7 @@ def verify_output(
     """
     manifest = find_manifest(folder)
     program, files = load_program(folder / GRAPH), WeightFiles(folder)
+    original, source = source, _smoothed(source, folder)
     target = target or (Target(manifest.target) if manifest else infer_target(program, folder))
     ranks = ranks or (manifest.tp if manifest else 1)
     stored = expected_stored(program, source, files)
@@ -65,8 +68,9 @@ def verify_output(
     output = _Output(folder, program, files, source, target, ranks, sampled)
     digests = [check_digests(manifest, folder, report)] if manifest else []
     checks = [check_sizes(manifest, folder)] if manifest else []
-    if source is not None:
-        checks.append(_check_source(program, source))
+    if original is not None and source is not None:
+        checks += [_check_source(program, original), check_smoothing(original, source.smoothing)]
+        check_parameters(program, source)
     checks += check_names(program, files, folder, stored, ENGINES[target])
     checks += [check_config(program, folder, target), _check_contract(program, target, ranks)]
     rebuilt = []
@@ -96,9 +100,16 @@ class _Output:
     sampled: bool
 
 
+def _smoothed(source: Checkpoint | None, folder: Path) -> Checkpoint | None:
+    """The source as the output's own calibration smoothed it."""
+    saved = folder / CALIBRATION
+    if source is None or not saved.is_file():
+        return source
+    return source.smoothed(load_calibration(saved).smoothing)
+
+
 def _check_source(program: Program, source: Checkpoint) -> Check:
     """Every source tensor is accounted for by the graph that was written."""
-    check_parameters(program, source)
     ledger = build_ledger(program, source)
     check = Check("source tensors accounted for", len(ledger.entries))
     check.checked = len(ledger.entries)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fxquant.checkpoint import Checkpoint, decode_fp8
-from fxquant.checkpoint_parts import SourceTensor
+from fxquant.checkpoint_parts import HeldTensor, SourceTensor
 from fxquant.hashing import hash_text
 from fxquant.kernels.version import KERNEL_VERSION
 from fxquant.lowering.weights.unit import Unit
@@ -58,6 +58,8 @@ class CheckpointProducer:
             document.append(recipe_arguments(unit.recipe))
         parts = ((self._stamps[part.file], part.start) for part in self._parts(unit))
         document += ([stamp.header, stamp.size, start] for stamp, start in parts)  # where, and no time
+        smoothed = self._checkpoint.smoothing.key(_sources(unit))
+        document += [] if smoothed is None else [smoothed]
         return hash_text(json.dumps(document))
 
     def stamps_of(self, unit: Unit) -> list[FileStamp]:
@@ -69,19 +71,21 @@ class CheckpointProducer:
 
     def _parts(self, unit: Unit) -> list[TensorInfo]:
         """All that the unit is made from, as it lies in files: weight, block scales, bias."""
-        names = [unit.name]
-        if unit.recipe is not None:
-            names = [f"{unit.name}.weight"] + ([f"{unit.name}.bias"] if unit.recipe.bias else [])
+        names = _sources(unit)
         tensors = [self._checkpoint.tensors[name] for name in names]
         tensors += [self._checkpoint.scales[name] for name in names if name in self._checkpoint.scales]
         return [part for tensor in tensors for part in tensor.parts]
 
     def _kept(self, unit: Unit) -> Iterator[tuple[str, memoryview]]:
-        """A float tensor as it is, or decoded and converted where the stored dtype differs."""
+        """A float tensor as it is, or decoded, smoothed and converted where the stored one is another."""
         assert unit.kept is not None
         tensor, dtype = self._checkpoint.tensors[unit.name], unit.kept.spec.dtype
+        smoothing = self._checkpoint.smoothing
+        if unit.name in smoothing.tensors or isinstance(tensor, HeldTensor):
+            yield "", tensor_bytes(smoothing.tensors[unit.name].to(dtype))
+            return
         buffer = np.empty(min(BLOCK_BYTES, tensor.nbytes), np.uint8)
-        if tensor.dtype is dtype:
+        if tensor.dtype is dtype and not smoothing.changes(unit.name):
             for start in range(0, tensor.nbytes, BLOCK_BYTES):
                 view = buffer.data[: min(BLOCK_BYTES, tensor.nbytes - start)]
                 self._reader.read_into(tensor, start, view)
@@ -93,19 +97,21 @@ class CheckpointProducer:
                 scales = torch.from_numpy(self._scales(unit.name))
                 wide = decode_fp8(wide, scales[first // self._checkpoint.block[0] :], self._checkpoint.block)
                 wide = wide.to(self._checkpoint.dtype)
-            yield "", tensor_bytes(wide.to(dtype))
+            yield "", tensor_bytes(smoothing.apply(unit.name, wide, tensor.shape[0], first).to(dtype))
 
     def _made(self, unit: Unit, recipe: Recipe) -> Iterator[tuple[str, memoryview]]:
         from fxquant.kernels.recipe import ModuleMaker  # here: keys are asked for where no compiler is wanted
         from fxquant.kernels.source_rows import SourceRows
 
         name = f"{unit.name}.weight"
-        weight = self._checkpoint.tensors[name]
+        weight, smoothing = self._checkpoint.tensors[name], self._checkpoint.smoothing
         maker = ModuleMaker(recipe, name, self._bias(unit.name) if recipe.bias else None)
         model_dtype = self._checkpoint.stored_dtype(name)
         scales = self._scales(name) if name in self._checkpoint.scales else None
+        columns, divided = _array(smoothing.column_scale(name)), _array(smoothing.row_scale(name, weight.shape[0]))
         for first, rows in self._row_blocks(weight):
-            source = SourceRows(rows, weight.dtype, weight.shape[1], first, model_dtype, scales, self._checkpoint.block)
+            form = (weight.dtype, weight.shape[1], first, model_dtype, scales, self._checkpoint.block)
+            source = SourceRows(rows, *form, columns, divided)
             for suffix, tensor in maker.rows(source).items():
                 yield suffix, tensor_bytes(tensor)
         for suffix, tensor in maker.rest().items():
@@ -127,8 +133,22 @@ class CheckpointProducer:
         return np.frombuffer(self._reader.read(scale), np.float32).reshape(scale.shape)
 
     def _bias(self, module: str) -> Tensor:
-        tensor = self._checkpoint.tensors[f"{module}.bias"]
+        name = f"{module}.bias"
+        tensor, smoothed = self._checkpoint.tensors[name], self._checkpoint.smoothing.tensors.get(name)
+        if smoothed is not None or isinstance(tensor, HeldTensor):
+            return self._checkpoint.smoothing.tensors[name]
         return torch.frombuffer(self._reader.read(tensor), dtype=tensor.dtype)
+
+
+def _sources(unit: Unit) -> list[str]:
+    """Checkpoint tensors that the unit is made from."""
+    if unit.recipe is None:
+        return [unit.name]
+    return [f"{unit.name}.weight"] + ([f"{unit.name}.bias"] if unit.recipe.bias else [])
+
+
+def _array(scale: Tensor | None) -> np.ndarray | None:
+    return None if scale is None else scale.numpy()
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:

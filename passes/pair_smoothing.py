@@ -1,0 +1,138 @@
+"""norm(x) → linears, and linear(x) → attention → linear: what smoothing may scale, found in the graph
+
+The value between them becomes `(value - shift) / scale`, and the weights on both sides make up for it, as
+`fxquant.smoothing` says. Here pairs get their rules, and a shift its place: a bias of the norm and of each linear.
+Numbers come with calibration.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxquant import ops
+from fxquant.errors import FxquantError
+from fxquant.passes.base import Pass, PassResult
+from fxquant.passes.linears import is_parameter
+from fxquant.passes.surgery import Surgery
+from fxquant.policy import Policy
+from fxquant.program import Pair, Parameter, Program, input_node
+from fxquant.smooth_rule import PairKind, SmoothMethod, SmoothRule
+
+READS: dict[Any, tuple[int, ...]] = {ops.linear: (1,), ops.router_logits: (1,), ops.moe_experts: (3, 4)}
+"""Operator → positions of the weights [n, k] that its first argument [..., k] is multiplied by."""
+BIAS = 2
+"""Position of a linear's bias."""
+
+
+@dataclass
+class PairSmoothing(Pass):
+    """Fills `program.pairs`, and gives norms and linears the biases that their methods need.
+
+    Raises FxquantError for a rule that matches no pair, and for a shift that a reader has no bias to make up for.
+    """
+
+    policy: Policy
+    used: set[SmoothRule] = field(default_factory=set)
+    name = "pair-smoothing"
+
+    def apply(self, program: Program) -> PassResult:
+        kept: dict[str, str] = {}
+        weights = Counter(str(node.target) for node in program.graph.graph.nodes if node.op == "get_attr")
+        for node in list(program.graph.graph.nodes):
+            if node.target in (ops.rms_norm, ops.mla_attention):
+                reason = self._pair(program, node, weights)
+                kept |= {node.name: reason} if reason else {}
+        if self.policy.norm_bias == "every":
+            for node in program.nodes(ops.rms_norm):
+                _give_norm_bias(program, node)
+        self.policy.check_smooth_rules(self.used)
+        program.graph.graph.lint()
+        return PassResult(self.name, tuple(pair.value.name for pair in program.pairs), kept)
+
+    def _pair(self, program: Program, node: fx.Node, weights: Counter[str]) -> str | None:
+        kind = PairKind.NORM if node.target == ops.rms_norm else PairKind.LINEAR
+        made = node if kind is PairKind.NORM else input_node(node, 1)
+        reason = _why_not(node, made, weights)
+        if reason is not None:
+            return reason
+        readers = [(user, str(input_node(user, place).target)) for user in node.users for place in READS[user.target]]
+        modules = [(name.removesuffix(".weight"), program.parameters[name].kind) for _, name in readers]
+        quantized = [(module, kind) for module, kind in modules if module in program.recipes]
+        if not quantized:
+            return "what reads it stays in float"
+        rule = self.policy.smooth_rule_for(kind, quantized)
+        if rule is not None:
+            self.used.add(rule)
+        if rule is None or rule.method is SmoothMethod.NONE:
+            return "no rule smooths it" if rule is None else f"policy: {rule}"
+        pair = Pair(kind, node, str(input_node(made, 1).target), tuple(name for _, name in readers), rule)
+        if kind is PairKind.NORM and rule.method is SmoothMethod.M4:
+            self._shift(program, pair, [user for user, _ in readers])
+        program.pairs.append(pair)
+        return None
+
+    def _shift(self, program: Program, pair: Pair, readers: list[fx.Node]) -> None:
+        for reader in readers:
+            if reader.target != ops.linear:
+                fact = f"rule “{pair.rule}” shifts what {reader.name} reads, which has no bias to make up for it."
+                raise FxquantError(f"policy {self.policy.name}", fact, "Use smoothquant or flex for it.")
+        _give_norm_bias(program, pair.value)
+        for reader in readers:
+            _give_linear_bias(program, reader)
+
+
+def _why_not(node: fx.Node, made: fx.Node, weights: Counter[str]) -> str | None:
+    """Why the value of `node`, whose scale the weight of `made` sets, cannot be scaled; None if it can."""
+    if not node.users or not all(_reads(user, node) for user in node.users):
+        return "not only linears read it"
+    if made is not node and (made.target != ops.linear or set(made.users) != {node}):
+        return "its values are not those of one linear"
+    if not is_parameter(made.args[1]):
+        return "the weight before it is computed"
+    shared = [str(input_node(made, 1).target)]
+    for user in node.users:
+        shared += [str(input_node(user, place).target) for place in READS[user.target]]
+    return None if all(weights[name] == 1 for name in shared) else "a weight beside it is used elsewhere too"
+
+
+def _reads(user: fx.Node, value: fx.Node) -> bool:
+    """Whether `user` multiplies `value` by parameters, and does nothing else with it."""
+    places = READS.get(user.target, ())
+    return bool(places) and user.args.index(value) == 0 and all(is_parameter(user.args[place]) for place in places)
+
+
+def _give_norm_bias(program: Program, norm: fx.Node) -> None:
+    if len(norm.args) > 3:
+        return
+    weight = input_node(norm, 1)
+    old, tensor = program.parameters[str(weight.target)], program.graph.get_buffer(str(weight.target))
+    name = f"{old.module}.bias"
+    bias = _parameter(program, norm, name, torch.empty_like(tensor, dtype=torch.float32), replace(old, names=(name,)))
+    norm.args = (*norm.args, bias)
+
+
+def _give_linear_bias(program: Program, linear: fx.Node) -> None:
+    if len(linear.args) > BIAS and linear.args[BIAS] is not None:
+        return
+    weight = input_node(linear, 1)
+    old, tensor = program.parameters[str(weight.target)], program.graph.get_buffer(str(weight.target))
+    name = f"{old.module}.bias"
+    bias = _parameter(program, linear, name, tensor.new_empty(tensor.shape[:1]), replace(old, names=(name,)))
+    linear.args = (*linear.args[:BIAS], bias)
+    if old.module in program.recipes:
+        program.recipes[old.module] = replace(program.recipes[old.module], bias=True)
+
+
+def _parameter(program: Program, site: fx.Node, name: str, tensor: Tensor, parameter: Parameter) -> fx.Node:
+    program.added[name] = tensor
+    return Surgery(program, site).attach(name, tensor, parameter)
+
+
+def pair_readers(program: Program, pair: Pair) -> Iterator[str]:
+    """Checkpoint names of every weight that reads the pair's value."""
+    for target in pair.readers:
+        yield from program.parameters[target].names
