@@ -36,7 +36,7 @@ def group_peaks(values: np.ndarray, peaks: np.ndarray) -> None:
 def choose_seconds(
     values: np.ndarray, scale: np.float32, peaks: np.ndarray, limit: np.float64, second: np.ndarray, lanes: np.ndarray
 ) -> np.float64:
-    """The best second scale of each group beside `scale` > 0, and the error of the row; above `limit` it may be partial.
+    """The best second scale of each group beside `scale` > 0, and the error of the row: above `limit`, of part of it.
 
     Tried, from the largest: the least m of 1 … 17 that cuts no weight of the group (17 where each does), down to half.
     """
