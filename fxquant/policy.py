@@ -78,6 +78,8 @@ class Rule(BaseModel):
             raise ValueError(f"group_size belongs to W4A8_DYNAMIC, not to {self.scheme}")
         if self.algorithm is not WeightAlgorithm.MIN_MAX and self.scheme in (Scheme.FLOAT, LEAVE_OUT):
             raise ValueError(f"algorithm {self.algorithm} chooses integers, and {self.scheme} has none")
+        if self.algorithm is not WeightAlgorithm.MIN_MAX and Kind.MTP in self.kind:
+            raise ValueError(f"algorithm {self.algorithm}: mtp layers are rounded by {WeightAlgorithm.MIN_MAX}")
         return self
 
     def selects(self, module: str, kind: Kind) -> bool:

@@ -1,7 +1,7 @@
 """The slow form of `clip` and `least_squares`: each scale is tried on all rows, and each row keeps its best.
 
-It shares no arithmetic with `fxquant.kernels`. A form says what scales s [n] make of the rows: errors float64 [n], scales
-that fit their codes, the codes.
+It shares no arithmetic with `fxquant.kernels`. A form says what scales s [n] make of the rows: their errors float64
+[n], scales that fit their codes, the codes.
 """
 
 import torch
