@@ -112,7 +112,7 @@ def searched_kernels() -> dict[str, Callable[[], object]]:
     """The same for `SEARCHED_ROWS` rows and each of `SEARCHES`."""
     from fxquant.kernels.searched import searched_int4_rows, searched_int8_rows
 
-    made = {}
+    made: dict[str, Callable[[], object]] = {}
     for name in SEARCHES:
         made |= _calls(SEARCHED_ROWS, searched_int8_rows, searched_int4_rows, (name == SEARCHES[1],), name)
     return made

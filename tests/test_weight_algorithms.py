@@ -233,7 +233,7 @@ def test_a_program_keeps_it_and_keys_differ_by_it(
 def test_a_compile_by_it_verifies(algorithm: WeightAlgorithm, tiny_folder: Callable[..., Path], tmp_path: Path) -> None:
     ids = tmp_path / "ids.npy"
     np.save(ids, np.arange(32, dtype=np.int64).reshape(2, 16))
-    options = CompileOptions(policy=policy_by(algorithm, tmp_path), calib=ids, out=tmp_path / "out", jobs=1)
+    options = CompileOptions(policy=str(policy_by(algorithm, tmp_path)), calib=ids, out=tmp_path / "out")
     report = fxquant.compile(tiny_folder(), options)
     assert report.verification is not None and report.verification.verdict == "verified"
 
@@ -241,6 +241,6 @@ def test_a_compile_by_it_verifies(algorithm: WeightAlgorithm, tiny_folder: Calla
 @pytest.mark.slow
 @pytest.mark.parametrize("algorithm", SEARCHES)
 def test_the_example_by_it_verifies(algorithm: WeightAlgorithm, tmp_path: Path) -> None:
-    options = CompileOptions(policy=policy_by(algorithm, tmp_path), out=tmp_path / "out")
+    options = CompileOptions(policy=str(policy_by(algorithm, tmp_path)), out=tmp_path / "out")
     report = fxquant.compile(EXAMPLE, options)
     assert report.verification is not None and report.verification.verdict == "verified"
