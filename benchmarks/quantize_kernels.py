@@ -214,7 +214,7 @@ def table(results: list[Result]) -> Table:
             f"{shape[0]} x {shape[1]}",
             source,
             scheme,
-            *("" if rate is None else f"{rate:.2f}" for rate in rates),
+            *("" if rate is None else f"{rate:.2f}" if rate > 0.2 else f"{rate:.3f}" for rate in rates),
             shown.format(other) if other else "",
             *("" if ratio is None else f"{ratio:.1f}" for ratio in ratios),
             f"{other.median_s / kernel.median_s:.1f}" if other and shown else "",
