@@ -4,6 +4,7 @@ Every case runs once a round, rounds are interleaved, and the process keeps to o
 source dtype: memcpy of the source's bytes; whole-tensor torch (widen, largest magnitude, divide, round, clamp, pack,
 scale_bias) on one thread, and the same by blocks of rows whose temporaries stay in cache; and what onnxruntime
 quantizes a MatMul's constant with, which takes float32 and makes one float scale a block of k, for 4 and for 8 bits.
+The algorithms that search for scales run from bfloat16, on `--searched` rows, beside memcpy alone.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from fxquant.kernels.recipe import ModuleMaker
 from fxquant.kernels.source_rows import SourceRows
-from fxquant.schemes import Recipe, Scheme
+from fxquant.schemes import Recipe, Scheme, WeightAlgorithm
 
 SHAPES = ((2048, 7168), (7168, 2048))
 DTYPES = {
@@ -77,13 +78,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--shape", type=int, nargs=2, action="append", metavar=("N", "K"), help="default: both")
+    parser.add_argument("--searched", type=int, default=256, metavar="N", help="rows for clip and least_squares")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     torch.set_num_threads(1)
-    results = [
-        result for shape in options.shape or SHAPES for result in measure(list(cases(tuple(shape))), options.rounds)
-    ]
+    results = []
+    for shape in options.shape or SHAPES:
+        found = [*cases(tuple(shape)), *searches((min(options.searched, shape[0]), shape[1]))]
+        results += measure(found, options.rounds)
     if options.json:
         print(json.dumps([asdict(result) for result in results], indent=1))
     else:
@@ -107,6 +110,18 @@ def cases(shape: tuple[int, int]) -> Iterator[Case]:
                 yield Case(shape, source, name, way, raw.nbytes, partial(in_torch, stored, scales, scheme, group, size))
     for scheme, bits in (("W8A8_DYNAMIC", 8), (TWO_LEVEL, 4)):
         yield Case(shape, "float32", scheme, "onnxruntime", weight.nbytes, in_onnxruntime(weight, bits))
+
+
+def searches(shape: tuple[int, int]) -> Iterator[Case]:
+    """The kernels of the algorithms that search for scales."""
+    (n, k), dtype = shape, torch.bfloat16
+    raw = torch.randn(n, k, generator=torch.Generator().manual_seed(0)).to(dtype).view(torch.uint8).numpy()
+    yield Case(shape, "bfloat16", "", "memcpy", raw.nbytes, memcpy(raw))
+    for algorithm in (WeightAlgorithm.CLIP, WeightAlgorithm.LEAST_SQUARES):
+        for name, (scheme, group) in SCHEMES.items():
+            recipe = Recipe("w", ("w",), scheme, group, n, k, False, False, dtype, algorithm=algorithm)
+            run = partial(ModuleMaker(recipe, "w").rows, SourceRows(raw, dtype, k))
+            yield Case(shape, "bfloat16", f"{name} by {algorithm}", "kernel", raw.nbytes, run)
 
 
 def memcpy(source: np.ndarray) -> Callable[[], object]:
@@ -187,20 +202,21 @@ def table(results: list[Result]) -> Table:
     for (shape, source, scheme, way), kernel in found.items():
         if way != "kernel":
             continue
-        copy, torch_, rows = (
-            found[shape, source, *key] for key in (("", "memcpy"), (scheme, "torch"), (scheme, "torch by rows"))
-        )
+        copy = found[shape, source, "", "memcpy"]
+        torch_, rows = (found.get((shape, source, scheme, way)) for way in ("torch", "torch by rows"))
         other = found.get((shape, "float32", scheme, "onnxruntime"))
-        rates = [kernel.median_gb_s, kernel.best_gb_s, copy.median_gb_s, torch_.median_gb_s, rows.median_gb_s]
+        rates = [kernel.median_gb_s, kernel.best_gb_s, copy.median_gb_s]
+        rates += [r.median_gb_s if r else None for r in (torch_, rows)]
         shown = {"float32": "{0.median_gb_s:.2f}", "bfloat16": "({0.bfloat16_gb_s:.2f})"}.get(source, "")
-        ratios = [kernel.median_s / copy.median_s, *(r.median_s / kernel.median_s for r in (torch_, rows))]
+        ratios = [kernel.median_s / copy.median_s]
+        ratios += [r.median_s / kernel.median_s if r else None for r in (torch_, rows)]
         made.add_row(
             f"{shape[0]} x {shape[1]}",
             source,
             scheme,
-            *(f"{rate:.2f}" for rate in rates),
+            *("" if rate is None else f"{rate:.2f}" if rate > 0.2 else f"{rate:.3f}" for rate in rates),
             shown.format(other) if other else "",
-            *(f"{ratio:.1f}" for ratio in ratios),
+            *("" if ratio is None else f"{ratio:.1f}" for ratio in ratios),
             f"{other.median_s / kernel.median_s:.1f}" if other and shown else "",
         )
     return made

@@ -9,18 +9,26 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fxquant.kernels.decode import EncodedRows
 
 DISK_BYTES = 64 << 20
 DISK_SECONDS = 0.5
 """Bytes to write and read, and when to stop before them."""
 BLOCK = (1024, 7168)
 """Rows and columns of the weight that kernels are timed on: more than caches hold."""
+SEARCHED_ROWS = 128
+"""Rows that kernels which search for scales are timed on: they are slow, and stay in cache."""
 GROUP_SIZE, FP8_BLOCK = 256, 128
+MIN_MAX, SEARCHES = "min_max", ("clip", "least_squares")
+"""Weight algorithms (`fxquant.schemes`) by the kernels that they take."""
 KERNEL_SECONDS = 0.08
 SECONDS, LAST_WAIT = 4.0, 0.25
 """How long to measure: enough unless kernels are compiled for the first time, which takes ten seconds."""
@@ -50,15 +58,16 @@ class Machine:
     peak_bytes: int = 0
 
 
-def kernel_name(int4: bool, group_size: int, fp8: bool) -> str:
+def kernel_name(int4: bool, group_size: int, fp8: bool, algorithm: str = MIN_MAX) -> str:
     """Which of the kernels of `kernel_rates` a weight takes; FP8 is decoded on the way, 16 bits stand for the rest."""
-    return f"{'int4' if int4 else 'int8'}{' groups' if int4 and group_size else ''} of {'fp8' if fp8 else 'bf16'}"
+    form = f"{'int4' if int4 else 'int8'}{' groups' if int4 and group_size else ''}"
+    return f"{form}{'' if algorithm == MIN_MAX else f' {algorithm}'} of {'fp8' if fp8 else 'bf16'}"
 
 
-def kernel_rates(kernels: dict[str, Callable[[], object]]) -> Iterator[tuple[str, float]]:
-    """Kernel and 10**9 weights a second on one core."""
+def kernel_rates(kernels: dict[str, Callable[[], object]], rows: int = BLOCK[0]) -> Iterator[tuple[str, float]]:
+    """Kernel and 10**9 weights a second on one core; each call takes `rows` rows."""
     for name, work in kernels.items():
-        yield name, BLOCK[0] * BLOCK[1] / best_seconds(work) / 1e9
+        yield name, rows * BLOCK[1] / best_seconds(work) / 1e9
 
 
 def copy_rate() -> float:
@@ -70,38 +79,62 @@ def copy_rate() -> float:
     return source.nbytes / best_seconds(lambda: np.copyto(copy, source)) / 1e9
 
 
-def block_kernels() -> dict[str, Callable[[], object]]:
-    """Kernel → a call on random weights of `BLOCK`, with the types that `compile` calls it with."""
+def block_sources(n: int) -> "dict[bool, EncodedRows]":
+    """Whether FP8 → n random rows, with the types that `compile` has."""
     import numpy as np
 
     from fxquant.kernels.decode import EncodedRows
-    from fxquant.kernels.int4 import int4_rows
-    from fxquant.kernels.int8 import int8_rows
-    from fxquant.kernels.rounding import BFLOAT16, FLOAT8, FLOAT32
+    from fxquant.kernels.rounding import BFLOAT16, FLOAT8
 
-    generator, (n, k) = np.random.default_rng(0), BLOCK
-    bits = generator.standard_normal(BLOCK, np.float32).view(np.uint32) >> 16
+    generator, k = np.random.default_rng(0), BLOCK[1]
+    bits = generator.standard_normal((n, k), np.float32).view(np.uint32) >> 16
     bf16 = bits.astype(np.uint16).view(np.uint8)
-    fp8 = generator.integers(0, 0x78, BLOCK, np.uint8)
-    scales = np.full((n // FP8_BLOCK, k // FP8_BLOCK), 0.01, np.float32)
+    fp8 = generator.integers(0, 0x78, (n, k), np.uint8)
+    scales = np.full((-(-n // FP8_BLOCK), k // FP8_BLOCK), 0.01, np.float32)
     nothing = np.empty((0, 0), np.float32), np.empty(0, np.float32)
     for array in (bf16, fp8, scales, *nothing):
         array.flags.writeable = False
-    sources = {
+    return {
         False: EncodedRows(bf16, BFLOAT16, 0, nothing[0], FP8_BLOCK, FP8_BLOCK, nothing[1], nothing[1], BFLOAT16),
         True: EncodedRows(fp8, FLOAT8, 0, scales, FP8_BLOCK, FP8_BLOCK, nothing[1], nothing[1], BFLOAT16),
     }
-    codes, scale, sums = np.empty(BLOCK, np.int8), np.empty(n, np.float32), np.empty(n, np.int64)
+
+
+def block_kernels() -> dict[str, Callable[[], object]]:
+    """Kernel → a call on random weights of `BLOCK`, with the types that `compile` calls it with."""
+    from fxquant.kernels.int4 import int4_rows
+    from fxquant.kernels.int8 import int8_rows
+
+    return _calls(BLOCK[0], int8_rows, int4_rows, (), MIN_MAX)
+
+
+def searched_kernels() -> dict[str, Callable[[], object]]:
+    """The same for `SEARCHED_ROWS` rows and each of `SEARCHES`."""
+    from fxquant.kernels.searched import searched_int4_rows, searched_int8_rows
+
+    made: dict[str, Callable[[], object]] = {}
+    for name in SEARCHES:
+        made |= _calls(SEARCHED_ROWS, searched_int8_rows, searched_int4_rows, (name == SEARCHES[1],), name)
+    return made
+
+
+def _calls(
+    n: int, int8_rows: Callable, int4_rows: Callable, options: tuple[bool, ...], algorithm: str
+) -> dict[str, Callable[[], object]]:
+    import numpy as np
+
+    from fxquant.kernels.rounding import FLOAT32
+
+    k = BLOCK[1]
+    codes, scale, sums = np.empty((n, k), np.int8), np.empty(n, np.float32), np.empty(n, np.int64)
     bias = np.empty((n, 1), np.float32)
-
-    def int4(rows: EncodedRows, groups: int) -> object:
-        return int4_rows(rows, FLOAT32, codes[: n // 2], scale, np.empty((n, groups), np.float32), bias)
-
     calls: dict[str, Callable[[], object]] = {}
-    for is_fp8, rows in sources.items():
-        calls[kernel_name(False, 0, is_fp8)] = partial(int8_rows, rows, FLOAT32, codes, scale, sums)
-        for group_size in (0, GROUP_SIZE):
-            calls[kernel_name(True, group_size, is_fp8)] = partial(int4, rows, k // group_size if group_size else 0)
+    for fp8, rows in block_sources(n).items():
+        calls[kernel_name(False, 0, fp8, algorithm)] = partial(int8_rows, rows, FLOAT32, *options, codes, scale, sums)
+        for size in (0, GROUP_SIZE):
+            second = np.empty((n, k // size if size else 0), np.float32)
+            call = partial(int4_rows, rows, FLOAT32, *options, codes[: n // 2], scale, second, bias)
+            calls[kernel_name(True, size, fp8, algorithm)] = call
     return calls
 
 
@@ -133,8 +166,11 @@ def disk_rates(folder: Path) -> tuple[float, float]:
         return done / (time.perf_counter() - start) / 1e9, write / 1e9
 
 
-def measure(folder: Path) -> Iterator[Machine]:
-    """What is known of this machine, and of the disk of `folder`, after each step."""
+def measure(folder: Path, wanted: Callable[[], list[str]] = list) -> Iterator[Machine]:
+    """What is known of this machine, and of the disk of `folder`, after each step.
+
+    `wanted`, asked last: which kernels are needed; those that search for scales are measured only then.
+    """
     machine = Machine(len(os.sched_getaffinity(0)))
     try:
         read, write = disk_rates(folder)
@@ -145,7 +181,15 @@ def measure(folder: Path) -> Iterator[Machine]:
     machine = replace(machine, kernels={COPY: copy_rate()})
     yield machine
     before = resident_bytes()
-    for name, rate in kernel_rates(block_kernels()):
+
+    def rates() -> Iterator[tuple[str, float]]:
+        yield from kernel_rates(block_kernels())
+        names = [name for name in wanted() if name not in machine.kernels]
+        if names:
+            searched = searched_kernels()
+            yield from kernel_rates({name: searched[name] for name in names if name in searched}, SEARCHED_ROWS)
+
+    for name, rate in rates():
         taken, kernels = resident_bytes() - before, machine.kernels | {name: rate}
         machine = replace(machine, kernels=kernels, kernel_bytes=taken, peak_bytes=peak_bytes())
         yield machine
@@ -170,7 +214,7 @@ class Measuring:
         path = os.pathsep.join(filter(None, (PACKAGE, os.environ.get("PYTHONPATH"))))
         self._end = time.monotonic() + seconds
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "fxquant.machine", str(folder)], stdin=subprocess.DEVNULL,
+            [sys.executable, "-P", "-m", "fxquant.machine", str(folder)], stdin=subprocess.PIPE,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"PYTHONPATH": path}, text=True,
         )  # fmt: skip
 
@@ -181,13 +225,15 @@ class Measuring:
         self._process.kill()
         self._process.communicate()
 
-    def result(self) -> Machine:
+    def result(self, kernels: Iterable[str] = ()) -> Machine:
         """What was found out in `seconds` from the start, of which some wait is left however late this is asked.
 
-        Raises RuntimeError with what the process said if it failed.
+        `kernels` are needed: those that search for scales are measured only where they are. Raises RuntimeError with
+        what the process said if it failed.
         """
+        wanted = json.dumps(list(kernels))
         try:
-            answer, errors = self._process.communicate(timeout=max(self._end - time.monotonic(), LAST_WAIT))
+            answer, errors = self._process.communicate(wanted, timeout=max(self._end - time.monotonic(), LAST_WAIT))
         except subprocess.TimeoutExpired:
             self._process.kill()
             answer, errors = self._process.communicate()
@@ -199,5 +245,5 @@ class Measuring:
 
 if __name__ == "__main__":
     os.nice(5)  # what it runs beside comes first; the best of several runs is what counts here
-    for known in measure(Path(sys.argv[1])):
+    for known in measure(Path(sys.argv[1]), lambda: json.loads(sys.stdin.read() or "[]")):
         print(json.dumps(asdict(known)), flush=True)

@@ -77,7 +77,7 @@ def _recipe(found: Tally, kind: Kind, recipe: Recipe, checkpoint: Checkpoint) ->
     found.add(kind, recipe.scheme.value, len(recipe.modules), sizes, written * len(recipe.modules))
     fp8 = f"{recipe.modules[0]}.weight" in checkpoint.scales
     weights = recipe.out_features * recipe.in_features * len(recipe.modules)
-    found.do(kernel_name(recipe.int4, recipe.group_size, fp8), weights)
+    found.do(kernel_name(recipe.int4, recipe.group_size, fp8, recipe.algorithm), weights)
 
 
 def _kept(found: Tally, kind: Kind, tensors: list[StoredTensor], checkpoint: Checkpoint) -> None:

@@ -64,7 +64,7 @@ def plan(
         policy = load_policy(options.policy or source.policy or DEFAULT_POLICY)
         contents = planned(source, policy, options)
         fixed, base = time.perf_counter() - start, peak_bytes()
-        machine = measuring.result()
+        machine = measuring.result(contents.work)
     machine = assume(machine) if assume else machine
     spent = estimate(contents.bytes_in, contents.bytes_out, contents.work, machine, jobs, fixed)
     memory = Memory(base, machine.kernel_bytes, spent.workers)

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from fxquant.errors import FxquantError
 from fxquant.kinds import Kind
-from fxquant.schemes import Scheme
+from fxquant.schemes import Scheme, WeightAlgorithm
 from fxquant.smooth_rule import PATTERN, NormBias, PairKind, SmoothRule
 
 LEAVE_OUT: Literal["LEAVE_OUT"] = "LEAVE_OUT"
@@ -56,6 +56,7 @@ class Rule(BaseModel):
     path: str | None = None
     scheme: Scheme | Literal["LEAVE_OUT"]
     group_size: int = 0
+    algorithm: WeightAlgorithm = WeightAlgorithm.MIN_MAX
     optional: bool = False
     why: str = ""
 
@@ -76,6 +77,10 @@ class Rule(BaseModel):
             raise ValueError(f"group_size {self.group_size} is none of {GROUP_SIZES}")
         if self.group_size and self.scheme is not Scheme.W4A8_DYNAMIC:
             raise ValueError(f"group_size belongs to W4A8_DYNAMIC, not to {self.scheme}")
+        if self.algorithm is not WeightAlgorithm.MIN_MAX and self.scheme in (Scheme.FLOAT, LEAVE_OUT):
+            raise ValueError(f"algorithm {self.algorithm} chooses integers, and {self.scheme} has none")
+        if self.algorithm is not WeightAlgorithm.MIN_MAX and Kind.MTP in self.kind:
+            raise ValueError(f"algorithm {self.algorithm}: mtp layers are rounded by {WeightAlgorithm.MIN_MAX}")
         return self
 
     def selects(self, module: str, kind: Kind) -> bool:
@@ -86,7 +91,8 @@ class Rule(BaseModel):
         where = [", ".join(self.kind)] if self.kind else []
         where += [self.path] if self.path is not None else []
         size = f" group_size {self.group_size}" if self.group_size else ""
-        return f"{' at '.join(where)} → {self.scheme}{size}"
+        by = f" by {self.algorithm}" if self.algorithm is not WeightAlgorithm.MIN_MAX else ""
+        return f"{' at '.join(where)} → {self.scheme}{size}{by}"
 
 
 class PolicyFile(BaseModel):

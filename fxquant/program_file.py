@@ -20,7 +20,7 @@ from fxquant.kinds import Kind
 from fxquant.policy import Rule
 from fxquant.program import MtpLayers, Parameter, Program, attach
 from fxquant.safetensors_file import DTYPES, NAMES
-from fxquant.schemes import ActivationRange, Recipe, Scheme
+from fxquant.schemes import ActivationRange, Recipe, Scheme, WeightAlgorithm
 from fxquant.shape_rules import ShapeRules
 
 FORMAT = 2
@@ -167,6 +167,8 @@ def recipe_arguments(recipe: Recipe) -> dict[str, Any]:
     }
     fields |= {"scheme": recipe.scheme.value, "dtype": NAMES[recipe.dtype]}
     fields |= {"dialect": recipe.dialect.value, "scale_dtype": NAMES[recipe.scale_dtype]}
+    if recipe.algorithm is not WeightAlgorithm.MIN_MAX:
+        fields["algorithm"] = recipe.algorithm.value
     if recipe.activation:
         observed = recipe.activation
         fields["activation"] = [observed.low, observed.high, NAMES[observed.arithmetic]]
@@ -183,6 +185,7 @@ def _read_recipe(module: str, fields: dict[str, Any]) -> Recipe:
         "dtype": DTYPES[fields["dtype"]],
         "dialect": Dialect(fields["dialect"]),
         "scale_dtype": DTYPES[fields["scale_dtype"]],
+        "algorithm": WeightAlgorithm(fields.get("algorithm", WeightAlgorithm.MIN_MAX)),
     }
     return Recipe(module=module, activation=activation, **fields)
 

@@ -6,7 +6,8 @@
 import torch
 from torch import Tensor
 
-from fxquant.schemes import Recipe, tensor_specs
+from fxquant.reference_search import searched_codes
+from fxquant.schemes import Recipe, WeightAlgorithm, tensor_specs
 
 
 def expected_tensors(recipe: Recipe, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
@@ -30,6 +31,8 @@ def expected_tensors(recipe: Recipe, weight: Tensor, bias: Tensor | None) -> dic
 
 def _expected_codes(recipe: Recipe, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Codes [n, k], scales [n], second scales [n, G]."""
+    if recipe.algorithm is not WeightAlgorithm.MIN_MAX:
+        return searched_codes(recipe, weight)
     rounded_to = recipe.scale_dtype
     made = []
     for row in weight:

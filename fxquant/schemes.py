@@ -35,6 +35,21 @@ class Scheme(StrEnum):
         return self in (Scheme.W8A8, Scheme.W8A8_MIX)
 
 
+class WeightAlgorithm(StrEnum):
+    """How the scales and integers of a weight are chosen; docs/policies.md compares them.
+
+    MIN_MAX        the largest magnitude decides the scale
+    CLIP           of a grid of scales up to that one, the one with the least squared error
+    LEAST_SQUARES  codes that fit the scale and the scale that fits the codes, in turns, from several scales of the grid
+    GPTQ           codes that make up for each other's errors on calibration activations
+    """
+
+    MIN_MAX = "min_max"
+    CLIP = "clip"
+    LEAST_SQUARES = "least_squares"
+    GPTQ = "gptq"
+
+
 @dataclass(frozen=True)
 class ActivationRange:
     """Observed minimum and maximum of a linear's input, and the dtype in which scale and offset are formed."""
@@ -56,6 +71,7 @@ class Recipe:
     activation    calibrated range of the input, for static schemes, after the calibration pass
     dialect       the form on disk
     scale_dtype   what its weight scales are representable in, whatever they are stored in
+    algorithm     how scales and integers are chosen
     """
 
     module: str
@@ -70,6 +86,7 @@ class Recipe:
     activation: ActivationRange | None = None
     dialect: Dialect = Dialect.A
     scale_dtype: torch.dtype = torch.float32
+    algorithm: WeightAlgorithm = WeightAlgorithm.MIN_MAX
 
     @property
     def int4(self) -> bool:

@@ -96,6 +96,7 @@ def _recipe(program: Program, site: LinearSite, rule: Rule) -> Recipe:
         bias=site.bias is not None,
         row_parallel=site.row_parallel,
         dtype=program.dtype,
+        algorithm=rule.algorithm,
     )
     reason = why_not(recipe)
     if reason:

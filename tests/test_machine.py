@@ -20,6 +20,14 @@ def test_the_measurement(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_kernels_that_search_are_measured_where_they_are_needed(tmp_path: Path) -> None:
+    needed = [kernel_name(True, 64, False, "clip"), kernel_name(False, 0, True, "least_squares"), COPY]
+    with Measuring(tmp_path, seconds=300) as measuring:
+        machine = measuring.result(needed)
+    assert machine.kernels.keys() == KERNELS | set(needed)
+    assert 0 < machine.kernels[needed[0]] < machine.kernels[kernel_name(True, 64, False)]
+
+
 def test_a_measurement_that_takes_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fxquant.machine.LAST_WAIT", 0)
     with Measuring(Path("/proc/self"), seconds=0) as measuring:

@@ -11,8 +11,9 @@ from fxquant.kernels import weight as kernels
 from fxquant.kernels.activation import encode_deq_scale, fused_parameters, static_parameters
 from fxquant.kernels.int4 import int4_rows
 from fxquant.kernels.int8 import int8_rows
+from fxquant.kernels.searched import searched_int4_rows, searched_int8_rows
 from fxquant.kernels.source_rows import KERNEL_DTYPES, SourceRows, rows_of
-from fxquant.schemes import ROW_PARALLEL_CHUNKS, ActivationRange, Recipe, tensor_specs
+from fxquant.schemes import ROW_PARALLEL_CHUNKS, ActivationRange, Recipe, WeightAlgorithm, tensor_specs
 
 
 @dataclass(frozen=True)
@@ -43,10 +44,18 @@ class _Rows:
         """Fill it from as many rows. Which of them is the first with NaN or infinity, or -1."""
         if (source.rows, source.in_features) != (len(self.scale), self.codes.shape[1]):
             raise ValueError(f"{source.rows} rows of {source.in_features} in room for {len(self.scale)} of {recipe}")
+        rows, algorithm = source.encoded(), recipe.algorithm
+        dtype = KERNEL_DTYPES[torch.float32 if recipe.int4 and recipe.group_size else recipe.scale_dtype]
+        if algorithm is WeightAlgorithm.MIN_MAX:
+            if recipe.int4:
+                return int4_rows(rows, dtype, self.codes, self.scale, self.second, self.bias)
+            return int8_rows(rows, dtype, self.codes, self.scale, self.sums)
+        if algorithm not in (WeightAlgorithm.CLIP, WeightAlgorithm.LEAST_SQUARES):
+            raise ValueError(f"no kernel rounds by {algorithm}")
+        fit = algorithm is WeightAlgorithm.LEAST_SQUARES
         if recipe.int4:
-            dtype = KERNEL_DTYPES[torch.float32 if recipe.group_size else recipe.scale_dtype]
-            return int4_rows(source.encoded(), dtype, self.codes, self.scale, self.second, self.bias)
-        return int8_rows(source.encoded(), KERNEL_DTYPES[recipe.scale_dtype], self.codes, self.scale, self.sums)
+            return searched_int4_rows(rows, dtype, fit, self.codes, self.scale, self.second, self.bias)
+        return searched_int8_rows(rows, dtype, fit, self.codes, self.scale, self.sums)
 
 
 class ModuleMaker:

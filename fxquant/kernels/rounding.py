@@ -108,7 +108,12 @@ def round_row(values: np.ndarray, dtype: int) -> np.uint32:
 @kernel
 def row_scale(largest: np.uint32, maximum: int, dtype: int) -> np.float32:
     """`max|W| / maximum`, rounded to `dtype`; what is divided by it is `divisor`."""
-    scale = float_of(largest) / np.float32(maximum)
+    return scale_in(float_of(largest) / np.float32(maximum), dtype)
+
+
+@kernel
+def scale_in(scale: np.float32, dtype: int) -> np.float32:
+    """A scale, rounded to `dtype`; no scale is negative."""
     if dtype == BFLOAT16:
         return float_of(to_bfloat16(bits_of(scale)))
     if dtype == FLOAT16:
