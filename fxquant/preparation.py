@@ -46,7 +46,7 @@ class CompileOptions:
     out             output folder; None: `./<name>-<policy>-<target>`
     calib           calibration text or token ids; None: the file that lies beside the model, if any
     calibration     calibration.safetensors of an output, in place of text
-    calib_samples   batches to calibrate on, each of at most `calib_length` tokens
+    samples   batches to calibrate on, each of at most `seq_len` tokens
     checkpoint      overrides the folder that a model.py names
     trace_timeout   seconds that a model.py may take to import, build and trace
     max_shard_size  bytes of tensor data a weight file may hold
@@ -64,8 +64,8 @@ class CompileOptions:
     out: str | Path | None = None
     target: Target = Target.ASCEND
     calib: str | Path | None = None
-    calib_samples: int = 32
-    calib_length: int = 256
+    samples: int = 32
+    seq_len: int = 256
     checkpoint: str | Path | None = None
     trace_timeout: float = TRACE_TIMEOUT
     max_shard_size: int = MAX_SHARD_SIZE
@@ -171,7 +171,7 @@ def calibration(source: Source, options: CompileOptions) -> list[Tensor] | None:
         file = next((candidate for candidate in candidates if candidate.is_file()), None)
     if file is None:
         return None
-    return load_batches(file, source.checkpoint, options.calib_samples, options.calib_length)
+    return load_batches(file, source.checkpoint, options.samples, options.seq_len)
 
 
 def open_model(model: str | Path, options: CompileOptions, report: Reporter) -> Source:

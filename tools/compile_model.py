@@ -50,8 +50,8 @@ def command(
     mix: Mix = None,
     export: Export = True,
     calib: CalibrationFile = None,
-    calib_samples: Annotated[int, typer.Option(help="Batches to calibrate on.", min=1)] = 32,
-    calib_length: Annotated[int, typer.Option(help="Tokens a batch of text.", min=2)] = 256,
+    samples: Annotated[int, typer.Option(help="Batches to calibrate on.", min=1)] = 32,
+    seq_len: Annotated[int, typer.Option(help="Tokens a batch of text.", min=2)] = 256,
     calibration: SavedCalibration = None,
     checkpoint: CheckpointFolder = None,
     trace_timeout: TraceTimeout = 120.0,
@@ -75,7 +75,7 @@ def command(
     from fxquant.api import CompileOptions, compile
 
     options = CompileOptions(
-        policy, out, parse_target(target), calib, calib_samples, calib_length, checkpoint, trace_timeout,
+        policy, out, parse_target(target), calib, samples, seq_len, checkpoint, trace_timeout,
         parse_size(max_shard_size), force, verify, kv_cache, tp, parse_mtp(mtp), mix, export,
         calibration, parse_workers(engine, jobs, address), reuse, restart,
     )  # fmt: skip
