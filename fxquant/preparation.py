@@ -46,7 +46,7 @@ class CompileOptions:
     out             output folder; None: `./<name>-<policy>-<target>`
     calib           calibration text or token ids; None: the file that lies beside the model, if any
     calibration     calibration.safetensors of an output, in place of text
-    samples   batches to calibrate on, each of at most `seq_len` tokens
+    samples         documents to calibrate on, each of at most `seq_len` tokens
     checkpoint      overrides the folder that a model.py names
     trace_timeout   seconds that a model.py may take to import, build and trace
     max_shard_size  bytes of tensor data a weight file may hold

@@ -94,24 +94,70 @@ def test_no_more_documents_than_samples_are_read(words: Words, tmp_path: Path) -
     assert load(file, words(), samples=2) == [[[1]], [[2]]]
 
 
-@pytest.mark.parametrize(
-    ("line", "fact"),
-    [
-        ("not json", "is not an object with a text field"),
-        ('{"text": "a"', "is not an object with a text field"),
-        ('{"content": "a"}', "is not an object with a text field"),
-        ('["a"]', "is not an object with a text field"),
-        ('"text"', "is not an object with a text field"),
-        ("3", "is not an object with a text field"),
-        ('{"text": 3}', "text is not a string"),
-        ('{"text": null}', "text is not a string"),
-    ],
-)
+def test_a_json_is_a_list_of_documents(words: Words, tmp_path: Path) -> None:
+    file = text_file(tmp_path, '["a b", "", {"text": "c d e f g h"}, [7, 8], []]', "text.json")
+    assert load(file, words(bos_token_id=0)) == [[[0, 1, 2]], [[0, 3, 4, 5, 6]], [[7, 8]]]
+    assert load(file, Checkpoint(tmp_path / "model", {"vocab_size": VOCABULARY}, {}), samples=1) == [[[1, 2]]]
+
+
+def test_a_line_is_a_string_an_object_or_token_ids(words: Words, tmp_path: Path) -> None:
+    """Ids are taken as they are, without BOS, and cut; no tokenizer is needed for them alone."""
+    lines = ('"a b"', '{"text": "c"}', "[9, 8, 7, 6, 5, 4, 3]")
+    checkpoint = words(bos_token_id=0)
+    assert load(jsonl(tmp_path, *lines), checkpoint) == [[[0, 1, 2]], [[0, 3]], [[9, 8, 7, 6, 5]]]
+    (checkpoint.folder / "tokenizer.json").unlink()
+    assert load(jsonl(tmp_path, lines[2]), checkpoint, length=2) == [[[9, 8]]]
+
+
+FAULTS = {
+    "not json": "not JSON",
+    '{"text": "a"': "not JSON",
+    "[" * 100_000: "not JSON",
+    '{"content": "a"}': "an object with neither text nor messages",
+    '{"role": "user", "content": "a"}': "an object with neither text nor messages",
+    '{"text": "a", "messages": []}': "text and messages both",
+    '{"text": 3}': "text is not a string",
+    '{"text": null}': "text is not a string",
+    '{"messages": "a"}': "messages are not a list",
+    '{"messages": ["a"]}': "a message without role or content",
+    '{"messages": [1]}': "a message without role or content",
+    '{"messages": [{"role": "user"}]}': "a message without role or content",
+    '{"messages": [{"role": 1, "content": "a"}]}': "a message without role or content",
+    '["a"]': "holds a list of something else",
+    "[1, true]": "holds a list of something else",
+    '[1, {"role": "user", "content": "a"}]': "holds a list of something else",
+    "[9223372036854775808]": "holds a list of something else",
+    "3": "holds a number",
+    "true": "holds a boolean",
+    "null": "holds null",
+}
+
+
+@pytest.mark.parametrize(("line", "fact"), FAULTS.items(), ids=[line[:40] for line in FAULTS])
 def test_a_bad_line_is_named_by_number(line: str, fact: str, words: Words, tmp_path: Path) -> None:
     file = jsonl(tmp_path, '{"text": "a"}', "", line)
     with pytest.raises(FxquantError, match=fact) as caught:
         load(file, words())
-    assert caught.value.place == f"{file}:3"
+    assert caught.value.place == f"{file}:3" and "messages" in caught.value.remedy
+
+
+def test_a_bad_entry_is_named_by_its_index(words: Words, tmp_path: Path) -> None:
+    file = text_file(tmp_path, '["a", {"content": "b"}]', "text.json")
+    with pytest.raises(FxquantError, match="neither text nor messages") as caught:
+        load(file, words())
+    assert caught.value.place == f"{file}[1]"
+
+
+@pytest.mark.parametrize("text", ['{"text": "a"}', '"a"', "3"])
+def test_a_json_that_is_no_list_is_refused(text: str, words: Words, tmp_path: Path) -> None:
+    with pytest.raises(FxquantError, match="not a list of documents"):
+        load(text_file(tmp_path, text, "text.json"), words())
+
+
+@pytest.mark.parametrize("line", ["[1, 20]", "[-1]"])
+def test_ids_of_documents_lie_in_the_vocabulary(line: str, words: Words, tmp_path: Path) -> None:
+    with pytest.raises(FxquantError, match="the vocabulary has 20"):
+        load(jsonl(tmp_path, line), words())
 
 
 # token ids
@@ -233,14 +279,18 @@ def test_an_unknown_suffix_is_refused_with_the_known_ones(name: str, fact: str, 
 
 @pytest.mark.parametrize(
     ("name", "text"),
-    [("text.txt", ""), ("text.txt", " \n "), ("text.jsonl", "\n\n"), ("text.jsonl", '{"text": ""}')],
+    [
+        *(("text.txt", text) for text in ("", " \n ")),
+        *(("text.jsonl", text) for text in ("\n\n", '{"text": ""}', '{"messages": []}', "[]")),
+        *(("text.json", text) for text in ("[]", '["", []]')),
+    ],
 )
 def test_a_file_without_text_is_refused(name: str, text: str, words: Words, tmp_path: Path) -> None:
     with pytest.raises(FxquantError, match="holds no text"):
         load(text_file(tmp_path, text, name), words(bos_token_id=0))
 
 
-@pytest.mark.parametrize("name", ["text.txt", "text.jsonl"])
+@pytest.mark.parametrize("name", ["text.txt", "text.jsonl", "text.json"])
 def test_text_that_is_not_utf8_is_refused(name: str, words: Words, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(json.dumps({"text": "a é"}, ensure_ascii=False).encode("latin-1") + b"\n")
     with pytest.raises(FxquantError, match="not UTF-8") as caught:
@@ -287,3 +337,12 @@ def test_special_tokens_are_not_added_twice(words: Words, tmp_path: Path) -> Non
     tokenizer.save(str(checkpoint.folder / "tokenizer.json"))
     assert load(text_file(tmp_path, "a b"), checkpoint) == [[[0, 1, 2]]]
     assert load(jsonl(tmp_path, '{"text": "a b"}'), checkpoint) == [[[0, 1, 2]]]
+
+
+def test_a_bos_that_the_text_has_is_not_repeated(words: Words, tmp_path: Path) -> None:
+    checkpoint = words(bos_token_id=0)
+    tokenizer = Tokenizer.from_file(str(checkpoint.folder / "tokenizer.json"))
+    tokenizer.add_special_tokens(["<bos>"])
+    tokenizer.save(str(checkpoint.folder / "tokenizer.json"))
+    assert load(text_file(tmp_path, "<bos>a b"), checkpoint) == [[[0, 1, 2]]]
+    assert load(jsonl(tmp_path, '"<bos><bos>a <bos>"', '"<bos>"'), checkpoint) == [[[0, 1, 0]]]

@@ -11,12 +11,12 @@ from fxquant.tools.console import console, print_json, reporter
 
 def command(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A compiled folder.", show_default=False)],
-    text: Annotated[Path, typer.Option(help="Text to score: .txt, .jsonl or token ids.", show_default=False)],
+    text: Annotated[Path, typer.Option(help="Text to score: .txt, .json, .jsonl or token ids.", show_default=False)],
     against: Annotated[
         Path | None, typer.Option(help="The float model. [dim]default: the path in the manifest[/]")
     ] = None,
     samples: Annotated[int, typer.Option(help="Pieces of text to score.", min=1)] = 64,
-    seq_len: Annotated[int, typer.Option(help="Tokens a piece.", min=2)] = 256,
+    seq_len: Annotated[int, typer.Option(help="Most tokens of a piece.", min=2)] = 256,
     engine: Annotated[
         bool, typer.Option("--engine", help="Also as the engine computes it, exactly and with device rounding.")
     ] = False,
