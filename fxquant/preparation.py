@@ -32,7 +32,7 @@ from fxquant.program_file import dump_program
 from fxquant.progress import Reporter, silent
 from fxquant.structure import structural_hash
 from fxquant.targets import Target
-from fxquant.text import load_batches
+from fxquant.text import load_batches, pad_id
 
 DEFAULT_POLICY = "deepseek_w4a8"
 CALIBRATION_FILES = ("calibration.jsonl", "calibration.txt", "calib.jsonl", "calib.txt")
@@ -47,6 +47,7 @@ class CompileOptions:
     calib           calibration text or token ids; None: the file that lies beside the model, if any
     calibration     calibration.safetensors of an output, in place of text
     samples         documents to calibrate on, each of at most `seq_len` tokens
+    batch_size      documents that are calibrated on together; `batch_mean` means over such batches
     checkpoint      overrides the folder that a model.py names
     trace_timeout   seconds that a model.py may take to import, build and trace
     max_shard_size  bytes of tensor data a weight file may hold
@@ -80,6 +81,7 @@ class CompileOptions:
     workers: Workers = field(default_factory=Workers)
     reuse: str | Path | None = None
     restart: bool = False
+    batch_size: int = 1
 
     def earlier_output(self, out: Path) -> Path | None:
         """The folder to take equal tensors from."""
@@ -158,12 +160,19 @@ def _calibrate(
         raise FxquantError(f"--calibration {given}", fact, "Leave out one of --calibration and --calib.")
     if given is not None:
         return Calibrate(policy, source.checkpoint.read, lambda: None, report, load_calibration(given))
-    earlier = earlier_calibrations(known)
-    return Calibrate(policy, source.checkpoint.read, lambda: calibration(source, options), report, earlier=earlier)
+    return Calibrate(
+        policy,
+        source.checkpoint.read,
+        lambda: calibration(source, options),
+        report,
+        earlier=earlier_calibrations(known),
+        batch_size=options.batch_size,
+        pad=pad_id(source.checkpoint),
+    )
 
 
 def calibration(source: Source, options: CompileOptions) -> list[Tensor] | None:
-    """Batches of token ids from `options.calib`, or from the file beside the model; None when there is neither."""
+    """Documents of token ids from `options.calib`, or from the file beside the model; None when there is neither."""
     file = as_path(options.calib)
     if file is None:
         folders = (source.path if source.path.is_dir() else source.path.parent, source.checkpoint.folder)

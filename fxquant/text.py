@@ -89,6 +89,12 @@ def bos_ids(checkpoint: Checkpoint) -> list[int]:
     return [bos] if isinstance(bos, int) else []
 
 
+def pad_id(checkpoint: Checkpoint) -> int:
+    """The id to fill up with: the config's, or 0 where that is none of the vocabulary."""
+    pad = checkpoint.config.get("pad_token_id")
+    return pad if isinstance(pad, int) and 0 <= pad < checkpoint.config.get("vocab_size", 0) else 0
+
+
 def _pieces(file: Path, encoder: Encoder, seq_len: int) -> Iterator[list[int]]:
     if file.suffix in (".json", ".jsonl"):
         documents = (encoder.encode_document(place, one, seq_len) for place, one in read_documents(file))

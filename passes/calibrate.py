@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fxquant import ops
+from fxquant.batches import Batch, batched, count_experts, real_tokens
 from fxquant.calibration import Calibration, Seen, rounded_by, text_hash
 from fxquant.errors import FxquantError
 from fxquant.execute import execute, prefill_inputs
@@ -30,9 +32,10 @@ class Calibrate(Pass):
     """Sets `activation` in the recipe of each static linear; the graph itself stays.
 
     The forward runs in float32 on the weights that the policy names, the checkpoint's or the rounded ones.
-    `batches` gives token ids int64 [batch, length]; it is asked, and None is an error, only if a scheme is static and
-    no `given` calibration takes its place. `earlier` are calibrations of other runs: one that saw the same saves the
-    forward. `used` is what the ranges were made of.
+    `batches` gives documents, token ids int64 [1, length]; it is asked, and None is an error, only if a scheme is
+    static and no `given` calibration takes its place. `batch_size` of them run together, filled up with the id `pad`.
+    `earlier` are calibrations of other runs: one that saw the same saves the forward. `used` is what the ranges were
+    made of.
     """
 
     policy: Policy
@@ -42,6 +45,8 @@ class Calibrate(Pass):
     given: Calibration | None = None
     earlier: Sequence[Calibration] = ()
     used: Calibration | None = None
+    batch_size: int = 1
+    pad: int = 0
     name = "calibrate"
 
     def apply(self, program: Program) -> PassResult:
@@ -75,30 +80,39 @@ class Calibrate(Pass):
         return self.given
 
     def _calibrated(self, program: Program, inputs: dict[str, list[fx.Node]]) -> Calibration:
-        batches = self.batches()
-        if not batches:
+        documents = self.batches()
+        if not documents:
             fact = "static schemes need calibration text, none given."
             raise FxquantError(f"policy {self.policy.name}", fact, WAY_OUT)
+        batches = batched(documents, self.batch_size, self.pad)
         seen = Seen(structural_hash(program), self._weights(program), text_hash(batches))
         for known in self.earlier:
             if known.seen == seen and set(inputs) <= set(known.ranges):
                 return known
-        ranges = self._observe(program, {node for nodes in inputs.values() for node in nodes}, batches)
-        tokens = torch.tensor([ids.numel() for ids in batches])
-        return Calibration(seen, tokens, {module: _extremes(ranges, nodes) for module, nodes in inputs.items()})
+        experts: dict[str, Tensor] = {}
+        ranges = self._observe(program, {node for nodes in inputs.values() for node in nodes}, batches, experts)
+        tokens = torch.tensor([batch.tokens for batch in batches])
+        extremes = {module: _extremes(ranges, nodes) for module, nodes in inputs.items()}
+        return Calibration(seen, tokens, extremes, experts)
 
     def _weights(self, program: Program) -> str:
         rounded = self.policy.calibration_weights is CalibrationWeights.ROUNDED
         return rounded_by(program.recipes) if rounded else self.policy.calibration_weights.value
 
-    def _observe(self, program: Program, wanted: set[fx.Node], batches: list[Tensor]) -> Ranges:
+    def _observe(
+        self, program: Program, wanted: set[fx.Node], batches: list[Batch], experts: dict[str, Tensor]
+    ) -> Ranges:
+        """What each of `wanted` gives on real tokens; `experts` gets how many of them each expert saw."""
         ranges: Ranges = {}
 
         def observe(node: fx.Node, values: list[Any]) -> None:
             if node in wanted:
-                ranges[node] = ([value.min() for value in values], [value.max() for value in values])
+                real = [real_tokens(value, batch.mask) for value, batch in zip(values, batches, strict=True)]
+                ranges[node] = ([value.min() for value in real], [value.max() for value in real])
+            elif node.target == ops.moe_gate:
+                count_experts(experts, node, values, batches)
 
-        inputs = [prefill_inputs(program, ids) for ids in batches]
+        inputs = [prefill_inputs(program, batch.ids, mask=batch.mask) for batch in batches]
         rounded = self.policy.calibration_weights is CalibrationWeights.ROUNDED
         read = RoundedReader(program, self.read) if rounded else self.read
         with self.report("calibrate", len(program.graph.graph.nodes), "nodes") as advance:
