@@ -24,10 +24,13 @@ class ChatTemplate:
     source: str
     tokens: dict[str, str]
 
-    def render(self, messages: list[Message], place: str) -> str:
-        """The chat as the model was trained to see it, special tokens as text. `place` is where the chat is from."""
+    def render(self, messages: list[Message], place: str, answer: bool = False) -> str:
+        """The chat as the model was trained to see it, special tokens as text. `place` is where the chat is from.
+
+        `answer`: with the beginning of the model's answer after it.
+        """
         try:
-            return self._compiled.render(messages=messages, add_generation_prompt=False, **self.tokens)
+            return self._compiled.render(messages=messages, add_generation_prompt=answer, **self.tokens)
         except Exception as error:  # whatever foreign code may raise
             fact = f"the chat template fails on {place}: {_short(error)}."
             raise FxquantError(self.file, fact, "Give messages that it knows, or text.") from None

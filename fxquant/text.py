@@ -52,23 +52,25 @@ class Encoder:
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text` alone. A BOS that is written at its start, as chat templates do, is left out."""
-        ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        ids = self.tokenizer.encode(text, add_special_tokens=False).ids
         return list(dropwhile(lambda token: [token] == self.bos, ids))
 
     def encode_document(self, place: str, document: Document, seq_len: int) -> list[int]:
         """At most `seq_len` ids, BOS first; token ids as they are; nothing for a document without a token."""
         if isinstance(document, list):
             return document[:seq_len]
-        text = self._template.render(document.messages, place) if isinstance(document, Chat) else document
+        text = self.template.render(document.messages, place) if isinstance(document, Chat) else document
         ids = self.encode(text)
         return (self.bos + ids)[:seq_len] if ids else []
 
     @cached_property
-    def _tokenizer(self) -> Tokenizer:
+    def tokenizer(self) -> Tokenizer:
+        """Of the folder."""
         return open_tokenizer(self.folder)
 
     @cached_property
-    def _template(self) -> ChatTemplate:
+    def template(self) -> ChatTemplate:
+        """Of the folder."""
         return open_chat_template(self.folder)
 
 
