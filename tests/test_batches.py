@@ -12,6 +12,7 @@ from rich.console import Console
 from test_calibrate import STATIC_LINEARS
 from tiny import float_program, load_model, meta_model, random_ids
 from torch import Tensor
+from typer.testing import CliRunner
 
 from fxquant import CompileOptions, compile
 from fxquant.batches import Batch, batched, real_tokens
@@ -23,6 +24,7 @@ from fxquant.passes import AssignSchemes, Calibrate
 from fxquant.policy import load_policy
 from fxquant.text import pad_id
 from fxquant.tools.compile_model import as_document, print_report, unseen_line
+from fxquant.tools.main import app
 
 LENGTHS = (12, 7, 1, 9, 5)
 GATE = "model.layers.1.mlp.gate"
@@ -174,6 +176,14 @@ def test_batch_size_is_an_option_and_the_report_counts_experts(
     report.calibration = replace(saved, experts={GATE: torch.tensor([0, *[5] * 7])})
     print_report(report, console := Console(record=True, width=200, file=StringIO()))
     assert f"1 of 8 experts saw no token of the calibration text ({GATE}: 0)\n" in console.export_text()
+
+
+def test_the_command_line_says_how_much_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[CompileOptions] = []
+    monkeypatch.setattr("fxquant.api.compile", lambda model, options, report: given.append(options) or 1 / 0)
+    command = ["compile", "model", "--samples", "3", "--seq-len", "8", "--batch-size", "2"]
+    assert isinstance(CliRunner().invoke(app, command).exception, ZeroDivisionError)
+    assert (given[0].samples, given[0].seq_len, given[0].batch_size) == (3, 8, 2)
 
 
 def report_of(counts: dict[str, Sequence[int]]) -> SimpleNamespace:

@@ -152,9 +152,12 @@ def write_task(folder: Path, name: str, kind: str, metric: str, config: dict[str
 
 def test_the_harness_evaluates_the_folder(model: FxquantLM, tasks: TaskManager) -> None:
     names = ["continuations", "documents", "words"]
-    results = lm_eval.simple_evaluate(model=model, tasks=names, task_manager=tasks, bootstrap_iters=0)["results"]
+    found = lm_eval.simple_evaluate(model=model, tasks=names, task_manager=tasks, bootstrap_iters=0)
+    results = found["results"]
     assert results["continuations"]["acc,none"] == 1  # the model's own text against the same text backwards
     bits = sum(expected(model, [0, *model.tok_encode(text[:240])], 1) for text in TEXTS) / -torch.log(torch.tensor(2.0))
     nbytes = sum(len(text[:240].encode()) for text in TEXTS)
     assert results["documents"]["bits_per_byte,none"] == pytest.approx(bits.item() / nbytes, rel=1e-5)
-    assert "exact_match,none" in results["words"]
+    options = {"until": [" "], "max_gen_toks": 4}
+    words = model.generate_until(ask("generate_until", *((text[:SPLIT], options) for text in TEXTS)), disable_tqdm=True)
+    assert [sample["resps"] for sample in found["samples"]["words"]] == [[[word]] for word in words]

@@ -85,13 +85,12 @@ def test_a_jsonl_is_one_batch_a_document(words: Words, tmp_path: Path) -> None:
 
 
 def test_empty_documents_are_passed_over(words: Words, tmp_path: Path) -> None:
-    file = jsonl(tmp_path, '{"text": ""}', '{"text": "a"}', '{"text": "  "}')
-    assert load(file, words(bos_token_id=0)) == [[[0, 1]]]
+    lines = ('{"text": ""}', '{"text": "a"}', '{"text": "  "}')
+    assert load(jsonl(tmp_path, *lines), words(bos_token_id=0)) == [[[0, 1]]]
 
 
 def test_no_more_documents_than_samples_are_read(words: Words, tmp_path: Path) -> None:
-    file = jsonl(tmp_path, '{"text": "a"}', '{"text": "b"}', "not json")
-    assert load(file, words(), samples=2) == [[[1]], [[2]]]
+    assert load(jsonl(tmp_path, '"a"', '"b"', "not json"), words(), samples=2) == [[[1]], [[2]]]
 
 
 def test_a_json_is_a_list_of_documents(words: Words, tmp_path: Path) -> None:
@@ -107,57 +106,6 @@ def test_a_line_is_a_string_an_object_or_token_ids(words: Words, tmp_path: Path)
     assert load(jsonl(tmp_path, *lines), checkpoint) == [[[0, 1, 2]], [[0, 3]], [[9, 8, 7, 6, 5]]]
     (checkpoint.folder / "tokenizer.json").unlink()
     assert load(jsonl(tmp_path, lines[2]), checkpoint, length=2) == [[[9, 8]]]
-
-
-FAULTS = {
-    "not json": "not JSON",
-    '{"text": "a"': "not JSON",
-    "[" * 100_000: "not JSON",
-    '{"content": "a"}': "an object with neither text nor messages",
-    '{"role": "user", "content": "a"}': "an object with neither text nor messages",
-    '{"text": "a", "messages": []}': "text and messages both",
-    '{"text": 3}': "text is not a string",
-    '{"text": null}': "text is not a string",
-    '{"messages": "a"}': "messages are not a list",
-    '{"messages": ["a"]}': "a message without role or content",
-    '{"messages": [1]}': "a message without role or content",
-    '{"messages": [{"role": "user"}]}': "a message without role or content",
-    '{"messages": [{"role": 1, "content": "a"}]}': "a message without role or content",
-    '["a"]': "holds a list of something else",
-    "[1, true]": "holds a list of something else",
-    '[1, {"role": "user", "content": "a"}]': "holds a list of something else",
-    "[9223372036854775808]": "holds a list of something else",
-    "3": "holds a number",
-    "true": "holds a boolean",
-    "null": "holds null",
-}
-
-
-@pytest.mark.parametrize(("line", "fact"), FAULTS.items(), ids=[line[:40] for line in FAULTS])
-def test_a_bad_line_is_named_by_number(line: str, fact: str, words: Words, tmp_path: Path) -> None:
-    file = jsonl(tmp_path, '{"text": "a"}', "", line)
-    with pytest.raises(FxquantError, match=fact) as caught:
-        load(file, words())
-    assert caught.value.place == f"{file}:3" and "messages" in caught.value.remedy
-
-
-def test_a_bad_entry_is_named_by_its_index(words: Words, tmp_path: Path) -> None:
-    file = text_file(tmp_path, '["a", {"content": "b"}]', "text.json")
-    with pytest.raises(FxquantError, match="neither text nor messages") as caught:
-        load(file, words())
-    assert caught.value.place == f"{file}[1]"
-
-
-@pytest.mark.parametrize("text", ['{"text": "a"}', '"a"', "3"])
-def test_a_json_that_is_no_list_is_refused(text: str, words: Words, tmp_path: Path) -> None:
-    with pytest.raises(FxquantError, match="not a list of documents"):
-        load(text_file(tmp_path, text, "text.json"), words())
-
-
-@pytest.mark.parametrize("line", ["[1, 20]", "[-1]"])
-def test_ids_of_documents_lie_in_the_vocabulary(line: str, words: Words, tmp_path: Path) -> None:
-    with pytest.raises(FxquantError, match="the vocabulary has 20"):
-        load(jsonl(tmp_path, line), words())
 
 
 # token ids
@@ -177,9 +125,8 @@ both_formats = pytest.mark.parametrize("name", ["ids.npy", "ids.safetensors"])
 @both_formats
 def test_token_ids_are_taken_as_they_are(name: str, words: Words, tmp_path: Path) -> None:
     """Never cut, no BOS, and no tokenizer needed."""
-    checkpoint = words(bos_token_id=0)
+    checkpoint, file = words(bos_token_id=0), save_ids(tmp_path / name, np.arange(18).reshape(3, 6) + 2)
     (checkpoint.folder / "tokenizer.json").unlink()
-    file = save_ids(tmp_path / name, np.arange(18).reshape(3, 6) + 2)
     rows = [[list(range(start, start + 6))] for start in (2, 8, 14)]
     assert load(file, checkpoint, length=3) == rows
     assert load(file, checkpoint, samples=2, length=3) == rows[:2]
@@ -203,10 +150,9 @@ def test_token_ids_are_taken_as_they_are(name: str, words: Words, tmp_path: Path
 def test_bad_token_ids_are_refused_with_the_facts(
     ids: np.ndarray, fact: str, name: str, words: Words, tmp_path: Path
 ) -> None:
-    file = save_ids(tmp_path / name, ids)
     with pytest.raises(FxquantError) as caught:
-        load(file, words())
-    assert caught.value.place == str(file) and fact in caught.value.fact and caught.value.remedy
+        load(save_ids(tmp_path / name, ids), words())
+    assert caught.value.place == str(tmp_path / name) and fact in caught.value.fact and caught.value.remedy
 
 
 def test_the_largest_token_id_is_the_vocabulary_less_one(words: Words, tmp_path: Path) -> None:
@@ -311,6 +257,12 @@ def test_a_tokenizer_of_another_model_is_refused(name: str, words: Words, tmp_pa
     text_file(tmp_path, '{"text": "a z"}', name)
     with pytest.raises(FxquantError, match="19, the vocabulary has 19"):
         load(tmp_path / name, words(vocab_size=19))
+
+
+@pytest.mark.parametrize("line", ["[1, 20]", "[-1]"])
+def test_ids_of_documents_lie_in_the_vocabulary(line: str, words: Words, tmp_path: Path) -> None:
+    with pytest.raises(FxquantError, match="the vocabulary has 20"):
+        load(jsonl(tmp_path, line), words())
 
 
 def test_a_model_without_tokenizer_is_refused(words: Words, tmp_path: Path) -> None:
