@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fxquant.binding import Ledger
+from fxquant.calibration import Calibration
 from fxquant.checkpoint import open_checkpoint
 from fxquant.contracts import Contract, load_contract
 from fxquant.errors import FxquantError
@@ -40,6 +41,7 @@ class CompileReport:
 
     way_in           the kind of MODEL: a folder, or a model.py of some family
     structural_hash  of the float graph, equal for graphs that compute the same
+    calibration      what static linears and experts saw, None where nothing is static
     """
 
     out: Path
@@ -52,6 +54,7 @@ class CompileReport:
     idle_rules: list[Rule]
     output: Output
     verification: VerifyReport | None = None
+    calibration: Calibration | None = None
 
     @property
     def contract(self) -> Contract:
@@ -101,6 +104,7 @@ def compile(model: str | Path, options: CompileOptions | None = None, report: Re
         prepared.program.idle_rules,
         output,
         verification,
+        prepared.calibration,
     )
 
 

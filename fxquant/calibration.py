@@ -13,6 +13,7 @@ import torch
 import xxhash
 from torch import Tensor
 
+from fxquant.batches import Batch
 from fxquant.errors import FxquantError
 from fxquant.hashing import hash_text
 from fxquant.program import Pair, Program
@@ -24,7 +25,7 @@ from fxquant.smoothing_file import read_smoothing, smoothing_metadata, smoothing
 
 CALIBRATION = "optional/calibration.safetensors"
 """Within an output. The format keeps what no engine loads in `optional/`: engines take every weight file beside it."""
-TOKENS, LOW, HIGH = "tokens", ".input_low", ".input_high"
+TOKENS, LOW, HIGH, EXPERTS = "tokens", ".input_low", ".input_high", ".expert_tokens"
 AGAIN = "Calibrate again: pass --calib TEXT instead."
 
 
@@ -48,14 +49,16 @@ class Seen:
 class Calibration:
     """Raw ranges.
 
-    tokens     int64 [batches]: tokens in each batch
+    tokens     int64 [batches]: tokens in each batch, padding not counted
     ranges     module → smallest and largest input in each batch, float32 [batches] each, of the smoothed graph
+    experts    module that routes → int64 [E]: tokens that went to each expert, over all batches
     smoothing  what was smoothed before they were observed
     """
 
     seen: Seen
     tokens: Tensor
     ranges: dict[str, tuple[Tensor, Tensor]]
+    experts: dict[str, Tensor] = field(default_factory=dict)
     smoothing: Smoothing = field(default_factory=Smoothing)
 
     def save(self, path: Path) -> None:
@@ -63,6 +66,7 @@ class Calibration:
         tensors = {TOKENS: self.tokens}
         for module, (low, high) in sorted(self.ranges.items()):
             tensors |= {module + LOW: low, module + HIGH: high}
+        tensors |= {module + EXPERTS: counts for module, counts in sorted(self.experts.items())}
         tensors |= smoothing_tensors(self.smoothing)
         tensors = dict(sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])))
         entries = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
@@ -84,6 +88,7 @@ def load_calibration(path: Path) -> Calibration:
         modules = [name.removesuffix(LOW) for name in infos if name.endswith(LOW)]
         ranges = {module: (infos[module + LOW].read(), infos[module + HIGH].read()) for module in modules}
         tokens, smoothing = infos[TOKENS].read(), read_smoothing(path, infos, metadata)
+        experts = {name.removesuffix(EXPERTS): infos[name].read() for name in infos if name.endswith(EXPERTS)}
     except KeyError as error:
         raise FxquantError(path, f"not a calibration file: it has no {error.args[0]}.", AGAIN) from None
     shapes = {tuple(tensor.shape) for pair in ranges.values() for tensor in pair} | {tuple(tokens.shape)}
@@ -94,7 +99,9 @@ def load_calibration(path: Path) -> Calibration:
         raise FxquantError(path, "holds NaN or infinity.", AGAIN)
     if not all((low <= high).all() for low, high in ranges.values()):
         raise FxquantError(path, "not a calibration file: a smallest input is above its largest.", AGAIN)
-    return Calibration(seen, tokens, ranges, smoothing)
+    if not all(counts.dtype is torch.int64 and counts.ndim == 1 and (counts >= 0).all() for counts in experts.values()):
+        raise FxquantError(path, "not a calibration file: its tokens of experts are no counts.", AGAIN)
+    return Calibration(seen, tokens, ranges, experts, smoothing)
 
 
 def earlier_calibrations(folders: Iterable[Path]) -> list[Calibration]:
@@ -106,11 +113,12 @@ def earlier_calibrations(folders: Iterable[Path]) -> list[Calibration]:
     return found
 
 
-def text_hash(batches: Iterable[Tensor]) -> str:
-    """XXH3-128 over shape and ids of each batch, in hex."""
+def text_hash(batches: Iterable[Batch]) -> str:
+    """XXH3-128 over shape, ids and mask of each batch, in hex; the id of padding counts as 0, whatever it is."""
     digest = xxhash.xxh3_128()
-    for ids in batches:
-        digest.update(str(tuple(ids.shape)).encode() + ids.contiguous().numpy().tobytes())
+    for batch in batches:
+        ids, mask = batch.ids * batch.mask, batch.mask.contiguous()
+        digest.update(str(tuple(ids.shape)).encode() + ids.numpy().tobytes() + mask.numpy().tobytes())
     return digest.hexdigest()
 
 

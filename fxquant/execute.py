@@ -79,12 +79,18 @@ def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
     return dead
 
 
-def prefill_inputs(program: Program, ids: Tensor, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """Flat inputs for unpadded `ids` int64 [batch, length] and empty caches."""
+def prefill_inputs(
+    program: Program, ids: Tensor, dtype: torch.dtype = torch.float32, mask: Tensor | None = None
+) -> list[Tensor]:
+    """Flat inputs for `ids` int64 [batch, length] and empty caches.
+
+    `mask` int64 [batch, length] is 0 on padding, which comes after the tokens; None: there is none.
+    """
     batch, length = ids.shape
     caches = [node.meta["val"] for node in cache_inputs(program)]
     positions = torch.arange(length).expand(batch, length)
-    return [ids, torch.ones_like(ids), positions, *(torch.zeros(batch, 0, val.shape[2], dtype=dtype) for val in caches)]
+    mask = torch.ones_like(ids) if mask is None else mask
+    return [ids, mask, positions, *(torch.zeros(batch, 0, val.shape[2], dtype=dtype) for val in caches)]
 
 
 def cache_inputs(program: Program) -> list[fx.Node]:

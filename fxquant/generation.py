@@ -1,8 +1,9 @@
 """Greedy text from an output folder, token by token with the latent cache."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from fxquant.checkpoint import Checkpoint
@@ -19,10 +20,19 @@ def greedy_text(folder: Path, program: Program, read: Read, prompt: str, max_new
     ids = bos_ids(Checkpoint(folder, program.config, {})) + tokenizer.encode(prompt, add_special_tokens=False).ids
     if not ids:
         raise FxquantError("--prompt", "holds no token.", "Give some text.")
+    yield from text_pieces(tokenizer, step_logits(folder, program, read, ids, max_new_tokens), end_ids(program))
+
+
+def end_ids(program: Program) -> set[int]:
+    """The tokens that end a text."""
     stop = program.config.get("eos_token_id")
-    stops = set(stop) if isinstance(stop, list) else {stop}
+    return {one for one in (stop if isinstance(stop, list) else [stop]) if isinstance(one, int)}
+
+
+def text_pieces(tokenizer: Tokenizer, steps: Iterable[Tensor], stops: set[int]) -> Iterator[str]:
+    """The best token of each step's logits [vocabulary] as text, whole characters at a time, until one of `stops`."""
     written, new = "", []
-    for logits in step_logits(folder, program, read, ids, max_new_tokens):
+    for logits in steps:
         token = int(logits.argmax())
         if token in stops:
             return

@@ -34,7 +34,7 @@ from fxquant.program_file import dump_program
 from fxquant.progress import Reporter, silent
 from fxquant.structure import structural_hash
 from fxquant.targets import Target
-from fxquant.text import load_batches
+from fxquant.text import load_batches, pad_id
 
 DEFAULT_POLICY = "deepseek_w4a8"
 CALIBRATION_FILES = ("calibration.jsonl", "calibration.txt", "calib.jsonl", "calib.txt")
@@ -48,7 +48,8 @@ class CompileOptions:
     out             output folder; None: `./<name>-<policy>-<target>`
     calib           calibration text or token ids; None: the file that lies beside the model, if any
     calibration     calibration.safetensors of an output, in place of text
-    calib_samples   batches to calibrate on, each of at most `calib_length` tokens
+    samples         documents to calibrate on, each of at most `seq_len` tokens
+    batch_size      documents that are calibrated on together; `batch_mean` means over such batches
     checkpoint      overrides the folder that a model.py names
     trace_timeout   seconds that a model.py may take to import, build and trace
     max_shard_size  bytes of tensor data a weight file may hold
@@ -66,8 +67,8 @@ class CompileOptions:
     out: str | Path | None = None
     target: Target = Target.ASCEND
     calib: str | Path | None = None
-    calib_samples: int = 32
-    calib_length: int = 256
+    samples: int = 32
+    seq_len: int = 256
     checkpoint: str | Path | None = None
     trace_timeout: float = TRACE_TIMEOUT
     max_shard_size: int = MAX_SHARD_SIZE
@@ -82,6 +83,7 @@ class CompileOptions:
     workers: Workers = field(default_factory=Workers)
     reuse: str | Path | None = None
     restart: bool = False
+    batch_size: int = 1
 
     def earlier_output(self, out: Path) -> Path | None:
         """The folder to take equal tensors from."""
@@ -174,12 +176,19 @@ def _calibrate(
         raise FxquantError(f"--calibration {given}", fact, "Leave out one of --calibration and --calib.")
     if given is not None:
         return Calibrate(policy, source.checkpoint, lambda: None, report, load_calibration(given))
-    earlier = earlier_calibrations(known)
-    return Calibrate(policy, source.checkpoint, lambda: calibration(source, options), report, earlier=earlier)
+    return Calibrate(
+        policy,
+        source.checkpoint,
+        lambda: calibration(source, options),
+        report,
+        earlier=earlier_calibrations(known),
+        batch_size=options.batch_size,
+        pad=pad_id(source.checkpoint),
+    )
 
 
 def calibration(source: Source, options: CompileOptions) -> list[Tensor] | None:
-    """Batches of token ids from `options.calib`, or from the file beside the model; None when there is neither."""
+    """Documents of token ids from `options.calib`, or from the file beside the model; None when there is neither."""
     file = as_path(options.calib)
     if file is None:
         folders = (source.path if source.path.is_dir() else source.path.parent, source.checkpoint.folder)
@@ -187,7 +196,7 @@ def calibration(source: Source, options: CompileOptions) -> list[Tensor] | None:
         file = next((candidate for candidate in candidates if candidate.is_file()), None)
     if file is None:
         return None
-    return load_batches(file, source.checkpoint, options.calib_samples, options.calib_length)
+    return load_batches(file, source.checkpoint, options.samples, options.seq_len)
 
 
 def open_model(model: str | Path, options: CompileOptions, report: Reporter) -> Source:

@@ -44,7 +44,7 @@ def evaluate(
     text: str | Path,
     against: str | Path | None = None,
     samples: int = 64,
-    length: int = 256,
+    seq_len: int = 256,
     report: Reporter = silent,
 ) -> Evaluation:
     """Perplexity of the float model and of the rewritten graph of `out`, and the KL divergence between them.
@@ -61,12 +61,12 @@ def evaluate(
         source = open_source(Path(against))
         checkpoint, program = source.checkpoint, source.program()
     quantized, original = open_output(folder), (program, Cached(checkpoint.read))
-    batches = load_batches(Path(text), checkpoint, samples, length)
+    batches = load_batches(Path(text), checkpoint, samples, seq_len)
     return evaluate_programs(original, [quantized], batches, report)[0]
 
 
 def engine_perplexities(
-    out: str | Path, text: str | Path, samples: int = 64, length: int = 256, report: Reporter = silent
+    out: str | Path, text: str | Path, samples: int = 64, seq_len: int = 256, report: Reporter = silent
 ) -> dict[str, float]:
     """Perplexity of `out` as its engine computes it: "<reader>, exact" with the formats' own arithmetic, and
     "<reader>, device" with the rounding of the NPU's kernels. Raises FxquantError where no engine reads `out`."""
@@ -78,7 +78,7 @@ def engine_perplexities(
     name = ENGINES[Target(manifest.target)].reader(group_size(program))
     if name is None:
         raise FxquantError(folder, f"target {manifest.target} has no engine to emulate.", "Leave out --engine.")
-    batches = load_batches(Path(text), Checkpoint(folder, program.config, {}), samples, length)
+    batches = load_batches(Path(text), Checkpoint(folder, program.config, {}), samples, seq_len)
     reader = open_reader(name, folder, manifest.tp)
     ways = {"exact": Arithmetic.EXACT, "device": Arithmetic.KERNEL}
     return {
@@ -93,13 +93,13 @@ def compare(
     text: str | Path,
     options: CompileOptions | None = None,
     samples: int = 64,
-    length: int = 256,
+    seq_len: int = 256,
     report: Reporter = silent,
 ) -> dict[str, tuple[Evaluation, int]]:
     """Policy → its evaluation and the bytes of its weights. Nothing is written; integers are made as needed."""
     options = options or CompileOptions()
     source = open_model(model, options, report)
-    batches = load_batches(Path(text), source.checkpoint, samples, length)
+    batches = load_batches(Path(text), source.checkpoint, samples, seq_len)
     original = (source.program(), Cached(source.checkpoint.read))
     made = [prepare(source, load_policy(name), options, report, for_engine=False) for name in policies]
     sizes = [sum(tensor.nbytes for tensor in stored_tensors(one.program, one.checkpoint)) for one in made]

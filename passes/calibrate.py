@@ -2,28 +2,25 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from fxquant.batches import batched
 from fxquant.calibration import Calibration, Seen, pairs_hash, rounded_by, text_hash
 from fxquant.checkpoint import Checkpoint
 from fxquant.errors import FxquantError
-from fxquant.execute import execute, prefill_inputs
 from fxquant.kernels.activation import static_parameters
 from fxquant.passes.base import Pass, PassResult
+from fxquant.passes.calibration_run import CalibrationRun
 from fxquant.passes.linears import linear_sites
 from fxquant.passes.observe import combine
-from fxquant.passes.smooth import Smoother
 from fxquant.policy import CalibrationWeights, Policy
 from fxquant.program import Program, input_node
 from fxquant.progress import Reporter, silent
 from fxquant.schemes import Recipe
 from fxquant.structure import structural_hash
-from fxquant.weights import RoundedReader
 
-Ranges = dict[fx.Node, tuple[list[Tensor], list[Tensor]]]
 WAY_OUT = "Pass --calib FILE, put calibration.jsonl beside the model, or use deepseek_w4a8_dynamic."
 
 
@@ -32,9 +29,10 @@ class Calibrate(Pass):
     """Sets `activation` in the recipe of each static linear, and finds the scales of `program.pairs`; the graph stays.
 
     The forward runs in float32 on the weights that the policy names, those of `source` or the rounded ones; from a
-    pair on, on the smoothed ones. `batches` gives token ids int64 [batch, length]; it is asked, and None is an error,
-    only if a scheme is static or a pair is there, and no `given` calibration takes its place. `earlier` are
-    calibrations of other runs: one that saw the same saves the forward. `used` has the ranges and the smoothing.
+    pair on, on the smoothed ones. `batches` gives documents, token ids int64 [1, length]; it is asked, and None is an
+    error, only if a scheme is static or a pair is there, and no `given` calibration takes its place. `batch_size` of
+    them run together, filled up with the id `pad`. `earlier` are calibrations of other runs: one that saw the same
+    saves the forward. `used` has the ranges and the smoothing.
     """
 
     policy: Policy
@@ -44,6 +42,8 @@ class Calibrate(Pass):
     given: Calibration | None = None
     earlier: Sequence[Calibration] = ()
     used: Calibration | None = None
+    batch_size: int = 1
+    pad: int = 0
     name = "calibrate"
 
     def apply(self, program: Program) -> PassResult:
@@ -78,54 +78,25 @@ class Calibrate(Pass):
         return self.given
 
     def _calibrated(self, program: Program, inputs: dict[str, list[fx.Node]]) -> Calibration:
-        batches = self.batches()
-        if not batches:
+        documents = self.batches()
+        if not documents:
             what = "smoothing needs" if program.pairs else "static schemes need"
-            fact = f"{what} calibration text, none given."
-            raise FxquantError(f"policy {self.policy.name}", fact, WAY_OUT)
+            raise FxquantError(f"policy {self.policy.name}", f"{what} calibration text, none given.", WAY_OUT)
+        batches = batched(documents, self.batch_size, self.pad)
         seen = Seen(structural_hash(program), self._weights(program), text_hash(batches), pairs_hash(program))
         for known in self.earlier:
             if known.seen == seen and set(inputs) <= set(known.ranges):
                 return known
-        smoother = Smoother(program, self.source, real_tokens)
-        ranges = self._observe(program, {node for nodes in inputs.values() for node in nodes}, batches, smoother)
-        tokens = torch.tensor([ids.numel() for ids in batches])
-        observed = {module: _extremes(ranges, nodes) for module, nodes in inputs.items()}
-        return Calibration(seen, tokens, observed, smoother.smoothing)
+        rounded = self.policy.calibration_weights is CalibrationWeights.ROUNDED
+        run = CalibrationRun(program, self.source, batches, rounded)
+        run.observe({node for nodes in inputs.values() for node in nodes}, self.report)
+        tokens = torch.tensor([batch.tokens for batch in batches])
+        ranges = {module: run.extremes(nodes) for module, nodes in inputs.items()}
+        return Calibration(seen, tokens, ranges, run.experts, run.smoother.smoothing)
 
     def _weights(self, program: Program) -> str:
         rounded = self.policy.calibration_weights is CalibrationWeights.ROUNDED
         return rounded_by(program.recipes) if rounded else self.policy.calibration_weights.value
-
-    def _observe(self, program: Program, wanted: set[fx.Node], batches: list[Tensor], smoother: Smoother) -> Ranges:
-        ranges: Ranges = {}
-
-        def observe(node: fx.Node, values: list[Any]) -> None:
-            smoother.observe(node, values)
-            if node in wanted:
-                ranges[node] = ([value.min() for value in values], [value.max() for value in values])
-
-        inputs = [prefill_inputs(program, ids) for ids in batches]
-        rounded = self.policy.calibration_weights is CalibrationWeights.ROUNDED
-        read = RoundedReader(program, smoother.checkpoint.read) if rounded else smoother.checkpoint.read
-        with self.report("calibrate", len(program.graph.graph.nodes), "nodes") as advance:
-            execute(program, read, inputs, observe, advance)
-        for node, (lows, highs) in ranges.items():
-            if not torch.isfinite(torch.stack(lows + highs)).all():
-                raise FxquantError(node.name, "calibration gave NaN or infinity.", "Check the checkpoint's weights.")
-        return ranges
-
-
-def real_tokens(values: list[Tensor]) -> Tensor:
-    """float32 [tokens, k] of values [batch, length, k]."""
-    return torch.cat([value.flatten(0, -2) for value in values]).float()
-
-
-def _extremes(ranges: Ranges, nodes: list[fx.Node]) -> tuple[Tensor, Tensor]:
-    """Of a linear that is called on each of `nodes`: in each batch the smallest minimum and largest maximum."""
-    lows = [torch.stack(values).min() for values in zip(*(ranges[node][0] for node in nodes), strict=True)]
-    highs = [torch.stack(values).max() for values in zip(*(ranges[node][1] for node in nodes), strict=True)]
-    return torch.stack(lows), torch.stack(highs)
 
 
 def _check_range(recipe: Recipe) -> None:

@@ -59,7 +59,7 @@ def rewritten(checkpoint: Checkpoint, policy: str, layer: type[DecoderLayer] = D
     program = trace(meta_model(checkpoint, layer), checkpoint)
     chosen = load_policy(policy)
     ids = torch.randint(100, (2, 1, 16), generator=torch.Generator().manual_seed(3))
-    calibrate = Calibrate(chosen, checkpoint.read, lambda: list(ids))
+    calibrate = Calibrate(chosen, checkpoint, lambda: list(ids))
     run_passes(program, [AssignSchemes(chosen), calibrate, QuantizeLinear(), QuantizeExperts(), CheckCoverage()])
     return program
 

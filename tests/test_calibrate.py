@@ -48,7 +48,7 @@ def calibrated(
 ) -> tuple[Program, PassResult]:
     loaded, program = load_policy(policy), float_program(checkpoint)
     AssignSchemes(loaded)(program)
-    return program, Calibrate(loaded, checkpoint.read, batches)(program)
+    return program, Calibrate(loaded, checkpoint, batches)(program)
 
 
 def ranges(program: Program) -> dict[str, ActivationRange]:
@@ -166,7 +166,7 @@ def test_every_node_is_reported(checkpoint: Checkpoint, batches: list[Tensor]) -
 
     loaded, program = load_policy("deepseek_w4a8"), float_program(checkpoint)
     AssignSchemes(loaded)(program)
-    Calibrate(loaded, checkpoint.read, lambda: batches, report)(program)
+    Calibrate(loaded, checkpoint, lambda: batches, report)(program)
     ((stage, total, unit),) = opened
     assert (stage, unit, sum(done)) == ("calibrate", "nodes", total) and done[-1] == 0
 

@@ -43,7 +43,7 @@ def no_forward(monkeypatch: pytest.MonkeyPatch) -> None:
     def run(*arguments: object) -> None:
         raise AssertionError("the model ran")
 
-    monkeypatch.setattr("fxquant.passes.calibrate.execute", run)
+    monkeypatch.setattr("fxquant.passes.calibration_run.execute", run)
 
 
 def token_ids(path: Path, seed: int) -> Path:
@@ -73,7 +73,10 @@ def changed(whole: Path, path: Path, change: Callable[[dict[str, torch.Tensor], 
 def test_the_file_has_one_value_a_batch_of_each_static_linear(whole: Path) -> None:
     tensors = load_file(whole / CALIBRATION)
     names = {f"{module}.input_{end}" for module in STATIC_LINEARS for end in ("low", "high")}
-    assert set(tensors) == {"tokens"} | names
+    gate = "model.layers.1.mlp.gate.expert_tokens"
+    assert set(tensors) == {"tokens", gate} | names
+    # every token goes to two of the eight experts
+    assert tensors[gate].shape == (8,) and tensors[gate].dtype is torch.int64 and tensors[gate].sum() == 4 * 24 * 2
     assert torch.equal(tensors["tokens"], torch.full((4,), 24))
     for name in names:
         assert tensors[name].shape == (4,) and tensors[name].dtype is torch.float32
@@ -95,7 +98,7 @@ def test_another_statistic_takes_the_same_file(
 ) -> None:
     policy = policy_of(tmp_path, MIN_MAX)
     text = compiled(model, tmp_path / "text", policy, calib=ids)
-    monkeypatch.setattr("fxquant.passes.calibrate.execute", None)
+    monkeypatch.setattr("fxquant.passes.calibration_run.execute", None)
     file = compiled(model, tmp_path / "file", policy, calibration=whole / CALIBRATION)
     assert same_files(file, text) and not same_files(file, whole)
     assert files_of(file)[CALIBRATION] == files_of(whole)[CALIBRATION]
@@ -128,7 +131,7 @@ def test_killed_it_goes_on_without_calibrating_again(
 ) -> None:
     out = tmp_path / "out"
     killed(model, out, ids, monkeypatch)
-    monkeypatch.setattr("fxquant.passes.calibrate.execute", None)
+    monkeypatch.setattr("fxquant.passes.calibration_run.execute", None)
     assert same_files(compiled(model, out, calib=ids), whole)
 
 
@@ -171,7 +174,7 @@ def test_ranges_of_the_same_text_are_taken_from_an_earlier_output(
     model: Path, whole: Path, ids: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("fxquant.passes.calibrate.execute", None)
+        patch.setattr("fxquant.passes.calibration_run.execute", None)
         assert same_files(compiled(model, tmp_path / "out", calib=ids, reuse=whole), whole)
     other = token_ids(tmp_path / "other.safetensors", seed=2)
     out = compiled(model, tmp_path / "other", calib=other, reuse=whole)
@@ -205,6 +208,7 @@ def test_seen_on_other_weights(model: Path, whole: Path, ids: Path, tmp_path: Pa
 
 Change = Callable[[dict[str, torch.Tensor], dict[str, str]], object]
 LOW, HIGH = f"{STATIC_LINEARS[3]}.input_low", f"{STATIC_LINEARS[3]}.input_high"
+GATE = "model.layers.1.mlp.gate.expert_tokens"
 FAULTS: dict[str, tuple[Change, str]] = {
     "missing module": (lambda t, m: (t.pop(LOW), t.pop(HIGH)), f"no range of {STATIC_LINEARS[3]}"),
     "half a range": (lambda t, m: t.pop(HIGH), f"it has no {HIGH}"),
@@ -214,6 +218,9 @@ FAULTS: dict[str, tuple[Change, str]] = {
     "infinity": (lambda t, m: t[HIGH].fill_(torch.inf), "holds NaN or infinity"),
     "a batch less": (lambda t, m: t.update({LOW: t[LOW][1:].contiguous()}), "not one value a batch"),
     "dtype": (lambda t, m: t.update({LOW: t[LOW].double()}), "F64"),
+    "part of a token": (lambda t, m: t.update({GATE: t[GATE].double()}), "F64"),
+    "no count": (lambda t, m: t[GATE].neg_(), "tokens of experts are no counts"),
+    "counts of another shape": (lambda t, m: t.update({GATE: t[GATE][None]}), "tokens of experts are no counts"),
     "upside down": (lambda t, m: t[LOW].copy_(t[HIGH] + 1), "smallest input is above"),
 }
 

@@ -85,33 +85,27 @@ def test_a_jsonl_is_one_batch_a_document(words: Words, tmp_path: Path) -> None:
 
 
 def test_empty_documents_are_passed_over(words: Words, tmp_path: Path) -> None:
-    file = jsonl(tmp_path, '{"text": ""}', '{"text": "a"}', '{"text": "  "}')
-    assert load(file, words(bos_token_id=0)) == [[[0, 1]]]
+    lines = ('{"text": ""}', '{"text": "a"}', '{"text": "  "}')
+    assert load(jsonl(tmp_path, *lines), words(bos_token_id=0)) == [[[0, 1]]]
 
 
 def test_no_more_documents_than_samples_are_read(words: Words, tmp_path: Path) -> None:
-    file = jsonl(tmp_path, '{"text": "a"}', '{"text": "b"}', "not json")
-    assert load(file, words(), samples=2) == [[[1]], [[2]]]
+    assert load(jsonl(tmp_path, '"a"', '"b"', "not json"), words(), samples=2) == [[[1]], [[2]]]
 
 
-@pytest.mark.parametrize(
-    ("line", "fact"),
-    [
-        ("not json", "is not an object with a text field"),
-        ('{"text": "a"', "is not an object with a text field"),
-        ('{"content": "a"}', "is not an object with a text field"),
-        ('["a"]', "is not an object with a text field"),
-        ('"text"', "is not an object with a text field"),
-        ("3", "is not an object with a text field"),
-        ('{"text": 3}', "text is not a string"),
-        ('{"text": null}', "text is not a string"),
-    ],
-)
-def test_a_bad_line_is_named_by_number(line: str, fact: str, words: Words, tmp_path: Path) -> None:
-    file = jsonl(tmp_path, '{"text": "a"}', "", line)
-    with pytest.raises(FxquantError, match=fact) as caught:
-        load(file, words())
-    assert caught.value.place == f"{file}:3"
+def test_a_json_is_a_list_of_documents(words: Words, tmp_path: Path) -> None:
+    file = text_file(tmp_path, '["a b", "", {"text": "c d e f g h"}, [7, 8], []]', "text.json")
+    assert load(file, words(bos_token_id=0)) == [[[0, 1, 2]], [[0, 3, 4, 5, 6]], [[7, 8]]]
+    assert load(file, Checkpoint(tmp_path / "model", {"vocab_size": VOCABULARY}, {}), samples=1) == [[[1, 2]]]
+
+
+def test_a_line_is_a_string_an_object_or_token_ids(words: Words, tmp_path: Path) -> None:
+    """Ids are taken as they are, without BOS, and cut; no tokenizer is needed for them alone."""
+    lines = ('"a b"', '{"text": "c"}', "[9, 8, 7, 6, 5, 4, 3]")
+    checkpoint = words(bos_token_id=0)
+    assert load(jsonl(tmp_path, *lines), checkpoint) == [[[0, 1, 2]], [[0, 3]], [[9, 8, 7, 6, 5]]]
+    (checkpoint.folder / "tokenizer.json").unlink()
+    assert load(jsonl(tmp_path, lines[2]), checkpoint, length=2) == [[[9, 8]]]
 
 
 # token ids
@@ -131,9 +125,8 @@ both_formats = pytest.mark.parametrize("name", ["ids.npy", "ids.safetensors"])
 @both_formats
 def test_token_ids_are_taken_as_they_are(name: str, words: Words, tmp_path: Path) -> None:
     """Never cut, no BOS, and no tokenizer needed."""
-    checkpoint = words(bos_token_id=0)
+    checkpoint, file = words(bos_token_id=0), save_ids(tmp_path / name, np.arange(18).reshape(3, 6) + 2)
     (checkpoint.folder / "tokenizer.json").unlink()
-    file = save_ids(tmp_path / name, np.arange(18).reshape(3, 6) + 2)
     rows = [[list(range(start, start + 6))] for start in (2, 8, 14)]
     assert load(file, checkpoint, length=3) == rows
     assert load(file, checkpoint, samples=2, length=3) == rows[:2]
@@ -157,10 +150,9 @@ def test_token_ids_are_taken_as_they_are(name: str, words: Words, tmp_path: Path
 def test_bad_token_ids_are_refused_with_the_facts(
     ids: np.ndarray, fact: str, name: str, words: Words, tmp_path: Path
 ) -> None:
-    file = save_ids(tmp_path / name, ids)
     with pytest.raises(FxquantError) as caught:
-        load(file, words())
-    assert caught.value.place == str(file) and fact in caught.value.fact and caught.value.remedy
+        load(save_ids(tmp_path / name, ids), words())
+    assert caught.value.place == str(tmp_path / name) and fact in caught.value.fact and caught.value.remedy
 
 
 def test_the_largest_token_id_is_the_vocabulary_less_one(words: Words, tmp_path: Path) -> None:
@@ -233,14 +225,18 @@ def test_an_unknown_suffix_is_refused_with_the_known_ones(name: str, fact: str, 
 
 @pytest.mark.parametrize(
     ("name", "text"),
-    [("text.txt", ""), ("text.txt", " \n "), ("text.jsonl", "\n\n"), ("text.jsonl", '{"text": ""}')],
+    [
+        *(("text.txt", text) for text in ("", " \n ")),
+        *(("text.jsonl", text) for text in ("\n\n", '{"text": ""}', '{"messages": []}', "[]")),
+        *(("text.json", text) for text in ("[]", '["", []]')),
+    ],
 )
 def test_a_file_without_text_is_refused(name: str, text: str, words: Words, tmp_path: Path) -> None:
     with pytest.raises(FxquantError, match="holds no text"):
         load(text_file(tmp_path, text, name), words(bos_token_id=0))
 
 
-@pytest.mark.parametrize("name", ["text.txt", "text.jsonl"])
+@pytest.mark.parametrize("name", ["text.txt", "text.jsonl", "text.json"])
 def test_text_that_is_not_utf8_is_refused(name: str, words: Words, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(json.dumps({"text": "a é"}, ensure_ascii=False).encode("latin-1") + b"\n")
     with pytest.raises(FxquantError, match="not UTF-8") as caught:
@@ -261,6 +257,12 @@ def test_a_tokenizer_of_another_model_is_refused(name: str, words: Words, tmp_pa
     text_file(tmp_path, '{"text": "a z"}', name)
     with pytest.raises(FxquantError, match="19, the vocabulary has 19"):
         load(tmp_path / name, words(vocab_size=19))
+
+
+@pytest.mark.parametrize("line", ["[1, 20]", "[-1]"])
+def test_ids_of_documents_lie_in_the_vocabulary(line: str, words: Words, tmp_path: Path) -> None:
+    with pytest.raises(FxquantError, match="the vocabulary has 20"):
+        load(jsonl(tmp_path, line), words())
 
 
 def test_a_model_without_tokenizer_is_refused(words: Words, tmp_path: Path) -> None:
@@ -287,3 +289,12 @@ def test_special_tokens_are_not_added_twice(words: Words, tmp_path: Path) -> Non
     tokenizer.save(str(checkpoint.folder / "tokenizer.json"))
     assert load(text_file(tmp_path, "a b"), checkpoint) == [[[0, 1, 2]]]
     assert load(jsonl(tmp_path, '{"text": "a b"}'), checkpoint) == [[[0, 1, 2]]]
+
+
+def test_a_bos_that_the_text_has_is_not_repeated(words: Words, tmp_path: Path) -> None:
+    checkpoint = words(bos_token_id=0)
+    tokenizer = Tokenizer.from_file(str(checkpoint.folder / "tokenizer.json"))
+    tokenizer.add_special_tokens(["<bos>"])
+    tokenizer.save(str(checkpoint.folder / "tokenizer.json"))
+    assert load(text_file(tmp_path, "<bos>a b"), checkpoint) == [[[0, 1, 2]]]
+    assert load(jsonl(tmp_path, '"<bos><bos>a <bos>"', '"<bos>"'), checkpoint) == [[[0, 1, 0]]]

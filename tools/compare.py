@@ -12,7 +12,7 @@ from fxquant.tools.console import console, print_json, reporter, size
 
 def command(
     model: Model,
-    text: Annotated[Path, typer.Option(help="Text to score: .txt, .jsonl or token ids.", show_default=False)],
+    text: Annotated[Path, typer.Option(help="Text to score: .txt, .json, .jsonl or token ids.", show_default=False)],
     policy: Annotated[
         list[str] | None, typer.Option("--policy", "-p", help="Policies to compare. [dim]default: all shipped ones[/]")
     ] = None,
@@ -20,7 +20,7 @@ def command(
     checkpoint: CheckpointFolder = None,
     trace_timeout: TraceTimeout = 120.0,
     samples: Annotated[int, typer.Option(help="Pieces of text to score.", min=1)] = 64,
-    length: Annotated[int, typer.Option(help="Tokens a piece.", min=2)] = 256,
+    seq_len: Annotated[int, typer.Option(help="Most tokens of a piece.", min=2)] = 256,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON alone on stdout.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
 ) -> None:
@@ -31,7 +31,7 @@ def command(
 
     options = CompileOptions(calib=calib, checkpoint=checkpoint, trace_timeout=trace_timeout)
     names = policy or shipped_policies()
-    results = compare(model, names, text, options, samples, length, reporter(quiet or as_json))
+    results = compare(model, names, text, options, samples, seq_len, reporter(quiet or as_json))
     if as_json:
         print_json({name: result.as_json() | {"bytes": nbytes} for name, (result, nbytes) in results.items()})
         return

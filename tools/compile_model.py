@@ -37,7 +37,11 @@ from fxquant.tools.compile_options import (
 from fxquant.tools.console import console, print_json, reporter, size
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from fxquant.api import CompileReport
+
+UNSEEN_NAMED = 4
 
 
 def command(
@@ -50,8 +54,9 @@ def command(
     mix: Mix = None,
     export: Export = True,
     calib: CalibrationFile = None,
-    calib_samples: Annotated[int, typer.Option(help="Batches to calibrate on.", min=1)] = 32,
-    calib_length: Annotated[int, typer.Option(help="Tokens a batch of text.", min=2)] = 256,
+    samples: Annotated[int, typer.Option(help="Documents to calibrate on.", min=1)] = 32,
+    seq_len: Annotated[int, typer.Option(help="Most tokens of a document.", min=2)] = 256,
+    batch_size: Annotated[int, typer.Option(help="Documents to calibrate on at a time.", min=1)] = 1,
     calibration: SavedCalibration = None,
     checkpoint: CheckpointFolder = None,
     trace_timeout: TraceTimeout = 120.0,
@@ -75,9 +80,9 @@ def command(
     from fxquant.api import CompileOptions, compile
 
     options = CompileOptions(
-        policy, out, parse_target(target), calib, calib_samples, calib_length, checkpoint, trace_timeout,
+        policy, out, parse_target(target), calib, samples, seq_len, checkpoint, trace_timeout,
         parse_size(max_shard_size), force, verify, kv_cache, tp, parse_mtp(mtp), mix, export,
-        calibration, parse_workers(engine, jobs, address), reuse, restart,
+        calibration, parse_workers(engine, jobs, address), reuse, restart, batch_size,
     )  # fmt: skip
     report = compile(model, options, reporter(quiet or as_json))
     print_json(as_document(report)) if as_json else print_report(report)
@@ -97,8 +102,26 @@ def as_document(report: "CompileReport") -> dict:
         "idle_rules": [str(rule) for rule in report.idle_rules],
         "files": {file.name: file.nbytes for file in report.output.files},
         "bytes": asdict(report.output.work),
+        "expert_tokens": {module: counts.tolist() for module, counts in routed(report).items()},
         "verification": report.verification.as_json() if report.verification else None,
     }
+
+
+def routed(report: "CompileReport") -> "dict[str, Tensor]":
+    """Module that routes → int64 [E]: how many calibration tokens each expert saw."""
+    return report.calibration.experts if report.calibration else {}
+
+
+def unseen_line(report: "CompileReport") -> str:
+    """How many experts no calibration token went to, and the first of them; nothing where there is none."""
+    counts = routed(report)
+    names = [f"{module}: {i}" for module, seen in counts.items() for i in (seen == 0).nonzero().flatten().tolist()]
+    if not names:
+        return ""
+    first = ", ".join(names[:UNSEEN_NAMED]) + (", …" if len(names) > UNSEEN_NAMED else "")
+    return (
+        f"{len(names):,} of {sum(map(len, counts.values())):,} experts saw no token of the calibration text ({first})"
+    )
 
 
 def written_line(report: "CompileReport") -> str:
@@ -123,6 +146,8 @@ def print_report(report: "CompileReport", console: Console = console) -> None:
     for rule in report.idle_rules:
         reason = "optional" if rule.optional else "overridden"
         console.print(f"[dim]rule “{rule}” decided nothing ({reason})[/]", highlight=False)
+    if unseen := unseen_line(report):
+        console.print(f"[yellow]{unseen}[/]", highlight=False)
     if report.verification:
         console.print(verification_table(report.verification))
     written = sum(file.nbytes for file in report.output.files)

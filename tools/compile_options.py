@@ -41,7 +41,9 @@ Mix = Annotated[
 ]
 CalibrationFile = Annotated[
     Path | None,
-    typer.Option(help="Calibration .txt, .jsonl, or token ids. [dim]default: calibration.jsonl beside the model[/]"),
+    typer.Option(
+        help="Calibration .txt, .json, .jsonl or token ids. [dim]default: calibration.jsonl beside the model[/]"
+    ),
 ]
 SavedCalibration = Annotated[
     Path | None,

@@ -11,12 +11,12 @@ from fxquant.tools.console import console, print_json, reporter
 
 def command(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A compiled folder.", show_default=False)],
-    text: Annotated[Path, typer.Option(help="Text to score: .txt, .jsonl or token ids.", show_default=False)],
+    text: Annotated[Path, typer.Option(help="Text to score: .txt, .json, .jsonl or token ids.", show_default=False)],
     against: Annotated[
         Path | None, typer.Option(help="The float model. [dim]default: the path in the manifest[/]")
     ] = None,
     samples: Annotated[int, typer.Option(help="Pieces of text to score.", min=1)] = 64,
-    length: Annotated[int, typer.Option(help="Tokens a piece.", min=2)] = 256,
+    seq_len: Annotated[int, typer.Option(help="Most tokens of a piece.", min=2)] = 256,
     engine: Annotated[
         bool, typer.Option("--engine", help="Also as the engine computes it, exactly and with device rounding.")
     ] = False,
@@ -28,8 +28,8 @@ def command(
     from fxquant.tools.figures import FIGURES, figures, intervals
 
     report = reporter(quiet or as_json)
-    result = evaluate(out, text, against, samples, length, report)
-    engines = engine_perplexities(out, text, samples, length, report) if engine else {}
+    result = evaluate(out, text, against, samples, seq_len, report)
+    engines = engine_perplexities(out, text, samples, seq_len, report) if engine else {}
     if as_json:
         print_json(result.as_json() | ({"engine": engines} if engine else {}))
         return

@@ -1,0 +1,66 @@
+"""Documents run together: padded on the right, with what is padding known to every statistic."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+from torch.nn.functional import pad as padded
+
+from fxquant.errors import FxquantError
+
+
+@dataclass(frozen=True)
+class Batch:
+    """ids int64 [B, S]; mask int64 [B, S], 1 on tokens and 0 on the padding after them.
+
+    Attention is causal, so no token ever sees the padding to its right.
+    """
+
+    ids: Tensor
+    mask: Tensor
+
+    @property
+    def tokens(self) -> int:
+        """How many are no padding."""
+        return int(self.mask.sum())
+
+
+def batched(documents: Sequence[Tensor], size: int, pad: int) -> list[Batch]:
+    """`size` documents, int64 [1, L] each, a batch, in their order; shorter ones are filled up with the id `pad`."""
+    return [_batch(documents[start : start + size], pad) for start in range(0, len(documents), size)]
+
+
+def real_tokens(value: Tensor, mask: Tensor) -> Tensor:
+    """Rows of `value` [B, S, k], or [B·S, k], that are no padding: [tokens, k]."""
+    rows = value.flatten(0, -2)
+    if mask.all():
+        return rows
+    if len(rows) != mask.numel():
+        fact = f"a layer has {len(rows)} rows of input for {mask.numel()} positions: padding can't be told apart."
+        raise FxquantError("--batch-size", fact, "Take --batch-size 1.")
+    return rows[mask.flatten() != 0]
+
+
+def count_experts(
+    counts: dict[str, Tensor], gate: fx.Node, values: Sequence[tuple[Tensor, Tensor]], batches: Sequence[Batch]
+) -> None:
+    """Add to `counts`, module → int64 [E], how many tokens chose each expert of a `fxq::moe_gate`.
+
+    `values` are what the gate gave for each batch: expert ids int64 [B, S, K] or [B·S, K], and their weights. Padding
+    chooses none.
+    """
+    experts = gate.args[0].meta["val"].shape[-1]  # type: ignore[union-attr]
+    module = gate.meta["module"]
+    for (ids, _), batch in zip(values, batches, strict=True):
+        chosen = torch.bincount(real_tokens(ids, batch.mask).flatten(), minlength=experts)
+        counts[module] = counts.get(module, 0) + chosen
+
+
+def _batch(documents: Sequence[Tensor], pad: int) -> Batch:
+    width = max(ids.shape[1] for ids in documents)
+    return Batch(_filled(documents, width, pad), _filled([torch.ones_like(ids) for ids in documents], width, 0))
+
+
+def _filled(rows: Sequence[Tensor], width: int, value: int) -> Tensor:
+    return torch.cat([padded(row, (0, width - row.shape[1]), value=value) for row in rows])
