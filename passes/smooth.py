@@ -17,7 +17,7 @@ from fxquant.schemes import Recipe
 from fxquant.smooth_rule import PairKind, SmoothMethod
 from fxquant.smoothing import Smoothing
 
-SEARCH_EXPERTS = 4
+SEARCH_EXPERTS = 2
 """Of a stack of experts a search looks at so many, evenly spaced."""
 RealTokens = Callable[[list[Tensor]], Tensor]
 """A value [batch, length, k] of each batch → float32 [tokens, k] without padding."""
