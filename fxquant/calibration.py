@@ -37,12 +37,14 @@ class Seen:
     weights  "float", or "rounded" and the hash of the recipes that rounded them
     text     XXH3-128 of the batches of token ids
     smooth   hash of what was smoothed and how, "" for nothing
+    kept     what was kept of each input: "extremes", "percentile 99.99" or "histogram"
     """
 
     graph: str
     weights: str
     text: str
     smooth: str = ""
+    kept: str = "extremes"
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Calibration:
     """Raw ranges.
 
     tokens     int64 [batches]: tokens in each batch, padding not counted
-    ranges     module → smallest and largest input in each batch, float32 [batches] each, of the smoothed graph
+    ranges     module → smallest and largest input in each batch, float32 [batches] each, or one of each for all
     experts    module that routes → int64 [E]: tokens that went to each expert, over all batches
     smoothing  what was smoothed before they were observed
     """
@@ -84,14 +86,15 @@ def load_calibration(path: Path) -> Calibration:
         raise FxquantError(path, "no such file.", "Name the calibration.safetensors of an output.")
     infos, metadata = read_header(path), read_metadata(path)
     try:
-        seen = Seen(*(metadata[key] for key in ("graph", "weights", "text", "smooth")))
+        seen = Seen(*(metadata[key] for key in ("graph", "weights", "text", "smooth", "kept")))
         modules = [name.removesuffix(LOW) for name in infos if name.endswith(LOW)]
         ranges = {module: (infos[module + LOW].read(), infos[module + HIGH].read()) for module in modules}
         tokens, smoothing = infos[TOKENS].read(), read_smoothing(path, infos, metadata)
         experts = {name.removesuffix(EXPERTS): infos[name].read() for name in infos if name.endswith(EXPERTS)}
     except KeyError as error:
         raise FxquantError(path, f"not a calibration file: it has no {error.args[0]}.", AGAIN) from None
-    shapes = {tuple(tensor.shape) for pair in ranges.values() for tensor in pair} | {tuple(tokens.shape)}
+    values = tuple(tokens.shape) if seen.kept == Seen.kept else (1,)
+    shapes = {tuple(tensor.shape) for pair in ranges.values() for tensor in pair} | {values}
     dtypes = {tensor.dtype for pair in ranges.values() for tensor in pair} | {torch.float32}
     if len(shapes) != 1 or len(dtypes) != 1 or tokens.dtype is not torch.int64 or tokens.ndim != 1 or not len(tokens):
         raise FxquantError(path, "not a calibration file: its tensors are not one value a batch.", AGAIN)

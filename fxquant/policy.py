@@ -19,18 +19,24 @@ from fxquant.smooth_rule import PATTERN, NormBias, PairKind, SmoothRule
 
 LEAVE_OUT: Literal["LEAVE_OUT"] = "LEAVE_OUT"
 """Not a scheme: the tensors of the selected modules are left out of the output."""
+PERCENTILE = 99.99
+"""Of a policy that says `activation_statistic: percentile` and no more."""
 GROUP_SIZES = (0, 32, 64, 128, 256)
 
 
 class ActivationStatistic(StrEnum):
-    """How the ranges of all calibration batches become one.
+    """How the inputs that calibration saw become one range.
 
     MIN_MAX     smallest minimum and largest maximum, scale formed in float32
     BATCH_MEAN  mean minimum and mean maximum over batches, everything in the model's dtype
+    PERCENTILE  the values that `percentile` per cent of all values do not pass, on either side
+    HISTOGRAM   the range with the least mean squared error of its int8, over a histogram
     """
 
     MIN_MAX = "min_max"
     BATCH_MEAN = "batch_mean"
+    PERCENTILE = "percentile"
+    HISTOGRAM = "histogram"
 
 
 class MtpMode(StrEnum):
@@ -102,6 +108,7 @@ class PolicyFile(BaseModel):
     description: str = ""
     extends: str | None = None
     activation_statistic: ActivationStatistic | None = None
+    percentile: float | None = Field(default=None, gt=50, le=100)
     calibration_weights: CalibrationWeights | None = None
     smooth: list[SmoothRule] | None = None
     norm_bias: NormBias | None = None
@@ -120,6 +127,7 @@ class Policy:
     inherited: tuple[Rule, ...] = ()
     smooth: tuple[SmoothRule, ...] = ()
     norm_bias: NormBias = "shifted"
+    percentile: float = PERCENTILE
 
     @property
     def rules(self) -> tuple[Rule, ...]:
@@ -187,13 +195,14 @@ def _load(name: str, ancestors: tuple[str, ...]) -> Policy:
     statistic = document.activation_statistic or (parent and parent.activation_statistic) or ActivationStatistic.MIN_MAX
     weights = document.calibration_weights or (parent and parent.calibration_weights) or CalibrationWeights.FLOAT
     smooth = tuple(document.smooth) if document.smooth is not None else parent.smooth if parent else ()
+    percentile = document.percentile or (parent.percentile if parent else PERCENTILE)
     norm_bias = document.norm_bias or (parent.norm_bias if parent else "shifted")
     title = Path(name).stem if name.endswith((".yaml", ".yml")) else name
     own, inherited = tuple(document.rules), parent.rules if parent else ()
     sizes = {rule.group_size for rule in own if rule.scheme is Scheme.W4A8_DYNAMIC}
     if len(sizes) > 1:
         raise FxquantError(place, f"group sizes {sorted(sizes)}.", "A weight file has one group_size: choose one.")
-    return Policy(title, document.description, statistic, weights, own, inherited, smooth, norm_bias)
+    return Policy(title, document.description, statistic, weights, own, inherited, smooth, norm_bias, percentile)
 
 
 def _beside(extends: str, name: str) -> str:

@@ -14,7 +14,7 @@ from fxquant.kernels.activation import static_parameters
 from fxquant.passes.base import Pass, PassResult
 from fxquant.passes.calibration_run import CalibrationRun
 from fxquant.passes.linears import linear_sites
-from fxquant.passes.observe import combine
+from fxquant.passes.observe import combine, observer_of
 from fxquant.policy import CalibrationWeights, Policy
 from fxquant.program import Program, input_node
 from fxquant.progress import Reporter, silent
@@ -65,11 +65,13 @@ class Calibrate(Pass):
         """The calibration handed in, if it is of this graph, of such weights, and has every module."""
         assert self.given is not None
         graph, weights = structural_hash(program), self._weights(program)
+        kept, _ = observer_of(self.policy)
         seen, missing = self.given.seen, sorted(set(inputs) - set(self.given.ranges))
         facts = {
             f"graph {seen.graph[:12]}, the model's is {graph[:12]}": seen.graph == graph,
             f"{seen.weights} weights, policy {self.policy.name} wants {weights}": seen.weights == weights,
             f"smoothed otherwise than policy {self.policy.name} says": seen.smooth == pairs_hash(program),
+            f"{seen.kept} of each input, policy {self.policy.name} wants {kept}": seen.kept == kept,
             f"no range of {missing[0] if missing else ''}": not missing,
         }
         wrong = next((fact for fact, holds in facts.items() if not holds), None)
@@ -83,12 +85,13 @@ class Calibrate(Pass):
             what = "smoothing needs" if program.pairs else "static schemes need"
             raise FxquantError(f"policy {self.policy.name}", f"{what} calibration text, none given.", WAY_OUT)
         batches = batched(documents, self.batch_size, self.pad)
-        seen = Seen(structural_hash(program), self._weights(program), text_hash(batches), pairs_hash(program))
+        kept, observer = observer_of(self.policy)
+        seen = Seen(structural_hash(program), self._weights(program), text_hash(batches), pairs_hash(program), kept)
         for known in self.earlier:
             if known.seen == seen and set(inputs) <= set(known.ranges):
                 return known
         rounded = self.policy.calibration_weights is CalibrationWeights.ROUNDED
-        run = CalibrationRun(program, self.source, batches, rounded)
+        run = CalibrationRun(program, self.source, batches, observer, rounded)
         run.observe({node for nodes in inputs.values() for node in nodes}, self.report)
         tokens = torch.tensor([batch.tokens for batch in batches])
         ranges = {module: run.extremes(nodes) for module, nodes in inputs.items()}

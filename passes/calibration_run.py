@@ -11,6 +11,7 @@ from fxquant.batches import Batch, count_experts, real_tokens
 from fxquant.checkpoint import Checkpoint
 from fxquant.errors import FxquantError
 from fxquant.execute import execute, prefill_inputs
+from fxquant.passes.observe import Extremes, Observer
 from fxquant.passes.smooth import Smoother
 from fxquant.program import Program
 from fxquant.progress import Reporter
@@ -20,15 +21,17 @@ from fxquant.weights import RoundedReader
 class CalibrationRun:
     """Smooths `program.pairs` as their values come, and observes inputs of linears. Padding counts in nothing.
 
-    ranges   node → smallest and largest value in each batch
+    ranges   node → what the observer keeps of its values
     experts  module that routes → int64 [E]: tokens that went to each expert
     """
 
-    def __init__(self, program: Program, source: Checkpoint, batches: Sequence[Batch], rounded: bool) -> None:
+    def __init__(
+        self, program: Program, source: Checkpoint, batches: Sequence[Batch], observer: Observer, rounded: bool
+    ) -> None:
         self.smoother = Smoother(program, source, self._rows)
-        self.ranges: dict[fx.Node, tuple[list[Tensor], list[Tensor]]] = {}
+        self.ranges: dict[fx.Node, Extremes] = {}
         self.experts: dict[str, Tensor] = {}
-        self._program, self._batches, self._rounded = program, batches, rounded
+        self._program, self._batches, self._observer, self._rounded = program, batches, observer, rounded
 
     def observe(self, wanted: Collection[fx.Node], report: Reporter) -> None:
         """Run, and see the range of each of `wanted`. Raises FxquantError for NaN and infinity."""
@@ -37,8 +40,7 @@ class CalibrationRun:
         def see(node: fx.Node, values: list[Any]) -> None:
             self.smoother.observe(node, values)
             if node in wanted:
-                real = self._real(values)
-                self.ranges[node] = ([value.min() for value in real], [value.max() for value in real])
+                self.ranges[node] = self._observer(self._real(values))
                 if not torch.isfinite(torch.stack([*self.ranges[node][0], *self.ranges[node][1]])).all():
                     fact = "calibration gave NaN or infinity."
                     raise FxquantError(node.name, fact, "Check the checkpoint's weights.")
@@ -50,7 +52,7 @@ class CalibrationRun:
             execute(program, RoundedReader(program, read) if self._rounded else read, inputs, see, advance)
 
     def extremes(self, nodes: Sequence[fx.Node]) -> tuple[Tensor, Tensor]:
-        """Of a linear that is called on each of `nodes`: in each batch the smallest minimum and largest maximum."""
+        """Of a linear that is called on each of `nodes`: the lower of their lows, the higher of their highs."""
         lows = [torch.stack(values).min() for values in zip(*(self.ranges[node][0] for node in nodes), strict=True)]
         highs = [torch.stack(values).max() for values in zip(*(self.ranges[node][1] for node in nodes), strict=True)]
         return torch.stack(lows), torch.stack(highs)
