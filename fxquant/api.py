@@ -84,7 +84,8 @@ def compile(model: str | Path, options: CompileOptions | None = None, report: Re
     options.workers.check()
     work = Work(options.workers, options.earlier_output(out), options.restart)
     known = [unfinished_folder(out)] if not options.restart else []
-    prepared = prepare(source, policy, options, report, known=known + ([work.reuse] if work.reuse else []))
+    known += [work.reuse] if work.reuse else []
+    prepared = prepare(source, policy, options, report, known=known)
     with write_output(_contents(prepared, options), out, work, report) as output:
         verification = None
         if options.verify:
@@ -114,7 +115,7 @@ def _contents(prepared: Prepared, options: CompileOptions) -> Contents:
     return Contents(
         program=prepared.program,
         checkpoint=prepared.checkpoint,
-        producer=CheckpointProducer(prepared.checkpoint, stamps),
+        producer=CheckpointProducer(prepared.checkpoint, stamps, prepared.solved),
         stamps=stamps,
         sources={file.name: SourceFile(header=s.header, size=s.size) for file, s in sorted(stamps.items())},
         calibration=prepared.calibration,

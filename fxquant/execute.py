@@ -1,6 +1,6 @@
 """Run a program on CPU, node by node over all batches at once, with one node's weights in memory."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from fxquant.program import Program
 from fxquant.progress import Advance
 from fxquant.weights import LazyStack, Read, load
 
-Observer = Callable[[fx.Node, list[Any]], None]
+Observer = Callable[[fx.Node, list[Any], Mapping[fx.Node, list[Any]]], None]
 
 
 @torch.no_grad()
@@ -26,8 +26,8 @@ def execute(
     """Outputs of each batch of flat inputs, in the order of the graph's placeholders.
 
     Each weight is read once for all batches and dropped after its last use; a stack of experts is read expert by
-    expert. `observe` sees every call with its value for each batch, and may replace an item. `dtype` is that of the
-    float weights and caches.
+    expert. `observe` sees every call with its value for each batch, and may replace an item; its third argument has
+    the values of the call's inputs. `dtype` is that of the float weights and caches.
     """
     values: dict[fx.Node, list[Any]] = {}
     placeholders = 0
@@ -46,7 +46,7 @@ def execute(
                     values[source] = [load(program, str(source.target), read, dtype)] * len(batches)
             values[node] = [call(node, _of_batch(values, i)) for i in range(len(batches))]
             if observe:
-                observe(node, values[node])
+                observe(node, values[node], values)
         for dead in last_use.get(node, ()):
             values.pop(dead, None)
     raise AssertionError("a graph ends in an output node")

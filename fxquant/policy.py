@@ -39,6 +39,14 @@ class ActivationStatistic(StrEnum):
     HISTOGRAM = "histogram"
 
 
+class UnseenExperts(StrEnum):
+    """What GPTQ does for an expert that no calibration token chose: stop, take all tokens, or least squares instead."""
+
+    ERROR = "error"
+    ALL_TOKENS = "all_tokens"
+    LEAST_SQUARES = "least_squares"
+
+
 class MtpMode(StrEnum):
     """What a user asks of multi-token prediction layers: absent, as in the checkpoint, or in dynamic int8."""
 
@@ -112,6 +120,7 @@ class PolicyFile(BaseModel):
     calibration_weights: CalibrationWeights | None = None
     smooth: list[SmoothRule] | None = None
     norm_bias: NormBias | None = None
+    unseen_experts: UnseenExperts | None = None
     rules: list[Rule] = Field(default_factory=list)
 
 
@@ -128,6 +137,7 @@ class Policy:
     smooth: tuple[SmoothRule, ...] = ()
     norm_bias: NormBias = "shifted"
     percentile: float = PERCENTILE
+    unseen_experts: UnseenExperts = UnseenExperts.ERROR
 
     @property
     def rules(self) -> tuple[Rule, ...]:
@@ -196,13 +206,16 @@ def _load(name: str, ancestors: tuple[str, ...]) -> Policy:
     weights = document.calibration_weights or (parent and parent.calibration_weights) or CalibrationWeights.FLOAT
     smooth = tuple(document.smooth) if document.smooth is not None else parent.smooth if parent else ()
     percentile = document.percentile or (parent.percentile if parent else PERCENTILE)
+    unseen = document.unseen_experts or (parent.unseen_experts if parent else UnseenExperts.ERROR)
     norm_bias = document.norm_bias or (parent.norm_bias if parent else "shifted")
     title = Path(name).stem if name.endswith((".yaml", ".yml")) else name
     own, inherited = tuple(document.rules), parent.rules if parent else ()
     sizes = {rule.group_size for rule in own if rule.scheme is Scheme.W4A8_DYNAMIC}
     if len(sizes) > 1:
         raise FxquantError(place, f"group sizes {sorted(sizes)}.", "A weight file has one group_size: choose one.")
-    return Policy(title, document.description, statistic, weights, own, inherited, smooth, norm_bias, percentile)
+    return Policy(
+        title, document.description, statistic, weights, own, inherited, smooth, norm_bias, percentile, unseen
+    )
 
 
 def _beside(extends: str, name: str) -> str:

@@ -32,6 +32,7 @@ from fxquant.policy import MtpMode, Policy
 from fxquant.program import Program
 from fxquant.program_file import dump_program
 from fxquant.progress import Reporter, silent
+from fxquant.solved import SolvedCodes
 from fxquant.structure import structural_hash
 from fxquant.targets import Target
 from fxquant.text import load_batches, pad_id
@@ -103,6 +104,7 @@ class Prepared:
     structural_hash: str
     calibration: Calibration | None = None
     passes: list[PassResult] = field(default_factory=list)
+    solved: SolvedCodes | None = None
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -117,14 +119,17 @@ def prepare(
     report: Reporter = silent,
     for_engine: bool = True,
     known: Sequence[Path] = (),
+    solved: SolvedCodes | None = None,
 ) -> Prepared:
     """Trace, check against the checkpoint, and run the pass pipeline; `for_engine` with the target's contract.
 
-    `known`: folders that may hold a calibration on the same text, which need not be repeated then.
+    `known`: folders that may hold a calibration on the same text, which need not be repeated then. `solved`: where
+    codes that calibration finds are kept; None: as long as what is prepared.
     """
     layers = mtp_modules(source.checkpoint, mtp_paths(source.config))
     policy = policy if options.mtp is None else with_mtp(policy, options.mtp, layers)
     calibrate = _calibrate(source, policy, options, report, known)
+    calibrate.solved = solved
     with report("trace", 1, "graph") as advance:
         program = source.program()
         advance(1)
@@ -132,7 +137,7 @@ def prepare(
     float_graph, digest = dump_program(program), structural_hash(program)
     results = run_passes(program, passes_for(source, policy, options, layers, calibrate, for_engine))
     ledger = build_ledger(program, source.checkpoint)
-    return Prepared(source, policy, program, ledger, float_graph, digest, calibrate.used, results)
+    return Prepared(source, policy, program, ledger, float_graph, digest, calibrate.used, results, calibrate.solved)
 
 
 def smoothed_source(checkpoint: Checkpoint, calibration: Calibration | None) -> Checkpoint:

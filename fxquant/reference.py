@@ -9,10 +9,19 @@ from torch import Tensor
 from fxquant.reference_search import searched_codes
 from fxquant.schemes import Recipe, WeightAlgorithm, tensor_specs
 
+FEEDBACK_ERROR = 16
+"""Of GPTQ's rows against rounding to nearest: the most seen on the trained models is below 4."""
 
-def expected_tensors(recipe: Recipe, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
-    """Every tensor that one module of `recipe` owns, except the calibrated ones, from its weight [n, k]."""
+
+def expected_tensors(
+    recipe: Recipe, weight: Tensor, bias: Tensor | None, found: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Every tensor that one module of `recipe` owns, except the calibrated ones, from its weight [n, k].
+
+    `found`: codes int8 [n, k] that calibration found, for GPTQ; all but these follows from the weight.
+    """
     codes, scales, seconds = _expected_codes(recipe, weight)
+    codes = codes if found is None else found.float()
     n, groups = seconds.shape
     packed = recipe.int4 and recipe.dialect.packed
     expected = {
@@ -44,6 +53,25 @@ def _expected_codes(recipe: Recipe, weight: Tensor) -> tuple[Tensor, Tensor, Ten
             made.append(_two_level_row(row.float(), recipe.group_size))
     codes, scales, seconds = (torch.stack(column) for column in zip(*made, strict=True))
     return codes, scales, seconds
+
+
+def wrong_codes(recipe: Recipe, weight: Tensor, found: Tensor) -> str | None:
+    """Why codes that calibration found cannot be those of the weight [n, k], or None.
+
+    They must be ones that the form can hold. And though GPTQ does not seek the nearest code, it stays near: the squared
+    error of a row is below `FEEDBACK_ERROR` times that of the nearest codes, or a thousandth of the row.
+    """
+    codes, scales, seconds = _expected_codes(recipe, weight)
+    wide = seconds.repeat_interleave(codes.shape[1] // seconds.shape[1], 1)
+    limit = 7 if recipe.int4 else 127
+    if bool((found > limit).any() | (found < -limit - 1).any()):
+        return f"a code is outside {-limit - 1} … {limit}"
+    if recipe.group_size and bool(((found * wide).abs() > 119).any()):
+        return "a code times its second scale is beyond 119"
+    steps, wanted = scales.view(-1, 1) * wide, weight.float()
+    error, least = (((one * steps - wanted) ** 2).sum(1) for one in (found.float(), codes))
+    far = error > torch.maximum(FEEDBACK_ERROR * least, 1e-3 * (wanted**2).sum(1))
+    return f"row {int(far.nonzero()[0])} is far from the source's" if bool(far.any()) else None
 
 
 def contradiction(

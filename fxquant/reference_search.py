@@ -17,9 +17,7 @@ Chosen = tuple[Tensor, Tensor, Tensor]
 
 
 def searched_codes(recipe: Recipe, weight: Tensor) -> Chosen:
-    """Codes, scales and second scales of a weight [n, k], by clip or least squares."""
-    if recipe.algorithm not in (WeightAlgorithm.CLIP, WeightAlgorithm.LEAST_SQUARES):
-        raise ValueError(f"no reference for {recipe.algorithm}")
+    """Codes, scales and second scales of a weight [n, k], by clip or least squares, whose scales GPTQ has."""
     made = [_searched(recipe, rows.float()) for rows in weight.split(ROWS)]
     codes, scales, seconds = (torch.cat(column) for column in zip(*made, strict=True))
     return codes, scales, seconds
@@ -34,7 +32,7 @@ def _searched(recipe: Recipe, rows: Tensor) -> Chosen:
         better = (tried > 0) & (error < errors)
         scales, errors = torch.where(better, tried, scales), torch.where(better, error, errors)
         places = torch.where(better, place, places)
-    if recipe.algorithm is WeightAlgorithm.LEAST_SQUARES:
+    if recipe.algorithm is not WeightAlgorithm.CLIP:
         scales = _fitted(form, scales, errors, places)
     return form.codes(scales)
 

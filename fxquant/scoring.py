@@ -103,6 +103,8 @@ def compare(
     original = (source.program(), Cached(source.checkpoint.read))
     made = [prepare(source, load_policy(name), options, report, for_engine=False) for name in policies]
     sizes = [sum(tensor.nbytes for tensor in stored_tensors(one.program, one.checkpoint)) for one in made]
-    quantized = [(one.program, Cached(RecipeReader(one.program, one.checkpoint), COMPARE_CACHE)) for one in made]
+    quantized = [
+        (one.program, Cached(RecipeReader(one.program, one.checkpoint, one.solved), COMPARE_CACHE)) for one in made
+    ]
     results = evaluate_programs(original, quantized, batches, report)
     return dict(zip(policies, zip(results, sizes, strict=True), strict=True))

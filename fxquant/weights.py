@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from fxquant.checkpoint import Checkpoint
+from fxquant.errors import FxquantError
 from fxquant.kernels.weight import pack_int4
 from fxquant.program import Program
-from fxquant.schemes import Recipe, tensor_specs
+from fxquant.schemes import Recipe, WeightAlgorithm, tensor_specs
+from fxquant.solved import Codes
 
 Read = Callable[[str], Tensor]
 
@@ -59,10 +61,13 @@ def load(program: Program, target: str, read: Read, dtype: torch.dtype = torch.f
 
 
 class RecipeReader:
-    """Makes the tensors of the weight file from the checkpoint, module by module, without writing them."""
+    """Makes the tensors of the weight file from the checkpoint, module by module, without writing them.
 
-    def __init__(self, program: Program, checkpoint: Checkpoint) -> None:
-        self._checkpoint = checkpoint
+    `codes`: where those that calibration found come from.
+    """
+
+    def __init__(self, program: Program, checkpoint: Checkpoint, codes: Codes | None = None) -> None:
+        self._checkpoint, self._codes = checkpoint, codes
         self._owners: dict[str, tuple[Recipe, str]] = {
             f"{module}.{suffix}": (recipe, module)
             for recipe in program.recipes.values()
@@ -76,16 +81,26 @@ class RecipeReader:
             return self._checkpoint.read(name)
         recipe, module = self._owners[name]
         if self._last[0] != module:
-            self._last = (module, make_module(recipe, module, self._checkpoint.read))
+            self._last = (module, make_module(recipe, module, self._checkpoint.read, self._codes))
         return self._last[1][name.removeprefix(module + ".")]
 
 
-def make_module(recipe: Recipe, module: str, read: Read) -> dict[str, Tensor]:
+def make_module(recipe: Recipe, module: str, read: Read, codes: Codes | None = None) -> dict[str, Tensor]:
     """All tensors of one of `recipe.modules`, by suffix."""
     from fxquant.kernels.recipe import make_tensors
 
     bias = read(f"{module}.bias") if recipe.bias else None
-    return make_tensors(recipe, f"{module}.weight", read(f"{module}.weight"), bias)
+    found = codes_of(recipe, module, codes)
+    return make_tensors(recipe, f"{module}.weight", read(f"{module}.weight"), bias, found)
+
+
+def codes_of(recipe: Recipe, module: str, codes: Codes | None) -> Tensor | None:
+    """Those that calibration found for a module, where the recipe takes them."""
+    if recipe.algorithm is not WeightAlgorithm.GPTQ:
+        return None
+    if codes is None:
+        raise FxquantError(f"layer {module}", "its codes come from calibration, and none ran.", "Pass --calib TEXT.")
+    return codes(module)
 
 
 class RoundedReader:

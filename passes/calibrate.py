@@ -15,10 +15,13 @@ from fxquant.passes.base import Pass, PassResult
 from fxquant.passes.calibration_run import CalibrationRun
 from fxquant.passes.linears import linear_sites
 from fxquant.passes.observe import combine, observer_of
+from fxquant.passes.solve import solved_modules
 from fxquant.policy import CalibrationWeights, Policy
 from fxquant.program import Program, input_node
 from fxquant.progress import Reporter, silent
 from fxquant.schemes import Recipe
+from fxquant.solved import SolvedCodes
+from fxquant.source_reader import checkpoint_files, stamp_files
 from fxquant.structure import structural_hash
 
 WAY_OUT = "Pass --calib FILE, put calibration.jsonl beside the model, or use deepseek_w4a8_dynamic."
@@ -32,7 +35,7 @@ class Calibrate(Pass):
     pair on, on the smoothed ones. `batches` gives documents, token ids int64 [1, length]; it is asked, and None is an
     error, only if a scheme is static or a pair is there, and no `given` calibration takes its place. `batch_size` of
     them run together, filled up with the id `pad`. `earlier` are calibrations of other runs: one that saw the same
-    saves the forward. `used` has the ranges and the smoothing.
+    saves the forward. `used` has the ranges and the smoothing. Codes of GPTQ are written to `solved`.
     """
 
     policy: Policy
@@ -44,6 +47,7 @@ class Calibrate(Pass):
     used: Calibration | None = None
     batch_size: int = 1
     pad: int = 0
+    solved: SolvedCodes | None = None
     name = "calibrate"
 
     def apply(self, program: Program) -> PassResult:
@@ -52,7 +56,7 @@ class Calibrate(Pass):
             recipe = program.recipes.get(site.module)
             if recipe is not None and recipe.scheme.static:
                 inputs.setdefault(site.module, []).append(input_node(site.node, 0))
-        if not inputs and not program.pairs and not program.added:
+        if not inputs and not program.pairs and not program.added and not any(solved_modules(program)):
             return PassResult(self.name)
         self.used = self._given(program, inputs) if self.given else self._calibrated(program, inputs)
         for module in inputs:
@@ -74,6 +78,7 @@ class Calibrate(Pass):
             f"{seen.kept} of each input, policy {self.policy.name} wants {kept}": seen.kept == kept,
             f"no range of {missing[0] if missing else ''}": not missing,
         }
+        facts["no codes of GPTQ"] = not any(solved_modules(program))
         wrong = next((fact for fact, holds in facts.items() if not holds), None)
         if wrong is not None:
             raise FxquantError("--calibration", f"of another kind: {wrong}.", "Calibrate again: pass --calib TEXT.")
@@ -82,20 +87,28 @@ class Calibrate(Pass):
     def _calibrated(self, program: Program, inputs: dict[str, list[fx.Node]]) -> Calibration:
         documents = self.batches()
         if not documents:
-            what = "smoothing needs" if program.pairs else "static schemes need"
+            what = "smoothing needs" if program.pairs else "static schemes need" if inputs else "GPTQ needs"
             raise FxquantError(f"policy {self.policy.name}", f"{what} calibration text, none given.", WAY_OUT)
         batches = batched(documents, self.batch_size, self.pad)
         kept, observer = observer_of(self.policy)
         seen = Seen(structural_hash(program), self._weights(program), text_hash(batches), pairs_hash(program), kept)
-        for known in self.earlier:
+        for known in self.earlier if not any(solved_modules(program)) else ():
             if known.seen == seen and set(inputs) <= set(known.ranges):
                 return known
         rounded = self.policy.calibration_weights is CalibrationWeights.ROUNDED
         run = CalibrationRun(program, self.source, batches, observer, rounded)
+        if any(solved_modules(program)):
+            self.solved = self.solved or SolvedCodes.temporary()
+            run.solve(self.solved, self._solver_key(seen), self.policy.unseen_experts)
         run.observe({node for nodes in inputs.values() for node in nodes}, self.report)
         tokens = torch.tensor([batch.tokens for batch in batches])
         ranges = {module: run.extremes(nodes) for module, nodes in inputs.items()}
         return Calibration(seen, tokens, ranges, run.experts, run.smoother.smoothing)
+
+    def _solver_key(self, seen: Seen) -> str:
+        """Of codes found on this text with these weights: their files as they are, wherever they lie."""
+        stamps = stamp_files(checkpoint_files(self.source)).items()
+        return repr((seen, [(file.name, stamp) for file, stamp in stamps], self.policy.unseen_experts))
 
     def _weights(self, program: Program) -> str:
         rounded = self.policy.calibration_weights is CalibrationWeights.ROUNDED

@@ -1,6 +1,6 @@
 """One run of the float graph over calibration text, and all that is seen on the way."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,8 +13,11 @@ from fxquant.errors import FxquantError
 from fxquant.execute import execute, prefill_inputs
 from fxquant.passes.observe import Extremes, Observer
 from fxquant.passes.smooth import Smoother
+from fxquant.passes.solve import Solver
+from fxquant.policy import UnseenExperts
 from fxquant.program import Program
 from fxquant.progress import Reporter
+from fxquant.solved import SolvedCodes
 from fxquant.weights import RoundedReader
 
 
@@ -32,13 +35,20 @@ class CalibrationRun:
         self.ranges: dict[fx.Node, Extremes] = {}
         self.experts: dict[str, Tensor] = {}
         self._program, self._batches, self._observer, self._rounded = program, batches, observer, rounded
+        self._solver: Solver | None = None
+
+    def solve(self, solved: SolvedCodes, key: str, unseen: UnseenExperts) -> None:
+        """Have the run find the codes of GPTQ too, under this key."""
+        self._solver = Solver(self._program, self.smoother.checkpoint, solved, key, self._rows, unseen)
 
     def observe(self, wanted: Collection[fx.Node], report: Reporter) -> None:
         """Run, and see the range of each of `wanted`. Raises FxquantError for NaN and infinity."""
         program, read = self._program, self.smoother.checkpoint.read
 
-        def see(node: fx.Node, values: list[Any]) -> None:
+        def see(node: fx.Node, values: list[Any], live: Mapping[fx.Node, list[Any]]) -> None:
             self.smoother.observe(node, values)
+            if self._solver is not None:
+                self._solver.observe(node, live)
             if node in wanted:
                 self.ranges[node] = self._observer(self._real(values))
                 if not torch.isfinite(torch.stack([*self.ranges[node][0], *self.ranges[node][1]])).all():
@@ -60,6 +70,6 @@ class CalibrationRun:
     def _real(self, values: Sequence[Tensor]) -> list[Tensor]:
         return [real_tokens(value, batch.mask) for value, batch in zip(values, self._batches, strict=True)]
 
-    def _rows(self, values: list[Tensor]) -> Tensor:
-        """float32 [tokens, k] of all batches."""
-        return torch.cat([value.flatten(0, -2) for value in self._real(values)]).float()
+    def _rows(self, values: Sequence[Tensor]) -> Tensor:
+        """[tokens, k] of all batches."""
+        return torch.cat([value.flatten(0, -2) for value in self._real(values)])

@@ -9,7 +9,7 @@ from torch import Tensor
 from fxquant.errors import FxquantError
 from fxquant.kernels import weight as kernels
 from fxquant.kernels.activation import encode_deq_scale, fused_parameters, static_parameters
-from fxquant.kernels.int4 import int4_rows
+from fxquant.kernels.int4 import TWO_LEVEL_MAXIMUM, int4_rows
 from fxquant.kernels.int8 import int8_rows
 from fxquant.kernels.searched import searched_int4_rows, searched_int8_rows
 from fxquant.kernels.source_rows import KERNEL_DTYPES, SourceRows, rows_of
@@ -50,12 +50,22 @@ class _Rows:
             if recipe.int4:
                 return int4_rows(rows, dtype, self.codes, self.scale, self.second, self.bias)
             return int8_rows(rows, dtype, self.codes, self.scale, self.sums)
-        if algorithm not in (WeightAlgorithm.CLIP, WeightAlgorithm.LEAST_SQUARES):
-            raise ValueError(f"no kernel rounds by {algorithm}")
-        fit = algorithm is WeightAlgorithm.LEAST_SQUARES
+        fit = algorithm is not WeightAlgorithm.CLIP  # GPTQ takes the scales of least squares
         if recipe.int4:
             return searched_int4_rows(rows, dtype, fit, self.codes, self.scale, self.second, self.bias)
         return searched_int8_rows(rows, dtype, fit, self.codes, self.scale, self.sums)
+
+    def take(self, recipe: Recipe, codes: Tensor) -> None:
+        """Put `codes` int8 [n, k] in the place of those made, with all that follows from codes."""
+        if codes.shape != (len(self.scale), self.codes.shape[1]) or codes.dtype is not torch.int8:
+            raise ValueError(f"{codes.dtype}{list(codes.shape)} codes for {len(self.scale)} rows of {recipe}")
+        self.sums[:] = codes.sum(1, dtype=torch.int64).numpy()
+        packed = len(self.codes) < len(self.scale)
+        self.codes[:] = (kernels.pack_int4(codes) if packed else codes).numpy()
+        if self.bias.shape[1]:
+            scale, second = torch.from_numpy(self.scale).view(-1, 1), torch.from_numpy(self.second)
+            grouped = second if recipe.group_size else None
+            self.bias[:] = kernels.scale_bias(codes, scale, grouped, self.bias.shape[1]).numpy()
 
 
 class ModuleMaker:
@@ -74,8 +84,10 @@ class ModuleMaker:
         self._scales: list[Tensor] = []
         self._sums: list[Tensor] = []
 
-    def rows(self, source: SourceRows) -> dict[str, Tensor]:
+    def rows(self, source: SourceRows, codes: Tensor | None = None) -> dict[str, Tensor]:
         """Name suffix → these rows of every tensor that has rows, with the dtypes of `schemes.tensor_specs`.
+
+        `codes`: int8 [rows, k] in the place of the kernel's, for GPTQ.
 
         The tensors are valid until the next call, which uses their memory again. Two rows share a byte where int4 is
         packed: there, blocks have an even number of rows. Raises FxquantError for NaN or infinite weights.
@@ -90,6 +102,8 @@ class ModuleMaker:
         if bad >= 0:
             fact = f"holds NaN or infinity (row {source.start + bad})."
             raise FxquantError(self._place, fact, "Repair the checkpoint: no scale can represent it.")
+        if codes is not None:
+            self._room.take(self._recipe, codes)
         if self._static is not None:
             self._scales.append(torch.from_numpy(self._room.scale.copy()))
             self._sums.append(torch.from_numpy(self._room.sums.copy()))
@@ -118,14 +132,16 @@ class ModuleMaker:
         return {suffix: tensor for suffix, tensor in tensors.items() if suffix in self._specs}
 
 
-def make_tensors(recipe: Recipe, place: str, weight: Tensor, bias: Tensor | None = None) -> dict[str, Tensor]:
+def make_tensors(
+    recipe: Recipe, place: str, weight: Tensor, bias: Tensor | None = None, codes: Tensor | None = None
+) -> dict[str, Tensor]:
     """Name suffix → tensor, with the dtypes and shapes of `schemes.tensor_specs`.
 
-    weight [n, k] and bias [n] come in the model's dtype; `place` names the weight in errors. Raises FxquantError for
-    NaN or infinite weights.
+    weight [n, k] and bias [n] come in the model's dtype; `place` names the weight in errors; `codes` as in
+    `ModuleMaker.rows`. Raises FxquantError for NaN or infinite weights.
     """
     maker = ModuleMaker(recipe, place, bias)
-    tensors = maker.rows(rows_of(weight)) | maker.rest()
+    tensors = maker.rows(rows_of(weight), codes) | maker.rest()
     return {suffix: tensors[suffix] for suffix in tensor_specs(recipe)}
 
 
@@ -142,6 +158,26 @@ def int4_tensors(recipe: Recipe, q: Tensor, scale: Tensor, second: Tensor | None
         tensors["weight_scale_second"] = second
         tensors["weight_offset_second"] = torch.zeros_like(second, dtype=torch.int64)
     return tensors
+
+
+def fitted(recipe: Recipe, weight: Tensor, place: str) -> tuple[Tensor, Tensor, Tensor]:
+    """codes int8 [n, k], scale float32 [n], second scales float32 [n, G] (or [n, 0]) that the kernels find for a weight
+    [n, k] in the model's dtype. Raises FxquantError for NaN or infinite weights."""
+    room = _Rows.empty(recipe, len(weight), packed=False)
+    bad = room.make(recipe, rows_of(weight))
+    if bad >= 0:
+        fact = f"holds NaN or infinity (row {bad})."
+        raise FxquantError(place, fact, "Repair the checkpoint: no scale can represent it.")
+    codes, scale, second = (torch.from_numpy(made) for made in (room.codes, room.scale, room.second))
+    return codes, scale, second
+
+
+def code_limits(recipe: Recipe, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Lowest and highest code beside second scales [n, k]; of two levels, `|q4 * second|` stays within 119."""
+    if not recipe.int4:
+        return torch.full_like(second, -128), torch.full_like(second, 127)
+    within = TWO_LEVEL_MAXIMUM // second if recipe.group_size else torch.full_like(second, 8)
+    return -within.clamp(max=8), within.clamp(max=7)
 
 
 def rounded_weight(recipe: Recipe, weight: Tensor) -> Tensor:

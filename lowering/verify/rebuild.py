@@ -1,19 +1,19 @@
 """Make tensors from the source once more, with the kernels that a compile uses, and compare them with the files."""
 
 import random
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 from fxquant.checkpoint import Checkpoint
-from fxquant.lowering.layout import StoredTensor
+from fxquant.lowering.layout import StoredTensor, stored_tensors
 from fxquant.lowering.verify.report import Check
-from fxquant.lowering.verify.weights import WeightFiles
+from fxquant.lowering.verify.weights import StoredCodes, WeightFiles
 from fxquant.lowering.weights.digests import unit_on_disk
 from fxquant.lowering.weights.fill import unit_anew
 from fxquant.lowering.weights.producer import CheckpointProducer
 from fxquant.lowering.weights.unit import Place, Unit, collect_units
 from fxquant.lowering.weights.work import cores
+from fxquant.program import Program
 from fxquant.progress import Reporter
 from fxquant.source_reader import checkpoint_files, stamp_files
 
@@ -26,14 +26,15 @@ class Rebuild:
 
 
 def check_rebuild(
-    stored: Sequence[StoredTensor], files: WeightFiles, source: Checkpoint, sample: int | None, report: Reporter
+    program: Program, files: WeightFiles, source: Checkpoint, sample: int | None, report: Reporter
 ) -> Check:
     """Every unit, or a seeded `sample` of so many, derived again: all bytes must be the same. No other check need have
-    passed: a tensor that is not there, or has another size, is a miss."""
+    passed: a tensor that is not there, or has another size, is a miss. Codes of GPTQ are taken as they are stored."""
+    stored = stored_tensors(program, source)
     units = collect_units((tensor, _place(tensor, files)) for tensor in stored)
     chosen = units if sample is None or sample >= len(units) else random.Random(0).sample(units, sample)
     check = Check("rebuilt from the source ==", len(units))
-    producer = CheckpointProducer(source, stamp_files(checkpoint_files(source)))
+    producer = CheckpointProducer(source, stamp_files(checkpoint_files(source)), StoredCodes(program, files))
 
     def rebuilt(unit: Unit) -> tuple[Unit, list[str]]:
         made, there = unit_anew(unit, producer), _there(unit, files)

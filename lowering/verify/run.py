@@ -20,6 +20,7 @@ from fxquant.lowering.verify.rebuild import Rebuild, check_rebuild
 from fxquant.lowering.verify.report import Check, VerifyReport
 from fxquant.lowering.verify.smoothing import check_smoothing
 from fxquant.lowering.verify.weights import (
+    StoredCodes,
     WeightFiles,
     check_names,
     check_static,
@@ -75,7 +76,7 @@ def verify_output(
     checks += [check_config(program, folder, target), _check_contract(program, target, ranks)]
     rebuilt = []
     if rebuild is not None and source is not None:
-        rebuilt = [check_rebuild(stored, files, source, rebuild.sample, report)]
+        rebuilt = [check_rebuild(program, files, source, rebuild.sample, report)]
     if all(check.ok for check in checks):
         checks += _check_values(output, stored, report)
     if all(check.ok for check in checks):
@@ -152,7 +153,7 @@ def _check_graphs(output: _Output, report: Reporter) -> list[Check]:
         return checks
     sampled = SAMPLED_EXPERTS if output.sampled else None
     checker = EngineChecker(program, folder, reader, output.ranks, _unverified(output), sampled)
-    read = files.read if output.source is None else RecipeReader(program, output.source)
+    read = files.read if output.source is None else RecipeReader(program, output.source, StoredCodes(program, files))
     return checks + _check_graph("verify reader", checker, read, output.sampled, report)
 
 

@@ -9,15 +9,17 @@ from torch import Tensor
 
 from fxquant.checkpoint import Checkpoint
 from fxquant.errors import FxquantError
+from fxquant.hashing import hash_bytes
 from fxquant.lowering.description import description
 from fxquant.lowering.engines import Engine
 from fxquant.lowering.layout import MTP_STEM, FileLayout, StoredTensor, stored_tensors
 from fxquant.lowering.verify.report import Check
+from fxquant.ops.quantized import expand_int4
 from fxquant.program import Program
 from fxquant.progress import Advance
-from fxquant.reference import contradiction, expected_tensors
+from fxquant.reference import contradiction, expected_tensors, wrong_codes
 from fxquant.safetensors_file import TensorInfo, read_header
-from fxquant.schemes import Recipe, tensor_specs
+from fxquant.schemes import Recipe, WeightAlgorithm, tensor_specs
 
 STEMS = ("quant_model_weight", MTP_STEM)
 CALIBRATED = ("input_scale", "input_offset", "deq_scale", "quant_bias")
@@ -111,7 +113,13 @@ def _check_unit(
         return
     bias = source.read(f"{module}.bias") if recipe.bias else None
     weight = source.read(unit.name)
-    for suffix, want in expected_tensors(recipe, weight, bias).items():
+    found = None
+    if recipe.algorithm is WeightAlgorithm.GPTQ:
+        found = stored_codes(recipe, module, files)
+        reason = wrong_codes(recipe, weight, found)
+        made.expect(reason is None, f"{module}.weight: {reason}")
+        made.checked -= 1
+    for suffix, want in expected_tensors(recipe, weight, bias, found).items():
         made.expect(
             same_bytes(files.read(f"{module}.{suffix}"), want),
             f"{module}.{suffix}: {_where(files, module, suffix, want)}",
@@ -131,6 +139,27 @@ def check_static(program: Program, files: WeightFiles) -> Check:
         reason = contradiction(recipe, stored, stored.get("bias"))
         check.expect(reason is None, f"{recipe.module}: {reason}")
     return check
+
+
+class StoredCodes:
+    """The codes of every quantized module of a folder, from its weight files: of GPTQ's no source has them."""
+
+    def __init__(self, program: Program, files: WeightFiles) -> None:
+        self._recipes = {module: recipe for recipe in program.recipes.values() for module in recipe.modules}
+        self._files = files
+
+    def __call__(self, module: str) -> Tensor:
+        return stored_codes(self._recipes[module], module, self._files)
+
+    def digest(self, module: str) -> str:
+        """XXH3-128 of the module's codes, in hex."""
+        return hash_bytes(self(module).numpy().tobytes())
+
+
+def stored_codes(recipe: Recipe, module: str, files: WeightFiles) -> Tensor:
+    """int8 [n, k], unpacked."""
+    weight = files.read(f"{module}.weight")
+    return expand_int4(weight, None) if recipe.int4 and recipe.dialect.packed else weight
 
 
 def same_bytes(x: Tensor, y: Tensor) -> bool:

@@ -15,8 +15,10 @@ from fxquant.kernels.version import KERNEL_VERSION
 from fxquant.lowering.weights.unit import Unit
 from fxquant.program_file import recipe_arguments
 from fxquant.safetensors_file import NAMES, TensorInfo
-from fxquant.schemes import Recipe
+from fxquant.schemes import Recipe, WeightAlgorithm
+from fxquant.solved import Codes
 from fxquant.source_reader import FileStamp, SourceReader, Stamps
+from fxquant.weights import codes_of
 
 BLOCK_BYTES = 2 << 20
 """Source bytes that are in memory at one time for each worker, or two rows where these are longer: little enough to
@@ -40,10 +42,10 @@ class Producer(Protocol):
 
 
 class CheckpointProducer:
-    """Units made from, or copied out of, a checkpoint whose files have these stamps."""
+    """Units made from, or copied out of, a checkpoint whose files have these stamps, and `solved` codes."""
 
-    def __init__(self, checkpoint: Checkpoint, stamps: Stamps) -> None:
-        self._checkpoint, self._stamps = checkpoint, stamps
+    def __init__(self, checkpoint: Checkpoint, stamps: Stamps, solved: Codes | None = None) -> None:
+        self._checkpoint, self._stamps, self._solved = checkpoint, stamps, solved
         self._reader = SourceReader(stamps)
 
     def pieces(self, unit: Unit) -> Iterator[tuple[str, memoryview]]:
@@ -60,6 +62,8 @@ class CheckpointProducer:
         document += ([stamp.header, stamp.size, start] for stamp, start in parts)  # where, and no time
         smoothed = self._checkpoint.smoothing.key(_sources(unit))
         document += [] if smoothed is None else [smoothed]
+        if self._solved is not None and unit.recipe is not None and unit.recipe.algorithm is WeightAlgorithm.GPTQ:
+            document.append(self._solved.digest(unit.name))
         return hash_text(json.dumps(document))
 
     def stamps_of(self, unit: Unit) -> list[FileStamp]:
@@ -108,11 +112,13 @@ class CheckpointProducer:
         maker = ModuleMaker(recipe, name, self._bias(unit.name) if recipe.bias else None)
         model_dtype = self._checkpoint.stored_dtype(name)
         scales = self._scales(name) if name in self._checkpoint.scales else None
+        codes = codes_of(recipe, unit.name, self._solved)
         columns, divided = _array(smoothing.column_scale(name)), _array(smoothing.row_scale(name, weight.shape[0]))
         for first, rows in self._row_blocks(weight):
             form = (weight.dtype, weight.shape[1], first, model_dtype, scales, self._checkpoint.block)
             source = SourceRows(rows, *form, columns, divided)
-            for suffix, tensor in maker.rows(source).items():
+            chosen = None if codes is None else codes[first : first + source.rows]
+            for suffix, tensor in maker.rows(source, chosen).items():
                 yield suffix, tensor_bytes(tensor)
         for suffix, tensor in maker.rest().items():
             yield suffix, tensor_bytes(tensor)
