@@ -7,6 +7,7 @@ from fxquant.checkpoint import Checkpoint, open_checkpoint
 from fxquant.errors import FxquantError
 from fxquant.frontend.source import open_source
 from fxquant.generation import greedy_text
+from fxquant.losses import Sensitivity
 from fxquant.lowering.engines import ENGINES, group_size
 from fxquant.lowering.layout import stored_tensors
 from fxquant.lowering.manifest import FLOAT_GRAPH, GRAPH, read_manifest
@@ -16,6 +17,7 @@ from fxquant.preparation import CompileOptions, open_model, prepare
 from fxquant.program import Program
 from fxquant.program_file import load_program
 from fxquant.progress import Reporter, silent
+from fxquant.sensitivity import measure_sensitivity
 from fxquant.targets import Target
 from fxquant.text import load_batches
 from fxquant.weights import Cached, Read, RecipeReader
@@ -52,17 +54,35 @@ def evaluate(
     Without `against` the float graph is the one that `out` carries, on the checkpoint that the manifest names: no code
     of a model file runs.
     """
-    folder = Path(out)
+    program, checkpoint = _original(Path(out), against)
+    batches = load_batches(Path(text), checkpoint, samples, length)
+    return evaluate_programs((program, Cached(checkpoint.read)), [open_output(Path(out))], batches, report)[0]
+
+
+def sensitivity(
+    out: str | Path,
+    text: str | Path,
+    against: str | Path | None = None,
+    samples: int = 16,
+    length: int = 256,
+    report: Reporter = silent,
+) -> Sensitivity:
+    """What each quantized module of `out` costs alone: the SQNR of its output, and the KL divergence of the model.
+
+    The integers are those of the weight files, the float model is that of `evaluate`.
+    """
+    program, checkpoint = _original(Path(out), against)
+    batches = load_batches(Path(text), checkpoint, samples, length)
+    return measure_sensitivity((program, Cached(checkpoint.read)), open_output(Path(out)), batches, report)
+
+
+def _original(folder: Path, against: str | Path | None) -> tuple[Program, Checkpoint]:
+    """The float graph and the checkpoint that an output is compared with."""
     manifest = read_manifest(folder)
     if against is None:
-        checkpoint = open_checkpoint(manifest.checkpoint_path(folder))
-        program = load_program(folder / FLOAT_GRAPH)
-    else:
-        source = open_source(Path(against))
-        checkpoint, program = source.checkpoint, source.program()
-    quantized, original = open_output(folder), (program, Cached(checkpoint.read))
-    batches = load_batches(Path(text), checkpoint, samples, length)
-    return evaluate_programs(original, [quantized], batches, report)[0]
+        return load_program(folder / FLOAT_GRAPH), open_checkpoint(manifest.checkpoint_path(folder))
+    source = open_source(Path(against))
+    return source.program(), source.checkpoint
 
 
 def engine_perplexities(
