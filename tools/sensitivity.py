@@ -51,9 +51,9 @@ def show_sensitivity(
 
 def modules_table(result: Sensitivity, title: str) -> Table:
     """Worst first."""
-    table = _table(title, ("module", "kind", "scheme"))
+    table = _table(title, ("module", "scheme"))
     for one in result.worst_first:
-        table.add_row(one.module, one.kind.value, one.scheme, f"{one.sqnr:.1f}", *_divergence(one.kl))
+        table.add_row(one.module, one.scheme, f"{one.sqnr:.1f}", *_divergence(one.kl))
     return table
 
 
