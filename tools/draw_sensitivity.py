@@ -33,7 +33,7 @@ def draw(result: Sensitivity, path: Path) -> None:
     modules = result.worst_first
     colours = {group.name: f"C{index}" for index, group in enumerate(result.kinds)}
     places = range(len(modules))
-    with matplotlib.rc_context({"svg.hashsalt": "fxquant", "font.size": 8}):
+    with matplotlib.rc_context({"svg.hashsalt": "fxquant", "svg.fonttype": "none", "font.size": 8}):
         figure = Figure(figsize=(9, 1.2 + ROW * len(modules)), layout="constrained")
         left, right = figure.subplots(1, 2, sharey=True, width_ratios=(2, 1))
         for kind, colour in colours.items():
