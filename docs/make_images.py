@@ -1,4 +1,4 @@
-"""Draw the README's pictures with the project's own commands: python docs/make_images.py"""
+"""Draw the pictures of README and docs with the project's own commands: python docs/make_images.py"""
 
 import io
 import tempfile
@@ -7,11 +7,12 @@ from pathlib import Path
 from rich.console import Console
 
 from fxquant import CompileOptions, compile
-from fxquant.api import open_graph
+from fxquant.api import open_graph, sensitivity
 from fxquant.deployments import RANKS, deployments, float_program
 from fxquant.printing import format_program
 from fxquant.targets import Target
 from fxquant.tools import compile_model, targets
+from fxquant.tools.draw_sensitivity import draw
 
 HERE = Path(__file__).parent
 EXAMPLE = HERE.parent / "examples" / "tiny_deepseek_v3"
@@ -37,6 +38,7 @@ def main() -> None:
         for line in lines[first : last + 1]:
             screen.print(line, markup=False, highlight=False)
         screen.save_svg(str(HERE / "images" / "expert_layer.svg"), title="fxquant show: an expert layer in integers")
+        draw(sensitivity(out, EXAMPLE / "evaluation.jsonl"), HERE / "images" / "sensitivity.svg")
 
     policies = ["deepseek_w4a8", "deepseek_w4a8_per_channel", "deepseek_w4a8_shared_w4", "deepseek_w8a8_mix"]
     screen = Console(record=True, width=110, file=io.StringIO())

@@ -1,4 +1,4 @@
-"""The verbs of the command line as functions: compile, plan, convert, verify, run, evaluate, compare."""
+"""The verbs of the command line as functions: compile, plan, convert, verify, run, evaluate, sensitivity, compare."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,7 +30,7 @@ from fxquant.preparation import (
 from fxquant.program import Program
 from fxquant.program_file import load_program
 from fxquant.progress import Reporter, silent
-from fxquant.scoring import compare, engine_perplexities, evaluate, open_output, run
+from fxquant.scoring import compare, engine_perplexities, evaluate, open_output, run, sensitivity
 from fxquant.source_reader import checkpoint_files, stamp_files
 from fxquant.targets import Target
 
@@ -228,5 +228,6 @@ __all__ = [
     "plan",
     "prepare",
     "run",
+    "sensitivity",
     "verify",
 ]

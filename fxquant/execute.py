@@ -22,17 +22,20 @@ def execute(
     observe: Observer | None = None,
     advance: Advance | None = None,
     dtype: torch.dtype = torch.float32,
+    known: Mapping[fx.Node, list[Any]] | None = None,
 ) -> list:
     """Outputs of each batch of flat inputs, in the order of the graph's placeholders.
 
     Each weight is read once for all batches and dropped after its last use; a stack of experts is read expert by
     expert. `observe` sees every call with its value for each batch, and may replace an item; its third argument has
-    the values of the call's inputs. `dtype` is that of the float weights and caches.
+    the values of the call's inputs. `dtype` is that of the float weights and caches. `known` gives the values of some
+    calls for each batch: these and what only they need do not run.
     """
-    values: dict[fx.Node, list[Any]] = {}
+    values: dict[fx.Node, list[Any]] = dict(known or {})
     placeholders = 0
-    last_use = _last_uses(program.graph.graph)
-    for node in program.graph.graph.nodes:
+    nodes = _needed(program.graph.graph, values) if values else list(program.graph.graph.nodes)
+    last_use = _last_uses(nodes)
+    for node in nodes:
         if advance:
             advance(1)
         if node.op == "placeholder":
@@ -64,16 +67,26 @@ def _of_batch(values: dict[fx.Node, list[Any]], index: int) -> Callable[[fx.Node
     return lambda node: values[node][index]
 
 
-def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
+def _needed(graph: fx.Graph, known: Mapping[fx.Node, Any]) -> list[fx.Node]:
+    """Inputs, output, and the calls on the way to it that do not lie behind `known`, in graph order."""
+    wanted: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        if node.op == "output" or (node in wanted and node not in known):
+            wanted.update(node.all_input_nodes)
+    kept = ("placeholder", "output")
+    return [node for node in graph.nodes if node.op in kept or (node in wanted and node not in known)]
+
+
+def _last_uses(nodes: Sequence[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
     """Node → the nodes whose value is not needed after it."""
     last: dict[fx.Node, fx.Node] = {}
-    for node in graph.nodes:
+    for node in nodes:
         for source in node.all_input_nodes:
             last[source] = node
     dead: dict[fx.Node, list[fx.Node]] = {}
     for source, node in last.items():
         dead.setdefault(node, []).append(source)
-    for node in graph.nodes:
+    for node in nodes:
         if not node.users and node.op in ("call_function", "get_attr", "placeholder"):
             dead.setdefault(node, []).append(node)
     return dead

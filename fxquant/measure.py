@@ -63,10 +63,9 @@ def evaluate_programs(
     with report("evaluate", len(batches) * len(quantized), "batches") as advance:
         for start in range(0, len(batches), CHUNK):
             chunk = batches[start : start + CHUNK]
-            expected = _log_probabilities(*original, chunk)
+            expected = logits(*original, chunk)
             for found, program in zip(scores, quantized, strict=True):
-                for ids, p, q in zip(chunk, expected, _log_probabilities(*program, chunk), strict=True):
-                    found.append(token_scores(ids, p, q))
+                found.extend(document_scores(chunk, expected, logits(*program, chunk)))
                 advance(len(chunk))
     results = []
     with report("intervals", len(scores), "graphs") as advance:
@@ -76,28 +75,44 @@ def evaluate_programs(
     return results
 
 
-def _log_probabilities(program: Program, read: Read, batches: list[Tensor]) -> list[Tensor]:
-    outputs = execute(program, read, [prefill_inputs(program, ids) for ids in batches])
-    return [output[0][:, :-1].double().log_softmax(-1) for output in outputs]
+def logits(program: Program, read: Read, batches: list[Tensor]) -> list[Tensor]:
+    """float32 [1, length, vocabulary] of each of `batches`."""
+    return [output[0] for output in execute(program, read, [prefill_inputs(program, ids) for ids in batches])]
+
+
+def log_probabilities(scores: Tensor) -> Tensor:
+    """float64 [1, length - 1, vocabulary] of the next token, from logits; what follows the last one is not known."""
+    return scores[:, :-1].double().log_softmax(-1)
+
+
+def document_scores(batches: list[Tensor], expected: list[Tensor], found: list[Tensor]) -> list[Tensor]:
+    """`token_scores` of each document from its logits under both programs."""
+    pairs = zip(batches, expected, found, strict=True)
+    return [token_scores(ids, log_probabilities(p), log_probabilities(q)) for ids, p, q in pairs]
 
 
 def token_scores(ids: Tensor, p: Tensor, q: Tensor) -> Tensor:
     """float64 [4, tokens]: -log p and -log q of the next token, KL(p ‖ q), and whether the best tokens agree."""
     targets = ids[:, 1:, None]
-    kl = (p.exp() * (p - q)).sum(-1)
+    kl = divergences(p, q)
     agree = (p.argmax(-1) == q.argmax(-1)).double()
     rows = [-p.gather(-1, targets)[..., 0], -q.gather(-1, targets)[..., 0], kl, agree]
     return torch.stack([row.flatten() for row in rows])
+
+
+def divergences(p: Tensor, q: Tensor) -> Tensor:
+    """KL(p ‖ q) in nats over the last axis, `Σ exp(p) (p - q)`, of log probabilities."""
+    return (p.exp() * (p - q)).sum(-1)
 
 
 def summary(scores: list[Tensor]) -> Evaluation:
     """All figures from the `token_scores` of each document."""
     tokens = torch.tensor([one.shape[1] for one in scores])
     sums = torch.stack([one.sum(1) for one in scores])
-    divergences = torch.cat([one[2] for one in scores])
+    divergence = torch.cat([one[2] for one in scores])
     owners = torch.arange(len(scores)).repeat_interleave(tokens)
-    figures = _figures(torch.ones(1, len(scores), dtype=torch.float64), tokens, sums, divergences, owners)
-    drawn = _figures(draw_documents(len(scores)), tokens, sums, divergences, owners) if len(scores) > 1 else {}
+    figures = _figures(torch.ones(1, len(scores), dtype=torch.float64), tokens, sums, divergence, owners)
+    drawn = _figures(draw_documents(len(scores)), tokens, sums, divergence, owners) if len(scores) > 1 else {}
     return Evaluation(
         **{name: value.item() for name, value in figures.items()},
         tokens=int(tokens.sum()),
@@ -106,7 +121,7 @@ def summary(scores: list[Tensor]) -> Evaluation:
     )
 
 
-def _figures(counts: Tensor, tokens: Tensor, sums: Tensor, divergences: Tensor, owners: Tensor) -> dict[str, Tensor]:
+def _figures(counts: Tensor, tokens: Tensor, sums: Tensor, divergence: Tensor, owners: Tensor) -> dict[str, Tensor]:
     """Each figure [draws] where documents count as often as `counts` [draws, documents] says."""
     means = counts @ sums / (counts @ tokens.double())[:, None]
     float_loss, quantized_loss, kl, agreement = means.unbind(1)
@@ -115,6 +130,6 @@ def _figures(counts: Tensor, tokens: Tensor, sums: Tensor, divergences: Tensor, 
         "quantized_perplexity": quantized_loss.exp(),
         "perplexity_ratio": (quantized_loss - float_loss).exp(),
         "kl_mean": kl,
-        "kl_p99": drawn_percentile(divergences, owners, counts, TAIL_PERCENT),
+        "kl_p99": drawn_percentile(divergence, owners, counts, TAIL_PERCENT),
         "top1_agreement": agreement,
     }

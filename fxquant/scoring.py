@@ -3,19 +3,23 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+from fxquant.calibration import CALIBRATION, load_calibration
 from fxquant.checkpoint import Checkpoint, open_checkpoint
 from fxquant.errors import FxquantError
 from fxquant.frontend.source import open_source
 from fxquant.generation import greedy_text
+from fxquant.losses import Sensitivity
 from fxquant.lowering.engines import ENGINES, group_size
 from fxquant.lowering.layout import stored_tensors
 from fxquant.lowering.manifest import FLOAT_GRAPH, GRAPH, read_manifest
 from fxquant.measure import Evaluation, evaluate_programs
+from fxquant.passes.pair_smoothing import restore_biases
 from fxquant.policy import load_policy
-from fxquant.preparation import CompileOptions, open_model, prepare
+from fxquant.preparation import CompileOptions, open_model, prepare, smoothed_source
 from fxquant.program import Program
 from fxquant.program_file import load_program
 from fxquant.progress import Reporter, silent
+from fxquant.sensitivity import measure_sensitivity
 from fxquant.targets import Target
 from fxquant.text import load_batches
 from fxquant.weights import Cached, Read, RecipeReader
@@ -52,17 +56,38 @@ def evaluate(
     Without `against` the float graph is the one that `out` carries, on the checkpoint that the manifest names: no code
     of a model file runs.
     """
-    folder = Path(out)
+    program, checkpoint = _original(Path(out), against)
+    batches = load_batches(Path(text), checkpoint, samples, seq_len)
+    return evaluate_programs((program, Cached(checkpoint.read)), [open_output(Path(out))], batches, report)[0]
+
+
+def sensitivity(
+    out: str | Path,
+    text: str | Path,
+    against: str | Path | None = None,
+    samples: int = 16,
+    seq_len: int = 256,
+    report: Reporter = silent,
+) -> Sensitivity:
+    """What each quantized module of `out` costs alone: the SQNR of its output, and the KL divergence of the model.
+
+    The integers are those of the weight files, the float model is that of `evaluate`, smoothed where `out` is.
+    """
+    program, checkpoint = _original(Path(out), against)
+    if (Path(out) / CALIBRATION).is_file():
+        checkpoint = smoothed_source(checkpoint, load_calibration(Path(out) / CALIBRATION))
+        restore_biases(program, checkpoint.smoothing.tensors)
+    batches = load_batches(Path(text), checkpoint, samples, seq_len)
+    return measure_sensitivity((program, Cached(checkpoint.read)), open_output(Path(out)), batches, report)
+
+
+def _original(folder: Path, against: str | Path | None) -> tuple[Program, Checkpoint]:
+    """The float graph and the checkpoint that an output is compared with."""
     manifest = read_manifest(folder)
     if against is None:
-        checkpoint = open_checkpoint(manifest.checkpoint_path(folder))
-        program = load_program(folder / FLOAT_GRAPH)
-    else:
-        source = open_source(Path(against))
-        checkpoint, program = source.checkpoint, source.program()
-    quantized, original = open_output(folder), (program, Cached(checkpoint.read))
-    batches = load_batches(Path(text), checkpoint, samples, seq_len)
-    return evaluate_programs(original, [quantized], batches, report)[0]
+        return load_program(folder / FLOAT_GRAPH), open_checkpoint(manifest.checkpoint_path(folder))
+    source = open_source(Path(against))
+    return source.program(), source.checkpoint
 
 
 def engine_perplexities(

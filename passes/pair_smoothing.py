@@ -6,7 +6,7 @@ Numbers come with calibration.
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -125,6 +125,15 @@ def _give_linear_bias(program: Program, linear: fx.Node) -> None:
     linear.args = (*linear.args[:BIAS], bias)
     if old.module in program.recipes:
         program.recipes[old.module] = replace(program.recipes[old.module], bias=True)
+
+
+def restore_biases(program: Program, names: Collection[str]) -> None:
+    """Give the norms and linears of a float graph those biases of `names` that it does not have: as smoothing left it."""
+    for node in list(program.graph.graph.nodes):
+        if node.target not in (ops.rms_norm, ops.linear) or not is_parameter(node.args[1]):
+            continue
+        if f"{program.parameters[str(input_node(node, 1).target)].module}.bias" in names:
+            (_give_norm_bias if node.target == ops.rms_norm else _give_linear_bias)(program, node)
 
 
 def _parameter(program: Program, site: fx.Node, name: str, tensor: Tensor, parameter: Parameter) -> fx.Node:

@@ -16,6 +16,7 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     ProgressColumn,
+    Task,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -47,13 +48,24 @@ def reporter(quiet: bool) -> Reporter:
 
 @contextmanager
 def _bar(stage: str, total: int, unit: str) -> Iterator[Advance]:
-    amount: list[ProgressColumn] = [MofNCompleteColumn(), TextColumn(unit)]
+    amount: list[ProgressColumn] = [MofNCompleteColumn(), TextColumn(unit), _Rate(unit)]
     if unit == "bytes":
         amount = [DownloadColumn(binary_units=True), TransferSpeedColumn()]
     columns = [TextColumn(f"{stage:16}"), BarColumn(), *amount, TimeElapsedColumn(), TimeRemainingColumn()]
     with Progress(*columns, console=errors) as progress:
         task = progress.add_task(stage, total=total)
         yield lambda done: progress.advance(task, done)
+
+
+class _Rate(ProgressColumn):
+    """What `TransferSpeedColumn` is for bytes."""
+
+    def __init__(self, unit: str) -> None:
+        super().__init__()
+        self._unit = unit
+
+    def render(self, task: Task) -> str:
+        return f"{task.speed:.3g} {self._unit}/s" if task.speed else ""
 
 
 @contextmanager

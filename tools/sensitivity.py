@@ -1,0 +1,86 @@
+"""fxquant eval --sensitivity: tables by module and by layer"""
+
+from pathlib import Path
+
+from rich.table import Table
+
+from fxquant.errors import FxquantError
+from fxquant.losses import Divergence, GroupLoss, Sensitivity
+from fxquant.progress import Reporter
+from fxquant.tools.console import console, print_json
+
+
+def check_plot(plot: Path | None, sensitivity: bool, engine: bool) -> None:
+    """Before anything runs: raises FxquantError for options that do not go together, or no matplotlib."""
+    if sensitivity and engine:
+        raise FxquantError("--sensitivity", "no engine runs one module alone.", "Leave out --engine.")
+    if plot is None:
+        return
+    if not sensitivity:
+        raise FxquantError("--plot", "only modules are drawn.", "Add --sensitivity.")
+    from fxquant.tools.draw_sensitivity import check_file
+
+    check_file(plot)
+
+
+def show_sensitivity(
+    out: Path,
+    text: Path,
+    against: Path | None,
+    samples: int,
+    seq_len: int,
+    report: Reporter,
+    plot: Path | None,
+    as_json: bool,
+) -> None:
+    """Measure, print, draw."""
+    from fxquant.api import sensitivity
+
+    result = sensitivity(out, text, against, samples, seq_len, report)
+    if as_json:
+        print_json(result.as_json())
+    else:
+        title = f"{result.tokens:,} tokens in {result.documents} documents of {text.name}, one module quantized"
+        console.print(modules_table(result, title))
+        console.print(groups_table(result))
+    if plot is not None:
+        from fxquant.tools.draw_sensitivity import draw
+
+        draw(result, plot)
+
+
+def modules_table(result: Sensitivity, title: str) -> Table:
+    """Worst first."""
+    table = _table(title, ("module", "scheme"))
+    for one in result.worst_first:
+        table.add_row(one.module, one.scheme, f"{one.sqnr:.1f}", *_divergence(one.kl))
+    return table
+
+
+def groups_table(result: Sensitivity) -> Table:
+    """By layer, by kind, and in all."""
+    table = _table("sums of what each costs alone, and the lowest SQNR", ("", "modules"))
+    for groups in (result.layers, result.kinds):
+        for group in groups:
+            _add(table, group)
+        table.add_section()
+    _add(table, result.total)
+    table.add_row("all quantized at once", str(result.total.modules), "", *_divergence(result.together))
+    return table
+
+
+def _table(title: str, names: tuple[str, ...]) -> Table:
+    table = Table(title=title, title_justify="left")
+    for heading in (*names, "SQNR dB", "KL a token", "95 % of it"):
+        left = heading in names and heading != "modules"
+        table.add_column(heading, justify="left" if left else "right", no_wrap=heading != "module")
+    table.columns[0].overflow = "fold"
+    return table
+
+
+def _add(table: Table, group: GroupLoss) -> None:
+    table.add_row(group.name, str(group.modules), f"{group.sqnr:.1f}", *_divergence(group.kl))
+
+
+def _divergence(kl: Divergence) -> tuple[str, str]:
+    return f"{kl.mean:.2e}", "–".join(f"{end:.1e}" for end in kl.interval or ())
