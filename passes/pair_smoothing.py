@@ -128,7 +128,7 @@ def _give_linear_bias(program: Program, linear: fx.Node) -> None:
 
 
 def restore_biases(program: Program, names: Collection[str]) -> None:
-    """Give the norms and linears of a float graph those biases of `names` that it does not have: as smoothing left it."""
+    """Give the norms and linears of a float graph those biases of `names` that smoothing gave them."""
     for node in list(program.graph.graph.nodes):
         if node.target not in (ops.rms_norm, ops.linear) or not is_parameter(node.args[1]):
             continue

@@ -1,6 +1,6 @@
 """The scale of each channel of a smoothed value, from what calibration saw of it and from the weights that read it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,9 +14,9 @@ from fxquant.smooth_rule import SmoothMethod, SmoothRule
 
 SMALLEST = 1e-5
 """Scales are no smaller; as are the magnitudes that they are made of, where no reference says otherwise."""
-STEPS = 20
-"""Of a search, from 0 to 1."""
-SEARCH_TOKENS = 512
+COARSE, FINE = 10, 20
+"""Steps of a search from 0 to 1: all of the coarse ones, then the two fine ones beside the best."""
+SEARCH_TOKENS = 128
 """Rows that a search looks at, at most."""
 
 
@@ -56,22 +56,34 @@ def _search(a: Tensor, w: Tensor, rows: Tensor, readers: Sequence[Reader]) -> tu
 
     def loss(alpha: float, beta: float) -> float:
         scale = (a**alpha / w**beta).clamp(min=SMALLEST)
-        return sum(_error(rows / scale, scale, reader, y) for reader, y in zip(readers, wanted, strict=True))
+        inputs = {static: _quantized(rows / scale, static) for static in {one.recipe.scheme.static for one in readers}}
+        found = [inputs[one.recipe.scheme.static] @ _rounded(one, scale).T for one in readers]
+        return sum(map(_error, found, wanted))
 
-    grid = [step / STEPS for step in range(STEPS + 1)]
-    alpha = min(grid, key=lambda one: loss(one, 1 - one))
-    return alpha, min(grid, key=lambda one: (loss(alpha, one), abs(one - 1 + alpha)))
+    alpha = _least(lambda one: loss(one, 1 - one))
+    return alpha, _least(lambda one: loss(alpha, one))
 
 
-def _error(x: Tensor, scale: Tensor, reader: Reader, wanted: Tensor) -> float:
-    weight = rounded_weight(reader.recipe, (reader.weight.float() * scale).to(reader.weight.dtype))
-    found = _quantized(x, reader.recipe) @ weight.T
+def _least(loss: Callable[[float], float]) -> float:
+    """Where from 0 to 1 the loss is least, on the grid; of equal losses the first tried."""
+    losses = {step / COARSE: loss(step / COARSE) for step in range(COARSE + 1)}
+    best = min(losses, key=losses.__getitem__)
+    beside = (round(best * FINE) + side for side in (-1, 1))
+    losses |= {step / FINE: loss(step / FINE) for step in beside if 0 <= step <= FINE}
+    return min(losses, key=losses.__getitem__)
+
+
+def _rounded(reader: Reader, scale: Tensor) -> Tensor:
+    return rounded_weight(reader.recipe, (reader.weight.float() * scale).to(reader.weight.dtype))
+
+
+def _error(found: Tensor, wanted: Tensor) -> float:
     return float(((found - wanted).square().sum() / wanted.square().sum().clamp(min=1e-30)).double())
 
 
-def _quantized(x: Tensor, recipe: Recipe) -> Tensor:
-    """What the int8 of x [tokens, k] stand for, under the recipe's scheme."""
-    if recipe.scheme.static:
+def _quantized(x: Tensor, static: bool) -> Tensor:
+    """What the int8 of x [tokens, k] stand for."""
+    if static:
         scale, offset = static_parameters(ActivationRange(x.min().item(), x.max().item()))
         return (quantize_static(x, scale.view(1), offset.view(1)) - offset) * scale
     codes, scales = quantize_per_token(x)
