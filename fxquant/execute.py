@@ -1,6 +1,6 @@
 """Run a program on CPU, node by node over all batches at once, with one node's weights in memory."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,10 @@ from fxquant.program import Program
 from fxquant.progress import Advance
 from fxquant.weights import LazyStack, Read, load
 
-Observer = Callable[[fx.Node, list[Any]], None]
+Values = Mapping[fx.Node, list[Any]]
+"""Node → its value for each batch; a parameter's value, or its `LazyStack`, stands there for each."""
+Observer = Callable[[fx.Node, list[Any], Values], None]
+"""Called with a call node, its values, which it may replace, and all that is alive: the node's inputs at least."""
 
 
 @torch.no_grad()
@@ -26,12 +29,11 @@ def execute(
     """Outputs of each batch of flat inputs, in the order of the graph's placeholders.
 
     Each weight is read once for all batches and dropped after its last use; a stack of experts is read expert by
-    expert. `observe` sees every call with its value for each batch, and may replace an item. `dtype` is that of the
-    float weights and caches.
+    expert. `observe` sees every call with its value for each batch. `dtype` is that of the float weights and caches.
     """
     values: dict[fx.Node, list[Any]] = {}
     placeholders = 0
-    last_use = _last_uses(program.graph.graph)
+    last_use = last_uses(program.graph.graph.nodes)
     for node in program.graph.graph.nodes:
         if advance:
             advance(1)
@@ -39,14 +41,14 @@ def execute(
             values[node] = [batch[placeholders] for batch in batches]
             placeholders += 1
         elif node.op == "output":
-            return [fx.map_arg(node.args[0], _of_batch(values, i)) for i in range(len(batches))]
+            return [fx.map_arg(node.args[0], of_batch(values, i)) for i in range(len(batches))]
         elif node.op == "call_function":
             for source in node.all_input_nodes:
                 if source.op == "get_attr" and source not in values:
                     values[source] = [load(program, str(source.target), read, dtype)] * len(batches)
-            values[node] = [call(node, _of_batch(values, i)) for i in range(len(batches))]
+            values[node] = [call(node, of_batch(values, i)) for i in range(len(batches))]
             if observe:
-                observe(node, values[node])
+                observe(node, values[node], values)
         for dead in last_use.get(node, ()):
             values.pop(dead, None)
     raise AssertionError("a graph ends in an output node")
@@ -60,21 +62,22 @@ def call(node: fx.Node, value: Callable[[fx.Node], Any]) -> Any:
     return function(*args, **kwargs)
 
 
-def _of_batch(values: dict[fx.Node, list[Any]], index: int) -> Callable[[fx.Node], Any]:
+def of_batch(values: Values, index: int) -> Callable[[fx.Node], Any]:
+    """What `call` takes its inputs from."""
     return lambda node: values[node][index]
 
 
-def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
-    """Node → the nodes whose value is not needed after it."""
+def last_uses(nodes: Iterable[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
+    """Node → those whose value is not needed after it, where only `nodes` run, in this order."""
     last: dict[fx.Node, fx.Node] = {}
-    for node in graph.nodes:
+    for node in nodes:
         for source in node.all_input_nodes:
             last[source] = node
     dead: dict[fx.Node, list[fx.Node]] = {}
     for source, node in last.items():
         dead.setdefault(node, []).append(source)
-    for node in graph.nodes:
-        if not node.users and node.op in ("call_function", "get_attr", "placeholder"):
+    for node in nodes:
+        if node not in last and node.op in ("call_function", "get_attr", "placeholder"):
             dead.setdefault(node, []).append(node)
     return dead
 
