@@ -81,10 +81,8 @@ def load_key(path: Path) -> Key:
 def load_state(path: Path) -> State:
     """What `save_state` wrote. Raises FxquantError where a bit of it is another."""
     metadata, infos = load_key(path), read_header(path)
-    found = {
-        info.name: info.read().clone()  # aligned like every tensor that torch makes: sums may follow the alignment
-        for info in sorted(infos.values(), key=lambda info: info.start)
-    }
+    found = {name: info.read().clone() for name, info in infos.items()}
+    # cloned, they are aligned like every tensor that torch makes: sums may follow the alignment
     written = {name: value for name, value in metadata.items() if name not in ("digest", "format")}
     if metadata.get("digest") != _digest(found, written):
         raise FxquantError(path, "unfinished calibration that is damaged.", DISCARD)
@@ -94,9 +92,9 @@ def load_state(path: Path) -> State:
 
 
 def _digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
-    """XXH3-128 over names, dtypes, shapes and bytes in the order of the file, and over the metadata."""
+    """XXH3-128 over names, dtypes, shapes and bytes of all tensors, and over the metadata."""
     digest = xxhash.xxh3_128(repr(sorted(metadata.items())).encode())
-    for name, tensor in tensors.items():
+    for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(_bytes(tensor))
     return digest.hexdigest()
