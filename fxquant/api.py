@@ -5,8 +5,10 @@ from pathlib import Path
 
 from fxquant.binding import Ledger
 from fxquant.calibration import Calibration
+from fxquant.calibration_folder import calibration_folder
 from fxquant.checkpoint import open_checkpoint
 from fxquant.contracts import Contract, load_contract
+from fxquant.device import open_device
 from fxquant.errors import FxquantError
 from fxquant.frontend.source import TRACE_TIMEOUT, open_source
 from fxquant.lowering.convert import converted_contents
@@ -71,12 +73,13 @@ class CompileReport:
 def compile(model: str | Path, options: CompileOptions | None = None, report: Reporter = silent) -> CompileReport:  # noqa: A001
     """Trace MODEL, rewrite it under the policy, write weights and graph for the target, verify, and name it `out`.
 
-    Work happens in `<out>.partial`; `out` appears by rename when all of it is complete and verified. Raises
-    FxquantError for anything wrong with the input, before a weight is read where headers tell.
+    Work happens in `<out>.calibrating` and `<out>.partial`; `out` appears by rename when all of it is complete and
+    verified. Raises FxquantError for anything wrong with the input, before a weight is read where headers tell.
     """
     options = options or CompileOptions()
     options = replace(options, target=Target(options.target))
     refuse_kv_cache(options.kv_cache)
+    open_device(options.device)
     source = open_model(model, options, report)
     policy = load_policy(options.policy or source.policy or DEFAULT_POLICY)
     out = as_path(options.out) or Path(f"{source.name}-{policy.name}-{options.target}")
@@ -85,15 +88,9 @@ def compile(model: str | Path, options: CompileOptions | None = None, report: Re
     work = Work(options.workers, options.earlier_output(out), options.restart)
     known = [unfinished_folder(out)] if not options.restart else []
     known += [work.reuse] if work.reuse else []
-    prepared = prepare(source, policy, options, report, known=known)
-    with write_output(_contents(prepared, options), out, work, report) as output:
-        verification = None
-        if options.verify:
-            verification = verify_output(output.folder, source.checkpoint, full=False, report=report)
-            if not verification.ok:
-                raise FxquantError(
-                    out, "verification failed, nothing was kept: " + first_miss(verification), "Report it."
-                )
+    with calibration_folder(out, options.restart, source.checkpoint) as folder:
+        prepared = prepare(source, policy, options, report, known=known, folder=folder)
+        output, verification = _written(prepared, options, out, work, report)
     return CompileReport(
         out,
         source.way_in,
@@ -107,6 +104,18 @@ def compile(model: str | Path, options: CompileOptions | None = None, report: Re
         verification,
         prepared.calibration,
     )
+
+
+def _written(
+    prepared: Prepared, options: CompileOptions, out: Path, work: Work, report: Reporter
+) -> tuple[Output, VerifyReport | None]:
+    with write_output(_contents(prepared, options), out, work, report) as output:
+        if not options.verify:
+            return output, None
+        verification = verify_output(output.folder, prepared.source.checkpoint, full=False, report=report)
+        if not verification.ok:
+            raise FxquantError(out, "verification failed, nothing was kept: " + first_miss(verification), "Report it.")
+        return output, verification
 
 
 def _contents(prepared: Prepared, options: CompileOptions) -> Contents:

@@ -32,14 +32,14 @@ def batched(documents: Sequence[Tensor], size: int, pad: int) -> list[Batch]:
 
 
 def real_tokens(value: Tensor, mask: Tensor) -> Tensor:
-    """Rows of `value` [B, S, k], or [B·S, k], that are no padding: [tokens, k]."""
+    """Rows of `value` [B, S, k], or [B·S, k], that are no padding: [tokens, k], on its device."""
     rows = value.flatten(0, -2)
     if mask.all():
         return rows
     if len(rows) != mask.numel():
         fact = f"a layer has {len(rows)} rows of input for {mask.numel()} positions: padding can't be told apart."
         raise FxquantError("--batch-size", fact, "Take --batch-size 1.")
-    return rows[mask.flatten() != 0]
+    return rows[mask.flatten().to(rows.device) != 0]
 
 
 def count_experts(
@@ -53,7 +53,7 @@ def count_experts(
     experts = gate.args[0].meta["val"].shape[-1]  # type: ignore[union-attr]
     module = gate.meta["module"]
     for (ids, _), batch in zip(values, batches, strict=True):
-        chosen = torch.bincount(real_tokens(ids, batch.mask).flatten(), minlength=experts)
+        chosen = torch.bincount(real_tokens(ids, batch.mask).flatten(), minlength=experts).cpu()
         counts[module] = counts.get(module, 0) + chosen
 
 

@@ -1,6 +1,6 @@
 """Run a program on CPU, node by node over all batches at once, with one node's weights in memory."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,10 @@ from fxquant.program import Program
 from fxquant.progress import Advance
 from fxquant.weights import LazyStack, Read, load
 
-Observer = Callable[[fx.Node, list[Any], Mapping[fx.Node, list[Any]]], None]
+Values = Mapping[fx.Node, list[Any]]
+"""Node → its value for each batch; a parameter's value, or its `LazyStack`, stands there for each."""
+Observer = Callable[[fx.Node, list[Any], Values], None]
+"""Called with a call node, its values, which it may replace, and all that is alive: the node's inputs at least."""
 
 
 @torch.no_grad()
@@ -27,14 +30,13 @@ def execute(
     """Outputs of each batch of flat inputs, in the order of the graph's placeholders.
 
     Each weight is read once for all batches and dropped after its last use; a stack of experts is read expert by
-    expert. `observe` sees every call with its value for each batch, and may replace an item; its third argument has
-    the values of the call's inputs. `dtype` is that of the float weights and caches. `known` gives the values of some
-    calls for each batch: these and what only they need do not run.
+    expert. `observe` sees every call with its value for each batch. `dtype` is that of the float weights and caches.
+    `known` gives the values of some calls for each batch: these and what only they need do not run.
     """
     values: dict[fx.Node, list[Any]] = dict(known or {})
     placeholders = 0
     nodes = _needed(program.graph.graph, values) if values else list(program.graph.graph.nodes)
-    last_use = _last_uses(nodes)
+    last_use = last_uses(nodes)
     for node in nodes:
         if advance:
             advance(1)
@@ -42,12 +44,12 @@ def execute(
             values[node] = [batch[placeholders] for batch in batches]
             placeholders += 1
         elif node.op == "output":
-            return [fx.map_arg(node.args[0], _of_batch(values, i)) for i in range(len(batches))]
+            return [fx.map_arg(node.args[0], of_batch(values, i)) for i in range(len(batches))]
         elif node.op == "call_function":
             for source in node.all_input_nodes:
                 if source.op == "get_attr" and source not in values:
                     values[source] = [load(program, str(source.target), read, dtype)] * len(batches)
-            values[node] = [call(node, _of_batch(values, i)) for i in range(len(batches))]
+            values[node] = [call(node, of_batch(values, i)) for i in range(len(batches))]
             if observe:
                 observe(node, values[node], values)
         for dead in last_use.get(node, ()):
@@ -63,7 +65,8 @@ def call(node: fx.Node, value: Callable[[fx.Node], Any]) -> Any:
     return function(*args, **kwargs)
 
 
-def _of_batch(values: dict[fx.Node, list[Any]], index: int) -> Callable[[fx.Node], Any]:
+def of_batch(values: Values, index: int) -> Callable[[fx.Node], Any]:
+    """What `call` takes its inputs from."""
     return lambda node: values[node][index]
 
 
@@ -77,8 +80,9 @@ def _needed(graph: fx.Graph, known: Mapping[fx.Node, Any]) -> list[fx.Node]:
     return [node for node in graph.nodes if node.op in kept or (node in wanted and node not in known)]
 
 
-def _last_uses(nodes: Sequence[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
-    """Node → the nodes whose value is not needed after it."""
+def last_uses(nodes: Iterable[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
+    """Node → those whose value is not needed after it, where only `nodes` run, in this order."""
+    nodes = list(nodes)
     last: dict[fx.Node, fx.Node] = {}
     for node in nodes:
         for source in node.all_input_nodes:
@@ -87,7 +91,7 @@ def _last_uses(nodes: Sequence[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
     for source, node in last.items():
         dead.setdefault(node, []).append(source)
     for node in nodes:
-        if not node.users and node.op in ("call_function", "get_attr", "placeholder"):
+        if node not in last and node.op in ("call_function", "get_attr", "placeholder"):
             dead.setdefault(node, []).append(node)
     return dead
 

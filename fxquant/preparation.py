@@ -8,8 +8,10 @@ from torch import Tensor
 
 from fxquant.binding import Ledger, build_ledger, check_parameters, mtp_modules
 from fxquant.calibration import Calibration, earlier_calibrations, load_calibration
+from fxquant.calibration_folder import CalibrationFolder
 from fxquant.checkpoint import Checkpoint
 from fxquant.contracts import load_contract
+from fxquant.device import open_device
 from fxquant.errors import FxquantError
 from fxquant.frontend.source import TRACE_TIMEOUT, Source, open_source
 from fxquant.lowering.engines import ENGINES
@@ -50,6 +52,7 @@ class CompileOptions:
     calib           calibration text or token ids; None: the file that lies beside the model, if any
     calibration     calibration.safetensors of an output, in place of text
     samples         documents to calibrate on, each of at most `seq_len` tokens
+    device          where calibration runs the model: cpu, cuda or npu
     batch_size      documents that are calibrated on together; `batch_mean` means over such batches
     checkpoint      overrides the folder that a model.py names
     trace_timeout   seconds that a model.py may take to import, build and trace
@@ -85,6 +88,7 @@ class CompileOptions:
     reuse: str | Path | None = None
     restart: bool = False
     batch_size: int = 1
+    device: str = "cpu"
 
     def earlier_output(self, out: Path) -> Path | None:
         """The folder to take equal tensors from."""
@@ -119,17 +123,16 @@ def prepare(
     report: Reporter = silent,
     for_engine: bool = True,
     known: Sequence[Path] = (),
-    solved: SolvedCodes | None = None,
+    folder: CalibrationFolder | None = None,
 ) -> Prepared:
     """Trace, check against the checkpoint, and run the pass pipeline; `for_engine` with the target's contract.
 
-    `known`: folders that may hold a calibration on the same text, which need not be repeated then. `solved`: where
-    codes that calibration finds are kept; None: as long as what is prepared.
+    `known`: folders that may hold a calibration on the same text, which need not be repeated then. `folder`: where one
+    that is killed leaves what it has seen.
     """
     layers = mtp_modules(source.checkpoint, mtp_paths(source.config))
     policy = policy if options.mtp is None else with_mtp(policy, options.mtp, layers)
-    calibrate = _calibrate(source, policy, options, report, known)
-    calibrate.solved = solved
+    calibrate = _calibrate(source, policy, options, report, known, folder)
     with report("trace", 1, "graph") as advance:
         program = source.program()
         advance(1)
@@ -173,7 +176,12 @@ def passes_for(
 
 
 def _calibrate(
-    source: Source, policy: Policy, options: CompileOptions, report: Reporter, known: Sequence[Path]
+    source: Source,
+    policy: Policy,
+    options: CompileOptions,
+    report: Reporter,
+    known: Sequence[Path],
+    folder: CalibrationFolder | None,
 ) -> Calibrate:
     given = as_path(options.calibration)
     if given is not None and options.calib is not None:
@@ -189,6 +197,8 @@ def _calibrate(
         earlier=earlier_calibrations(known),
         batch_size=options.batch_size,
         pad=pad_id(source.checkpoint),
+        device=open_device(options.device),
+        folder=folder,
     )
 
 

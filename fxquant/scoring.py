@@ -5,6 +5,7 @@ from pathlib import Path
 
 from fxquant.calibration import CALIBRATION, load_calibration
 from fxquant.checkpoint import Checkpoint, open_checkpoint
+from fxquant.device import open_device
 from fxquant.errors import FxquantError
 from fxquant.frontend.source import open_source
 from fxquant.generation import greedy_text
@@ -123,6 +124,7 @@ def compare(
 ) -> dict[str, tuple[Evaluation, int]]:
     """Policy → its evaluation and the bytes of its weights. Nothing is written; integers are made as needed."""
     options = options or CompileOptions()
+    open_device(options.device)
     source = open_model(model, options, report)
     batches = load_batches(Path(text), source.checkpoint, samples, seq_len)
     original = (source.program(), Cached(source.checkpoint.read))

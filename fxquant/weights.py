@@ -45,8 +45,13 @@ class LazyStack:
         return (self[expert] for expert in range(len(self)))
 
 
-def load(program: Program, target: str, read: Read, dtype: torch.dtype = torch.float32) -> Tensor | LazyStack:
-    """The value of a graph parameter; floating tensors come as `dtype`, int4 codes packed."""
+CPU = torch.device("cpu")
+
+
+def load(
+    program: Program, target: str, read: Read, dtype: torch.dtype = torch.float32, device: torch.device = CPU
+) -> Tensor | LazyStack:
+    """The value of a graph parameter on `device`; floating tensors come as `dtype`, int4 codes packed."""
     parameter = program.parameters[target]
     recipe = program.recipes.get(parameter.module)
     unpacked = recipe is not None and recipe.int4 and not recipe.dialect.packed and target == f"{recipe.module}.weight"
@@ -54,7 +59,8 @@ def load(program: Program, target: str, read: Read, dtype: torch.dtype = torch.f
     def converted(name: str) -> Tensor:
         tensor = read(name)
         if unpacked and tensor.dtype is torch.int8:
-            return pack_int4(tensor)
+            return pack_int4(tensor).to(device)
+        tensor = tensor.to(device)
         return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
     return LazyStack(parameter.names, converted) if parameter.stacked else converted(parameter.names[0])

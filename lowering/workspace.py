@@ -4,8 +4,6 @@
 <out>.partial/journal.jsonl   which of its weights are finished
 """
 
-import fcntl
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fxquant.errors import FxquantError, StoppedError
+from fxquant.locking import locked
 from fxquant.lowering.weights.journal import Fingerprint, Journal, begin, go_on, read_fingerprint
 from fxquant.lowering.weights.reserve import sync
 
@@ -107,23 +106,20 @@ def open_workspace(out: Path, restart: bool) -> Iterator[Workspace]:
     """
     work = Workspace(out, out.with_name(out.name + ".partial"))
     work.partial.mkdir(parents=True, exist_ok=True)
-    lock = os.open(work.partial, os.O_RDONLY)
-    try:
-        _lock(lock, work.partial)
-        if restart:
-            work.clear()
-        yield work
-    except BaseException as raised:
-        error = _stopped(raised, work.partial)
-        fault = isinstance(error, FxquantError) and not isinstance(error, StoppedError)
-        if work.owned and (fault or not work.resumable):
-            shutil.rmtree(work.partial, ignore_errors=True)
-        elif work.owned and isinstance(error, StoppedError):
-            kept = f"What is finished is kept in {work.partial}: the same command goes on with it."
-            raise StoppedError(error.place, error.fact, f"{error.remedy} {kept}") from None
-        raise error from None
-    finally:
-        os.close(lock)
+    with locked(work.partial):
+        try:
+            if restart:
+                work.clear()
+            yield work
+        except BaseException as raised:
+            error = _stopped(raised, work.partial)
+            fault = isinstance(error, FxquantError) and not isinstance(error, StoppedError)
+            if work.owned and (fault or not work.resumable):
+                shutil.rmtree(work.partial, ignore_errors=True)
+            elif work.owned and isinstance(error, StoppedError):
+                kept = f"What is finished is kept in {work.partial}: the same command goes on with it."
+                raise StoppedError(error.place, error.fact, f"{error.remedy} {kept}") from None
+            raise error from None
 
 
 def _stopped(error: BaseException, partial: Path) -> BaseException:
@@ -131,16 +127,6 @@ def _stopped(error: BaseException, partial: Path) -> BaseException:
     if not isinstance(error, OSError):
         return error
     return StoppedError(error.filename or partial, f"{error.strerror or error}.", "Free space or repair the disk.")
-
-
-def _lock(handle: int, partial: Path) -> None:
-    """A lock that ends with the process, however it ends."""
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise FxquantError(partial, "another fxquant is at work in it.", "Wait for it, or choose another -o.") from None
-    except OSError as error:
-        raise StoppedError(partial, f"cannot be locked: {error.strerror}.", "Choose an -o that can.") from None
 
 
 def _difference(theirs: Fingerprint, ours: Fingerprint) -> str | None:

@@ -8,6 +8,7 @@ from torch import Tensor, fx
 
 from fxquant.batches import batched
 from fxquant.calibration import Calibration, Seen, pairs_hash, rounded_by, text_hash
+from fxquant.calibration_folder import CalibrationFolder
 from fxquant.checkpoint import Checkpoint
 from fxquant.errors import FxquantError
 from fxquant.kernels.activation import static_parameters
@@ -23,6 +24,7 @@ from fxquant.schemes import Recipe
 from fxquant.solved import SolvedCodes
 from fxquant.source_reader import checkpoint_files, stamp_files
 from fxquant.structure import structural_hash
+from fxquant.weights import CPU
 
 WAY_OUT = "Pass --calib FILE, put calibration.jsonl beside the model, or use deepseek_w4a8_dynamic."
 
@@ -35,7 +37,8 @@ class Calibrate(Pass):
     pair on, on the smoothed ones. `batches` gives documents, token ids int64 [1, length]; it is asked, and None is an
     error, only if a scheme is static or a pair is there, and no `given` calibration takes its place. `batch_size` of
     them run together, filled up with the id `pad`. `earlier` are calibrations of other runs: one that saw the same
-    saves the forward. `used` has the ranges and the smoothing. Codes of GPTQ are written to `solved`.
+    saves the forward. `used` has the ranges and the smoothing. `folder` keeps what is seen, block by block, for a
+    killed calibration to go on with; None: it starts anew. Codes of GPTQ are in `solved`.
     """
 
     policy: Policy
@@ -47,6 +50,8 @@ class Calibrate(Pass):
     used: Calibration | None = None
     batch_size: int = 1
     pad: int = 0
+    device: torch.device = CPU
+    folder: CalibrationFolder | None = None
     solved: SolvedCodes | None = None
     name = "calibrate"
 
@@ -96,11 +101,11 @@ class Calibrate(Pass):
             if known.seen == seen and set(inputs) <= set(known.ranges):
                 return known
         rounded = self.policy.calibration_weights is CalibrationWeights.ROUNDED
-        run = CalibrationRun(program, self.source, batches, observer, rounded)
+        run = CalibrationRun(program, self.source, batches, observer, rounded, self.device)
         if any(solved_modules(program)):
-            self.solved = self.solved or SolvedCodes.temporary()
+            self.solved = SolvedCodes(self.folder.folder / "codes") if self.folder else SolvedCodes.temporary()
             run.solve(self.solved, self._solver_key(seen), self.policy.unseen_experts)
-        run.observe({node for nodes in inputs.values() for node in nodes}, self.report)
+        run.observe({node for nodes in inputs.values() for node in nodes}, self.report, self.folder, vars(seen))
         tokens = torch.tensor([batch.tokens for batch in batches])
         ranges = {module: run.extremes(nodes) for module, nodes in inputs.items()}
         return Calibration(seen, tokens, ranges, run.experts, run.smoother.smoothing)

@@ -10,6 +10,7 @@ from torch import Tensor, fx
 from fxquant import ops
 from fxquant.checkpoint import Checkpoint
 from fxquant.errors import FxquantError
+from fxquant.execute import Values
 from fxquant.passes.pair_smoothing import pair_readers
 from fxquant.passes.smooth_scales import SEARCH_TOKENS, Reader, channel_scales
 from fxquant.program import Pair, Program, input_node
@@ -31,47 +32,49 @@ class Smoother:
 
     def __init__(self, program: Program, checkpoint: Checkpoint, tokens: RealTokens) -> None:
         self.smoothing = Smoothing()
-        self._held = {name: torch.zeros(value.shape, dtype=value.dtype) for name, value in program.added.items()}
-        self.smoothing.tensors |= self._held
+        self.smoothing.tensors |= {
+            name: torch.zeros(value.shape, dtype=value.dtype) for name, value in program.added.items()
+        }
         self.checkpoint = checkpoint.smoothed(self.smoothing)
         self._program, self._source, self._tokens = program, checkpoint, tokens
         self._pairs = {pair.value: pair for pair in program.pairs}
-        self._before = {input_node(pair.value, 0) for pair in program.pairs if pair.kind is PairKind.NORM}
-        self._inputs: dict[fx.Node, list[Tensor]] = {}
 
-    def observe(self, node: fx.Node, values: list[Any]) -> None:
+    def restore(self, smoothing: Smoothing) -> None:
+        """Go on where another run had smoothed so much."""
+        vars(self.smoothing).update(vars(smoothing))
+
+    def observe(self, node: fx.Node, values: list[Any], inputs: Values) -> None:
         """Smooth the pair whose value has come, and replace `values` by what the smoothed graph has there."""
-        if node in self._before:
-            self._inputs[node] = list(values)
         pair = self._pairs.get(node)
         if pair is None:
             return
         rows = self._tokens(values)
-        largest, weights = rows.abs().amax(0), self._largest_weights(pair)
-        chosen = rows[:: max(1, -(-len(rows) // SEARCH_TOKENS))]
+        largest, weights = rows.abs().amax(0).cpu(), self._largest_weights(pair)
+        chosen = rows[:: max(1, -(-len(rows) // SEARCH_TOKENS))].cpu()
         readers = list(self._some_readers(pair)) if pair.rule.method is SmoothMethod.FLEX else []
         scale = channel_scales(pair.rule, largest, weights, chosen, readers).to(self._program.dtype).float()
         if not bool((torch.isfinite(scale) & (scale > 0)).all()):
             fact = f"smoothing scales {scale.min():g} … {scale.max():g} do not fit {self._program.dtype}."
             raise FxquantError(pair.value.name, fact, "Use method none for it.")
         if pair.kind is PairKind.NORM:
-            self._smooth_norm(pair, scale, rows, values)
+            self._smooth_norm(pair, scale, rows, values, inputs[input_node(node, 0)])
         else:
             self._smooth_linear(pair, scale, values)
 
-    def _smooth_norm(self, pair: Pair, scale: Tensor, rows: Tensor, values: list[Tensor]) -> None:
+    def _smooth_norm(self, pair: Pair, scale: Tensor, rows: Tensor, values: list[Tensor], before: list[Tensor]) -> None:
         smoothing, (name,) = self.smoothing, self._program.parameters[pair.maker].names
         weight, bias = self._source.read(name), None
         smoothing.scales[name] = scale
         smoothing.columns |= dict.fromkeys(pair_readers(self._program, pair), name)
         if pair.rule.method is SmoothMethod.M4:
-            shift = (rows.amax(0) + rows.amin(0)) / 2
+            shift = ((rows.amax(0) + rows.amin(0)) / 2).cpu()
             smoothing.shifts[name] = shift
             bias = self._shifted_norm_bias(pair, shift, scale)
             self._shift_readers(pair, shift)
         smoothed = smoothing.tensors[name] = (weight.float() / scale).to(weight.dtype)
-        eps, before = pair.value.args[2], self._inputs.pop(input_node(pair.value, 0))
-        values[:] = [ops.rms_norm(x, smoothed.float(), eps, bias) for x in before]
+        eps, device = pair.value.args[2], values[0].device
+        weight, bias = smoothed.float().to(device), None if bias is None else bias.to(device)
+        values[:] = [ops.rms_norm(x, weight, eps, bias) for x in before]
 
     def _shifted_norm_bias(self, pair: Pair, shift: Tensor, scale: Tensor) -> Tensor:
         (name,) = self._program.parameters[str(input_node(pair.value, 3).target)].names
@@ -94,7 +97,7 @@ class Smoother:
         self.smoothing.scales[name] = scale
         self.smoothing.rows[name] = _heads(pair.value)
         self.smoothing.columns |= dict.fromkeys(pair_readers(self._program, pair), name)
-        values[:] = [value / scale for value in values]
+        values[:] = [value / scale.to(value.device) for value in values]
 
     def _largest_weights(self, pair: Pair) -> Tensor:
         """float32 [k]: the largest magnitude of each column over all quantized weights that read the value."""

@@ -39,6 +39,13 @@ class Solver:
         self._key, self._rows, self._unseen = key, rows, unseen
         self._carry: tuple[fx.Node, Carry] | None = None
 
+    def sites(self) -> Iterator[fx.Node]:
+        """The calls at which codes are found."""
+        for node in self._program.graph.graph.nodes:
+            places = {ops.linear: (1,), ops.moe_experts: tuple(PROJECTIONS.values())}.get(node.target, ())
+            if any(self._recipe(input_node(node, place)) for place in places):
+                yield node
+
     def observe(self, node: fx.Node, live: Live) -> None:
         """`live` has the values of the inputs of `node`, a list of one a batch each."""
         if node.target == ops.linear:
@@ -81,7 +88,7 @@ class Solver:
             rows = x if self._unseen is UnseenExperts.ALL_TOKENS else rows
         inputs = {"gate_proj": rows, "up_proj": rows}
         if "down_proj" in recipes:
-            gate, up = (self._weight(modules[name]).float() for name in ("gate_proj", "up_proj"))
+            gate, up = (self._weight(modules[name]).float().to(x.device) for name in ("gate_proj", "up_proj"))
             inputs["down_proj"] = torch.nn.functional.silu(rows @ gate.T) * (rows @ up.T)
         carries: dict[int, Carry] = {}
         for name, recipe in recipes.items():
@@ -95,9 +102,10 @@ class Solver:
         weight = self._weight(module)
         codes, scale, second = fitted(recipe, weight, f"{module}.weight")
         if carry is not None:
-            steps = scale.unsqueeze(1) * spread(second, recipe)
-            lowest, highest = code_limits(recipe, spread(second, recipe))
-            codes = feedback_codes(weight.float(), steps.expand(weight.shape), lowest, highest, carry)
+            wide = spread(second, recipe).expand(weight.shape)
+            device, (lowest, highest) = carry[0].device, code_limits(recipe, wide)
+            rows, steps = weight.float().to(device), (scale.unsqueeze(1) * wide).to(device)
+            codes = feedback_codes(rows, steps, lowest.to(device), highest.to(device), carry).cpu()
         self._solved.write(module, self._key_of(recipe), codes)
 
     def _weight(self, module: str) -> Tensor:

@@ -135,7 +135,7 @@ def graph_values(compiled: Compiled, inputs: list[Tensor]) -> dict[str, Any]:
     values = dict(zip((n.name for n in program.graph.graph.find_nodes(op="placeholder")), inputs, strict=True))
     for node in program.graph.graph.find_nodes(op="get_attr"):
         values[node.name] = load(program, str(node.target), read)
-    execute(program, read, [inputs], lambda node, found: values.update({node.name: copy.copy(found[0])}))
+    execute(program, read, [inputs], lambda node, found, inputs: values.update({node.name: copy.copy(found[0])}))
     return values
 
 

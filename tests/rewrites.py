@@ -50,7 +50,7 @@ def rewrite(checkpoint: Checkpoint, policy: str, program: Program | None = None)
     values: dict[str, Any] = {}
     batch = prefill_inputs(program, random_ids(meta_model(checkpoint), 2, 9))
     reader = RecipeReader(program, checkpoint)
-    execute(program, reader, [batch], lambda node, outputs: values.update({node.name: outputs[0]}))
+    execute(program, reader, [batch], lambda node, outputs, inputs: values.update({node.name: outputs[0]}))
     return Rewritten(checkpoint, program, results, values)
 
 

@@ -43,7 +43,7 @@ def no_forward(monkeypatch: pytest.MonkeyPatch) -> None:
     def run(*arguments: object) -> None:
         raise AssertionError("the model ran")
 
-    monkeypatch.setattr("fxquant.passes.calibration_run.execute", run)
+    monkeypatch.setattr("fxquant.passes.calibration_run.Stream", run)
 
 
 def token_ids(path: Path, seed: int) -> Path:
@@ -98,7 +98,7 @@ def test_another_statistic_takes_the_same_file(
 ) -> None:
     policy = policy_of(tmp_path, MIN_MAX)
     text = compiled(model, tmp_path / "text", policy, calib=ids)
-    monkeypatch.setattr("fxquant.passes.calibration_run.execute", None)
+    monkeypatch.setattr("fxquant.passes.calibration_run.Stream", None)
     file = compiled(model, tmp_path / "file", policy, calibration=whole / CALIBRATION)
     assert same_files(file, text) and not same_files(file, whole)
     assert files_of(file)[CALIBRATION] == files_of(whole)[CALIBRATION]
@@ -131,7 +131,7 @@ def test_killed_it_goes_on_without_calibrating_again(
 ) -> None:
     out = tmp_path / "out"
     killed(model, out, ids, monkeypatch)
-    monkeypatch.setattr("fxquant.passes.calibration_run.execute", None)
+    monkeypatch.setattr("fxquant.passes.calibration_run.Stream", None)
     assert same_files(compiled(model, out, calib=ids), whole)
 
 
@@ -174,7 +174,7 @@ def test_ranges_of_the_same_text_are_taken_from_an_earlier_output(
     model: Path, whole: Path, ids: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("fxquant.passes.calibration_run.execute", None)
+        patch.setattr("fxquant.passes.calibration_run.Stream", None)
         assert same_files(compiled(model, tmp_path / "out", calib=ids, reuse=whole), whole)
     other = token_ids(tmp_path / "other.safetensors", seed=2)
     out = compiled(model, tmp_path / "other", calib=other, reuse=whole)

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 from fxquant import ops
 from fxquant.checkpoint import Checkpoint
-from fxquant.execute import cache_inputs, execute, generate, prefill_inputs
+from fxquant.execute import Values, cache_inputs, execute, generate, prefill_inputs
 from fxquant.program import Program
 from fxquant.weights import Cached, LazyStack, Read, RecipeReader
 
@@ -92,7 +92,7 @@ def test_the_dtype_is_that_of_weights_and_caches(checkpoint: Checkpoint, batches
     batch = prefill_inputs(program, batches[0], torch.bfloat16)
     dtypes = {}
     (outputs,) = execute(
-        program, checkpoint.read, [batch], lambda node, values: dtypes.update({node.name: values[0]}),
+        program, checkpoint.read, [batch], lambda node, values, inputs: dtypes.update({node.name: values[0]}),
         dtype=torch.bfloat16,
     )  # fmt: skip
     assert {output.dtype for output in outputs} == {torch.bfloat16}
@@ -126,7 +126,7 @@ def routed(program: Program, read: Read, ids: Tensor) -> set[int]:
     """The experts that any token of `ids` chose."""
     chosen: set[int] = set()
 
-    def observe(node: fx.Node, values: list[Any]) -> None:
+    def observe(node: fx.Node, values: list[Any], inputs: Values) -> None:
         if node.target == ops.moe_gate:
             chosen.update(values[0][0].flatten().tolist())
 
@@ -209,7 +209,7 @@ def test_observers_see_every_call_once_with_all_batches(checkpoint: Checkpoint, 
     seen: list[tuple[str, int]] = []
     advanced: list[int] = []
     run(
-        program, checkpoint.read, batches, observe=lambda node, values: seen.append((node.name, len(values))),
+        program, checkpoint.read, batches, observe=lambda node, values, inputs: seen.append((node.name, len(values))),
         advance=advanced.append,
     )  # fmt: skip
     calls = [node.name for node in program.graph.graph.nodes if node.op == "call_function"]

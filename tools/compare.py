@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from fxquant.tools.compile_options import CheckpointFolder, Model, TraceTimeout
+from fxquant.tools.compile_options import CheckpointFolder, Device, Model, TraceTimeout
 from fxquant.tools.console import console, print_json, reporter, size
 
 
@@ -17,6 +17,7 @@ def command(
         list[str] | None, typer.Option("--policy", "-p", help="Policies to compare. [dim]default: all shipped ones[/]")
     ] = None,
     calib: Annotated[Path | None, typer.Option(help="Calibration text, as for compile.")] = None,
+    device: Device = "cpu",
     checkpoint: CheckpointFolder = None,
     trace_timeout: TraceTimeout = 120.0,
     samples: Annotated[int, typer.Option(help="Pieces of text to score.", min=1)] = 64,
@@ -29,7 +30,7 @@ def command(
     from fxquant.policy import shipped_policies
     from fxquant.tools.figures import interval
 
-    options = CompileOptions(calib=calib, checkpoint=checkpoint, trace_timeout=trace_timeout)
+    options = CompileOptions(calib=calib, checkpoint=checkpoint, trace_timeout=trace_timeout, device=device)
     names = policy or shipped_policies()
     results = compare(model, names, text, options, samples, seq_len, reporter(quiet or as_json))
     if as_json:

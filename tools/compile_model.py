@@ -12,6 +12,7 @@ from fxquant.tools.compile_options import (
     AsJson,
     CalibrationFile,
     CheckpointFolder,
+    Device,
     EngineName,
     Export,
     Force,
@@ -57,6 +58,7 @@ def command(
     samples: Annotated[int, typer.Option(help="Documents to calibrate on.", min=1)] = 32,
     seq_len: Annotated[int, typer.Option(help="Most tokens of a document.", min=2)] = 256,
     batch_size: Annotated[int, typer.Option(help="Documents to calibrate on at a time.", min=1)] = 1,
+    device: Device = "cpu",
     calibration: SavedCalibration = None,
     checkpoint: CheckpointFolder = None,
     trace_timeout: TraceTimeout = 120.0,
@@ -82,7 +84,7 @@ def command(
     options = CompileOptions(
         policy, out, parse_target(target), calib, samples, seq_len, checkpoint, trace_timeout,
         parse_size(max_shard_size), force, verify, kv_cache, tp, parse_mtp(mtp), mix, export,
-        calibration, parse_workers(engine, jobs, address), reuse, restart, batch_size,
+        calibration, parse_workers(engine, jobs, address), reuse, restart, batch_size, device,
     )  # fmt: skip
     report = compile(model, options, reporter(quiet or as_json))
     print_json(as_document(report)) if as_json else print_report(report)

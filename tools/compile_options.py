@@ -70,6 +70,7 @@ Force = Annotated[
     bool, typer.Option("--force", help="Replace an earlier output; what stays the same is taken over from it.")
 ]
 ShardSize = Annotated[str, typer.Option(help="Largest weight file, such as 4GiB or 500MB.")]
+Device = Annotated[str, typer.Option(help="Where calibration runs the model: cpu, cuda or npu.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the report as JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 Export = Annotated[bool, typer.Option("--export/--no-export", help="The NPU graph as .pt2 files too.")]

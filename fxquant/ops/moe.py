@@ -89,12 +89,11 @@ def moe_experts(
     x [..., H]; ids int64, weights float32 [..., K]; gate_proj, up_proj [E, I, H], down_proj [E, H, I].
     """
     rows, row_index, counts = _sort_by_expert(x, ids, len(gate_proj))
-    parts = []
     for expert, block in enumerate(rows.split(counts.tolist())):
         if len(block):
             hidden = torch.nn.functional.silu(block @ gate_proj[expert].T) * (block @ up_proj[expert].T)
-            parts.append(hidden @ down_proj[expert].T)
-    return _weighted_sum(torch.cat(parts) if parts else rows, row_index, weights, x)
+            block.copy_(hidden @ down_proj[expert].T)  # rows are copies of tokens: K times x is enough memory
+    return _weighted_sum(rows, row_index, weights, x)
 
 
 def _moe_init_routing_shape(x: Tensor, ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -128,11 +127,11 @@ def moe_finalize_routing(rows: Tensor, row_index: Tensor, weights: Tensor) -> Te
 def _sort_by_expert(x: Tensor, ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     flat = ids.flatten()
     order = flat.argsort(stable=True)
-    row_index = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
+    row_index = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
     rows = x.flatten(0, -2)[order // ids.shape[-1]]
     return rows, row_index, torch.bincount(flat, minlength=num_experts)
 
 
 def _weighted_sum(rows: Tensor, row_index: Tensor, weights: Tensor, like: Tensor) -> Tensor:
     copies = rows[row_index].unflatten(0, tuple(weights.shape))
-    return (copies * weights.to(rows.dtype).unsqueeze(-1)).sum(-2).to(like.dtype)
+    return copies.mul_(weights.to(rows.dtype).unsqueeze(-1)).sum(-2).to(like.dtype)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxquant.execute import execute
+from fxquant.execute import Values, execute
 from fxquant.program import Program
 from fxquant.weights import Read
 
@@ -22,7 +22,7 @@ def logit_noise(program: Program, read: Read, inputs: list[Tensor], seeds: int) 
     runs = [inputs] * (seeds + 1)
     generator = torch.Generator().manual_seed(0)
 
-    def disturb(node: fx.Node, values: list[Any], live: object) -> None:
+    def disturb(node: fx.Node, values: list[Any], inputs: Values) -> None:
         for index, value in enumerate(values[1:], 1):
             if isinstance(value, Tensor) and value.is_floating_point():
                 values[index] = value * (1 + LAST_BIT * (2 * torch.rand(value.shape, generator=generator) - 1))

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxquant.execute import execute, prefill_inputs
+from fxquant.execute import Values, execute, prefill_inputs
 from fxquant.lowering.readers import Arithmetic, EngineReader
 from fxquant.lowering.verify.engine import Site, sites
 from fxquant.measure import CHUNK
@@ -25,7 +25,7 @@ class Replacement:
         self._last_use = {node: site.node for site in self._sites.values() for node in _inputs(site)}
         self._kept: dict[fx.Node, list[Any]] = {}
 
-    def __call__(self, node: fx.Node, values: list[Any], live: object) -> None:
+    def __call__(self, node: fx.Node, values: list[Any], inputs: Values) -> None:
         """`values` of the batches are replaced in place; inputs of later sites are kept until their last use."""
         if node in self._sites:
             values[:] = self._results(self._sites[node], values)

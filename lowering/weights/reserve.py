@@ -5,17 +5,17 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from fxquant.errors import FxquantError, StoppedError
+from fxquant.errors import StoppedError
 from fxquant.lowering.layout import FileLayout
 
 FREE_SPACE = "Free space, or choose another -o."
 
 
 def check_space(files: Sequence[FileLayout], folder: Path) -> None:
-    """Raise FxquantError unless the planned files fit on the disk of `folder`."""
+    """Raise StoppedError unless the planned files fit on the disk of `folder`."""
     needed, free = sum(file.nbytes for file in files), shutil.disk_usage(folder).free
     if needed > free:
-        raise FxquantError(folder, f"{needed:,} bytes to write, {free:,} free.", FREE_SPACE)
+        raise StoppedError(folder, f"{needed:,} bytes to write, {free:,} free.", FREE_SPACE)
 
 
 def reserve(files: Sequence[FileLayout], folder: Path) -> None:
