@@ -2,6 +2,7 @@
 graph runs on the smoothed weights."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from fxquant.execute import Values
 from fxquant.passes.pair_smoothing import pair_readers
 from fxquant.passes.smooth_scales import SEARCH_TOKENS, Reader, channel_scales
 from fxquant.program import Pair, Program, input_node
-from fxquant.schemes import Recipe
+from fxquant.schemes import Recipe, WeightAlgorithm
 from fxquant.smooth_rule import PairKind, SmoothMethod
 from fxquant.smoothing import Smoothing
 
@@ -121,7 +122,8 @@ class Smoother:
             recipe = self._program.recipes.get(parameter.module)
             if recipe is not None:
                 names = parameter.names[:: max(1, len(parameter.names) // SEARCH_EXPERTS)]
-                yield from (Reader(recipe, self._source.read(name)) for name in names)
+                plain = replace(recipe, algorithm=WeightAlgorithm.MIN_MAX)
+                yield from (Reader(plain, self._source.read(name)) for name in names)
 
 
 def _heads(attention: fx.Node) -> int:

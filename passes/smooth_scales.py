@@ -22,7 +22,7 @@ SEARCH_TOKENS = 128
 
 @dataclass(frozen=True)
 class Reader:
-    """A weight [n, k] that reads a smoothed value, in the model's dtype, and how it will be quantized."""
+    """A weight [n, k] that reads a smoothed value, in the model's dtype, and how a search quantizes it: by min_max."""
 
     recipe: Recipe
     weight: Tensor

@@ -40,19 +40,17 @@ def feedback_codes(
     lowest, highest  float32 [n, k]: codes that the form can hold
     """
     order, factor = carry
-    left, codes = weight[:, order].clone(), torch.empty_like(weight)
-    steps, lowest, highest = (one[:, order] for one in (steps, lowest, highest))
-    divisors = torch.where(steps > 0, steps, 1.0)
+    left, steps, lowest, highest = (one.T[order].contiguous() for one in (weight, steps, lowest, highest))  # [k, n]
+    divisors, codes = torch.where(steps > 0, steps, 1.0), torch.empty_like(left)
     for start in range(0, len(order), BLOCK):
         end = min(start + BLOCK, len(order))
-        errors = torch.empty(len(weight), end - start, device=weight.device)
+        errors = torch.empty_like(left[start:end])
         for j in range(start, end):
-            code = torch.round(left[:, j] / divisors[:, j]).clamp(lowest[:, j], highest[:, j])
-            code = torch.where(steps[:, j] > 0, code, 0.0)
-            errors[:, j - start] = error = (left[:, j] - code * steps[:, j]) / factor[j, j]
-            left[:, j:end] -= error.unsqueeze(1) * factor[j, j:end]
-            codes[:, j] = code
-        left[:, end:] -= errors @ factor[start:end, end:]
+            code = (left[j] / divisors[j]).round_().clamp_(lowest[j], highest[j])
+            codes[j] = torch.where(steps[j] > 0, code, 0.0)
+            errors[j - start] = (left[j] - codes[j] * steps[j]) / factor[j, j]
+            left[j:end].addr_(factor[j, j:end], errors[j - start], alpha=-1)
+        left[end:] -= factor[start:end, end:].T @ errors
     made = torch.empty_like(codes)
-    made[:, order] = codes
-    return made.to(torch.int8)
+    made[order] = codes
+    return made.T.to(torch.int8).contiguous()
