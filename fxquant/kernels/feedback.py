@@ -49,7 +49,7 @@ def feedback_codes(
             code = (left[j] / divisors[j]).round_().clamp_(lowest[j], highest[j])
             codes[j] = torch.where(steps[j] > 0, code, 0.0)
             errors[j - start] = (left[j] - codes[j] * steps[j]) / factor[j, j]
-            left[j:end].addr_(factor[j, j:end], errors[j - start], alpha=-1)
+            left[j:end] -= factor[j, j:end, None] * errors[j - start]
         left[end:] -= factor[start:end, end:].T @ errors
     made = torch.empty_like(codes)
     made[order] = codes
