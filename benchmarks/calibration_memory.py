@@ -1,6 +1,6 @@
 """Peak memory of calibration on models of 4, 8 and 16 layers: python benchmarks/calibration_memory.py
 
-Each model is made, calibrated in a process of its own with a work folder beside it, and removed. Memory is what the
+Each model is made, calibrated by one thread in a process of its own with a work folder beside it, and removed. Memory is what the
 process has more at its peak than when calibration begins, Linux only.
 """
 
@@ -46,7 +46,7 @@ def main() -> None:
     if options.measure:
         print(json.dumps(measure(Path(options.measure), options.policy)))
         return
-    table = Table("layers", "weights in float32 MB", "text: latents of all layers MB", "peak MB", "state MB", "seconds")
+    table = Table("layers", "source MB", "latents of all layers MB", "peak MB", "state MB", "seconds")
     found = [run(layers, options.policy) for layers in options.layers]
     for layers, (kept, latents, one) in zip(options.layers, found, strict=True):
         numbers = (kept / 1e6, latents / 1e6, one["peak"] / 1e6, one["state"] / 1e6)
@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def run(layers: int, policy: str) -> tuple[int, int, dict[str, float]]:
-    """Bytes of the weights as float32 and of the latents of the text, and what was measured."""
+    """Bytes of the source and of the latents of the text, and what was measured."""
     document = config(layers, EXPERTS, **SHAPE)
     with tempfile.TemporaryDirectory(dir=".") as place:
         folder = Path(place) / "model"
@@ -68,11 +68,12 @@ def run(layers: int, policy: str) -> tuple[int, int, dict[str, float]]:
         command = [sys.executable, __file__, "--measure", place, "--policy", policy]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
     latents = layers * SAMPLES * LENGTH * (document["kv_lora_rank"] + document["qk_rope_head_dim"]) * 4
-    return source * 4, latents, json.loads(done.stdout)
+    return source, latents, json.loads(done.stdout)
 
 
 def measure(place: Path, policy: str) -> dict[str, float]:
     """Peak bytes, bytes of the largest state, and seconds of calibration alone."""
+    torch.set_num_threads(1)  # at these sizes threads wait for each other, for long where the machine is busy
     found: dict[str, float] = {"state": 0}
 
     @contextmanager
