@@ -1,7 +1,7 @@
 """Peak memory of calibration on models of 4, 8 and 16 layers: python benchmarks/calibration_memory.py
 
-Each model is made, calibrated by one thread in a process of its own with a work folder beside it, and removed. Memory is what the
-process has more at its peak than when calibration begins, Linux only.
+Each model is made, calibrated by one thread in a process of its own with a work folder beside it, and removed. Memory
+is what the process has more at its peak than when calibration begins, Linux only.
 """
 
 import argparse
