@@ -134,7 +134,7 @@ def test_it_sees_what_a_run_of_the_whole_graph_sees(
 
 
 def test_experts_of_all_batches_together_are_those_of_each(checkpoint: Checkpoint) -> None:
-    """One token a batch and expert, so that each row is a sum of its own; the shapes come back."""
+    """Batches of three shapes; the shapes come back."""
     program = float_program(checkpoint)
     node = program.nodes(ops.moe_experts)[0]
     generator = torch.Generator().manual_seed(3)
@@ -296,6 +296,5 @@ def test_memory_is_flat_in_the_number_of_layers(tmp_path: Path) -> None:
         command = [sys.executable, "-c", MEASURE, str(folder)]
         environment = os.environ | {"PYTHONPATH": f"{Path(__file__).parent}:{Path(__file__).parents[1]}"}
         peaks.append(int(subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout))
-    print([f"{peak / 1e6:.0f} MB" for peak in peaks])
     # twelve layers more: 51 MB if latents were kept, 300 MB if experts were; single runs differ by a few
     assert max(peaks) - min(peaks) < 20e6, peaks

@@ -101,7 +101,7 @@ def test_a_linear_used_twice_is_calibrated_for_both_inputs(
     inputs = {site.args[0] for site in sites}
     execute(
         program, checkpoint.read, [prefill_inputs(program, CALIBRATION[0])],
-        lambda node, values: extremes.extend([values[0].min(), values[0].max()] if node in inputs else []),
+        lambda node, values, live: extremes.extend([values[0].min(), values[0].max()] if node in inputs else []),
     )  # fmt: skip
     observed = rewrite(checkpoint, str(policy), program).program.recipes["model.layers.0.mlp.up_proj"].activation
     assert (observed.low, observed.high) == (min(extremes).item(), max(extremes).item())
