@@ -9,8 +9,8 @@ from torch import Tensor
 from fxquant.reference_search import searched_codes
 from fxquant.schemes import Recipe, WeightAlgorithm, tensor_specs
 
-FEEDBACK_ERROR = 16
-"""Of GPTQ's rows against rounding to nearest: the most seen on the trained models is below 4."""
+FEEDBACK_ERROR = 0.25
+"""Of a row's squares: what GPTQ's squared error stays below. Codes of another row are off by one to two times them."""
 
 
 def expected_tensors(
@@ -58,8 +58,7 @@ def _expected_codes(recipe: Recipe, weight: Tensor) -> tuple[Tensor, Tensor, Ten
 def wrong_codes(recipe: Recipe, weight: Tensor, found: Tensor) -> str | None:
     """Why codes that calibration found cannot be those of the weight [n, k], or None.
 
-    They must be ones that the form can hold. And though GPTQ does not seek the nearest code, it stays near: the squared
-    error of a row is below `FEEDBACK_ERROR` times that of the nearest codes, or a thousandth of the row.
+    They must be ones that the form can hold. And though GPTQ does not seek the nearest code, it stays near.
     """
     codes, scales, seconds = _expected_codes(recipe, weight)
     wide = seconds.repeat_interleave(codes.shape[1] // seconds.shape[1], 1)
@@ -69,8 +68,7 @@ def wrong_codes(recipe: Recipe, weight: Tensor, found: Tensor) -> str | None:
     if recipe.group_size and bool(((found * wide).abs() > 119).any()):
         return "a code times its second scale is beyond 119"
     steps, wanted = scales.view(-1, 1) * wide, weight.float()
-    error, least = (((one * steps - wanted) ** 2).sum(1) for one in (found.float(), codes))
-    far = error > torch.maximum(FEEDBACK_ERROR * least, 1e-3 * (wanted**2).sum(1))
+    far = ((found * steps - wanted) ** 2).sum(1) > FEEDBACK_ERROR * (wanted**2).sum(1)
     return f"row {int(far.nonzero()[0])} is far from the source's" if bool(far.any()) else None
 
 

@@ -117,8 +117,12 @@ def experts_together(node: fx.Node, values: Values) -> list[Tensor]:
 
 def settled(value: Any) -> Any:
     """The same numbers laid out as they are when read from a file: sums may follow the layout of what they sum."""
-    return value.contiguous() if isinstance(value, Tensor) else type(value)(map(settled, value))
+    if isinstance(value, list | tuple):
+        return type(value)(map(settled, value))
+    return value.contiguous() if isinstance(value, Tensor) else value
 
 
 def _moved(value: Any, device: torch.device) -> Any:
-    return value.to(device) if isinstance(value, Tensor) else tuple(_moved(one, device) for one in value)
+    if isinstance(value, list | tuple):
+        return type(value)(_moved(one, device) for one in value)
+    return value.to(device) if isinstance(value, Tensor) else value

@@ -44,6 +44,7 @@ CONFIG_KEYS = {  # policy → mla_quantize, moe_quantize
     "deepseek_w4a8": ("w8a8", "w4a8_dynamic"),
     "deepseek_w4a8_dynamic": ("w8a8_dynamic", "w4a8_dynamic"),
     "deepseek_w4a8_msmodelslim": ("w8a8", "w4a8_dynamic"),
+    "deepseek_w4a8_msmodelslim_m4": ("w8a8", "w4a8_dynamic"),
     "deepseek_w4a8_per_channel": ("w8a8_dynamic", "w4a8_dynamic"),
     "deepseek_w4a8_per_channel_static": ("w8a8", "w4a8_dynamic"),
     "deepseek_w4a8_shared_w4": ("w8a8", "w4a8_dynamic"),

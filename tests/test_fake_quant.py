@@ -120,7 +120,7 @@ class FakeQuantization:
         self._inputs = {node for site in self._sites.values() for node in (site.x, site.counts) if node is not None}
         self._values: dict[fx.Node, list[Any]] = {}
 
-    def __call__(self, node: fx.Node, values: list[Any]) -> None:
+    def __call__(self, node: fx.Node, values: list[Any], live: object) -> None:
         site = self._sites.get(node)
         if site is not None:
             counts = [None] * len(values) if site.counts is None else self._values[site.counts]

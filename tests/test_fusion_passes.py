@@ -57,6 +57,7 @@ COUNTS = {
     "deepseek_w4a8": ((2, 1, 1, 2), (5, 7, 1, 1, 1)),
     "deepseek_w4a8_dynamic": DYNAMIC,
     "deepseek_w4a8_msmodelslim": STATIC,
+    "deepseek_w4a8_msmodelslim_m4": STATIC,
     "deepseek_w4a8_per_channel": DYNAMIC,
     "deepseek_w4a8_per_channel_static": STATIC,
     "deepseek_w4a8_shared_w4": STATIC,

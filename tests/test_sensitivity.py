@@ -80,7 +80,7 @@ def outputs(program: Any, read: Any, batches: list[Tensor], name: str) -> Tensor
     """float64: all that the node of this name gives."""
     seen: list[Tensor] = []
 
-    def observe(node: fx.Node, values: list[Any]) -> None:
+    def observe(node: fx.Node, values: list[Any], live: object) -> None:
         if node.name == name:
             seen.extend(value.double().flatten() for value in values)
 
@@ -138,6 +138,7 @@ def test_the_command_shows_them(
     found: Sensitivity, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("fxquant.api.sensitivity", lambda *arguments: found)
+    monkeypatch.setattr("fxquant.tools.console.console.width", 200)
     assert command(monkeypatch, "--sensitivity") == 0
     text = capsys.readouterr().out
     assert all(one.module in text and f"{one.kl.mean:.2e}" in text for one in found.modules)

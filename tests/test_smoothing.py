@@ -152,11 +152,12 @@ RULES = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_the_function_stays(tiny: Callable[..., Checkpoint], tmp_path: Path, text: str, dtype: torch.dtype) -> None:
     """Scales round once on each side of a pair: two relative errors of eps / 2 a factor, which add up like a random
-    walk over the two sides of the eight pairs. In float32 the sums over k are sqrt(k) steps more."""
+    walk over the two sides of the eight pairs. In float32 the sums over k are sqrt(k) steps more.
+    Of all tokens the median: one that is near a tie of two experts may go to the other."""
     checkpoint = tiny(dtype=dtype)
     program, after = smoothed(checkpoint, policy_of(tmp_path, text))
     before = logits(float_program(checkpoint), checkpoint)
-    error, steps = (logits(program, after) - before).pow(2).mean().sqrt(), 4.0
+    error, steps = (logits(program, after) - before).pow(2).mean(-1).sqrt().median(), 4.0
     if dtype is torch.float32:
         steps *= checkpoint.config["hidden_size"] ** 0.5
     assert 0 < error < steps * torch.finfo(dtype).eps * before.std()

@@ -15,7 +15,10 @@ from fxquant.policy import shipped_policies
 from fxquant.targets import Target
 from fxquant.tools.main import app
 
-TWO_LEVEL = ("deepseek_w4a8", "deepseek_w4a8_dynamic", "deepseek_w4a8_msmodelslim", "deepseek_w4a8_shared_w4")
+TWO_LEVEL = (
+    "deepseek_w4a8", "deepseek_w4a8_dynamic", "deepseek_w4a8_msmodelslim", "deepseek_w4a8_msmodelslim_m4",
+    "deepseek_w4a8_shared_w4",
+)  # fmt: skip
 ONE_LEVEL = ("deepseek_w4a8_per_channel", "deepseek_w4a8_per_channel_static")
 WITHOUT_INT4 = ("deepseek_w8a8", "deepseek_w8a8_mix", "float")
 FIRST = ("deepseek_w4a8", "deepseek_w4a8_per_channel", "deepseek_w8a8_mix")

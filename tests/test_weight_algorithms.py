@@ -177,11 +177,6 @@ def test_static_linears_fold_the_sums_of_the_final_codes() -> None:
         )
 
 
-def test_what_no_kernel_does_is_refused() -> None:
-    with pytest.raises(ValueError, match="gptq"):
-        made_by(WeightAlgorithm.GPTQ, torch.ones(2, 64), FORMS[0])
-
-
 # policies and programs
 
 
