@@ -30,13 +30,14 @@ from fxquant.errors import FxquantError
 from fxquant.frontend.source import Source, open_source
 from fxquant.hashing import hash_text
 from fxquant.lowering.layout import stored_tensors
+from fxquant.lowering.weights.reuse import save_stamps
 from fxquant.measure import CHUNK, Evaluation, document_scores, logits, summary
 from fxquant.policy import LEAVE_OUT, Policy, load_policy, shipped_policies
 from fxquant.preparation import CompileOptions, calibration, prepare
 from fxquant.program import Program
 from fxquant.schemes import Scheme
 from fxquant.scoring import COMPARE_CACHE
-from fxquant.source_reader import checkpoint_files
+from fxquant.source_reader import checkpoint_files, stamp_files
 from fxquant.text import load_batches
 from fxquant.tools.console import console, errors, reporter, show_error, size
 from fxquant.weights import Cached, Read, RecipeReader
@@ -169,6 +170,7 @@ class Scorer:
             place = self._folder / f"calibration_{len(folders)}"
             place.mkdir()
             prepared.calibration.save(place / CALIBRATION)
+            save_stamps(stamp_files(checkpoint_files(self._source.checkpoint)), place)
         program, checkpoint = prepared.program, prepared.checkpoint
         result = self._evaluate(
             label, program, Cached(RecipeReader(program, checkpoint, prepared.solved), COMPARE_CACHE)

@@ -18,6 +18,7 @@ from fxquant.lowering.engines import ENGINES
 from fxquant.lowering.layout import MAX_SHARD_SIZE
 from fxquant.lowering.manifest import MANIFEST
 from fxquant.lowering.weights.work import Workers
+from fxquant.lowering.workspace import made_of
 from fxquant.models.deepseek_v3 import mtp_paths
 from fxquant.passes import (
     AssignMtp,
@@ -35,6 +36,7 @@ from fxquant.program import Program
 from fxquant.program_file import dump_program
 from fxquant.progress import Reporter, silent
 from fxquant.solved import SolvedCodes
+from fxquant.source_reader import checkpoint_files, stamp_files
 from fxquant.structure import structural_hash
 from fxquant.targets import Target
 from fxquant.text import load_batches, pad_id
@@ -127,8 +129,8 @@ def prepare(
 ) -> Prepared:
     """Trace, check against the checkpoint, and run the pass pipeline; `for_engine` with the target's contract.
 
-    `known`: folders that may hold a calibration on the same text, which need not be repeated then. `folder`: where one
-    that is killed leaves what it has seen.
+    `known`: folders that may hold a calibration of the same files on the same text, which need not be repeated then.
+    `folder`: where one that is killed leaves what it has seen.
     """
     layers = mtp_modules(source.checkpoint, mtp_paths(source.config))
     policy = policy if options.mtp is None else with_mtp(policy, options.mtp, layers)
@@ -189,12 +191,13 @@ def _calibrate(
         raise FxquantError(f"--calibration {given}", fact, "Leave out one of --calibration and --calib.")
     if given is not None:
         return Calibrate(policy, source.checkpoint, lambda: None, report, load_calibration(given))
+    stamps = stamp_files(checkpoint_files(source.checkpoint)) if known else {}
     return Calibrate(
         policy,
         source.checkpoint,
         lambda: calibration(source, options),
         report,
-        earlier=earlier_calibrations(known),
+        earlier=earlier_calibrations(folder for folder in known if made_of(folder, stamps)),
         batch_size=options.batch_size,
         pad=pad_id(source.checkpoint),
         device=open_device(options.device),

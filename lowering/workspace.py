@@ -4,6 +4,7 @@
 <out>.partial/journal.jsonl   which of its weights are finished
 """
 
+import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,8 +14,10 @@ from typing import Any
 
 from fxquant.errors import FxquantError, StoppedError
 from fxquant.locking import locked
+from fxquant.lowering.manifest import STAMPS
 from fxquant.lowering.weights.journal import Fingerprint, Journal, begin, go_on, read_fingerprint
 from fxquant.lowering.weights.reserve import sync
+from fxquant.source_reader import Stamps
 
 FILES, JOURNAL = "files", "journal.jsonl"
 REASONS = {
@@ -33,6 +36,19 @@ REASONS = {
 def unfinished_folder(out: Path) -> Path:
     """Where unfinished work on `out` has its files, if there is any."""
     return out.with_name(out.name + ".partial") / FILES
+
+
+def made_of(folder: Path, stamps: Stamps) -> bool:
+    """Whether an output, or the files of unfinished work, was made from checkpoint files in just these states."""
+    wanted = {file.name: [stamp.header, stamp.size, stamp.mtime_ns] for file, stamp in stamps.items()}
+    try:
+        found = json.loads((folder / STAMPS).read_text(encoding="utf-8"))
+        return {name: list(stamp.values()) for name, stamp in found.items()} == wanted
+    except FileNotFoundError:
+        unfinished = read_fingerprint(folder.parent / JOURNAL)
+        return unfinished is not None and unfinished.get("sources") == wanted
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 @dataclass

@@ -10,6 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_calibrate import STATIC_LINEARS
 from test_resume import Killed, stop_after
+from tiny import write_checkpoint
 from typer.testing import CliRunner
 
 from fxquant import CompileOptions, FxquantError, compile
@@ -249,3 +250,13 @@ def test_ranges_and_text_do_not_go_together(model: Path, whole: Path, ids: Path,
     with pytest.raises(FxquantError, match="both given") as caught:
         CliRunner().invoke(app, [*command, str(whole / CALIBRATION)], catch_exceptions=False)
     assert "Leave out one" in caught.value.remedy and not list(tmp_path.iterdir())
+
+
+def test_the_ranges_of_other_weights_are_not_taken_over(tmp_path: Path, ids: Path) -> None:
+    """Same names, shapes and text, other numbers: `--reuse` calibrates again."""
+    models = [write_checkpoint(tmp_path / name, seed=seed) for name, seed in (("one", 0), ("other", 1))]
+    old = compiled(models[0], tmp_path / "old", calib=ids)
+    fresh = compiled(models[1], tmp_path / "fresh", calib=ids)
+    reused = compiled(models[1], tmp_path / "reused", calib=ids, reuse=old)
+    assert (reused / CALIBRATION).read_bytes() == (fresh / CALIBRATION).read_bytes()
+    assert (reused / CALIBRATION).read_bytes() != (old / CALIBRATION).read_bytes()
