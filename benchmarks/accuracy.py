@@ -4,8 +4,8 @@ Nothing is compiled: integers are made as they are needed, as in `fxquant compar
 One that is there already, of the same weights, policy, texts and version of fxquant, is not computed again. The float
 model runs once for all rows.
 
---vary BASE adds variations of a policy: `CHANGES` of this file, or those of --changes FILE.yaml, label → keys of a
-policy file. Beside them, `each_rule` gives keys to every rule of BASE that quantizes.
+--vary BASE … adds variations of each of these policies: `CHANGES` of this file, or those of --changes FILE.yaml, which
+has label → keys of a policy file. Beside them, `each_rule` gives keys to every rule of BASE that quantizes.
 """
 
 import argparse
@@ -89,7 +89,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--calib", type=Path, help="calibration text; default: the file beside the model")
     parser.add_argument("-o", "--output", type=Path, required=True, help="JSON lines, appended to")
     parser.add_argument("--policies", nargs="*", help="shipped names and YAML paths; default: all shipped ones")
-    parser.add_argument("--vary", metavar="BASE", help="a policy to vary")
+    parser.add_argument("--vary", metavar="BASE", nargs="*", default=[], help="policies to vary")
     parser.add_argument("--changes", type=Path, help="YAML: label → keys of a policy file")
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--seq-len", type=int, default=256)
@@ -101,12 +101,12 @@ def policies(options: argparse.Namespace, folder: Path) -> Iterator[tuple[str, s
     """(label, shipped name or path), variations written to `folder`."""
     for name in shipped_policies() if options.policies is None else options.policies:
         yield name, name
-    if options.vary:
-        changes = yaml.safe_load(options.changes.read_text(encoding="utf-8")) if options.changes else CHANGES
-        for index, (label, text) in enumerate(variations(options.vary, changes)):
-            file = folder / f"variation_{index}.yaml"
-            file.write_text(text, encoding="utf-8")
-            yield label, str(file)
+    changes = yaml.safe_load(options.changes.read_text(encoding="utf-8")) if options.changes else CHANGES
+    varied = [one for base in options.vary for one in variations(base, changes)]
+    for index, (label, text) in enumerate(varied):
+        file = folder / f"variation_{index}.yaml"
+        file.write_text(text, encoding="utf-8")
+        yield label, str(file)
 
 
 def variations(base: str, changes: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
@@ -155,7 +155,9 @@ class Scorer:
 
     def key(self, policy: Policy) -> dict[str, str]:
         """`KEY` of its row."""
-        contents = TypeAdapter(Policy).dump_python(policy, mode="json", exclude={"name", "description"})
+        contents = TypeAdapter(Policy).dump_python(
+            policy, mode="json", exclude={"name", "description"}, exclude_defaults=True
+        )
         known = self._hashes | {"policy": hash_text(json.dumps(contents, sort_keys=True))}
         return {name: (known | {"fxquant": fxquant.__version__})[name] for name in KEY}
 

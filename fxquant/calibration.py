@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import xxhash
@@ -36,7 +37,7 @@ class Seen:
     graph    structural hash of the float graph
     weights  "float", or "rounded" and the hash of the recipes that rounded them
     text     XXH3-128 of the batches of token ids
-    smooth   hash of what was smoothed and how, "" for nothing
+    smooth   hash of what was smoothed, turned and how, "" for nothing
     kept     what was kept of each input: "extremes", "percentile 99.99" or "histogram"
     """
 
@@ -96,7 +97,13 @@ def load_calibration(path: Path) -> Calibration:
     values = tuple(tokens.shape) if seen.kept == Seen.kept else (1,)
     shapes = {tuple(tensor.shape) for pair in ranges.values() for tensor in pair} | {values}
     dtypes = {tensor.dtype for pair in ranges.values() for tensor in pair} | {torch.float32}
-    if len(shapes) != 1 or len(dtypes) != 1 or tokens.dtype is not torch.int64 or tokens.ndim != 1 or not len(tokens):
+    if (
+        len(shapes) != 1
+        or len(dtypes) != 1
+        or tokens.dtype is not torch.int64
+        or tokens.ndim != 1
+        or (ranges and not len(tokens))
+    ):
         raise FxquantError(path, "not a calibration file: its tensors are not one value a batch.", AGAIN)
     if not all(torch.isfinite(tensor).all() for pair in ranges.values() for tensor in pair):
         raise FxquantError(path, "holds NaN or infinity.", AGAIN)
@@ -126,9 +133,11 @@ def text_hash(batches: Iterable[Batch]) -> str:
 
 
 def pairs_hash(program: Program) -> str:
-    """The `smooth` of a program's pairs."""
+    """The `smooth` of a program's pairs and turns."""
     pairs = [(pair.kind.value, pair.maker, pair.readers, _rule(pair)) for pair in program.pairs]
-    return hash_text(repr((pairs, sorted(program.added)))) if pairs or program.added else ""
+    what: list[Any] = [pairs, sorted(program.added)] if pairs or program.added else []
+    what += [sorted(program.turns.items())] if program.turns else []
+    return hash_text(repr(tuple(what))) if what else ""
 
 
 def _rule(pair: Pair) -> tuple[str, float]:

@@ -1,7 +1,7 @@
 """How long `compile` takes and how much memory, with the arithmetic that says so.
 
 seconds = max(bytes in / disk read + bytes out / disk write, sum of work / rate / workers) + fixed
-memory  = base + kernels + workers × PER_WORKER_BYTES
+memory  = base + kernels + workers × (PER_WORKER_BYTES + what is whole in memory)
 """
 
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from fxquant.machine import Machine
 
 PER_WORKER_BYTES = 16 << 20
 """Buffers of one worker: a row block of about 2 MiB of source, what is made of it, and the allocator's share. No tensor
-is ever in memory whole."""
+is in memory whole, but one that rotation turns over its rows."""
 
 
 @dataclass(frozen=True)

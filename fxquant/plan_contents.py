@@ -1,8 +1,10 @@
 """What a compile would write, file by file, and what it reads for that."""
 
+import math
 from dataclasses import dataclass, replace
 
 from fxquant.binding import build_ledger, check_parameters, mtp_modules
+from fxquant.checkpoint import Checkpoint
 from fxquant.config_checkpoint import config_checkpoint
 from fxquant.frontend.source import Source
 from fxquant.lowering.description import description_size, engine_config, index_size, json_size
@@ -27,6 +29,7 @@ class PlanContents:
     documents   description, index where there is one, and config.json → bytes
     operators   calls in the float graph, and in the rewritten one
     unverified  what nobody has shown to work on the target
+    whole       what a worker has in memory while rotation mixes the rows of the largest weight, twice that weight
     """
 
     rows: list[PlanRow]
@@ -35,6 +38,7 @@ class PlanContents:
     documents: dict[str, int]
     operators: tuple[int, int]
     unverified: list[str]
+    whole: int
 
     @property
     def bytes_in(self) -> int:
@@ -81,6 +85,7 @@ def planned(source: Source, policy: Policy, options: CompileOptions) -> PlanCont
         documents=_documents(program, files, engine),
         operators=(before, _calls(program)),
         unverified=unverified(results),
+        whole=2 * max((_numbers(checkpoint, one) for one, turn in program.turns.items() if turn.heads), default=0),
     )
 
 
@@ -88,6 +93,11 @@ def unverified(results: list[PassResult]) -> list[str]:
     """What nobody has shown to work or to fail on the target, each with its source."""
     checks = (one.kept.items() for one in results if one.name == CheckContract.name)
     return list(dict.fromkeys(f"{fact} ({source})" for check in checks for fact, source in check))
+
+
+def _numbers(checkpoint: Checkpoint, name: str) -> int:
+    """Bytes of a weight in the dtype that it is turned in."""
+    return math.prod(checkpoint.tensors[name].shape) * checkpoint.stored_dtype(name).itemsize
 
 
 def _calls(program: Program) -> int:

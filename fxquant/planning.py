@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fxquant.collection import uncollected
-from fxquant.estimate import Estimate, Memory, estimate
+from fxquant.estimate import PER_WORKER_BYTES, Estimate, Memory, estimate
 from fxquant.frontend.source import open_source
 from fxquant.machine import Machine, Measuring, peak_bytes
 from fxquant.plan_contents import PlanContents, planned
@@ -67,7 +67,7 @@ def plan(
         machine = measuring.result(contents.work)
     machine = assume(machine) if assume else machine
     spent = estimate(contents.bytes_in, contents.bytes_out, contents.work, machine, jobs, fixed)
-    memory = Memory(base, machine.kernel_bytes, spent.workers)
+    memory = Memory(base, machine.kernel_bytes, spent.workers, PER_WORKER_BYTES + contents.whole)
     return Plan(
         **vars(contents),
         model=Path(model),

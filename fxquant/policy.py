@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from fxquant.errors import FxquantError
 from fxquant.kinds import Kind
+from fxquant.rotation import Rotate
 from fxquant.schemes import Scheme, WeightAlgorithm
 from fxquant.smooth_rule import PATTERN, NormBias, PairKind, SmoothRule
 
@@ -120,13 +121,14 @@ class PolicyFile(BaseModel):
     calibration_weights: CalibrationWeights | None = None
     smooth: list[SmoothRule] | None = None
     norm_bias: NormBias | None = None
+    rotate: list[Rotate] | None = None
     unseen_experts: UnseenExperts | None = None
     rules: list[Rule] = Field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Policy:
-    """A resolved policy: its own rules, then those of what it extends; `smooth` is its own, or what it extends has."""
+    """A resolved policy: its own rules, then those of what it extends; of other keys its own, or else those."""
 
     name: str
     description: str
@@ -138,6 +140,7 @@ class Policy:
     norm_bias: NormBias = "shifted"
     percentile: float = PERCENTILE
     unseen_experts: UnseenExperts = UnseenExperts.ERROR
+    rotate: tuple[Rotate, ...] = ()
 
     @property
     def rules(self) -> tuple[Rule, ...]:
@@ -208,13 +211,14 @@ def _load(name: str, ancestors: tuple[str, ...]) -> Policy:
     percentile = document.percentile or (parent.percentile if parent else PERCENTILE)
     unseen = document.unseen_experts or (parent.unseen_experts if parent else UnseenExperts.ERROR)
     norm_bias = document.norm_bias or (parent.norm_bias if parent else "shifted")
+    rotate = tuple(document.rotate) if document.rotate is not None else parent.rotate if parent else ()
     title = Path(name).stem if name.endswith((".yaml", ".yml")) else name
     own, inherited = tuple(document.rules), parent.rules if parent else ()
     sizes = {rule.group_size for rule in own if rule.scheme is Scheme.W4A8_DYNAMIC}
     if len(sizes) > 1:
         raise FxquantError(place, f"group sizes {sorted(sizes)}.", "A weight file has one group_size: choose one.")
     return Policy(
-        title, document.description, statistic, weights, own, inherited, smooth, norm_bias, percentile, unseen
+        title, document.description, statistic, weights, own, inherited, smooth, norm_bias, percentile, unseen, rotate
     )
 
 

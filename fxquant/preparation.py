@@ -25,6 +25,7 @@ from fxquant.passes import (
     AssignSchemes,
     Calibrate,
     CheckContract,
+    FindRotation,
     PairSmoothing,
     Pass,
     PassResult,
@@ -171,6 +172,7 @@ def passes_for(
     assign = (
         AssignSchemes(policy, layers, dialect),
         AssignMtp(policy, source.config, checkpoint, dialect),
+        FindRotation(policy),
         PairSmoothing(policy),
     )
     contract = CheckContract(policy.name, load_contract(options.target), options.tp, options.mix)

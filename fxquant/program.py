@@ -9,6 +9,7 @@ from torch import fx, nn
 
 from fxquant.kinds import Kind
 from fxquant.policy import Rule
+from fxquant.rotation import Turn
 from fxquant.schemes import Recipe, tensor_specs
 from fxquant.smooth_rule import PairKind, SmoothRule
 
@@ -71,6 +72,7 @@ class Program:
     names       node names in use
     mtp         the multi-token prediction layers of the output
     pairs       what calibration will smooth, in graph order; added: the biases (on meta) that shifts bring
+    turns       checkpoint weight → how it is turned
 
     Every node carries `meta["module"]`, the path of the module that made it, `meta["kind"]` and `meta["block"]`: the
     path of its decoder layer, or "before", "between_0", …, "after" for what is in none.
@@ -87,6 +89,7 @@ class Program:
     mtp: MtpLayers = field(default_factory=MtpLayers)
     pairs: list[Pair] = field(default_factory=list)
     added: dict[str, torch.Tensor] = field(default_factory=dict)
+    turns: dict[str, Turn] = field(default_factory=dict)
 
     def nodes(self, target: Any) -> list[fx.Node]:
         """Calls of one operator, in graph order."""

@@ -7,7 +7,8 @@ norm.weight' = norm.weight / scale       norm.bias' = -shift / scale (float32)
 W' = W * scale over in_features          bias' = bias + W @ shift
 W' = W / scale over out_features, for a linear that makes the value
 
-Each result is rounded to the model's dtype. SmoothQuant (arXiv:2211.10438), Outlier Suppression+ (arXiv:2304.09145).
+Before all that, weights may be turned, as `fxquant.rotation` says. Each result is rounded to the model's dtype.
+SmoothQuant (arXiv:2211.10438), Outlier Suppression+ (arXiv:2304.09145).
 """
 
 from dataclasses import dataclass, field
@@ -15,6 +16,8 @@ from hashlib import blake2b
 
 import torch
 from torch import Tensor
+
+from fxquant.rotation import Turn
 
 
 @dataclass
@@ -26,6 +29,8 @@ class Smoothing:
     rows     weight [n, k] that makes it → heads: of the rows of each head the last ones have a scale, the others stay
     shifts   norm's weight → its shift, float32 [k]
     tensors  vectors that stand in the place of the checkpoint's, or beside them: norm weights and biases, linear biases
+    turns    weight → how it is turned, before anything else
+    norms    norm's weight → the checkpoint's, which turned weights have taken over
     """
 
     scales: dict[str, Tensor] = field(default_factory=dict)
@@ -33,9 +38,11 @@ class Smoothing:
     rows: dict[str, int] = field(default_factory=dict)
     shifts: dict[str, Tensor] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
+    turns: dict[str, Turn] = field(default_factory=dict)
+    norms: dict[str, Tensor] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
-        return bool(self.scales or self.tensors)
+        return bool(self.scales or self.tensors or self.turns)
 
     def column_scale(self, name: str) -> Tensor | None:
         """float32 [k] that weight `name` is multiplied by."""
@@ -51,8 +58,10 @@ class Smoothing:
         return rows.flatten()
 
     def apply(self, name: str, tensor: Tensor, out_features: int, start: int = 0) -> Tensor:
-        """`tensor`, the rows from `start` of weight `name` in its own dtype, smoothed."""
+        """`tensor`, the rows from `start` of weight `name` in its own dtype, smoothed; all rows where it is `mixed`."""
         dtype, columns, rows = tensor.dtype, self.column_scale(name), self.row_scale(name, out_features)
+        if name in self.turns:
+            tensor = self.turns[name].apply(tensor, self.norms.get(self.turns[name].norm))
         if columns is not None:
             tensor = (tensor.float() * columns).to(dtype)
         if rows is not None:
@@ -61,14 +70,20 @@ class Smoothing:
 
     def changes(self, name: str) -> bool:
         """Whether tensor `name` is another than the checkpoint's."""
-        return name in self.columns or name in self.rows or name in self.tensors
+        return any(name in changed for changed in (self.columns, self.rows, self.tensors, self.turns))
+
+    def mixed(self, name: str) -> bool:
+        """Whether each row of weight `name` takes from other rows."""
+        return name in self.turns and self.turns[name].heads > 0
 
     def key(self, names: list[str]) -> str | None:
         """What the smoothed `names` depend on besides the checkpoint, in hex; None if nothing."""
         digest = blake2b(digest_size=16)
         for name in filter(self.changes, names):
-            digest.update(f"{name} {self.rows.get(name)}".encode())
-            for tensor in (self.column_scale(name), self.scales.get(name), self.tensors.get(name)):
+            turn = self.turns.get(name)
+            digest.update(f"{name} {self.rows.get(name)} {turn}".encode())
+            norm = self.norms.get(turn.norm) if turn else None
+            for tensor in (self.column_scale(name), self.scales.get(name), self.tensors.get(name), norm):
                 data = b"" if tensor is None else tensor.contiguous().view(torch.uint8).numpy().tobytes()
                 digest.update(len(data).to_bytes(8, "little") + data)
         return digest.hexdigest() if any(map(self.changes, names)) else None

@@ -2,33 +2,38 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fxquant.errors import FxquantError
+from fxquant.rotation import Turn
 from fxquant.safetensors_file import TensorInfo
 from fxquant.smoothing import Smoothing
 
-SCALES, SHIFTS, TENSORS = "smooth_scale/", "smooth_shift/", "smoothed/"
+SCALES, SHIFTS, TENSORS, NORMS = "smooth_scale/", "smooth_shift/", "smoothed/", "rotation_norm/"
 AGAIN = "Calibrate again: pass --calib TEXT instead."
 
 
 def smoothing_tensors(smoothing: Smoothing) -> dict[str, Tensor]:
     """Every vector, by its name in the file."""
-    groups = {SCALES: smoothing.scales, SHIFTS: smoothing.shifts, TENSORS: smoothing.tensors}
+    groups = {SCALES: smoothing.scales, SHIFTS: smoothing.shifts, TENSORS: smoothing.tensors, NORMS: smoothing.norms}
     return {prefix + name: tensor for prefix, tensors in groups.items() for name, tensor in tensors.items()}
 
 
 def smoothing_metadata(smoothing: Smoothing) -> dict[str, str]:
-    """`columns` and `rows` as JSON; nothing where nothing was smoothed."""
+    """`columns`, `rows` and `turns` as JSON; nothing where nothing was smoothed, or turned."""
     if not smoothing:
         return {}
-    return {"columns": _json(smoothing.columns), "rows": _json(smoothing.rows)}
+    turns = {name: asdict(turn) for name, turn in smoothing.turns.items()}
+    found = {"columns": _json(smoothing.columns), "rows": _json(smoothing.rows)}
+    return found | ({"turns": _json(turns)} if turns else {})
 
 
-def _json(names: dict[str, str] | dict[str, int]) -> str:
+def _json(names: Mapping[str, Any]) -> str:
     return json.dumps(dict(sorted(names.items())), separators=(",", ":"))
 
 
@@ -36,12 +41,13 @@ def read_smoothing(path: Path, infos: Mapping[str, TensorInfo], metadata: dict[s
     """What the file at `path` holds of it. Raises FxquantError where it is none."""
     found = [
         {name.removeprefix(prefix): info.read() for name, info in infos.items() if name.startswith(prefix)}
-        for prefix in (SCALES, SHIFTS, TENSORS)
+        for prefix in (SCALES, SHIFTS, TENSORS, NORMS)
     ]
     try:
-        columns, rows = (json.loads(metadata.get(key, "{}")) for key in ("columns", "rows"))
-        smoothing = Smoothing(found[0], dict(columns), dict(rows), *found[1:])
-    except (ValueError, TypeError):
+        columns, rows, turns = (json.loads(metadata.get(key, "{}")) for key in ("columns", "rows", "turns"))
+        made = {name: Turn(**turn) for name, turn in turns.items()}
+        smoothing = Smoothing(found[0], dict(columns), dict(rows), found[1], found[2], made, found[3])
+    except (ValueError, TypeError, AttributeError):
         raise FxquantError(path, "its smoothing is not JSON.", AGAIN) from None
     _check(path, smoothing)
     return smoothing
@@ -57,6 +63,10 @@ def _check(path: Path, smoothing: Smoothing) -> None:
     for key, heads in smoothing.rows.items():
         if type(heads) is not int or heads < 1 or len(smoothing.scales[key]) % heads:
             raise FxquantError(path, f"smoothing scale of {key} is not one of {heads} heads.", AGAIN)
-    for name, tensor in smoothing.tensors.items():
+    for name, turn in smoothing.turns.items():
+        sizes = (turn.columns, turn.heads, turn.values)
+        if not all(type(size) is int and size >= 0 for size in sizes) or turn.norm not in {"", *smoothing.norms}:
+            raise FxquantError(path, f"it cannot turn {name}: {turn}.", AGAIN)
+    for name, tensor in (smoothing.tensors | smoothing.norms).items():
         if tensor.ndim != 1 or not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
             raise FxquantError(path, f"smoothed {name} is not a vector of numbers.", AGAIN)

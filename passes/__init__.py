@@ -8,6 +8,7 @@ from fxquant.passes.base import Pass, PassResult
 from fxquant.passes.calibrate import Calibrate
 from fxquant.passes.check_contract import CheckContract
 from fxquant.passes.check_coverage import CheckCoverage
+from fxquant.passes.find_rotation import FindRotation
 from fxquant.passes.fuse_norm_quantize import FuseNormQuantize
 from fxquant.passes.fuse_swiglu_quantize import FuseSwigluQuantize
 from fxquant.passes.pair_smoothing import PairSmoothing
@@ -22,6 +23,7 @@ __all__ = [
     "Calibrate",
     "CheckContract",
     "CheckCoverage",
+    "FindRotation",
     "FuseNormQuantize",
     "FuseSwigluQuantize",
     "PairSmoothing",

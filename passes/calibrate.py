@@ -20,6 +20,7 @@ from fxquant.passes.solve import solved_modules
 from fxquant.policy import CalibrationWeights, Policy
 from fxquant.program import Program, input_node
 from fxquant.progress import Reporter, silent
+from fxquant.rotated import rotation
 from fxquant.schemes import Recipe
 from fxquant.solved import SolvedCodes
 from fxquant.source_reader import checkpoint_files, stamp_files
@@ -62,6 +63,8 @@ class Calibrate(Pass):
             if recipe is not None and recipe.scheme.static:
                 inputs.setdefault(site.module, []).append(input_node(site.node, 0))
         if not inputs and not program.pairs and not program.added and not any(solved_modules(program)):
+            if program.turns:
+                self.used = self._turned(program)
             return PassResult(self.name)
         self.used = self._given(program, inputs) if self.given else self._calibrated(program, inputs)
         for module in inputs:
@@ -109,6 +112,12 @@ class Calibrate(Pass):
         tokens = torch.tensor([batch.tokens for batch in batches])
         ranges = {module: run.extremes(nodes) for module, nodes in inputs.items()}
         return Calibration(seen, tokens, ranges, run.experts, run.smoother.smoothing)
+
+    def _turned(self, program: Program) -> Calibration:
+        """Where nothing is observed: a calibration on no text."""
+        seen = Seen(structural_hash(program), CalibrationWeights.FLOAT, text_hash([]), pairs_hash(program))
+        turned = rotation(program.turns, self.source)
+        return Calibration(seen, torch.empty(0, dtype=torch.int64), {}, smoothing=turned)
 
     def _solver_key(self, seen: Seen) -> str:
         """Of codes found on this text with these weights: their files as they are, wherever they lie."""

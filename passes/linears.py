@@ -1,7 +1,9 @@
 """What the passes ask of the graph about its linears."""
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import fx
 
@@ -11,6 +13,8 @@ from fxquant.program import Program
 
 PROJECTIONS = {"gate_proj": 3, "up_proj": 4, "down_proj": 5}
 """Argument positions of the stacked weights of `fxq::moe_experts`."""
+READS: dict[Any, tuple[int, ...]] = {ops.linear: (1,), ops.router_logits: (1,), ops.moe_experts: (3, 4)}
+"""Operator → positions of the weights [n, k] that its first argument [..., k] is multiplied by."""
 MAKE_FEATURES = {ops.swiglu, ops.mla_attention}
 MIX = {ops.linear, ops.moe_experts, ops.embedding}
 """What is behind them is of no block any more."""
@@ -53,6 +57,17 @@ def linear_sites(program: Program) -> Iterator[LinearSite]:
 def is_parameter(value: object) -> bool:
     """Whether an argument is read from the weight file."""
     return isinstance(value, fx.Node) and value.op == "get_attr"
+
+
+def reads(user: fx.Node, value: fx.Node) -> bool:
+    """Whether `user` multiplies `value` by parameters, and does nothing else with it."""
+    places = READS.get(user.target, ())
+    return bool(places) and user.args.index(value) == 0 and all(is_parameter(user.args[place]) for place in places)
+
+
+def weight_uses(program: Program) -> Counter[str]:
+    """Graph target → how many nodes hold it."""
+    return Counter(str(node.target) for node in program.graph.graph.nodes if node.op == "get_attr")
 
 
 def kind_of(program: Program, site: LinearSite) -> Kind:

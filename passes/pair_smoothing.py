@@ -8,7 +8,6 @@ Numbers come with calibration.
 from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -16,14 +15,12 @@ from torch import Tensor, fx
 from fxquant import ops
 from fxquant.errors import FxquantError
 from fxquant.passes.base import Pass, PassResult
-from fxquant.passes.linears import is_parameter
+from fxquant.passes.linears import READS, is_parameter, reads, weight_uses
 from fxquant.passes.surgery import Surgery
 from fxquant.policy import Policy
 from fxquant.program import Pair, Parameter, Program, input_node
 from fxquant.smooth_rule import PairKind, SmoothMethod, SmoothRule
 
-READS: dict[Any, tuple[int, ...]] = {ops.linear: (1,), ops.router_logits: (1,), ops.moe_experts: (3, 4)}
-"""Operator → positions of the weights [n, k] that its first argument [..., k] is multiplied by."""
 BIAS = 2
 """Position of a linear's bias."""
 
@@ -41,7 +38,7 @@ class PairSmoothing(Pass):
 
     def apply(self, program: Program) -> PassResult:
         kept: dict[str, str] = {}
-        weights = Counter(str(node.target) for node in program.graph.graph.nodes if node.op == "get_attr")
+        weights = weight_uses(program)
         for node in list(program.graph.graph.nodes):
             if node.target in (ops.rms_norm, ops.mla_attention):
                 reason = self._pair(program, node, weights)
@@ -56,7 +53,7 @@ class PairSmoothing(Pass):
     def _pair(self, program: Program, node: fx.Node, weights: Counter[str]) -> str | None:
         kind = PairKind.NORM if node.target == ops.rms_norm else PairKind.LINEAR
         made = node if kind is PairKind.NORM else input_node(node, 1)
-        reason = _why_not(node, made, weights)
+        reason = why_not(node, made, weights)
         if reason is not None:
             return reason
         readers = [(user, str(input_node(user, place).target)) for user in node.users for place in READS[user.target]]
@@ -85,9 +82,9 @@ class PairSmoothing(Pass):
             _give_linear_bias(program, reader)
 
 
-def _why_not(node: fx.Node, made: fx.Node, weights: Counter[str]) -> str | None:
+def why_not(node: fx.Node, made: fx.Node, weights: Counter[str]) -> str | None:
     """Why the value of `node`, whose scale the weight of `made` sets, cannot be scaled; None if it can."""
-    if not node.users or not all(_reads(user, node) for user in node.users):
+    if not node.users or not all(reads(user, node) for user in node.users):
         return "not only linears read it"
     if made is not node and (made.target != ops.linear or set(made.users) != {node}):
         return "its values are not those of one linear"
@@ -97,12 +94,6 @@ def _why_not(node: fx.Node, made: fx.Node, weights: Counter[str]) -> str | None:
     for user in node.users:
         shared += [str(input_node(user, place).target) for place in READS[user.target]]
     return None if all(weights[name] == 1 for name in shared) else "a weight beside it is used elsewhere too"
-
-
-def _reads(user: fx.Node, value: fx.Node) -> bool:
-    """Whether `user` multiplies `value` by parameters, and does nothing else with it."""
-    places = READS.get(user.target, ())
-    return bool(places) and user.args.index(value) == 0 and all(is_parameter(user.args[place]) for place in places)
 
 
 def _give_norm_bias(program: Program, norm: fx.Node) -> None:

@@ -15,6 +15,7 @@ from fxquant.execute import Values
 from fxquant.passes.pair_smoothing import pair_readers
 from fxquant.passes.smooth_scales import SEARCH_TOKENS, Reader, channel_scales
 from fxquant.program import Pair, Program, input_node
+from fxquant.rotated import rotation
 from fxquant.schemes import Recipe, WeightAlgorithm
 from fxquant.smooth_rule import PairKind, SmoothMethod
 from fxquant.smoothing import Smoothing
@@ -26,18 +27,19 @@ RealTokens = Callable[[list[Tensor]], Tensor]
 
 
 class Smoother:
-    """Observes a run of `program` on the weights of `checkpoint`, its own view of the given one.
+    """Observes a run of `program` on the weights of `checkpoint`, its own view of the given one: turned, and smoothed.
 
     Weights are read one by one: once for their largest magnitudes, besides what the run itself reads.
     """
 
     def __init__(self, program: Program, checkpoint: Checkpoint, tokens: RealTokens) -> None:
-        self.smoothing = Smoothing()
+        self._source = checkpoint.smoothed(rotation(program.turns, checkpoint))
+        self.smoothing = rotation(program.turns, checkpoint)
         self.smoothing.tensors |= {
             name: torch.zeros(value.shape, dtype=value.dtype) for name, value in program.added.items()
         }
         self.checkpoint = checkpoint.smoothed(self.smoothing)
-        self._program, self._source, self._tokens = program, checkpoint, tokens
+        self._program, self._tokens = program, tokens
         self._pairs = {pair.value: pair for pair in program.pairs}
 
     def restore(self, smoothing: Smoothing) -> None:

@@ -10,7 +10,7 @@ from fxquant.contracts import Verdict, load_contract
 from fxquant.contracts import check as findings
 from fxquant.lowering.engines import ENGINES, group_size
 from fxquant.lowering.layout import StoredTensor
-from fxquant.lowering.manifest import GRAPH, find_manifest
+from fxquant.lowering.manifest import FLOAT_GRAPH, GRAPH, find_manifest
 from fxquant.lowering.verify.blocks import block_names, probe_inputs, walk
 from fxquant.lowering.verify.engine import EngineChecker
 from fxquant.lowering.verify.files import check_config, check_digests, check_sizes, infer_target
@@ -18,7 +18,7 @@ from fxquant.lowering.verify.graphs import AscendChecker, GraphChecker, OnnxChec
 from fxquant.lowering.verify.noise import logit_noise
 from fxquant.lowering.verify.rebuild import Rebuild, check_rebuild
 from fxquant.lowering.verify.report import Check, VerifyReport
-from fxquant.lowering.verify.smoothing import check_smoothing
+from fxquant.lowering.verify.smoothing import check_rotation, check_smoothing
 from fxquant.lowering.verify.weights import (
     StoredCodes,
     WeightFiles,
@@ -80,7 +80,7 @@ def verify_output(
     if all(check.ok for check in checks):
         checks += _check_values(output, stored, report)
         if original is not None and source is not None and source.smoothing:
-            checks.append(check_smoothing(original, source.smoothing))
+            checks += _check_smoothing(original, source, folder)
     if all(check.ok for check in checks):
         checks += _check_graphs(output, report)
     noise = None
@@ -109,6 +109,12 @@ def _smoothed(source: Checkpoint | None, folder: Path) -> Checkpoint | None:
     if source is None or not saved.is_file():
         return source
     return source.smoothed(load_calibration(saved).smoothing)
+
+
+def _check_smoothing(original: Checkpoint, source: Checkpoint, folder: Path) -> list[Check]:
+    turned = bool(source.smoothing.turns)
+    checks = [check_rotation(load_program(folder / FLOAT_GRAPH), original, source.smoothing)] if turned else []
+    return [*checks, check_smoothing(original, source.smoothing)]
 
 
 def _check_source(program: Program, source: Checkpoint) -> Check:

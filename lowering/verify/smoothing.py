@@ -1,15 +1,23 @@
-"""Smoothing changes numbers and no function: what was divided on one side is multiplied on the other."""
+"""Smoothing changes numbers and no function: what was divided on one side is multiplied on the other, what was turned
+by a matrix on one side by its inverse on the other."""
+
+from itertools import combinations
 
 import torch
 from torch import Tensor
 
 from fxquant.checkpoint import Checkpoint
 from fxquant.lowering.verify.report import Check
+from fxquant.passes.find_rotation import find_turns
+from fxquant.program import Program
+from fxquant.rotated import rotation
+from fxquant.rotation import Rotate
 from fxquant.smoothing import Smoothing
 
 
 def check_smoothing(source: Checkpoint, smoothing: Smoothing) -> Check:
-    """Every smoothed vector recomputed from the untouched `source`, `==`, and every scale on both its sides."""
+    """Every smoothed vector recomputed from `source`, untouched but for turns, `==`, and every scale on both sides."""
+    source = source.smoothed(rotation(smoothing.turns, source))
     check = Check("smoothing keeps the function", len(smoothing.tensors) + len(smoothing.scales))
     read = set(smoothing.columns.values())
     for key in sorted(smoothing.scales):
@@ -20,11 +28,29 @@ def check_smoothing(source: Checkpoint, smoothing: Smoothing) -> Check:
     return check
 
 
+def check_rotation(program: Program, source: Checkpoint, smoothing: Smoothing) -> Check:
+    """The turns are those that the float graph `program` needs, no weight of a turned value left out."""
+    check = Check("rotation keeps the function", len(smoothing.turns) + len(smoothing.norms))
+    wanted = [
+        find_turns(program, parts) for count in range(1, 1 + len(Rotate)) for parts in combinations(Rotate, count)
+    ]
+    found = smoothing.turns
+    closest = min(wanted, key=lambda turns: len(set(found.items()) ^ set(turns.items())))
+    for name in sorted({*found, *closest}):
+        same = found.get(name) == closest.get(name)
+        check.expect(same, f"{name}: turned by {found.get(name)}, the graph says {closest.get(name)}")
+    for name, norm in smoothing.norms.items():
+        check.expect(name in source.tensors and torch.equal(norm, source.read(name)), f"{name}: not the source's")
+    return check
+
+
 def _wanted(name: str, source: Checkpoint, smoothing: Smoothing) -> Tensor:
     """The vector that stands in the place of tensor `name`, float64 before its rounding where it is a sum."""
     module, _, suffix = name.rpartition(".")
     weight = f"{module}.weight"
     before = source.read(name) if name in source.tensors else torch.zeros(())
+    if suffix == "weight" and name not in smoothing.scales:
+        return before
     if suffix == "weight":
         return (before.float() / smoothing.scales[name]).to(before.dtype)
     if weight in smoothing.scales:  # of a norm

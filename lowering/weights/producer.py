@@ -2,7 +2,8 @@
 
 import json
 from collections.abc import Iterator
-from typing import Any, Protocol
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -19,6 +20,9 @@ from fxquant.schemes import Recipe, WeightAlgorithm
 from fxquant.solved import Codes
 from fxquant.source_reader import FileStamp, SourceReader, Stamps
 from fxquant.weights import codes_of
+
+if TYPE_CHECKING:
+    from fxquant.kernels.source_rows import SourceRows
 
 BLOCK_BYTES = 2 << 20
 """Source bytes that are in memory at one time for each worker, or two rows where these are longer: little enough to
@@ -95,33 +99,63 @@ class CheckpointProducer:
                 self._reader.read_into(tensor, start, view)
                 yield "", view
             return
-        for first, rows in self._row_blocks(tensor):
-            wide = torch.from_numpy(rows).view(tensor.dtype).view(-1, *tensor.shape[1:])
-            if unit.name in self._checkpoint.scales:
-                scales = torch.from_numpy(self._scales(unit.name))
-                wide = decode_fp8(wide, scales[first // self._checkpoint.block[0] :], self._checkpoint.block)
-                wide = wide.to(self._checkpoint.dtype)
+        for first, wide in self._decoded_blocks(unit.name):
             yield "", tensor_bytes(smoothing.apply(unit.name, wide, tensor.shape[0], first).to(dtype))
 
     def _made(self, unit: Unit, recipe: Recipe) -> Iterator[tuple[str, memoryview]]:
         from fxquant.kernels.recipe import ModuleMaker  # here: keys are asked for where no compiler is wanted
-        from fxquant.kernels.source_rows import SourceRows
 
         name = f"{unit.name}.weight"
-        weight, smoothing = self._checkpoint.tensors[name], self._checkpoint.smoothing
         maker = ModuleMaker(recipe, name, self._bias(unit.name) if recipe.bias else None)
-        model_dtype = self._checkpoint.stored_dtype(name)
-        scales = self._scales(name) if name in self._checkpoint.scales else None
         codes = codes_of(recipe, unit.name, self._solved)
-        columns, divided = _array(smoothing.column_scale(name)), _array(smoothing.row_scale(name, weight.shape[0]))
-        for first, rows in self._row_blocks(weight):
-            form = (weight.dtype, weight.shape[1], first, model_dtype, scales, self._checkpoint.block)
-            source = SourceRows(rows, *form, columns, divided)
-            chosen = None if codes is None else codes[first : first + source.rows]
+        turned = name in self._checkpoint.smoothing.turns
+        for source in self._turned_rows(name) if turned else self._stored_rows(name):
+            chosen = None if codes is None else codes[source.start : source.start + source.rows]
             for suffix, tensor in maker.rows(source, chosen).items():
                 yield suffix, tensor_bytes(tensor)
         for suffix, tensor in maker.rest().items():
             yield suffix, tensor_bytes(tensor)
+
+    def _stored_rows(self, name: str) -> Iterator["SourceRows"]:
+        """Rows as they lie in the file, with all that kernels decode and smooth them by."""
+        from fxquant.kernels.source_rows import SourceRows
+
+        weight, smoothing = self._checkpoint.tensors[name], self._checkpoint.smoothing
+        scales = self._scales(name) if name in self._checkpoint.scales else None
+        columns, divided = _array(smoothing.column_scale(name)), _array(smoothing.row_scale(name, weight.shape[0]))
+        model_dtype = self._checkpoint.stored_dtype(name)
+        for first, rows in self._row_blocks(weight):
+            form = (weight.dtype, weight.shape[1], first, model_dtype, scales, self._checkpoint.block)
+            yield SourceRows(rows, *form, columns, divided)
+
+    def _turned_rows(self, name: str) -> Iterator["SourceRows"]:
+        """Rows that are turned and smoothed, in the model's dtype."""
+        from fxquant.kernels.source_rows import rows_of
+
+        smoothing, (count, width) = self._checkpoint.smoothing, self._checkpoint.tensors[name].shape
+        for first, wide in self._decoded_blocks(name):
+            made = smoothing.apply(name, wide, count, first)
+            step = max(2, BLOCK_BYTES // (width * made.itemsize) // 2 * 2)
+            for start in range(0, len(made), step):
+                yield replace(rows_of(made[start : start + step]), start=first + start)
+
+    def _decoded_blocks(self, name: str) -> Iterator[tuple[int, Tensor]]:
+        """(first row, rows), FP8 decoded to the model's dtype; all rows at once where turning mixes them."""
+        tensor, block = self._checkpoint.tensors[name], self._checkpoint.block
+        scales = torch.from_numpy(self._scales(name)) if name in self._checkpoint.scales else None
+        whole = None
+        if self._checkpoint.smoothing.mixed(name):
+            whole = torch.empty(tensor.shape, dtype=self._checkpoint.stored_dtype(name))
+        for first, rows in self._row_blocks(tensor):
+            wide = torch.from_numpy(rows).view(tensor.dtype).view(-1, *tensor.shape[1:])
+            if scales is not None:
+                wide = decode_fp8(wide, scales[first // block[0] :], block).to(self._checkpoint.dtype)
+            if whole is None:
+                yield first, wide
+            else:
+                whole[first : first + len(wide)] = wide
+        if whole is not None:
+            yield 0, whole
 
     def _row_blocks(self, tensor: SourceTensor) -> Iterator[tuple[int, np.ndarray]]:
         """(first row, bytes of the rows as uint8) of consecutive blocks; a block starts where block scales do."""

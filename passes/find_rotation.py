@@ -1,0 +1,148 @@
+"""The residual stream, and the values of each head: what an orthogonal matrix may turn, found in the graph.
+
+The stream is the embedding, what linears and experts add to it, and every sum of these; norms read it, and what reads a
+norm are linears. Turned weights come with calibration, or without one where nothing is observed.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import fx
+
+from fxquant import ops
+from fxquant.errors import FxquantError
+from fxquant.hadamard import NoHadamardError, base_order
+from fxquant.passes.base import Pass, PassResult
+from fxquant.passes.linears import PROJECTIONS, READS, is_parameter, reads, weight_uses
+from fxquant.passes.pair_smoothing import why_not
+from fxquant.policy import Policy
+from fxquant.program import Program, input_node
+from fxquant.rotation import Rotate, Turn
+
+ADD = torch.ops.aten.add.Tensor
+WRITES = {ops.embedding: 0, ops.linear: 1, ops.moe_experts: PROJECTIONS["down_proj"]}
+"""Operator that may add to the stream → position of the weight that makes what it adds."""
+
+
+@dataclass
+class FindRotation(Pass):
+    """Fills `program.turns` as `policy.rotate` says. Raises FxquantError where a value cannot be turned, and why."""
+
+    policy: Policy
+    name = "rotation"
+
+    def apply(self, program: Program) -> PassResult:
+        if Rotate.HIDDEN in self.policy.rotate and program.mtp.stored:
+            fact = "rotate: hidden turns what multi-token prediction layers read, and they are not in the graph."
+            raise FxquantError(f"policy {self.policy.name}", fact, "Leave them out with --mtp none, or rotate heads.")
+        try:
+            program.turns = find_turns(program, self.policy.rotate)
+        except NotTurnedError as error:
+            way_out = "Leave that out of rotate in the policy."
+            raise FxquantError(f"policy {self.policy.name}", f"rotate: {error}.", way_out) from None
+        return PassResult(self.name, tuple(program.turns))
+
+
+class NotTurnedError(ValueError):
+    """What is in the way."""
+
+
+def find_turns(program: Program, parts: tuple[Rotate, ...]) -> dict[str, Turn]:
+    """Checkpoint weight → how it is turned, in the order of the graph; raises NotTurnedError."""
+    turns: dict[str, Turn] = {}
+    uses = weight_uses(program)
+    try:
+        if Rotate.HEADS in parts:
+            for weight, turn in _heads(program, uses):
+                _turn(program, turns, weight, turn)
+        if Rotate.HIDDEN in parts:
+            for weight, turn in _hidden(program, uses):
+                _turn(program, turns, weight, turn)
+    except NoHadamardError as error:
+        raise NotTurnedError(str(error)) from None
+    return dict(sorted(turns.items()))
+
+
+def _turn(program: Program, turns: dict[str, Turn], weight: fx.Node, turn: Turn) -> None:
+    """Beside what is there: o_proj is turned over its columns for the heads, and over its rows for the stream."""
+    for name in program.parameters[str(weight.target)].names:
+        before = turns.setdefault(name, turn)
+        columns, rows = sorted((before, turn), key=lambda one: one.heads)
+        if before is not turn and (columns.heads or rows.columns):
+            raise NotTurnedError(f"{name} would be turned twice")
+        turns[name] = replace(rows, columns=columns.columns, norm=columns.norm)
+
+
+def _heads(program: Program, uses: Counter[str]) -> Iterator[tuple[fx.Node, Turn]]:
+    for attention in program.nodes(ops.mla_attention):
+        made, heads = input_node(attention, 1), attention.args[4]
+        assert isinstance(heads, int)
+        reason = why_not(attention, made, uses)
+        if reason is not None:
+            raise NotTurnedError(f"the values of heads, {attention.name}: {reason}")
+        readers = [input_node(user, place) for user in attention.users for place in READS[user.target]]
+        values = _shape(program, readers[0])[1] // heads
+        base_order(values)
+        yield input_node(made, 1), Turn(heads=heads, values=values)
+        yield from ((reader, Turn(columns=heads)) for reader in readers)
+
+
+def _hidden(program: Program, uses: Counter[str]) -> Iterator[tuple[fx.Node, Turn]]:
+    stream = _stream(program)
+    size = _shape(program, input_node(stream[0], WRITES[ops.embedding]))[1]
+    base_order(size)
+    for node in stream:
+        if node.target in WRITES:
+            weight = input_node(node, WRITES[node.target])
+            yield _alone(weight, uses), Turn(columns=1) if node.target == ops.embedding else Turn(heads=1, values=size)
+        for norm in node.users:
+            if norm.target == ops.rms_norm:
+                yield from _after_norm(program, norm, uses)
+
+
+def _after_norm(program: Program, norm: fx.Node, uses: Counter[str]) -> Iterator[tuple[fx.Node, Turn]]:
+    if len(norm.args) > 3 or not norm.users or not all(reads(user, norm) for user in norm.users):
+        raise NotTurnedError(f"what reads {norm.name} are not linears alone, or it has a bias")
+    (name,) = program.parameters[str(_alone(input_node(norm, 1), uses).target)].names
+    for user in norm.users:
+        for place in READS[user.target]:
+            yield _alone(input_node(user, place), uses), Turn(columns=1, norm=name)
+
+
+def _stream(program: Program) -> list[fx.Node]:
+    """Every node whose value is the stream or is added to it, embeddings first."""
+    stream = program.nodes(ops.embedding)
+    if not stream:
+        raise NotTurnedError("no embedding begins the residual stream")
+    for node in stream:  # it grows meanwhile
+        found = [user for user in node.users if user.target == ADD]
+        if node.target not in WRITES:
+            found += [_added(node, place) for place in (0, 1)]
+        elif not is_parameter(node.args[WRITES[node.target]]):
+            raise NotTurnedError(f"{node.name} adds to the residual stream, and its weight is computed")
+        stream += (one for one in dict.fromkeys(found) if one not in stream)
+        for user in node.users:
+            if user.target not in (ADD, ops.rms_norm):
+                raise NotTurnedError(f"{user.name} reads the residual stream, and is no norm")
+    return stream
+
+
+def _added(node: fx.Node, place: int) -> fx.Node:
+    value = node.args[place]
+    known = isinstance(value, fx.Node) and (value.target == ADD or value.target in WRITES)
+    if not known or node.kwargs:
+        raise NotTurnedError(f"{node.name} is no sum of what linears and experts make")
+    return input_node(node, place)
+
+
+def _alone(weight: fx.Node, uses: Counter[str]) -> fx.Node:
+    if uses[str(weight.target)] > 1:
+        raise NotTurnedError(f"{weight.target} is used twice")
+    return weight
+
+
+def _shape(program: Program, weight: fx.Node) -> tuple[int, int]:
+    rows, columns = program.graph.get_buffer(str(weight.target)).shape
+    return rows, columns
