@@ -29,6 +29,7 @@ from fxquant.calibration import CALIBRATION, text_hash
 from fxquant.errors import FxquantError
 from fxquant.frontend.source import Source, open_source
 from fxquant.hashing import hash_text
+from fxquant.kinds import Kind
 from fxquant.lowering.layout import stored_tensors
 from fxquant.lowering.weights.reuse import save_stamps
 from fxquant.measure import CHUNK, Evaluation, document_scores, logits, summary
@@ -122,9 +123,15 @@ def variations(base: str, changes: dict[str, dict[str, Any]]) -> list[tuple[str,
 
 
 def _rules_with(policy: Policy, keys: dict[str, Any]) -> list[dict[str, Any]]:
-    """All rules of a policy in their order, `keys` added to those that quantize."""
-    rules = [rule.model_dump(mode="json", exclude_defaults=True) for rule in policy.rules]
-    return [rule if rule["scheme"] in (Scheme.FLOAT, LEAVE_OUT) else rule | keys for rule in rules]
+    """The rules of a policy in order, without those that earlier ones override; `keys` go to all that quantize."""
+    found: list[dict[str, Any]] = []
+    covered: set[Kind] = set()
+    for rule in policy.rules:
+        if not rule.kind or not covered.issuperset(rule.kind):
+            more = {} if rule.scheme in (Scheme.FLOAT, LEAVE_OUT) else keys
+            found.append(rule.model_dump(mode="json", exclude_defaults=True) | more)
+        covered |= set() if rule.path else set(rule.kind)
+    return found
 
 
 def known_rows(file: Path) -> dict[tuple[Any, ...], dict[str, Any]]:
