@@ -6,7 +6,7 @@
 import torch
 from torch import Tensor
 
-from fxquant.reference_search import searched_codes
+from fxquant.reference_search import Chosen, searched_codes
 from fxquant.schemes import Recipe, WeightAlgorithm, tensor_specs
 
 FEEDBACK_ERROR = 0.25
@@ -14,13 +14,14 @@ FEEDBACK_ERROR = 0.25
 
 
 def expected_tensors(
-    recipe: Recipe, weight: Tensor, bias: Tensor | None, found: Tensor | None = None
+    recipe: Recipe, weight: Tensor, bias: Tensor | None, found: Tensor | None = None, chosen: Chosen | None = None
 ) -> dict[str, Tensor]:
     """Every tensor that one module of `recipe` owns, except the calibrated ones, from its weight [n, k].
 
-    `found`: codes int8 [n, k] that calibration found, for GPTQ; all but these follows from the weight.
+    `found`: codes int8 [n, k] that calibration found, for GPTQ; all but these follows from the weight. `chosen`: what
+    `expected_codes` gave, where it was asked already.
     """
-    codes, scales, seconds = _expected_codes(recipe, weight)
+    codes, scales, seconds = chosen or expected_codes(recipe, weight)
     codes = codes if found is None else found.float()
     n, groups = seconds.shape
     packed = recipe.int4 and recipe.dialect.packed
@@ -38,7 +39,7 @@ def expected_tensors(
     return {suffix: expected[suffix] for suffix in tensor_specs(recipe) if suffix in expected}
 
 
-def _expected_codes(recipe: Recipe, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def expected_codes(recipe: Recipe, weight: Tensor) -> Chosen:
     """Codes [n, k], scales [n], second scales [n, G]."""
     if recipe.algorithm is not WeightAlgorithm.MIN_MAX:
         return searched_codes(recipe, weight)
@@ -55,12 +56,12 @@ def _expected_codes(recipe: Recipe, weight: Tensor) -> tuple[Tensor, Tensor, Ten
     return codes, scales, seconds
 
 
-def wrong_codes(recipe: Recipe, weight: Tensor, found: Tensor) -> str | None:
+def wrong_codes(recipe: Recipe, weight: Tensor, found: Tensor, chosen: Chosen | None = None) -> str | None:
     """Why codes that calibration found cannot be those of the weight [n, k], or None.
 
     They must be ones that the form can hold. And though GPTQ does not seek the nearest code, it stays near.
     """
-    codes, scales, seconds = _expected_codes(recipe, weight)
+    codes, scales, seconds = chosen or expected_codes(recipe, weight)
     wide = seconds.repeat_interleave(codes.shape[1] // seconds.shape[1], 1)
     limit = 7 if recipe.int4 else 127
     if bool((found > limit).any() | (found < -limit - 1).any()):
@@ -73,11 +74,11 @@ def wrong_codes(recipe: Recipe, weight: Tensor, found: Tensor) -> str | None:
 
 
 def contradiction(
-    recipe: Recipe, stored: dict[str, Tensor], bias: Tensor | None, weight: Tensor | None = None
+    recipe: Recipe, stored: dict[str, Tensor], bias: Tensor | None, weight_scale: Tensor | None = None
 ) -> str | None:
     """Why the calibrated tensors of a static linear disagree with its range or with each other, or None.
 
-    `weight` is that of the source, from which the weight scale follows where it is not stored.
+    `weight_scale` [n] is the one that follows from the source, where none is stored.
     """
     observed = recipe.activation
     if observed is None:
@@ -93,9 +94,7 @@ def contradiction(
         return f"input_scale is {input_scale.item()}, the observed range gives {scale.item()}"
     if stored["input_offset"].item() != offset:
         return f"input_offset is {stored['input_offset'].item()}, the observed range gives {offset}"
-    weight_scale = stored.get("weight_scale")
-    if weight_scale is None and weight is not None:
-        weight_scale = _expected_codes(recipe, weight)[1]
+    weight_scale = stored.get("weight_scale", weight_scale)
     if weight_scale is not None and not torch.equal(deq_scale, input_scale * weight_scale.flatten()):
         return "deq_scale is not input_scale * weight_scale"
     for row, q in enumerate(stored["weight"]):

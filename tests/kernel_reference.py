@@ -74,4 +74,7 @@ def decoded(source: SourceRows) -> Tensor:
         weight = decode_fp8(whole, scales, source.block).to(source.model_dtype)[source.start :]
     if source.smooth is not None:
         weight = (weight.float() * torch.from_numpy(np.array(source.smooth))).to(source.model_dtype)
+    if source.divided is not None:
+        rows = torch.from_numpy(np.array(source.divided))[source.start :][: source.rows]
+        weight = (weight.float() / rows.view(-1, 1)).to(source.model_dtype)
     return weight

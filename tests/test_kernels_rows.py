@@ -99,7 +99,8 @@ def test_every_form_from_every_dtype(stored: torch.dtype, form: tuple) -> None:
     made = 0
     for model in (stored,) if stored is not torch.float8_e4m3fn else FLOATS:
         weight = weight_of(stored, generator)
-        smooths = (None, (torch.rand(K, generator=generator) * 0.9 + 0.01).numpy())
+        smooth = (torch.rand(K, generator=generator) * 0.9 + 0.01).numpy()
+        divided = (torch.rand(len(weight), generator=generator) * 0.9 + 0.6).numpy()
         scalings = (
             [{"scale_inv": scales_of(weight, block, generator, size), "block": block} for block in BLOCKS for size in
              (ORDINARY, TINY, HUGE)]
@@ -107,8 +108,8 @@ def test_every_form_from_every_dtype(stored: torch.dtype, form: tuple) -> None:
             else [{}]
         )  # fmt: skip
         for scaling in scalings:
-            for smooth in smooths:
-                source = source_of(weight, model, smooth=smooth, **scaling)
+            for changes in ({}, {"smooth": smooth}, {"smooth": smooth, "divided": divided}):
+                source = source_of(weight, model, **changes, **scaling)
                 made += check(recipe_for(source, form), source)
     assert made >= 2
 
@@ -133,7 +134,8 @@ def sources(draw: Callable) -> SourceRows:
     start = draw(st.integers(0, 14))
     count = 2 * draw(st.integers(1, (16 - start) // 2))
     smooth = (torch.rand(K, generator=generator) * 10.0 ** draw(st.integers(-6, 6))).numpy()
-    changes = {"smooth": draw(st.sampled_from([None, smooth]))}
+    divided = ((torch.rand(16, generator=generator) + 0.1) * 10.0 ** draw(st.integers(-6, 6))).numpy()
+    changes = {"smooth": draw(st.sampled_from([None, smooth])), "divided": draw(st.sampled_from([None, divided]))}
     if stored is torch.float8_e4m3fn:
         block = draw(st.sampled_from(BLOCKS))
         size = draw(st.sampled_from([ORDINARY, ORDINARY, TINY, HUGE]))

@@ -17,7 +17,7 @@ from fxquant.lowering.verify.report import Check
 from fxquant.ops.quantized import expand_int4
 from fxquant.program import Program
 from fxquant.progress import Advance
-from fxquant.reference import contradiction, expected_tensors, wrong_codes
+from fxquant.reference import contradiction, expected_codes, expected_tensors, wrong_codes
 from fxquant.safetensors_file import TensorInfo, read_header
 from fxquant.schemes import Recipe, WeightAlgorithm, tensor_specs
 
@@ -113,20 +113,20 @@ def _check_unit(
         return
     bias = source.read(f"{module}.bias") if recipe.bias else None
     weight = source.read(unit.name)
-    found = None
+    chosen, found = expected_codes(recipe, weight), None
     if recipe.algorithm is WeightAlgorithm.GPTQ:
         found = stored_codes(recipe, module, files)
-        reason = wrong_codes(recipe, weight, found)
+        reason = wrong_codes(recipe, weight, found, chosen)
         made.expect(reason is None, f"{module}.weight: {reason}")
         made.checked -= 1
-    for suffix, want in expected_tensors(recipe, weight, bias, found).items():
+    for suffix, want in expected_tensors(recipe, weight, bias, found, chosen).items():
         made.expect(
             same_bytes(files.read(f"{module}.{suffix}"), want),
             f"{module}.{suffix}: {_where(files, module, suffix, want)}",
         )
     if recipe.scheme.static:
         stored = {suffix: files.read(f"{module}.{suffix}") for suffix in tensor_specs(recipe)}
-        reason = contradiction(recipe, stored, bias, weight)
+        reason = contradiction(recipe, stored, bias, chosen[1])
         calibrated.expect(reason is None, f"{module}: {reason}")
 
 
