@@ -131,7 +131,9 @@ def policy_of(folder: Path, group_size: int, more: str = "unseen_experts: all_to
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("target", "group_size"), [("ascend", 256), ("sglang-npu", 0), ("onnx", 128)])
+@pytest.mark.parametrize(
+    ("target", "group_size"), [("ascend", 256), ("mindie", 256), ("vllm-ascend", 0), ("sglang-npu", 0), ("onnx", 128)]
+)
 def test_outputs_verify(
     tiny_folder: Callable[..., Path], ids: Path, tmp_path: Path, target: str, group_size: int
 ) -> None:

@@ -8,9 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from test_calibration_file import token_ids
 from tiny import float_program, meta_model, random_ids, rewritten
 from torch import Tensor, fx
 
+from fxquant import CompileOptions, compile, evaluate
+from fxquant.api import sensitivity
 from fxquant.checkpoint import Checkpoint
 from fxquant.errors import FxquantError
 from fxquant.execute import execute, prefill_inputs
@@ -178,3 +181,20 @@ def test_the_picture_names_every_module(
     if suffix == ".svg":
         text = file.read_text()
         assert all(one.module in text for one in found.modules)
+
+
+@pytest.mark.parametrize("policy", ["deepseek_w4a8_msmodelslim_m4", "rotated"])
+def test_of_an_output_whose_float_model_is_smoothed(
+    policy: str, tiny_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    """The float model is smoothed and turned as the output is, biases included: the KL of all modules together is that
+    of `evaluate`, whose float model is the checkpoint's, but for what smoothed weights round once more."""
+    if policy == "rotated":
+        policy = str(tmp_path / "rotated.yaml")
+        Path(policy).write_text("extends: deepseek_w4a8\nrotate: [hidden, heads]")
+    text = token_ids(tmp_path / "ids.safetensors", seed=3)
+    compile(tiny_folder(), CompileOptions(policy, tmp_path / "out", calib=text, export=False, verify=False))
+    result, whole = sensitivity(tmp_path / "out", text), evaluate(tmp_path / "out", text)
+    assert len(result.modules) == 2 * 4 + 3 + 3 + 1
+    assert all(one.sqnr > 10 for one in result.modules)
+    assert result.together.mean == pytest.approx(whole.kl_mean, rel=0.2)
