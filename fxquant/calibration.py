@@ -19,8 +19,9 @@ from fxquant.errors import FxquantError
 from fxquant.hashing import hash_text
 from fxquant.program import Pair, Program
 from fxquant.program_file import recipe_arguments
-from fxquant.safetensors_file import build_header, read_header, read_metadata
+from fxquant.safetensors_file import NAMES, build_header, read_header, read_metadata
 from fxquant.schemes import Recipe
+from fxquant.smooth_rule import SmoothMethod
 from fxquant.smoothing import Smoothing
 from fxquant.smoothing_file import read_smoothing, smoothing_metadata, smoothing_tensors
 
@@ -133,11 +134,22 @@ def text_hash(batches: Iterable[Batch]) -> str:
 
 
 def pairs_hash(program: Program) -> str:
-    """The `smooth` of a program's pairs and turns."""
-    pairs = [(pair.kind.value, pair.maker, pair.readers, _rule(pair)) for pair in program.pairs]
+    """The `smooth` of a program's pairs and turns, and of the schemes that the scales of a pair are found for."""
+    pairs = [(pair.kind.value, pair.maker, _readers(program, pair), _rule(pair)) for pair in program.pairs]
     what: list[Any] = [pairs, sorted(program.added)] if pairs or program.added else []
     what += [sorted(program.turns.items())] if program.turns else []
     return hash_text(repr(tuple(what))) if what else ""
+
+
+def _readers(program: Program, pair: Pair) -> list[tuple[str, Any]]:
+    """Which weights a pair's scales look at, and, where they are searched, how these are quantized."""
+    recipes = ((target, program.recipes.get(program.parameters[target].module)) for target in pair.readers)
+    searched = pair.rule.method is SmoothMethod.FLEX
+    return [(target, _scheme(recipe) if recipe and searched else recipe is not None) for target, recipe in recipes]
+
+
+def _scheme(recipe: Recipe) -> tuple[str, int, str]:
+    return recipe.scheme.value, recipe.group_size, NAMES[recipe.scale_dtype]
 
 
 def _rule(pair: Pair) -> tuple[str, float]:

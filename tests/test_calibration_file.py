@@ -187,6 +187,25 @@ def test_ranges_of_the_same_text_are_taken_from_an_earlier_output(
 # what is refused
 
 
+def test_scales_searched_for_other_schemes_are_not_taken_over(model: Path, ids: Path, tmp_path: Path) -> None:
+    """flex looks for the least error of its readers' schemes: an earlier output of others has other scales.
+    Ranges of what only the algorithm of the weights tells apart are."""
+    first = compiled(model, tmp_path / "first", calib=ids)
+    other = policy_of(tmp_path, f"extends: {STATIC}\nrules: [{{kind: routed_expert, scheme: W4A8_DYNAMIC}}]")
+    fresh = compiled(model, tmp_path / "fresh", other, calib=ids)
+    assert (fresh / CALIBRATION).read_bytes() != (first / CALIBRATION).read_bytes()
+    assert same_files(compiled(model, tmp_path / "reused", other, calib=ids, reuse=first), fresh)
+
+
+def test_scales_for_the_same_schemes_are_taken_over(
+    model: Path, whole: Path, ids: Path, tmp_path: Path, no_forward: None
+) -> None:
+    rule = "{kind: routed_expert, scheme: W4A8_DYNAMIC, group_size: 256, algorithm: clip}"
+    other = policy_of(tmp_path, f"extends: {STATIC}\nrules: [{rule}]")
+    out = compiled(model, tmp_path / "out", other, calib=ids, reuse=whole)
+    assert (out / CALIBRATION).read_bytes() == (whole / CALIBRATION).read_bytes()
+
+
 def refused(model: Path, out: Path, calibration: Path, policy: str = STATIC) -> str:
     with pytest.raises(FxquantError) as caught:
         compiled(model, out, policy, calibration=calibration)
