@@ -18,7 +18,7 @@ from fxquant.kinds import Kind
 from fxquant.models import DecoderLayer
 from fxquant.models.deepseek_v3 import MLP
 from fxquant.passes.linears import linear_sites
-from fxquant.schemes import Recipe, Scheme
+from fxquant.schemes import Recipe, Scheme, WeightAlgorithm
 
 # assign-schemes
 
@@ -32,7 +32,7 @@ def test_recipes_say_how_each_tensor_is_made(checkpoint: Checkpoint) -> None:
     )  # fmt: skip
     assert program.recipes[f"{layer}.mlp.experts.down_proj"] == Recipe(
         f"{layer}.mlp.experts.down_proj", tuple(f"{expert}.down_proj" for expert in experts), Scheme.W4A8_DYNAMIC, 256,
-        256, 256, False, True, torch.bfloat16,
+        256, 256, False, True, torch.bfloat16, algorithm=WeightAlgorithm.CLIP,
     )  # fmt: skip
 
 

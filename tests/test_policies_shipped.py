@@ -24,16 +24,16 @@ SHIPPED = {  # policy → attention, dense MLP, shared expert, routed expert
     "float": ("FLOAT", "FLOAT", "FLOAT", "FLOAT"),
 }
 KV_B = "attention at *.kv_b_proj → FLOAT"
-SHARED = "shared_expert → W8A8"
+SHARED, EXPERTS = "shared_expert → W8A8", "routed_expert → W4A8_DYNAMIC group_size 256 by clip"
 OVERRIDDEN = {  # policy → inherited rules that its own leave without a module
-    "deepseek_w4a8_dynamic": {KV_B, "attention → W8A8", SHARED},
-    "deepseek_w4a8_per_channel": {KV_B, "attention → W8A8", SHARED, "routed_expert → W4A8_DYNAMIC group_size 256"},
+    "deepseek_w4a8_dynamic": {KV_B, "attention → W8A8", SHARED, EXPERTS},
+    "deepseek_w4a8_per_channel": {KV_B, "attention → W8A8", SHARED, EXPERTS},
     "deepseek_w4a8_per_channel_static": {
-        KV_B, "attention → W8A8_DYNAMIC", SHARED, "routed_expert → W4A8_DYNAMIC group_size 256",
+        KV_B, "attention → W8A8_DYNAMIC", SHARED, EXPERTS,
     },
     "deepseek_w4a8_shared_w4": {SHARED},
-    "deepseek_w8a8": {SHARED, "routed_expert → W4A8_DYNAMIC group_size 256"},
-    "deepseek_w8a8_mix": {KV_B, "attention → W8A8", SHARED, "routed_expert → W4A8_DYNAMIC group_size 256"},
+    "deepseek_w8a8": {SHARED, EXPERTS},
+    "deepseek_w8a8_mix": {KV_B, "attention → W8A8", SHARED, EXPERTS},
 }  # fmt: skip
 
 
