@@ -50,7 +50,7 @@ class NotTurnedError(ValueError):
 
 
 def find_turns(program: Program, parts: tuple[Rotate, ...]) -> dict[str, Turn]:
-    """Checkpoint weight → how it is turned, in the order of the graph; raises NotTurnedError."""
+    """Checkpoint weight → how it is turned, sorted by name; raises NotTurnedError."""
     turns: dict[str, Turn] = {}
     uses = weight_uses(program)
     try:

@@ -258,7 +258,7 @@ def damaged(smoothing: Smoothing) -> list[Callable[[], object]]:
 
 @pytest.mark.parametrize("which", range(6))
 def test_verify_knows_a_function_that_changed(tiny_folder: Callable[..., Path], tmp_path: Path, which: int) -> None:
-    """The digests are taken away, and weights written that agree with the damaged turns."""
+    """The check of the function itself does, whatever the weights then say of it; the digests are taken away."""
     policy, out = policy_of(tmp_path, ROTATE, "deepseek_w4a8_dynamic"), tmp_path / "out"
     compile(tiny_folder(), CompileOptions(policy, out, export=False, verify=False))
     (out / "fxquant_manifest.json").unlink()
@@ -266,7 +266,7 @@ def test_verify_knows_a_function_that_changed(tiny_folder: Callable[..., Path], 
     damaged(calibration.smoothing)[which]()
     calibration.save(out / CALIBRATION)
     report = verify(out, against=tiny_folder())
-    assert not report.ok
+    assert any("keeps the function" in check.name and check.misses for check in report.checks)
 
 
 def test_bad_turns_in_a_file_are_refused(tiny_folder: Callable[..., Path], tmp_path: Path) -> None:
