@@ -15,8 +15,7 @@ from fxquant import ops
 from fxquant.errors import FxquantError
 from fxquant.hadamard import NoHadamardError, base_order
 from fxquant.passes.base import Pass, PassResult
-from fxquant.passes.linears import PROJECTIONS, READS, is_parameter, reads, weight_uses
-from fxquant.passes.pair_smoothing import why_not
+from fxquant.passes.linears import PROJECTIONS, READS, is_parameter, not_scalable, reads, weight_uses
 from fxquant.policy import Policy
 from fxquant.program import Program, input_node
 from fxquant.rotation import Rotate, Turn
@@ -79,7 +78,7 @@ def _heads(program: Program, uses: Counter[str]) -> Iterator[tuple[fx.Node, Turn
     for attention in program.nodes(ops.mla_attention):
         made, heads = input_node(attention, 1), attention.args[4]
         assert isinstance(heads, int)
-        reason = why_not(attention, made, uses)
+        reason = not_scalable(attention, made, uses)
         if reason is not None:
             raise NotTurnedError(f"the values of heads, {attention.name}: {reason}")
         readers = [input_node(user, place) for user in attention.users for place in READS[user.target]]

@@ -9,7 +9,7 @@ from torch import fx
 
 from fxquant import ops
 from fxquant.kinds import Kind
-from fxquant.program import Program
+from fxquant.program import Program, input_node
 
 PROJECTIONS = {"gate_proj": 3, "up_proj": 4, "down_proj": 5}
 """Argument positions of the stacked weights of `fxq::moe_experts`."""
@@ -63,6 +63,20 @@ def reads(user: fx.Node, value: fx.Node) -> bool:
     """Whether `user` multiplies `value` by parameters, and does nothing else with it."""
     places = READS.get(user.target, ())
     return bool(places) and user.args.index(value) == 0 and all(is_parameter(user.args[place]) for place in places)
+
+
+def not_scalable(node: fx.Node, made: fx.Node, weights: Counter[str]) -> str | None:
+    """Why the value of `node`, whose scale the weight of `made` sets, cannot be scaled; None if it can."""
+    if not node.users or not all(reads(user, node) for user in node.users):
+        return "not only linears read it"
+    if made is not node and (made.target != ops.linear or set(made.users) != {node}):
+        return "its values are not those of one linear"
+    if not is_parameter(made.args[1]):
+        return "the weight before it is computed"
+    shared = [str(input_node(made, 1).target)]
+    for user in node.users:
+        shared += [str(input_node(user, place).target) for place in READS[user.target]]
+    return None if all(weights[name] == 1 for name in shared) else "a weight beside it is used elsewhere too"
 
 
 def weight_uses(program: Program) -> Counter[str]:

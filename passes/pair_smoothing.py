@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from fxquant import ops
 from fxquant.errors import FxquantError
 from fxquant.passes.base import Pass, PassResult
-from fxquant.passes.linears import READS, is_parameter, reads, weight_uses
+from fxquant.passes.linears import READS, is_parameter, not_scalable, weight_uses
 from fxquant.passes.surgery import Surgery
 from fxquant.policy import Policy
 from fxquant.program import Pair, Parameter, Program, input_node
@@ -53,7 +53,7 @@ class PairSmoothing(Pass):
     def _pair(self, program: Program, node: fx.Node, weights: Counter[str]) -> str | None:
         kind = PairKind.NORM if node.target == ops.rms_norm else PairKind.LINEAR
         made = node if kind is PairKind.NORM else input_node(node, 1)
-        reason = why_not(node, made, weights)
+        reason = not_scalable(node, made, weights)
         if reason is not None:
             return reason
         readers = [(user, str(input_node(user, place).target)) for user in node.users for place in READS[user.target]]
@@ -80,20 +80,6 @@ class PairSmoothing(Pass):
         _give_norm_bias(program, pair.value)
         for reader in readers:
             _give_linear_bias(program, reader)
-
-
-def why_not(node: fx.Node, made: fx.Node, weights: Counter[str]) -> str | None:
-    """Why the value of `node`, whose scale the weight of `made` sets, cannot be scaled; None if it can."""
-    if not node.users or not all(reads(user, node) for user in node.users):
-        return "not only linears read it"
-    if made is not node and (made.target != ops.linear or set(made.users) != {node}):
-        return "its values are not those of one linear"
-    if not is_parameter(made.args[1]):
-        return "the weight before it is computed"
-    shared = [str(input_node(made, 1).target)]
-    for user in node.users:
-        shared += [str(input_node(user, place).target) for place in READS[user.target]]
-    return None if all(weights[name] == 1 for name in shared) else "a weight beside it is used elsewhere too"
 
 
 def _give_norm_bias(program: Program, norm: fx.Node) -> None:
