@@ -1,0 +1,23 @@
+"""What may come in, at most. Readers of what a user hands over ask here, and their errors say the number.
+
+The numbers are generous: DeepSeek-V3 has 61 layers, 256 experts, 91 thousand tensors, an index of 9 MB and a graph file
+of some 60 MB. They exist so that a damaged or hostile file costs seconds and megabytes, not hours and the machine.
+"""
+
+MIB = 1 << 20
+
+NESTING = 64
+"""Levels of lists and objects in a JSON or YAML document."""
+NUMBER_DIGITS = 40
+"""Characters of one number in a document."""
+NAME_LENGTH = 512
+"""Characters of the name of a tensor, module or graph node."""
+
+CONFIG_BYTES = 16 * MIB
+"""A config.json, a tokenizer_config.json, a policy, a chat template."""
+INDEX_BYTES = 128 * MIB
+"""An index or a description: one line a tensor."""
+GRAPH_BYTES = 256 * MIB
+"""A graph, a ledger or a manifest: some lines a tensor."""
+HEADER_BYTES = 100_000_000
+"""The header of a safetensors file; the format's own limit (safetensors, MAX_HEADER_SIZE)."""
