@@ -21,3 +21,10 @@ GRAPH_BYTES = 256 * MIB
 """A graph, a ledger or a manifest: some lines a tensor."""
 HEADER_BYTES = 100_000_000
 """The header of a safetensors file; the format's own limit (safetensors, MAX_HEADER_SIZE)."""
+
+POLICY_BYTES = MIB >> 2
+"""A policy file: thousands of rules."""
+POLICY_VALUES = 20_000
+"""Texts, lists and mappings in a policy file; those of an alias count wherever it is used."""
+POLICY_DEPTH = 16
+"""Files that extend one another."""

@@ -5,11 +5,25 @@ from enum import StrEnum
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from fxquant.kinds import Kind
+from fxquant.limits import NAME_LENGTH
+from fxquant.validation import shown
 
 PATTERN = r"[\w.*?\[\]!\-]+"
+
+
+def one_as_list(kind: Any) -> Any:
+    """A file may say one kind without a list around it."""
+    return [kind] if isinstance(kind, str) else kind
+
+
+def checked_pattern(path: str | None) -> str | None:
+    """`path`, where a module path may match it. Raises ValueError."""
+    if path is not None and (len(path) > NAME_LENGTH or not re.fullmatch(PATTERN, path, re.ASCII)):
+        raise ValueError(f"{shown(path)} is not a shell pattern of a module path")
+    return path
 
 
 class SmoothMethod(StrEnum):
@@ -43,21 +57,15 @@ class SmoothRule(BaseModel):
     path: str | None = None
     pair: PairKind | None = None
     method: SmoothMethod
-    alpha: float = Field(default=0.5, ge=0, le=1)
+    alpha: float = Field(default=0.5, ge=0, le=1, allow_inf_nan=False)
     optional: bool = False
     why: str = ""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _accept_one_kind(cls, data: Any) -> Any:
-        if isinstance(data, dict) and isinstance(data.get("kind"), str):
-            return {**data, "kind": [data["kind"]]}
-        return data
+    _accept_one_kind = field_validator("kind", mode="before")(one_as_list)
+    _check_path = field_validator("path")(checked_pattern)
 
     @model_validator(mode="after")
     def _check(self) -> "SmoothRule":
-        if self.path is not None and not re.fullmatch(PATTERN, self.path, re.ASCII):
-            raise ValueError(f"path {self.path!r} is not a shell pattern of a module path")
         if "alpha" in self.model_fields_set and self.method in (SmoothMethod.NONE, SmoothMethod.FLEX):
             raise ValueError(f"alpha is not a matter of method {self.method}")
         return self

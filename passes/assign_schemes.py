@@ -10,7 +10,7 @@ from fxquant.dialects import Dialect
 from fxquant.errors import FxquantError
 from fxquant.kinds import Kind
 from fxquant.passes.base import Pass, PassResult
-from fxquant.passes.linears import LinearSite, kind_of, linear_sites
+from fxquant.passes.linears import LinearSite, decided_modules, kind_of, linear_sites
 from fxquant.policy import LEAVE_OUT, Policy, Rule
 from fxquant.program import Program
 from fxquant.schemes import Recipe, Scheme, why_not
@@ -56,8 +56,7 @@ class AssignSchemes(Pass):
         scales = program.dtype if dialect.model_dtype_scales else torch.float32
         for module, recipe in program.recipes.items():
             program.recipes[module] = replace(recipe, dialect=dialect, scale_dtype=scales)
-        modules = [(parameter.module, parameter.kind) for parameter in program.parameters.values()]
-        program.idle_rules = self.policy.idle_rules(used, modules)
+        program.idle_rules = self.policy.idle_rules(used, decided_modules(program))
         return PassResult(self.name, tuple(program.recipes), {m: str(r) for m, r in program.rules.items()})
 
     def _group_size(self, program: Program) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import fx
 
 from fxquant import ops
+from fxquant.idle_rules import Decided
 from fxquant.kinds import Kind
 from fxquant.program import Program, input_node
 
@@ -87,3 +88,17 @@ def weight_uses(program: Program) -> Counter[str]:
 def kind_of(program: Program, site: LinearSite) -> Kind:
     """What the module that owns the weight is."""
     return program.parameters[str(site.weight.target)].kind
+
+
+def decided_modules(program: Program) -> list[Decided]:
+    """Every module that a rule decided, in graph order: an entry a parameter, then the prediction layers."""
+    linears = {module for site in linear_sites(program) for module in (site.module, _bias_module(program, site))}
+    found = []
+    for one in program.parameters.values():
+        members = one.names if one.stacked else ()
+        found.append(Decided(one.module, one.kind, one.module in linears, program.rules[one.module], members))
+    return found + [Decided(path, Kind.MTP, True, program.rules[path]) for path in program.mtp.layers]
+
+
+def _bias_module(program: Program, site: LinearSite) -> str:
+    return program.parameters[str(site.bias.target)].module if site.bias is not None else site.module

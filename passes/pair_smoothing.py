@@ -14,8 +14,10 @@ from torch import Tensor, fx
 
 from fxquant import ops
 from fxquant.errors import FxquantError
+from fxquant.idle_smoothing import SeenValue
+from fxquant.kinds import Kind
 from fxquant.passes.base import Pass, PassResult
-from fxquant.passes.linears import READS, is_parameter, not_scalable, weight_uses
+from fxquant.passes.linears import READS, decided_modules, is_parameter, not_scalable, weight_uses
 from fxquant.passes.surgery import Surgery
 from fxquant.policy import Policy
 from fxquant.program import Pair, Parameter, Program, input_node
@@ -34,6 +36,7 @@ class PairSmoothing(Pass):
 
     policy: Policy
     used: set[SmoothRule] = field(default_factory=set)
+    values: list[SeenValue] = field(default_factory=list)
     name = "pair-smoothing"
 
     def apply(self, program: Program) -> PassResult:
@@ -46,22 +49,25 @@ class PairSmoothing(Pass):
         if self.policy.norm_bias == "every":
             for node in program.nodes(ops.rms_norm):
                 _give_norm_bias(program, node)
-        self.policy.check_smooth_rules(self.used)
+        self.policy.check_smooth_rules(self.used, self.values, lambda: decided_modules(program))
         program.graph.graph.lint()
         return PassResult(self.name, tuple(pair.value.name for pair in program.pairs), kept)
 
     def _pair(self, program: Program, node: fx.Node, weights: Counter[str]) -> str | None:
         kind = PairKind.NORM if node.target == ops.rms_norm else PairKind.LINEAR
         made = node if kind is PairKind.NORM else input_node(node, 1)
+        readers = [
+            (user, str(input_node(user, place).target)) for user in node.users for place in READS.get(user.target, ())
+        ]
+        modules = _modules(program, [name for _, name in readers])
+        quantized = [(module, kind) for module, kind in modules if module in program.recipes]
         reason = not_scalable(node, made, weights)
+        if reason is None and not quantized:
+            reason = "what reads it stays in float"
+        rule = None if reason else self.policy.smooth_rule_for(kind, quantized)
+        self.values.append(SeenValue(kind, tuple(modules), tuple(quantized), reason or rule))
         if reason is not None:
             return reason
-        readers = [(user, str(input_node(user, place).target)) for user in node.users for place in READS[user.target]]
-        modules = [(name.removesuffix(".weight"), program.parameters[name].kind) for _, name in readers]
-        quantized = [(module, kind) for module, kind in modules if module in program.recipes]
-        if not quantized:
-            return "what reads it stays in float"
-        rule = self.policy.smooth_rule_for(kind, quantized)
         if rule is not None:
             self.used.add(rule)
         if rule is None or rule.method is SmoothMethod.NONE:
@@ -80,6 +86,13 @@ class PairSmoothing(Pass):
         _give_norm_bias(program, pair.value)
         for reader in readers:
             _give_linear_bias(program, reader)
+
+
+def _modules(program: Program, weights: list[str]) -> list[tuple[str, Kind]]:
+    """Path and kind of the modules whose weights are read from the checkpoint."""
+    return [
+        (name.removesuffix(".weight"), program.parameters[name].kind) for name in weights if name in program.parameters
+    ]
 
 
 def _give_norm_bias(program: Program, norm: fx.Node) -> None:

@@ -101,13 +101,22 @@ def test_unknown_policy(fxquant: Fxquant, folder: Path) -> None:
 def test_policy_with_a_typo(fxquant: Fxquant, folder: Path) -> None:
     policy = folder.parent / "mine.yaml"
     policy.write_text("rules:\n  - {kind: attention, scheme: W8A8, optinal: true}\n")
-    refused(fxquant, folder, "mine.yaml", "rules.0.optinal", "not permitted", options=("-p", policy))
+    refused(fxquant, folder, "mine.yaml:2", "rules.0.optinal", "unknown key", "optional?", options=("-p", policy))
 
 
 def test_rule_that_matches_nothing(fxquant: Fxquant, folder: Path) -> None:
     policy = folder.parent / "mine.yaml"
     policy.write_text("extends: deepseek_w4a8_dynamic\nrules:\n  - {path: '*.q_c_proj', scheme: FLOAT}\n")
-    refused(fxquant, folder, "*.q_c_proj", "matches no module", "optional: true", options=("-p", policy))
+    refused(
+        fxquant,
+        folder,
+        "mine.yaml:3",
+        "*.q_c_proj",
+        "matches no path",
+        "*.q_a_proj",
+        "optional: true",
+        options=("-p", policy),
+    )
 
 
 def test_linear_that_no_rule_covers(fxquant: Fxquant, folder: Path) -> None:

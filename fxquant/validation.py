@@ -1,0 +1,170 @@
+"""What pydantic found wrong with a document, in the document's own words: key, value, what belongs there."""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+
+Location = tuple[str | int, ...]
+PLAIN = re.compile(r"[\w.*?\[\]!+/\-]+")
+WANTED = {
+    "bool": "true or false",
+    "int": "an integer",
+    "float": "a number",
+    "decimal": "a number",
+    "finite": "a finite number",
+    "string": "text",
+    "list": "a list",
+    "tuple": "a list",
+    "set": "a list",
+    "iterable": "a list",
+    "dict": "a mapping",
+    "model": "a mapping",
+    "mapping": "a mapping",
+    "dataclass": "a mapping",
+}
+"""First word of an error's type → what belongs there."""
+BOUNDS = {
+    "greater_than": ("gt", "is not greater than"),
+    "greater_than_equal": ("ge", "is less than"),
+    "less_than": ("lt", "is not less than"),
+    "less_than_equal": ("le", "is more than"),
+    "multiple_of": ("multiple_of", "is not a multiple of"),
+}
+"""Type of an error → where its bound is, and how the value lies to it."""
+
+
+@dataclass(frozen=True)
+class WrongValue:
+    """One fault. `fact` names the key and the value, `nearest` the right word that is most like a wrong one, or ""."""
+
+    location: Location
+    fact: str
+    nearest: str = ""
+
+    @property
+    def hint(self) -> str:
+        """The nearest word as a question, or nothing."""
+        return f"Did you mean {self.nearest}?" if self.nearest else ""
+
+
+def cut(text: str, length: int) -> str:
+    """At most so many characters of a text, in one line, with what does not print escaped."""
+    text = " ".join(text[: length + 1].split())
+    text = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+    return text if len(text) <= length else f"{text[:length]}…"
+
+
+def shown(value: Any, quoted: bool = True) -> str:
+    """A value from outside, short enough for a line; text in quotes where it is not one plain word or `quoted`."""
+    if isinstance(value, str):
+        short = cut(value, 60)
+        return short if not quoted and PLAIN.fullmatch(short) else f"'{short}'"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, int | float):
+        return cut(str(value) if isinstance(value, float) or abs(value) < 10**60 else "an integer of many digits", 60)
+    if isinstance(value, dict):
+        return "a mapping"
+    return "a list" if isinstance(value, list | tuple) else f"a {type(value).__name__}"
+
+
+def nearest(word: str, words: Sequence[str]) -> str:
+    """The one of `words` that is most like `word`, whatever the case; "" where none is."""
+    by_folded = {one.casefold(): one for one in reversed(words)}
+    found = get_close_matches(word[:200].casefold(), list(by_folded), 1, 0.6)
+    return by_folded[found[0]] if found else ""
+
+
+def wrong_values(
+    error: ValidationError, model: type[BaseModel], document: Any, quoted: bool = True
+) -> list[WrongValue]:
+    """Every fault that `model` has with `document`, one a place; unknown keys come before missing ones.
+
+    `quoted`: whether text is shown in quotes, as where the document has numbers too.
+    """
+    found: dict[Location, WrongValue] = {}
+    choices: dict[Location, list[str]] = {}
+    for fault in error.errors(include_url=False):
+        location = _in_document(fault["loc"], document, fault["type"] in ("missing", "extra_forbidden"))
+        if "expected" in fault.get("ctx", {}) and fault["type"] in ("enum", "literal_error"):
+            choices.setdefault(location, []).extend(_expected(fault["ctx"]["expected"], quoted))
+            found[location] = _choice(location, fault["input"], choices[location], quoted)
+        elif location not in choices:
+            found.setdefault(location, _wrong(location, dict(fault), model, quoted))
+    return sorted(found.values(), key=lambda one: (one.fact.endswith(MISSING), len(one.location) == 0))
+
+
+MISSING = "required, and missing"
+
+
+def _wrong(location: Location, fault: dict[str, Any], model: type[BaseModel], quoted: bool) -> WrongValue:
+    key, kind, context = _key(location), fault["type"], fault.get("ctx", {})
+    value = shown(fault["input"], quoted)
+    if kind == "missing":
+        return WrongValue(location, f"{key}{MISSING}")
+    if kind == "extra_forbidden":
+        keys = _keys_at(model, location[:-1])
+        return WrongValue(location, f"{key}unknown key", nearest(str(location[-1]), keys))
+    if kind == "value_error":
+        return WrongValue(location, f"{key}{cut(str(context.get('error', 'does not fit')), 400)}")
+    if kind in BOUNDS:
+        name, relation = BOUNDS[kind]
+        bound = context[name]
+        return WrongValue(location, f"{key}{value} {relation} {bound:{',' if abs(bound) >= 10000 else ''}}")
+    if kind == "int_parsing_size":
+        return WrongValue(location, f"{key}{value} has too many digits")
+    wanted = WANTED.get(kind.split("_")[0])
+    if wanted is None:
+        return WrongValue(location, f"{key}{value} does not fit")
+    return WrongValue(location, f"{key}{'empty' if fault['input'] is None else value}, not {wanted}")
+
+
+def _choice(location: Location, value: Any, choices: Sequence[str], quoted: bool) -> WrongValue:
+    is_none = "is none of" if len(choices) > 1 else "is not"
+    fact = f"{_key(location)}{shown(value, quoted)} {is_none} {', '.join(choices)}"
+    near = nearest(value, [choice.strip("'") for choice in choices]) if isinstance(value, str) else ""
+    return WrongValue(location, fact, near if len(choices) > 1 else "")
+
+
+def _expected(text: str, quoted: bool) -> list[str]:
+    """pydantic's list of choices, `'a', 'b' or 1`."""
+    words = [word for word in re.split(r", | or ", text) if word]
+    return [{"True": "true", "False": "false"}.get(word, word if quoted else word.strip("'")) for word in words]
+
+
+def _key(location: Location) -> str:
+    return f"{cut('.'.join(map(str, location)), 80)}: " if location else ""
+
+
+def _in_document(location: Sequence[str | int], document: Any, absent: bool) -> Location:
+    """`location` without pydantic's names of the members of unions; `absent`: its last part need not be there."""
+    found: list[str | int] = []
+    for part in location:
+        kind = {int: list, str: dict}[type(part)]
+        if isinstance(document, kind) and (part in document if kind is dict else int(part) < len(document)):
+            document = document[part]
+            found.append(part)
+    if absent and found != list(location) and location:
+        found.append(location[-1])
+    return tuple(found)
+
+
+def _keys_at(model: type[BaseModel], location: Location) -> list[str]:
+    """The keys that the document may have at `location`."""
+    at: type[BaseModel] | None = model
+    for part in location:
+        if isinstance(part, str) and at is not None:
+            fields = at.model_fields
+            at = _model_in(fields[part].annotation) if part in fields else None
+    return sorted(at.model_fields) if at else []
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    inner: Callable[[Any], tuple[Any, ...]] = get_args
+    return next((found for one in inner(annotation) if (found := _model_in(one)) is not None), None)
