@@ -1,0 +1,91 @@
+"""A fault at the N-th operation on files of every command that writes: python benchmarks/faults.py --rounds 1000
+
+Prints a table of what lay under the final name after the fault, and whether the same command completed.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+import torch
+from faults.campaign import plan, prepared, run_rounds, table, traced_once
+from faults.operations import Fault
+from faults.scenarios import scenarios
+
+import fxquant
+from fxquant import CompileOptions
+
+SHARED_MEMORY = Path("/dev/shm")
+
+
+def main() -> int:
+    """0 where every round was right."""
+    names = [scenario.name for scenario in scenarios()]
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=100)
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--command", action="append", default=[], choices=names)
+    parser.add_argument("--fault", action="append", default=[], choices=list(Fault))
+    parser.add_argument("--at", type=int, help="Only this operation.")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    base = Path(tempfile.mkdtemp(prefix="fxquant-faults-", dir=SHARED_MEMORY if SHARED_MEMORY.is_dir() else None))
+    start = time.monotonic()
+    try:
+        with traced_once():
+            results = _rounds(base, options)
+    finally:
+        shutil.rmtree(base)
+    for result in results:
+        if result.wrong:
+            text = "\n    ".join(result.wrong)
+            print(
+                f"{result.scenario}: {result.fault} at {result.at} ({result.operation}):\n    {text}", file=sys.stderr
+            )
+    if options.json:
+        print(json.dumps([asdict(result) for result in results], indent=1))
+    else:
+        kinds = Counter(result.operation for result in results)
+        print(table(results))
+        print(f"\n{len(results):,} rounds in {time.monotonic() - start:,.0f} s; at: ", end="")
+        print(", ".join(f"{kind} {count}" for kind, count in sorted(kinds.items())))
+    return 1 if any(result.wrong for result in results) else 0
+
+
+def _rounds(base: Path, options: argparse.Namespace) -> list:
+    chosen = [one for one in scenarios() if not options.command or one.name in options.command]
+    ready = prepared(chosen, base) if _warm(base) else []
+    total = sum(one.share for one in ready)
+    rounds = [item for one in ready for item in plan(one, max(1, options.rounds * one.share // total))]
+    wanted = set(map(Fault, options.fault)) or set(Fault)
+    rounds = [item for item in rounds if item[1] in wanted]
+    if options.at is not None:
+        rounds = [(one, fault, options.at) for one in ready for fault in wanted]
+    return run_rounds(rounds, base, options.jobs)
+
+
+def _warm(base: Path) -> bool:
+    """Import, trace and compile kernels here, so that children need not."""
+    from faults.scenarios import write_template
+
+    folder = write_template(base / "warm")
+    for number, name in enumerate(("deepseek_w8a8", "gptq.yaml", "other.yaml")):
+        policy = str(folder / name) if name.endswith("yaml") else name
+        calib = folder / "text.safetensors"
+        options = CompileOptions(policy, folder / f"o{number}", calib=calib, export=False, verify=number == 0)
+        fxquant.compile(folder / "checkpoint", options)
+    shutil.rmtree(folder)
+    return True
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,226 @@
+"""What reads foreign files: each target has the files that are mutated, and the function that reads them."""
+
+import itertools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from unittest.mock import patch
+
+import fxquant
+from fuzzing.hostile import JINJA, TEXTS, YAML
+from fuzzing.mutators import (
+    JsonMutator,
+    LinesMutator,
+    Mutator,
+    NpyMutator,
+    SafetensorsMutator,
+    TextMutator,
+)
+from fuzzing.seeds import GROUP_SIZE, open_seed
+from fxquant.calibration import CALIBRATION, load_calibration
+from fxquant.calibration_state import load_state
+from fxquant.checkpoint import block_size, open_checkpoint, open_config
+from fxquant.config import parse_config, read_config
+from fxquant.lowering.engines import ENGINES
+from fxquant.lowering.manifest import FLOAT_GRAPH, GRAPH, LEDGER, MANIFEST, STAMPS, find_manifest, read_manifest
+from fxquant.lowering.readers import open_reader
+from fxquant.lowering.verify.files import check_digests, check_sizes
+from fxquant.lowering.weights.journal import go_on, read_fingerprint
+from fxquant.lowering.weights.reuse import open_earlier
+from fxquant.lowering.workspace import made_of
+from fxquant.policy import load_policy
+from fxquant.printing import format_program
+from fxquant.program_file import load_program
+from fxquant.progress import silent
+from fxquant.safetensors_file import read_header, read_metadata
+from fxquant.structure import structural_hash
+from fxquant.targets import Target as Engine
+from fxquant.text import load_batches
+
+Read = Callable[[Path], object]
+
+
+@dataclass(frozen=True)
+class Target:
+    """`seed`: the folder whose `files` are mutated, one a case; `read`: what is done with a copy of it.
+
+    cases    of a million, how many are its
+    allowed  audit events, or names of code, that are part of what it does
+    """
+
+    name: str
+    seed: str
+    files: tuple[str, ...]
+    read: Read
+    cases: int
+    allowed: tuple[str, ...] = ()
+
+    def mutators(self, base: Path) -> dict[str, Mutator]:
+        """File → its mutator, on the files under `base`."""
+        return {name: mutator(base / self.seed / name) for name in self.files}
+
+
+def mutator(path: Path) -> Mutator:
+    """By the suffix."""
+    data = path.read_bytes()
+    makers: dict[str, Callable[[bytes], Mutator]] = {
+        ".json": JsonMutator, ".jsonl": LinesMutator, ".safetensors": SafetensorsMutator, ".npy": NpyMutator,
+        ".yaml": lambda text: TextMutator(text, YAML), ".jinja": lambda text: TextMutator(text, JINJA),
+        ".txt": lambda text: TextMutator(text, TEXTS),
+    }  # fmt: skip
+    return makers[path.suffix](data)
+
+
+def make_case(mutators: dict[str, Mutator], random: Random) -> tuple[str, bytes]:
+    """A file's name and its damaged bytes."""
+    name = random.choice(list(mutators))
+    return name, mutators[name](random)
+
+
+def _header(folder: Path) -> None:
+    read_metadata(folder / "model.safetensors")
+    read_header(folder / "model.safetensors")
+
+
+def _config(folder: Path) -> None:
+    config = read_config(folder)
+    parse_config(config, folder)
+    block_size(folder / "config.json", config)
+
+
+def _model_args(folder: Path) -> None:
+    parse_config(open_config(folder).config, folder)
+
+
+def _text(name: str) -> Read:
+    return lambda folder: load_batches(folder / name, open_seed(folder), 4, 16)
+
+
+def _chat(folder: Path) -> None:
+    load_batches(folder / "chat.jsonl", open_seed(folder), 4, 16)
+
+
+def _graph(name: str) -> Read:
+    def read(folder: Path) -> None:
+        program = load_program(folder / name)
+        for _ in format_program(program, None):
+            pass
+        structural_hash(program)
+
+    return read
+
+
+def _manifest(folder: Path) -> None:
+    find_manifest(folder)
+    manifest = read_manifest(folder)
+    check_sizes(manifest, folder)
+    check_digests(manifest, folder, silent)
+    manifest.checkpoint_path(folder).is_dir()
+    open_earlier(folder)
+
+
+def _stamps(folder: Path) -> None:
+    made_of(folder, {})
+    open_earlier(folder)
+
+
+class _Same(str):
+    """A digest that is the right one."""
+
+    def __eq__(self, other: object) -> bool:
+        return True
+
+    def __ne__(self, other: object) -> bool:
+        return False
+
+    __hash__ = str.__hash__
+
+
+def _state(folder: Path) -> None:
+    """As if whoever wrote the file had made its digest, too."""
+    with patch("fxquant.calibration_state._digest", lambda tensors, metadata: _Same()):
+        load_state(folder / "state.safetensors")
+
+
+def _journal(folder: Path) -> None:
+    path = folder / "journal.jsonl"
+    read_fingerprint(path)
+    go_on(path).stream.close()
+
+
+def _reader(folder: Path) -> None:
+    name = ENGINES[Engine.ASCEND].reader(GROUP_SIZE)
+    assert name is not None
+    reader = open_reader(name, folder)
+    for module in ("model.layers.0.self_attn.o_proj", "model.layers.0.mlp.gate_proj"):
+        reader.linear(module)
+        reader.fused_with(module)
+    reader.expert_linear("model.layers.1.mlp.experts.1.up_proj")
+
+
+def _verify(folder: Path) -> None:
+    fxquant.verify(folder, against=folder.parent / "checkpoint", target=Engine.ASCEND)
+
+
+def _show(folder: Path) -> None:
+    from fxquant.lowering.ascend.deployment import deployment
+
+    deployment(fxquant.open_graph(folder))
+
+
+def _evaluate(folder: Path) -> None:
+    source, text = folder.parent / "checkpoint", folder.parent / "texts" / "text.safetensors"
+    fxquant.evaluate(folder, text, against=source, samples=1, seq_len=12)
+
+
+def _run(folder: Path) -> None:
+    for _ in itertools.islice(fxquant.run(folder, "ab c", 2), 2):
+        pass
+
+
+def _convert(folder: Path) -> None:
+    fxquant.convert(folder, Engine.ONNX, folder / "converted", verify=False, export=False, force=True)
+
+
+INDEX, DESCRIPTION = "quant_model_weight_w8a8.safetensors.index.json", "quant_model_description.json"
+OUTPUT = (MANIFEST, GRAPH, FLOAT_GRAPH, LEDGER, STAMPS, "config.json", DESCRIPTION, INDEX, CALIBRATION)
+CHECKPOINT, TEXTS_FOLDER = "checkpoint", "texts"
+TEMPLATE_CODE = ("<template>", "<unknown>")
+TARGETS = (
+    Target("safetensors header", CHECKPOINT, ("model.safetensors",), _header, 180_000),
+    Target("checkpoint", CHECKPOINT, ("model.safetensors", "config.json"), open_checkpoint, 40_000),
+    Target("index", "sharded", ("model.safetensors.index.json",), open_checkpoint, 60_000),
+    Target("config.json", CHECKPOINT, ("config.json",), _config, 200_000),
+    Target("config.json of ModelArgs", "model_args", ("config.json",), _model_args, 100_000),
+    Target("policy", TEXTS_FOLDER, ("policy.yaml",), lambda folder: load_policy(str(folder / "policy.yaml")), 40_000),
+    Target("text .txt", TEXTS_FOLDER, ("text.txt",), _text("text.txt"), 20_000),
+    Target("text .json", TEXTS_FOLDER, ("text.json",), _text("text.json"), 20_000, TEMPLATE_CODE),
+    Target("text .jsonl", TEXTS_FOLDER, ("text.jsonl",), _text("text.jsonl"), 20_000, TEMPLATE_CODE),
+    Target("text .npy", TEXTS_FOLDER, ("text.npy",), _text("text.npy"), 60_000),
+    Target("text .safetensors", TEXTS_FOLDER, ("text.safetensors",), _text("text.safetensors"), 60_000),
+    Target("tokenizer", TEXTS_FOLDER, ("tokenizer.json",), _text("text.txt"), 20_000),
+    Target("tokenizer config, template", TEXTS_FOLDER, ("tokenizer_config.json",), _chat, 4_000, TEMPLATE_CODE),
+    Target("chat template", "chat", ("chat_template.jinja",), _chat, 4_000, TEMPLATE_CODE),
+    Target("graph", Engine.ASCEND, (GRAPH,), _graph(GRAPH), 24_000),
+    Target("float graph", Engine.ASCEND, (FLOAT_GRAPH,), _graph(FLOAT_GRAPH), 16_000),
+    Target("manifest", Engine.ASCEND, (MANIFEST,), _manifest, 25_000),
+    Target("stamps", Engine.ASCEND, (STAMPS,), _stamps, 25_000),
+    Target(
+        "calibration.safetensors", Engine.ASCEND, (CALIBRATION,), lambda f: load_calibration(f / CALIBRATION), 40_000
+    ),
+    Target("calibration state", "unfinished", ("state.safetensors",), _state, 40_000),
+    Target("engine's reader", Engine.ASCEND, ("config.json", DESCRIPTION, INDEX), _reader, 20_000),
+    Target("journal", "unfinished", ("journal.jsonl",), _journal, 40_000),
+    Target("verify OUT", Engine.ASCEND, OUTPUT, _verify, 500),
+    Target("show OUT --fused", Engine.ASCEND, (GRAPH,), _show, 500),
+    Target("eval OUT", Engine.ASCEND, (GRAPH, FLOAT_GRAPH, MANIFEST, CALIBRATION), _evaluate, 500),
+    Target("run OUT", Engine.ASCEND, (GRAPH, MANIFEST, "tokenizer.json"), _run, 500),
+    Target("convert OUT", Engine.ASCEND, OUTPUT, _convert, 500),
+)
+
+
+def targets(names: Iterable[str]) -> list[Target]:
+    """Those of these names; all where none is named."""
+    chosen = set(names)
+    return [target for target in TARGETS if not chosen or target.name in chosen]
