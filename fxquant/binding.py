@@ -86,7 +86,7 @@ def _needed(program: Program) -> Iterator[tuple[str, tuple[int, ...]]]:
                 yield f"{module}.bias", (recipe.out_features,)
     made = {target for recipe in program.recipes.values() for target in made_parameters(recipe)}
     for target, parameter in program.parameters.items():
-        shape = tuple(program.graph.get_buffer(target).shape)
+        shape = tuple(program.graph.tensor(target).shape)
         for name in parameter.names if target not in made else ():
             yield name, shape[1:] if parameter.stacked else shape
 

@@ -50,7 +50,7 @@ def _info(checkpoint: Checkpoint, name: str, dtype: torch.dtype, shape: tuple[in
 def _traced(program: Program) -> Iterator[tuple[tuple[str, ...], tuple[int, ...]]]:
     """Checkpoint tensors and the shape of each, of every parameter of the graph."""
     for target, parameter in program.parameters.items():
-        shape = tuple(program.graph.get_buffer(target).shape)
+        shape = tuple(program.graph.tensor(target).shape)
         yield parameter.names, shape[1:] if parameter.stacked else shape
 
 

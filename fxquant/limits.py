@@ -13,6 +13,20 @@ NUMBER_DIGITS = 40
 NAME_LENGTH = 512
 """Characters of the name of a tensor, module or graph node."""
 
+NODES = 1 << 20
+"""Nodes, parameters, recipes of a graph file, and tensors that one of them names."""
+RANK = 16
+"""Dimensions of a tensor of a graph."""
+SIZE = 1 << 40
+"""Any one size, and any number that a graph computes of sizes."""
+PIECES = 4096
+"""Tensors that one call of a graph gives."""
+VALUE_BYTES = 1 << 29
+"""What the values of a graph that are alive together may take for two sequences of 12 tokens; or four times the largest
+parameter in float32, if that is more."""
+BATCH_BYTES = 1 << 45
+"""What one call may take for a million tokens, 1013 to a sequence: no value may grow much faster than their number."""
+
 CONFIG_BYTES = 16 * MIB
 """A config.json, a tokenizer_config.json, a policy, a chat template."""
 INDEX_BYTES = 128 * MIB

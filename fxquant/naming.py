@@ -1,6 +1,7 @@
 """Node names that say where a node comes from: `layers_3_self_attn_q_a_proj`, `layers_3_mlp_swiglu`."""
 
 import re
+from keyword import iskeyword
 
 from torch import fx
 
@@ -24,6 +25,14 @@ def rename(names: set[str], node: fx.Node, name: str) -> None:
         candidate = f"{name}_{count}"
     names.add(candidate)
     node.name = candidate
+
+
+NAME = re.compile(r"[A-Za-z_]\w*", re.ASCII)
+
+
+def is_name(text: str) -> bool:
+    """Whether a node may be called so: it becomes a variable of the Ascend module."""
+    return bool(NAME.fullmatch(text)) and not iskeyword(text)
 
 
 def identifier(path: str) -> str:

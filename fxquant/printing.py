@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 from fxquant.naming import identifier, operator_name
 from fxquant.program import Program
-from fxquant.program_file import SYMBOLS
+from fxquant.program_schema import SYMBOLS
 
 SHORT = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16", torch.int8: "i8", torch.int32: "i32"}
 SHORT |= {torch.int64: "i64", torch.bool: "bool"}

@@ -5,10 +5,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import fx
 
 from fxquant.kinds import Kind
 from fxquant.policy import Rule
+from fxquant.program_graph import ProgramGraph
 from fxquant.rotation import Turn
 from fxquant.schemes import Recipe, tensor_specs
 from fxquant.smooth_rule import PairKind, SmoothRule
@@ -78,7 +79,7 @@ class Program:
     path of its decoder layer, or "before", "between_0", …, "after" for what is in none.
     """
 
-    graph: fx.GraphModule
+    graph: ProgramGraph
     config: dict[str, Any]
     dtype: torch.dtype
     parameters: dict[str, Parameter] = field(default_factory=dict)
@@ -102,7 +103,7 @@ class Program:
 
     def add_parameter(self, target: str, tensor: torch.Tensor, parameter: Parameter) -> None:
         """Register `tensor` (meta) under the dotted `target`."""
-        attach(self.graph, target, tensor)
+        self.graph.tensors[target] = tensor
         self.parameters[target] = parameter
 
     def drop_unused_parameters(self) -> None:
@@ -110,7 +111,7 @@ class Program:
         used = {node.target for node in self.graph.graph.nodes if node.op == "get_attr"}
         for target in [target for target in self.parameters if target not in used]:
             del self.parameters[target]
-            detach(self.graph, target)
+            del self.graph.tensors[target]
 
 
 def input_node(node: fx.Node, index: int) -> fx.Node:
@@ -123,22 +124,3 @@ def input_node(node: fx.Node, index: int) -> fx.Node:
 def made_parameters(recipe: Recipe) -> Iterator[str]:
     """Graph targets that the tensors of a recipe may have."""
     return (f"{recipe.module}.{suffix}" for suffix in tensor_specs(recipe))
-
-
-def attach(root: nn.Module, target: str, tensor: torch.Tensor) -> None:
-    """Make `root.<target>` a buffer, creating the modules on the way."""
-    *path, name = target.split(".")
-    for part in path:
-        child = root._modules.get(part)
-        if child is None:
-            child = nn.Module()
-            root.add_module(part, child)
-        root = child
-    root._buffers.pop(name, None)
-    root.register_buffer(name, tensor)
-
-
-def detach(root: nn.Module, target: str) -> None:
-    """Remove the buffer `root.<target>`."""
-    path, _, name = target.rpartition(".")
-    del root.get_submodule(path)._buffers[name]

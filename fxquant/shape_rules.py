@@ -24,8 +24,12 @@ class ShapeRules:
             return target(*args, **kwargs)
         key = (target, self._signature(args), self._signature(kwargs))
         if key not in self._results:
-            self._results[key] = call_on_meta(target, args, kwargs)
+            self._results[key] = self.compute(target, args, kwargs)
         return self._results[key]
+
+    def compute(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What `call` gives the first time."""
+        return call_on_meta(target, args, kwargs)
 
     def fake(self, tensor: Tensor, mode: FakeTensorMode) -> Tensor:
         """`tensor`, on meta, with fixed sizes in the mode of a trace."""

@@ -5,8 +5,10 @@ from collections.abc import Iterator
 
 from torch import fx
 
+from fxquant.operators import target_name
 from fxquant.program import Program
-from fxquant.program_file import encode, input_shape, target_name
+from fxquant.program_arguments import encode
+from fxquant.program_file import input_shape
 
 
 def structural_hash(program: Program) -> str:
@@ -40,6 +42,6 @@ def _lines(program: Program) -> Iterator[str]:
 
 
 def _parameter(program: Program, target: str) -> str:
-    parameter, tensor = program.parameters[target], program.graph.get_buffer(target)
+    parameter, tensor = program.parameters[target], program.graph.tensor(target)
     what = (parameter.names, parameter.module, str(parameter.kind), tuple(tensor.shape), str(tensor.dtype))
     return f"parameter {what}"

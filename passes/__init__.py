@@ -47,6 +47,4 @@ def pipeline(assign: Sequence[Pass], calibrate: Pass, contract: Sequence[Pass] =
 
 def run_passes(program: Program, passes: Sequence[Pass]) -> list[PassResult]:
     """Apply `passes` in order."""
-    results = [one.apply(program) for one in passes]
-    program.graph.recompile()
-    return results
+    return [one(program) for one in passes]

@@ -80,7 +80,7 @@ class AssignSchemes(Pass):
 
 
 def _recipe(program: Program, site: LinearSite, rule: Rule) -> Recipe:
-    weight = program.graph.get_buffer(str(site.weight.target))
+    weight = program.graph.tensor(str(site.weight.target))
     parameter = program.parameters[str(site.weight.target)]
     if parameter.stacked and Scheme(rule.scheme).static:
         fact = "routed experts have no static scheme: a batch may leave an expert without input."

@@ -30,13 +30,11 @@ class Pass:
         raise TypeError(f"{type(self).__name__} does not say how it rewrites")
 
     def __call__(self, program: Program) -> PassResult:
-        """Apply the pass, and make the module's code that of its graph."""
-        result = self.apply(program)
-        program.graph.recompile()
-        return result
+        """As `apply`."""
+        return self.apply(program)
 
     def apply(self, program: Program) -> PassResult:
-        """As a call, without the code: `run_passes` makes it once."""
+        """Rewrite what is to be rewritten, and drop what nothing reads any more."""
         rewritten, kept = [], {}
         for node in list(program.graph.graph.nodes):
             reason = self.why_not(node, program)
@@ -47,7 +45,7 @@ class Pass:
                 kept[node.name] = reason
         program.graph.graph.eliminate_dead_code(is_impure_node=_has_effect)
         program.drop_unused_parameters()
-        program.graph.graph.lint()
+        program.graph.lint()
         return PassResult(self.name, tuple(rewritten), kept)
 
 

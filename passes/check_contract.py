@@ -62,6 +62,6 @@ def linears(program: Program) -> list[Linear]:
 
 def _float(program: Program, site: LinearSite) -> Recipe:
     target = str(site.weight.target)
-    n, k = program.graph.get_buffer(target).shape[-2:]
+    n, k = program.graph.tensor(target).shape[-2:]
     modules = tuple(name.removesuffix(".weight") for name in program.parameters[target].names)
     return Recipe(site.module, modules, Scheme.FLOAT, 0, n, k, site.bias is not None, site.row_parallel, program.dtype)

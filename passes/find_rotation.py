@@ -143,5 +143,5 @@ def _alone(weight: fx.Node, uses: Counter[str]) -> fx.Node:
 
 
 def _shape(program: Program, weight: fx.Node) -> tuple[int, int]:
-    rows, columns = program.graph.get_buffer(str(weight.target)).shape
+    rows, columns = program.graph.tensor(str(weight.target)).shape
     return rows, columns

@@ -99,7 +99,7 @@ def _give_norm_bias(program: Program, norm: fx.Node) -> None:
     if len(norm.args) > 3:
         return
     weight = input_node(norm, 1)
-    old, tensor = program.parameters[str(weight.target)], program.graph.get_buffer(str(weight.target))
+    old, tensor = program.parameters[str(weight.target)], program.graph.tensor(str(weight.target))
     name = f"{old.module}.bias"
     bias = _parameter(program, norm, name, torch.empty_like(tensor, dtype=torch.float32), replace(old, names=(name,)))
     norm.args = (*norm.args, bias)
@@ -109,7 +109,7 @@ def _give_linear_bias(program: Program, linear: fx.Node) -> None:
     if len(linear.args) > BIAS and linear.args[BIAS] is not None:
         return
     weight = input_node(linear, 1)
-    old, tensor = program.parameters[str(weight.target)], program.graph.get_buffer(str(weight.target))
+    old, tensor = program.parameters[str(weight.target)], program.graph.tensor(str(weight.target))
     name = f"{old.module}.bias"
     bias = _parameter(program, linear, name, tensor.new_empty(tensor.shape[:1]), replace(old, names=(name,)))
     linear.args = (*linear.args[:BIAS], bias)

@@ -15,7 +15,8 @@ from fxquant.errors import FxquantError
 from fxquant.models import DecoderLayer, DeepseekV3
 from fxquant.models.deepseek_v3 import Decoder
 from fxquant.program import Program
-from fxquant.program_file import SYMBOLS, dump_program
+from fxquant.program_file import dump_program
+from fxquant.program_schema import SYMBOLS
 from fxquant.tracing import export as trace_module
 from fxquant.tracing import trace
 from fxquant.tracing.inputs import Inputs
@@ -80,7 +81,8 @@ def same(left: Program | str, right: Program | str) -> bool:
     """Whether two programs are written alike and their nodes carry the same shapes, or two errors are alike."""
     if isinstance(left, str) or isinstance(right, str):
         return left == right
-    if (left.graph.code, left.names, left.parameters) != (right.graph.code, right.names, right.parameters):
+    texts = [(str(one.graph.graph), one.names, one.parameters) for one in (left, right)]
+    if texts[0] != texts[1]:
         return False
     return dump_program(left) == dump_program(right) and shapes(left) == shapes(right)
 

@@ -7,12 +7,13 @@ import onnx
 import onnxruntime
 import torch
 from onnx_calls import floats
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.export import Dim
 
 from fxquant.lowering.onnx import write_onnx
 from fxquant.lowering.onnx.runner import session_options
 from fxquant.program import Program
+from fxquant.program_graph import ProgramGraph
 from fxquant.tracing.canonical import canonicalize
 
 
@@ -66,7 +67,7 @@ def expression_program() -> Program:
     shapes = ({0: batch, 1: sequence}, {0: batch, 1: total}, {0: batch, 1: sequence}, {0: batch, 1: Dim("past", min=5)})
     arguments = (ids, torch.zeros(2, 8, dtype=torch.int64), ids.clone(), floats(2, 11, 6))
     graph = torch.export.export(Expressions(), arguments, dynamic_shapes=shapes, strict=False).graph
-    program = Program(fx.GraphModule(nn.Module(), graph), {}, torch.float32)
+    program = Program(ProgramGraph(graph), {}, torch.float32)
     canonicalize(program.graph.graph)
     return program
 

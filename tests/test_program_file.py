@@ -138,7 +138,7 @@ def test_another_file_is_refused(content: bytes, fact: str, tmp_path: Path) -> N
 
 
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(FxquantError, match="cannot be read"):
+    with pytest.raises(FxquantError, match="is missing"):
         load_program(tmp_path / "graph.json")
 
 
@@ -165,7 +165,7 @@ def test_an_operator_of_another_namespace_is_refused(document: dict[str, Any], t
     """Though it would compute the same."""
     edited = copy.deepcopy(document)
     next(node for node in edited["nodes"] if node["target"] == "aten::add.Tensor")["target"] = "prims::add.default"
-    with pytest.raises(FxquantError, match=r"operator prims::add\.default"):
+    with pytest.raises(FxquantError, match=r"operator \'prims::add\.default"):
         load_edited(edited, tmp_path)
 
 

@@ -12,7 +12,7 @@ from torch import fx
 from fxquant import ops
 from fxquant.checkpoint import Checkpoint
 from fxquant.kinds import Kind
-from fxquant.program import Program, attach
+from fxquant.program import Program
 from fxquant.structure import structural_hash
 
 Change = Callable[[Program], None]
@@ -87,7 +87,7 @@ def parameter_name(program: Program) -> None:
 
 
 def parameter_shape(program: Program) -> None:
-    attach(program.graph, NORM, torch.empty(7, device="meta"))
+    program.graph.tensors[NORM] = torch.empty(7, device="meta")
 
 
 def output(program: Program) -> None:

@@ -20,7 +20,7 @@ from fxquant.models import DecoderLayer, DeepseekV3
 from fxquant.models.layers import RoutedExperts
 from fxquant.passes import AssignSchemes, Calibrate, pipeline, run_passes
 from fxquant.policy import load_policy
-from fxquant.program import Program, attach
+from fxquant.program import Program
 from fxquant.tracing import trace
 
 ABSENT = object()
@@ -172,8 +172,18 @@ def load_graph(program: Program, checkpoint: Checkpoint, dtype: torch.dtype = to
     """A copy of the program's float graph with its weights."""
     root = nn.Module()
     for target, parameter in program.parameters.items():
-        attach(root, target, _read(checkpoint, parameter.names, parameter.stacked, dtype))
+        _attach(root, target, _read(checkpoint, parameter.names, parameter.stacked, dtype))
     return fx.GraphModule(root, copy.deepcopy(program.graph.graph))
+
+
+def _attach(root: nn.Module, target: str, tensor: Tensor) -> None:
+    """Make `root.<target>` a buffer, creating the modules on the way."""
+    *path, name = target.split(".")
+    for part in path:
+        if part not in root._modules:
+            root.add_module(part, nn.Module())
+        root = root._modules[part]  # type: ignore[assignment]
+    root.register_buffer(name, tensor)
 
 
 def _read(checkpoint: Checkpoint, names: Iterable[str], stacked: bool, dtype: torch.dtype) -> Tensor:

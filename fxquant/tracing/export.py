@@ -18,6 +18,7 @@ from fxquant.config import DeepseekV3Config
 from fxquant.errors import FxquantError
 from fxquant.naming import name_nodes
 from fxquant.program import Program
+from fxquant.program_graph import ProgramGraph
 from fxquant.tracing.annotate import annotate, name_modules
 from fxquant.tracing.calls import Log, Recorder, model_state, outermost_lists
 from fxquant.tracing.canonical import canonicalize, order_parameters
@@ -51,11 +52,10 @@ def _traced(model: nn.Module, checkpoint: Checkpoint, inputs: Inputs | None, che
     check_dynamic(graph)
     order_parameters(graph)
     annotate(graph, model)
-    root = fx.GraphModule(nn.Module(), fx.Graph())
-    parameters = attach_parameters(root, graph, model, checkpoint_name)
+    root = ProgramGraph(graph)
+    parameters = attach_parameters(root, model, checkpoint_name)
     names = name_nodes(graph)
-    graph.lint()
-    root.graph = graph
+    root.lint()
     return Program(root, dict(checkpoint.config), checkpoint.dtype, parameters, names=names)
 
 

@@ -3,10 +3,11 @@
 from collections.abc import Callable
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 from fxquant.models.layers import RoutedExperts
-from fxquant.program import Parameter, attach
+from fxquant.program import Parameter
+from fxquant.program_graph import ProgramGraph
 from fxquant.tracing.annotate import kinds
 from fxquant.tracing.calls import model_state
 
@@ -15,13 +16,13 @@ Names = Callable[[str], str]
 
 
 def attach_parameters(
-    root: fx.GraphModule, graph: fx.Graph, model: nn.Module, checkpoint_name: Names | None = None
+    root: ProgramGraph, model: nn.Module, checkpoint_name: Names | None = None
 ) -> dict[str, Parameter]:
     """Give `root` what the graph reads. Targets, and the modules of calls, take the names of the checkpoint."""
     modules, state = dict(model.named_modules(remove_duplicate=False)), model_state(model)
     kind, renamed = kinds(modules), {}  # type: Callable, dict[str, str]
     parameters: dict[str, Parameter] = {}
-    for node in graph.find_nodes(op="get_attr"):
+    for node in root.graph.find_nodes(op="get_attr"):
         path = node.target
         holder, _, name = path.rpartition(".")
         owner = modules[holder]
@@ -34,9 +35,9 @@ def attach_parameters(
             node.target = checkpoint_name(path) if checkpoint_name else path
             renamed[holder] = node.target.rpartition(".")[0]
             parameter = Parameter((node.target,), renamed[holder], kind(holder))
-        attach(root, node.target, torch.empty_like(state[path], device="meta"))
+        root.tensors[node.target] = torch.empty_like(state[path], device="meta")
         parameters[node.target] = parameter
-    for node in graph.nodes:
+    for node in root.graph.nodes:
         node.meta["module"] = renamed.get(node.meta.get("module", ""), node.meta.get("module", ""))
     return parameters
 

@@ -38,7 +38,6 @@ def deployment(program: Program) -> Deployment:
     """Fuse a copy of `program`. The copy computes the same, bit for bit, and reads the same weight files."""
     copy = parse_program(dump_program(program), "the deployment graph")
     steps = tuple(_step(one, copy) for one in fusions(copy))
-    copy.graph.recompile()
     return Deployment(copy, steps)
 
 

@@ -28,7 +28,7 @@ def stored_tensors(program: Program) -> dict[str, Tensor]:
     made = {name for recipe in program.recipes.values() for name in made_parameters(recipe)}
     for target, parameter in program.parameters.items():
         if target not in made:
-            tensor = program.graph.get_buffer(target)
+            tensor = program.graph.tensor(target)
             shape = tensor.shape[1:] if parameter.stacked else tensor.shape
             found |= dict.fromkeys(parameter.names, torch.empty(shape, dtype=tensor.dtype, device="meta"))
     for recipe in program.recipes.values():

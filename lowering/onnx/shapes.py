@@ -83,7 +83,7 @@ def _run(program: Program, sample: int) -> dict[fx.Node, Any]:
         if node.op == "placeholder":
             values[node] = _input(node, placeholders.index(node), sample)
         elif node.op == "get_attr":
-            values[node] = program.graph.get_buffer(str(node.target))
+            values[node] = program.graph.tensor(str(node.target))
         elif node.op == "call_function":
             args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
             values[node] = call_on_meta(node.target, args, kwargs)

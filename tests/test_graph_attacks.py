@@ -1,0 +1,305 @@
+"""A graph file is data: every field of it, spoiled in every way, is refused or read as it says, and runs nothing."""
+
+import copy
+import json
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from tiny import rewritten
+from typer.testing import CliRunner
+from watching import watched
+
+import fxquant
+from fxquant import CompileOptions, FxquantError
+from fxquant.checkpoint import Checkpoint
+from fxquant.program_file import dump_program, parse_program
+from fxquant.targets import Target
+from fxquant.tools.main import app
+
+GRAPH = "fxquant_graph.json"
+CODE = "__import__('os').system('exit 1')"
+HOSTILE: list[Any] = [
+    None, True, -1, 0, 1, 10**12, 10**30, 0.5, 1e308, "", "x", "w", "torch", "output", "__class__", "a.__class__.b",
+    CODE, f"past_1={CODE}", f"x\n{CODE}", '"""', "é", "\x1b[2J", "x" * 5000, "aten::__init__.__getattribute__",
+    "aten::__setattr__.__call__", "aten::chr", "aten::from_file.default", "fxq::linear.__class__", "python::exec",
+    "python::mul", "aten::repeat.default", "aten::add.Tensor", "FLOAT", "I64", [], {}, [[]], [10**12], [None],
+    {"node": "x"}, {"node": "output"}, {"node": "input_ids"}, {"node": []}, {"dtype": "__dict__"}, {"dtype": "float32"},
+    {"float": CODE}, {"float": "nan"}, {"map": {}}, {"map": {CODE: 1}}, {"map": {"device": "cuda"}}, {"a": 1, "b": 2},
+    json.loads("[" * 60 + "]" * 60),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def document(tiny: Callable[..., Checkpoint]) -> dict[str, Any]:
+    """What is written of the tiny model with a quantized MTP layer."""
+    checkpoint = tiny(fp8=True, num_nextn_predict_layers=1)
+    return json.loads(dump_program(rewritten(checkpoint, "deepseek_w4a8")))
+
+
+def places(value: Any, path: tuple = ()) -> Iterator[tuple]:
+    """Paths of everything inside a document, itself left out."""
+    children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, child in children:
+        yield (*path, key)
+        yield from places(child, (*path, key))
+
+
+def pattern(document: dict[str, Any], path: tuple) -> tuple:
+    """Which sort of place it is: the same field of two nodes of one operator is one sort."""
+    if path[0] == "nodes" and len(path) > 1:
+        return (document["nodes"][path[1]]["target"].split(".")[0], *path[2:])
+    depth = 3 if path[:2] == ("mtp", "recipes") else 2
+    named = path[0] in ("parameters", "recipes", "rules") or path[:2] in [("mtp", "recipes"), ("mtp", "kept")]
+    kept = (path[0], *path[depth:]) if named and len(path) >= depth else path
+    return tuple(part if isinstance(part, str) else "*" for part in kept)
+
+
+def spoiled(document: dict[str, Any], path: tuple, value: Any) -> Iterator[dict[str, Any]]:
+    """The document with another value at `path`, then with the key gone, then under another name."""
+    owner = document
+    for key in path[:-1]:
+        owner = owner[key]
+    kept = copy.copy(owner)
+    owner[path[-1]] = value
+    yield document
+    del owner[path[-1]]
+    yield document
+    if isinstance(owner, dict) and isinstance(value, str):
+        owner[value] = kept[path[-1]]
+        yield document
+    owner.clear()
+    owner.extend(kept) if isinstance(owner, list) else owner.update(kept)
+
+
+def normal(document: dict[str, Any]) -> dict[str, Any]:
+    """Without what says nothing: keys of null, and the default algorithm."""
+    made = copy.deepcopy(document)
+    for node in made["nodes"]:
+        for key in ("kwargs", "dtype", "shape"):
+            if node.get(key, ...) in (None, {"map": {}}):
+                node.pop(key, None)
+    for recipe in [*made["recipes"].values(), *made["mtp"]["recipes"].values()]:
+        for key, default in (("algorithm", "min_max"), ("activation", None)):
+            if recipe.get(key) == default:
+                recipe.pop(key, None)
+    return made
+
+
+def check(document: dict[str, Any]) -> bool:
+    """Refused, or read as what it says; nothing runs. → whether it was refused."""
+    text = json.dumps(document)
+    with watched() as events:
+        try:
+            program = parse_program(text, "graph")
+        except FxquantError as error:
+            assert error.place in ("graph", "config.json") and len(str(error)) < 6000, error
+            program = None
+        stored = None if program is None else json.loads(dump_program(program))
+    assert not events
+    assert stored is None or stored == normal(json.loads(text))
+    return stored is None
+
+
+def test_the_document_itself_is_read(document: dict[str, Any]) -> None:
+    assert not check(document)
+
+
+def test_every_sort_of_place_spoiled(document: dict[str, Any]) -> None:
+    """Each field of the document, and of a node of each operator, in one way."""
+    generator, seen, refused = random.Random(0), set(), 0
+    for path in list(places(document)):
+        if (sort := pattern(document, path)) not in seen and sort[0] != "config":
+            seen.add(sort)
+            chosen = generator.choice((0, 0, 1, 2))
+            for number, one in enumerate(spoiled(document, path, generator.choice(HOSTILE))):
+                refused += number == chosen and check(one)
+    assert len(seen) > 150 and refused > 100
+
+
+@pytest.mark.slow
+def test_every_place_spoiled_in_every_way(document: dict[str, Any]) -> None:
+    """Every field of every node and document: a few of the ways for each, every way for each sort."""
+    generator, seen = random.Random(1), set()
+    for path in list(places(document)):
+        sort = pattern(document, path)
+        for value in generator.sample(HOSTILE, 2) if sort in seen else HOSTILE:
+            for _ in map(check, spoiled(document, path, value)):
+                pass
+        seen.add(sort)
+
+
+# the attacks that once ran
+
+
+def last_input(document: dict[str, Any]) -> dict[str, Any]:
+    return [node for node in document["nodes"] if node["op"] == "placeholder"][-1]
+
+
+def first_call(document: dict[str, Any]) -> dict[str, Any]:
+    return next(node for node in document["nodes"] if node["op"] == "call_function")
+
+
+def placeholder_target(document: dict[str, Any], command: str) -> None:
+    last_input(document)["target"] += f"=__import__('os').system({command!r})"
+
+
+def placeholder_name(document: dict[str, Any], command: str) -> None:
+    last_input(document)["name"] = last_input(document)["target"] = f"past_1=__import__('os').system({command!r})"
+
+
+def output_target(document: dict[str, Any], command: str) -> None:
+    document["nodes"][-1]["target"] = f"__import__('os').system({command!r})"
+
+
+def attribute_target(document: dict[str, Any], command: str) -> None:
+    document["nodes"][0]["target"] = f"x, __import__('os').system({command!r})"
+
+
+def attribute_chain(document: dict[str, Any], command: str) -> None:
+    """`getattr(torch.ops.aten, …)` of free names leads to any object of Python."""
+    call = {"op": "call_function", "module": "", "kind": "other", "block": ""}
+    nodes = [
+        call | {"name": "c", "target": "aten::__init__.__getattribute__", "args": ["__globals__"]},
+        call | {"name": "d", "target": "python::getitem", "args": [{"node": "c"}, "sys"]},
+        call | {"name": "e", "target": "aten::__setattr__.__call__", "args": ["x", {"node": "d"}]},
+        call | {"name": "f", "target": "aten::x.__getattribute__", "args": [command]},
+    ]
+    document["nodes"][-1:-1] = nodes
+
+
+def chr_of_a_number(document: dict[str, Any], command: str) -> None:
+    document["nodes"].insert(-1, first_call(document) | {"name": "c", "target": "aten::chr", "args": [65]})
+
+
+def a_word_times_a_number(document: dict[str, Any], command: str) -> None:
+    """A string of 100 GB."""
+    times = {"name": "c", "target": "python::mul", "args": ["a", 10**11]}
+    document["nodes"].insert(-1, first_call(document) | times)
+
+
+def a_number_to_no_end(document: dict[str, Any], command: str) -> None:
+    """x * x, sixty times."""
+    call, nodes = first_call(document), []
+    for number in range(60):
+        last = {"node": f"c_{number - 1}"} if number else 10**9
+        nodes.append(call | {"name": f"c_{number}", "target": "python::mul", "args": [last, last]})
+    document["nodes"][-1:-1] = nodes
+
+
+def a_terabyte(document: dict[str, Any], command: str) -> None:
+    ones = {"name": "c", "target": "aten::ones.default", "args": [[10**12]]}
+    document["nodes"].insert(-1, first_call(document) | ones)
+
+
+def a_billion_pieces(document: dict[str, Any], command: str) -> None:
+    call = first_call(document)
+    nodes = [
+        call | {"name": "c", "target": "aten::ones.default", "args": [[10**8]]},
+        call | {"name": "d", "target": "aten::unbind.int", "args": [{"node": "c"}]},
+    ]
+    document["nodes"][-1:-1] = nodes
+
+
+def growth(document: dict[str, Any], command: str) -> None:
+    """The sequence to the sixth power: small for twelve tokens."""
+    call, size = first_call(document), {"node": "s"}
+    nodes = [
+        call | {"name": "s", "target": "aten::sym_size.int", "args": [{"node": "input_ids"}, 1]},
+        call | {"name": "c", "target": "aten::ones.default", "args": [[size] * 6]},
+    ]
+    document["nodes"][-1:-1] = nodes
+
+
+ATTACKS = [
+    placeholder_target, placeholder_name, output_target, attribute_target, attribute_chain, chr_of_a_number,
+    a_word_times_a_number, a_number_to_no_end, a_terabyte, a_billion_pieces, growth,
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Callable[..., Path]) -> Path:
+    """The tiny model for the Ascend target, and ids to measure it on beside it."""
+    folder = tmp_path_factory.mktemp("attacks")
+    save_file({"ids": torch.arange(24).view(2, 12)}, folder / "ids.safetensors")
+    options = CompileOptions(policy="deepseek_w4a8_dynamic", out=folder / "out", verify=False)
+    return fxquant.compile(tiny_folder(), options).out
+
+
+def attacked(compiled: Path, folder: Path, attack: Callable[[dict[str, Any], str], None]) -> tuple[Path, Path]:
+    """A copy of the output with a spoiled graph, and the file that its code would make."""
+    out, made = folder / "out", folder / "made"
+    shutil.copytree(compiled, out)
+    document = json.loads((out / GRAPH).read_text())
+    attack(document, f"touch {made}")
+    (out / GRAPH).write_text(json.dumps(document))
+    return out, made
+
+
+USES: dict[str, Callable[[Path, Path], Any]] = {
+    "show": lambda out, ids: fxquant.api.open_graph(out),
+    "eval": fxquant.evaluate,
+    "sensitivity": fxquant.api.sensitivity,
+    "verify": lambda out, ids: fxquant.verify(out),
+    "run": lambda out, ids: list(fxquant.run(out, "hello", 1)),
+    "convert": lambda out, ids: fxquant.convert(out, Target.MINDIE, out.with_name("new"), export=False),
+}
+
+
+@pytest.mark.parametrize("attack", ATTACKS, ids=lambda one: one.__name__)
+def test_what_once_ran_is_refused_by_every_command(
+    attack: Callable[[dict[str, Any], str], None], compiled: Path, tmp_path: Path
+) -> None:
+    out, made = attacked(compiled, tmp_path, attack)
+    for name, use in USES.items():
+        with watched() as events, pytest.raises(FxquantError, match="not a program of fxquant"):
+            use(out, compiled.with_name("ids.safetensors"))
+        assert not events and not made.exists(), name
+        assert not out.with_name("new").exists()
+
+
+def test_a_spoiled_float_graph_is_refused(compiled: Path, tmp_path: Path) -> None:
+    out, made = attacked(compiled, tmp_path, lambda document, command: None)
+    document = json.loads((out / "fxquant_float_graph.json").read_text())
+    placeholder_target(document, f"touch {made}")
+    (out / "fxquant_float_graph.json").write_text(json.dumps(document))
+    with watched() as events, pytest.raises(FxquantError, match="not a program of fxquant"):
+        fxquant.evaluate(out, compiled.with_name("ids.safetensors"))
+    assert not events and not made.exists()
+
+
+@pytest.mark.parametrize("attack", [placeholder_target, attribute_chain], ids=lambda one: one.__name__)
+def test_a_graph_beside_a_checkpoint_is_refused(
+    attack: Callable[[dict[str, Any], str], None], compiled: Path, tiny_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    out, made = attacked(compiled, tmp_path, attack)
+    checkpoint = shutil.copytree(tiny_folder(), tmp_path / "checkpoint")
+    shutil.copyfile(out / GRAPH, checkpoint / GRAPH)
+    with watched() as events:
+        result = CliRunner().invoke(app, ["show", str(checkpoint)])
+    assert isinstance(result.exception, FxquantError) and not events and not made.exists()
+
+
+def test_no_code_is_made_of_a_graph(compiled: Path, tmp_path: Path) -> None:
+    """Of a good one: torch.fx would generate and execute the text of a forward."""
+    ids = compiled.with_name("ids.safetensors")
+    with watched() as events:
+        copied = copy.deepcopy(fxquant.api.open_graph(compiled))
+        assert fxquant.evaluate(compiled, ids).tokens == 22
+        fxquant.api.sensitivity(compiled, ids)
+        assert fxquant.verify(compiled).ok
+        report = fxquant.convert(compiled, Target.MINDIE, tmp_path / "new", export=False)
+    assert report.verification is not None and report.verification.ok and not events
+    assert dump_program(copied) == (compiled / GRAPH).read_text()
+
+
+def test_generated_code_is_seen() -> None:
+    """By what the tests above watch with."""
+    with watched() as events:
+        torch.fx.GraphModule(torch.nn.Module(), torch.fx.Graph())
+    assert events
