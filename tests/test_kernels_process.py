@@ -14,7 +14,6 @@ from kernel_loops import recipe_of, same_tensors
 from kernel_reference import reference_tensors
 
 from fxquant.kernels.recipe import ModuleMaker
-from fxquant.kernels.rounding import kernel
 from fxquant.kernels.source_rows import rows_of
 from fxquant.schemes import Scheme
 
@@ -50,41 +49,65 @@ print(json.dumps({
 """
 
 
-def small_process(cache: Path, root: Path = ROOT) -> dict:
-    environment = os.environ | {"NUMBA_CACHE_DIR": str(cache), "PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, "-c", SMALL_PROCESS]
-    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, env=environment, cwd=cache).stdout)
+MADE = {"bad": -1, "codes": [127], "packed": [0x77], "torch": False}
+COMPILED, FOUND = {"hits": [0, 0], "misses": [1, 1]}, {"hits": [1, 1], "misses": [0, 0]}
 
 
-def test_kernels_need_no_torch_and_are_compiled_once(tmp_path: Path) -> None:
-    made = {"bad": -1, "codes": [127], "packed": [0x77], "torch": False}
-    assert small_process(tmp_path) == made | {"hits": [0, 0], "misses": [1, 1]}
-    assert list(tmp_path.rglob("*.nbi"))
-    assert small_process(tmp_path) == made | {"hits": [1, 1], "misses": [0, 0]}
+@pytest.fixture
+def package(tmp_path: Path) -> Path:
+    """A folder with nothing but the kernels."""
+    root = tmp_path / "root"
+    shutil.copytree(ROOT / "fxquant/kernels", root / "fxquant/kernels", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "fxquant/__init__.py", root / "fxquant")
+    return root
+
+
+def start_small_process(root: Path, **places: str) -> "subprocess.Popen[str]":
+    environment = os.environ | {"PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1"} | places
+    return subprocess.Popen(
+        [sys.executable, "-c", SMALL_PROCESS], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=environment, cwd=root,
+    )  # fmt: skip
+
+
+def finish(process: "subprocess.Popen[str]") -> dict:
+    answer, said = process.communicate()
+    assert process.returncode == 0 and said == ""
+    return json.loads(answer)
+
+
+def test_kernels_need_no_torch_and_are_compiled_once(package: Path, tmp_path: Path) -> None:
+    cache, before = tmp_path / "cache", sorted(package.rglob("*"))
+    assert finish(start_small_process(package, XDG_CACHE_HOME=str(cache))) == MADE | COMPILED
+    assert list(cache.glob("fxquant/kernels/*/*.code"))
+    assert finish(start_small_process(package, XDG_CACHE_HOME=str(cache))) == MADE | FOUND
+    assert sorted(package.rglob("*")) == before
 
 
 @pytest.mark.slow
-def test_code_kept_from_another_version_is_not_taken(tmp_path: Path) -> None:
+def test_code_kept_from_another_version_is_not_taken(package: Path, tmp_path: Path) -> None:
     """Of the kernel's own file or of one that it calls into."""
-    cache, root = tmp_path / "cache", tmp_path / "root"
-    cache.mkdir()
-    shutil.copytree(ROOT / "fxquant/kernels", root / "fxquant/kernels", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "fxquant/__init__.py", root / "fxquant")
-    assert small_process(cache, root)["codes"] == [127]
-    file = root / "fxquant/kernels/rounding.py"
+    cache = str(tmp_path / "cache")
+    assert finish(start_small_process(package, XDG_CACHE_HOME=cache))["codes"] == [127]
+    file = package / "fxquant/kernels/rounding.py"
     file.write_text(file.read_text().replace("codes[j] = code", "codes[j] = code - 1"))
-    changed = small_process(cache, root)
+    changed = finish(start_small_process(package, XDG_CACHE_HOME=cache))
     assert (changed["codes"], changed["hits"]) == ([126], [0, 0])
 
 
-def test_kernels_work_where_nothing_can_be_written() -> None:
-    """numba refuses to cache there."""
+@pytest.mark.slow
+def test_two_first_starts_at_once(package: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    processes = [start_small_process(package, XDG_CACHE_HOME=str(cache)) for _ in range(2)]
+    assert [finish(process) for process in processes] == [MADE | COMPILED] * 2
+    assert finish(start_small_process(package, XDG_CACHE_HOME=str(cache))) == MADE | FOUND
+    assert not [file for file in cache.rglob("*") if file.is_file() and file.suffix not in (".code", ".txt")]
 
-    def double(x: int) -> int:
-        return 2 * x
 
-    double.__code__ = double.__code__.replace(co_filename="/nowhere/at/all.py")
-    assert kernel(double)(21) == 42
+@pytest.mark.slow
+def test_kernels_work_where_nothing_can_be_written(package: Path) -> None:
+    places = {"HOME": "/proc/nowhere", "XDG_CACHE_HOME": "", "TMPDIR": "/proc"}
+    assert finish(start_small_process(package, **places)) == MADE | COMPILED
 
 
 def test_makers_in_threads_give_what_one_gives() -> None:

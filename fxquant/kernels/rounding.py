@@ -5,29 +5,24 @@ NaN come out on top, at INFINITY or above.
 """
 
 from collections.abc import Callable
-from hashlib import sha256
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numba import njit, types
 from numba.extending import intrinsic
 
-SOURCES = sha256(b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py")))).hexdigest()[:8]
+from fxquant.kernels.cache import KeptCode
 
 
 def kernel(function: Any) -> Any:
-    """Compile with IEEE arithmetic as written, without the interpreter's lock, and keep the code on disk.
+    """Compile with IEEE arithmetic as written, without the interpreter's lock.
 
-    numba looks for kept code by the function's name and its own file's time; the digest in the name makes it look at
-    every file of this folder. Where no folder can be written, each process compiles anew.
+    The code of a function of this folder is kept for other processes, which find it by the sources of the folder.
     """
-    function.__qualname__ += f"_{SOURCES}"
-    options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "boundscheck": False}
-    try:
-        return njit(function, cache=True, **options)
-    except RuntimeError:
-        return njit(function, **options)
+    compiled: Any = njit(function, nogil=True, error_model="numpy", boundscheck=False)
+    if function.__module__.startswith(f"{__package__}."):
+        compiled._cache = KeptCode(function)
+    return compiled
 
 
 FLOAT32, BFLOAT16, FLOAT16, FLOAT8 = 0, 1, 2, 3

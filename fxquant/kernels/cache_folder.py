@@ -1,0 +1,100 @@
+"""The folder of compiled kernels: whose it must be, and which folders of other versions stay.
+
+Who can write a file there runs code here: our folders are this user's and closed to others, those above are this user's
+or root's, and not open to all unless only owners may rename in them.
+"""
+
+import os
+import stat
+import time
+from contextlib import suppress
+from hashlib import sha256
+from pathlib import Path
+
+KEY_LETTERS, MARKER, ENDING = 24, "README.txt", ".code"
+MARKER_TEXT = "Compiled code of fxquant's kernels. This folder may be deleted at any time.\n"
+KEPT_KEYS = 8
+"""Folders that stay, those used last: versions, environments and processors that share a home."""
+DAY = 86_400.0
+
+
+def folder_of(*decides: object) -> Path | None:
+    """The folder for what decides the code, made if need be. None where it cannot be made or others could write in it.
+
+    What decides must print alike in every process.
+    """
+    try:
+        root = _cache_root()
+        root.mkdir(0o700, exist_ok=True)
+        root = root.resolve(strict=True)
+        if not all(map(_is_trusted, (root, *root.parents))):
+            return None
+        folder = root / "fxquant" / "kernels" / sha256(repr(decides).encode()).hexdigest()[:KEY_LETTERS]
+        made = [_is_made(path) for path in (folder.parents[1], folder.parent, folder)]
+        _mark(folder)
+        if made[-1]:
+            _clean(folder)
+    except (OSError, RuntimeError):  # RuntimeError: a user without a home
+        return None
+    return folder
+
+
+def _cache_root() -> Path:
+    named = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return named if named.is_absolute() else Path.home() / ".cache"
+
+
+def _is_trusted(path: Path) -> bool:
+    about = path.stat()
+    return about.st_uid in (0, os.geteuid()) and (
+        not about.st_mode & stat.S_IWOTH or bool(about.st_mode & stat.S_ISVTX)
+    )
+
+
+def _is_made(path: Path) -> bool:
+    """Whether the folder had to be made. Raises PermissionError where it is not this user's alone."""
+    made = False
+    with suppress(FileExistsError):
+        path.mkdir(0o700)
+        made = True
+    about = path.lstat()
+    if not stat.S_ISDIR(about.st_mode) or not belongs_to_user(about):
+        raise PermissionError(path)
+    return made
+
+
+def belongs_to_user(about: os.stat_result) -> bool:
+    """And nobody else can write to it."""
+    return about.st_uid == os.geteuid() and not about.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
+def _mark(folder: Path) -> None:
+    """Say what the folder is, and that it was used today."""
+    marker = folder / MARKER
+    with suppress(OSError):  # code can be read where nothing can be written
+        if not marker.exists():
+            marker.write_text(MARKER_TEXT, encoding="ascii")
+        elif time.time() - marker.stat().st_mtime > DAY:
+            os.utime(marker)
+
+
+def _clean(new: Path) -> None:
+    """Remove what we wrote in all but the folders used last; other processes then compile anew."""
+    marked = [marker for marker in new.parent.glob(f"*/{MARKER}") if _is_ours(marker)]
+    ages: dict[Path, float] = {}
+    for marker in marked:
+        with suppress(OSError):
+            ages[marker.parent] = marker.stat().st_mtime
+    for folder in sorted(ages, key=lambda path: (path == new, ages[path]))[:-KEPT_KEYS]:
+        with suppress(OSError):
+            for file in (*folder.glob(f"*{ENDING}"), *folder.glob(f"*{ENDING}.*"), folder / MARKER):
+                file.unlink(missing_ok=True)
+            folder.rmdir()
+
+
+def _is_ours(marker: Path) -> bool:
+    folder = marker.parent
+    named = len(folder.name) == KEY_LETTERS and set(folder.name) <= set("0123456789abcdef")
+    with suppress(OSError):
+        return named and not folder.is_symlink() and marker.read_text(encoding="ascii") == MARKER_TEXT
+    return False
