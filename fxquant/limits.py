@@ -36,6 +36,11 @@ GRAPH_BYTES = 256 * MIB
 HEADER_BYTES = 100_000_000
 """The header of a safetensors file; the format's own limit (safetensors, MAX_HEADER_SIZE)."""
 
+OUTPUT_BYTES = 64 << 10
+"""Kept of what a model.py, or another process that we start, prints: the end of it."""
+ANSWER_BYTES = 512 * MIB
+"""What the process of a model.py hands back: its graph as text."""
+
 POLICY_BYTES = MIB >> 2
 """A policy file: thousands of rules."""
 POLICY_VALUES = 20_000

@@ -1,6 +1,7 @@
 """How fast this machine is at what `compile` does, measured for a second beside other work.
 
-python -m fxquant.machine FOLDER prints the measurement as JSON. Nothing here imports torch.
+python -m fxquant.machine FOLDER PARENT prints the measurement as JSON, and ends when process PARENT is gone. Nothing
+here imports torch.
 """
 
 import json
@@ -15,6 +16,8 @@ from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
+
+from fxquant.processes import end_with
 
 if TYPE_CHECKING:
     from fxquant.kernels.decode import EncodedRows
@@ -214,7 +217,7 @@ class Measuring:
         path = os.pathsep.join(filter(None, (PACKAGE, os.environ.get("PYTHONPATH"))))
         self._end = time.monotonic() + seconds
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "fxquant.machine", str(folder)], stdin=subprocess.PIPE,
+            [sys.executable, "-P", "-m", "fxquant.machine", str(folder), str(os.getpid())], stdin=subprocess.PIPE,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"PYTHONPATH": path}, text=True,
         )  # fmt: skip
 
@@ -244,6 +247,7 @@ class Measuring:
 
 
 if __name__ == "__main__":
+    end_with(int(sys.argv[2]))
     os.nice(5)  # what it runs beside comes first; the best of several runs is what counts here
     for known in measure(Path(sys.argv[1]), lambda: json.loads(sys.stdin.read() or "[]")):
         print(json.dumps(asdict(known)), flush=True)

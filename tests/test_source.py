@@ -1,12 +1,9 @@
 """MODEL as a user names it: folders, model.py files, and files that are wrong. Files are read in this process, except
 where the process is what is tested."""
 
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from torch import nn
@@ -220,51 +217,3 @@ def test_a_failed_import_leaves_the_path_as_it_was(tmp_path: Path) -> None:
     with pytest.raises(FxquantError):
         trace_file(model_file(tmp_path, "import no_such_module_anywhere"))
     assert sys.path == before
-
-
-ENDS = {
-    "exits": ("import sys\nsys.exit('enough')", "its process ended with exit status 1: enough"),
-    "dies": ("import os\nos.abort()", "its process ended with exit status -6"),
-}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("text", "message"), ENDS.values(), ids=ENDS.keys())
-def test_a_process_that_ends(tmp_path: Path, text: str, message: str) -> None:
-    with pytest.raises(FxquantError, match=rf"model\.py: {message}"):
-        open_source(model_file(tmp_path, text))
-
-
-@pytest.mark.slow
-def test_processes_of_its_own_end_with_it(tmp_path: Path) -> None:
-    """One that holds the output open must not be waited for."""
-    text = "import subprocess\nsubprocess.run(['sleep', '1000'])"
-    with pytest.raises(FxquantError, match="not imported, built and traced within 3 seconds"):
-        open_source(model_file(tmp_path, text), timeout=3)
-
-
-@pytest.mark.slow
-def test_it_ends_when_the_command_is_killed(tmp_path: Path) -> None:
-    """Killed outright, the command cannot end it."""
-    note = f"open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))"
-    path = model_file(tmp_path, f"import os\n{note}\nwhile True: pass")
-    command = subprocess.Popen([sys.executable, "-c", "from fxquant.tools.main import run; run()", "show", str(path)])
-    pid = int(_eventually(lambda: (tmp_path / "pid").is_file() and (tmp_path / "pid").read_text()))
-    assert _running(pid)
-    command.kill()
-    command.wait()
-    assert _eventually(lambda: not _running(pid))
-
-
-def _running(pid: int) -> bool:
-    done = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True, check=False)
-    return done.stdout.strip()[:1] not in ("", "Z")
-
-
-def _eventually(condition: Callable[[], Any]) -> Any:
-    """What `condition` gives once it is true, within half a minute."""
-    for _ in range(300):
-        if found := condition():
-            return found
-        time.sleep(0.1)
-    raise AssertionError("never")

@@ -1,21 +1,21 @@
 """The process in which a user's model.py runs: it may print, crash or never end, and only its graph comes back.
 
-python -m fxquant.frontend.child MODEL.py ANSWER.json [CHECKPOINT]
+python -m fxquant.frontend.child MODEL.py ANSWER [CHECKPOINT], where ANSWER is an open file descriptor.
 """
 
 import json
 import os
 import signal
-import subprocess
 import sys
-import tempfile
-import threading
-import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote_from_bytes, unquote_to_bytes
 
 from fxquant.errors import FxquantError
+from fxquant.json_file import parse_json
+from fxquant.limits import ANSWER_BYTES
+from fxquant.processes import Ended, end_with, run_to_end
 
 SMALLER = "Look for a loop without end or a download; a larger --trace-timeout gives it longer."
 
@@ -35,64 +35,79 @@ def trace_in_child(file: Path, checkpoint: Path | None, timeout: float) -> Trace
 
     Raises the FxquantError that the file earns there, or one of its own if the process dies or takes too long.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        answer = Path(folder) / "answer.json"
-        arguments = [str(file), str(answer), *([str(checkpoint)] if checkpoint else [])]
-        try:
-            status, output = _run(arguments, timeout)
-        except subprocess.TimeoutExpired:
-            fact = f"not imported, built and traced within {timeout:g} seconds."
-            raise FxquantError(file, fact, SMALLER) from None
-        if not answer.is_file():
-            last = output.decode(errors="replace").strip().split("\n")[-1]
-            fact = f"its process ended with exit status {status}: {last or 'no message'}"
-            raise FxquantError(file, fact, "A model.py must not exit, and must leave its process alive.")
-        return _read(json.loads(answer.read_text(encoding="utf-8")))
-
-
-def _run(arguments: list[str], timeout: float) -> tuple[int, bytes]:
-    """Exit status and all that was printed. Whatever ends the wait ends the process and those that it started."""
-    package = str(Path(__file__).parents[2])
-    paths = [path for path in (os.environ.get("PYTHONPATH"), package) if path]
-    process = subprocess.Popen(
-        [sys.executable, "-P", "-m", __name__, *arguments], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)}, start_new_session=True,
-    )  # fmt: skip
+    answer = os.memfd_create("fxquant-answer")  # in memory: no folder for temporary files is needed
     try:
-        output, _ = process.communicate(timeout=timeout)
-    except BaseException:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        raise
-    return process.returncode, output
+        arguments = [str(file), str(answer), *([str(checkpoint)] if checkpoint else [])]
+        command = [sys.executable, "-P", "-m", __name__, *arguments]
+        return _read(file, answer, run_to_end(command, timeout, (answer,), _environment()))
+    except TimeoutError:
+        fact = f"not imported, built and traced within {timeout:g} seconds."
+        raise FxquantError(file, fact, SMALLER) from None
+    finally:
+        os.close(answer)
 
 
-def _read(answer: dict[str, Any]) -> Traced:
-    if "error" in answer:
-        raise FxquantError(*answer["error"])
-    return Traced(answer["program"], Path(answer["checkpoint"]), answer["policy"], answer["way_in"])
+def _environment() -> dict[str, str]:
+    paths = [path for path in (os.environ.get("PYTHONPATH"), str(Path(__file__).parents[2])) if path]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
 
 
-def main(file: Path, answer: Path, checkpoint: Path | None) -> None:
-    """Trace `file` here, and write the program or the error as JSON, complete or not at all."""
+def _read(file: Path, answer: int, ended: Ended) -> Traced:
+    size = os.fstat(answer).st_size
+    if size > ANSWER_BYTES:
+        fact = f"its process handed back {size:,} bytes, at most {ANSWER_BYTES:,} are read."
+        raise FxquantError(file, fact, "Look for layers that all differ, or a loop that the trace unrolls.")
+    data = os.pread(answer, size, 0)
+    if not data.endswith(b"\n"):
+        raise FxquantError(file, _how(ended), "A model.py must not exit, and must leave its process alive.")
+    match parse_json(data, file):
+        case {"error": [str(place), str(fact), str(remedy)]}:
+            raise FxquantError(place, fact, remedy)
+        case {"program": str(text), "checkpoint": str(folder), "policy": str() | None as policy, "way_in": str(way_in)}:
+            return Traced(text, Path(os.fsdecode(unquote_to_bytes(folder))), policy, way_in)
+        case _:
+            fact = "its process handed back something else than a graph."
+            raise FxquantError(file, fact, "A model.py must leave the file descriptors of its process alone.")
+
+
+def _how(ended: Ended) -> str:
+    status = f"was ended by {_signal(-ended.status)}" if ended.status < 0 else f"ended with exit status {ended.status}"
+    return f"its process {status}: {ended.last_line or 'no message'}"
+
+
+def _signal(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def main(file: Path, answer: int, checkpoint: Path | None) -> None:
+    """Trace `file` here, and write the program or the error as a line of JSON, complete or without its end."""
     from fxquant.frontend.build import trace_file
 
+    own = os.getpid()
+    os.set_inheritable(answer, False)
     try:
-        content: dict[str, Any] = asdict(trace_file(file, checkpoint))
+        traced = trace_file(file, checkpoint)
+        content: dict[str, Any] = {
+            "program": traced.program,
+            "checkpoint": quote_from_bytes(os.fsencode(traced.checkpoint)),
+            "policy": traced.policy,
+            "way_in": traced.way_in,
+        }
     except FxquantError as error:
-        content = {"error": [error.place, error.fact, error.remedy]}
-    partial = answer.with_suffix(".partial")
-    partial.write_text(json.dumps(content, default=str), encoding="utf-8")
-    partial.rename(answer)
+        content = {"error": [_writable(text) for text in (error.place, error.fact, error.remedy)]}
+    if os.getpid() == own:  # not what the file forked
+        with os.fdopen(answer, "wb") as stream:
+            stream.write(json.dumps(content, default=str).encode() + b"\n")
 
 
-def _end_with(parent: int) -> None:
-    """End this process, and those that it started, soon after `parent` is gone without a word."""
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os.killpg(0, signal.SIGKILL)
+def _writable(text: str) -> str:
+    """Names of files may be other than UTF-8."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 if __name__ == "__main__":
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
-    main(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]) if len(sys.argv) > 3 else None)
+    end_with(os.getppid())
+    main(Path(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]) if len(sys.argv) > 3 else None)

@@ -5,7 +5,6 @@ Python, Ray and fxquant are the same on every machine; paths mean the same files
 
 import logging
 import socket
-import subprocess
 import sys
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import redirect_stdout
@@ -18,6 +17,7 @@ from fxquant.errors import FxquantError, StoppedError
 from fxquant.kernels.version import KERNEL_VERSION
 from fxquant.lowering.weights.fill import FillJob
 from fxquant.lowering.weights.unit import Filled, Unit
+from fxquant.processes import run_to_end
 
 TASK_BYTES = 64 << 20
 """Output bytes of one Ray task, or one unit where that is larger: a task costs a millisecond or so."""
@@ -69,12 +69,12 @@ def check_cluster(address: str | None) -> None:
         _reach(address, place)
     try:
         command = [sys.executable, "-c", PROBE, address]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=CONNECT_SECONDS, check=False)
-    except subprocess.TimeoutExpired:
+        done = run_to_end(command, CONNECT_SECONDS)
+    except TimeoutError:
         fact = f"no Ray cluster answers in {CONNECT_SECONDS} seconds."
         raise FxquantError(place, fact, WAY_OUT) from None
-    if done.returncode:
-        raise FxquantError(place, f"no Ray cluster answers: {_last_line(done.stderr)}", WAY_OUT)
+    if done.status:
+        raise FxquantError(place, f"no Ray cluster answers: {_without_type(done.last_line)}", WAY_OUT)
 
 
 def _reach(address: str, place: str) -> None:
@@ -153,9 +153,8 @@ def _first_line(error: object) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _last_line(text: str) -> str:
-    """Of a traceback: what was raised, without its type."""
-    line = next((line for line in reversed(text.splitlines()) if line.strip()), "")
+def _without_type(line: str) -> str:
+    """The last line of a traceback: what was raised, without its type."""
     return line.partition(": ")[2] or line
 
 
