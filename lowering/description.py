@@ -16,16 +16,17 @@ MTP_LAYERS = "num_nextn_predict_layers"
 
 def write_json(path: Path, document: Any) -> None:
     """Two-space JSON with a final newline, keys in the order given."""
-    path.write_text(_text(document), encoding="utf-8")
+    path.write_text(document_text(document), encoding="utf-8")
 
 
-def _text(document: Any) -> str:
+def document_text(document: Any) -> str:
+    """What `write_json` writes."""
     return json.dumps(document, indent=INDENT, ensure_ascii=False) + "\n"
 
 
 def json_size(document: Any) -> int:
     """Bytes that `write_json` writes."""
-    return len(_text(document).encode())
+    return len(document_text(document).encode())
 
 
 def description(program: Program, files: Sequence[FileLayout], engine: Engine) -> dict[str, Any]:

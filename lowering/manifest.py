@@ -85,7 +85,11 @@ def file_sizes(folder: Path) -> dict[str, int]:
 
 def find_manifest(folder: Path) -> Manifest | None:
     """None where the manifest was deleted from an output. Raises FxquantError for what fxquant did not write."""
-    return None if (folder / GRAPH).is_file() and not (folder / MANIFEST).exists() else read_manifest(folder)
+    if (folder / MANIFEST).exists():
+        return read_manifest(folder)
+    if (folder / GRAPH).is_file():
+        return None
+    raise FxquantError(folder, f"not an output of fxquant: no {MANIFEST}, no {GRAPH}.", "Name a compiled folder.")
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -170,15 +170,19 @@ def _clear_documents(plan: WeightPlan, folder: Path) -> None:
 
 def _write_documents(contents: Contents, files: Sequence[FileLayout], engine: Engine, folder: Path) -> None:
     program = contents.program
-    for file in sorted(contents.checkpoint.folder.iterdir()):
-        if file.is_file() and _is_copied(file):
-            shutil.copyfile(file, folder / file.name)
+    for file in copied_files(contents.checkpoint.folder):
+        shutil.copyfile(file, folder / file.name)
     write_json(folder / engine.description, description(program, files, engine))
     write_json(folder / "config.json", engine_config(program, engine))
     write_json(folder / LEDGER, contents.ledger)
     if len(files) > 1 or engine.numbered:
         write_json(folder / engine.index, index(files))
     (folder / FLOAT_GRAPH).write_text(contents.float_graph, encoding="utf-8")
+
+
+def copied_files(folder: Path) -> list[Path]:
+    """The files of a checkpoint's folder that an output has a copy of."""
+    return [file for file in sorted(folder.iterdir()) if file.is_file() and _is_copied(file)]
 
 
 def _is_copied(file: Path) -> bool:

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fxquant.lowering.description import write_json
 from fxquant.lowering.manifest import MANIFEST
 
 EXPERTS = "model.layers.1.mlp.experts"
@@ -87,10 +88,12 @@ def damaged(source: Path, copy: Path, change: Change) -> Path:
     change(folder)
     (weights,), (description,) = copy.glob("*.safetensors"), copy.glob("quant_model_description*.json")
     save_file({name: tensor.contiguous() for name, tensor in folder.tensors.items()}, weights)
-    description.write_text(json.dumps(folder.description))
-    (copy / "config.json").write_text(json.dumps(folder.config))
+    write_json(description, folder.description)
+    write_json(copy / "config.json", folder.config)
     for index in copy.glob("*.safetensors.index.json"):
-        index.write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(folder.tensors, weights.name)}))
+        total = sum(tensor.nbytes for tensor in folder.tensors.values())
+        weight_map = dict.fromkeys(sorted(folder.tensors), weights.name)
+        write_json(index, {"metadata": {"total_size": total}, "weight_map": weight_map})
     return copy
 
 

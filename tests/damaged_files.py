@@ -149,7 +149,7 @@ def _said(report: VerifyReport, made: Made, file: str) -> tuple[str, str]:
 
 def unread(report: VerifyReport) -> list[str]:
     """Files that the report says it did not look at."""
-    return list(getattr(report, "unread", ()))
+    return list(report.unread)
 
 
 def _named(text: str, made: Made, file: str) -> tuple[str, str]:

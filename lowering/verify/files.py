@@ -1,11 +1,9 @@
 """The files of an output folder against its manifest, and what the folder was compiled for where there is none."""
 
-import json
 from pathlib import Path
 
 from fxquant.errors import FxquantError
 from fxquant.hashing import hash_bytes
-from fxquant.lowering.description import engine_config
 from fxquant.lowering.engines import ENGINES, group_size
 from fxquant.lowering.manifest import Manifest, file_sizes
 from fxquant.lowering.verify.report import Check
@@ -69,21 +67,6 @@ def _units_on_disk(manifest: Manifest, folder: Path) -> list[Unit]:
             if info is not None:
                 unit.places[suffix] = Place(info.file.name, info.start, info.nbytes)
     return units
-
-
-def check_config(program: Program, folder: Path, target: Target) -> Check:
-    """config.json says what the graph and the target make it say, key by key."""
-    wanted = engine_config(program, ENGINES[target])
-    check = Check("config.json", len(wanted))
-    try:
-        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        check.expect(False, f"not read: {error}")
-        return check
-    for key in sorted(set(wanted) | set(found)):
-        miss = f"{key}: {found.get(key)!r}, the graph says {wanted.get(key)!r}"
-        check.expect(found.get(key) == wanted.get(key), miss)
-    return check
 
 
 def infer_target(program: Program, folder: Path) -> Target:

@@ -30,12 +30,14 @@ class VerifyReport:
     """All checks of an output folder. `source` is None when there was nothing to hold the weights against.
 
     `logit_noise` is how far the graph's own logits move under last-bit noise; None for sampled models.
+    `unread`: file → what of it no check has looked at.
     """
 
     checks: list[Check]
     source: str | None
     sampled: bool = False
     logit_noise: float | None = None
+    unread: dict[str, str] = field(default_factory=dict)
 
     @property
     def ok(self) -> bool:
@@ -56,4 +58,10 @@ class VerifyReport:
             {"check": c.name, "checked": c.checked, "of": c.total, "misses": c.misses, "worst": c.worst, "ok": c.ok}
             for c in self.checks
         ]
-        return {"verdict": self.verdict, "source": self.source, "logit_noise": self.logit_noise, "checks": checks}
+        return {
+            "verdict": self.verdict,
+            "source": self.source,
+            "logit_noise": self.logit_noise,
+            "checks": checks,
+            "unread": self.unread,
+        }

@@ -11,14 +11,17 @@ from fxquant.contracts import check as findings
 from fxquant.lowering.engines import ENGINES, group_size
 from fxquant.lowering.layout import StoredTensor
 from fxquant.lowering.manifest import FLOAT_GRAPH, GRAPH, find_manifest
+from fxquant.lowering.output import copied_files
 from fxquant.lowering.verify.blocks import block_names, probe_inputs, walk
+from fxquant.lowering.verify.documents import Documents, check_copies, documents
 from fxquant.lowering.verify.engine import EngineChecker
-from fxquant.lowering.verify.files import check_config, check_digests, check_sizes, infer_target
+from fxquant.lowering.verify.files import check_digests, check_sizes, infer_target
 from fxquant.lowering.verify.graphs import AscendChecker, GraphChecker, OnnxChecker
 from fxquant.lowering.verify.noise import logit_noise
 from fxquant.lowering.verify.rebuild import Rebuild, check_rebuild
 from fxquant.lowering.verify.report import Check, VerifyReport
 from fxquant.lowering.verify.smoothing import check_rotation, check_smoothing
+from fxquant.lowering.verify.unread import unread_with, unread_without
 from fxquant.lowering.verify.weights import (
     StoredCodes,
     WeightFiles,
@@ -67,13 +70,15 @@ def verify_output(
     stored = expected_stored(program, source, files)
     sampled = not full and sum(tensor.nbytes for tensor in stored) > SAMPLE_ABOVE
     output = _Output(folder, program, files, source, target, ranks, sampled)
-    digests = [check_digests(manifest, folder, report)] if manifest else []
+    said = documents(program, folder, stored, files, target)
+    digests = [check_digests(manifest, folder, report)] if manifest else _check_alone(output, said)
     checks = [check_sizes(manifest, folder)] if manifest else []
     if original is not None and source is not None:
         checks.append(_check_source(program, original))
         check_parameters(program, source)
-    checks += check_names(program, files, folder, stored, ENGINES[target])
-    checks += [check_config(program, folder, target), _check_contract(program, target, ranks)]
+    others = [name for name in said.wanted if name != "config.json"]
+    checks += [check_names(files, stored), said.check("description and index", others)]
+    checks += [said.check("config.json", ["config.json"]), _check_contract(program, target, ranks)]
     rebuilt = []
     if rebuild is not None and source is not None:
         rebuilt = [check_rebuild(program, files, source, rebuild.sample, report)]
@@ -87,7 +92,8 @@ def verify_output(
     if not sampled and all(check.ok for check in checks):
         inputs = list(probe_inputs(program).values())
         noise = logit_noise(program, Cached(files.read, SAMPLE_ABOVE), inputs, NOISE_SEEDS)
-    return VerifyReport([*digests, *rebuilt, *checks], None if source is None else str(source.folder), sampled, noise)
+    named = None if source is None else str(source.folder)
+    return VerifyReport([*digests, *rebuilt, *checks], named, sampled, noise, _unread(output, manifest is None))
 
 
 @dataclass(frozen=True)
@@ -101,6 +107,22 @@ class _Output:
     target: Target
     ranks: int
     sampled: bool
+
+
+def _check_alone(output: _Output, said: Documents) -> list[Check]:
+    """What the digests of a manifest would have said of documents."""
+    copies = [check_copies(output.source, output.folder)] if output.source is not None else []
+    return [said.written(output.program), *copies]
+
+
+def _unread(output: _Output, alone: bool) -> dict[str, str]:
+    if not alone:
+        return unread_with(output.folder)
+    source = output.source
+    known = {info.file.name for info in output.files.infos.values()}
+    known |= {file.name for file in copied_files(source.folder)} if source is not None else set()
+    turned = source is not None and bool(source.smoothing.turns)
+    return unread_without(output.folder, ENGINES[output.target], known, turned)
 
 
 def _smoothed(source: Checkpoint | None, folder: Path) -> Checkpoint | None:

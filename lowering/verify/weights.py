@@ -1,6 +1,5 @@
 """The weight files against the graph, the description and the source checkpoint."""
 
-import json
 import random
 from pathlib import Path
 
@@ -10,9 +9,7 @@ from torch import Tensor
 from fxquant.checkpoint import Checkpoint
 from fxquant.errors import FxquantError
 from fxquant.hashing import hash_bytes
-from fxquant.lowering.description import description
-from fxquant.lowering.engines import Engine
-from fxquant.lowering.layout import MTP_STEM, FileLayout, StoredTensor, stored_tensors
+from fxquant.lowering.layout import MTP_STEM, StoredTensor, stored_tensors
 from fxquant.lowering.verify.report import Check
 from fxquant.ops.quantized import expand_int4
 from fxquant.program import Program
@@ -42,10 +39,8 @@ class WeightFiles:
         return self.infos[name].read()
 
 
-def check_names(
-    program: Program, files: WeightFiles, folder: Path, stored: list[StoredTensor], engine: Engine
-) -> list[Check]:
-    """Names, dtypes and shapes against the graph; description and index against the files."""
+def check_names(files: WeightFiles, stored: list[StoredTensor]) -> Check:
+    """Names, dtypes and shapes against the graph."""
     names = Check("tensors: name, dtype, shape", len(stored))
     wanted = {tensor.name: tensor.spec for tensor in stored}
     for name, spec in wanted.items():
@@ -55,28 +50,7 @@ def check_names(
         names.expect(same, f"{name}: {found}, the graph says {spec.dtype}{list(spec.shape)}")
     for name in sorted(set(files.infos) - set(wanted)):
         names.expect(False, f"{name}: in the files, not in the graph")
-    return [names, _check_description(program, folder, stored, files, engine)]
-
-
-def _check_description(
-    program: Program, folder: Path, stored: list[StoredTensor], files: WeightFiles, engine: Engine
-) -> Check:
-    check = Check("description and index", len(stored))
-    try:
-        found = json.loads((folder / engine.description).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        check.expect(False, f"{engine.description}: {error}")
-        return check
-    wanted = description(program, [FileLayout("", tuple(stored))], engine)
-    for key in sorted(set(wanted) | set(found)):
-        check.expect(
-            found.get(key) == wanted.get(key), f"{key}: {found.get(key)!r}, the graph says {wanted.get(key)!r}"
-        )
-    if (folder / engine.index).is_file():
-        weight_map = json.loads((folder / engine.index).read_text(encoding="utf-8")).get("weight_map", {})
-        for name, info in files.infos.items():
-            check.expect(weight_map.get(name) == info.file.name, f"{name}: the index says {weight_map.get(name)}")
-    return check
+    return names
 
 
 def sample(stored: list[StoredTensor], count: int | None) -> list[StoredTensor]:

@@ -1,0 +1,66 @@
+"""Every file of an output, damaged: `verify` names it, or lists it as not looked at; it never hangs or breaks."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from damaged_files import DAMAGES, NAMED, OUTPUTS, Made, expected, make_output, make_source, outcome
+
+import fxquant
+from fxquant.lowering.ascend.exported import write_exported
+from fxquant.lowering.manifest import FLOAT_GRAPH, LEDGER, MANIFEST
+
+QUICK = [
+    (MANIFEST, "cut in half", True), (MANIFEST, "a pipe", True), ("config.json", "a pipe", False),
+    ("config.json", "a folder", True), (FLOAT_GRAPH, "middle byte", True), (FLOAT_GRAPH, "middle byte", False),
+    ("fxquant_graph.json", "gone", False), ("fxquant_graph.json", "one byte more", False),
+    ("quant_model_description.json", "a link to nothing", False), ("tokenizer.json", "empty", False),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Made]:
+    """`made("onnx")`, once each."""
+    known: dict[str, Made] = {}
+    source = make_source(tmp_path_factory.mktemp("damaged"))
+
+    def get(name: str) -> Made:
+        if name not in known:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("fxquant.lowering.output.write_exported", write_exported)
+                known[name] = make_output(name, source)
+        return known[name]
+
+    return get
+
+
+def test_a_sound_output_is_verified(made: Callable[[str], Made]) -> None:
+    one = made("ascend, sharded")
+    assert fxquant.verify(one.folder).verdict == "verified"
+    assert not {"config.json", "fxquant_graph.json", "model_ascend.py"} - set(one.files())
+
+
+@pytest.mark.parametrize(("file", "damage", "manifest"), QUICK)
+def test_a_damage_is_named_or_listed(
+    made: Callable[[str], Made], file: str, damage: str, manifest: bool, tmp_path: Path
+) -> None:
+    kind, fact = outcome(made("ascend, sharded"), file, damage, manifest, tmp_path / "out")
+    assert kind in expected(file, manifest), fact
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_every_file_has_a_digest(made: Callable[[str], Made], name: str, tmp_path: Path) -> None:
+    one = made(name)
+    for file in set(one.files()) - {MANIFEST, "fxquant_stamps.json"}:
+        kind, fact = outcome(one, file, "middle byte", True, tmp_path / "out")
+        assert kind == NAMED, f"{file}: {kind}: {fact}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_without_the_manifest_none_is_missed(made: Callable[[str], Made], damage: str, tmp_path: Path) -> None:
+    one = made("ascend")
+    for file in set(one.files()) - {MANIFEST, LEDGER}:
+        kind, fact = outcome(one, file, damage, False, tmp_path / "out")
+        assert kind in expected(file, False), f"{file}: {kind}: {fact}"
