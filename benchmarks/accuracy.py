@@ -40,7 +40,8 @@ from fxquant.schemes import Scheme
 from fxquant.scoring import COMPARE_CACHE
 from fxquant.source_reader import checkpoint_files, stamp_files
 from fxquant.text import load_batches
-from fxquant.tools.console import console, errors, reporter, show_error, size
+from fxquant.tools.console import console, errors, show_error, size
+from fxquant.tools.stages import reporter
 from fxquant.weights import Cached, Read, RecipeReader
 
 KEPT = 2 << 30

@@ -28,7 +28,8 @@ from fxquant.preparation import CompileOptions, prepare
 from fxquant.safetensors_file import read_header
 from fxquant.schemes import Recipe, Scheme, WeightAlgorithm
 from fxquant.text import load_batches
-from fxquant.tools.console import console, errors, reporter
+from fxquant.tools.console import console, errors
+from fxquant.tools.stages import reporter
 from fxquant.weights import Cached, Read, RecipeReader
 
 GROUP_SIZE = 128

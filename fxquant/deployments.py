@@ -19,6 +19,7 @@ from fxquant.passes import AssignSchemes
 from fxquant.passes.check_contract import linears
 from fxquant.policy import Policy, load_policy
 from fxquant.program import MtpLayers, Program
+from fxquant.progress import Reporter, silent
 from fxquant.targets import Target
 from fxquant.tracing import trace
 
@@ -37,12 +38,15 @@ class Deployment:
     words: str = ""
 
 
-def float_program(model: Path | None = None) -> Program:
+def float_program(model: Path | None = None, report: Reporter = silent) -> Program:
     """The float graph of a folder's config.json, or of the published DeepSeek-V3; no weight need be there."""
     config = _published() if model is None else read_config(model)
-    with torch.device("meta"):
-        module = DeepseekV3(parse_config(config, model or Path(PUBLISHED)))
-    return trace(module, Checkpoint(model or Path(PUBLISHED), config, {}))
+    with report("trace", 1, "graph") as advance:
+        with torch.device("meta"):
+            module = DeepseekV3(parse_config(config, model or Path(PUBLISHED)))
+        program = trace(module, Checkpoint(model or Path(PUBLISHED), config, {}))
+        advance(1)
+    return program
 
 
 def _published() -> dict[str, Any]:
@@ -50,11 +54,20 @@ def _published() -> dict[str, Any]:
 
 
 def deployments(
-    program: Program, policies: Sequence[str], targets: Sequence[Target], ranks: Sequence[int] = RANKS
+    program: Program,
+    policies: Sequence[str],
+    targets: Sequence[Target],
+    ranks: Sequence[int] = RANKS,
+    report: Reporter = silent,
 ) -> list[Deployment]:
     """Every combination, in the order given. `program` is a float graph, and stays one."""
-    loaded = [load_policy(name) for name in policies]
-    return [one for policy in loaded for target in targets for one in _of(program, policy, target, ranks)]
+    pairs = [(policy, target) for policy in [load_policy(name) for name in policies] for target in targets]
+    found = []
+    with report("check", len(pairs), "policies on targets") as advance:
+        for policy, target in pairs:
+            found += _of(program, policy, target, ranks)
+            advance(1, at=policy.name)
+    return found
 
 
 def _of(program: Program, policy: Policy, target: Target, ranks: Sequence[int]) -> list[Deployment]:

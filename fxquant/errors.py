@@ -6,7 +6,7 @@ class FxquantError(Exception):
 
     place  the file, tensor, layer or option at fault
     fact   what is wrong with it, with the numbers
-    remedy what to do about it
+    remedy what to do about it; a command stands on a line of its own
     """
 
     def __init__(self, place: object, fact: str, remedy: str = "") -> None:
@@ -20,3 +20,15 @@ class FxquantError(Exception):
 
 class StoppedError(FxquantError):
     """The world got in the way: a full disk, a file that changed or could not be read. What is finished stays good."""
+
+
+class InternalError(Exception):
+    """A fault of ours, of a pass or a lowering, that no input is to blame for: `place` is where it was found."""
+
+    def __init__(self, place: object, fact: str) -> None:
+        self.place, self.fact = str(place), fact
+        super().__init__(f"{place}: {fact}")
+
+    def __reduce__(self) -> tuple:
+        """As above."""
+        return type(self), (self.place, self.fact)

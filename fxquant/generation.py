@@ -15,12 +15,12 @@ from fxquant.weights import Read
 
 
 def greedy_text(folder: Path, program: Program, read: Read, prompt: str, max_new_tokens: int) -> Iterator[str]:
-    """What follows `prompt`, piece by piece, until an end token; raises FxquantError for an empty prompt."""
+    """What follows `prompt`, piece by piece, until an end token. At once: FxquantError for an empty prompt."""
     tokenizer = open_tokenizer(folder)
     ids = bos_ids(Checkpoint(folder, program.config, {})) + tokenizer.encode(prompt, add_special_tokens=False).ids
     if not ids:
         raise FxquantError("--prompt", "holds no token.", "Give some text.")
-    yield from text_pieces(tokenizer, step_logits(folder, program, read, ids, max_new_tokens), end_ids(program))
+    return text_pieces(tokenizer, step_logits(folder, program, read, ids, max_new_tokens), end_ids(program))
 
 
 def end_ids(program: Program) -> set[int]:

@@ -4,6 +4,7 @@ Inside a block, names are relative to it: `mlp_swiglu` in block `model.layers.3`
 `‹mlp.gate.weight›` the parameter `model.layers.3.mlp.gate.weight`. `×8` marks a parameter of 8 tensors, one an expert.
 """
 
+import difflib
 import operator
 import re
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fxquant.errors import FxquantError
 from fxquant.naming import identifier, operator_name
 from fxquant.program import Program
 from fxquant.program_schema import SYMBOLS
@@ -32,6 +34,18 @@ def format_program(program: Program, block: str | None = None) -> Iterator[str]:
             yield f"── {current} " + "─" * max(0, 100 - len(current))
         results = ", ".join(_relative(part, current) + _type(part.meta.get("val"), names) for part in _results(node))
         yield f"{results} = {operator_name(node)}({_arguments(node, program)})"
+
+
+def check_block(program: Program, block: str) -> None:
+    """Raises FxquantError, with the names nearest to it, where the graph has no such block."""
+    nodes = program.graph.graph.nodes
+    names = list(dict.fromkeys(str(node.meta["block"]) for node in nodes if node.op == "call_function"))
+    if block in names:
+        return
+    near = difflib.get_close_matches(block, names, n=3, cutoff=0.5)
+    first = f"{len(names):,} blocks, {names[0]} … {names[-1]}" if names else "no block"
+    way_out = f"Near it: {', '.join(near)}." if near else "Without --block all of them are printed."
+    raise FxquantError(f"--block {block}", f"the graph has no such block; it has {first}.", way_out)
 
 
 def _results(node: fx.Node) -> list[fx.Node]:

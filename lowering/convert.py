@@ -1,6 +1,7 @@
 """One output folder → the form of another target, where its integers allow it: nothing is quantized again."""
 
 import json
+import shlex
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -40,8 +41,12 @@ def converted_contents(folder: Path, target: Target, into: Path) -> Contents:
         reason = why_not(recipe, form)
         if reason is not None:
             policy = "deepseek_w4a8_per_channel" if recipe.group_size else manifest.policy
-            command = f"fxquant compile {source} --policy {policy} --target {target} -o {into}"
-            raise FxquantError(f"layer {recipe.module}", f"{recipe.scheme}: {reason}.", f"Quantize anew: {command}")
+            command = ["fxquant", "compile", source, "--policy", policy, "--target", target, "-o", into]
+            raise FxquantError(
+                f"layer {recipe.module}",
+                f"{recipe.scheme}: {reason}.",
+                f"Quantize anew:\n{shlex.join(map(str, command))}",
+            )
     checkpoint = Checkpoint(folder, program.config, dict(files.infos))
     stamps = stamp_files(checkpoint_files(checkpoint))
     saved = folder / CALIBRATION

@@ -5,14 +5,14 @@ from typing import Any
 from torch import fx
 
 from fxquant import ops
-from fxquant.errors import FxquantError
+from fxquant.errors import FxquantError, InternalError
 from fxquant.passes.base import Pass, PassResult
 from fxquant.passes.linears import PROJECTIONS
 from fxquant.program import Program, input_node, made_parameters
 
 
 class CheckCoverage(Pass):
-    """Raises FxquantError when a recipe was not carried out or a parameter is neither made nor kept by a rule."""
+    """Raises FxquantError for a parameter that no rule covers, InternalError for a recipe that was not carried out."""
 
     name = "check-coverage"
 
@@ -20,7 +20,7 @@ class CheckCoverage(Pass):
         made = {target for recipe in program.recipes.values() for target in made_parameters(recipe)}
         for module in program.recipes:
             if f"{module}.weight" not in program.parameters:
-                raise FxquantError(module, "has a recipe but no node reads its integers.", "This is a fault of a pass.")
+                raise InternalError(module, "has a recipe but no node reads its integers.")
         for target, parameter in program.parameters.items():
             if target not in made and parameter.module not in program.rules:
                 raise FxquantError(target, "is neither rewritten nor kept by a rule.", "Add a rule to the policy.")
@@ -36,4 +36,4 @@ class CheckCoverage(Pass):
                 way_out = "Experts are quantized in all three projections or in none; otherwise a fault of a pass."
                 raise FxquantError(module, "has a recipe and is still float.", way_out)
         if node.op == "call_function" and "val" not in node.meta:
-            raise FxquantError(node.name, "has no checked shape.", "This is a fault of a pass.")
+            raise InternalError(node.name, "has no checked shape.")

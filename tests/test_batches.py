@@ -23,7 +23,7 @@ from fxquant.execute import execute, prefill_inputs
 from fxquant.passes import AssignSchemes, Calibrate
 from fxquant.policy import load_policy
 from fxquant.text import pad_id
-from fxquant.tools.compile_model import as_document, print_report, unseen_line
+from fxquant.tools.compile_report import as_document, print_report, unseen_line
 from fxquant.tools.main import app
 
 LENGTHS = (12, 7, 1, 9, 5)

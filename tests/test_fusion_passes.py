@@ -220,7 +220,7 @@ def test_items_that_nobody_reads_are_no_obstacle(plain: Callable[[str], Program]
 def test_the_table(plain: Callable[[str], Program]) -> None:
     deployed = deployment(plain("deepseek_w4a8"))
     table = fusion_table(deployed)
-    columns = [list(column.cells) for column in table.columns]
+    columns = list(map(list, zip(*table.rows, strict=True)))
     before, after = deployed.steps[0].calls_before, deployed.steps[-1].calls_after
     assert columns[0] == ["share-quantize", "fuse-norm-quantize", "fuse-swiglu-quantize", "all"]
     assert columns[1] == ["3", "4", "2", "9"]

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from fxquant import ops
 from fxquant.checkpoint import Checkpoint
 from fxquant.config import DeepseekV3Config
-from fxquant.errors import FxquantError
+from fxquant.errors import FxquantError, InternalError
 from fxquant.execute import execute, prefill_inputs
 from fxquant.models import DecoderLayer
 from fxquant.passes import (
@@ -151,14 +151,14 @@ def test_a_recipe_that_nobody_reads_is_a_fault(checkpoint: Checkpoint) -> None:
     program = assigned(float_program(checkpoint), "float")
     stray = Recipe("stray", ("stray",), Scheme.W8A8_DYNAMIC, 0, 2, 2, False, False, torch.bfloat16)
     program.recipes["stray"] = stray
-    with pytest.raises(FxquantError, match="stray: has a recipe but no node reads its integers"):
+    with pytest.raises(InternalError, match="stray: has a recipe but no node reads its integers"):
         CheckCoverage()(program)
 
 
 def test_a_node_without_a_checked_shape_is_a_fault(checkpoint: Checkpoint) -> None:
     program = assigned(float_program(checkpoint), "float")
     del program.nodes(ops.swiglu)[0].meta["val"]
-    with pytest.raises(FxquantError, match="layers_0_mlp_swiglu: has no checked shape"):
+    with pytest.raises(InternalError, match="layers_0_mlp_swiglu: has no checked shape"):
         CheckCoverage()(program)
 
 

@@ -93,19 +93,19 @@ def test_the_table_and_its_footnotes(small: tuple[str, dict]) -> None:
     result = targets(model, "--table", *FEW)
     assert result.exit_code == 0 and all(policy in result.output for policy in SHOWN)
     counts = [[one.verdict for one in verdicts.values()].count(one) for one in ("accepted", "refused", "unverified")]
-    assert [result.output.count(mark) for mark in "✓✗?"] == counts and min(counts) > 0
+    assert [result.stdout.count(mark) for mark in "✓✗?"] == counts and min(counts) > 0
 
 
 def test_markdown_says_the_same(small: tuple[str, dict]) -> None:
     model, verdicts = small
     result = targets(model, "--markdown", *FEW)
-    lines = [line for line in result.output.splitlines() if line.startswith("|")]
+    lines = [line for line in result.stdout.splitlines() if line.startswith("|")]
     assert result.exit_code == 0 and lines[0] == "| policy | target | TP 1 | TP 2 | TP 4 | TP 8 | TP 16 |"
     assert len(lines) == 2 + len(SHOWN) * len(Target)
     for line in lines[2:]:
         policy, target, *cells = (cell.strip() for cell in line.strip("|").split("|"))
         assert [cell.split(" ")[0] for cell in cells] == [verdicts[policy, Target(target), n].verdict for n in RANKS]
-    notes = [line for line in result.output.splitlines() if line[:1].isdigit()]
+    notes = [line for line in result.stdout.splitlines() if line[:1].isdigit()]
     assert len(notes) == len({one.words for one in verdicts.values() if one.words})
 
 
@@ -113,7 +113,7 @@ def test_markdown_says_the_same(small: tuple[str, dict]) -> None:
 def test_the_document_is_what_the_command_prints() -> None:
     """docs/targets.md ends with `fxquant targets --markdown`."""
     document = (Path(__file__).parents[1] / "docs" / "targets.md").read_text(encoding="utf-8")
-    assert document.endswith(targets("--markdown").output)
+    assert document.endswith(targets("--markdown").stdout)
 
 
 def test_the_published_model_as_json() -> None:

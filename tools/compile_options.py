@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fxquant.errors import FxquantError
+from fxquant.tools.completion import one_of, policies, targets
 
 if TYPE_CHECKING:
     from fxquant.lowering.weights import Workers
@@ -18,19 +19,35 @@ Model = Annotated[
 PolicyName = Annotated[
     str | None,
     typer.Option(
-        "--policy", "-p", help="Shipped policy or YAML file. [dim]default: the model file's, or deepseek_w4a8[/]"
+        "--policy",
+        "-p",
+        metavar="POLICY",
+        help="Shipped policy or YAML file. [dim]default: the model file's, or deepseek_w4a8[/]",
+        autocompletion=policies,
     ),
 ]
 OutFolder = Annotated[
-    Path | None, typer.Option("-o", "--out", help="Output folder. [dim]default: ./<name>-<policy>-<target>[/]")
+    Path | None,
+    typer.Option("-o", "--out", metavar="FOLDER", help="Output folder. [dim]default: ./<name>-<policy>-<target>[/]"),
 ]
 TargetName = Annotated[
-    str, typer.Option("--target", "-t", help="ascend, mindie, vllm-ascend, sglang-npu or onnx: see fxquant targets.")
+    str,
+    typer.Option(
+        "--target",
+        "-t",
+        metavar="TARGET",
+        help="ascend, mindie, vllm-ascend, sglang-npu or onnx: see fxquant targets.",
+        autocompletion=targets,
+    ),
 ]
 Ranks = Annotated[int, typer.Option("--tp", metavar="N", help="Tensor-parallel ranks to check the output for.", min=1)]
 MtpName = Annotated[
     str | None,
-    typer.Option(help="Multi-token prediction layers: none, float or quant. [dim]default: as the policy says[/]"),
+    typer.Option(
+        metavar="MODE",
+        help="Multi-token prediction layers: none, float or quant. [dim]default: as the policy says[/]",
+        autocompletion=one_of("none", "float", "quant"),
+    ),
 ]
 Mix = Annotated[
     bool | None,
@@ -42,37 +59,63 @@ Mix = Annotated[
 CalibrationFile = Annotated[
     Path | None,
     typer.Option(
-        help="Calibration .txt, .json, .jsonl or token ids. [dim]default: calibration.jsonl beside the model[/]"
+        metavar="FILE",
+        help="Calibration .txt, .json, .jsonl or token ids. [dim]default: calibration.jsonl beside the model[/]",
     ),
 ]
 SavedCalibration = Annotated[
     Path | None,
-    typer.Option("--calibration", help="Ranges of an earlier output, optional/calibration.safetensors, not text."),
+    typer.Option(
+        "--calibration", metavar="FILE", help="Ranges of an earlier output, optional/calibration.safetensors, not text."
+    ),
 ]
 Jobs = Annotated[
-    int | None, typer.Option("--jobs", "-j", help="Workers. [dim]default: one a core[/]", min=1, show_default=False)
+    int | None,
+    typer.Option("--jobs", "-j", metavar="N", help="Workers. [dim]default: one a core[/]", min=1, show_default=False),
 ]
 EngineName = Annotated[
-    str, typer.Option("--engine", help="Who works: local, threads here; ray, a cluster that shares the storage.")
+    str,
+    typer.Option(
+        "--engine",
+        metavar="ENGINE",
+        help="Who works: local, threads here; ray, a cluster that shares the storage.",
+        autocompletion=one_of("local", "ray"),
+    ),
 ]
 Address = Annotated[
-    str | None, typer.Option(help="Ray cluster, such as auto or HOST:6379. [dim]default: one started here[/]")
+    str | None,
+    typer.Option(metavar="ADDRESS", help="Ray cluster, such as auto or HOST:6379. [dim]default: one started here[/]"),
 ]
 Reuse = Annotated[
     Path | None, typer.Option("--reuse", metavar="OLD_OUT", help="Take what is the same from an earlier output.")
 ]
 Restart = Annotated[bool, typer.Option("--restart", help="Discard unfinished work instead of going on with it.")]
-CheckpointFolder = Annotated[Path | None, typer.Option(help="Checkpoint for a model.py that names none.")]
+CheckpointFolder = Annotated[
+    Path | None, typer.Option(metavar="FOLDER", help="Checkpoint for a model.py that names none.")
+]
 TraceTimeout = Annotated[
     float, typer.Option(metavar="SECONDS", help="Longest a model.py may take to import, build and trace.", min=0.1)
 ]
 Force = Annotated[
     bool, typer.Option("--force", help="Replace an earlier output; what stays the same is taken over from it.")
 ]
-ShardSize = Annotated[str, typer.Option(help="Largest weight file, such as 4GiB or 500MB.")]
-Device = Annotated[str, typer.Option(help="Where calibration runs the model: cpu, cuda or npu.")]
+ShardSize = Annotated[
+    str,
+    typer.Option(
+        metavar="SIZE", help="Largest weight file, such as 500MB or 4GB, of 1000 each, or 4GiB, of 1024 each."
+    ),
+]
+Device = Annotated[
+    str,
+    typer.Option(
+        metavar="DEVICE",
+        help="Where calibration runs the model: cpu, cuda or npu.",
+        autocompletion=one_of("cpu", "cuda", "npu"),
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the report as JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+Silent = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors, and the report of --json.")]
 Export = Annotated[bool, typer.Option("--export/--no-export", help="The NPU graph as .pt2 files too.")]
 Verify = Annotated[bool, typer.Option("--verify/--no-verify", help="Read everything back and compare.")]
 

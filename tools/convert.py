@@ -10,21 +10,34 @@ from fxquant.tools.compile_options import (
     Export,
     Force,
     Jobs,
-    Quiet,
     Ranks,
     Restart,
+    Silent,
     Verify,
     parse_target,
     parse_workers,
 )
-from fxquant.tools.console import console, print_json, reporter, size
+from fxquant.tools.completion import targets
+from fxquant.tools.console import console, print_json, print_line, print_whole, size
+from fxquant.tools.stages import reporter
 
 
 def command(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A compiled folder.", show_default=False)],
-    target: Annotated[str, typer.Option("--target", "-t", help="What to convert it for.", show_default=False)],
+    target: Annotated[
+        str,
+        typer.Option(
+            "--target",
+            "-t",
+            metavar="TARGET",
+            help="What to convert it for.",
+            show_default=False,
+            autocompletion=targets,
+        ),
+    ],
     into: Annotated[
-        Path | None, typer.Option("-o", "--out", help="Output folder. [dim]default: ./<OUT>-<target>[/]")
+        Path | None,
+        typer.Option("-o", "--out", metavar="FOLDER", help="Output folder. [dim]default: ./<OUT>-<target>[/]"),
     ] = None,
     tp: Ranks = 1,
     export: Export = True,
@@ -33,7 +46,7 @@ def command(
     restart: Restart = False,
     force: Force = False,
     as_json: AsJson = False,
-    quiet: Quiet = False,
+    quiet: Silent = False,
 ) -> None:
     """Give a compiled folder the form of another target, integers untouched.
 
@@ -51,7 +64,12 @@ def command(
         document = {"out": str(report.out), "target": report.target.value, "policy": report.policy}
         print_json(document | {"verification": verification.as_json() if verification else None})
         return
+    if quiet:
+        return
     if verification:
         console.print(verification_table(verification))
+    for note in getattr(report, "notes", ()):
+        print_line((note, "yellow"))
     written = sum(file.nbytes for file in report.output.files)
-    console.print(f"[bold]{report.out}[/]  {size(written)} of weights for {report.target}", highlight=False)
+    print_whole(str(report.out), "bold")
+    print_line(f"{size(written)} of weights for {report.target}")

@@ -2,17 +2,14 @@
 
 from collections import Counter
 
-from rich.table import Table
-
 from fxquant.lowering.ascend.deployment import Deployment, Step
+from fxquant.tools.tables import NamedTable
 
 
-def fusion_table(deployed: Deployment) -> Table:
+def fusion_table(deployed: Deployment) -> NamedTable:
     """A line a pass: operators before and after, how many it rewrote, and why it kept the others."""
-    table = Table(title="Fused for deployment", title_justify="left")
-    for heading in ("pass", "rewritten", "operators before", "after"):
-        table.add_column(heading, justify="left" if heading == "pass" else "right")
-    table.add_column("kept")
+    headings = ("pass", "rewritten", "operators before", "after", "kept")
+    table = NamedTable("Fused for deployment", headings, prose=("kept",))
     for step in deployed.steps:
         counts = (len(step.result.rewritten), step.calls_before, step.calls_after)
         table.add_row(step.result.name, *(f"{count:,}" for count in counts), kept_reasons(step))

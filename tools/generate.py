@@ -10,13 +10,14 @@ from fxquant.tools.console import console
 
 def command(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A compiled folder.", show_default=False)],
-    prompt: Annotated[str, typer.Option(help="Text to continue.", show_default=False)],
-    max_new_tokens: Annotated[int, typer.Option(help="Stop after this many tokens.", min=1)] = 64,
+    prompt: Annotated[str, typer.Option(metavar="TEXT", help="Text to continue.", show_default=False)],
+    max_new_tokens: Annotated[int, typer.Option(metavar="N", help="Stop after this many tokens.", min=1)] = 64,
 ) -> None:
     """Continue a prompt greedily: by ONNX Runtime where OUT has an ONNX graph, else by its fx graph on CPU."""
     from fxquant.api import run
 
-    console.print(prompt, end="", markup=False, highlight=False, soft_wrap=True)
-    for piece in run(out, prompt, max_new_tokens):
-        console.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
+    pieces = run(out, prompt, max_new_tokens)  # looks at the folder and at the prompt
+    console.print(prompt, end="", soft_wrap=True)
+    for piece in pieces:
+        console.print(piece, end="", soft_wrap=True)
     console.print()

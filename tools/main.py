@@ -4,17 +4,22 @@ import sys
 
 import typer
 
-from fxquant.errors import FxquantError
 from fxquant.tools import compare, compile_model, convert, evaluate, generate, plan, show, targets, verify
-from fxquant.tools.console import errors, show_error
+from fxquant.tools.boundary import guarded
+from fxquant.tools.console import console
+from fxquant.tools.signals import Signals
+from fxquant.tools.verbs import Verb, Verbs
 
-INTERRUPTED = 130
-"""Exit code of a command that Ctrl-C ended: 128 + SIGINT."""
+EXIT_CODES = (
+    "Exit codes: 0 done; 1 wrong input, failed verification, or stopped by the machine; 2 wrong usage of the command "
+    "line; 70 a fault of fxquant itself; 130 Ctrl-C; 141 the reader of a pipe is gone; 143 SIGTERM."
+)
 app = typer.Typer(
     name="fxquant",
     help="Compile quantized DeepSeek-V3/R1 models: a torch.fx graph in, Ascend weights and graphs or ONNX out.",
+    epilog=EXIT_CODES,
+    cls=Verbs,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -26,34 +31,27 @@ def _main(version: bool = typer.Option(False, "--version", help="Print the versi
     if version:
         import fxquant
 
-        typer.echo(fxquant.__version__)
+        console.print(fxquant.__version__)
         raise typer.Exit
 
 
-app.command("compile")(compile_model.command)
-app.command("plan")(plan.command)
-app.command("verify")(verify.command)
-app.command("run")(generate.command)
-app.command("eval")(evaluate.command)
-app.command("compare")(compare.command)
-app.command("show")(show.command)
-app.command("convert")(convert.command)
-app.command("targets")(targets.command)
+app.command("compile", cls=Verb)(compile_model.command)
+app.command("plan", cls=Verb)(plan.command)
+app.command("verify", cls=Verb)(verify.command)
+app.command("run", cls=Verb)(generate.command)
+app.command("eval", cls=Verb)(evaluate.command)
+app.command("compare", cls=Verb)(compare.command)
+app.command("show", cls=Verb)(show.command)
+app.command("convert", cls=Verb)(convert.command)
+app.command("targets", cls=Verb)(targets.command)
 
 
-def run() -> None:
-    """Entry point: errors of the user's input end in one screen and exit code 1."""
-    try:
-        app()
-    except FxquantError as error:
-        show_error(error)
-        sys.exit(1)
-    except (KeyboardInterrupt, SystemExit) as stop:
-        if isinstance(stop, SystemExit) and stop.code != INTERRUPTED:
-            raise
-        errors.print(
-            "interrupted: nothing was left under the final name. The same command goes on where it was.", soft_wrap=True
-        )
-        sys.exit(INTERRUPTED)
-    except BrokenPipeError:
-        sys.exit(141)
+def run(signals: Signals | None = None) -> None:
+    """The command line of this process, to its exit code. `signals`: those that are listened to already."""
+    if signals is not None:
+        signals.working = True
+        code = guarded(lambda: app(prog_name="fxquant"), signals)
+        signals.working = False
+        sys.exit(code)
+    with Signals() as own:
+        sys.exit(guarded(lambda: app(prog_name="fxquant"), own))

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from fxquant.tools.compile_options import (
     AsJson,
@@ -25,7 +24,9 @@ from fxquant.tools.compile_options import (
     parse_size,
     parse_target,
 )
-from fxquant.tools.console import console, print_json, size
+from fxquant.tools.console import console, print_json, print_line, size
+from fxquant.tools.stages import duration
+from fxquant.tools.tables import NamedTable
 
 if TYPE_CHECKING:
     from fxquant.machine import Machine
@@ -51,8 +52,12 @@ def command(
     mix: Mix = None,
     max_shard_size: ShardSize = "4GiB",
     jobs: Jobs = None,
-    cores: Annotated[int | None, typer.Option(help="Estimate for so many cores like this one's.", min=1)] = None,
-    disk: Annotated[float | None, typer.Option(help="Estimate for a disk of so many GB/s.", min=0.001)] = None,
+    cores: Annotated[
+        int | None, typer.Option(metavar="N", help="Estimate for so many cores like this one's.", min=1)
+    ] = None,
+    disk: Annotated[
+        float | None, typer.Option(metavar="GB/S", help="Estimate for a disk of so many GB/s.", min=0.001)
+    ] = None,
     checkpoint: CheckpointFolder = None,
     trace_timeout: TraceTimeout = 120.0,
     as_json: AsJson = False,
@@ -85,32 +90,30 @@ def _assumed(machine: "Machine", cores: int | None, disk: float | None) -> "Mach
 
 def print_plan(plan: "Plan", console: Console = console) -> None:
     """Rows, files, time, memory, totals."""
-    table = Table(title=f"{plan.model}: {plan.policy} for {plan.target}, from a {plan.way_in}", title_justify="left")
-    for heading in ("kind", "scheme", "modules", "parameters", "bytes in", "bytes out"):
-        table.add_column(heading, justify="left" if heading in ("kind", "scheme") else "right")
+    title = f"{plan.model}: {plan.policy} for {plan.target}, from a {plan.way_in}"
+    headings = ("kind", "scheme", "modules", "parameters", "bytes in", "bytes out")
+    table = NamedTable(title, headings, names=2)
     for row in sorted(plan.rows, key=lambda row: (row.kind, row.scheme)):
         numbers = (row.modules, row.parameters, row.bytes_in, row.bytes_out)
         table.add_row(row.kind, row.scheme, *(f"{number:,}" for number in numbers))
     console.print(table)
     console.print(_files(plan))
     for line in (*_time(plan), _memory(plan)):
-        console.print(line, highlight=False, soft_wrap=True)
+        print_line(line, to=console)
     for reason in plan.unverified:
-        console.print(f"[yellow]unverified[/] {reason}", highlight=False)
+        print_line(("unverified ", "yellow"), reason, to=console)
     modules, parameters = (sum(getattr(row, key) for row in plan.rows) for key in ("modules", "parameters"))
-    console.print(
-        f"[bold]{size(plan.bytes_out)}[/] out of {size(plan.bytes_in)}: {parameters:,} parameters of {modules:,} "
+    print_line(
+        (size(plan.bytes_out), "bold"),
+        f" out of {size(plan.bytes_in)}: {parameters:,} parameters of {modules:,} "
         f"modules; {plan.operators[0]:,} operators, rewritten {plan.operators[1]:,}; {_total(plan)}, "
         f"{size(plan.memory.peak)} of memory",
-        highlight=False,
-        soft_wrap=True,
+        to=console,
     )
 
 
-def _files(plan: "Plan") -> Table:
-    table = Table(title_justify="left")
-    table.add_column("file")
-    table.add_column("bytes", justify="right")
+def _files(plan: "Plan") -> NamedTable:
+    table = NamedTable("", ("file", "bytes"))
     files = list(plan.files.items())
     hidden = files[SHOWN_FILES - 1 : -1] if len(files) > SHOWN_FILES else []
     for name, nbytes in files:
@@ -150,11 +153,4 @@ def _memory(plan: "Plan") -> str:
 
 
 def _total(plan: "Plan") -> str:
-    return f"{'' if plan.time.complete else 'at least '}{_duration(plan.time.total)}"
-
-
-def _duration(seconds: float) -> str:
-    """0.8 s, 42 s, 12 min."""
-    if seconds < 120:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    return f"{seconds / 60:.1f} min"
+    return f"{'' if plan.time.complete else 'at least '}{duration(plan.time.total)}"

@@ -2,12 +2,11 @@
 
 from pathlib import Path
 
-from rich.table import Table
-
 from fxquant.errors import FxquantError
 from fxquant.losses import Divergence, GroupLoss, Sensitivity
 from fxquant.progress import Reporter
 from fxquant.tools.console import console, print_json
+from fxquant.tools.tables import NamedTable
 
 
 def check_plot(plot: Path | None, sensitivity: bool, engine: bool) -> None:
@@ -49,7 +48,7 @@ def show_sensitivity(
         draw(result, plot)
 
 
-def modules_table(result: Sensitivity, title: str) -> Table:
+def modules_table(result: Sensitivity, title: str) -> NamedTable:
     """Worst first."""
     table = _table(title, ("module", "scheme"))
     for one in result.worst_first:
@@ -57,7 +56,7 @@ def modules_table(result: Sensitivity, title: str) -> Table:
     return table
 
 
-def groups_table(result: Sensitivity) -> Table:
+def groups_table(result: Sensitivity) -> NamedTable:
     """By layer, by kind, and in all."""
     table = _table("sums of what each costs alone, and the lowest SQNR", ("", "modules"))
     for groups in (result.layers, result.kinds):
@@ -69,16 +68,11 @@ def groups_table(result: Sensitivity) -> Table:
     return table
 
 
-def _table(title: str, names: tuple[str, ...]) -> Table:
-    table = Table(title=title, title_justify="left")
-    for heading in (*names, "SQNR dB", "KL a token", "95 % of it"):
-        left = heading in names and heading != "modules"
-        table.add_column(heading, justify="left" if left else "right", no_wrap=heading != "module")
-    table.columns[0].overflow = "fold"
-    return table
+def _table(title: str, names: tuple[str, ...]) -> NamedTable:
+    return NamedTable(title, (*names, "SQNR dB", "KL a token", "95 % of it"), left=("scheme",))
 
 
-def _add(table: Table, group: GroupLoss) -> None:
+def _add(table: NamedTable, group: GroupLoss) -> None:
     table.add_row(group.name, str(group.modules), f"{group.sqnr:.1f}", *_divergence(group.kl))
 
 

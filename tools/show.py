@@ -5,13 +5,16 @@ from typing import Annotated
 import typer
 
 from fxquant.tools.compile_options import CheckpointFolder, Model, TraceTimeout
-from fxquant.tools.console import console
+from fxquant.tools.console import console, print_line, print_whole
 
 
 def command(
     model: Model,
     block: Annotated[
-        str | None, typer.Option(help="Only this block, such as model.layers.3; before and after are the ends.")
+        str | None,
+        typer.Option(
+            metavar="BLOCK", help="Only this block: a layer, such as model.layers.3, or before, between_0 …, after."
+        ),
     ] = None,
     checkpoint: CheckpointFolder = None,
     hash_only: Annotated[
@@ -22,10 +25,12 @@ def command(
 ) -> None:
     """Print the graph of a model, or the rewritten graph of a compiled folder, with shapes and parameter names."""
     from fxquant.api import open_graph
-    from fxquant.printing import format_program
+    from fxquant.printing import check_block, format_program
     from fxquant.structure import structural_hash
 
     program = open_graph(model, checkpoint, trace_timeout)
+    if block is not None:
+        check_block(program, block)
     table = None
     if fused:
         from fxquant.lowering.ascend.deployment import deployment
@@ -34,13 +39,13 @@ def command(
         deployed = deployment(program)
         program, table = deployed.program, fusion_table(deployed)
     if hash_only:
-        console.print(structural_hash(program), highlight=False)
+        console.print(structural_hash(program))
         return
     for line in format_program(program, block):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        print_whole(line)
     if block is None:
         calls = sum(node.op == "call_function" for node in program.graph.graph.nodes)
         summary = f"{calls:,} calls, {len(program.parameters):,} parameters, structural hash {structural_hash(program)}"
-        console.print(f"[dim]{summary}[/]", highlight=False, soft_wrap=True)
+        print_line((summary, "dim"))
     if table is not None:
         console.print(table)

@@ -5,29 +5,45 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
+from fxquant.tools import completion
 from fxquant.tools.compile_options import AsJson, parse_target
-from fxquant.tools.console import console, print_json
+from fxquant.tools.console import console, print_json, print_line, print_text, print_whole
+from fxquant.tools.stages import reporter
+from fxquant.tools.tables import NamedTable
 
 if TYPE_CHECKING:
     from fxquant.deployments import Deployment
     from fxquant.targets import Target
 
-MARKS = {"accepted": "[green]✓[/]", "unverified": "[yellow]?[/]", "refused": "[red]✗[/]"}
+MARKS = {"accepted": ("✓", "green"), "unverified": ("?", "yellow"), "refused": ("✗", "red")}
 
 
 def command(
     model: Annotated[
         Path | None,
-        typer.Argument(metavar="[MODEL]", help="Folder with a config.json. [dim]default: DeepSeek-V3 671B[/]"),
+        typer.Argument(metavar="MODEL", help="Folder with a config.json. [dim]default: DeepSeek-V3 671B[/]"),
     ] = None,
     table: Annotated[bool, typer.Option("--table", help="Policy × target × ranks for MODEL.")] = False,
     policy: Annotated[
-        list[str] | None, typer.Option("--policy", "-p", help="Policies. [dim]default: all shipped[/]")
+        list[str] | None,
+        typer.Option(
+            "--policy",
+            "-p",
+            metavar="POLICY",
+            autocompletion=completion.policies,
+            help="Policies. [dim]default: all shipped[/]",
+        ),
     ] = None,
-    target: Annotated[list[str] | None, typer.Option("--target", "-t", help="Targets. [dim]default: all[/]")] = None,
-    tp: Annotated[list[int] | None, typer.Option("--tp", help="Ranks. [dim]default: 1, 2, 4, 8, 16[/]", min=1)] = None,
+    target: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--target", "-t", metavar="TARGET", autocompletion=completion.targets, help="Targets. [dim]default: all[/]"
+        ),
+    ] = None,
+    tp: Annotated[
+        list[int] | None, typer.Option("--tp", metavar="N", help="Ranks. [dim]default: 1, 2, 4, 8, 16[/]", min=1)
+    ] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -45,11 +61,12 @@ def command(
     from fxquant.policy import shipped_policies
 
     ranks = tp or list(RANKS)
-    found = deployments(float_program(model), policy or shipped_policies(), targets, ranks)
+    report = reporter(as_json)
+    found = deployments(float_program(model, report), policy or shipped_policies(), targets, ranks, report)
     if as_json:
         print_json([vars(one) for one in found])
     elif markdown:
-        print(markdown_table(found, ranks))
+        print_text(markdown_table(found, ranks))
     else:
         print_table(found, ranks)
     if policy and tp and not as_json and any(one.verdict == "refused" for one in found):
@@ -64,23 +81,24 @@ def _print_contracts(targets: list["Target"], as_json: bool) -> None:
         print_json([contract.model_dump(mode="json") for contract in contracts])
         return
     for contract in contracts:
-        table = Table(title=f"[bold]{contract.target}[/]  {contract.title}", title_justify="left")
-        for heading in ("modules", "scheme", "verdict", "source"):
-            table.add_column(heading, overflow="fold")
+        headings = ("modules", "scheme", "verdict", "source")
+        table = NamedTable(f"{contract.target}: {contract.title}", headings, prose=("verdict", "source"), names=2)
         for cell in contract.cells:
             sizes = "" if cell.group_size is None else f" group_size {', '.join(map(str, cell.group_size))}"
             where = ", ".join(cell.kind) + ("" if cell.module == "*" else f" ({cell.module})")
             where += {None: "", True: " with a bias", False: " without a bias"}[cell.bias]
-            verdict = f"{MARKS[cell.verdict]} {cell.verdict}" + (f": {cell.why}" if cell.why else "")
-            table.add_row(where, ", ".join(cell.scheme) + sizes, verdict, cell.source)
+            mark, style = MARKS[cell.verdict]
+            verdict = f"{mark} {cell.verdict}" + (f": {cell.why}" if cell.why else "")
+            table.add_row(where, ", ".join(cell.scheme) + sizes, (verdict, style), cell.source)
         console.print(table)
         sizes = ", ".join(map(str, contract.tensor_parallel.sizes))
-        console.print(f"tensor parallel {sizes}; description: {', '.join(contract.header)}", highlight=False)
+        print_line(f"tensor parallel {sizes}; description: {', '.join(contract.header)}")
         for release in contract.releases:
             until = f" to {release.until}" if release.until else " on"
             span = f" from {release.since}{until}" if release.since else ", since when is not known,"
-            console.print(f"[dim]{release.engine}{span} loads {release.loads} ({release.source})[/]", highlight=False)
-        console.print(f"[dim]{contract.serve}[/]\n", highlight=False)
+            print_line((f"{release.engine}{span} loads {release.loads} ({release.source})", "dim"))
+        print_whole(contract.serve, "dim")
+        console.print()
 
 
 def footnotes(found: list["Deployment"]) -> dict[str, int]:
@@ -98,19 +116,23 @@ def rows(found: list["Deployment"], ranks: list[int]) -> list[tuple[str, str, li
 
 def print_table(found: list["Deployment"], ranks: list[int], console: Console = console) -> None:
     """The table and its footnotes."""
-    notes, table = footnotes(found), Table(title="policy × target × tensor-parallel ranks", title_justify="left")
-    for heading in ("policy", "target", *(f"TP {count}" for count in ranks)):
-        table.add_column(heading)
-    previous = ""
+    headings = ("policy", "target", *(f"TP {count}" for count in ranks))
+    table = NamedTable("policy × target × tensor-parallel ranks", headings, left=headings, names=2)
+    notes, previous = footnotes(found), ""
     for policy, target, group in rows(found, ranks):
         if previous and policy != previous:
             table.add_section()
-        cells = [MARKS[one.verdict] + (f" {notes[one.words]}" if one.words else "") for one in group]
+        cells = [_mark(one, notes) for one in group]
         table.add_row(policy if policy != previous else "", target, *cells)
         previous = policy
     console.print(table)
     for text, number in notes.items():
-        console.print(f"[dim]{number}[/] {text}", highlight=False)
+        print_line((f"{number} ", "dim"), text, to=console)
+
+
+def _mark(one: "Deployment", notes: dict[str, int]) -> tuple[str, str]:
+    mark, style = MARKS[one.verdict]
+    return mark + (f" {notes[one.words]}" if one.words else ""), style
 
 
 def markdown_table(found: list["Deployment"], ranks: list[int]) -> str:

@@ -4,12 +4,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
-from rich.table import Table
 
 from fxquant.errors import FxquantError
 from fxquant.tools.compile_options import parse_target
-from fxquant.tools.console import console, print_json, reporter
+from fxquant.tools.completion import targets
+from fxquant.tools.console import console, print_json, print_line
+from fxquant.tools.stages import reporter
+from fxquant.tools.tables import NamedTable
 
 if TYPE_CHECKING:
     from fxquant.lowering.verify import VerifyReport
@@ -20,14 +21,22 @@ SHOWN_MISSES = 10
 def command(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A compiled folder.", show_default=False)],
     against: Annotated[
-        Path | None, typer.Option(help="The model it was made from. [dim]default: the path in the manifest[/]")
+        Path | None,
+        typer.Option(metavar="MODEL", help="The model it was made from. [dim]default: the path in the manifest[/]"),
     ] = None,
     tp: Annotated[
         int | None,
         typer.Option("--tp", metavar="N", help="Ranks to read it on. [dim]default: as compiled for[/]", min=1),
     ] = None,
     target: Annotated[
-        str | None, typer.Option("--target", "-t", help="The target of OUT. [dim]default: the manifest's[/]")
+        str | None,
+        typer.Option(
+            "--target",
+            "-t",
+            metavar="TARGET",
+            autocompletion=targets,
+            help="The target of OUT. [dim]default: the manifest's[/]",
+        ),
     ] = None,
     rebuild: Annotated[
         bool, typer.Option("--rebuild", help="Derive the weights anew from the source and compare every byte.")
@@ -58,25 +67,23 @@ def command(
         raise typer.Exit(1)
 
 
-def verification_table(report: "VerifyReport") -> Table:
+def verification_table(report: "VerifyReport") -> NamedTable:
     """One row a check."""
     colour = {"verified": "green", "sample verified": "green", "structure only": "yellow"}.get(report.verdict, "red")
-    table = Table(title=f"[{colour}]{report.verdict}[/]", title_justify="left")
-    for heading, justify in (("check", "left"), ("checked", "right"), ("misses", "right"), ("largest error", "left")):
-        table.add_column(heading, justify=justify)  # type: ignore[arg-type]
+    headings = ("check", "checked", "misses", "largest error")
+    table = NamedTable((report.verdict, colour), headings, prose=("largest error",))
     for check in report.checks:
         checked = f"{check.checked:,}" if check.checked >= check.total else f"{check.checked:,} of {check.total:,}"
-        misses = "0" if check.ok else f"[red]{len(check.misses):,}[/]"
+        misses = "0" if check.ok else (f"{len(check.misses):,}", "red")
         table.add_row(check.name, checked, misses, check.worst)
     if report.logit_noise is not None:
         table.caption = f"last-bit noise moves a logit of this graph by up to {report.logit_noise:.2g}"
-        table.caption_justify = "left"
     return table
 
 
 def _print_misses(report: "VerifyReport") -> None:
     for check in report.checks:
         for miss in check.misses[:SHOWN_MISSES]:
-            console.print(f"[red]✗[/] {escape(check.name)}: {escape(miss)}", highlight=False)
+            print_line(("✗ ", "red"), f"{check.name}: {miss}")
         if len(check.misses) > SHOWN_MISSES:
             console.print(f"  … and {len(check.misses) - SHOWN_MISSES} more")

@@ -1,5 +1,7 @@
 """What an engine loads and runs, as data: one YAML file a target beside this module."""
 
+import re
+import shlex
 from enum import StrEnum
 from fnmatch import fnmatchcase
 from functools import cache
@@ -131,8 +133,9 @@ class Contract(_Data):
     serve: str = Field(description="a command or a setting, as one line")
 
     def serve_text(self, out: object) -> str:
-        """`serve` with the folder in place."""
-        return self.serve.replace("OUT", str(out))
+        """`serve` with the folder in place, quoted for a shell, or for Python where it stands in a string of Python."""
+        of_python = re.sub("'OUT(.*?)'", lambda found: repr(f"{out}{found[1]}"), self.serve)
+        return of_python if of_python != self.serve else self.serve.replace("OUT", shlex.quote(str(out)))
 
     def cell(self, kind: Kind, recipe: Recipe) -> Cell:
         """The verdict on a linear; what the contract does not mention is refused."""

@@ -10,7 +10,7 @@ from torch import fx
 
 from fxquant import ops
 from fxquant.lowering.ascend import composites, norm_composites, norm_layouts, runtime
-from fxquant.lowering.ascend.segment_text import INDENT, Call, Writer
+from fxquant.lowering.ascend.segment_text import CHANGED, INDENT, Call, Writer
 from fxquant.lowering.ascend.statements import right_hand_side
 from fxquant.lowering.ascend.structure import AFTER, BEFORE, BETWEEN, Input, Names, Segment, segments, unique
 from fxquant.lowering.ascend.values import float32_values
@@ -121,7 +121,7 @@ def _target(writer: Writer, node: fx.Node, call: Call | str) -> str:
     outputs: Sequence[int | None] = call.outputs if isinstance(call, Call) else ()
     if not isinstance(value, list | tuple) or not _unpacked(writer.segment, node):
         if outputs:
-            raise writer.fail(node, "its results are not taken one by one.", "This is a fault of a pass.")
+            raise writer.fail(node, "its results are not taken one by one.", CHANGED)
         return writer.names.variables[node]
     items = {int(operands(user)[1]): writer.names.variables[user] for user in node.users}
     targets = [items.get(index, "_") if index is not None else "_" for index in outputs or range(len(value))]

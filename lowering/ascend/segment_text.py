@@ -16,6 +16,8 @@ from fxquant.schemes import Recipe
 WIDTH = 120
 INDENT = "    "
 NPU = "torch.ops.npu."
+CHANGED = "The graph file was changed, or this is a fault of a pass: compile again."
+"""Of graphs that come from a file, which may have been edited."""
 
 
 @dataclass(frozen=True)

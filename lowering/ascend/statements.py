@@ -10,7 +10,7 @@ from fxquant.errors import FxquantError
 from fxquant.lowering.ascend.aten import aten_call
 from fxquant.lowering.ascend.cache_statements import CACHE_EMITTERS
 from fxquant.lowering.ascend.fused_statements import FUSED_EMITTERS
-from fxquant.lowering.ascend.segment_text import NPU, Call, Emitter, Writer
+from fxquant.lowering.ascend.segment_text import CHANGED, NPU, Call, Emitter, Writer
 from fxquant.lowering.ascend.structure import is_attention_mask
 from fxquant.lowering.ascend.values import is_int32
 from fxquant.lowering.operands import operands
@@ -35,7 +35,7 @@ def right_hand_side(writer: Writer, node: fx.Node) -> Call | str | None:
         return None
     emitter = EMITTERS.get(node.target)
     if emitter is None and node.target in ops.REFERENCES:
-        raise writer.fail(node, f"{node.target} has no Ascend statement.", "This is a fault of the Ascend lowering.")
+        raise writer.fail(node, f"{node.target} has no Ascend statement.", CHANGED)
     return (emitter or aten_call)(writer, node)
 
 
@@ -44,7 +44,7 @@ def _expect_fusible(writer: Writer, node: fx.Node) -> None:
     for user in node.users:
         if user.target not in fusible or operands(user)[0] is not node or user not in writer.segment.calls:
             fact = f"its integers are read by {user.name}, engines only give them dequantized."
-            raise writer.fail(node, fact, "This is a fault of a pass.")
+            raise writer.fail(node, fact, CHANGED)
 
 
 def _rows(writer: Writer, node: fx.Node) -> str:

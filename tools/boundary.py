@@ -1,0 +1,124 @@
+"""The one boundary for errors: whatever ends a command becomes one screen and an exit code. docs/command-line.md"""
+
+import errno
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+
+from fxquant.errors import FxquantError
+from fxquant.tools.console import errors, exit_quietly_on_stdout, print_line, show_error
+from fxquant.tools.faults import show_fault, words
+from fxquant.tools.signals import WORDS, Signals, exit_code
+
+DONE, REFUSED, FAULT, INTERRUPTED, PIPE_CLOSED = 0, 1, 70, 130, 141
+GOES_ON = "The same command goes on where it was."
+RESUMED = ("compile", "convert")
+"""Verbs that leave work to go on with."""
+WAYS_OUT = {
+    errno.ENOSPC: "Free space, or choose another folder.",
+    errno.EDQUOT: "Free space, or have the quota raised.",
+    errno.EACCES: "Check who may read and write it.",
+    errno.EPERM: "Check who may read and write it.",
+    errno.EROFS: "Choose a folder that can be written.",
+    errno.EIO: "Check the disk, then run the same command again.",
+    errno.EMFILE: "Raise the limit of open files: ulimit -n.",
+    errno.ENFILE: "The machine has too many files open: end other processes.",
+    errno.ENAMETOOLONG: "Choose a shorter name.",
+    errno.ELOOP: "Check the links on the way there.",
+}
+LOWER = "Use a machine with more, or lower what is there: --jobs, --batch-size, --samples, --seq-len."
+
+
+class Ended(BaseException):
+    """Carries an interrupt or a closed pipe past typer, which has endings of its own for them.
+
+    verb  the command that it ended
+    """
+
+    def __init__(self, error: BaseException, verb: str) -> None:
+        super().__init__(error, verb)
+        self.error, self.verb = error, verb
+
+
+def guarded(action: Callable[[], object], signals: Signals) -> int:
+    """Run `action`: the exit code, with what is to be said on stderr. Never raises."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a locale without our signs, a path that is no text
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        code = _code(action)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return code
+    except BaseException as error:  # panics of Rust are no Exception
+        with suppress(OSError):  # stderr is closed, or full: the code is all there is to say
+            return _ended(error, signals)
+        return exit_code(signals.received) if signals.received else REFUSED
+
+
+def _code(action: Callable[[], object]) -> int:
+    try:
+        action()
+    except SystemExit as stop:
+        if stop.code == INTERRUPTED:
+            raise KeyboardInterrupt from stop
+        return stop.code if isinstance(stop.code, int) else REFUSED if stop.code else DONE
+    return DONE
+
+
+def _ended(error: BaseException, signals: Signals) -> int:
+    verb = ""
+    if isinstance(error, Ended):
+        verb, error = error.verb, error.error
+    if signals.received or isinstance(error, KeyboardInterrupt):  # whatever else it became on its way here
+        return _interrupted(error, verb, signals)
+    if isinstance(error, BrokenPipeError):
+        exit_quietly_on_stdout()
+        return PIPE_CLOSED
+    told = as_told(error)
+    if told is None:
+        show_fault(error)
+        return FAULT
+    if isinstance(error, OSError) and error.filename is None:
+        exit_quietly_on_stdout()
+    show_error(told)
+    return REFUSED
+
+
+def _interrupted(error: BaseException, verb: str, signals: Signals) -> int:
+    word = WORDS[signals.received] if signals.received else "interrupted"
+    state = getattr(error, "state", "") or (GOES_ON if verb in RESUMED else "")
+    print_line(f"{word}. {state}".strip(), to=errors)
+    return exit_code(signals.received) if signals.received else INTERRUPTED
+
+
+def as_told(error: BaseException) -> FxquantError | None:
+    """The error as one that names place, fact and way out; None where it is a fault of ours."""
+    if isinstance(error, FxquantError):
+        return error
+    if _lacks_memory(error):
+        return FxquantError("memory", f"There is not enough: {words(error)}.", LOWER)
+    if isinstance(error, OSError):
+        fact = f"{error.strerror or words(error)}."
+        place = error.filename2 or error.filename
+        return FxquantError(_name(place), fact, WAYS_OUT.get(error.errno or 0, "Then run the same command again."))
+    if isinstance(error, ImportError) and not (error.name or "fxquant").startswith("fxquant"):
+        return FxquantError(
+            "the installation", f"{words(error)}.", "Install fxquant anew, in an environment of its own."
+        )
+    return None
+
+
+def _name(place: object) -> str:
+    if place is None:
+        return "a stream or a file"
+    return place.decode(errors="backslashreplace") if isinstance(place, bytes) else str(place)
+
+
+def _lacks_memory(error: BaseException) -> bool:
+    """Python's and numpy's error, and those that torch makes of its allocators' failures."""
+    if isinstance(error, MemoryError):
+        return True
+    text = str(error)
+    of_torch = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text
+    return isinstance(error, RuntimeError) and of_torch

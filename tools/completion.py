@@ -1,0 +1,27 @@
+"""What a shell offers for an option. Nothing here imports torch: it would be a second a keystroke."""
+
+from collections.abc import Callable
+from importlib import resources
+
+from fxquant.targets import Target
+
+
+def policies(incomplete: str) -> list[str]:
+    """Shipped policies; nothing for the beginning of a path, which shells complete themselves."""
+    folder = resources.files("fxquant") / "policies"
+    names = sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
+    return [name for name in names if name.startswith(incomplete)]
+
+
+def targets(incomplete: str) -> list[str]:
+    """All targets."""
+    return [target.value for target in Target if target.value.startswith(incomplete)]
+
+
+def one_of(*words: str) -> Callable[[str], list[str]]:
+    """Completion of an option that takes one of `words`."""
+
+    def complete(incomplete: str) -> list[str]:
+        return [word for word in words if word.startswith(incomplete)]
+
+    return complete

@@ -1,0 +1,50 @@
+"""Ctrl-C and SIGTERM: the first ends the work in order, the second the process at once. Nothing slow is imported."""
+
+import os
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Any
+
+DEFAULTS: dict[int, Any] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+WORDS: dict[int, str] = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
+
+
+def exit_code(number: int) -> int:
+    """130 after SIGINT, 143 after SIGTERM."""
+    return 128 + number
+
+
+class Signals:
+    """Listens while it is open, in the main thread, to what nobody else listens to and nobody ignores.
+
+    received  the number of the first signal, 0 for none
+    working   whether there is work to end in order; before, a signal ends the process at once
+    """
+
+    def __init__(self, working: bool = True) -> None:
+        self.received, self.working = 0, working
+        self._own: list[int] = []
+
+    def __enter__(self) -> "Signals":
+        self.listen()
+        return self
+
+    def listen(self) -> None:
+        """For as long as the process lives."""
+        if threading.current_thread() is threading.main_thread():
+            self._own = [number for number, default in DEFAULTS.items() if signal.getsignal(number) == default]
+        for number in self._own:
+            signal.signal(number, self._receive)
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for number in self._own:
+            signal.signal(number, DEFAULTS[number])
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self.received or not self.working:
+            cursor = "\x1b[?25h" if os.isatty(2) else ""  # a progress bar hides it
+            os.write(2, f"{cursor}\n{WORDS[number]}\n".encode())
+            os._exit(exit_code(self.received or number))
+        self.received = number
+        raise KeyboardInterrupt
