@@ -11,6 +11,7 @@ from fxquant.checkpoint import Checkpoint
 from fxquant.errors import FxquantError
 from fxquant.policy import LEAVE_OUT, Rule
 from fxquant.program import Program, made_parameters
+from fxquant.rotary_buffers import REASON, stored_frequencies
 from fxquant.schemes import Scheme
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn)
@@ -108,6 +109,8 @@ def build_ledger(program: Program, checkpoint: Checkpoint) -> Ledger:
         homes |= dict.fromkeys(recipe.source_names, (Bucket.REWRITTEN, recipe.scheme.value))
     for name in program.mtp.kept:
         homes[name] = (Bucket.KEPT, _kept_of_mtp(program.rules[_mtp_of(name, mtp)]))
+    for name in stored_frequencies(program, checkpoint):
+        homes[name] = (Bucket.LEFT_OUT, REASON)
     entries = [_entry(program, checkpoint, name, homes, mtp) for name in sorted(checkpoint.tensors)]
     for name, scale in checkpoint.scales.items():
         if name in homes:

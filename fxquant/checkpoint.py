@@ -1,7 +1,5 @@
 """Checkpoints in: folders of safetensors, read tensor by tensor under Hugging Face's names, FP8 blocks decoded."""
 
-import json
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,15 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxquant.checkpoint_index import AGAIN, SCALE_SUFFIX, indexed_tensors
 from fxquant.checkpoint_names import official_tensors
 from fxquant.checkpoint_parts import HeldTensor, SourceTensor, join_parts, part_files
 from fxquant.config import read_config
 from fxquant.errors import FxquantError
-from fxquant.safetensors_file import TensorInfo, read_header
+from fxquant.safetensors_file import read_header
 from fxquant.smoothing import Smoothing
 
-SCALE_SUFFIX = "_scale_inv"
-AGAIN = "Download or copy the checkpoint again."
+SCALES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e8m0fnu)
+"""What block scales are stored in; each value is a float32. F8_E8M0 is `2 ** (byte - 127)`, and 255 is NaN."""
+LARGEST_BLOCK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Checkpoint:
 
 
 def decode_fp8(weight: Tensor, scale_inv: Tensor, block: tuple[int, int]) -> Tensor:
-    """FP8 [n, k] times its float32 block scales [ceil(n / block[0]), ceil(k / block[1])], as float32."""
+    """FP8 [n, k] times its block scales [ceil(n / block[0]), ceil(k / block[1])], of `SCALES`, as float32."""
     rows, columns = weight.shape
     wide = scale_inv.float().repeat_interleave(block[0], 0)[:rows].repeat_interleave(block[1], 1)[:, :columns]
     return weight.float() * wide
@@ -106,7 +106,7 @@ def _tensors(folder: Path) -> Mapping[str, SourceTensor]:
     if len(indexes) > 1:
         raise FxquantError(folder, f"{len(indexes)} index files.", "Keep the one that belongs to the checkpoint.")
     if indexes:
-        return official_tensors(_indexed_tensors(folder, indexes[0]))
+        return official_tensors(indexed_tensors(folder, indexes[0]))
     if parts := part_files(folder):
         return join_parts(parts)
     files = sorted(folder.glob("*.safetensors"))
@@ -114,33 +114,6 @@ def _tensors(folder: Path) -> Mapping[str, SourceTensor]:
         found = f"{len(files)} safetensors files and no index" if files else "no safetensors file"
         raise FxquantError(folder, f"not a checkpoint: {found}.", "Name a folder with the weights and their index.")
     return official_tensors(read_header(files[0]))
-
-
-def _indexed_tensors(folder: Path, index: Path) -> dict[str, TensorInfo]:
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files = sorted(set(weight_map.values()))
-        plain = all(isinstance(file, str) and Path(file).name == file for file in files)
-    except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
-        raise FxquantError(index, "not a safetensors index with a weight_map.", AGAIN) from None
-    if not plain:
-        raise FxquantError(index, "weight_map names files outside the folder.", "Do not use this checkpoint.")
-    missing = [file for file in files if not (folder / file).is_file()]
-    if missing:
-        raise FxquantError(folder / missing[0], f"missing shard ({len(missing)} of {len(files)}).", AGAIN)
-    found: dict[str, TensorInfo] = {}
-    for file in files:
-        infos = read_header(folder / file)
-        for name in sorted(infos.keys() & found.keys()):
-            raise FxquantError(index, f"tensor {name} is in {found[name].file.name} and in {file}.", AGAIN)
-        found.update(infos)
-    for name in sorted(set(found) ^ set(weight_map)):
-        where = "in a shard but not in the index" if name in found else f"not in {weight_map[name]}"
-        raise FxquantError(index, f"tensor {name} is {where}.", AGAIN)
-    for name, info in found.items():
-        if info.file.name != weight_map[name]:
-            raise FxquantError(index, f"tensor {name} is in {info.file.name}, not {weight_map[name]}.", AGAIN)
-    return dict(sorted(found.items()))
 
 
 def block_size(place: Path, config: dict[str, Any]) -> tuple[int, int]:
@@ -153,8 +126,10 @@ def block_size(place: Path, config: dict[str, Any]) -> tuple[int, int]:
         way_out = "fxquant compiles float checkpoints and DeepSeek's official FP8."
         raise FxquantError(place, f"already quantized: quant_method {method!r}.", way_out)
     size = quantization.get("weight_block_size", [128, 128])
-    if not (isinstance(size, list) and len(size) == 2 and all(isinstance(edge, int) and edge > 0 for edge in size)):
-        raise FxquantError(place, f"weight_block_size {size!r}.", "It is two positive numbers.")
+    numbers = isinstance(size, list) and len(size) == 2 and all(type(edge) is int for edge in size)
+    if not (numbers and all(0 < edge <= LARGEST_BLOCK for edge in size)):
+        way_out = f"It is two positive numbers, at most {LARGEST_BLOCK:,}."
+        raise FxquantError(place, f"weight_block_size {str(size)[:80]}.", way_out)
     return size[0], size[1]
 
 
@@ -166,16 +141,17 @@ def _check_scale(info: SourceTensor, scale: SourceTensor | None, block: tuple[in
     if scale is None or len(info.shape) != 2:
         raise FxquantError(info.file, f"FP8 tensor {info.name} has no {SCALE_SUFFIX[1:]}.", AGAIN)
     expected = tuple(-(-edge // size) for edge, size in zip(info.shape, block, strict=True))
-    if scale.shape != expected or scale.dtype is not torch.float32:
-        raise FxquantError(scale.file, f"{scale.name}: {list(scale.shape)}, not float32 {list(expected)}.", AGAIN)
+    if scale.shape != expected:
+        fact = f"{scale.name}: {list(scale.shape)}, not {list(expected)}, one a block of {block[0]} x {block[1]}."
+        raise FxquantError(scale.file, fact, "Check weight_block_size in config.json.")
+    if scale.dtype not in SCALES:
+        names = ", ".join(str(dtype) for dtype in SCALES)
+        raise FxquantError(scale.file, f"{scale.name}: block scales in {scale.dtype}.", f"fxquant reads {names}.")
 
 
 def token_ids_from(file: Path) -> Tensor:
     """The single tensor of a .safetensors file of token ids."""
-    try:
-        infos = list(read_header(file).values())
-    except (OSError, struct.error) as error:
-        raise FxquantError(file, f"cannot be read: {error}.", AGAIN) from None
+    infos = list(read_header(file).values())
     if len(infos) != 1:
         raise FxquantError(file, f"holds {len(infos)} tensors.", "Give one int64 tensor [batches, length].")
     return infos[0].read()

@@ -7,7 +7,8 @@ from dataclasses import replace
 import torch
 
 from fxquant import ops
-from fxquant.checkpoint import SCALE_SUFFIX, Checkpoint
+from fxquant.checkpoint import Checkpoint
+from fxquant.checkpoint_index import SCALE_SUFFIX
 from fxquant.config import DeepseekV3Config
 from fxquant.kinds import Kind
 from fxquant.models.deepseek_v3 import mtp_paths

@@ -1,15 +1,20 @@
 """JSON from outside: regular files, bounded in bytes, nesting and digits, UTF-8 that can be written again."""
 
+import gc
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from fxquant.errors import FxquantError
-from fxquant.limits import NESTING, NUMBER_DIGITS
+from fxquant.limits import NESTING, NUMBER_DIGITS, VALUES
 
 AGAIN = "Copy the file again."
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+OF_NUMBERS = bytes(48 if chr(code) in "0123456789+-.eE" else 32 for code in range(256))
+BUT_BRACKETS = bytes(code for code in range(256) if chr(code) not in "[]{}")
 
 
 def read_json(path: Path, largest: int, remedy: str = AGAIN, lenient: bool = False) -> Any:
@@ -44,16 +49,24 @@ def read_text(path: Path, largest: int, remedy: str = AGAIN) -> str:
 def parse_json(data: bytes | str, place: object, remedy: str = AGAIN, lenient: bool = False) -> Any:
     """`data` as JSON; `place` is what an error names.
 
-    Nesting is at most `NESTING`, numbers have at most `NUMBER_DIGITS` characters, and every string can be written as
-    UTF-8. Unless `lenient`, as for files of other tools that only Python reads, keys are unique and numbers finite.
+    Nesting is at most `NESTING`, numbers have at most `NUMBER_DIGITS` characters, commas are at most `VALUES`, and
+    every string can be written as UTF-8. Unless `lenient`, as for files of other tools that only Python reads, keys
+    are unique and numbers finite.
     """
-    hooks: dict[str, Any] = {"parse_int": _integer, "parse_float": _float}
+    encoded = data if isinstance(data, bytes) else data.encode("utf-8", "surrogatepass")
+    if (count := encoded.count(b",")) > VALUES:
+        raise FxquantError(place, f"has {count:,} commas, at most {VALUES:,} are read.", remedy)
+    hooks: dict[str, Any] = {}
+    if b"0" * (NUMBER_DIGITS + 1) in encoded.translate(OF_NUMBERS):  # else no number is long, and hooks cost time
+        hooks |= {"parse_int": _integer, "parse_float": _float}
     if not lenient:
         hooks |= {"parse_constant": _refuse_constant, "object_pairs_hook": _unique}
     try:
         text = data if isinstance(data, str) else data.decode("utf-8")
-        value = json.loads(text, **hooks)
-        _check_nesting(value)
+        with uncollected():
+            value = json.loads(text, **hooks)
+        if not _shallow(encoded):
+            _check_nesting(value)
         if SURROGATE.search(text):
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeDecodeError as error:
@@ -65,6 +78,28 @@ def parse_json(data: bytes | str, place: object, remedy: str = AGAIN, lenient: b
     except ValueError as error:
         raise FxquantError(place, f"not JSON: {error}.", remedy) from None
     return value
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Without garbage collection, for many objects without cycles: to look for some takes twice the time of parsing."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
+def _shallow(text: bytes) -> bool:
+    """Whether brackets alone show that nothing is too deep; brackets in strings may hide it."""
+    brackets = text.translate(None, BUT_BRACKETS)
+    for _ in range(NESTING):
+        if not brackets:
+            return True
+        brackets = brackets.replace(b"[]", b"").replace(b"{}", b"")
+    return not brackets
 
 
 def _check_nesting(value: Any) -> None:

@@ -10,6 +10,8 @@ NESTING = 64
 """Levels of lists and objects in a JSON or YAML document."""
 NUMBER_DIGITS = 40
 """Characters of one number in a document."""
+VALUES = 5_000_000
+"""Commas of a JSON document, so that no few bytes become gigabytes of objects. A graph file has one in 32 bytes."""
 NAME_LENGTH = 512
 """Characters of the name of a tensor, module or graph node."""
 
@@ -35,6 +37,14 @@ GRAPH_BYTES = 256 * MIB
 """A graph, a ledger or a manifest: some lines a tensor."""
 HEADER_BYTES = 100_000_000
 """The header of a safetensors file; the format's own limit (safetensors, MAX_HEADER_SIZE)."""
+TENSORS = 250_000
+"""Tensors of one safetensors file; the largest public models have some 150 thousand in all their files."""
+DIMENSIONS = 16
+"""Of one tensor."""
+CHECKPOINT_TENSORS = 400_000
+"""Tensors of all files of a checkpoint."""
+FILE_NAME_BYTES = 255
+"""Of a file's name, without its folder; what file systems take."""
 
 OUTPUT_BYTES = 64 << 10
 """Kept of what a model.py, or another process that we start, prints: the end of it."""

@@ -17,24 +17,26 @@ from typing import Any
 import torch
 
 from fxquant.errors import FxquantError, StoppedError
+from fxquant.json_file import parse_json, uncollected
+from fxquant.limits import DIMENSIONS, HEADER_BYTES, NAME_LENGTH, TENSORS
 
 DTYPES = {
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "I8": torch.int8,
     "U8": torch.uint8,
     "I32": torch.int32,
     "I64": torch.int64,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-LARGEST_HEADER = 200_000_000
 AGAIN = "Download or copy the file again."
 quoted = json.encoder.encode_basestring
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorInfo:
     """Where one tensor lies: absolute byte range [start, end) of `file`."""
 
@@ -90,52 +92,93 @@ def pread(handle: int, view: memoryview, start: int, tensor: TensorInfo) -> None
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:
-    """Every tensor of `file`, sorted by name; refuses headers that do not describe the file exactly."""
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        prefix = stream.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
-        if not 2 <= length <= min(size - 8, LARGEST_HEADER):
-            raise FxquantError(file, f"not a whole safetensors file: {size} bytes, header of {length}.", AGAIN)
-        try:
-            header = json.loads(stream.read(length))
-        except (ValueError, RecursionError) as error:
-            raise FxquantError(file, f"its header is not JSON: {error}.", AGAIN) from None
-    if not isinstance(header, dict):
-        raise FxquantError(file, "its header is not an object.", AGAIN)
+    """Every tensor of `file`, sorted by name; refuses headers that do not describe the file exactly.
+
+    A header has at most `HEADER_BYTES`, `TENSORS` tensors of `DIMENSIONS` dimensions, and printable names.
+    """
+    header, length, size = _parsed(file)
     header.pop("__metadata__", None)
-    infos = [_entry(file, name, entry, 8 + length) for name, entry in sorted(header.items())]
+    if len(header) > TENSORS:
+        raise FxquantError(file, f"{len(header):,} tensors, at most {TENSORS:,} are read.", "Split it into shards.")
+    check_names(file, header)
+    with uncollected():
+        infos = [_entry(file, name, header[name], 8 + length) for name in sorted(header)]
     _check_ranges(file, infos, 8 + length, size)
     return {info.name: info for info in infos}
 
 
+def _parsed(file: Path) -> tuple[dict[str, Any], int, int]:
+    """The header of `file`, its bytes, and the file's."""
+    whole = header_bytes(file)
+    size, length = file.stat().st_size, struct.unpack("<Q", whole[:8])[0] if len(whole) >= 8 else -1
+    if HEADER_BYTES < length <= size - 8:
+        raise FxquantError(
+            file, f"header of {length:,} bytes, at most {HEADER_BYTES:,} are read.", "Split it into shards."
+        )
+    if length != len(whole) - 8 or length < 2:
+        raise FxquantError(file, f"not a whole safetensors file: {size} bytes, header of {length}.", AGAIN)
+    if whole.count(b'"data_offsets"') > TENSORS:  # before they are parsed
+        raise FxquantError(file, f"more than {TENSORS:,} tensors, at most as many are read.", "Split it into shards.")
+    header = parse_json(whole[8:], f"{file}: its header", AGAIN)
+    if not isinstance(header, dict):
+        raise FxquantError(file, "its header is not an object.", AGAIN)
+    return header, length, size
+
+
 def header_bytes(file: Path) -> bytes:
-    """The header of `file` as it lies there, its length before it."""
-    with file.open("rb") as stream:
-        prefix = stream.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-        return prefix + stream.read(min(length, LARGEST_HEADER))
+    """The header of `file` as it lies there, its length before it; at most `HEADER_BYTES`. Raises StoppedError where
+    it can't be read."""
+    try:
+        if not file.is_file():  # a pipe would wait for ever
+            raise StoppedError(file, "no regular file." if file.exists() else "is missing.", AGAIN)
+        with file.open("rb") as stream:
+            prefix = stream.read(8)
+            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+            return prefix + stream.read(min(length, HEADER_BYTES))
+    except OSError as error:
+        raise StoppedError(file, f"cannot be read: {error.strerror}.", AGAIN) from None
 
 
 def read_metadata(file: Path) -> dict[str, str]:
     """The header's `__metadata__`; empty where it has none. `read_header` says whether the file is sound."""
-    metadata = json.loads(header_bytes(file)[8:]).get("__metadata__")
-    return metadata if isinstance(metadata, dict) else {}
+    metadata = _parsed(file)[0].get("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise FxquantError(file, "its __metadata__ is not texts.", AGAIN)
+    return metadata
+
+
+def check_names(file: Path, names: Collection[str]) -> None:
+    """Raises FxquantError for the name of a tensor that nobody gave in good faith: empty, endless, or one that would
+    steer a terminal."""
+    if "".join(names).isprintable() and all(0 < length <= NAME_LENGTH for length in set(map(len, names))):
+        return
+    for name in names:
+        if not 0 < len(name) <= NAME_LENGTH:
+            fact = f"a tensor name of {len(name):,} characters, {name[:40]!a}, not of 1 to {NAME_LENGTH}."
+            raise FxquantError(file, fact, "Do not use this file.")
+        if not name.isprintable():
+            raise FxquantError(file, f"a tensor name with control characters, {name!a}.", "Do not use this file.")
 
 
 def _entry(file: Path, name: str, entry: Any, base: int) -> TensorInfo:
     try:
         dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        whole = all(type(number) is int and number >= 0 for number in (*shape, start, end)) and start <= end
-        whole = whole and isinstance(dtype, str)
+        whole = isinstance(dtype, str) and len(shape) <= DIMENSIONS
+        for number in (*shape, start, end):
+            whole = whole and type(number) is int and number >= 0
+        whole = whole and start <= end
     except (TypeError, KeyError, ValueError):
         whole = False
     if not whole:
         raise FxquantError(file, f"tensor {name}: malformed header entry.", AGAIN)
     if dtype not in DTYPES:
-        raise FxquantError(file, f"tensor {name}: dtype {dtype}.", f"fxquant reads {', '.join(sorted(DTYPES))}.")
-    if math.prod(shape) * DTYPES[dtype].itemsize != end - start:
+        remedy = f"fxquant reads {', '.join(sorted(DTYPES))}."
+        raise FxquantError(file, f"tensor {name}: dtype {dtype[:40]}.", remedy)
+    itemsize = DTYPES[dtype].itemsize
+    if math.prod(shape) * itemsize != end - start:
         raise FxquantError(file, f"tensor {name}: {dtype}{list(shape)} does not fill {end - start} bytes.", AGAIN)
+    if start == end and math.prod(size or 1 for size in shape) >= 1 << 60:
+        raise FxquantError(file, f"tensor {name}: {dtype}{list(shape)} is no shape of an empty tensor.", AGAIN)
     return TensorInfo(name, DTYPES[dtype], shape, file, base + start, base + end)
 
 

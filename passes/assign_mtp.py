@@ -14,6 +14,7 @@ from fxquant.models.mtp import MtpLinear, mtp_gate_biases, mtp_linears
 from fxquant.passes.base import Pass, PassResult
 from fxquant.policy import LEAVE_OUT, Policy
 from fxquant.program import MtpLayers, Program
+from fxquant.rotary_buffers import frequency_name_of_layer
 from fxquant.schemes import Recipe, Scheme
 
 CHOICES = (LEAVE_OUT, Scheme.FLOAT, Scheme.W8A8_DYNAMIC)
@@ -65,8 +66,9 @@ class AssignMtp(Pass):
                 raise FxquantError(self.checkpoint.folder, fact, "Use --mtp none, or complete the checkpoint.")
 
     def _keep(self, mtp: MtpLayers, path: str) -> None:
-        """Every tensor of the layer that no recipe consumes."""
+        """Every tensor of the layer that no recipe consumes and no config.json gives."""
         made = {name for recipe in mtp.recipes.values() for name in recipe.source_names}
+        made.add(frequency_name_of_layer(path))
         names = sorted(name for name in self.checkpoint.tensors if name.startswith(f"{path}."))
         mtp.kept |= {name: name.rpartition(".")[0] for name in names if name not in made}
         biases = (name for name in mtp_gate_biases(self.config, path) if name in mtp.kept)

@@ -169,8 +169,9 @@ class CheckpointProducer:
             yield first, block
 
     def _scales(self, name: str) -> np.ndarray:
+        """float32 [blocks of rows, blocks of columns]: the values of the stored ones, exactly."""
         scale = self._checkpoint.scales[name]
-        return np.frombuffer(self._reader.read(scale), np.float32).reshape(scale.shape)
+        return torch.frombuffer(self._reader.read(scale), dtype=scale.dtype).view(scale.shape).float().numpy()
 
     def _bias(self, module: str) -> Tensor:
         name = f"{module}.bias"
