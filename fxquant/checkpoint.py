@@ -147,11 +147,3 @@ def _check_scale(info: SourceTensor, scale: SourceTensor | None, block: tuple[in
     if scale.dtype not in SCALES:
         names = ", ".join(str(dtype) for dtype in SCALES)
         raise FxquantError(scale.file, f"{scale.name}: block scales in {scale.dtype}.", f"fxquant reads {names}.")
-
-
-def token_ids_from(file: Path) -> Tensor:
-    """The single tensor of a .safetensors file of token ids."""
-    infos = list(read_header(file).values())
-    if len(infos) != 1:
-        raise FxquantError(file, f"holds {len(infos)} tensors.", "Give one int64 tensor [batches, length].")
-    return infos[0].read()

@@ -1,6 +1,5 @@
 """Calibration and evaluation documents of .json and .jsonl files: texts, chats and token ids."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,8 +7,12 @@ from typing import Any
 
 from fxquant.chat import Message
 from fxquant.errors import FxquantError
+from fxquant.json_file import parse_json, read_json
+from fxquant.limits import TEXT_BYTES
 
 KINDS = "a string, an object with text or messages, a list of messages, or a list of token ids"
+
+REMEDY = f"Save documents as UTF-8; one is {KINDS}."
 
 
 @dataclass(frozen=True)
@@ -32,25 +35,22 @@ def read_documents(file: Path) -> Iterator[tuple[str, Document]]:
 
 def _lines(file: Path) -> Iterator[tuple[str, Any]]:
     with file.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
+        number = 0
+        while line := lines.readline(TEXT_BYTES + 1):
+            number += 1
+            place = f"{file}:{number}"
+            if len(line) > TEXT_BYTES:
+                fact = f"a line of more than {TEXT_BYTES:,} bytes."
+                raise FxquantError(place, fact, "A .jsonl has one document a line.")
             if line.strip():
-                yield f"{file}:{number}", _parse(f"{file}:{number}", line)
+                yield place, parse_json(line, place, REMEDY, lenient=True)
 
 
 def _entries(file: Path) -> Iterator[tuple[str, Any]]:
-    entries = _parse(str(file), file.read_bytes())
+    entries = read_json(file, TEXT_BYTES, REMEDY, lenient=True)
     if not isinstance(entries, list):
         raise FxquantError(file, "not a list of documents.", f"Give a list; a document is {KINDS}.")
     yield from ((f"{file}[{index}]", entry) for index, entry in enumerate(entries))
-
-
-def _parse(place: str, text: bytes) -> Any:
-    try:
-        return json.loads(text.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise FxquantError(place, f"not UTF-8: {error}.", "Save it as UTF-8.") from None
-    except (ValueError, RecursionError) as error:
-        raise FxquantError(place, f"not JSON: {error}.", f"A document is {KINDS}.") from None
 
 
 def _document(place: str, value: Any) -> Document:

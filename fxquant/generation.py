@@ -3,21 +3,26 @@
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from fxquant.checkpoint import Checkpoint
 from fxquant.errors import FxquantError
 from fxquant.execute import generate
 from fxquant.program import Program
-from fxquant.text import bos_ids, open_tokenizer
+from fxquant.text import bos_ids
+from fxquant.tokenizer import BoundedTokenizer, open_tokenizer
 from fxquant.weights import Read
 
 
 def greedy_text(folder: Path, program: Program, read: Read, prompt: str, max_new_tokens: int) -> Iterator[str]:
     """What follows `prompt`, piece by piece, until an end token. At once: FxquantError for an empty prompt."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        fact = f"no text: {error.object[error.start]!a} is half a character."
+        raise FxquantError("--prompt", fact, "Give it as UTF-8.") from None
     tokenizer = open_tokenizer(folder)
-    ids = bos_ids(Checkpoint(folder, program.config, {})) + tokenizer.encode(prompt, add_special_tokens=False).ids
+    ids = bos_ids(Checkpoint(folder, program.config, {})) + tokenizer.encode(prompt)
     if not ids:
         raise FxquantError("--prompt", "holds no token.", "Give some text.")
     return text_pieces(tokenizer, step_logits(folder, program, read, ids, max_new_tokens), end_ids(program))
@@ -29,7 +34,7 @@ def end_ids(program: Program) -> set[int]:
     return {one for one in (stop if isinstance(stop, list) else [stop]) if isinstance(one, int)}
 
 
-def text_pieces(tokenizer: Tokenizer, steps: Iterable[Tensor], stops: set[int]) -> Iterator[str]:
+def text_pieces(tokenizer: BoundedTokenizer, steps: Iterable[Tensor], stops: set[int]) -> Iterator[str]:
     """The best token of each step's logits [vocabulary] as text, whole characters at a time, until one of `stops`."""
     written, new = "", []
     for logits in steps:

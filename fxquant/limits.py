@@ -46,6 +46,23 @@ CHECKPOINT_TENSORS = 400_000
 FILE_NAME_BYTES = 255
 """Of a file's name, without its folder; what file systems take."""
 
+TEXT_BYTES = 64 * MIB
+"""A .json of texts, and a line of a .jsonl. A .txt and a .jsonl may be larger: no more is read than is needed."""
+PIECE_CHARACTERS = 1 << 20
+"""Of a text, what is tokenized at a time."""
+TOKEN_ID_BYTES = 512 * MIB
+"""A .npy or .safetensors of token ids."""
+TOKENIZER_BYTES = 128 * MIB
+"""A tokenizer.json; DeepSeek-V3's has 8 MB."""
+TOKENIZER_MEMORY = 1920 * MIB
+"""Of the process that runs a tokenizer, whose library takes some 400 bytes a token."""
+TOKENIZER_SECONDS = 5
+"""To open a small tokenizer, in seconds of computing; one of 8 MiB may take twice as long, and so on."""
+TEXT_SECONDS = 5
+"""To render a chat or to tokenize a short text, in seconds of computing."""
+TEMPLATE_MEMORY = 256 * MIB
+"""Of the process that runs a chat template."""
+
 OUTPUT_BYTES = 64 << 10
 """Kept of what a model.py, or another process that we start, prints: the end of it."""
 ANSWER_BYTES = 512 * MIB

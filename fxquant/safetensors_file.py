@@ -119,7 +119,10 @@ def _parsed(file: Path) -> tuple[dict[str, Any], int, int]:
         raise FxquantError(file, f"not a whole safetensors file: {size} bytes, header of {length}.", AGAIN)
     if whole.count(b'"data_offsets"') > TENSORS:  # before they are parsed
         raise FxquantError(file, f"more than {TENSORS:,} tensors, at most as many are read.", "Split it into shards.")
-    header = parse_json(whole[8:], f"{file}: its header", AGAIN)
+    try:
+        header = parse_json(whole[8:], file)
+    except FxquantError as error:
+        raise FxquantError(file, f"its header: {error.fact}", AGAIN) from None
     if not isinstance(header, dict):
         raise FxquantError(file, "its header is not an object.", AGAIN)
     return header, length, size

@@ -1,20 +1,21 @@
 """Calibration and evaluation text: files to token ids."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import dropwhile, islice
+from itertools import chain, dropwhile, islice
 from pathlib import Path
 
-import numpy as np
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from fxquant.chat import ChatTemplate, open_chat_template
-from fxquant.checkpoint import Checkpoint, token_ids_from
+from fxquant.checkpoint import Checkpoint
 from fxquant.documents import Chat, Document, read_documents
 from fxquant.errors import FxquantError
+from fxquant.limits import PIECE_CHARACTERS
+from fxquant.token_ids import check_vocabulary, read_token_ids
+from fxquant.tokenizer import BoundedTokenizer, open_tokenizer
 
 FORMATS = ".txt, .json or .jsonl of texts, chats or token ids, .npy or .safetensors of int64 [batches, length]"
 
@@ -24,19 +25,28 @@ def load_batches(file: Path, checkpoint: Checkpoint, samples: int, seq_len: int)
 
     Text is tokenized and each piece starts with the model's BOS, once: a .txt is one running text cut into windows, a
     .json or .jsonl one piece a document, chats by the tokenizer's chat template. Token ids are taken as they are; rows
-    of .npy and .safetensors, one a batch, are never cut.
+    of .npy and .safetensors, one a batch, are never cut. No more of a text is read than is asked for.
     """
+    try:
+        return _load(file, checkpoint, samples, seq_len)
+    except UnicodeDecodeError as error:
+        raise FxquantError(file, f"not UTF-8: {error}.", "Save it as UTF-8.") from None
+    except OSError as error:
+        raise FxquantError(file, f"cannot be read: {error.strerror}.", f"Give {FORMATS}.") from None
+
+
+def _load(file: Path, checkpoint: Checkpoint, samples: int, seq_len: int) -> list[Tensor]:
     if not file.is_file():
         raise FxquantError(file, "no such file.", f"Give {FORMATS}.")
     if file.suffix in (".npy", ".safetensors"):
-        return _token_ids(file, checkpoint)[:samples]
+        return list(read_token_ids(file, checkpoint)[:samples].split(1))
     encoder = Encoder(checkpoint.folder, bos_ids(checkpoint))
     if seq_len <= len(encoder.bos):
         raise FxquantError(file, f"length {seq_len} leaves no room for text.", "Take at least 2 tokens a batch.")
     batches = [torch.tensor([ids]) for ids in islice(_pieces(file, encoder, seq_len), samples)]
     if not batches:
         raise FxquantError(file, "holds no text.", f"Give {FORMATS}.")
-    _check_vocabulary(file, batches, checkpoint)
+    check_vocabulary(file, batches, checkpoint)
     return batches
 
 
@@ -52,19 +62,26 @@ class Encoder:
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text` alone. A BOS that is written at its start, as chat templates do, is left out."""
-        ids = self.tokenizer.encode(text, add_special_tokens=False).ids
-        return list(dropwhile(lambda token: [token] == self.bos, ids))
+        return list(self.without_bos(self.tokenizer.encode(text)))
+
+    def encode_pieces(self, pieces: Iterable[str]) -> Iterator[int]:
+        """The same of a text in pieces, each tokenized when its first id is asked for."""
+        return self.without_bos(chain.from_iterable(self.tokenizer.encode(piece) for piece in pieces))
+
+    def without_bos(self, ids: Iterable[int]) -> Iterator[int]:
+        """`ids` from the first on that is no BOS."""
+        return dropwhile(lambda token: [token] == self.bos, ids)
 
     def encode_document(self, place: str, document: Document, seq_len: int) -> list[int]:
         """At most `seq_len` ids, BOS first; token ids as they are; nothing for a document without a token."""
         if isinstance(document, list):
             return document[:seq_len]
         text = self.template.render(document.messages, place) if isinstance(document, Chat) else document
-        ids = self.encode(text)
+        ids = list(islice(self.encode_pieces(in_pieces([text])), seq_len))
         return (self.bos + ids)[:seq_len] if ids else []
 
     @cached_property
-    def tokenizer(self) -> Tokenizer:
+    def tokenizer(self) -> BoundedTokenizer:
         """Of the folder."""
         return open_tokenizer(self.folder)
 
@@ -74,21 +91,15 @@ class Encoder:
         return open_chat_template(self.folder)
 
 
-def open_tokenizer(folder: Path) -> Tokenizer:
-    """The folder's tokenizer.json."""
-    file = folder / "tokenizer.json"
-    if not file.is_file():
-        raise FxquantError(folder, "has no tokenizer.json.", "Put it there, or give token ids (.npy, .safetensors).")
-    try:
-        return Tokenizer.from_file(str(file))
-    except Exception as error:
-        raise FxquantError(file, f"cannot be read: {error}.", "Copy the file again.") from None
-
-
 def bos_ids(checkpoint: Checkpoint) -> list[int]:
-    """[BOS] of the model, or nothing if it has none."""
-    bos = checkpoint.config.get("bos_token_id")
-    return [bos] if isinstance(bos, int) else []
+    """[BOS] of the model, or nothing if it has none. Raises FxquantError for one that is none of its vocabulary."""
+    bos, size = checkpoint.config.get("bos_token_id"), checkpoint.config.get("vocab_size", 0)
+    if type(bos) is not int:
+        return []
+    if not 0 <= bos < size:
+        fact = f"bos_token_id {str(bos)[:40]}, the vocabulary has {size}."
+        raise FxquantError(checkpoint.folder / "config.json", fact, "Correct it, or set it to null.")
+    return [bos]
 
 
 def pad_id(checkpoint: Checkpoint) -> int:
@@ -102,33 +113,30 @@ def _pieces(file: Path, encoder: Encoder, seq_len: int) -> Iterator[list[int]]:
         documents = (encoder.encode_document(place, one, seq_len) for place, one in read_documents(file))
         yield from filter(None, documents)
     elif file.suffix == ".txt":
-        ids, length = encoder.encode(_read(file)), seq_len - len(encoder.bos)
-        yield from (encoder.bos + ids[start : start + length] for start in range(0, len(ids), length))
+        ids, length = encoder.encode_pieces(in_pieces(_read(file))), seq_len - len(encoder.bos)
+        while window := list(islice(ids, length)):
+            yield encoder.bos + window
     else:
         raise FxquantError(file, f"a {file.suffix or 'file without suffix'}.", f"Give {FORMATS}.")
 
 
-def _read(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise FxquantError(file, f"not UTF-8: {error}.", "Save it as UTF-8.") from None
+def _read(file: Path) -> Iterator[str]:
+    """The text of `file`, some of it at a time."""
+    with file.open(encoding="utf-8") as text:
+        while part := text.read(PIECE_CHARACTERS):
+            yield part
 
 
-def _token_ids(file: Path, checkpoint: Checkpoint) -> list[Tensor]:
-    try:
-        ids = torch.from_numpy(np.load(file, allow_pickle=False)) if file.suffix == ".npy" else token_ids_from(file)
-    except (ValueError, TypeError, EOFError, OSError) as error:
-        raise FxquantError(file, f"cannot be read: {error}.", f"Give {FORMATS}.") from None
-    if ids.dtype is not torch.int64 or ids.ndim != 2 or not ids.numel():
-        raise FxquantError(file, f"{ids.dtype}{list(ids.shape)}.", "Token ids are int64 [batches, length].")
-    _check_vocabulary(file, [ids], checkpoint)
-    return list(ids.split(1))
-
-
-def _check_vocabulary(file: Path, batches: list[Tensor], checkpoint: Checkpoint) -> None:
-    size = checkpoint.config.get("vocab_size", 0)
-    low, high = min(int(ids.min()) for ids in batches), max(int(ids.max()) for ids in batches)
-    if low < 0 or high >= size:
-        fact = f"token ids {low} … {high}, the vocabulary has {size}."
-        raise FxquantError(file, fact, "Tokenize with this model's tokenizer.")
+def in_pieces(parts: Iterable[str]) -> Iterator[str]:
+    """A text, given in parts, in pieces of at most `PIECE_CHARACTERS`: a shorter text is one, a longer one is cut after
+    the last line of a piece, or its last word, so that a tokenizer's memory does not grow with it."""
+    rest = ""
+    for part in parts:
+        rest += part
+        while len(rest) > PIECE_CHARACTERS:
+            piece = rest[:PIECE_CHARACTERS]
+            cut = piece.rfind("\n") + 1 or max(piece.rfind(" "), 0) or PIECE_CHARACTERS
+            yield piece[:cut]
+            rest = rest[cut:]
+    if rest:
+        yield rest

@@ -10,6 +10,7 @@ from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
+from fxquant import chat
 from fxquant.chat import open_chat_template
 from fxquant.checkpoint import Checkpoint
 from fxquant.errors import FxquantError
@@ -160,6 +161,60 @@ def test_a_template_that_fails_is_named_with_the_chat(template: str, fact: str, 
     found = fault(checkpoint)
     assert found.place == str(checkpoint.folder / "tokenizer_config.json")
     assert fact in found.fact and "chats.jsonl:1" in found.fact
+
+
+ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+HUGE = {
+    "a string": "{{ 'a' * 10 ** 10 }}",
+    "a list": "{{ ([1] * 10 ** 10) | length }}",
+    "join": "{{ ['a' * 10 ** 6] * 10 ** 6 | join }}{{ (['a' * 10 ** 6] * 10 ** 6) | join }}",
+    "center": "{{ 'a' | center(10 ** 10) }}",
+    "indent": "{{ ('a\n' * 10 ** 6) | indent(10 ** 6) }}",
+    "format": "{{ '%10000000000d' | format(1) }}",
+    "method": "{{ 'a'.ljust(10 ** 10) }}",
+    "doubling": "{% set n = namespace(s='a') %}{% for i in range(60) %}{% set n.s = n.s + n.s %}{% endfor %}{{ n.s }}",
+    "power": "{{ 9 ** (9 ** 9) }}",
+    "nesting": "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
+    "blocks": "{% if 1 %}" * 5000 + "{% endif %}" * 5000,
+}
+
+
+SLOW = ("join", "indent", "doubling", "power")
+
+
+@pytest.mark.parametrize(
+    "template",
+    [pytest.param(one, marks=[pytest.mark.slow] if name in SLOW else []) for name, one in HUGE.items()],
+    ids=HUGE,
+)
+def test_a_template_that_blows_up_ends(template: str, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat, "TEXT_SECONDS", 2)
+    assert "the chat template fails on" in fault(model(chat_template=template)).fact
+
+
+def test_a_template_that_loops_for_ever_ends_and_the_next_chat_is_rendered(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chat, "TEXT_SECONDS", 0.5)
+    source = "{% if messages | length > 1 %}" + ENDLESS + "{% endif %}a"
+    template = open_chat_template(model(chat_template=source).folder)
+    for _ in range(2):
+        with pytest.raises(FxquantError, match="fails on here: it computes for more than 0.5 s"):
+            template.render(CHAT, "here")
+        assert template.render(CHAT[:1], "here") == "a"
+
+
+def test_many_chats_are_one_process(model: Model) -> None:
+    template = open_chat_template(model(chat_template="{{ messages[0].content }}").folder)
+    first = template.render([{"role": "user", "content": "a"}], "here")
+    process = template._worker._process
+    texts = [template.render([{"role": "user", "content": str(index)}], "here") for index in range(200)]
+    assert first == "a" and texts == [str(index) for index in range(200)] and template._worker._process is process
+
+
+@pytest.mark.parametrize("token", [{}, {"content": 5}, {"content": None}, [], 1, None], ids=str)
+def test_a_token_that_is_no_text_is_absent(token: Any, model: Model) -> None:
+    assert open_chat_template(model(chat_template="", bos_token=token).folder).tokens == {"eos_token": "<eos>"}
 
 
 def test_an_unknown_role_is_the_templates_error(model: Model) -> None:

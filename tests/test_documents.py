@@ -48,7 +48,7 @@ def test_every_entry_of_a_json_is_one(tmp_path: Path) -> None:
 FAULTS = {
     "not json": "not JSON",
     '{"text": "a"': "not JSON",
-    "[" * 100_000: "not JSON",
+    "[" * 100_000: "nested more than",
     '{"content": "a"}': "an object with neither text nor messages",
     '{"role": "user", "content": "a"}': "an object with neither text nor messages",
     '{"text": "a", "messages": []}': "text and messages both",

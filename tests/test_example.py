@@ -15,7 +15,7 @@ from fxquant.generation import step_logits
 from fxquant.lowering.verify.noise import logit_noise
 from fxquant.policy import shipped_policies
 from fxquant.targets import Target
-from fxquant.text import open_tokenizer
+from fxquant.tokenizer import open_tokenizer
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "tiny_deepseek_v3"
 STEPS = 64
@@ -51,7 +51,7 @@ def test_every_policy_compiles_and_verifies(policy: str, target: Target, tmp_pat
 def test_onnx_and_fx_write_the_same_text(onnx_out: Path, document: int) -> None:
     program, read = open_output(onnx_out)
     line = (EXAMPLE / "evaluation.jsonl").read_text().splitlines()[document]
-    prompt = [0, *open_tokenizer(onnx_out).encode(json.loads(line)["text"], add_special_tokens=False).ids[:40]]
+    prompt = [0, *open_tokenizer(onnx_out).encode(json.loads(line)["text"])[:40]]
     from_onnx = list(step_logits(onnx_out, program, read, prompt, STEPS))
     from_fx = list(generate(program, read, prompt, STEPS))
     assert len(from_onnx) == len(from_fx) == STEPS

@@ -19,7 +19,7 @@ from fxquant.execute import generate, prefill_inputs
 from fxquant.lowering.ascend.cache import Cache
 from fxquant.lowering.verify.noise import logit_noise
 from fxquant.models import DecoderLayer
-from fxquant.text import open_tokenizer
+from fxquant.tokenizer import open_tokenizer
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "tiny_deepseek_v3"
 GOLDEN = Path(__file__).parent / "golden"
@@ -171,7 +171,7 @@ def prompts() -> list[list[int]]:
     tokenizer = open_tokenizer(EXAMPLE)
     lines = (EXAMPLE / "evaluation.jsonl").read_text().splitlines()
     texts = [json.loads(line)["text"] for line in lines[: len(PROMPTS)]]
-    ids = [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
+    ids = [tokenizer.encode(text) for text in texts]
     return [[0, *own[: length - 1]] for own, length in zip(ids, PROMPTS, strict=True)]
 
 

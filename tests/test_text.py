@@ -16,7 +16,8 @@ from tokenizers.processors import TemplateProcessing
 
 from fxquant.checkpoint import Checkpoint
 from fxquant.errors import FxquantError
-from fxquant.text import bos_ids, load_batches, open_tokenizer
+from fxquant.text import bos_ids, load_batches
+from fxquant.tokenizer import open_tokenizer
 
 Words = Callable[..., Checkpoint]
 LETTERS = "abcdefghijklmnop"

@@ -18,10 +18,12 @@ from fuzzing.mutators import (
     TextMutator,
 )
 from fuzzing.seeds import GROUP_SIZE, open_seed
+from fxquant.bounded import BoundedWorker
 from fxquant.calibration import CALIBRATION, load_calibration
 from fxquant.calibration_state import load_state
 from fxquant.checkpoint import block_size, open_checkpoint, open_config
 from fxquant.config import parse_config, read_config
+from fxquant.hashing import hash_bytes
 from fxquant.lowering.engines import ENGINES
 from fxquant.lowering.manifest import FLOAT_GRAPH, GRAPH, LEDGER, MANIFEST, STAMPS, find_manifest, read_manifest
 from fxquant.lowering.readers import open_reader
@@ -94,11 +96,25 @@ def _model_args(folder: Path) -> None:
 
 
 def _text(name: str) -> Read:
-    return lambda folder: load_batches(folder / name, open_seed(folder), 4, 16)
+    def read(folder: Path) -> None:
+        with patch("fxquant.tokenizer.BoundedWorker", _worker), patch("fxquant.chat.BoundedWorker", _worker):
+            load_batches(folder / name, open_seed(folder), 4, 16)
+
+    return read
 
 
-def _chat(folder: Path) -> None:
-    load_batches(folder / "chat.jsonl", open_seed(folder), 4, 16)
+def _worker(what: str, memory: int, seconds: float, **source: str) -> BoundedWorker:
+    """One for all cases that open the same: their text is what differs."""
+    content = hash_bytes(Path(source["file"]).read_bytes()) if "file" in source else source["source"]
+    key = (what, seconds, content)
+    if key not in WORKERS:
+        WORKERS[key] = BoundedWorker(what, memory, seconds, **source)
+        for old in list(WORKERS)[:-4]:
+            del WORKERS[old]
+    return WORKERS[key]
+
+
+WORKERS: dict[tuple[str, float, str], BoundedWorker] = {}
 
 
 def _graph(name: str) -> Read:
@@ -186,7 +202,8 @@ def _convert(folder: Path) -> None:
 INDEX, DESCRIPTION = "quant_model_weight_w8a8.safetensors.index.json", "quant_model_description.json"
 OUTPUT = (MANIFEST, GRAPH, FLOAT_GRAPH, LEDGER, STAMPS, "config.json", DESCRIPTION, INDEX, CALIBRATION)
 CHECKPOINT, TEXTS_FOLDER = "checkpoint", "texts"
-TEMPLATE_CODE = ("<template>", "<unknown>")
+FOREIGN = ("subprocess.Popen", "os.posix_spawn")
+"""Tokenizers and templates have a process of their own."""
 TARGETS = (
     Target("safetensors header", CHECKPOINT, ("model.safetensors",), _header, 180_000),
     Target("checkpoint", CHECKPOINT, ("model.safetensors", "config.json"), open_checkpoint, 40_000),
@@ -194,14 +211,14 @@ TARGETS = (
     Target("config.json", CHECKPOINT, ("config.json",), _config, 200_000),
     Target("config.json of ModelArgs", "model_args", ("config.json",), _model_args, 100_000),
     Target("policy", TEXTS_FOLDER, ("policy.yaml",), lambda folder: load_policy(str(folder / "policy.yaml")), 40_000),
-    Target("text .txt", TEXTS_FOLDER, ("text.txt",), _text("text.txt"), 20_000),
-    Target("text .json", TEXTS_FOLDER, ("text.json",), _text("text.json"), 20_000, TEMPLATE_CODE),
-    Target("text .jsonl", TEXTS_FOLDER, ("text.jsonl",), _text("text.jsonl"), 20_000, TEMPLATE_CODE),
+    Target("text .txt", TEXTS_FOLDER, ("text.txt",), _text("text.txt"), 20_000, FOREIGN),
+    Target("text .json", TEXTS_FOLDER, ("text.json",), _text("text.json"), 20_000, FOREIGN),
+    Target("text .jsonl", TEXTS_FOLDER, ("text.jsonl",), _text("text.jsonl"), 20_000, FOREIGN),
     Target("text .npy", TEXTS_FOLDER, ("text.npy",), _text("text.npy"), 60_000),
     Target("text .safetensors", TEXTS_FOLDER, ("text.safetensors",), _text("text.safetensors"), 60_000),
-    Target("tokenizer", TEXTS_FOLDER, ("tokenizer.json",), _text("text.txt"), 20_000),
-    Target("tokenizer config, template", TEXTS_FOLDER, ("tokenizer_config.json",), _chat, 4_000, TEMPLATE_CODE),
-    Target("chat template", "chat", ("chat_template.jinja",), _chat, 4_000, TEMPLATE_CODE),
+    Target("tokenizer", TEXTS_FOLDER, ("tokenizer.json",), _text("text.txt"), 4_000, FOREIGN),
+    Target("tokenizer config, template", TEXTS_FOLDER, ("tokenizer_config.json",), _text("chat.jsonl"), 4_000, FOREIGN),
+    Target("chat template", "chat", ("chat_template.jinja",), _text("chat.jsonl"), 4_000, FOREIGN),
     Target("graph", Engine.ASCEND, (GRAPH,), _graph(GRAPH), 24_000),
     Target("float graph", Engine.ASCEND, (FLOAT_GRAPH,), _graph(FLOAT_GRAPH), 16_000),
     Target("manifest", Engine.ASCEND, (MANIFEST,), _manifest, 25_000),
@@ -215,7 +232,7 @@ TARGETS = (
     Target("verify OUT", Engine.ASCEND, OUTPUT, _verify, 500),
     Target("show OUT --fused", Engine.ASCEND, (GRAPH,), _show, 500),
     Target("eval OUT", Engine.ASCEND, (GRAPH, FLOAT_GRAPH, MANIFEST, CALIBRATION), _evaluate, 500),
-    Target("run OUT", Engine.ASCEND, (GRAPH, MANIFEST, "tokenizer.json"), _run, 500),
+    Target("run OUT", Engine.ASCEND, (GRAPH, MANIFEST, "tokenizer.json"), _run, 500, FOREIGN),
     Target("convert OUT", Engine.ASCEND, OUTPUT, _convert, 500),
 )
 
