@@ -33,8 +33,12 @@ class SolvedCodes:
 
     @classmethod
     def temporary(cls) -> "SolvedCodes":
-        """In a folder that goes with the object."""
-        made = TemporaryDirectory(prefix="fxquant-codes-")
+        """In a folder that goes with the object. Raises FxquantError where no temporary folder can be made."""
+        try:
+            made = TemporaryDirectory(prefix="fxquant-codes-")
+        except OSError as error:
+            fact = f"cannot be made: {error.strerror}."
+            raise FxquantError("temporary folder", fact, "Set TMPDIR to a folder that can be written.") from None
         solved = cls(Path(made.name))
         solved._temporary = made
         return solved

@@ -19,6 +19,7 @@ from fxquant.lowering.verify import Rebuild
 from fxquant.passes.solve import spread
 from fxquant.reference import wrong_codes
 from fxquant.schemes import Recipe, Scheme, WeightAlgorithm
+from fxquant.solved import SolvedCodes
 
 GPTQ = """
 rules:
@@ -183,3 +184,10 @@ def test_an_expert_without_tokens_is_named(tiny_folder: Callable[..., Path], tmp
 def test_codes_need_text(tiny_folder: Callable[..., Path], tmp_path: Path) -> None:
     with pytest.raises(FxquantError, match="calibration text, none given"):
         compile(tiny_folder(), CompileOptions(policy_of(tmp_path, 256), tmp_path / "out"))
+
+
+def test_without_a_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked for only where no output folder keeps them."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
+    with pytest.raises(FxquantError, match="temporary folder: cannot be made: No such file.* Set TMPDIR to"):
+        SolvedCodes.temporary()

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,24 @@ def test_a_folder_that_cannot_be_written() -> None:
         machine = measuring.result()
     assert machine.disk_read is None and machine.disk_unknown.startswith("/proc/self cannot be written")
     assert machine.kernels
+
+
+def test_the_measurement_ends_with_the_command(tmp_path: Path) -> None:
+    """Also where the command is killed outright."""
+    code = (
+        "import pathlib, sys, time; from fxquant.machine import Measuring\n"
+        "measuring = Measuring(pathlib.Path(sys.argv[1]), 300)\n"
+        "print(measuring._process.pid, flush=True); time.sleep(300)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True) as command:
+        assert command.stdout
+        stat = Path(f"/proc/{int(command.stdout.readline())}/stat")
+        assert stat.exists()
+        command.kill()
+    end = time.monotonic() + 60
+    while stat.exists() and " Z " not in stat.read_text() and time.monotonic() < end:
+        time.sleep(0.01)
+    assert time.monotonic() < end
 
 
 def test_measuring_imports_no_torch(tmp_path: Path) -> None:

@@ -53,11 +53,9 @@ class KeptCode:
     def save_overload(self, signature: Any, result: Any) -> None:
         """Keep a compiled kernel for other processes, if there is a place for it."""
         folder = code_folder()
-        if folder is None or result.lifted or result.library.has_dynamic_globals:  # the latter hold addresses
-            return
         with suppress(Exception):  # as on the way back
-            data = numba.core.serialize.dumps((signature, result._reduce()))
-            _write(folder / self._file(signature), data)
+            if folder and not result.lifted and not result.library.has_dynamic_globals:  # the latter hold addresses
+                _write(folder / self._file(signature), numba.core.serialize.dumps((signature, result._reduce())))
 
     def flush(self) -> None:
         """Nothing is forgotten: kept code is that of the sources."""
