@@ -9,6 +9,7 @@ import torch
 
 from fxquant.checkpoint import Checkpoint
 from fxquant.errors import FxquantError
+from fxquant.limits import MTP_LAYERS
 from fxquant.policy import LEAVE_OUT, Rule
 from fxquant.program import Program, made_parameters
 from fxquant.rotary_buffers import REASON, stored_frequencies
@@ -131,7 +132,16 @@ def _entry(
     if rule is not None and rule.scheme == LEAVE_OUT:
         return Entry(name, Bucket.LEFT_OUT, str(rule), nbytes)
     fact = f"tensor {name} belongs to no parameter of the model."
-    raise FxquantError(checkpoint.tensors[name].file, fact, "Check config.json, or add it to the model's forward.")
+    raise FxquantError(checkpoint.tensors[name].file, fact, _homeless(name, program.config))
+
+
+def _homeless(name: str, config: dict[str, Any]) -> str:
+    """What to do about a tensor that belongs nowhere."""
+    layers, announced = config.get("num_hidden_layers"), config.get("num_nextn_predict_layers", 1)
+    if isinstance(layers, int) and any(name.startswith(f"model.layers.{layers + more}.") for more in range(MTP_LAYERS)):
+        said = f"config.json says num_hidden_layers: {layers} and num_nextn_predict_layers: {announced}"
+        return f"{said}. If it is of a prediction layer, raise the latter; else check the former."
+    return "Check config.json, or add it to the model's forward."
 
 
 def _kept_of_mtp(rule: Rule) -> str:

@@ -13,6 +13,7 @@ from fxquant.checkpoint_names import official_tensors
 from fxquant.checkpoint_parts import HeldTensor, SourceTensor, join_parts, part_files
 from fxquant.config import read_config
 from fxquant.errors import FxquantError
+from fxquant.model_dtype import model_dtype, with_dtype
 from fxquant.safetensors_file import read_header
 from fxquant.smoothing import Smoothing
 
@@ -38,11 +39,7 @@ class Checkpoint:
     @property
     def dtype(self) -> torch.dtype:
         """The model's dtype: config's `torch_dtype` (or `dtype`), what FP8 weights are decoded to."""
-        name = self.config.get("torch_dtype") or self.config.get("dtype") or "bfloat16"
-        dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}.get(name)
-        if dtype is None:
-            raise FxquantError(self.folder / "config.json", f"torch_dtype {name}.", "Use bfloat16, float16 or float32.")
-        return dtype
+        return model_dtype(self.config, self.folder / "config.json")
 
     @property
     def nbytes(self) -> int:
@@ -90,7 +87,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     block = block_size(folder / "config.json", config)
     for name, info in tensors.items():
         _check_scale(info, scales.get(name), block)
-    return Checkpoint(folder, config, tensors, scales, block)
+    return Checkpoint(folder, with_dtype(config, tensors.values(), folder / "config.json"), tensors, scales, block)
 
 
 def open_config(folder: Path) -> Checkpoint:
@@ -98,7 +95,8 @@ def open_config(folder: Path) -> Checkpoint:
     if any(folder.glob("*.safetensors")):
         return open_checkpoint(folder)
     config = read_config(folder)
-    return Checkpoint(folder, config, {}, {}, block_size(folder / "config.json", config))
+    place = folder / "config.json"
+    return Checkpoint(folder, with_dtype(config, (), place), {}, {}, block_size(place, config))
 
 
 def _tensors(folder: Path) -> Mapping[str, SourceTensor]:

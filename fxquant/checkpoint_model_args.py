@@ -1,11 +1,26 @@
 """The ModelArgs of DeepSeek's inference code: a config.json in its keys, to Hugging Face's keys and back."""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from fxquant.config_sizes import (
+    DenseLayers,
+    Experts,
+    Heads,
+    Layers,
+    Positions,
+    RopeTheta,
+    RouteScale,
+    SharedExperts,
+    Size,
+    YarnBeta,
+    YarnScale,
+)  # fmt: skip
 from fxquant.errors import FxquantError
+from fxquant.limits import SIZE
+from fxquant.validation import validation_fact
 
 if TYPE_CHECKING:
     from fxquant.config import DeepseekV3Config
@@ -14,37 +29,37 @@ if TYPE_CHECKING:
 class ModelArgs(BaseModel):
     """The published dataclass and its defaults; as there, an unknown key is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
     max_batch_size: int = 8
-    max_seq_len: int = 16384
+    max_seq_len: Positions = 16384
     dtype: Literal["bf16", "fp8"] = "bf16"
     scale_fmt: str | None = None
-    vocab_size: int = 102400
-    dim: int = 2048
-    inter_dim: int = 10944
-    moe_inter_dim: int = 1408
-    n_layers: int = 27
-    n_dense_layers: int = 1
-    n_heads: int = 16
-    n_routed_experts: int = 64
-    n_shared_experts: int = 2
-    n_activated_experts: int = 6
-    n_expert_groups: int = 1
-    n_limited_groups: int = 1
+    vocab_size: Size = 102400
+    dim: Size = 2048
+    inter_dim: Size = 10944
+    moe_inter_dim: Size = 1408
+    n_layers: Layers = 27
+    n_dense_layers: DenseLayers = 1
+    n_heads: Heads = 16
+    n_routed_experts: Experts = 64
+    n_shared_experts: SharedExperts = 2
+    n_activated_experts: Experts = 6
+    n_expert_groups: Experts = 1
+    n_limited_groups: Experts = 1
     # the published default is DeepSeek-V2's, which is refused
     score_func: Literal["sigmoid"] = Field(default="softmax", validate_default=True)
-    route_scale: float = 1.0
-    q_lora_rank: int = 0
-    kv_lora_rank: int = 512
-    qk_nope_head_dim: int = 128
-    qk_rope_head_dim: int = 64
-    v_head_dim: int = 128
-    original_seq_len: int = 4096
-    rope_theta: float = 10000.0
-    rope_factor: float = Field(default=40.0, ge=1)
-    beta_fast: float = 32
-    beta_slow: float = 1
-    mscale: float = 1.0
+    route_scale: RouteScale = 1.0
+    q_lora_rank: int = Field(default=0, ge=0, le=SIZE)
+    kv_lora_rank: Size = 512
+    qk_nope_head_dim: Size = 128
+    qk_rope_head_dim: Size = Field(default=64, multiple_of=2)
+    v_head_dim: Size = 128
+    original_seq_len: Positions = 4096
+    rope_theta: RopeTheta = 10000.0
+    rope_factor: Annotated[float, Field(ge=1, le=1e6)] = 40.0
+    beta_fast: YarnBeta = 32
+    beta_slow: YarnBeta = 1
+    mscale: YarnScale = 1.0
 
 
 KEYS = {
@@ -112,7 +127,7 @@ def model_args_to_hf(args: dict[str, Any], place: object = "config.json") -> dic
         given = ModelArgs.model_validate(args)
     except ValidationError as error:
         way_out = "It has the keys of DeepSeek's inference ModelArgs; fxquant compiles those of DeepSeek-V3 and R1."
-        raise FxquantError(place, validation_fact(error), way_out) from None
+        raise FxquantError(place, validation_fact(error, ModelArgs, args), way_out) from None
     config = IMPLIED | {official: getattr(given, key) for key, official in KEYS.items()}
     config |= {"num_key_value_heads": given.n_heads, "q_lora_rank": given.q_lora_rank or None, "rope_scaling": None}
     if given.max_seq_len > given.original_seq_len:
@@ -150,9 +165,3 @@ def _unsayable(config: "DeepseekV3Config") -> Iterator[str]:
         yield f"YaRN of factor {yarn.factor}: it extends"
     if yarn and positions <= yarn.original_max_position_embeddings:
         yield f"YaRN for {positions} positions, as many as without: it extends beyond them"
-
-
-def validation_fact(error: ValidationError) -> str:
-    """The key of the first fault, and what is wrong with it."""
-    first = error.errors()[0]
-    return f"{'.'.join(str(part) for part in first['loc']) or 'config'}: {first['msg']}."

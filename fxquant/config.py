@@ -1,14 +1,34 @@
 """config.json of a DeepSeek-V3 family checkpoint, validated."""
 
-import json
 import math
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from fxquant.checkpoint_model_args import hf_to_model_args, is_model_args, model_args_to_hf, validation_fact
+from fxquant.checkpoint_model_args import hf_to_model_args, is_model_args, model_args_to_hf
+from fxquant.config_sizes import (
+    DenseLayers,
+    Experts,
+    Heads,
+    Layers,
+    MtpLayers,
+    NormEps,
+    Positions,
+    RopeTheta,
+    RouteScale,
+    SharedExperts,
+    Size,
+    TokenId,
+    YarnBeta,
+    YarnFactor,
+    YarnScale,
+    check_size,
+)  # fmt: skip
 from fxquant.errors import FxquantError
+from fxquant.json_file import read_json
+from fxquant.limits import CONFIG_BYTES
+from fxquant.validation import cut, validation_fact
 
 __all__ = [
     "DeepseekV3Config", "RopeScaling", "hf_to_model_args", "model_args_to_hf", "parse_config", "read_config",
@@ -36,14 +56,14 @@ NEIGHBOURS = {
 class RopeScaling(BaseModel):
     """YaRN parameters, DeepSeek's names and defaults (arXiv:2309.00071)."""
 
-    model_config = ConfigDict(extra="ignore", frozen=True)
+    model_config = ConfigDict(extra="ignore", frozen=True, strict=True, allow_inf_nan=False)
     type: Literal["yarn"]
-    factor: float = Field(gt=0)
-    original_max_position_embeddings: int = Field(default=4096, gt=0)
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    mscale: float = 1.0
-    mscale_all_dim: float = 0.0
+    factor: YarnFactor
+    original_max_position_embeddings: Positions = 4096
+    beta_fast: YarnBeta = 32.0
+    beta_slow: YarnBeta = 1.0
+    mscale: YarnScale = 1.0
+    mscale_all_dim: YarnScale = 0.0
 
     @model_validator(mode="before")
     @classmethod
@@ -52,52 +72,57 @@ class RopeScaling(BaseModel):
 
 
 class DeepseekV3Config(BaseModel):
-    """The keys that shape the model; absent ones take DeepSeek-V3's published values, unknown ones are ignored."""
+    """The keys that shape the model; absent ones take DeepSeek-V3's published values, unknown ones are ignored.
 
-    model_config = ConfigDict(extra="ignore", frozen=True)
+    Numbers are numbers, not text or truth values, and no larger than `fxquant.limits` says.
+    """
+
+    model_config = ConfigDict(extra="ignore", frozen=True, strict=True, allow_inf_nan=False)
     model_type: Literal["deepseek_v3"] = "deepseek_v3"
-    vocab_size: int = Field(default=129280, gt=0)
-    hidden_size: int = Field(default=7168, gt=0)
-    intermediate_size: int = Field(default=18432, gt=0)
-    moe_intermediate_size: int = Field(default=2048, gt=0)
-    num_hidden_layers: int = Field(default=61, gt=0)
-    num_attention_heads: int = Field(default=128, gt=0)
-    n_shared_experts: int = Field(default=1, ge=0)
-    n_routed_experts: int = Field(default=256, gt=0)
-    num_experts_per_tok: int = Field(default=8, gt=0)
-    n_group: int = Field(default=8, gt=0)
-    topk_group: int = Field(default=4, gt=0)
+    vocab_size: Size = 129280
+    hidden_size: Size = 7168
+    intermediate_size: Size = 18432
+    moe_intermediate_size: Size = 2048
+    num_hidden_layers: Layers = 61
+    num_attention_heads: Heads = 128
+    n_shared_experts: SharedExperts = 1
+    n_routed_experts: Experts = 256
+    num_experts_per_tok: Experts = 8
+    n_group: Experts = 8
+    topk_group: Experts = 4
     norm_topk_prob: bool = True
-    routed_scaling_factor: float = 2.5
+    routed_scaling_factor: RouteScale = 2.5
     scoring_func: Literal["sigmoid"] = "sigmoid"
     topk_method: Literal["noaux_tc"] = "noaux_tc"
-    first_k_dense_replace: int = Field(default=3, ge=0)
+    first_k_dense_replace: DenseLayers = 3
     moe_layer_freq: Literal[1] = 1
-    q_lora_rank: int | None = 1536
-    kv_lora_rank: int = Field(default=512, gt=0)
-    qk_nope_head_dim: int = Field(default=128, gt=0)
-    qk_rope_head_dim: int = Field(default=64, gt=0, multiple_of=2)
-    v_head_dim: int = Field(default=128, gt=0)
+    q_lora_rank: Size | None = 1536
+    kv_lora_rank: Size = 512
+    qk_nope_head_dim: Size = 128
+    qk_rope_head_dim: Size = Field(default=64, multiple_of=2)
+    v_head_dim: Size = 128
     hidden_act: Literal["silu"] = "silu"
     attention_bias: bool = False
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 10000.0
+    rms_norm_eps: NormEps = 1e-6
+    rope_theta: RopeTheta = 10000.0
     rope_scaling: RopeScaling | None = None
     rope_interleave: Literal[True] = True
     tie_word_embeddings: Literal[False] = False
-    max_position_embeddings: int = Field(default=163840, gt=0)
-    num_nextn_predict_layers: int = Field(default=1, ge=0)
-    bos_token_id: int | None = 0
-    eos_token_id: int | list[int] | None = 1
+    max_position_embeddings: Positions = 163840
+    num_nextn_predict_layers: MtpLayers = 1
+    bos_token_id: TokenId | None = 0
+    eos_token_id: TokenId | list[TokenId] | None = 1
 
     @model_validator(mode="after")
     def _experts_fit_their_groups(self) -> "DeepseekV3Config":
-        if self.n_routed_experts % self.n_group or self.topk_group > self.n_group:
-            raise ValueError(
-                f"{self.n_routed_experts} experts do not form {self.n_group} groups, {self.topk_group} kept"
-            )
-        if self.num_experts_per_tok > self.topk_group * self.n_routed_experts // self.n_group:
-            raise ValueError(f"{self.num_experts_per_tok} experts a token do not fit into {self.topk_group} groups")
+        groups, kept, chosen = self.n_group, self.topk_group, self.num_experts_per_tok
+        said = f"n_routed_experts {self.n_routed_experts}, n_group {groups}, topk_group {kept}"
+        if self.n_routed_experts % groups or kept > groups:
+            raise ValueError(f"{said}: {self.n_routed_experts} experts do not form {groups} groups, {kept} kept")
+        if chosen > kept * (self.n_routed_experts // groups):
+            fact = f"{chosen} experts a token do not fit into {kept} groups"
+            raise ValueError(f"{said}, num_experts_per_tok {chosen}: {fact}")
+        check_size(self)
         return self
 
     @property
@@ -129,13 +154,8 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
-    """A parsed config.json in Hugging Face's keys."""
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise FxquantError(
-            path, f"not valid JSON: {error}.", "Copy the file again from where the model came."
-        ) from None
+    """A parsed config.json in Hugging Face's keys. NaN, infinities and keys that come twice are as in Python."""
+    config = read_json(path, CONFIG_BYTES, "Copy the file again from where the model came.", lenient=True)
     if not isinstance(config, dict):
         raise FxquantError(path, f"holds a {type(config).__name__}, not an object.", "Copy the file again.")
     return model_args_to_hf(config, path) if is_model_args(config) else config
@@ -148,11 +168,12 @@ def parse_config(config: dict[str, Any], place: object) -> DeepseekV3Config:
         reason, way_out = NEIGHBOURS[str(model_type)]
         raise FxquantError(place, f"model_type is {model_type!r}: {reason}.", way_out)
     if model_type != "deepseek_v3":
-        raise FxquantError(place, f"model_type is {model_type!r}.", THIS)
+        raise FxquantError(place, f"model_type is {cut(repr(model_type), 60)}.", THIS)
+    document = _modern_rope(config)
     try:
-        return DeepseekV3Config.model_validate(_modern_rope(config))
+        return DeepseekV3Config.model_validate(document)
     except ValidationError as error:
-        raise FxquantError(place, validation_fact(error), THIS) from None
+        raise FxquantError(place, validation_fact(error, DeepseekV3Config, document), THIS) from None
 
 
 def _modern_rope(config: dict[str, Any]) -> dict[str, Any]:

@@ -74,3 +74,20 @@ POLICY_VALUES = 20_000
 """Texts, lists and mappings in a policy file; those of an alias count wherever it is used."""
 POLICY_DEPTH = 16
 """Files that extend one another."""
+
+LAYERS = 512
+"""Decoder layers."""
+EXPERTS = 8192
+"""Routed experts of a layer."""
+ALL_EXPERTS = 3 << 16
+"""Routed experts of all layers together, 512 layers of 384: each is three tensors with names and places of their own."""
+MTP_LAYERS = 16
+"""Multi-token prediction layers."""
+HEADS = 1 << 14
+"""Attention heads."""
+SIZE = 1 << 22
+"""A width in features, or a vocabulary."""
+POSITIONS = 1 << 40
+"""Positions of a context."""
+PARAMETERS = 10**15
+"""Numbers in all tensors of a model: a thousand times the largest open ones."""

@@ -70,7 +70,7 @@ def planned(source: Source, policy: Policy, options: CompileOptions) -> PlanCont
         check_parameters(program, source.checkpoint)
     before = _calls(program)
     layers = mtp_modules(source.checkpoint, mtp_paths(source.config))
-    policy = policy if options.mtp is None else with_mtp(policy, options.mtp, layers)
+    policy = policy if options.mtp is None else with_mtp(policy, options.mtp, source, layers)
     results = [one.apply(program) for one in passes_for(source, policy, options, layers, RangesLater())]
     if not described:
         build_ledger(program, source.checkpoint)

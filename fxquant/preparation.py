@@ -20,6 +20,7 @@ from fxquant.lowering.manifest import MANIFEST
 from fxquant.lowering.weights.work import Workers
 from fxquant.lowering.workspace import made_of
 from fxquant.models.deepseek_v3 import mtp_paths
+from fxquant.mtp_layers import why_no_mtp
 from fxquant.passes import (
     AssignMtp,
     AssignSchemes,
@@ -134,7 +135,7 @@ def prepare(
     `folder`: where one that is killed leaves what it has seen.
     """
     layers = mtp_modules(source.checkpoint, mtp_paths(source.config))
-    policy = policy if options.mtp is None else with_mtp(policy, options.mtp, layers)
+    policy = policy if options.mtp is None else with_mtp(policy, options.mtp, source, layers)
     calibrate = _calibrate(source, policy, options, report, known, folder)
     with report("trace", 1, "graph") as advance:
         program = source.program()
@@ -151,11 +152,13 @@ def smoothed_source(checkpoint: Checkpoint, calibration: Calibration | None) -> 
     return checkpoint.smoothed(calibration.smoothing) if calibration and calibration.smoothing else checkpoint
 
 
-def with_mtp(policy: Policy, mode: MtpMode, layers: tuple[str, ...]) -> Policy:
-    """`policy` with what `--mtp` asks of the checkpoint's `layers`. Raises FxquantError where there are none."""
-    if mode is not MtpMode.NONE and not layers:
-        fact = "the checkpoint has no multi-token prediction layers."
-        raise FxquantError(f"--mtp {mode}", fact, "Leave the option out.")
+def with_mtp(policy: Policy, mode: MtpMode, source: Source, layers: tuple[str, ...]) -> Policy:
+    """`policy` with what `--mtp` asks of the checkpoint's `layers`. Raises FxquantError unless they are those that the
+    config announces, and some."""
+    announced = source.config.num_nextn_predict_layers
+    if mode is not MtpMode.NONE and (not layers or len(layers) != announced):
+        fact, way_out = why_no_mtp(source.checkpoint, source.config, layers)
+        raise FxquantError(f"--mtp {mode}", fact, way_out)
     return policy.with_mtp(mode)
 
 

@@ -89,7 +89,7 @@ def wrong_values(
     found: dict[Location, WrongValue] = {}
     choices: dict[Location, list[str]] = {}
     for fault in error.errors(include_url=False):
-        location = _in_document(fault["loc"], document, fault["type"] in ("missing", "extra_forbidden"))
+        location = _in_document(fault["loc"], document, model, fault["type"] in ("missing", "extra_forbidden"))
         if "expected" in fault.get("ctx", {}) and fault["type"] in ("enum", "literal_error"):
             choices.setdefault(location, []).extend(_expected(fault["ctx"]["expected"], quoted))
             found[location] = _choice(location, fault["input"], choices[location], quoted)
@@ -99,6 +99,13 @@ def wrong_values(
 
 
 MISSING = "required, and missing"
+
+
+def validation_fact(error: ValidationError, model: type[BaseModel], document: Any, most: int = 3) -> str:
+    """The first faults that `model` has with `document`, in one line."""
+    faults = wrong_values(error, model, document)
+    facts = [f"{fault.fact}.{' ' * bool(fault.hint)}{fault.hint}" for fault in faults[:most]]
+    return " ".join(facts) + (f" And {len(faults) - most} more." if len(faults) > most else "")
 
 
 def _wrong(location: Location, fault: dict[str, Any], model: type[BaseModel], quoted: bool) -> WrongValue:
@@ -140,14 +147,18 @@ def _key(location: Location) -> str:
     return f"{cut('.'.join(map(str, location)), 80)}: " if location else ""
 
 
-def _in_document(location: Sequence[str | int], document: Any, absent: bool) -> Location:
+def _in_document(location: Sequence[str | int], document: Any, model: type[BaseModel], absent: bool) -> Location:
     """`location` without pydantic's names of the members of unions; `absent`: its last part need not be there."""
     found: list[str | int] = []
     for part in location:
         kind = {int: list, str: dict}[type(part)]
         if isinstance(document, kind) and (part in document if kind is dict else int(part) < len(document)):
             document = document[part]
-            found.append(part)
+        elif part in _keys_at(model, tuple(found)):  # what pydantic read under another name, or a default
+            document = None
+        else:
+            continue
+        found.append(part)
     if absent and found != list(location) and location:
         found.append(location[-1])
     return tuple(found)

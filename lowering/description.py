@@ -66,9 +66,11 @@ def _lines(files: Sequence[FileLayout], values: int, depth: int) -> int:
 def engine_config(program: Program, engine: Engine) -> dict[str, Any]:
     """The source's config.json without its `quantization_config`, plus the keys that tell an engine what it loads.
 
-    Multi-token prediction layers that are not in the output are not announced.
+    Multi-token prediction layers that are not in the output are not announced, and those that are, are.
     """
     config = {key: value for key, value in program.config.items() if key != "quantization_config"}
     if config.get(MTP_LAYERS) and not program.mtp.stored:
         config[MTP_LAYERS] = 0
+    if config.get(MTP_LAYERS) is None and program.mtp.stored:
+        config[MTP_LAYERS] = len(program.mtp.layers)
     return config | engine.config(program)

@@ -10,6 +10,7 @@ from fxquant.checkpoint import Checkpoint, block_size, open_checkpoint, open_con
 from fxquant.config import DeepseekV3Config, parse_config, read_config_file
 from fxquant.errors import FxquantError
 from fxquant.frontend.child import trace_in_child
+from fxquant.model_dtype import with_dtype
 from fxquant.models import DeepseekV3
 from fxquant.program import Program
 from fxquant.program_file import parse_program
@@ -64,7 +65,7 @@ def open_source(
 
 def _config_file(path: Path) -> Checkpoint:
     config = read_config_file(path)
-    return Checkpoint(path.absolute().parent, config, {}, {}, block_size(path, config))
+    return Checkpoint(path.absolute().parent, with_dtype(config, (), path), {}, {}, block_size(path, config))
 
 
 def _from_config(path: Path, opened: Checkpoint, place: Path) -> Source:
