@@ -46,12 +46,15 @@ def read_text(path: Path, largest: int, remedy: str = AGAIN) -> str:
         raise FxquantError(path, f"not UTF-8: byte {error.start}.", remedy) from None
 
 
-def parse_json(data: bytes | str, place: object, remedy: str = AGAIN, lenient: bool = False) -> Any:
+def parse_json(
+    data: bytes | str, place: object, remedy: str = AGAIN, lenient: bool = False, finite: bool = True
+) -> Any:
     """`data` as JSON; `place` is what an error names.
 
     Nesting is at most `NESTING`, numbers have at most `NUMBER_DIGITS` characters, commas are at most `VALUES`, and
     every string can be written as UTF-8. Unless `lenient`, as for files of other tools that only Python reads, keys
-    are unique and numbers finite.
+    are unique and numbers finite; without `finite`, keys are unique and NaN and infinities are read, as where a part
+    comes from such a file.
     """
     encoded = data if isinstance(data, bytes) else data.encode("utf-8", "surrogatepass")
     if (count := encoded.count(b",")) > VALUES:
@@ -60,7 +63,7 @@ def parse_json(data: bytes | str, place: object, remedy: str = AGAIN, lenient: b
     if b"0" * (NUMBER_DIGITS + 1) in encoded.translate(OF_NUMBERS):  # else no number is long, and hooks cost time
         hooks |= {"parse_int": _integer, "parse_float": _float}
     if not lenient:
-        hooks |= {"parse_constant": _refuse_constant, "object_pairs_hook": _unique}
+        hooks |= {"object_pairs_hook": _unique} | ({"parse_constant": _refuse_constant} if finite else {})
     try:
         text = data if isinstance(data, str) else data.decode("utf-8")
         with uncollected():

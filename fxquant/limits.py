@@ -80,7 +80,7 @@ LAYERS = 512
 EXPERTS = 8192
 """Routed experts of a layer."""
 ALL_EXPERTS = 3 << 16
-"""Routed experts of all layers together, 512 layers of 384: each is three tensors with names and places of their own."""
+"""Routed experts of all layers together, 512 layers of 384: each is three tensors that are named and placed."""
 MTP_LAYERS = 16
 """Multi-token prediction layers."""
 HEADS = 1 << 14

@@ -58,7 +58,7 @@ def parse_program(text: bytes | str, path: object) -> Program:
     """
     with uncollected():
         try:
-            document = parse_json(text, path)
+            document = parse_json(text, path, finite=False)  # the config may have NaN in a key that nobody reads
         except FxquantError as error:
             raise FxquantError(path, f"not a program of fxquant: {error.fact}", AGAIN) from None
         fields = read_fields(document, path)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from slowness import others_slow
+from tiny import write_checkpoint
 
 from fxquant.api import compile, verify
 from fxquant.binding import Bucket
@@ -116,3 +117,52 @@ def test_asking_for_layers_that_are_not_there_is_an_error(mode: MtpMode, tiny_fo
     options = CompileOptions(policy="deepseek_w4a8_dynamic", out=tmp_path / "out", mtp=mode)
     with pytest.raises(FxquantError, match="has no multi-token prediction layers"):
         compile(tiny_folder(), options)
+
+
+def said(folder: Path, layers: int | None) -> Path:
+    """`folder`, whose config.json now announces so many prediction layers, or says nothing of them."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) | {"num_nextn_predict_layers": layers}
+    path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+    return folder
+
+
+@pytest.mark.parametrize("mode", [MtpMode.FLOAT, MtpMode.QUANT])
+@pytest.mark.parametrize(
+    ("held", "layers", "fact", "way_out"),
+    [
+        (1, 0, "says num_nextn_predict_layers: 0, but the checkpoint holds tensors of model.layers.2", "to 1."),
+        (
+            0,
+            1,
+            "says num_nextn_predict_layers: 1, but the checkpoint has no tensor of model.layers.2",
+            "to 0, or leave",
+        ),
+        (0, None, "says num_nextn_predict_layers: 1, but the checkpoint has no tensor of model.layers.2", "leave"),
+        (1, 2, "says num_nextn_predict_layers: 2, but the checkpoint has no tensor of model.layers.3", "to 1, or"),
+    ],
+)
+def test_layers_that_config_json_and_the_checkpoint_disagree_on(
+    held: int, layers: int | None, fact: str, way_out: str, mode: MtpMode, tmp_path: Path
+) -> None:
+    folder = said(write_checkpoint(tmp_path / "model", num_nextn_predict_layers=held), layers)
+    options = CompileOptions(policy="deepseek_w4a8_dynamic", out=tmp_path / "out", mtp=mode)
+    with pytest.raises(FxquantError, match=f"--mtp {mode}") as caught:
+        compile(folder, options)
+    assert fact in caught.value.fact and way_out in caught.value.remedy, caught.value
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_unannounced_layers_are_named_without_the_option(tmp_path: Path) -> None:
+    folder = said(write_checkpoint(tmp_path / "model", num_nextn_predict_layers=1), 0)
+    options = CompileOptions(policy="deepseek_w4a8_dynamic", out=tmp_path / "out")
+    with pytest.raises(FxquantError, match=r"tensor model\.layers\.2\.\S+ belongs to no parameter") as caught:
+        compile(folder, options)
+    assert "num_nextn_predict_layers: 0. If it is of a prediction layer, raise the latter" in caught.value.remedy
+
+
+def test_layers_that_config_json_does_not_speak_of_are_announced(tmp_path: Path) -> None:
+    folder = said(write_checkpoint(tmp_path / "model", num_nextn_predict_layers=1), None)
+    out = compiled(folder, tmp_path / "out", Target.VLLM_ASCEND, MtpMode.FLOAT)
+    assert json.loads((out / "config.json").read_text())["num_nextn_predict_layers"] == 1
+    assert verify(out, folder).verdict == "verified"
