@@ -3,6 +3,8 @@
 import errno
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,9 +12,17 @@ import pytest
 from faults.campaign import plan
 from faults.operations import Fault, Injector
 from faults.rounds import Ended, Result, check_again, check_end, look
-from faults.scenarios import Scenario, output_files
+from faults.scenarios import Scenario, output_files, scenarios
 
 ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.slow
+def test_the_command_finds_nothing(tmp_path: Path) -> None:
+    command = [sys.executable, "benchmarks/faults.py", "--rounds", "30", "--jobs", "2"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert all(f"| {scenario.name} | " in done.stdout for scenario in scenarios())
 
 
 def work(folder: Path) -> None:

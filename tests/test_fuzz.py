@@ -1,6 +1,8 @@
 """Damaged and hostile files end in success or in an FxquantError; the campaign over them sees whatever else happens."""
 
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -9,16 +11,59 @@ from random import Random
 import pytest
 from fuzzing.campaign import Campaign, Row
 from fuzzing.mutators import JsonMutator
-from fuzzing.targets import TARGETS, Target, make_case
+from fuzzing.seeds import write_seeds
+from fuzzing.targets import TARGETS, WORKER, Target, make_case
 from fuzzing.worker import FORBIDDEN, MEMORY, REFUSED, TRACEBACK, load_finding
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from fxquant.errors import FxquantError
 
 ROOT = Path(__file__).parents[1]
 VERBS = ("verify OUT", "show OUT --fused", "eval OUT", "run OUT", "convert OUT")
 """They take a second a case: see the campaign."""
-FEWER = {"graph": 60, "float graph": 60, "tokenizer config, template": 20, "text .json": 60, "text .jsonl": 60}
+WORKERS = [target.name for target in TARGETS if target.allowed == WORKER]
+FEWER = {"graph": 60, "float graph": 60} | dict.fromkeys(WORKERS, 10)
 QUICK = [target for target in TARGETS if target.name not in VERBS]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("fuzz")
+    write_seeds(folder / "seeds")
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", QUICK, ids=lambda target: target.name)
+def test_it_is_refused_or_read(base: Path, target: Target) -> None:
+    mutators, folder = target.mutators(base), base / "seeds" / target.seed
+    originals = {name: (folder / name).read_bytes() for name in mutators}
+
+    @settings(max_examples=FEWER.get(target.name, 200), suppress_health_check=list(HealthCheck))
+    @given(random=st.randoms(note_method_calls=False, use_true_random=False))
+    def check(random: Random) -> None:
+        name, data = make_case(mutators, random)
+        (folder / name).write_bytes(data)
+        try:
+            target.read(folder)
+        except FxquantError as error:
+            str(error).encode()
+        finally:
+            (folder / name).write_bytes(originals[name])
+
+    target.read(folder)
+    check()
+
+
+@pytest.mark.slow
+def test_the_command_finds_nothing(tmp_path: Path) -> None:
+    command = [sys.executable, "benchmarks/fuzz.py", "--cases", "4000", "--jobs", "1", "--findings", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = [line.split(" | ") for line in done.stdout.splitlines()[2:]]
+    assert [row[0].strip("| ") for row in rows] == [*(target.name for target in TARGETS), "**all**"]
+    assert all(int(row[1].replace(",", "")) > 0 for row in rows)
 
 
 def campaign(tmp_path: Path, read: Callable[[Path], object], cases: int = 3) -> Row:

@@ -143,7 +143,7 @@ def _read_json(folder: Path, name: str) -> dict[str, Any]:
     except FileNotFoundError:
         beside = ", ".join(sorted(file.name for file in folder.glob("*.json"))) or "no JSON at all"
         raise FxquantError(folder / name, f"missing; there is {beside}.", "The engine looks for this name.") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise FxquantError(folder / name, f"not readable: {error}.", "Write it anew.") from error
     if not isinstance(document, dict):
         raise FxquantError(folder / name, "not a JSON object.", "Write it anew.")

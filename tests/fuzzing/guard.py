@@ -15,6 +15,8 @@ from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
 
+import torch
+
 SECONDS = 10
 """Longest that a case may take."""
 LARGEST = 2 << 30
@@ -25,7 +27,8 @@ PROCESSES = ("os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "o
              "subprocess.Popen")  # fmt: skip
 OTHERS = ("ctypes.dlopen", "pickle.find_class", "webbrowser.open")
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-TRUSTED = (sys.prefix, sys.base_prefix, str(Path(__file__).resolve().parents[2]), "<frozen ")
+PACKAGES = Path(torch.__file__).parents[1]
+TRUSTED = (sys.prefix, sys.base_prefix, str(PACKAGES), str(Path(__file__).resolve().parents[2]), "<frozen ")
 
 
 class Hang(BaseException):
@@ -46,7 +49,8 @@ class Guard:
 
     def _hook(self, event: str, args: tuple[Any, ...]) -> None:
         if self.watching and event not in self.allowed and (fact := self._fact(event, args)):
-            self.violations.append(fact)
+            frame = sys._getframe(2)
+            self.violations.append(f"{fact}, in {Path(frame.f_code.co_filename).name}:{frame.f_lineno}")
 
     def _fact(self, event: str, args: tuple[Any, ...]) -> str:
         if event == "open":
