@@ -60,10 +60,14 @@ def command(
     anew = Rebuild(sample) if rebuild else None
     engine = None if target is None else parse_target(target)
     report = verify(out, against, full, reporter(quiet or as_json), tp, engine, anew)
-    print_json(report.as_json()) if as_json else console.print(verification_table(report))
+    if as_json:
+        print_json(report.as_json())
+    else:
+        console.print(verification_table(report))
+        _print_misses(report)
+        for file, what in report.unread.items():
+            print_line(("not looked at: ", "dim"), f"{file}: {what}")
     if not report.ok:
-        if not as_json:
-            _print_misses(report)
         raise typer.Exit(1)
 
 

@@ -14,10 +14,10 @@ ALL = "all of it"
 
 def unread_with(folder: Path) -> dict[str, str]:
     """File → what is not looked at, where every file but these has a digest in the manifest."""
-    found = {MANIFEST: "what nothing else says: nobody has its digest"}
-    return found | (
-        {STAMPS: "all of it: the next compile asks it whether the source changed"} if _there(folder, STAMPS) else {}
-    )
+    found = {MANIFEST: "what nothing else says, such as the policy's name"}
+    if (folder / STAMPS).exists() or (folder / STAMPS).is_symlink():
+        found[STAMPS] = ALL
+    return found
 
 
 def unread_without(folder: Path, engine: Engine, known: set[str], turned: bool) -> dict[str, str]:
@@ -33,10 +33,6 @@ def unread_without(folder: Path, engine: Engine, known: set[str], turned: bool) 
     read = known | set(found) | {"config.json", engine.description, engine.index, ASCEND_GRAPH}
     others = (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if not _is_folder(path))
     return found | {name: ALL for name in others if name not in read}
-
-
-def _there(folder: Path, name: str) -> bool:
-    return (folder / name).exists() or (folder / name).is_symlink()
 
 
 def _is_folder(path: Path) -> bool:
