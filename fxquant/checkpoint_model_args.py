@@ -19,7 +19,7 @@ from fxquant.config_sizes import (
     YarnScale,
 )  # fmt: skip
 from fxquant.errors import FxquantError
-from fxquant.limits import SIZE
+from fxquant.limits import WIDTH
 from fxquant.validation import validation_fact
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class ModelArgs(BaseModel):
     # the published default is DeepSeek-V2's, which is refused
     score_func: Literal["sigmoid"] = Field(default="softmax", validate_default=True)
     route_scale: RouteScale = 1.0
-    q_lora_rank: int = Field(default=0, ge=0, le=SIZE)
+    q_lora_rank: int = Field(default=0, ge=0, le=WIDTH)
     kv_lora_rank: Size = 512
     qk_nope_head_dim: Size = 128
     qk_rope_head_dim: Size = Field(default=64, multiple_of=2)

@@ -9,7 +9,7 @@ from fxquant import limits
 if TYPE_CHECKING:
     from fxquant.config import DeepseekV3Config
 
-Size = Annotated[int, Field(gt=0, le=limits.SIZE)]
+Size = Annotated[int, Field(gt=0, le=limits.WIDTH)]
 Layers = Annotated[int, Field(gt=0, le=limits.LAYERS)]
 DenseLayers = Annotated[int, Field(ge=0, le=limits.LAYERS)]
 MtpLayers = Annotated[int, Field(ge=0, le=limits.MTP_LAYERS)]

@@ -1,5 +1,7 @@
 """What reaches a user when something is wrong: where, what, and the way out."""
 
+from fxquant.limits import MESSAGE_CHARACTERS
+
 
 class FxquantError(Exception):
     """A fault in what the user handed in.
@@ -10,12 +12,19 @@ class FxquantError(Exception):
     """
 
     def __init__(self, place: object, fact: str, remedy: str = "") -> None:
-        self.place, self.fact, self.remedy = str(place), fact, remedy
-        super().__init__(f"{place}: {fact}" + (f" {remedy}" if remedy else ""))
+        self.place, self.fact, self.remedy = _bounded(str(place)), _bounded(fact), _bounded(remedy)
+        super().__init__(f"{self.place}: {self.fact}" + (f" {self.remedy}" if remedy else ""))
 
     def __reduce__(self) -> tuple:
         """Errors come back from other processes."""
         return type(self), (self.place, self.fact, self.remedy)
+
+
+def _bounded(text: str) -> str:
+    """Names out of files are part of messages: as text that any stream takes, of a bounded length."""
+    if len(text) > MESSAGE_CHARACTERS:
+        text = f"{text[:MESSAGE_CHARACTERS]} …"
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 class StoppedError(FxquantError):

@@ -85,9 +85,12 @@ MTP_LAYERS = 16
 """Multi-token prediction layers."""
 HEADS = 1 << 14
 """Attention heads."""
-SIZE = 1 << 22
+WIDTH = 1 << 22
 """A width in features, or a vocabulary."""
 POSITIONS = 1 << 40
 """Positions of a context."""
 PARAMETERS = 10**15
 """Numbers in all tensors of a model: a thousand times the largest open ones."""
+
+MESSAGE_CHARACTERS = 5_000
+"""Of each part of an error: its place, its fact, its remedy."""

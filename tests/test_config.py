@@ -257,3 +257,14 @@ def test_not_an_object(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(FxquantError, match="holds a list, not an object"):
         read_config(tmp_path)
+
+
+def test_no_limit_takes_the_name_of_another() -> None:
+    import ast
+    from collections import Counter
+
+    import fxquant.limits
+
+    tree = ast.parse(Path(fxquant.limits.__file__).read_text())
+    names = Counter(target.id for line in tree.body if isinstance(line, ast.Assign) for target in line.targets)
+    assert max(names.values()) == 1

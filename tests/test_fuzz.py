@@ -125,3 +125,9 @@ def test_a_case_is_the_same_again() -> None:
     cases = [one(Random(f"{number}")) for number in range(300)]
     assert cases == [other(Random(f"{number}")) for number in range(300)]
     assert len(set(cases)) > 200
+
+
+def test_messages_can_be_written_and_end() -> None:
+    error = FxquantError("a\udcff", "b" * 10**6, "c")
+    assert str(error).encode() and len(str(error)) < 6000
+    assert (error.place, error.remedy) == ("a\\udcff", "c") and error.fact.endswith("b …")
