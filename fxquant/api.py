@@ -10,13 +10,14 @@ from fxquant.checkpoint import open_checkpoint
 from fxquant.contracts import Contract, load_contract
 from fxquant.device import open_device
 from fxquant.errors import FxquantError
-from fxquant.frontend.source import TRACE_TIMEOUT, open_source
+from fxquant.frontend.source import TRACE_TIMEOUT, Source, open_source
 from fxquant.lowering.convert import converted_contents
+from fxquant.lowering.destination import Destination, Input, open_destination
 from fxquant.lowering.manifest import GRAPH, MANIFEST, SourceFile, find_manifest
-from fxquant.lowering.output import Contents, Output, Work, check_out, write_output
+from fxquant.lowering.output import Contents, Output, Work, write_output
 from fxquant.lowering.verify import Rebuild, VerifyReport, verify_output
 from fxquant.lowering.weights import CheckpointProducer, Workers
-from fxquant.lowering.workspace import unfinished_folder
+from fxquant.lowering.workspace import known_folders
 from fxquant.passes import CheckContract, PassResult
 from fxquant.planning import Plan, plan
 from fxquant.policy import Policy, Rule, load_policy
@@ -28,12 +29,14 @@ from fxquant.preparation import (
     open_model,
     prepare,
     refuse_kv_cache,
+    source_inputs,
 )
 from fxquant.program import Program
 from fxquant.program_file import load_program
 from fxquant.progress import Reporter, silent
 from fxquant.scoring import compare, engine_perplexities, evaluate, open_output, run, sensitivity
 from fxquant.source_reader import checkpoint_files, stamp_files
+from fxquant.system_errors import stopping
 from fxquant.targets import Target
 
 
@@ -59,6 +62,11 @@ class CompileReport:
     calibration: Calibration | None = None
 
     @property
+    def notes(self) -> list[str]:
+        """What happened on the way and was not asked for: folders made, damaged units made anew."""
+        return self.output.notes
+
+    @property
     def contract(self) -> Contract:
         """What the target loads, and how to serve it."""
         return load_contract(self.target)
@@ -78,21 +86,37 @@ def compile(model: str | Path, options: CompileOptions | None = None, report: Re
     """
     options = options or CompileOptions()
     options = replace(options, target=Target(options.target))
+    with stopping():
+        return _compile(model, options, report)
+
+
+def _compile(model: str | Path, options: CompileOptions, report: Reporter) -> CompileReport:
     refuse_kv_cache(options.kv_cache)
     open_device(options.device)
+    if options.out is not None:
+        open_destination(Path(options.out), options.force, options.inputs(Path(model))).forget()
     source = open_model(model, options, report)
     policy = load_policy(options.policy or source.policy or DEFAULT_POLICY)
     out = as_path(options.out) or Path(f"{source.name}-{policy.name}-{options.target}")
-    check_out(out, options.force, source.checkpoint.folder)
-    options.workers.check()
-    work = Work(options.workers, options.earlier_output(out), options.restart)
-    known = [unfinished_folder(out)] if not options.restart else []
-    known += [work.reuse] if work.reuse else []
-    with calibration_folder(out, options.restart, source.checkpoint) as folder:
+    inputs = [*options.inputs(Path(model)), *source_inputs(source)]
+    destination = open_destination(out, options.force, inputs)
+    with destination.telling():
+        options.workers.check()
+        return _compiled(source, policy, options, destination, report)
+
+
+def _compiled(
+    source: Source, policy: Policy, options: CompileOptions, destination: Destination, report: Reporter
+) -> CompileReport:
+    reuse = options.earlier_output(destination.out)
+    known = known_folders(destination) if not options.restart else []
+    known += [reuse] if reuse else []
+    with calibration_folder(destination.out, options.restart, source.checkpoint) as folder:
         prepared = prepare(source, policy, options, report, known=known, folder=folder)
-        output, verification = _written(prepared, options, out, work, report)
+        work = Work(options.workers, reuse, options.restart, options.reuse is None, folder.remove)
+        output, verification = _written(prepared, options, destination, work, report)
     return CompileReport(
-        out,
+        destination.named,
         source.way_in,
         prepared.structural_hash,
         policy,
@@ -107,15 +131,25 @@ def compile(model: str | Path, options: CompileOptions | None = None, report: Re
 
 
 def _written(
-    prepared: Prepared, options: CompileOptions, out: Path, work: Work, report: Reporter
+    prepared: Prepared, options: CompileOptions, destination: Destination, work: Work, report: Reporter
 ) -> tuple[Output, VerifyReport | None]:
-    with write_output(_contents(prepared, options), out, work, report) as output:
+    with write_output(_contents(prepared, options), destination, work, report) as output:
         if not options.verify:
             return output, None
         verification = verify_output(output.folder, prepared.source.checkpoint, full=False, report=report)
-        if not verification.ok:
-            raise FxquantError(out, "verification failed, nothing was kept: " + first_miss(verification), "Report it.")
+        refuse_unverified(output, destination, verification)
         return output, verification
+
+
+def refuse_unverified(output: Output, destination: Destination, verification: VerifyReport) -> None:
+    """Raise FxquantError where verification found something."""
+    if verification.ok:
+        return
+    if output.folder == destination.named:
+        fact = "is complete, and not as it was written: " + first_miss(verification)
+        raise FxquantError(destination.named, fact, "Pass --force to make it anew.")
+    fact = "verification failed, nothing was kept: " + first_miss(verification)
+    raise FxquantError(destination.named, fact, "Report it.")
 
 
 def _contents(prepared: Prepared, options: CompileOptions) -> Contents:
@@ -150,6 +184,11 @@ class ConvertReport:
     output: Output
     verification: VerifyReport | None = None
 
+    @property
+    def notes(self) -> list[str]:
+        """What happened on the way and was not asked for."""
+        return self.output.notes
+
 
 def convert(
     out: str | Path,
@@ -169,14 +208,16 @@ def convert(
     """
     folder, target = Path(out), Target(target)
     new = Path(into) if into else Path(f"{folder.resolve().name}-{target}")
-    check_out(new, force, folder)
-    contents = replace(converted_contents(folder, target, new), tp=tp, export=export)
-    CheckContract(contents.policy, load_contract(target), tp)(contents.program)
-    source = open_checkpoint(contents.origin) if contents.origin.is_dir() else None
-    with write_output(contents, new, Work(workers or Workers(), None, restart), report) as output:
-        verification = verify_output(output.folder, source, full=False, report=report) if verify else None
-        if verification is not None and not verification.ok:
-            raise FxquantError(new, "verification failed, nothing was kept: " + first_miss(verification), "Report it.")
+    with stopping():
+        destination = open_destination(new, force, [Input("the folder to convert", folder)])
+        with destination.telling():
+            contents = replace(converted_contents(folder, target, new), tp=tp, export=export)
+            CheckContract(contents.policy, load_contract(target), tp)(contents.program)
+            source = open_checkpoint(contents.origin) if contents.origin.is_dir() else None
+            with write_output(contents, destination, Work(workers or Workers(), None, restart), report) as output:
+                verification = verify_output(output.folder, source, full=False, report=report) if verify else None
+                if verification is not None:
+                    refuse_unverified(output, destination, verification)
     return ConvertReport(new, target, contents.policy, output, verification)
 
 

@@ -1,9 +1,10 @@
 """`<out>.calibrating`: where a calibration keeps what it needs to go on, after each block of the graph.
 
+<out>.calibrating/fxquant_work.json   says that the folder is ours
 <out>.calibrating/state.safetensors   the last one alone
+<out>.calibrating/codes/              what GPTQ found, one file a module
 """
 
-import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -16,8 +17,9 @@ from fxquant.calibration_state import DISCARD, Key, State, load_key, load_state,
 from fxquant.checkpoint import Checkpoint
 from fxquant.errors import FxquantError, StoppedError
 from fxquant.hashing import hash_text
-from fxquant.locking import locked
 from fxquant.source_reader import checkpoint_files, stamp_files
+from fxquant.system_errors import stopping
+from fxquant.work_folder import Kind, WorkFolder
 
 STATE = "state.safetensors"
 
@@ -32,7 +34,7 @@ class CalibrationFolder:
     running  the calibration has begun and not ended
     """
 
-    folder: Path
+    work: WorkFolder
     restart: bool
     origin: Key
     locks: ExitStack
@@ -40,20 +42,27 @@ class CalibrationFolder:
     running: bool = False
     _key: Key = field(default_factory=dict)
 
+    @property
+    def folder(self) -> Path:
+        return self.work.path
+
     def begin(self, key: Key) -> tuple[State | None, str]:
         """The state of a killed calibration with this key, if there is one; else what another's differs in.
 
         Raises FxquantError for a file that holds no state, and leaves it there.
         """
-        self._make()
+        self.locks.enter_context(self.work.held())
+        if self.restart:
+            self.work.clear()
         path, found, other = self.folder / STATE, None, ""
         self._key = self.origin | key
-        if path.is_file() and not self.restart:
+        if path.is_file():
             kept = load_key(path)
             other = next((name for name, value in self._key.items() if kept.get(name) != value), "")
             found = None if other else load_state(path)
         if found is None:
-            path.unlink(missing_ok=True)
+            with stopping(path, "cannot be removed"):
+                path.unlink(missing_ok=True)
         self.owned = self.running = True
         return found, other
 
@@ -71,23 +80,20 @@ class CalibrationFolder:
 
     def remove(self) -> None:
         """Forget it, whoever left it there, unless another process is at work in it."""
+        if not self.folder.is_dir():
+            return
         if self.owned:
-            shutil.rmtree(self.folder)
-        elif self.folder.is_dir():
-            with suppress(FxquantError), locked(self.folder):
-                shutil.rmtree(self.folder)
-
-    def _make(self) -> None:
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise StoppedError(self.folder, f"cannot be made: {error.strerror}.", "Choose another -o.") from None
-        self.locks.enter_context(locked(self.folder))
+            self.owned = self.running = False
+            self.work.remove()
+            return
+        with suppress(FxquantError), self.work.held():
+            self.work.remove()
 
     def leave(self) -> None:
         """A folder with no state in it is of no use to anybody."""
         if self.owned and not (self.folder / STATE).is_file():
-            shutil.rmtree(self.folder, ignore_errors=True)
+            with suppress(FxquantError):
+                self.work.remove()
 
 
 @contextmanager
@@ -98,12 +104,13 @@ def calibration_folder(out: Path, restart: bool, checkpoint: Checkpoint) -> Iter
     after a fault of the input: the same command would find it again.
     """
     with ExitStack() as locks:
-        folder = CalibrationFolder(out.with_name(out.name + ".calibrating"), restart, _origin(checkpoint), locks)
+        folder = CalibrationFolder(WorkFolder(out, Kind.CALIBRATING), restart, _origin(checkpoint), locks)
         try:
             yield folder
         except BaseException as error:
             if isinstance(error, FxquantError) and not isinstance(error, StoppedError) and folder.owned:
-                folder.remove()
+                with suppress(FxquantError):
+                    folder.remove()
             folder.leave()
             if isinstance(error, StoppedError) and folder.running and folder.folder.is_dir():
                 kept = f"What is finished is kept in {folder.folder}: the same command goes on with it."

@@ -9,7 +9,10 @@ class FxquantError(Exception):
     place  the file, tensor, layer or option at fault
     fact   what is wrong with it, with the numbers
     remedy what to do about it; a command stands on a line of its own
+    state  what is true of the output now, in one sentence, where one was being written; interrupts have it too
     """
+
+    state = ""
 
     def __init__(self, place: object, fact: str, remedy: str = "") -> None:
         self.place, self.fact, self.remedy = _bounded(str(place)), _bounded(fact), _bounded(remedy)

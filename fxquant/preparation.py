@@ -14,6 +14,7 @@ from fxquant.contracts import load_contract
 from fxquant.device import open_device
 from fxquant.errors import FxquantError
 from fxquant.frontend.source import TRACE_TIMEOUT, Source, open_source
+from fxquant.lowering.destination import Input
 from fxquant.lowering.engines import ENGINES
 from fxquant.lowering.layout import MAX_SHARD_SIZE
 from fxquant.lowering.manifest import MANIFEST
@@ -44,6 +45,7 @@ from fxquant.targets import Target
 from fxquant.text import load_batches, pad_id
 
 DEFAULT_POLICY = "deepseek_w4a8"
+REUSE = "--reuse"
 CALIBRATION_FILES = ("calibration.jsonl", "calibration.txt", "calib.jsonl", "calib.txt")
 
 
@@ -98,6 +100,14 @@ class CompileOptions:
         """The folder to take equal tensors from."""
         replaced = out if self.force and (out / MANIFEST).is_file() else None
         return as_path(self.reuse) or replaced
+
+    def inputs(self, model: Path) -> list[Input]:
+        """Every file and folder that the options and MODEL name. What is reused may be the output that is replaced."""
+        named = {"--checkpoint": self.checkpoint, "--calib": self.calib, "--calibration": self.calibration}
+        policy = self.policy if self.policy and self.policy.endswith((".yaml", ".yml")) else None
+        named |= {"--policy": policy, REUSE: self.reuse}
+        given = [Input(label, Path(path), label == REUSE) for label, path in named.items() if path is not None]
+        return [Input("the checkpoint" if model.is_dir() else "the model", model), *given]
 
 
 @dataclass
@@ -228,6 +238,12 @@ def open_model(model: str | Path, options: CompileOptions, report: Reporter) -> 
         source = open_source(Path(model), as_path(options.checkpoint), options.trace_timeout)
         advance(1)
     return source
+
+
+def source_inputs(source: Source) -> list[Input]:
+    """The checkpoint's folder, and its files, wherever links lead."""
+    files = [Input("a weight file", file) for file in sorted(checkpoint_files(source.checkpoint))]
+    return [Input("the checkpoint", source.checkpoint.folder), *files]
 
 
 def as_path(path: str | Path | None) -> Path | None:

@@ -7,9 +7,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fxquant.errors import FxquantError
+from fxquant.errors import FxquantError, StoppedError
 from fxquant.hashing import hash_bytes
 from fxquant.safetensors_file import build_header, read_header, read_metadata
+from fxquant.system_errors import stopping
 
 CODES, KEY, DIGEST = "codes", "key", "digest"
 
@@ -47,7 +48,12 @@ class SolvedCodes:
         return {"folder": self.folder, "_temporary": None}
 
     def __call__(self, module: str) -> Tensor:
-        return read_header(self._file(module))[CODES].read()
+        file = self._file(module)
+        with stopping(file, "cannot be read"):
+            codes = read_header(file)[CODES].read()
+        if hash_bytes(codes.numpy().tobytes()) != self.digest(module):
+            raise StoppedError(file, "codes that are damaged.", "Begin anew with --restart.")
+        return codes
 
     def has(self, module: str, key: str) -> bool:
         """Whether the module's codes are there, found under the same `key`."""
@@ -63,14 +69,15 @@ class SolvedCodes:
 
     def write(self, module: str, key: str, codes: Tensor) -> None:
         """Keep `codes` int8 [n, k]; a kill leaves all of them or none."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         data = codes.contiguous().view(torch.uint8).numpy().tobytes()
         metadata = {KEY: key, DIGEST: hash_bytes(data)}
         header, _ = build_header([(CODES, torch.int8, tuple(codes.shape))], metadata=metadata)
         file = self._file(module)
         whole = file.with_name(file.name + ".new")
-        whole.write_bytes(header + data)
-        whole.replace(file)
+        with stopping(whole, "cannot be written"):
+            self.folder.mkdir(exist_ok=True)
+            whole.write_bytes(header + data)
+            whole.replace(file)
 
     def _file(self, module: str) -> Path:
         return self.folder / f"{module}.safetensors"

@@ -2,39 +2,45 @@
 
 import json
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+import xxhash
 from torch import Tensor
 
 from fxquant.calibration import CALIBRATION, load_calibration
 from fxquant.checkpoint import Checkpoint
-from fxquant.checkpoint_parts import SourceTensor
 from fxquant.dialects import Dialect
 from fxquant.errors import FxquantError
-from fxquant.hashing import hash_text
+from fxquant.hashing import hash_bytes, hash_text
+from fxquant.json_file import read_json, read_text
 from fxquant.kernels.recipe import int4_tensors
+from fxquant.limits import GRAPH_BYTES
 from fxquant.lowering.engines import ENGINES, group_size
 from fxquant.lowering.layout import MAX_SHARD_SIZE
-from fxquant.lowering.manifest import FLOAT_GRAPH, GRAPH, LEDGER, read_manifest
-from fxquant.lowering.output import Contents
+from fxquant.lowering.manifest import FLOAT_GRAPH, GRAPH, LEDGER, MANIFEST, Manifest, UnitRecord, read_manifest
+from fxquant.lowering.output import DAMAGED, Contents, damaged, is_copied
+from fxquant.lowering.own_files import is_plain
 from fxquant.lowering.verify.weights import WeightFiles
+from fxquant.lowering.weights.digests import file_digest
 from fxquant.lowering.weights.producer import BLOCK_BYTES, CheckpointProducer, tensor_bytes
 from fxquant.lowering.weights.unit import Unit
 from fxquant.ops.quantized import expand_int4
 from fxquant.program import Program
 from fxquant.program_file import load_program, recipe_arguments
+from fxquant.safetensors_file import header_bytes
 from fxquant.schemes import Recipe, Scheme, tensor_specs
 from fxquant.source_reader import FileStamp, SourceReader, Stamps, checkpoint_files, stamp_files
+from fxquant.system_errors import stopping
 from fxquant.targets import Target
 
 
 def converted_contents(folder: Path, target: Target, into: Path) -> Contents:
     """What `into` will be made of. Raises FxquantError where a module of `folder` does not fit the target's form."""
-    manifest, program = read_manifest(folder), load_program(folder / GRAPH)
-    files, source = WeightFiles(folder), manifest.source_path(folder)
+    manifest = check_documents(folder)
+    program, files, source = load_program(folder / GRAPH), WeightFiles(folder), manifest.source_path(folder)
     form = ENGINES[target].dialect(group_size(program))
     old = {**program.recipes, **program.mtp.recipes}
     for recipe in sorted(old.values(), key=lambda recipe: -recipe.group_size):
@@ -53,19 +59,36 @@ def converted_contents(folder: Path, target: Target, into: Path) -> Contents:
     return Contents(
         program=_reformed(program, form),
         checkpoint=checkpoint,
-        producer=Converter(checkpoint, stamps, old, {name: unit.key for name, unit in manifest.units.items()}),
+        producer=Converter(checkpoint, stamps, old, manifest.units),
         stamps=stamps,
         sources=manifest.sources,
         calibration=load_calibration(saved) if saved.is_file() else None,
-        float_graph=(folder / FLOAT_GRAPH).read_text(encoding="utf-8"),
-        ledger=json.loads((folder / LEDGER).read_text(encoding="utf-8")),
+        float_graph=read_text(folder / FLOAT_GRAPH, GRAPH_BYTES),
+        ledger=read_json(folder / LEDGER, GRAPH_BYTES),
         source=source,
         origin=manifest.checkpoint_path(folder),
         policy=manifest.policy,
         target=target,
         max_shard_size=MAX_SHARD_SIZE,
         reusable=False,
+        documents=manifest.digests,
     )
+
+
+def check_documents(folder: Path) -> Manifest:
+    """The manifest of an output, all of whose files that `convert` reads are there and, weights aside, as they were
+    written; of the weights the headers are. Raises FxquantError for the first that is not."""
+    manifest = read_manifest(folder)
+    read = {GRAPH, FLOAT_GRAPH, LEDGER, CALIBRATION} | {name for name in manifest.digests if is_copied(Path(name))}
+    for name in sorted(read & manifest.digests.keys() | manifest.weights.keys()):
+        file = folder / name
+        if not is_plain(name) or not file.is_file():
+            raise FxquantError(file, "is missing, the manifest lists it.", DAMAGED)
+        with stopping(file, "cannot be read"):
+            written, digest = manifest.digests.get(name), manifest.weights.get(name)
+            if written not in (None, file_digest(file)) or digest not in (None, hash_bytes(header_bytes(file))):
+                raise damaged(file)
+    return manifest
 
 
 def _reformed(program: Program, form: Dialect) -> Program:
@@ -91,13 +114,15 @@ def why_not(recipe: Recipe, form: Dialect) -> str | None:
 class Converter:
     """Units of the new form from the tensors of the old one, block by block."""
 
-    def __init__(self, checkpoint: Checkpoint, stamps: Stamps, old: dict[str, Recipe], keys: dict[str, str]) -> None:
-        self._checkpoint, self._old, self._keys = checkpoint, old, keys
+    def __init__(
+        self, checkpoint: Checkpoint, stamps: Stamps, old: dict[str, Recipe], units: Mapping[str, UnitRecord]
+    ) -> None:
+        self._checkpoint, self._old, self._units = checkpoint, old, units
         self._reader, self._float = SourceReader(stamps), CheckpointProducer(checkpoint, stamps)
 
     def key(self, unit: Unit) -> str:
         arguments = None if unit.recipe is None else recipe_arguments(unit.recipe)
-        return hash_text(json.dumps(["converted", self._keys.get(unit.name), arguments]))
+        return hash_text(json.dumps(["converted", self._record(unit.name).key, arguments]))
 
     def stamps_of(self, unit: Unit) -> list[FileStamp]:
         return []
@@ -108,7 +133,7 @@ class Converter:
 
     def pieces(self, unit: Unit) -> Iterator[tuple[str, memoryview]]:
         if unit.recipe is None:
-            yield from self._float.pieces(unit)
+            yield from self._kept(unit)
             return
         before, recipe = self._old[unit.recipe.module], unit.recipe
         made = set()
@@ -119,17 +144,23 @@ class Converter:
         for suffix, spec in tensor_specs(recipe).items():
             if suffix not in made:
                 stored = self._checkpoint.tensors[f"{unit.name}.{suffix}"]
-                for block in self._blocks(stored, BLOCK_BYTES):
+                for block in self._blocks(unit.name, suffix, BLOCK_BYTES):
                     yield suffix, tensor_bytes(block.view(stored.dtype).to(spec.dtype))
+
+    def _kept(self, unit: Unit) -> Iterator[tuple[str, memoryview]]:
+        digest = xxhash.xxh3_128()
+        for suffix, data in self._float.pieces(unit):
+            digest.update(data)
+            yield suffix, data
+        self._compare(unit.name, "", digest.hexdigest())
 
     def _repacked(self, module: str, before: Recipe, recipe: Recipe) -> Iterator[tuple[str, Tensor]]:
         """int4 codes in the other packing, and `scale_bias` where the new form has it."""
         names = [suffix for suffix in ("weight_scale", "weight_scale_second") if suffix in tensor_specs(before)]
-        scales = {suffix: self._read(f"{module}.{suffix}") for suffix in names}
-        weight = self._checkpoint.tensors[f"{module}.weight"]
+        scales = {suffix: self._read(module, suffix) for suffix in names}
         width, pair = recipe.in_features, 1 if before.dialect.packed else 2
         step, first = width * pair * max(1, BLOCK_BYTES // (width * pair)), 0
-        for block in self._blocks(weight, step):
+        for block in self._blocks(module, "weight", step):
             stored = block.view(torch.int8).view(-1, width)
             codes = expand_int4(stored, None) if before.dialect.packed else stored
             rows = slice(first, first + len(codes))
@@ -138,13 +169,28 @@ class Converter:
             yield from ((suffix, made[suffix]) for suffix in ("weight", "scale_bias") if suffix in made)
             first = rows.stop
 
-    def _read(self, name: str) -> Tensor:
-        tensor = self._checkpoint.tensors[name]
-        return torch.frombuffer(self._reader.read(tensor), dtype=tensor.dtype).view(tensor.shape)
+    def _read(self, module: str, suffix: str) -> Tensor:
+        tensor = self._checkpoint.tensors[f"{module}.{suffix}"]
+        data = self._reader.read(tensor)
+        self._compare(module, suffix, hash_bytes(data))
+        return torch.frombuffer(data, dtype=tensor.dtype).view(tensor.shape)
 
-    def _blocks(self, tensor: SourceTensor, step: int) -> Iterator[Tensor]:
-        """The tensor's bytes, `step` at a time."""
+    def _blocks(self, module: str, suffix: str, step: int) -> Iterator[Tensor]:
+        """The tensor's bytes, `step` at a time; when all are read they are compared with what was written."""
+        tensor, digest = self._checkpoint.tensors[f"{module}.{suffix}"], xxhash.xxh3_128()
         for offset in range(0, tensor.nbytes, step):
             data = bytearray(min(step, tensor.nbytes - offset))
             self._reader.read_into(tensor, offset, memoryview(data))
+            digest.update(data)
             yield torch.frombuffer(data, dtype=torch.uint8)
+        self._compare(module, suffix, digest.hexdigest())
+
+    def _compare(self, unit: str, suffix: str, digest: str) -> None:
+        if self._record(unit).digests.get(suffix) != digest:
+            name = f"{unit}.{suffix}" if suffix else unit
+            raise damaged(self._checkpoint.tensors[name].parts[0].file, name)
+
+    def _record(self, unit: str) -> UnitRecord:
+        if unit not in self._units:
+            raise FxquantError(self._checkpoint.folder / MANIFEST, f"has no hash of {unit}.", DAMAGED)
+        return self._units[unit]

@@ -1,13 +1,13 @@
 """fxquant_manifest.json: what an output folder is and where it came from."""
 
-import json
 import os
 from pathlib import Path
-from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from fxquant.errors import FxquantError
+from fxquant.json_file import read_json
+from fxquant.limits import GRAPH_BYTES
 
 MANIFEST = "fxquant_manifest.json"
 GRAPH = "fxquant_graph.json"
@@ -97,8 +97,8 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     if not path.is_file():
         raise FxquantError(folder, f"not an output of fxquant: it has no {MANIFEST}.", "Name a compiled folder.")
+    document = read_json(path, GRAPH_BYTES, "Compile again.")
     try:
-        document: Any = json.loads(path.read_text(encoding="utf-8"))
         return Manifest.model_validate(document)
     except (ValidationError, ValueError) as error:
         first = str(error).splitlines()[0]

@@ -1,7 +1,7 @@
 """An output folder comes into being: weights, documents, graphs and manifest, in a workspace that becomes it."""
 
-import shutil
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,12 +11,13 @@ import fxquant
 from fxquant.calibration import CALIBRATION, Calibration
 from fxquant.checkpoint import Checkpoint
 from fxquant.errors import FxquantError
-from fxquant.hashing import hash_bytes
+from fxquant.hashing import hash_bytes, hash_text
 from fxquant.kernels.version import KERNEL_VERSION
 from fxquant.lowering.ascend.deployment import Deployment
 from fxquant.lowering.ascend.exported import write_exported
 from fxquant.lowering.ascend.writer import write_ascend
 from fxquant.lowering.description import description, engine_config, index, write_json
+from fxquant.lowering.destination import Destination
 from fxquant.lowering.engines import ENGINES, Engine
 from fxquant.lowering.layout import FileLayout, plan_files, stored_tensors
 from fxquant.lowering.manifest import (
@@ -32,7 +33,7 @@ from fxquant.lowering.manifest import (
 )
 from fxquant.lowering.onnx.writer import write_onnx
 from fxquant.lowering.weights.digests import file_digest
-from fxquant.lowering.weights.journal import Journal
+from fxquant.lowering.weights.journal import Fingerprint, Journal
 from fxquant.lowering.weights.producer import Producer
 from fxquant.lowering.weights.reserve import check_space, reserve
 from fxquant.lowering.weights.reuse import open_earlier, save_stamps
@@ -46,15 +47,18 @@ from fxquant.lowering.weights.work import (
 )
 from fxquant.lowering.workspace import Workspace, open_workspace
 from fxquant.program import Program
-from fxquant.program_file import save_program
+from fxquant.program_file import dump_program, save_program
 from fxquant.progress import Reporter
 from fxquant.safetensors_file import read_header
 from fxquant.source_reader import Stamps
+from fxquant.system_errors import stopping
 from fxquant.targets import Target
 
 COPIED_SUFFIXES = (".json", ".jinja", ".model")
 COPIED = ("merges.txt", "vocab.txt")
 OWN = ("fxquant_", "quant_model_description")
+EXISTS = "Pass --force to replace it, or choose another -o."
+DAMAGED = "Copy the file again, or compile again with --force: what is damaged is made anew from the source."
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,7 @@ class Contents:
     export        write the NPU graph as torch.export programs too
     source        MODEL as it was named, and `origin`: the checkpoint folder behind it
     reusable      later compiles may take units from the output
+    documents     file of the checkpoint's folder that is copied → XXH3-128 that it must have, where that is known
     """
 
     program: Program
@@ -87,78 +92,104 @@ class Contents:
     tp: int = 1
     export: bool = True
     reusable: bool = True
+    documents: Mapping[str, str] = field(default_factory=dict)
+
+    def identity(self, out: Path) -> str:
+        """Hash of all that the documents of `out` are made from; weights have keys of their own."""
+        copied = {file.name: file_digest(file) for file in copied_files(self.checkpoint.folder)}
+        paths = [relative(self.source, out), relative(self.origin, out)]
+        options = [self.policy, self.target.value, self.tp, self.export, self.reusable]
+        seen = None if self.calibration is None else vars(self.calibration.seen)
+        sources = {name: file.model_dump() for name, file in self.sources.items()}
+        texts = [dump_program(self.program), self.float_graph, self.ledger]
+        return hash_text(json.dumps([texts, sources, seen, options, paths, copied], sort_keys=True))
 
 
 @dataclass(frozen=True)
 class Work:
-    """How an output is made: by whom, with what of an earlier output, and whether unfinished work is discarded."""
+    """How an output is made: by whom, with what of an earlier output, and whether unfinished work is discarded.
+
+    replaced  `reuse` is the output that is replaced
+    named     called when the output has its name
+    """
 
     workers: Workers = field(default_factory=Workers)
     reuse: Path | None = None
     restart: bool = False
+    replaced: bool = False
+    named: Callable[[], None] = lambda: None
 
 
 @dataclass
 class Output:
     """The folder, while it has its working name and after, its weight files, how their bytes came there, and what the
-    NPU graph was made of."""
+    NPU graph was made of; `notes`: what the user should know."""
 
     folder: Path
     files: Sequence[FileLayout]
     work: WorkReport
     deployment: Deployment | None = None
-
-
-def check_out(out: Path, force: bool, source: Path) -> None:
-    """Raise FxquantError unless `out` can be made: absent, empty, or with `force` an earlier output of fxquant."""
-    if out.resolve() == source.resolve():
-        raise FxquantError(out, "is the checkpoint itself.", "Choose another -o.")
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    if not out.is_dir():
-        raise FxquantError(out, "exists and is a file.", "Choose another -o.")
-    if not (out / MANIFEST).is_file():
-        raise FxquantError(out, f"is not empty and not an output of fxquant (no {MANIFEST}).", "Choose another -o.")
-    if not force:
-        raise FxquantError(out, "exists and is not empty.", "Pass --force to replace it, or choose another -o.")
+    notes: list[str] = field(default_factory=list)
 
 
 @contextmanager
-def write_output(contents: Contents, out: Path, work: Work, report: Reporter) -> Iterator[Output]:
+def write_output(contents: Contents, destination: Destination, work: Work, report: Reporter) -> Iterator[Output]:
     """Write everything, let the caller look at it, then give the folder its name.
 
-    What was finished when the same work was killed is gone on with. A fault leaves nothing; see `open_workspace`.
+    What was finished when the same work was killed is gone on with; if it had its name already, only the caller looks.
+    A fault leaves nothing; see `open_workspace`.
     """
-    engine = ENGINES[contents.target]
-    stored = stored_tensors(contents.program, contents.checkpoint)
-    plan = plan_weights(plan_files(stored, contents.max_shard_size, engine), contents.producer)
-    earlier = open_earlier(work.reuse) if work.reuse else None
-    with open_workspace(out, work.restart) as space:
-        journal = _journal(contents, plan, space)
+    plan = _plan(contents)
+    print_, identity = _fingerprint(contents, plan), contents.identity(destination.out)
+    earlier = open_earlier(work.reuse, work.replaced) if work.reuse else None
+    with open_workspace(destination, work.restart) as space:
+        if space.named:
+            yield _named(space, plan, print_, identity)
+            space.end(work.named)
+            return
+        journal = _journal(contents, plan, space, print_)
         done = write_weights(plan, contents.producer, journal, space.folder, work.workers, earlier, report)
-        journal.stream.close()
-        _write_documents(contents, plan.files, engine, space.folder)
-        deployed = _write_graph(contents, engine, plan.files, space.folder, report)
+        deployed = _write_documents(contents, plan.files, space.folder, report)
         _write_manifest(contents, plan, journal, space)
-        output = Output(space.folder, plan.files, done, deployed)
+        notes = destination.notes + (earlier.notes if earlier else [])
+        output = Output(space.folder, plan.files, done, deployed, notes)
         yield output
-        space.finish()
-        output.folder = out
+        space.finish(journal, identity, work.named)
+        journal.stream.close()
+        output.folder = destination.named
 
 
-def _journal(contents: Contents, plan: WeightPlan, space: Workspace) -> Journal:
-    """Of unfinished work that was this work, or a new one over reserved files."""
+def _plan(contents: Contents) -> WeightPlan:
+    stored = stored_tensors(contents.program, contents.checkpoint)
+    return plan_weights(plan_files(stored, contents.max_shard_size, ENGINES[contents.target]), contents.producer)
+
+
+def _fingerprint(contents: Contents, plan: WeightPlan) -> Fingerprint:
     version, target = fxquant.__version__, contents.target.value
-    print_ = fingerprint(plan, version, contents.policy, target, contents.stamps)
+    return fingerprint(plan, version, contents.policy, target, contents.stamps)
+
+
+def _named(space: Workspace, plan: WeightPlan, print_: Fingerprint, identity: str) -> Output:
+    """The output of an earlier run that has its name. Raises FxquantError if it is not that of this command."""
+    destination = space.destination
+    if not space.completed(print_, identity):
+        raise FxquantError(destination.named, "exists and is not empty.", EXISTS)
+    note = f"{destination.named} was complete: what an earlier run left of the work was removed"
+    return Output(destination.named, plan.files, WorkReport(resumed=plan.nbytes), notes=[note])
+
+
+def _journal(contents: Contents, plan: WeightPlan, space: Workspace, print_: Fingerprint) -> Journal:
+    """Of unfinished work that was this work, or a new one over reserved files."""
     journal = space.unfinished(print_)
     if journal is not None:
         _clear_documents(plan, space.folder)
     else:
         check_space(plan.files, space.folder)
         reserve(plan.files, space.folder)
-    if contents.calibration is not None:
-        contents.calibration.save(space.folder / CALIBRATION)
-    return journal or space.begin(print_)
+    if contents.calibration is None:
+        return journal or space.begin(print_)
+    contents.calibration.save(space.folder / CALIBRATION)
+    return journal or space.begin(print_ | {"calibration": file_digest(space.folder / CALIBRATION)})
 
 
 def _clear_documents(plan: WeightPlan, folder: Path) -> None:
@@ -168,24 +199,43 @@ def _clear_documents(plan: WeightPlan, folder: Path) -> None:
         (folder / name).unlink()
 
 
-def _write_documents(contents: Contents, files: Sequence[FileLayout], engine: Engine, folder: Path) -> None:
-    program = contents.program
+def _write_documents(
+    contents: Contents, files: Sequence[FileLayout], folder: Path, report: Reporter
+) -> Deployment | None:
+    """All but the weights and the manifest; what the NPU graph was made of, if there is one."""
+    program, engine = contents.program, ENGINES[contents.target]
     for file in copied_files(contents.checkpoint.folder):
-        shutil.copyfile(file, folder / file.name)
+        write_copy(file, folder / file.name, contents.documents.get(file.name))
     write_json(folder / engine.description, description(program, files, engine))
     write_json(folder / "config.json", engine_config(program, engine))
     write_json(folder / LEDGER, contents.ledger)
     if len(files) > 1 or engine.numbered:
         write_json(folder / engine.index, index(files))
     (folder / FLOAT_GRAPH).write_text(contents.float_graph, encoding="utf-8")
+    return _write_graph(contents, engine, files, folder, report)
 
 
 def copied_files(folder: Path) -> list[Path]:
-    """The files of a checkpoint's folder that an output has a copy of."""
-    return [file for file in sorted(folder.iterdir()) if file.is_file() and _is_copied(file)]
+    """Files of a checkpoint's folder that an output gets as they are."""
+    return [file for file in sorted(folder.iterdir()) if is_copied(file) and file.is_file()]
 
 
-def _is_copied(file: Path) -> bool:
+def write_copy(file: Path, target: Path, digest: str | None) -> None:
+    """Copy a document. Raises FxquantError unless its bytes are those of `digest`."""
+    with stopping(file, "cannot be copied"):
+        data = file.read_bytes()
+        if digest is not None and hash_bytes(data) != digest:
+            raise damaged(file)
+        target.write_bytes(data)
+
+
+def damaged(file: Path, tensor: str = "") -> FxquantError:
+    """What to raise for a file of an output that is not as it was written."""
+    what = f"tensor {tensor} is" if tensor else "is"
+    return FxquantError(file, f"{what} not as it was written: the manifest has another hash.", DAMAGED)
+
+
+def is_copied(file: Path) -> bool:
     """Tokenizer files and the like: neither the config, which is written anew, nor an index, nor our own files."""
     own = file.name == "config.json" or file.name.endswith(".index.json") or file.name.startswith(OWN)
     return not own and (file.suffix in COPIED_SUFFIXES or file.name in COPIED)
@@ -218,8 +268,8 @@ def _write_manifest(contents: Contents, plan: WeightPlan, journal: Journal, spac
     manifest = Manifest(
         fxquant=fxquant.__version__,
         kernels=KERNEL_VERSION,
-        source=relative(contents.source, space.out),
-        checkpoint=relative(contents.origin, space.out),
+        source=relative(contents.source, space.destination.out),
+        checkpoint=relative(contents.origin, space.destination.out),
         policy=contents.policy,
         target=contents.target.value,
         tp=contents.tp,

@@ -1,25 +1,31 @@
 """`<out>.partial`: where an output folder comes into being, who works in it, and how it goes on after a kill.
 
-<out>.partial/files/          what becomes <out>, by one rename
-<out>.partial/journal.jsonl   which of its weights are finished
+<out>.partial/fxquant_work.json   says that the folder is ours
+<out>.partial/files/              what becomes <out>, by one rename
+<out>.partial/journal.jsonl       which of its weights are finished
+<out>.partial/replaced/           an earlier output while the new one gets its name, see finish.py
 """
 
-import json
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fxquant.calibration import CALIBRATION
 from fxquant.errors import FxquantError, StoppedError
-from fxquant.locking import locked
-from fxquant.lowering.manifest import STAMPS
+from fxquant.json_file import read_json
+from fxquant.limits import INDEX_BYTES
+from fxquant.lowering.destination import Destination
+from fxquant.lowering.finish import Places, State, discard, give_name, sweep
+from fxquant.lowering.manifest import MANIFEST, STAMPS, read_manifest
+from fxquant.lowering.weights.digests import file_digest
 from fxquant.lowering.weights.journal import Fingerprint, Journal, begin, go_on, read_fingerprint
 from fxquant.lowering.weights.reserve import sync
 from fxquant.source_reader import Stamps
+from fxquant.system_errors import stopped, stopping
 
-FILES, JOURNAL = "files", "journal.jsonl"
+RESTART = "Pass --restart to discard it, or choose another -o."
 REASONS = {
     "format": "a journal of another format ({theirs}, this is {ours})",
     "fxquant": "work of fxquant {theirs}, this is {ours}",
@@ -33,21 +39,26 @@ REASONS = {
 """Field of the fingerprint → why unfinished work is not this work, in the order of asking."""
 
 
-def unfinished_folder(out: Path) -> Path:
-    """Where unfinished work on `out` has its files, if there is any."""
-    return out.with_name(out.name + ".partial") / FILES
+def known_folders(destination: Destination) -> list[Path]:
+    """Where an earlier run of the same command may have left its calibration."""
+    places = destination.places
+    return [places.out] if places.state is State.NAMED else [places.files]
 
 
 def made_of(folder: Path, stamps: Stamps) -> bool:
-    """Whether an output, or the files of unfinished work, was made from checkpoint files in just these states."""
+    """Whether an output, or the files of unfinished work, was made from checkpoint files in just these states, and has
+    its calibration as it was written."""
     wanted = {file.name: [stamp.header, stamp.size, stamp.mtime_ns] for file, stamp in stamps.items()}
+    journal = folder.with_name("journal.jsonl")
     try:
-        found = json.loads((folder / STAMPS).read_text(encoding="utf-8"))
-        return {name: list(stamp.values()) for name, stamp in found.items()} == wanted
-    except FileNotFoundError:
-        unfinished = read_fingerprint(folder.parent / JOURNAL)
-        return unfinished is not None and unfinished.get("sources") == wanted
-    except (OSError, ValueError, AttributeError):
+        if (folder / MANIFEST).is_file():
+            document, written = read_json(folder / STAMPS, INDEX_BYTES), read_manifest(folder).digests.get(CALIBRATION)
+            found: Any = {name: list(stamp.values()) for name, stamp in document.items()}
+        else:
+            fingerprint = read_fingerprint(journal) or {}
+            found, written = fingerprint.get("sources"), fingerprint.get("calibration")
+        return found == wanted and written == file_digest(folder / CALIBRATION)
+    except (OSError, AttributeError, FxquantError):
         return False
 
 
@@ -59,90 +70,112 @@ class Workspace:
     resumable  it has a journal
     """
 
-    out: Path
-    partial: Path
+    destination: Destination
     owned: bool = False
     resumable: bool = False
 
     @property
+    def places(self) -> Places:
+        return self.destination.places
+
+    @property
     def folder(self) -> Path:
-        return self.partial / FILES
+        return self.places.files
+
+    @property
+    def named(self) -> bool:
+        """An earlier run has given the output its name, and was stopped before it had removed all else."""
+        return self.places.state is State.NAMED
 
     def unfinished(self, fingerprint: Fingerprint) -> Journal | None:
         """The journal of the same work, to go on with, or None after clearing what has none.
 
         Raises FxquantError, with the reason, for a journal of other work.
         """
-        found = read_fingerprint(self.partial / JOURNAL)
-        if found is None:
+        found = read_fingerprint(self.places.journal)
+        if found is None or self.places.state is State.NONE:
             self.clear()
             return None
         reason = _difference(found, fingerprint)
         if reason is not None:
-            way_out = "Pass --restart to discard it, or choose another -o."
-            raise FxquantError(self.partial, f"holds unfinished {reason}.", way_out)
-        journal = go_on(self.partial / JOURNAL)
+            raise FxquantError(self.places.work.path, f"holds unfinished {reason}.", RESTART)
+        journal = go_on(self.places.journal)
         self.owned = self.resumable = True
         return journal
 
     def begin(self, fingerprint: Fingerprint) -> Journal:
         """A journal for new work; from now on what is finished survives an end of the process."""
+        journal = begin(self.places.journal, fingerprint)
         self.resumable = True
-        return begin(self.partial / JOURNAL, fingerprint)
+        return journal
 
     def clear(self) -> None:
-        """Forget earlier work."""
-        for path in self.partial.iterdir():
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        self.folder.mkdir()
+        """Forget earlier work; an earlier output that it had put aside gets its name again."""
+        discard(self.places)
+        with stopping(self.folder, "cannot be made"):
+            self.folder.mkdir()
         self.owned = True
 
-    def finish(self) -> None:
-        """Have all of it on the disk, and give the folder its name; an earlier output goes when that is done."""
+    def finish(self, journal: Journal, identity: str, named: Callable[[], None]) -> None:
+        """Have all of it on the disk, and give the folder its name; an earlier output goes when that is done.
+
+        `identity`: what the documents are made of; `named` is called when the name is given.
+        """
+        journal.complete(identity)
         sync(self.folder)
-        old = self.out.with_name(self.out.name + ".replaced")
-        if self.out.exists():
-            if old.exists():
-                shutil.rmtree(old)
-            self.out.rename(old)
-        self.folder.rename(self.out)
-        self.owned = False
-        sync(self.out.parent, files=False)
-        shutil.rmtree(self.partial)
-        if old.exists():
-            shutil.rmtree(old)
+        give_name(self.places, self.destination.force)
+        self.end(named)
+
+    def end(self, named: Callable[[], None]) -> None:
+        """Remove what is left when the output has its name."""
+        self.owned, self.destination.finished = False, True
+        named()
+        sweep(self.places)
+
+    def completed(self, fingerprint: Fingerprint, identity: str) -> bool:
+        """Whether the output that has its name already is what this command would make."""
+        found = read_fingerprint(self.places.journal)
+        if found is None or _difference(found, fingerprint) is not None:
+            return False
+        journal = go_on(self.places.journal)
+        journal.stream.close()
+        return journal.identity == identity
 
 
 @contextmanager
-def open_workspace(out: Path, restart: bool) -> Iterator[Workspace]:
+def open_workspace(destination: Destination, restart: bool) -> Iterator[Workspace]:
     """`<out>.partial`, for this process alone.
 
     What the world stopped stays there with its journal, for the same command to go on with. A fault of the input, or
     of the output when it is verified, leaves nothing: the same command would find it again.
     """
-    work = Workspace(out, out.with_name(out.name + ".partial"))
-    work.partial.mkdir(parents=True, exist_ok=True)
-    with locked(work.partial):
+    work, partial = Workspace(destination), destination.places.work.path
+    with destination.places.work.held():
         try:
-            if restart:
+            if destination.force if work.named else restart:
                 work.clear()
             yield work
+            destination.places.work.release()
         except BaseException as raised:
-            error = _stopped(raised, work.partial)
+            system = isinstance(raised, OSError) and not isinstance(raised, BrokenPipeError)
+            error = stopped(raised) if system else raised  # type: ignore[arg-type]
             fault = isinstance(error, FxquantError) and not isinstance(error, StoppedError)
-            if work.owned and (fault or not work.resumable):
-                shutil.rmtree(work.partial, ignore_errors=True)
-            elif work.owned and isinstance(error, StoppedError):
-                kept = f"What is finished is kept in {work.partial}: the same command goes on with it."
+            _leave(work, fault)
+            if work.owned and work.resumable and isinstance(error, StoppedError):
+                kept = f"What is finished is kept in {partial}: the same command goes on with it."
                 raise StoppedError(error.place, error.fact, f"{error.remedy} {kept}") from None
+            if error is raised:
+                raise
             raise error from None
 
 
-def _stopped(error: BaseException, partial: Path) -> BaseException:
-    """An error of the operating system, of a full disk for example, as one for people."""
-    if not isinstance(error, OSError):
-        return error
-    return StoppedError(error.filename or partial, f"{error.strerror or error}.", "Free space or repair the disk.")
+def _leave(work: Workspace, fault: bool) -> None:
+    """Remove what is of no use to anybody. What can't be removed is cleared by the next command."""
+    with suppress(FxquantError):
+        if work.owned and (fault or not work.resumable):
+            discard(work.places)
+        if work.places.state is State.NONE:
+            work.places.work.release()
 
 
 def _difference(theirs: Fingerprint, ours: Fingerprint) -> str | None:

@@ -5,9 +5,9 @@ from pathlib import Path
 from tiny import write_checkpoint
 
 from fxquant import CompileOptions, compile
+from fxquant.lowering.finish import Places
 from fxquant.lowering.manifest import MANIFEST
 from fxquant.lowering.weights import Workers
-from fxquant.lowering.workspace import JOURNAL
 
 POLICY = "deepseek_w4a8_dynamic"
 
@@ -44,6 +44,6 @@ def _without_paths(folder: Path) -> list[str]:
 
 def finished(out: Path) -> int:
     """Units in the journal of unfinished work on `out`."""
-    path = out.with_name(out.name + ".partial") / JOURNAL
+    path = Places(out).journal
     lines = path.read_text().splitlines() if path.exists() else []
     return sum(line.startswith('{"unit"') for line in lines)

@@ -17,6 +17,7 @@ from fxquant import CompileOptions, FxquantError, compile
 from fxquant.calibration import CALIBRATION, load_calibration
 from fxquant.lowering.weights import Workers
 from fxquant.tools.main import app
+from fxquant.work_folder import Kind, WorkFolder
 
 STATIC = "deepseek_w4a8"
 ROUNDED = f"extends: {STATIC}\ncalibration_weights: rounded\n"
@@ -168,8 +169,9 @@ def test_other_text_with_the_same_ranges_is_what_the_output_tells_of(
 def test_a_file_that_was_cut_off_is_made_again(model: Path, whole: Path, ids: Path, tmp_path: Path) -> None:
     """A kill of a version that wrote it in place, or a copy that broke off."""
     file = tmp_path / "out.partial" / "files" / CALIBRATION
-    file.parent.mkdir(parents=True)
-    file.write_bytes((whole / CALIBRATION).read_bytes()[:-3])
+    with WorkFolder(tmp_path / "out", Kind.PARTIAL).held():
+        file.parent.mkdir(parents=True)
+        file.write_bytes((whole / CALIBRATION).read_bytes()[:-3])
     assert same_files(compiled(model, tmp_path / "out", calib=ids), whole)
 
 

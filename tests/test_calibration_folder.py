@@ -28,6 +28,7 @@ from fxquant.errors import StoppedError
 from fxquant.locking import locked
 from fxquant.passes.calibration_run import CalibrationRun
 from fxquant.stream import Block, Stream
+from fxquant.work_folder import MARKER
 
 LAYERS, BLOCKS = 4, 5
 POLICIES = ["deepseek_w4a8_msmodelslim", "deepseek_w4a8_msmodelslim_m4", "deepseek_w4a8"]
@@ -124,7 +125,7 @@ def test_killed_in_some_block_it_ends_with_the_same_bytes(
         compiled(model, out, ids, policy)
     finished, stages = len(ran), Stages()
     assert 1 <= finished < BLOCKS and load_state(state_of(out)).blocks == finished
-    assert [path.name for path in state_of(out).parent.iterdir()] == [STATE]
+    assert sorted(path.name for path in state_of(out).parent.iterdir()) == [MARKER, STATE]
     compile(model, CompileOptions(policy, out, calib=ids, verify=False, export=False, batch_size=2), stages)
     assert len(ran) == BLOCKS and len(set(ran)) == BLOCKS
     assert same_files(out, expected) and [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -153,7 +154,7 @@ def test_only_the_last_state_is_kept(model: Path, ids: Path, tmp_path: Path, mon
 
     def save(state: State, path: Path, key: Any) -> bool:
         saved = original(state, path, key)
-        sizes.append(sum(file.stat().st_size for file in path.parent.iterdir()))
+        sizes.append(sum(file.stat().st_size for file in path.parent.iterdir() if file.name != MARKER))
         return saved
 
     monkeypatch.setattr("fxquant.calibration_folder.save_state", save)
@@ -165,7 +166,7 @@ def test_only_the_last_state_is_kept(model: Path, ids: Path, tmp_path: Path, mon
 def test_what_the_world_stops_is_kept_and_said_to_be(
     model: Path, ids: Path, whole: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, left, original = tmp_path / "out", iter([True, True, False]), os.fsync
+    out, left, original = tmp_path / "out", iter([True, True, True, True, False]), os.fsync  # two for the marker
 
     def fsync(handle: int) -> None:
         if not next(left):

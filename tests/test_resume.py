@@ -15,10 +15,12 @@ from output_folders import compile_weights, finished, same_files, wide_model
 
 from fxquant import CompileOptions, FxquantError, compile
 from fxquant.errors import StoppedError
-from fxquant.lowering.weights import Unit, journal
+from fxquant.lowering.destination import open_destination
+from fxquant.lowering.finish import Places
+from fxquant.lowering.weights import Unit
 from fxquant.lowering.weights.fill import FillJob
 from fxquant.lowering.weights.work import Workers
-from fxquant.lowering.workspace import FILES, JOURNAL, open_workspace
+from fxquant.lowering.workspace import open_workspace
 from fxquant.safetensors_file import read_header
 
 POLICY = "deepseek_w4a8_dynamic"
@@ -92,29 +94,28 @@ def test_a_line_that_was_cut_off_is_forgotten(
     with monkeypatch.context() as patch, pytest.raises(Killed):
         stop_after(5, patch, Killed())
         compile_weights(model, out, jobs=1)
-    path = out.with_name("out.partial") / JOURNAL
+    path = Places(out).journal
     path.write_bytes(path.read_bytes()[:-7])
     begun = stop_after(10**6, monkeypatch, Killed())
     assert same_files(compile_weights(model, out), whole)
     assert len(begun) == len(json.loads((out / "fxquant_manifest.json").read_text())["units"]) - 4
 
 
-def test_after_a_new_start_of_the_machine_bytes_are_proven(
+def test_bytes_of_an_earlier_run_are_proven(
     model: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Lines outlive a crash of the machine that the bytes they speak of may not."""
+    """Lines outlive a crash of the machine, and damage of the disk, that the bytes they speak of may not."""
     out = tmp_path / "out"
     with monkeypatch.context() as patch, pytest.raises(Killed):
         stop_after(30, patch, Killed())
         compile_weights(model, out, jobs=1)
-    partial = out.with_name("out.partial")
-    done = [json.loads(line)["unit"] for line in (partial / JOURNAL).read_text().splitlines() if '{"unit"' in line]
-    (weights,) = (partial / FILES).glob("*.safetensors")
+    places = Places(out)
+    done = [json.loads(line)["unit"] for line in places.journal.read_text().splitlines() if '{"unit"' in line]
+    (weights,) = places.files.glob("*.safetensors")
     unit = next(name for name in done if "experts" in name)
     lost, data = read_header(weights)[f"{unit}.weight"], bytearray(weights.read_bytes())
     data[lost.start : lost.end] = bytes(lost.nbytes)
     weights.write_bytes(data)
-    monkeypatch.setattr(journal, "boot_id", lambda: "another start")
     begun = stop_after(10**6, monkeypatch, Killed())
     assert same_files(compile_weights(model, out), whole)
     assert len(begun) == len(json.loads((out / "fxquant_manifest.json").read_text())["units"]) - 29
@@ -129,7 +130,7 @@ def test_documents_of_other_options_do_not_stay(
         patch.setattr("fxquant.lowering.output.write_exported", lambda program, folder: (folder / "x.pt2").touch())
         patch.setattr("fxquant.lowering.output._write_manifest", lambda *arguments: (_ for _ in ()).throw(Killed()))
         compile(model, CompileOptions(POLICY, out, verify=False, export=True))
-    assert list((out.with_name("out.partial") / FILES).glob("*.pt2"))
+    assert list(Places(out).files.glob("*.pt2"))
     assert same_files(compile_weights(model, out), whole)
 
 
@@ -171,7 +172,7 @@ def test_another_version_is_refused(model: Path, tmp_path: Path, monkeypatch: py
 
 def test_two_at_once_are_refused(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with open_workspace(out, False) as space:
+    with open_workspace(open_destination(out, False, []), False) as space:
         space.clear()
         with pytest.raises(FxquantError, match="another fxquant is at work"):
             compile_weights(model, out)
@@ -266,7 +267,7 @@ def test_replacing_an_output_survives_a_kill_between_its_names(
     original = Path.rename
 
     def rename(path: Path, target: Path) -> Path:
-        if path.name == FILES:
+        if path == Places(out).files:
             raise Killed
         return original(path, target)
 

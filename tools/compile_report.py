@@ -35,6 +35,7 @@ def as_document(report: "CompileReport") -> dict:
         "idle_rules": [str(rule) for rule in report.idle_rules],
         "files": {file.name: file.nbytes for file in report.output.files},
         "bytes": asdict(report.output.work),
+        "notes": report.notes,
         "expert_tokens": {module: counts.tolist() for module, counts in routed(report).items()},
         "verification": report.verification.as_json() if report.verification else None,
     }
@@ -100,7 +101,7 @@ def print_report(report: "CompileReport", console: Console = console) -> None:
     _print_output(report, console)
     for reason in report.unverified:
         print_line(("unverified ", "yellow"), reason, to=console)
-    for note in getattr(report, "notes", ()):
+    for note in report.notes:
         print_line((note, "yellow"), to=console)
     _print_serving(report, console)
 

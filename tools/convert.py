@@ -62,13 +62,14 @@ def command(
     verification = report.verification
     if as_json:
         document = {"out": str(report.out), "target": report.target.value, "policy": report.policy}
-        print_json(document | {"verification": verification.as_json() if verification else None})
+        found = {"notes": report.notes, "verification": verification.as_json() if verification else None}
+        print_json(document | found)
         return
     if quiet:
         return
     if verification:
         console.print(verification_table(verification))
-    for note in getattr(report, "notes", ()):
+    for note in report.notes:
         print_line((note, "yellow"))
     written = sum(file.nbytes for file in report.output.files)
     print_whole(str(report.out), "bold")

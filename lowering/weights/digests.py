@@ -8,12 +8,13 @@ from pathlib import Path
 import xxhash
 
 from fxquant.lowering.weights.unit import Filled, Unit
+from fxquant.system_errors import stopping
 
 READ_BLOCK = 4 << 20
 
 
 def file_digest(path: Path, start: int = 0, length: int | None = None) -> str:
-    """Of `length` bytes from `start`, in hex; None: to the end."""
+    """Of `length` bytes from `start`, in hex; None: to the end. Raises OSError."""
     digest, left = xxhash.xxh3_128(), path.stat().st_size - start if length is None else length
     buffer = memoryview(bytearray(min(READ_BLOCK, max(left, 0))))
     with path.open("rb", buffering=0) as file:
@@ -33,4 +34,5 @@ def digests_on_disk(units: Iterable[Unit], folder: Path) -> Iterator[tuple[Unit,
 def unit_on_disk(unit: Unit, folder: Path) -> Filled:
     """The unit as it lies in `folder`."""
     places = unit.places.items()
-    return Filled(unit.name, {suffix: file_digest(folder / p.file, p.offset, p.nbytes) for suffix, p in places})
+    with stopping():
+        return Filled(unit.name, {suffix: file_digest(folder / p.file, p.offset, p.nbytes) for suffix, p in places})

@@ -36,7 +36,7 @@ class FillJob:
 
     def _open(self, file: str, stack: ExitStack) -> int:
         try:
-            handle = os.open(self.folder / file, os.O_WRONLY)
+            handle = os.open(self.folder / file, os.O_WRONLY | os.O_NOFOLLOW)
         except OSError as error:
             raise StoppedError(self.folder / file, f"cannot be opened: {error.strerror}.", FREE_SPACE) from None
         stack.callback(os.close, handle)

@@ -7,13 +7,16 @@ from pathlib import Path
 
 from fxquant.errors import StoppedError
 from fxquant.lowering.layout import FileLayout
+from fxquant.system_errors import stopping
+from fxquant.work_folder import walk
 
 FREE_SPACE = "Free space, or choose another -o."
 
 
 def check_space(files: Sequence[FileLayout], folder: Path) -> None:
     """Raise StoppedError unless the planned files fit on the disk of `folder`."""
-    needed, free = sum(file.nbytes for file in files), shutil.disk_usage(folder).free
+    with stopping(folder, "cannot be looked at"):
+        needed, free = sum(file.nbytes for file in files), shutil.disk_usage(folder).free
     if needed > free:
         raise StoppedError(folder, f"{needed:,} bytes to write, {free:,} free.", FREE_SPACE)
 
@@ -26,7 +29,7 @@ def reserve(files: Sequence[FileLayout], folder: Path) -> None:
 
 def _reserve(path: Path, file: FileLayout) -> None:
     try:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644)
     except OSError as error:
         raise StoppedError(path, f"cannot be made: {error.strerror}.", "Raise --max-shard-size or the limit.") from None
     try:
@@ -44,13 +47,14 @@ def _extend(handle: int, start: int, length: int) -> None:
     os.ftruncate(handle, start + length)
 
 
-def sync(folder: Path, files: bool = True) -> None:
-    """Have every file of `folder` (unless `files` is false) and the names in it on the disk."""
-    for path in (*(sorted(folder.rglob("*")) if files else ()), folder):
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        except OSError as error:
-            raise StoppedError(path, f"cannot be written to the disk: {error.strerror}.", FREE_SPACE) from None
-        finally:
-            os.close(handle)
+def sync(folder: Path) -> None:
+    """Have every file of `folder` and the names in it on the disk."""
+    with stopping(folder, "cannot be listed"):
+        paths = [*walk(folder), folder]
+    for path in paths:
+        with stopping(path, "cannot be written to the disk"):
+            handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)

@@ -4,17 +4,23 @@ import errno
 import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from fxquant.errors import FxquantError, StoppedError
+from fxquant.errors import FxquantError
 from fxquant.hashing import hash_bytes
+from fxquant.json_file import read_json
+from fxquant.limits import INDEX_BYTES
 from fxquant.lowering.layout import FileLayout
 from fxquant.lowering.manifest import STAMPS, Manifest, read_manifest
+from fxquant.lowering.own_files import is_plain
+from fxquant.lowering.weights.digests import digests_on_disk
 from fxquant.lowering.weights.producer import Producer
 from fxquant.lowering.weights.unit import Filled, Unit
 from fxquant.safetensors_file import TensorInfo, header_bytes, read_header
 from fxquant.source_reader import FileStamp, Stamps
+from fxquant.system_errors import stopped, stopping
+from fxquant.work_folder import listed
 
 NOT_HERE = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
 """Errors of copy_file_range that mean: not between these files, copy them yourself."""
@@ -24,17 +30,33 @@ COPY_BLOCK = 8 << 20
 def save_stamps(stamps: Stamps, folder: Path) -> None:
     """Beside an output, what its source's files were, by name."""
     document = {file.name: asdict(stamp) for file, stamp in sorted(stamps.items())}
-    (folder / STAMPS).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    with stopping(folder / STAMPS, "cannot be written"):
+        (folder / STAMPS).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 
 @dataclass(frozen=True)
 class Earlier:
-    """An output folder to take units from: its tensors by name, and the states that its source's files had."""
+    """An output folder to take units from: its tensors by name, and the states that its source's files had.
+
+    lost     weight files that are not as they were written: nothing is taken from them
+    damaged  units whose bytes turned out not to be those that were written
+    """
 
     folder: Path
     manifest: Manifest
     tensors: dict[str, TensorInfo]
     stamps: frozenset[FileStamp]
+    lost: list[str] = field(default_factory=list)
+    damaged: list[str] = field(default_factory=list)
+
+    @property
+    def notes(self) -> list[str]:
+        """What the user should know of it."""
+        notes = [f"{self.folder / name} is not as it was written: what it held was made anew" for name in self.lost]
+        if self.damaged:
+            what = f"{len(self.damaged):,} modules or tensors ({listed(set(self.damaged))})"
+            notes.append(f"{what} of {self.folder} were damaged and made anew from the source")
+        return notes
 
     def has(self, unit: Unit, key: str, producer: Producer) -> bool:
         """Whether it has what `producer` would make: the same key, from source files not touched since."""
@@ -56,43 +78,63 @@ class Earlier:
         return found is not None and found.nbytes == unit.places[suffix].nbytes
 
 
-def open_earlier(folder: Path) -> Earlier:
-    """Raises FxquantError unless `folder` is an output whose weight files are as they were written."""
+def open_earlier(folder: Path, replaced: bool = False) -> Earlier:
+    """Raises FxquantError unless `folder` is an output whose weight files are as they were written.
+
+    `replaced`: it is the output that is replaced; what is damaged of it is made anew.
+    """
     manifest = read_manifest(folder)
     tensors: dict[str, TensorInfo] = {}
+    lost = []
     for name, digest in manifest.weights.items():
         path = folder / name
-        if not path.is_file() or hash_bytes(header_bytes(path)) != digest:
-            raise FxquantError(path, "is not as it was written.", "Leave out --reuse, or verify that folder.")
-        tensors |= read_header(path)
+        try:
+            if not is_plain(name) or not path.is_file() or hash_bytes(header_bytes(path)) != digest:
+                raise FxquantError(path, "is not as it was written.", "Leave out --reuse, or verify that folder.")
+            with stopping(path, "cannot be read"):
+                tensors |= read_header(path)
+        except FxquantError:
+            if not replaced:
+                raise
+            lost.append(name)
     try:
-        document = json.loads((folder / STAMPS).read_text(encoding="utf-8"))
+        document = read_json(folder / STAMPS, INDEX_BYTES)
         stamps = frozenset(FileStamp(**fields) for fields in document.values())
-    except (OSError, ValueError, TypeError, AttributeError):
+    except (FxquantError, TypeError, AttributeError):
         stamps = frozenset()
-    return Earlier(folder, manifest, tensors, stamps)
+    return Earlier(folder, manifest, tensors, stamps, lost)
 
 
 def copy_units(
     earlier: Earlier, units: Sequence[Unit], files: Sequence[FileLayout], folder: Path
-) -> Iterator[tuple[Unit, Filled]]:
-    """Copy `units` of `earlier` into the reserved `files` of `folder`; each is yielded when its bytes are there.
+) -> Iterator[tuple[Unit, Filled | None]]:
+    """Copy `units` of `earlier` into the reserved `files` of `folder`; each is yielded when its bytes are there, read
+    back and hashed: None where they are not those that the earlier work made.
 
     A file that comes out the same is copied in one range, which begins at a page: a file system with shared blocks
     (XFS, Btrfs) copies nothing then.
     """
     reused = {unit.tensor_name(suffix) for unit in units for suffix in unit.places}
     whole = {file.name for file in files if _same_file(earlier, file, reused)}
-    for file in files:
+    order = {file.name: index for index, file in enumerate(files)}
+    ending: dict[int, list[Unit]] = {}
+    for unit in units:
+        ending.setdefault(max(order[place.file] for place in unit.places.values()), []).append(unit)
+    for index, file in enumerate(files):
         if file.name in whole:
             start = len(file.header)
             _copy(earlier.folder / file.name, start, folder / file.name, start, file.nbytes - start)
-    for unit in units:
-        for suffix, place in unit.places.items():
-            if place.file not in whole:
-                old = earlier.tensors[unit.tensor_name(suffix)]
-                _copy(old.file, old.start, folder / place.file, place.offset, place.nbytes)
-        yield unit, earlier.filled(unit)
+        for unit in ending.get(index, []):
+            _copy_places(earlier, unit, whole, folder)
+        for unit, found in digests_on_disk(ending.get(index, []), folder):
+            yield unit, found if found == earlier.filled(unit) else None
+
+
+def _copy_places(earlier: Earlier, unit: Unit, whole: set[str], folder: Path) -> None:
+    for suffix, place in unit.places.items():
+        if place.file not in whole:
+            old = earlier.tensors[unit.tensor_name(suffix)]
+            _copy(old.file, old.start, folder / place.file, place.offset, place.nbytes)
 
 
 def _same_file(earlier: Earlier, file: FileLayout, reused: set[str]) -> bool:
@@ -106,7 +148,7 @@ def _copy(source: Path, start: int, target: Path, offset: int, length: int) -> N
         with source.open("rb", buffering=0) as old, target.open("r+b", buffering=0) as new:
             _copy_range(old.fileno(), start, new.fileno(), offset, length)
     except OSError as error:
-        raise StoppedError(target, f"cannot be copied from {source}: {error.strerror}.", "Free space.") from None
+        raise stopped(error, target, f"cannot be copied from {source}") from None
 
 
 def _copy_range(old: int, start: int, new: int, offset: int, length: int) -> None:

@@ -24,7 +24,7 @@ from fxquant.lowering.weights.unit import Filled, Unit, units_of
 from fxquant.progress import Reporter
 from fxquant.source_reader import Stamps
 
-FORMAT = 1
+FORMAT = 2
 
 
 class WorkEngine(StrEnum):
@@ -66,12 +66,14 @@ class WorkReport:
     quantized  made from checkpoint weights by a recipe; copied: float tensors of the checkpoint
     reused     taken from an earlier output with equal keys
     resumed    were finished when the same work was killed
+    remade     were to be reused and were damaged, so that they were made anew
     """
 
     quantized: int = 0
     copied: int = 0
     reused: int = 0
     resumed: int = 0
+    remade: int = 0
 
 
 @dataclass(frozen=True)
@@ -125,28 +127,48 @@ def write_weights(
         _prove(plan, journal, folder, report)
     work, by_name = WorkReport(), {unit.name: unit for unit in plan.units}
     work.resumed = sum(by_name[name].nbytes for name in journal.done)
-    waiting = [unit for unit in plan.units if unit.name not in journal.done]
     if earlier is not None:
-        known = [unit for unit in waiting if earlier.has(unit, plan.keys[unit.name], producer)]
-        with report("reuse", sum(unit.nbytes for unit in known), "bytes") as advance:
-            for unit, filled in copy_units(earlier, known, plan.files, folder):
-                journal.append(filled)
-                work.reused += unit.nbytes
-                advance(unit.nbytes)
-        waiting = [unit for unit in waiting if unit.name not in journal.done]
+        _reuse(plan, producer, journal, folder, earlier, report, work)
+    waiting = [unit for unit in plan.units if unit.name not in journal.done]
     filling = workers.fill(FillJob(folder.absolute(), producer), waiting)
     with report("quantize, write", sum(unit.nbytes for unit in waiting), "bytes") as advance, closing(filling):
         for filled in filling:
             journal.append(filled)
             unit = by_name[filled.name]
-            work.quantized += unit.nbytes if unit.recipe else 0
-            work.copied += 0 if unit.recipe else unit.nbytes
+            if earlier is not None and unit.name in earlier.damaged:
+                work.remade += unit.nbytes
+            elif unit.recipe:
+                work.quantized += unit.nbytes
+            else:
+                work.copied += unit.nbytes
             advance(unit.nbytes)
     return work
 
 
+def _reuse(
+    plan: WeightPlan,
+    producer: Producer,
+    journal: Journal,
+    folder: Path,
+    earlier: Earlier,
+    report: Reporter,
+    work: WorkReport,
+) -> None:
+    """Take over what is the same. What turns out to be damaged is left for the workers to make anew."""
+    waiting = [unit for unit in plan.units if unit.name not in journal.done]
+    known = [unit for unit in waiting if earlier.has(unit, plan.keys[unit.name], producer)]
+    with report("reuse", sum(unit.nbytes for unit in known), "bytes") as advance:
+        for unit, filled in copy_units(earlier, known, plan.files, folder):
+            if filled is None:
+                earlier.damaged.append(unit.name)
+            else:
+                journal.append(filled)
+                work.reused += unit.nbytes
+            advance(unit.nbytes)
+
+
 def _prove(plan: WeightPlan, journal: Journal, folder: Path, report: Reporter) -> None:
-    """After another start of the machine: units count as finished if their bytes reached the disk."""
+    """Units of an earlier run count as finished if their bytes are on the disk as they were made."""
     done = [unit for unit in plan.units if unit.name in journal.done]
     good: dict[str, Filled] = {}
     with report("check", sum(unit.nbytes for unit in done), "bytes") as advance:

@@ -1,0 +1,101 @@
+"""Which files of an output folder are its own: those that its manifest lists, the manifest, and the stamps.
+
+A manifest is data from outside: what it lists counts only as a plain path inside the folder, and only regular files are
+removed, one by one, then the folders that are empty.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from fxquant.errors import FxquantError
+from fxquant.lowering.manifest import MANIFEST, STAMPS, Manifest, read_manifest
+from fxquant.system_errors import stopping
+from fxquant.work_folder import is_folder, listed, walk
+
+CACHE = "__pycache__"
+"""Where Python puts the compiled form of our own `.py` files when somebody imports them."""
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What lies in an output folder. Paths are relative, with forward slashes.
+
+    own      regular files that are the output's
+    folders  those that hold its files, inner ones first
+    others   everything else: files, folders, links
+    """
+
+    own: list[str]
+    folders: list[str]
+    others: set[str]
+
+
+def survey(folder: Path) -> Survey:
+    """Raises FxquantError where the manifest can't be read or lists a path that is not one within the folder."""
+    names = own_names(read_manifest(folder), folder)
+    kept = {parent.as_posix() for name in names for parent in PurePosixPath(name).parents} - {"."}
+    stems = {PurePosixPath(name).stem for name in names if name.endswith(".py") and "/" not in name}
+    own, folders, others = [], [], set()
+    with stopping(folder, "cannot be listed"):
+        for path in walk(folder):
+            name = path.relative_to(folder).as_posix()
+            if any(parent.as_posix() in others for parent in PurePosixPath(name).parents):
+                continue
+            regular = path.is_file() and not path.is_symlink()
+            if is_folder(path) and (name in kept or (name == CACHE and stems)):
+                folders.append(name)
+            elif regular and (name in names or _compiled(name, stems)):
+                own.append(name)
+            else:
+                others.add(name)
+    return Survey(own, folders[::-1], others)
+
+
+def own_names(manifest: Manifest, folder: Path) -> set[str]:
+    """The files that `manifest` lists, with itself and the stamps."""
+    for name in manifest.files:
+        if not is_plain(name):
+            fact = f"lists a file outside of its folder: {name[:200]!r}."
+            raise FxquantError(folder / MANIFEST, fact, "Choose another -o, and look who changed it.")
+    return {*manifest.files, MANIFEST, STAMPS}
+
+
+def is_plain(name: str) -> bool:
+    """Whether it is a relative path with no way up, written in the one way there is."""
+    path = PurePosixPath(name)
+    way = bool(path.parts) and ".." not in path.parts and not path.is_absolute()
+    return way and "\0" not in name and str(path) == name
+
+
+def refuse_others(folder: Path) -> None:
+    """Raise FxquantError where `folder` holds what is not the output's."""
+    others = survey(folder).others
+    if others:
+        fact = f"holds what is not of this output: {listed(others)}."
+        raise FxquantError(folder, fact, "Move it elsewhere, or choose another -o: fxquant deletes only what it made.")
+
+
+def remove_output(folder: Path) -> None:
+    """Remove an output's own files and then the folder, the manifest last: until then it says what is ours.
+
+    Raises FxquantError where it holds anything else, before a file is removed.
+    """
+    with stopping(folder, "cannot be removed"):
+        if any(folder.iterdir()):
+            refuse_others(folder)
+            found = survey(folder)
+            for name in sorted(found.own, key=lambda name: (name == MANIFEST, name)):
+                if name == MANIFEST:
+                    _remove_folders(folder, found.folders)
+                (folder / name).unlink()
+        folder.rmdir()
+
+
+def _remove_folders(folder: Path, names: list[str]) -> None:
+    for name in names:
+        (folder / name).rmdir()
+
+
+def _compiled(name: str, stems: set[str]) -> bool:
+    parts = PurePosixPath(name).parts
+    return len(parts) == 2 and parts[0] == CACHE and name.endswith(".pyc") and parts[1].split(".")[0] in stems
