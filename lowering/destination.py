@@ -175,9 +175,18 @@ def _refuse_contents(destination: Destination) -> None:
     if not (out / MANIFEST).is_file() or (out / MANIFEST).is_symlink():
         raise FxquantError(named, f"is not empty and not an output of fxquant (no {MANIFEST}).", OTHER)
     if not destination.force and destination.places.state is not State.NAMED:
+        _sweep(destination)
         raise FxquantError(named, "exists and is not empty.", "Pass --force to replace it, or choose another -o.")
     if destination.force:
         refuse_others(out)
+
+
+def _sweep(destination: Destination) -> None:
+    """A command that was stopped in its very last steps leaves an empty work folder beside its output."""
+    with suppress(FxquantError):
+        if destination.places.state is State.NONE and destination.places.work.check():
+            with destination.places.work.held():
+                destination.places.work.release()
 
 
 def _lower(text: str) -> str:

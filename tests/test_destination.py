@@ -381,3 +381,14 @@ def test_after_a_fault_no_parents_stay(tmp_path: Path) -> None:
 def test_nothing_is_left_of_asking(tmp_path: Path) -> None:
     open_destination(tmp_path / "out", False, [])
     assert not list(tmp_path.iterdir()) and Places(tmp_path / "out").state == "none"
+
+
+@pytest.mark.parametrize("left", ["nothing", "a marker"])
+def test_the_last_that_a_killed_command_leaves_goes_with_the_next(left: str, tmp_path: Path) -> None:
+    """Its output is complete, and there; without --force that is what the next one says."""
+    work = WorkFolder(output(tmp_path / "out"), Kind.PARTIAL)
+    work.path.mkdir()
+    if left == "a marker":
+        (work.path / MARKER).write_bytes(work.marker)
+    refused(tmp_path / "out", "exists and is not empty", "--force", force=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
