@@ -47,10 +47,12 @@ def killed_at(count: int, work: Callable[[], object]) -> bool:
 
 
 def raising_at(count: int, error: BaseException) -> Callable[[int, str], None]:
-    """For `watched`: an error in place of operation `count`."""
+    """For `watched`: an error in place of operation `count`, once."""
+    raised: list[int] = []
 
     def act(number: int, name: str) -> None:
-        if number == count:
+        if number == count and not raised:
+            raised.append(number)
             raise error
 
     return act
