@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from output_folders import compile_weights, finished, same_files, wide_model
+from output_folders import compile_weights, files_of, finished, same_files, wide_model
 
 from fxquant import CompileOptions, FxquantError, compile
 from fxquant.errors import StoppedError
@@ -19,7 +19,6 @@ from fxquant.lowering.destination import open_destination
 from fxquant.lowering.finish import Places
 from fxquant.lowering.weights import Unit
 from fxquant.lowering.weights.fill import FillJob
-from fxquant.lowering.weights.work import Workers
 from fxquant.lowering.workspace import open_workspace
 from fxquant.safetensors_file import read_header
 
@@ -251,19 +250,20 @@ def test_an_interrupt_keeps_what_is_finished(model: Path, whole: Path, tmp_path:
         time.sleep(0.002)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate()
-    assert process.returncode == 130 and "goes on where it was" in errors and "Traceback" not in errors
+    assert process.returncode == 130 and "the same command goes on" in errors and "Traceback" not in errors
     assert not out.exists() and finished(out) >= 3
     assert same_files(compile_weights(model, out), whole)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", ["compile"])
-def test_replacing_an_output_survives_a_kill_between_its_names(
+def test_replacing_an_output_survives_an_end_between_its_names(
     command: str, model: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The old output is aside, the new one has not got the name yet."""
+    """The old output is aside, the new one has not got the name yet. A kill there: test_finish.py."""
     out = tmp_path / "out"
     compile(model, CompileOptions("float", out, verify=False, export=False))
+    old = files_of(out)
     original = Path.rename
 
     def rename(path: Path, target: Path) -> Path:
@@ -274,7 +274,7 @@ def test_replacing_an_output_survives_a_kill_between_its_names(
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(Path, "rename", rename)
         compile(model, CompileOptions(POLICY, out, verify=False, export=False, force=True))
-    assert not out.exists()
-    report = compile(model, CompileOptions(POLICY, out, verify=False, export=False, workers=Workers(jobs=1)))
+    assert files_of(out) == old
+    report = compile(model, CompileOptions(POLICY, out, verify=False, export=False, force=True))
     assert report.output.work.quantized == 0 and same_files(out, whole)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
