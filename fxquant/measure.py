@@ -57,16 +57,20 @@ def evaluate_programs(
     quantized: Sequence[tuple[Program, Read]],
     batches: list[Tensor],
     report: Reporter = silent,
+    names: Sequence[str] = (),
 ) -> list[Evaluation]:
-    """Score every next token of `batches`, documents int64 [1, length], under the float program and each other one."""
+    """Score every next token of `batches`, documents int64 [1, length], under the float program and each other one.
+
+    `names`: what progress calls the others.
+    """
     scores: list[list[Tensor]] = [[] for _ in quantized]
     with report("evaluate", len(batches) * len(quantized), "batches") as advance:
         for start in range(0, len(batches), CHUNK):
             chunk = batches[start : start + CHUNK]
             expected = logits(*original, chunk)
-            for found, program in zip(scores, quantized, strict=True):
+            for found, program, name in zip(scores, quantized, names or [""] * len(quantized), strict=True):
                 found.extend(document_scores(chunk, expected, logits(*program, chunk)))
-                advance(len(chunk))
+                advance(len(chunk), at=name)
     results = []
     with report("intervals", len(scores), "graphs") as advance:
         for found in scores:

@@ -234,7 +234,7 @@ def calibration(source: Source, options: CompileOptions) -> list[Tensor] | None:
 
 def open_model(model: str | Path, options: CompileOptions, report: Reporter) -> Source:
     """MODEL, opened; a model.py is run meanwhile."""
-    with report("open", 1, "model") as advance:
+    with report(f"open {model}", 1, "model") as advance:
         source = open_source(Path(model), as_path(options.checkpoint), options.trace_timeout)
         advance(1)
     return source

@@ -19,7 +19,7 @@ from fxquant.policy import load_policy
 from fxquant.preparation import CompileOptions, open_model, prepare, smoothed_source
 from fxquant.program import Program
 from fxquant.program_file import load_program
-from fxquant.progress import Reporter, silent
+from fxquant.progress import Reporter, silent, within
 from fxquant.sensitivity import measure_sensitivity
 from fxquant.targets import Target
 from fxquant.text import load_batches
@@ -59,7 +59,8 @@ def evaluate(
     """
     program, checkpoint = _original(Path(out), against)
     batches = load_batches(Path(text), checkpoint, samples, seq_len)
-    return evaluate_programs((program, Cached(checkpoint.read)), [open_output(Path(out))], batches, report)[0]
+    stage = within(Path(text).name, report)
+    return evaluate_programs((program, Cached(checkpoint.read)), [open_output(Path(out))], batches, stage)[0]
 
 
 def sensitivity(
@@ -128,10 +129,10 @@ def compare(
     source = open_model(model, options, report)
     batches = load_batches(Path(text), source.checkpoint, samples, seq_len)
     original = (source.program(), Cached(source.checkpoint.read))
-    made = [prepare(source, load_policy(name), options, report, for_engine=False) for name in policies]
+    made = [prepare(source, load_policy(name), options, within(name, report), for_engine=False) for name in policies]
     sizes = [sum(tensor.nbytes for tensor in stored_tensors(one.program, one.checkpoint)) for one in made]
     quantized = [
         (one.program, Cached(RecipeReader(one.program, one.checkpoint, one.solved), COMPARE_CACHE)) for one in made
     ]
-    results = evaluate_programs(original, quantized, batches, report)
+    results = evaluate_programs(original, quantized, batches, report, policies)
     return dict(zip(policies, zip(results, sizes, strict=True), strict=True))

@@ -147,7 +147,7 @@ class _Along:
         read = module.reader(self._original[1], self._quantized[1])
         outputs = execute(partial, read, self.inputs, _noise(module, exact), known=known)
         module.kl += _divergence(self._expected, [output[0] for output in outputs])
-        self._advance(len(exact))
+        self._advance(len(exact), at=f"{module.kind} {module.name}")
 
 
 def _noise(module: _Module, exact: list[Tensor]) -> Observer:

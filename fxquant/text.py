@@ -37,7 +37,8 @@ def load_batches(file: Path, checkpoint: Checkpoint, samples: int, seq_len: int)
 
 def _load(file: Path, checkpoint: Checkpoint, samples: int, seq_len: int) -> list[Tensor]:
     if not file.is_file():
-        raise FxquantError(file, "no such file.", f"Give {FORMATS}.")
+        fact = "no file but a folder or a device." if file.exists() else "no such file."
+        raise FxquantError(file, fact, f"Give {FORMATS}.")
     if file.suffix in (".npy", ".safetensors"):
         return list(read_token_ids(file, checkpoint)[:samples].split(1))
     encoder = Encoder(checkpoint.folder, bos_ids(checkpoint))

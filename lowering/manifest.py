@@ -8,8 +8,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from fxquant.errors import FxquantError
 from fxquant.json_file import read_json
 from fxquant.limits import GRAPH_BYTES
+from fxquant.places import MANIFEST, not_compiled
 
-MANIFEST = "fxquant_manifest.json"
 GRAPH = "fxquant_graph.json"
 FLOAT_GRAPH = "fxquant_float_graph.json"
 LEDGER = "fxquant_ledger.json"
@@ -89,14 +89,14 @@ def find_manifest(folder: Path) -> Manifest | None:
         return read_manifest(folder)
     if (folder / GRAPH).is_file():
         return None
-    raise FxquantError(folder, f"not an output of fxquant: no {MANIFEST}, no {GRAPH}.", "Name a compiled folder.")
+    raise not_compiled(folder)
 
 
 def read_manifest(folder: Path) -> Manifest:
     """Raises FxquantError for a folder that fxquant did not write."""
     path = folder / MANIFEST
     if not path.is_file():
-        raise FxquantError(folder, f"not an output of fxquant: it has no {MANIFEST}.", "Name a compiled folder.")
+        raise not_compiled(folder)
     document = read_json(path, GRAPH_BYTES, "Compile again.")
     try:
         return Manifest.model_validate(document)

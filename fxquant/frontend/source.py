@@ -8,10 +8,10 @@ import torch
 
 from fxquant.checkpoint import Checkpoint, block_size, open_checkpoint, open_config
 from fxquant.config import DeepseekV3Config, parse_config, read_config_file
-from fxquant.errors import FxquantError
 from fxquant.frontend.child import trace_in_child
 from fxquant.model_dtype import with_dtype
 from fxquant.models import DeepseekV3
+from fxquant.places import not_a_model
 from fxquant.program import Program
 from fxquant.program_file import parse_program
 from fxquant.tracing import trace
@@ -50,13 +50,13 @@ def open_source(
     `timeout` seconds; only its graph, as text, comes back. `config_only` takes a config.json, or a folder with nothing
     else, in place of a checkpoint, whose tensors are then empty.
     """
-    if path.is_dir():
-        return _from_config(path, open_config(path) if config_only else open_checkpoint(path), path / "config.json")
     if config_only and path.suffix == ".json" and path.is_file():
         return _from_config(path, _config_file(path), path)
-    if path.suffix != ".py" or not path.is_file():
-        fact = "no such file or folder." if not path.exists() else "neither a folder nor a .py file."
-        raise FxquantError(path, fact, "Name a Hugging Face checkpoint folder or a model.py.")
+    wrong = not_a_model(path)
+    if wrong is not None:
+        raise wrong
+    if path.is_dir():
+        return _from_config(path, open_config(path) if config_only else open_checkpoint(path), path / "config.json")
     traced = trace_in_child(path, checkpoint, timeout)
     opened = open_config(traced.checkpoint) if config_only else open_checkpoint(traced.checkpoint)
     config = parse_config(opened.config, traced.checkpoint / "config.json")

@@ -1,0 +1,58 @@
+"""What a path is, for the error of a command that was given another one."""
+
+import difflib
+import shlex
+from itertools import islice
+from pathlib import Path
+
+from fxquant.errors import FxquantError
+
+MANIFEST = "fxquant_manifest.json"
+WORK = (".partial", ".calibrating", ".replaced")
+SIBLINGS = 1000
+"""Names beside a missing one that are compared with it."""
+COMPILED, MODEL = "Name a compiled folder.", "Name a Hugging Face checkpoint folder or a model.py."
+
+
+def not_compiled(path: Path) -> FxquantError:
+    """For verbs that read a compiled folder."""
+    if not path.exists():
+        return _missing(path, "no such folder.", COMPILED)
+    if not path.is_dir():
+        inside = (path.parent / MANIFEST).is_file()
+        return FxquantError(path, "a file, not a folder.", f"Name its folder: {path.parent}" if inside else COMPILED)
+    if path.name.endswith(WORK):
+        return FxquantError(path, "unfinished work, not an output of fxquant.", "Run its command again.")
+    if (path / "config.json").is_file() and not any(path.glob("quant_model_*")):
+        fact = f"a model, not an output of fxquant: it has no {MANIFEST}."
+        return FxquantError(path, fact, f"Compile it first:\nfxquant compile {shlex.quote(str(path))}")
+    what = f"it has no {MANIFEST}" if any(path.iterdir()) else "it is empty"
+    return FxquantError(path, f"not an output of fxquant: {what}.", COMPILED)
+
+
+def not_a_model(path: Path, wanted: str = MODEL) -> FxquantError | None:
+    """For verbs that read a model; None for what may be one."""
+    if not path.exists():
+        return _missing(path, "no such file or folder.", wanted)
+    if (path / MANIFEST).is_file():
+        return FxquantError(path, "a compiled folder, not a model.", "Name the model that it was made from.")
+    if path.is_dir() or (path.suffix == ".py" and path.is_file()):
+        return None
+    fact = "neither a folder nor a .py file."
+    inside = path.is_file() and (path.parent / "config.json").is_file()
+    return FxquantError(path, fact, f"Name its folder: {path.parent}" if inside else wanted)
+
+
+def _missing(path: Path, fact: str, wanted: str) -> FxquantError:
+    if path.is_symlink():
+        return FxquantError(path, f"a link to {path.readlink()}, which is not there.", wanted)
+    near = difflib.get_close_matches(path.name, _names(path.parent), n=3)
+    beside = f" Beside it: {', '.join(near)}." if near else ""
+    return FxquantError(path, fact, wanted + beside)
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return [one.name for one in islice(folder.iterdir(), SIBLINGS)]
+    except OSError:
+        return []

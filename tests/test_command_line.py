@@ -1,0 +1,311 @@
+"""The commands themselves: help, completion, what they are given by mistake, what they print and where."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from rewrites import float_program
+from test_tables import compile_report_of, evaluation, verification
+from typer.testing import CliRunner
+
+import fxquant
+from fxquant.checkpoint import Checkpoint
+from fxquant.measure import evaluate_programs
+from fxquant.policy import shipped_policies
+from fxquant.progress import silent, within
+from fxquant.targets import Target
+from fxquant.tools.main import app, run
+
+VERBS = ("compile", "plan", "verify", "run", "eval", "compare", "show", "convert", "targets")
+EXAMPLE = Path(__file__).parents[1] / "examples" / "tiny_deepseek_v3"
+Fxquant = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def fxquant_(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Fxquant:
+    """Run the command in this process: exit code, stdout, stderr."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["fxquant", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            run()
+        printed = capsys.readouterr()
+        assert isinstance(stop.value.code, int)
+        return stop.value.code, printed.out, printed.err
+
+    return call
+
+
+# help
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_names_values_not_types_of_python(verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    result = CliRunner().invoke(app, [verb, "--help"])
+    assert result.exit_code == 0
+    types = set(re.findall(r"<(\w[\w ]*)>", result.output)) - {"path", "name", "policy", "target", "OUT"}
+    assert types == set() and "list[" not in result.output and "bool" not in result.output
+
+
+def test_flags_look_like_flags(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    text = CliRunner().invoke(app, ["compile", "--help"]).output
+    assert re.search(r"--force +Replace", text) and re.search(r"--json +Print", text) and re.search(r"-h +Show", text)
+    assert re.search(r"--policy +-p +POLICY +Shipped", text) and re.search(r"--out +-o +FOLDER", text)
+
+
+def test_help_tells_the_exit_codes() -> None:
+    text = " ".join(CliRunner().invoke(app, ["--help"]).output.split())
+    assert "Exit codes: 0 done; 1 wrong input" in text and "143 SIGTERM" in text
+
+
+FAST = """
+import sys
+sys.argv = {arguments!r}
+from fxquant.__main__ import run
+try:
+    run()
+finally:
+    print([name for name in ("torch", "numba", "onnx", "onnxruntime") if name in sys.modules], file=sys.stderr)
+"""
+
+
+def started(arguments: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
+    """In a process of its own; the last line of stderr names the slow packages that were imported."""
+    code = FAST.format(arguments=["fxquant", *arguments])
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, env={**os.environ, **environment}
+    )
+
+
+def completed(words: str) -> list[str]:
+    """What bash offers after these words."""
+    count = str(len(words.split(" ")) - 1)
+    done = started([], _FXQUANT_COMPLETE="complete_bash", COMP_WORDS=words, COMP_CWORD=count)
+    assert done.returncode == 0 and done.stderr.splitlines()[-1] == "[]", done.stderr
+    return done.stdout.split()
+
+
+def test_completion_without_torch() -> None:
+    assert completed("fxquant compile model -p ") == shipped_policies()
+    assert completed("fxquant compile model --target vllm") == ["vllm-ascend"]
+
+
+@pytest.mark.slow
+def test_completion_of_everything_else() -> None:
+    assert set(completed("fxquant ")) == set(VERBS)
+    assert completed("fxquant compile ./mod") == [], "the shell completes paths"
+    assert completed("fxquant compile m --policy ./mine") == []
+    assert completed("fxquant convert out -t ") == [target.value for target in Target]
+    assert completed("fxquant compile m --mtp ") == ["none", "float", "quant"]
+    assert completed("fxquant compile m --device c") == ["cpu", "cuda"]
+    assert "--restart" in completed("fxquant compile m --res")
+
+
+def test_version_and_module() -> None:
+    done = subprocess.run([sys.executable, "-m", "fxquant", "--version"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{fxquant.__version__}\n", "")
+    done = started(["--help"])
+    assert done.returncode == 0 and "Usage: fxquant" in done.stdout and done.stderr.splitlines()[-1] == "[]"
+
+
+# the wrong thing
+
+
+COMPILED = (("verify",), ("run", "--prompt", "x"), ("eval", "--text", "x"), ("convert", "-t", "mindie"))
+MODELS = (("compile",), ("plan",), ("show",), ("compare", "--text", "x"))
+
+
+@pytest.fixture
+def places(tmp_path: Path, tiny_folder: Callable[..., Path]) -> dict[str, Path]:
+    """Paths of every kind."""
+    made = {name: tmp_path / name for name in ("empty", "out.partial", "out")}
+    for folder in made.values():
+        folder.mkdir()
+    (made["out"] / "fxquant_manifest.json").write_text("{}")
+    (tmp_path / "link").symlink_to("gone")
+    found = {"missing": tmp_path / "ou", "link": tmp_path / "link", "model": tiny_folder()}
+    return made | found | {"file": tiny_folder() / "config.json", "inside": made["out"] / "fxquant_manifest.json"}
+
+
+@pytest.mark.parametrize("verb", COMPILED, ids=lambda verb: verb[0])
+@pytest.mark.parametrize(
+    "kind, words",
+    [
+        ("missing", ["no such folder.", "Name a compiled folder. Beside it: out"]),
+        ("link", ["a link to gone, which is not there."]),
+        ("file", ["a file, not a folder."]),
+        ("inside", ["a file, not a folder.", "Name its folder: {parent}"]),
+        ("model", ["a model, not an output of fxquant", "Compile it first:\nfxquant compile {path}"]),
+        ("empty", ["not an output of fxquant: it is empty."]),
+        ("out.partial", ["unfinished work, not an output", "Run its command again."]),
+    ],
+)
+def test_no_compiled_folder(
+    fxquant_: Fxquant, places: dict[str, Path], verb: tuple[str, ...], kind: str, words: list[str]
+) -> None:
+    path = places[kind]
+    code, out, text = fxquant_(verb[0], path, *verb[1:])
+    assert code == 1 and out == "" and str(path) in text.splitlines()
+    told = [word.format(path=path, parent=path.parent) for word in words]
+    assert [word for word in told if word not in text] == [], text
+
+
+@pytest.mark.parametrize("verb", MODELS, ids=lambda verb: verb[0])
+@pytest.mark.parametrize(
+    "kind, words",
+    [
+        ("missing", ["no such file or folder.", "Name a Hugging Face checkpoint folder or a model.py. Beside it: out"]),
+        ("link", ["a link to gone, which is not there."]),
+        ("out", ["a compiled folder, not a model."]),
+        ("empty", ["config.json"]),
+    ],
+)
+def test_no_model(
+    fxquant_: Fxquant, places: dict[str, Path], verb: tuple[str, ...], kind: str, words: list[str]
+) -> None:
+    code, out, text = fxquant_(verb[0], places[kind], *verb[1:])
+    assert code == 1 and out == "" and [word for word in words if word not in text] == [], text
+
+
+@pytest.mark.parametrize("verb", [one for one in MODELS if one[0] != "plan"], ids=lambda verb: verb[0])
+def test_a_file_of_a_model(fxquant_: Fxquant, places: dict[str, Path], verb: tuple[str, ...]) -> None:
+    code, _, text = fxquant_(verb[0], places["file"], *verb[1:])
+    assert code == 1 and f"→ Name its folder: {places['model']}" in text
+
+
+@pytest.mark.parametrize("text", ["missing", "empty"])
+def test_no_text(fxquant_: Fxquant, places: dict[str, Path], text: str) -> None:
+    code, out, told = fxquant_("compare", places["model"], "--text", places[text])
+    assert code == 1 and out == ""
+    assert ("no such file." if text == "missing" else "no file but a folder") in told
+
+
+def test_a_block_that_is_not_there(
+    fxquant_: Fxquant, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = float_program(checkpoint)
+    monkeypatch.setattr("fxquant.api.open_graph", lambda *arguments: program)
+    code, out, text = fxquant_("show", "model", "--block", "model.layer.1")
+    assert code == 1 and out == "" and "--block model.layer.1" in text
+    assert "before … after" in text and "→ Near it: model.layers.1" in text
+    code, out, text = fxquant_("show", "model", "--block", "model.layers.1")
+    assert code == 0 and out.startswith("── model.layers.1 ") and text == ""
+
+
+def test_a_prompt_is_printed_after_the_folder_was_looked_at(
+    fxquant_: Fxquant, places: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert fxquant_("run", places["empty"], "--prompt", "def main(")[1] == ""
+    monkeypatch.setattr("fxquant.api.run", lambda *arguments: iter(["):\n", "\t\x1b[2J"]))
+    code, out, _ = fxquant_("run", "out", "--prompt", "def main(")
+    assert code == 0 and out.expandtabs() == "def main():\n        \\x1b[2J\n"
+
+
+# quiet, progress
+
+
+def test_a_quiet_compile_says_nothing(fxquant_: Fxquant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    report = compile_report_of(tmp_path)
+    monkeypatch.setattr("fxquant.api.compile", lambda *arguments: report)
+    assert fxquant_("compile", "model", "--quiet") == (0, "", "")
+    code, out, _ = fxquant_("compile", "model")
+    assert code == 0 and str(tmp_path) in out
+    monkeypatch.setattr("fxquant.tools.compile_report.as_document", lambda report: {"out": str(report.out)})
+    code, out, text = fxquant_("compile", "model", "--quiet", "--json")
+    assert (code, json.loads(out), text) == (0, {"out": str(tmp_path)}, "")
+
+
+def test_a_quiet_convert_says_nothing(fxquant_: Fxquant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    report = compile_report_of(tmp_path, policy="p")
+    monkeypatch.setattr("fxquant.api.convert", lambda *arguments: report)
+    assert fxquant_("convert", "out", "-t", "mindie", "-q") == (0, "", "")
+    code, out, _ = fxquant_("convert", "out", "-t", "mindie")
+    assert code == 0 and str(tmp_path) in out.splitlines() and f"made {tmp_path.parent}" in out.splitlines()
+
+
+def test_what_was_asked_for_is_printed_when_quiet(fxquant_: Fxquant, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fxquant.api.verify", lambda *arguments: verification())
+    code, out, text = fxquant_("verify", "out", "-q")
+    assert code == 1 and text == "" and "FAILED" in out and "✗ vllm-ascend-per-group: activations == graph: x" in out
+    monkeypatch.setattr("fxquant.api.evaluate", lambda *arguments: evaluation())
+    code, out, text = fxquant_("eval", "out", "--text", "t", "-q")
+    assert code == 0 and text == "" and "quantized" in out
+
+
+def test_what_verify_has_not_looked_at_is_named(fxquant_: Fxquant, monkeypatch: pytest.MonkeyPatch) -> None:
+    report = verification()
+    report.unread = {"a\x1b.pt2": "all of it"}
+    monkeypatch.setattr("fxquant.api.verify", lambda *arguments: report)
+    assert "not looked at: a\\x1b.pt2: all of it" in fxquant_("verify", "out")[1]
+
+
+def test_stages_name_what_they_work_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+
+    class Bar:
+        def __enter__(self) -> Callable[..., None]:
+            return lambda amount, at="": seen.append((amount, at))
+
+        def __exit__(self, *error: object) -> None: ...
+
+    def report(stage: str, total: int, unit: str) -> Bar:
+        seen.append((stage, total, unit))
+        return Bar()
+
+    monkeypatch.setattr("fxquant.measure.logits", lambda *arguments: [])
+    monkeypatch.setattr("fxquant.measure.document_scores", lambda *arguments: [])
+    monkeypatch.setattr("fxquant.measure.summary", lambda found: None)
+    programs: list[Any] = [SimpleNamespace(), None]
+    evaluate_programs((None, None), [programs, programs], [None] * 3, within("t", report), ["a", "b"])  # type: ignore
+    assert seen[:3] == [("t: evaluate", 6, "batches"), (3, "a"), (3, "b")]
+    with within("x", silent)("stage", 1, "unit") as advance:
+        advance(1, at="there")
+
+
+def test_the_table_of_targets_says_what_it_does(fxquant_: Fxquant, tiny_folder: Callable[..., Path]) -> None:
+    arguments = ("targets", tiny_folder(), "--table", "-p", "float", "-t", "onnx", "--tp", "1")
+    code, out, text = fxquant_(*arguments)
+    assert code == 0 and "trace: 1 graph" in text and "check: 1 policies on targets" in text and "float" in out
+    assert fxquant_(*arguments, "--json")[2] == ""
+
+
+# any locale
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "environment",
+    [{"LC_ALL": "C", "PYTHONUTF8": "0"}, {"PYTHONIOENCODING": "ascii"}, {"PYTHONIOENCODING": "latin-1"}],
+    ids=["C", "ascii", "latin-1"],
+)
+def test_in_any_locale(environment: dict[str, str], tmp_path: Path) -> None:
+    """A graph with arrows and brackets of ours, a table, an error, JSON."""
+    folder = tmp_path / "modèle"
+    folder.mkdir()
+    (folder / "config.json").write_bytes((EXAMPLE / "config.json").read_bytes())
+    names = {"encoding": "latin-1"} if "latin-1" in environment.values() else {"encoding": "ascii"}
+    for arguments, code, words in (
+        (["targets", str(folder), "--table", "-p", "float"], 0, "policy"),
+        (["plan", str(folder), "--json"], 0, '"bytes_out"'),
+        (["plan", str(folder), "-p", "float", "--disk", "3"], 0, "routed_expert"),
+        (["show", str(folder / "→")], 1, ""),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "fxquant", *arguments],
+            capture_output=True,
+            check=False,
+            env={**os.environ, **environment},
+        )
+        out, text = done.stdout.decode(**names), done.stderr.decode(**names)
+        assert done.returncode == code and words in out and "Traceback" not in text, text
+        if "--json" in arguments:
+            assert json.loads(out)["bytes_out"] > 0
