@@ -189,9 +189,7 @@ def test_no_text(fxquant_: Fxquant, places: dict[str, Path], text: str) -> None:
     assert ("no such file." if text == "missing" else "no file but a folder") in told
 
 
-def test_a_block_that_is_not_there(
-    fxquant_: Fxquant, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_block_that_is_not_there(fxquant_: Fxquant, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     program = float_program(checkpoint)
     monkeypatch.setattr("fxquant.api.open_graph", lambda *arguments: program)
     code, out, text = fxquant_("show", "model", "--block", "model.layer.1")
