@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import torch
 from faults.campaign import plan, prepared, run_rounds, table, traced_once
 from faults.operations import Fault
+from faults.ray_rounds import ray_rounds
 from faults.scenarios import scenarios
 
 import fxquant
@@ -31,6 +32,7 @@ def main() -> int:
     names = [scenario.name for scenario in scenarios()]
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=100)
+    parser.add_argument("--ray", type=int, default=0, metavar="ROUNDS", help="Rounds with Ray, half a minute each.")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--command", action="append", default=[], choices=names)
     parser.add_argument("--fault", action="append", default=[], choices=list(Fault))
@@ -42,7 +44,8 @@ def main() -> int:
     start = time.monotonic()
     try:
         with traced_once():
-            results = _rounds(base, options)
+            results = _rounds(base, options) if options.rounds else []
+        results += ray_rounds(options.ray, base) if options.ray else []
     finally:
         shutil.rmtree(base)
     for result in results:

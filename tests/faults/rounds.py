@@ -52,7 +52,7 @@ def play(scenario: Scenario, fault: Fault, at: int, folder: Path) -> Result:
     """The round in `folder`, which is made and removed."""
     result = Result(scenario.name, fault, at, scenario.operations[at])
     shutil.copytree(scenario.folder, folder, symlinks=True)
-    foreign = _foreign(folder)
+    foreign = foreign_files(folder)
     try:
         ended = command(folder, scenario.command, fault, at)
         result.after = look(scenario, folder, ended, result, foreign, "after the fault")
@@ -80,7 +80,7 @@ def look(scenario: Scenario, folder: Path, ended: Ended, result: Result, foreign
     if state == "wrong":
         other = [name for name in {*found, *scenario.reference} if found.get(name) != scenario.reference.get(name)]
         result.wrong.append(f"{when}: wrong bytes under the final name: {sorted(other)[:4]}")
-    if _foreign(folder) != foreign:
+    if foreign_files(folder) != foreign:
         result.wrong.append(f"{when}: files of the user changed")
     for name in re.findall(r"kept in (\S+?)[:.] ", ended.text):
         if not (folder / name).exists() and not Path(name).exists():
@@ -116,7 +116,7 @@ def check_again(result: Result, again: Ended, folder: Path) -> None:
         result.wrong.append(f"the rerun leaves {left}")
 
 
-def _foreign(folder: Path) -> dict[str, bytes]:
+def foreign_files(folder: Path) -> dict[str, bytes]:
     """Every file that is the user's: all but the output, and work beside it."""
     found = {}
     for path in sorted(folder.rglob("*")):
