@@ -11,7 +11,7 @@ from pathlib import Path
 from signal import SIGALRM, SIGPROF
 from typing import Any
 
-from fxquant.limits import MIB
+from fxquant.limits import MIB, WALL
 
 QUIET = {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "RUST_BACKTRACE": "0"}
 """A worker has one thread, whose memory is counted, and prints no panic."""
@@ -62,7 +62,7 @@ class BoundedWorker:
         process = self._process
         assert process is not None and process.stdin is not None and process.stdout is not None
         try:
-            process.stdin.write(json.dumps(request).encode() + b"\n")
+            process.stdin.write(json.dumps(request | {"wall": WALL * seconds}).encode() + b"\n")
             process.stdin.flush()
             line = process.stdout.readline()
         except BrokenPipeError:
@@ -79,8 +79,10 @@ class BoundedWorker:
 
     def _ended(self, seconds: float) -> str:
         code = self._stop(patience=10)  # it is ending already
-        if code in (-SIGPROF, -SIGALRM):
+        if code == -SIGPROF:
             return f"it computes for more than {seconds:g} s"
+        if code == -SIGALRM:
+            return f"it takes more than {WALL * seconds:g} s"
         return f"it ends its process ({code}), or needs more than {self._memory // MIB} MiB"
 
     def _too_much(self) -> str:

@@ -56,10 +56,12 @@ TOKENIZER_BYTES = 128 * MIB
 """A tokenizer.json; DeepSeek-V3's has 8 MB."""
 TOKENIZER_MEMORY = 1920 * MIB
 """Of the process that runs a tokenizer, whose library takes some 400 bytes a token."""
-TOKENIZER_SECONDS = 5
+TOKENIZER_SECONDS = 3
 """To open a small tokenizer, in seconds of computing; one of 8 MiB may take twice as long, and so on."""
-TEXT_SECONDS = 5
+TEXT_SECONDS = 3
 """To render a chat or to tokenize a short text, in seconds of computing."""
+WALL = 2
+"""How many times longer than they compute tokenizers and templates may take, on a machine that is busy."""
 TEMPLATE_MEMORY = 256 * MIB
 """Of the process that runs a chat template."""
 

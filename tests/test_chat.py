@@ -199,7 +199,7 @@ def test_a_template_that_loops_for_ever_ends_and_the_next_chat_is_rendered(
     source = "{% if messages | length > 1 %}" + ENDLESS + "{% endif %}a"
     template = open_chat_template(model(chat_template=source).folder)
     for _ in range(2):
-        with pytest.raises(FxquantError, match="fails on here: it computes for more than 0.5 s"):
+        with pytest.raises(FxquantError, match=r"fails on here: it (computes for more than 0\.5|takes more than 1) s"):
             template.render(CHAT, "here")
         assert template.render(CHAT[:1], "here") == "a"
 
