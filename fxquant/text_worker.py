@@ -1,8 +1,8 @@
 """The process in which chat templates and tokenizers run: foreign code, under limits that the system enforces.
 
 Run as a script, without fxquant; `fxquant.bounded` has the other end of the pipe. Each line of standard input is a JSON
-request, each line of standard output its answer. A request that computes too long ends the
-process by a signal; too much memory is a MemoryError, or ends it too.
+request, each line of standard output its answer. A request that computes too long ends the process by a signal; too
+much memory is a MemoryError, or ends it too.
 """
 
 import json
@@ -35,7 +35,7 @@ def main() -> None:
         if answer is None:
             import_module(LIBRARIES[request["open"]])  # which is not what time and memory are for
             for kind, most in (limits | {resource.RLIMIT_DATA: request["memory"]}).items():
-                resource.setrlimit(kind, (most, most))
+                _limit(kind, most)
         _limit_time(request["seconds"], request["wall"])
         try:
             if answer is None:
@@ -50,6 +50,13 @@ def main() -> None:
         _limit_time(0, 0)
         answers.write(written + "\n")
         answers.flush()
+
+
+def _limit(kind: int, most: int) -> None:
+    """For good; a limit that is lower already stays."""
+    hard = resource.getrlimit(kind)[1]
+    most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+    resource.setrlimit(kind, (most, most))
 
 
 def _limit_time(seconds: float, wall: float) -> None:

@@ -1,6 +1,9 @@
 """Chats by a tokenizer's template: the ids that transformers makes, one BOS, and what is wrong with a template."""
 
 import json
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +13,7 @@ from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
-from fxquant import chat
+from fxquant import chat, text_worker
 from fxquant.chat import open_chat_template
 from fxquant.checkpoint import Checkpoint
 from fxquant.errors import FxquantError
@@ -210,6 +213,22 @@ def test_many_chats_are_one_process(model: Model) -> None:
     process = template._worker._process
     texts = [template.render([{"role": "user", "content": str(index)}], "here") for index in range(200)]
     assert first == "a" and texts == [str(index) for index in range(200)] and template._worker._process is process
+
+
+def test_a_process_that_nobody_waits_for_ends_by_itself() -> None:
+    """As after a kill of the command, in the middle of a chat."""
+    command = [sys.executable, "-P", text_worker.__file__]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    assert process.stdin is not None and process.stdout is not None
+    first = {"open": "template", "source": ENDLESS, "memory": 256 << 20, "seconds": 5, "wall": 60}
+    chats = json.dumps({"variables": {}, "seconds": 0.5, "wall": 1})
+    process.stdin.write((json.dumps(first) + "\n").encode())
+    process.stdin.flush()
+    assert json.loads(process.stdout.readline()) == {"answer": ""}
+    process.stdin.write((chats + "\n").encode())
+    process.stdin.close()
+    process.stdout.close()
+    assert process.wait(60) in (-signal.SIGPROF, -signal.SIGALRM)
 
 
 @pytest.mark.parametrize("token", [{}, {"content": 5}, {"content": None}, [], 1, None], ids=str)
