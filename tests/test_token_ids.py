@@ -90,10 +90,10 @@ def test_a_large_file_is_refused_before_it_is_read(name: str, tmp_path: Path, mo
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (os.mkfifo, "no such file"),
-        (Path.mkdir, "no such file"),
+        (os.mkfifo, "no file but a folder or a device"),
+        (Path.mkdir, "no file but a folder or a device"),
         (lambda file: file.symlink_to(file.name), "no such file"),
-        (lambda file: file.symlink_to("/dev/zero"), "no such file"),
+        (lambda file: file.symlink_to("/dev/zero"), "no file but a folder or a device"),
         (Path.touch, "text|array|safetensors|JSON"),
     ],
     ids=["pipe", "folder", "cycle of links", "device", "empty"],
