@@ -7,10 +7,12 @@ import torch
 from torch import Tensor, fx
 
 from fxquant import ops
+from fxquant.errors import FxquantError
 from fxquant.program import Program
 from fxquant.progress import Advance
 from fxquant.weights import LazyStack, Read, load
 
+WAY_OUT = "The graph does not fit its weights or inputs: check them, or compile again."
 Values = Mapping[fx.Node, list[Any]]
 """Node → its value for each batch; a parameter's value, or its `LazyStack`, stands there for each."""
 Observer = Callable[[fx.Node, list[Any], Values], None]
@@ -58,11 +60,15 @@ def execute(
 
 
 def call(node: fx.Node, value: Callable[[fx.Node], Any]) -> Any:
-    """The result of one call node, with `value` giving its inputs."""
+    """The result of one call node, with `value` giving its inputs. Raises FxquantError where they do not fit."""
     args, kwargs = fx.map_arg(node.args, value), fx.map_arg(node.kwargs, value)
     lazy = any(isinstance(arg, LazyStack) for arg in args)
-    function: Any = ops.REFERENCES[node.target] if lazy else node.target  # type: ignore[index]
-    return function(*args, **kwargs)
+    try:
+        function: Any = ops.REFERENCES[node.target] if lazy else node.target  # type: ignore[index]
+        return function(*args, **kwargs)
+    except (RuntimeError, LookupError, ValueError, TypeError, ArithmeticError, NotImplementedError) as error:
+        line = (str(error).strip() or type(error).__name__).split("\n")[0][:500]
+        raise FxquantError(node.meta.get("module") or node.name, f"{node.name}: {line}.", WAY_OUT) from error
 
 
 def of_batch(values: Values, index: int) -> Callable[[fx.Node], Any]:

@@ -51,7 +51,10 @@ def text_pieces(tokenizer: BoundedTokenizer, steps: Iterable[Tensor], stops: set
 def step_logits(folder: Path, program: Program, read: Read, ids: list[int], steps: int) -> Iterator[Tensor]:
     """float32 [vocabulary] a step, decoding greedily with the cache."""
     if (folder / "model.onnx").is_file():
+        from fxquant.lowering.onnx.required import require_emitted
         from fxquant.lowering.onnx.runner import OnnxRunner
+        from fxquant.lowering.verify.weights import WeightFiles
 
+        require_emitted(program, WeightFiles(folder).infos, folder)
         return OnnxRunner(folder).generate(ids, steps)
     return generate(program, read, ids, steps)

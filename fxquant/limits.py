@@ -14,6 +14,10 @@ VALUES = 5_000_000
 """Commas of a JSON document, so that no few bytes become gigabytes of objects. A graph file has one in 32 bytes."""
 NAME_LENGTH = 512
 """Characters of the name of a tensor, module or graph node."""
+RANKS = 4096
+"""Tensor-parallel ranks that a manifest may name."""
+ONNX_BYTES = 1 << 31
+"""A model.onnx, whose weights are elsewhere; what protobuf takes."""
 
 NODES = 1 << 20
 """Nodes, parameters, recipes of a graph file, and tensors that one of them names."""

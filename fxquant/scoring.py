@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+from fxquant.binding import check_parameters
 from fxquant.calibration import CALIBRATION, load_calibration
 from fxquant.checkpoint import Checkpoint, open_checkpoint
 from fxquant.device import open_device
@@ -38,10 +39,12 @@ def run(out: str | Path, prompt: str, max_new_tokens: int = 64) -> Iterator[str]
 
 def open_output(folder: Path) -> tuple[Program, Read]:
     """The rewritten graph of an output folder and a reader of its weights."""
-    from fxquant.lowering.verify.weights import WeightFiles
+    from fxquant.lowering.verify.weights import WeightFiles, check_stored
 
     read_manifest(folder)
-    return load_program(folder / GRAPH), Cached(WeightFiles(folder).read)
+    program, files = load_program(folder / GRAPH), WeightFiles(folder)
+    check_stored(program, files)
+    return program, Cached(files.read)
 
 
 def evaluate(
@@ -87,7 +90,9 @@ def _original(folder: Path, against: str | Path | None) -> tuple[Program, Checkp
     """The float graph and the checkpoint that an output is compared with."""
     manifest = read_manifest(folder)
     if against is None:
-        return load_program(folder / FLOAT_GRAPH), open_checkpoint(manifest.checkpoint_path(folder))
+        program, checkpoint = load_program(folder / FLOAT_GRAPH), open_checkpoint(manifest.checkpoint_path(folder))
+        check_parameters(program, checkpoint)
+        return program, checkpoint
     source = open_source(Path(against))
     return source.program(), source.checkpoint
 

@@ -17,6 +17,7 @@ from hashlib import blake2b
 import torch
 from torch import Tensor
 
+from fxquant.errors import FxquantError
 from fxquant.rotation import Turn
 
 
@@ -58,7 +59,17 @@ class Smoothing:
         return rows.flatten()
 
     def apply(self, name: str, tensor: Tensor, out_features: int, start: int = 0) -> Tensor:
-        """`tensor`, the rows from `start` of weight `name` in its own dtype, smoothed; all rows where it is `mixed`."""
+        """`tensor`, the rows from `start` of weight `name` in its own dtype, smoothed; all rows where it is `mixed`.
+
+        Raises FxquantError where what was smoothed had another shape.
+        """
+        try:
+            return self._applied(name, tensor, out_features, start)
+        except (RuntimeError, ArithmeticError, ValueError, IndexError) as error:
+            fact = f"its smoothing does not fit {list(tensor.shape)}: {str(error)[:200]}."
+            raise FxquantError(f"tensor {name}", fact, "Calibrate again: pass --calib TEXT.") from None
+
+    def _applied(self, name: str, tensor: Tensor, out_features: int, start: int) -> Tensor:
         dtype, columns, rows = tensor.dtype, self.column_scale(name), self.row_scale(name, out_features)
         if name in self.turns:
             tensor = self.turns[name].apply(tensor, self.norms.get(self.turns[name].norm))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fxquant.errors import FxquantError
+from fxquant.json_file import parse_json
 from fxquant.rotation import Turn
 from fxquant.safetensors_file import TensorInfo
 from fxquant.smoothing import Smoothing
@@ -44,8 +45,12 @@ def read_smoothing(path: Path, infos: Mapping[str, TensorInfo], metadata: dict[s
         for prefix in (SCALES, SHIFTS, TENSORS, NORMS)
     ]
     try:
-        columns, rows, turns = (json.loads(metadata.get(key, "{}")) for key in ("columns", "rows", "turns"))
+        columns, rows, turns = (
+            parse_json(metadata.get(key, "{}"), path, AGAIN) for key in ("columns", "rows", "turns")
+        )
         made = {name: Turn(**turn) for name, turn in turns.items()}
+        if not all(isinstance(name, str) for name in columns.values()):
+            raise TypeError
         smoothing = Smoothing(found[0], dict(columns), dict(rows), found[1], found[2], made, found[3])
     except (ValueError, TypeError, AttributeError):
         raise FxquantError(path, "its smoothing is not JSON.", AGAIN) from None

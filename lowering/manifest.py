@@ -1,14 +1,16 @@
 """fxquant_manifest.json: what an output folder is and where it came from."""
 
 import os
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from fxquant.errors import FxquantError
 from fxquant.json_file import read_json
-from fxquant.limits import GRAPH_BYTES
+from fxquant.limits import GRAPH_BYTES, NAME_LENGTH, RANKS
 from fxquant.places import MANIFEST, not_compiled
+from fxquant.targets import Target
 
 GRAPH = "fxquant_graph.json"
 FLOAT_GRAPH = "fxquant_float_graph.json"
@@ -17,12 +19,45 @@ STAMPS = "fxquant_stamps.json"
 """States of the source's files as this machine saw them: the one file of an output that is not the same elsewhere."""
 
 
+PATH_LENGTH = 4096
+"""Bytes of a path, as Linux has them."""
+
+
+def _within(name: str) -> str:
+    """A path below a folder, written in the one way there is."""
+    path = PurePosixPath(name)
+    plain = path.parts and ".." not in path.parts and not path.is_absolute() and str(path) == name
+    if not plain or "\0" in name or len(name.encode(errors="surrogatepass")) > PATH_LENGTH:
+        raise ValueError(f"no path within the folder: {name[:200]!r}")
+    return name
+
+
+def _path(name: str) -> str:
+    if "\0" in name or len(name.encode(errors="surrogatepass")) > PATH_LENGTH:
+        raise ValueError(f"no path: {name[:200]!r}")
+    return name
+
+
+def _target(name: str) -> str:
+    if name not in list(Target):
+        raise ValueError(f"no target: {name[:200]!r}")
+    return name
+
+
+Bytes = Annotated[int, Field(ge=0, lt=1 << 63)]
+Digest = Annotated[str, Field(pattern=r"\A[0-9a-f]{32}\z")]
+Name = Annotated[str, Field(max_length=NAME_LENGTH)]
+FilePath = Annotated[str, AfterValidator(_within)]
+FolderPath = Annotated[str, AfterValidator(_path)]
+TargetName = Annotated[str, AfterValidator(_target)]
+
+
 class SourceFile(BaseModel):
     """A file of the checkpoint: XXH3-128 of its header in hex, and its bytes."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    header: str
-    size: int
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    header: Digest
+    size: Bytes
 
 
 class UnitRecord(BaseModel):
@@ -32,9 +67,9 @@ class UnitRecord(BaseModel):
     digests  suffix of each tensor's name ("" for a kept one) → XXH3-128 of its bytes, in hex
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    key: str
-    digests: dict[str, str]
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    key: Name
+    digests: dict[Name, Digest]
 
 
 class Manifest(BaseModel):
@@ -49,19 +84,19 @@ class Manifest(BaseModel):
     units    module or kept tensor → key and digests
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    fxquant: str
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    fxquant: Name
     kernels: int
-    source: str
-    checkpoint: str
-    policy: str
-    target: str
-    tp: int = 1
-    sources: dict[str, SourceFile]
-    files: dict[str, int]
-    digests: dict[str, str]
-    weights: dict[str, str]
-    units: dict[str, UnitRecord]
+    source: FolderPath
+    checkpoint: FolderPath
+    policy: Name
+    target: TargetName
+    tp: Annotated[int, Field(ge=1, le=RANKS)] = 1
+    sources: dict[FilePath, SourceFile]
+    files: dict[FilePath, Bytes]
+    digests: dict[FilePath, Digest]
+    weights: dict[FilePath, Digest]
+    units: dict[Name, UnitRecord]
 
     def source_path(self, folder: Path) -> Path:
         """MODEL as it was named to `compile`."""
@@ -100,6 +135,8 @@ def read_manifest(folder: Path) -> Manifest:
     document = read_json(path, GRAPH_BYTES, "Compile again.")
     try:
         return Manifest.model_validate(document)
-    except (ValidationError, ValueError) as error:
-        first = str(error).splitlines()[0]
-        raise FxquantError(path, f"cannot be read: {first}.", "Compile again.") from None
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(str(part) for part in first["loc"])[:NAME_LENGTH] or "the file"
+        fact = f"cannot be read: {where}: {first['msg'].removeprefix('Value error, ')}."
+        raise FxquantError(path, fact, "Compile again.") from None

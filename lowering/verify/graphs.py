@@ -6,11 +6,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, fx
 
+from fxquant.errors import FxquantError
 from fxquant.lowering.ascend.deployment import deployment
 from fxquant.lowering.ascend.verify import EmittedModule, check_statements
 from fxquant.lowering.onnx.bounds import error_bound
 from fxquant.lowering.onnx.extract import operator_session
+from fxquant.lowering.onnx.required import require_emitted
 from fxquant.lowering.verify.report import Check
+from fxquant.lowering.verify.weights import WeightFiles
 from fxquant.program import Program
 
 
@@ -66,15 +69,26 @@ class AscendChecker:
 
 
 class OnnxChecker:
-    """Runs `model.onnx` operator by operator in ONNX Runtime, each fed what the fx graph fed it."""
+    """Runs `model.onnx` operator by operator in ONNX Runtime, each fed what the fx graph fed it.
+
+    The model must be what the stored graph emits: no session is made of another.
+    """
 
     def __init__(self, program: Program, folder: Path) -> None:
         self.program, self._folder = program, folder
         self._nodes = {node.name: node for node in program.graph.graph.nodes}
         self._comparison = Comparison("ONNX graph")
-        self.checks = self._comparison.checks
+        self._emitted = Check("ONNX graph, as emitted", 1)
+        self.checks = [self._emitted, *self._comparison.checks]
+        try:
+            require_emitted(program, WeightFiles(folder).infos, folder)
+            self._emitted.expect(True, "")
+        except FxquantError as error:
+            self._emitted.expect(False, str(error))
 
     def check(self, block: str, values: dict[str, Any]) -> None:
+        if not self._emitted.ok:
+            return
         names = [node.name for node in self._nodes.values() if node.meta.get("block") == block]
         session = operator_session(self._folder, names)
         results = session(session.feeds(values))

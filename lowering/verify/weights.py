@@ -53,6 +53,23 @@ def check_names(files: WeightFiles, stored: list[StoredTensor]) -> Check:
     return names
 
 
+def check_stored(program: Program, files: WeightFiles) -> None:
+    """Raise FxquantError unless every parameter of the graph lies in the files, in its shape: then it can be run."""
+    specs = {
+        f"{module}.{suffix}": spec.shape
+        for recipe in program.recipes.values()
+        for suffix, spec in tensor_specs(recipe).items()
+        for module in recipe.modules
+    }
+    for target, parameter in program.parameters.items():
+        shape = tuple(program.graph.tensor(target).shape)[1 if parameter.stacked else 0 :]
+        for name in parameter.names:
+            found, wanted = files.infos.get(name), specs.get(name, shape)
+            if found is None or found.shape != wanted:
+                fact = f"tensor {name} is {'missing' if found is None else list(found.shape)}"
+                raise FxquantError(files.folder, f"{fact}, the graph says {list(wanted)}.", "Compile again.")
+
+
 def sample(stored: list[StoredTensor], count: int | None) -> list[StoredTensor]:
     """One StoredTensor a module (its weight) or kept tensor; a seeded `count` of them, or all."""
     units = [t for t in stored if t.recipe is None or t.name == f"{t.module}.weight"]

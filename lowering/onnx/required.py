@@ -1,0 +1,58 @@
+"""A folder's model.onnx is required to be what its graph emits before ONNX Runtime sees it.
+
+A session follows all paths, operators and sizes that a model names; the emitted one names the folder's weight files.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+from google.protobuf.message import DecodeError
+
+from fxquant.errors import FxquantError
+from fxquant.json_file import read_bytes
+from fxquant.limits import ONNX_BYTES
+from fxquant.lowering.onnx.writer import FILE, build_model
+from fxquant.program import Program
+from fxquant.safetensors_file import TensorInfo
+
+AGAIN = "Compile again; the file is not to be edited."
+
+
+def require_emitted(program: Program, tensors: Mapping[str, TensorInfo], folder: Path) -> None:
+    """Raise FxquantError where `folder/model.onnx` is not what `program` emits over `tensors`, those of the folder.
+
+    Only the version of fxquant that wrote it may differ.
+    """
+    place = folder / FILE
+    found, wanted = read_model(place), onnx.ModelProto()
+    wanted.ParseFromString(ir.to_proto(build_model(program, tensors)).SerializeToString())
+    found.producer_version = wanted.producer_version = ""
+    if found != wanted:
+        raise FxquantError(place, f"{_difference(found, wanted)} is not what the graph emits.", AGAIN)
+
+
+def read_model(place: Path) -> onnx.ModelProto:
+    """The model without its weights; no file that it names is opened."""
+    found = onnx.ModelProto()
+    try:
+        found.ParseFromString(read_bytes(place, ONNX_BYTES, AGAIN))
+    except DecodeError as error:
+        raise FxquantError(place, f"not an ONNX model: {error}.", AGAIN) from None
+    return found
+
+
+def _difference(found: onnx.ModelProto, wanted: onnx.ModelProto) -> str:
+    """The first part of a model that differs, by what it is and its name."""
+    pairs = zip(_parts(found), _parts(wanted), strict=False)
+    other = next((part for (part, one), (_, two) in pairs if one != two), None)
+    return "the number of its nodes, or its header," if other is None else other[:200]
+
+
+def _parts(model: onnx.ModelProto) -> Iterator[tuple[str, object]]:
+    graph = model.graph
+    groups = (graph.input, graph.output, graph.initializer, graph.node, graph.value_info, model.functions)
+    for group in groups:
+        for part in group:
+            yield f"{type(part).__name__.removesuffix('Proto')} {part.name!r}", part
