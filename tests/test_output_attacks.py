@@ -3,6 +3,7 @@
 import ast
 import copy
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any
 import onnx
 import onnxruntime
 import pytest
+import torch
+from safetensors.torch import save_file
 from tiny import rewritten
 
 import fxquant
@@ -20,6 +23,7 @@ from fxquant.lowering.ascend.deployment import deployment
 from fxquant.lowering.ascend.emit import ascend_source
 from fxquant.lowering.manifest import MANIFEST, Manifest, read_manifest
 from fxquant.lowering.onnx.required import require_emitted
+from fxquant.lowering.readers.folder import WeightFolder
 from fxquant.lowering.verify.weights import WeightFiles, check_stored
 from fxquant.program_file import dump_program, load_program, parse_program
 from fxquant.targets import Target
@@ -160,3 +164,27 @@ def test_names_of_nodes_are_variables_and_no_more(tiny: Callable[..., Checkpoint
     emitted = ascend_source(deployment(parse_program(text, "graph")).program)
     compile(emitted, "model_ascend.py", "exec")
     assert calls(emitted) == wanted
+
+
+@pytest.mark.parametrize("content", [b"[" * 100_000, b"[]", b"\xff", b'{"weight_map": []}', None])
+def test_a_reader_refuses_what_is_no_description(content: bytes | None, tmp_path: Path) -> None:
+    """None: a pipe, which would wait for ever."""
+    save_file({"a.weight": torch.zeros(1)}, tmp_path / "x.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "description.json").write_text("{}")
+    WeightFolder(tmp_path, "description.json")
+    place = tmp_path / ("x.safetensors.index.json" if content and b"weight_map" in content else "description.json")
+    place.unlink(missing_ok=True)
+    os.mkfifo(place) if content is None else place.write_bytes(content)
+    with pytest.raises(FxquantError):
+        WeightFolder(tmp_path, "description.json")
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff" * 100, None])
+def test_a_reader_refuses_what_is_no_weight_file(content: bytes | None, tmp_path: Path) -> None:
+    for name in ("config.json", "description.json"):
+        (tmp_path / name).write_text("{}")
+    place = tmp_path / "x.safetensors"
+    os.mkfifo(place) if content is None else place.write_bytes(content)
+    with pytest.raises(FxquantError):
+        WeightFolder(tmp_path, "description.json")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fxquant.errors import FxquantError
@@ -16,6 +16,8 @@ _DTYPES = {
     "I8": torch.int8, "I32": torch.int32, "I64": torch.int64,
     "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32,
 }  # fmt: skip
+_LARGEST = 1 << 28
+"""Bytes of a JSON file: some lines a tensor."""
 _MODEL_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -117,7 +119,7 @@ class WeightFolder:
     def _list_tensors(self) -> dict[str, Path]:
         files: dict[str, Path] = {}
         for file in sorted(self.path.glob("*.safetensors")):
-            self._handles[file] = safe_open(file, "pt").__enter__()
+            self._handles[file] = _open(file)
             for name in self._handles[file].keys():  # noqa: SIM118, not a mapping
                 if name in files:
                     raise FxquantError(name, f"in {files[name].name} and in {file.name}.", "Store it once.")
@@ -129,8 +131,19 @@ class WeightFolder:
         return files
 
 
+def _open(file: Path) -> Any:
+    try:
+        if not file.is_file():
+            raise FxquantError(file, "no regular file.", "Compile again.")
+        return safe_open(file, "pt").__enter__()
+    except (OSError, SafetensorError) as error:
+        raise FxquantError(file, f"not readable: {str(error)[:200]}.", "Write it anew.") from error
+
+
 def _check_index(index: Path, files: Mapping[str, Path]) -> None:
     listed = _read_json(index.parent, index.name).get("weight_map", {})
+    if not isinstance(listed, dict):
+        raise FxquantError(index, "its weight_map is no object.", "Write the index anew.")
     for name in sorted(set(listed) | set(files)):
         stored = files[name].name if name in files else None
         if listed.get(name) != stored:
@@ -138,13 +151,16 @@ def _check_index(index: Path, files: Mapping[str, Path]) -> None:
 
 
 def _read_json(folder: Path, name: str) -> dict[str, Any]:
-    try:
-        document = json.loads((folder / name).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    path = folder / name
+    if not path.exists():
         beside = ", ".join(sorted(file.name for file in folder.glob("*.json"))) or "no JSON at all"
-        raise FxquantError(folder / name, f"missing; there is {beside}.", "The engine looks for this name.") from None
+        raise FxquantError(path, f"missing; there is {beside}.", "The engine looks for this name.")
+    try:
+        if not path.is_file() or path.stat().st_size > _LARGEST:  # a pipe would wait for ever
+            raise FxquantError(path, f"no file of at most {_LARGEST:,} bytes.", "Write it anew.")
+        document = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise FxquantError(folder / name, f"not readable: {error}.", "Write it anew.") from error
+        raise FxquantError(path, f"not readable: {str(error)[:200]}.", "Write it anew.") from error
     if not isinstance(document, dict):
         raise FxquantError(folder / name, "not a JSON object.", "Write it anew.")
     return document
