@@ -19,6 +19,7 @@ from fxquant.lowering.verify.files import check_digests, check_sizes, infer_targ
 from fxquant.lowering.verify.graphs import AscendChecker, GraphChecker, OnnxChecker
 from fxquant.lowering.verify.noise import logit_noise
 from fxquant.lowering.verify.rebuild import Rebuild, check_rebuild
+from fxquant.lowering.verify.remade import Remade, check_remade
 from fxquant.lowering.verify.report import Check, VerifyReport
 from fxquant.lowering.verify.smoothing import check_rotation, check_smoothing
 from fxquant.lowering.verify.unread import unread_with, unread_without
@@ -71,7 +72,12 @@ def verify_output(
     sampled = not full and sum(tensor.nbytes for tensor in stored) > SAMPLE_ABOVE
     output = _Output(folder, program, files, source, target, ranks, sampled)
     said = documents(program, folder, stored, files, target)
-    digests = [check_digests(manifest, folder, report)] if manifest else _check_alone(output, said)
+    again = Remade()
+    if manifest:
+        digests = [check_digests(manifest, folder, report)]
+    else:
+        again = check_remade(folder, program, original, exports=ENGINES[target].npu_graph and not sampled)
+        digests = [*_check_alone(output, said), *again.checks]
     checks = [check_sizes(manifest, folder)] if manifest else []
     if original is not None and source is not None:
         checks.append(_check_source(program, original))
@@ -93,7 +99,7 @@ def verify_output(
         inputs = list(probe_inputs(program).values())
         noise = logit_noise(program, Cached(files.read, SAMPLE_ABOVE), inputs, NOISE_SEEDS)
     named = None if source is None else str(source.folder)
-    return VerifyReport([*digests, *rebuilt, *checks], named, sampled, noise, _unread(output, manifest is None))
+    return VerifyReport([*digests, *rebuilt, *checks], named, sampled, noise, _unread(output, again, manifest is None))
 
 
 @dataclass(frozen=True)
@@ -115,14 +121,15 @@ def _check_alone(output: _Output, said: Documents) -> list[Check]:
     return [said.written(output.program), *copies]
 
 
-def _unread(output: _Output, alone: bool) -> dict[str, str]:
+def _unread(output: _Output, again: Remade, alone: bool) -> dict[str, str]:
     if not alone:
         return unread_with(output.folder)
     source = output.source
     known = {info.file.name for info in output.files.infos.values()}
     known |= {file.name for file in copied_files(source.folder)} if source is not None else set()
     turned = source is not None and bool(source.smoothing.turns)
-    return unread_without(output.folder, ENGINES[output.target], known, turned)
+    found = unread_without(output.folder, ENGINES[output.target], known, turned) | again.unread
+    return {name: what for name, what in found.items() if what}
 
 
 def _smoothed(source: Checkpoint | None, folder: Path) -> Checkpoint | None:

@@ -27,7 +27,7 @@ def unread_without(folder: Path, engine: Engine, known: set[str], turned: bool) 
     """
     found = dict.fromkeys((FLOAT_GRAPH, LEDGER, STAMPS, *((PREFILL, DECODE) if engine.npu_graph else ())), ALL)
     found |= {GRAPH: "the policy's rules in it", CALIBRATION: "the ranges in it, and the text's hash"}
-    found |= {} if engine.npu_graph else {ONNX_GRAPH: "what its operators do not compute"}
+    found |= {} if engine.npu_graph else {ONNX_GRAPH: "the version of fxquant that it names"}
     if turned:
         found[FLOAT_GRAPH] = "all but the turns that it needs"
     read = known | set(found) | {"config.json", engine.description, engine.index, ASCEND_GRAPH}
