@@ -11,6 +11,7 @@ from fxquant.json_file import read_json
 from fxquant.limits import GRAPH_BYTES, NAME_LENGTH, RANKS
 from fxquant.places import MANIFEST, not_compiled
 from fxquant.targets import Target
+from fxquant.validation import validation_fact
 
 GRAPH = "fxquant_graph.json"
 FLOAT_GRAPH = "fxquant_float_graph.json"
@@ -136,7 +137,5 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         return Manifest.model_validate(document)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(str(part) for part in first["loc"])[:NAME_LENGTH] or "the file"
-        fact = f"cannot be read: {where}: {first['msg'].removeprefix('Value error, ')}."
+        fact = f"cannot be read: {validation_fact(error, Manifest, document)}"
         raise FxquantError(path, fact, "Compile again.") from None
