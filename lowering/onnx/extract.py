@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import torch
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
 from torch import Tensor
@@ -19,6 +18,7 @@ from torch import Tensor
 from fxquant.lowering.onnx.builder import ZERO_POINT
 from fxquant.lowering.onnx.node_lowering import NUMBER
 from fxquant.lowering.onnx.runner import FILE, session_options
+from fxquant.lowering.onnx.runtime import onnxruntime
 
 EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
 

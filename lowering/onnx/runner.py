@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
-import onnxruntime
 import torch
 from torch import Tensor
 
 from fxquant.errors import FxquantError
 from fxquant.lowering.onnx.builder import IR_VERSION, OPSET, ZERO_POINT, Builder
+from fxquant.lowering.onnx.runtime import onnxruntime
 
 FILE = "model.onnx"
 PRECISE = "session.x64quantprecision"

@@ -1,0 +1,9 @@
+"""onnxruntime, told before its first import to send nothing: its official builds report use and keep a device id."""
+
+import os
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
+import onnxruntime  # noqa: E402
+
+__all__ = ["onnxruntime"]
