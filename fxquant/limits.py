@@ -10,7 +10,7 @@ NESTING = 64
 """Levels of lists and objects in a JSON or YAML document."""
 NUMBER_DIGITS = 40
 """Characters of one number in a document."""
-VALUES = 5_000_000
+VALUES = 3_000_000
 """Commas of a JSON document, so that no few bytes become gigabytes of objects. A graph file has one in 32 bytes."""
 NAME_LENGTH = 512
 """Characters of the name of a tensor, module or graph node."""

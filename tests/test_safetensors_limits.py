@@ -45,8 +45,8 @@ def test_more_tensors_than_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_many_values_that_are_no_tensors(tmp_path: Path) -> None:
-    with pytest.raises(FxquantError, match="has 5,000,001 commas, at most 5,000,000 are read"):
-        read_header(write(tmp_path / "t.safetensors", b"[" + b"0," * 5_000_001 + b"0]"))
+    with pytest.raises(FxquantError, match="has 3,000,001 commas, at most 3,000,000 are read"):
+        read_header(write(tmp_path / "t.safetensors", b"[" + b"0," * 3_000_001 + b"0]"))
 
 
 @pytest.mark.parametrize(
