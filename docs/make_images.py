@@ -1,21 +1,33 @@
-"""Draw the pictures of README and docs with the project's own commands: python docs/make_images.py"""
+"""Draw the pictures of README and docs with the project's own commands: python docs/make_images.py
 
+With --widths FOLDER, instead what compile, verify, plan, eval and compare print, on screens of 80 and 120 columns as SVG and
+in a log as text, to look at.
+"""
+
+import argparse
 import io
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
-from rich.console import Console
-
-from fxquant import CompileOptions, compile
+from fxquant import CompileOptions, compare, compile, evaluate, plan
 from fxquant.api import open_graph, sensitivity
 from fxquant.deployments import RANKS, deployments, float_program
 from fxquant.printing import format_program
 from fxquant.targets import Target
-from fxquant.tools import compile_model, targets
+from fxquant.tools import targets
+from fxquant.tools.compare import comparison_table
+from fxquant.tools.compile_report import print_report
+from fxquant.tools.console import LOG_WIDTH, Terminal
 from fxquant.tools.draw_sensitivity import draw
+from fxquant.tools.evaluate import evaluation_table
+from fxquant.tools.plan import print_plan
+from fxquant.tools.verify import verification_table
 
 HERE = Path(__file__).parent
 EXAMPLE = HERE.parent / "examples" / "tiny_deepseek_v3"
+TEXT = EXAMPLE / "evaluation.jsonl"
+COMPARED = ["deepseek_w4a8_msmodelslim_m4", "deepseek_w8a8", "float"]
 
 
 def main() -> None:
@@ -23,29 +35,59 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out" / "tiny_w4a8"
         report = compile(EXAMPLE / "model.py", CompileOptions(policy="deepseek_w4a8", out=out))
-        screen = Console(record=True, width=104, file=(Path(folder) / "screen").open("w"))
+        screen = _screen(104)
         screen.print(
             "$ fxquant compile examples/tiny_deepseek_v3/model.py -p deepseek_w4a8 -o out/tiny_w4a8", style="bold"
         )
         report.out = Path("out/tiny_w4a8")
-        compile_model.print_report(report, screen)
+        print_report(report, screen)
         screen.save_svg(str(HERE / "images" / "compile.svg"), title="fxquant compile")
         lines = list(format_program(open_graph(out), "model.layers.3"))
         first = next(index for index, line in enumerate(lines) if "router_logits" in line)
         last = next(index for index, line in enumerate(lines) if "finalize_routing(" in line)
-        screen = Console(record=True, width=132, file=(Path(folder) / "screen").open("w"))
+        screen = _screen(132)
         screen.print("$ fxquant show out/tiny_w4a8 --block model.layers.3", style="bold")
         for line in lines[first : last + 1]:
-            screen.print(line, markup=False, highlight=False)
+            screen.print(line, soft_wrap=True)
         screen.save_svg(str(HERE / "images" / "expert_layer.svg"), title="fxquant show: an expert layer in integers")
-        draw(sensitivity(out, EXAMPLE / "evaluation.jsonl"), HERE / "images" / "sensitivity.svg")
+        draw(sensitivity(out, TEXT), HERE / "images" / "sensitivity.svg")
 
     policies = ["deepseek_w4a8", "deepseek_w4a8_per_channel", "deepseek_w4a8_shared_w4", "deepseek_w8a8_mix"]
-    screen = Console(record=True, width=110, file=io.StringIO())
+    screen = _screen(110)
     screen.print("$ fxquant targets --table " + " ".join(f"-p {name}" for name in policies), style="bold")
     targets.print_table(deployments(float_program(), policies, list(Target)), list(RANKS), screen)
     screen.save_svg(str(HERE / "images" / "targets.svg"), title="fxquant targets: DeepSeek-V3 671B")
 
 
+def widths(folder: Path) -> None:
+    """What five verbs print, as `<verb>_80.svg`, `<verb>_120.svg` and `log.txt` in `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    report = compile(EXAMPLE, CompileOptions(out=folder / "out" / "tiny_w4a8", force=True, export=False))
+    assert report.verification is not None
+    verification, planned = report.verification, plan(EXAMPLE)
+    evaluated, compared = evaluate(report.out, TEXT, samples=4), compare(EXAMPLE, COMPARED, TEXT, samples=4)
+    shown: dict[str, Callable[[Terminal], None]] = {
+        "compile": lambda screen: print_report(report, screen),
+        "verify": lambda screen: screen.print(verification_table(verification)),
+        "plan": lambda screen: print_plan(planned, screen),
+        "eval": lambda screen: screen.print(evaluation_table(TEXT.name, evaluated, {})),
+        "compare": lambda screen: screen.print(comparison_table(EXAMPLE.name, TEXT.name, compared)),
+    }
+    for verb, show in shown.items():
+        for width in (80, 120):
+            show(screen := _screen(width))
+            screen.save_svg(str(folder / f"{verb}_{width}.svg"), title=f"fxquant {verb}, {width} columns")
+    with (folder / "log.txt").open("w", encoding="utf-8") as file:
+        for show in shown.values():
+            show(Terminal(width=LOG_WIDTH, file=file))
+
+
+def _screen(width: int) -> Terminal:
+    return Terminal(record=True, width=width, file=io.StringIO())
+
+
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--widths", type=Path)
+    given = parser.parse_args().widths
+    widths(given) if given else main()

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,12 @@ def test_of_ours_with_no_place_to_save_it(command: Command, monkeypatch: pytest.
     monkeypatch.setattr(tempfile, "mkstemp", refuse)
     code, text = command("show", KeyError("x"))
     assert code == 70 and "could not be saved" in text and "KeyError: 'x'" in text and "test_boundary.py" in text
+
+
+def test_of_ours_with_the_state_of_the_output(command: Command) -> None:
+    error = KeyError("x")
+    error.state = "/out is as it was."  # type: ignore[attr-defined]
+    assert "/out is as it was." in command("compile", error)[1].splitlines()
 
 
 # Ctrl-C and SIGTERM
@@ -225,3 +232,22 @@ def test_every_exit_code_is_documented() -> None:
     document = (Path(__file__).parents[1] / "docs" / "command-line.md").read_text(encoding="utf-8")
     for code in ("0", "1", "2", "70", "130", "141", "143"):
         assert re.search(rf"^\| {code} \|", document, re.MULTILINE) and re.search(rf"\b{code}\b", EXIT_CODES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("seconds", [0.3, 1.0, 2.0, 4.0])
+def test_at_any_moment_of_a_command(number: int, code: int, seconds: float) -> None:
+    """While torch is imported, while another process measures: one line, no traceback of either process."""
+    model = Path(__file__).parents[1] / "fxquant" / "models" / "deepseek_v3_671b.json"
+    text = "import fxquant.tools.signals; print('on', flush=True); from fxquant.__main__ import run; import sys; "
+    text += f"sys.argv = ['fxquant', 'plan', {str(model)!r}]; run()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", text], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert process.stdout is not None and process.stdout.readline() == "on\n"
+    time.sleep(seconds)
+    os.killpg(process.pid, number) if number == signal.SIGINT else process.terminate()
+    out, told = process.communicate(timeout=120)
+    assert process.returncode == code and out == "" and "Traceback" not in told
+    assert told.strip().rstrip(".") == ("interrupted" if number == signal.SIGINT else "terminated")

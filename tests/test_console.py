@@ -128,6 +128,21 @@ def test_an_error_keeps_names_and_commands_whole(width: int) -> None:
     assert len(lines) <= 24
 
 
+@pytest.mark.parametrize(
+    "state, remedy, told",
+    [
+        ("/out is as it was. The same command begins anew.", "Mend it.", True),
+        ("Nothing was left at /out. The same command begins anew.", "Mend it.", False),
+        ("/out is as it was. It is kept: go on.", "Free space. It is kept: go on.", False),
+    ],
+)
+def test_an_error_tells_what_the_output_is_now(state: str, remedy: str, told: bool) -> None:
+    error = FxquantError("place", "fact.", remedy)
+    error.state = state
+    show_error(error, to := terminal())
+    assert (state in to.file.written()) is told
+
+
 def test_a_fact_without_end_is_one_screen() -> None:
     show_error(FxquantError("place", "word " * 10**5), to := terminal())
     assert len(to.file.written().splitlines()) <= 30

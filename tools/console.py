@@ -107,8 +107,10 @@ def print_json(document: Any) -> None:
 
 
 def show_error(error: FxquantError, to: Console = errors) -> None:
-    """Place, fact and way out, on one screen."""
-    screen("error", error.place, error.fact, error.remedy, to)
+    """Place, fact and way out, on one screen, and what the output is now where that is more than nothing."""
+    state = "" if error.state.startswith("Nothing was left") else error.state
+    told = state.rpartition(". ")[2] in error.remedy
+    screen("error", error.place, error.fact + (f"\n\n{state}" if state and not told else ""), error.remedy, to)
 
 
 def screen(title: str, place: str, fact: str, remedy: str = "", to: Console = errors) -> None:

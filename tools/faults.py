@@ -25,7 +25,8 @@ def show_fault(error: BaseException, to: Console = errors) -> None:
     """The error in one line, where its traceback is, and what to send."""
     text = report_text(error)
     saved = _save(text)
-    facts = ["This is a fault of fxquant, not of your files.", ""]
+    state = getattr(error, "state", "")
+    facts = ["This is a fault of fxquant, not of your files.", *([state] if state else []), ""]
     if saved is None:
         facts += ["The traceback could not be saved. It ends with:", *text.rstrip().splitlines()[-LAST_LINES:]]
         way_out = "Report it with these lines and the command."

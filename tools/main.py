@@ -7,7 +7,7 @@ import typer
 from fxquant.tools import compare, compile_model, convert, evaluate, generate, plan, show, targets, verify
 from fxquant.tools.boundary import guarded
 from fxquant.tools.console import console
-from fxquant.tools.signals import Signals
+from fxquant.tools.signals import Signals, leave
 from fxquant.tools.verbs import Verb, Verbs
 
 EXIT_CODES = (
@@ -52,6 +52,8 @@ def run(signals: Signals | None = None) -> None:
         signals.working = True
         code = guarded(lambda: app(prog_name="fxquant"), signals)
         signals.working = False
+        if signals.received:
+            leave(code)
         sys.exit(code)
     with Signals() as own:
         sys.exit(guarded(lambda: app(prog_name="fxquant"), own))

@@ -1,8 +1,11 @@
 """Ctrl-C and SIGTERM: the first ends the work in order, the second the process at once. Nothing slow is imported."""
 
+import atexit
 import os
 import signal
+import sys
 import threading
+from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -13,6 +16,19 @@ WORDS: dict[int, str] = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminat
 def exit_code(number: int) -> int:
     """130 after SIGINT, 143 after SIGTERM."""
     return 128 + number
+
+
+def leave(code: int) -> None:
+    """End the process with this code after an interrupt.
+
+    An interrupt that met Python in `exec` of a text, as in the import of many a package, would make Python end with the
+    signal in place of the code, although it was caught.
+    """
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError, AttributeError):
+            stream.flush()
+    os._exit(code)
 
 
 class Signals:

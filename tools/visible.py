@@ -6,7 +6,7 @@ UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud80
 """Control characters but tab and newline, separators of lines, overrides of the direction, halves of characters."""
 SPELLED = {
     "→": "->", "─": "-", "‹": "<", "›": ">", "×": "x", "…": "...", "✓": "+", "✗": "x", "“": '"', "”": '"', "–": "-",
-    "·": "*", "‖": "||",
+    "·": "*", "‖": "||", "≈": "~", "≥": ">=",
 }  # fmt: skip
 """How signs of our own are written where the encoding has none."""
 
