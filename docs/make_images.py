@@ -1,7 +1,7 @@
 """Draw the pictures of README and docs with the project's own commands: python docs/make_images.py
 
-With --widths FOLDER, instead what compile, verify, plan, eval and compare print, on screens of 80 and 120 columns as SVG and
-in a log as text, to look at.
+With --widths FOLDER, instead what compile, verify, plan, eval and compare print, on screens of 80 and 120 columns as
+SVG and in a log as text, to look at.
 """
 
 import argparse

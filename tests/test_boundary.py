@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from fxquant.errors import FxquantError, InternalError, StoppedError
+from fxquant.tools.console import Terminal
 from fxquant.tools.main import EXIT_CODES, run
 from fxquant.tools.signals import Signals
 
@@ -211,6 +212,7 @@ def test_a_full_disk_behind_stdout(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     monkeypatch.setattr(sys, "argv", ["fxquant", "--version"])
     with open("/dev/full", "w") as full, monkeypatch.context() as patch:  # noqa: PTH123
         patch.setattr(sys, "stdout", full)
+        patch.setattr("fxquant.tools.main.console", Terminal())  # one that keeps what it could not write
         with pytest.raises(SystemExit) as stop:
             run()
     text = capsys.readouterr().err
