@@ -18,6 +18,8 @@ from watching import watched
 import fxquant
 from fxquant import CompileOptions, FxquantError
 from fxquant.checkpoint import Checkpoint
+from fxquant.frontend.child import Traced
+from fxquant.frontend.source import open_source
 from fxquant.program_file import dump_program, parse_program
 from fxquant.targets import Target
 from fxquant.tools.main import app
@@ -303,3 +305,19 @@ def test_generated_code_is_seen() -> None:
     with watched() as events:
         torch.fx.GraphModule(torch.nn.Module(), torch.fx.Graph())
     assert events
+
+
+def test_a_graph_of_a_model_file_is_read_as_one_of_a_folder(
+    document: dict[str, Any], tmp_path: Path, tiny_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What its process gives back is text, and the same reader reads it."""
+    made = tmp_path / "made"
+    spoiled_one = copy.deepcopy(document)
+    placeholder_target(spoiled_one, f"touch {made}")
+    traced = Traced(json.dumps(spoiled_one), tiny_folder(), None, "model.py")
+    monkeypatch.setattr("fxquant.frontend.source.trace_in_child", lambda *_: traced)
+    (tmp_path / "model.py").write_text("")
+    source = open_source(tmp_path / "model.py")
+    with watched() as events, pytest.raises(FxquantError, match="not a program of fxquant"):
+        source.program()
+    assert not events and not made.exists()
