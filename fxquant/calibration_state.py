@@ -86,9 +86,14 @@ def load_state(path: Path) -> State:
     written = {name: value for name, value in metadata.items() if name not in ("digest", "format")}
     if metadata.get("digest") != _digest(found, written):
         raise FxquantError(path, "unfinished calibration that is damaged.", DISCARD)
-    ranges = {name: (low, found[HIGH + name]) for name, low in _under(found, LOW).items()}
     smoothing = read_smoothing(path, infos, metadata)
-    return State(int(metadata["blocks"]), _values(found), ranges, _under(found, EXPERTS), smoothing)
+    try:
+        blocks = int(metadata["blocks"])
+        ranges = {name: (low, found[HIGH + name]) for name, low in _under(found, LOW).items()}
+        values = _values(found)
+    except (KeyError, ValueError) as error:
+        raise FxquantError(path, f"unfinished calibration that is none: {error!r:.200}.", DISCARD) from None
+    return State(blocks, values, ranges, _under(found, EXPERTS), smoothing)
 
 
 def _digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:

@@ -140,6 +140,14 @@ def _open(file: Path) -> Any:
         raise FxquantError(file, f"not readable: {str(error)[:200]}.", "Write it anew.") from error
 
 
+def stated_number(place: Path, document: Mapping[str, Any], key: str) -> int:
+    """What a header or a config states under `key`; 0 for nothing. Raises FxquantError for what is no whole number."""
+    value = document.get(key) or 0
+    if type(value) is not int or value < 0:
+        raise FxquantError(place, f"{key} {str(value)[:40]}: no whole number.", "Write it anew.")
+    return value
+
+
 def _check_index(index: Path, files: Mapping[str, Path]) -> None:
     listed = _read_json(index.parent, index.name).get("weight_map", {})
     if not isinstance(listed, dict):

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from fxquant.errors import FxquantError
-from fxquant.lowering.readers.folder import WeightFolder
+from fxquant.lowering.readers.folder import WeightFolder, stated_number
 from fxquant.lowering.readers.linear_loader import W4A8_DYNAMIC, LinearRules
 from fxquant.lowering.readers.names import ExpertPath, expert_path
 from fxquant.lowering.readers.ranks import Loaded
@@ -66,7 +66,7 @@ class MindieReader(EngineReader):
 
     @property
     def _routed(self) -> int:
-        return int(self.folder.config.get("n_routed_experts") or 0)
+        return stated_number(self.folder.path / "config.json", self.folder.config, "n_routed_experts")
 
 
 def open_mindie(folder: Path, ranks: int) -> MindieReader:
@@ -76,6 +76,8 @@ def open_mindie(folder: Path, ranks: int) -> MindieReader:
         fact = f"model_type is {files.config.get('model_type')}; MindIE runs DeepSeek as {MODEL_TYPE}."
         raise FxquantError(folder / "config.json", fact, "Write that.")
     quantization = files.config.get("quantization_config") or {}
+    if not isinstance(quantization, dict):
+        raise FxquantError(folder / "config.json", "quantization_config is no object.", "Write it anew.")
     stated = quantization.get("group_size")
-    group_size = None if stated is None else int(stated)
+    group_size = None if stated is None else stated_number(folder / "config.json", quantization, "group_size")
     return MindieReader("mindie", files, ranks, RULES, lambda path: load_unpacked(files, path, ranks, group_size))

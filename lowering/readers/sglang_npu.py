@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from fxquant.lowering.readers.folder import WeightFolder
+from fxquant.lowering.readers.folder import WeightFolder, stated_number
 from fxquant.lowering.readers.packed_experts import PackedExperts
 from fxquant.lowering.readers.reader import EngineReader
 from fxquant.lowering.readers.vllm_ascend import DESCRIPTION, RULES
@@ -12,7 +12,7 @@ from fxquant.lowering.readers.vllm_ascend_per_group import check_packed
 def open_sglang_npu(folder: Path, ranks: int) -> EngineReader:
     """group_size above 0: integer group scales; 0 or none: one scale per output channel."""
     files = WeightFolder(folder, DESCRIPTION)
-    group_size = int(files.description.get("group_size", 0))
+    group_size = stated_number(folder / DESCRIPTION, files.description, "group_size")
     if group_size:
         check_packed(files)
     return EngineReader("sglang-npu", files, ranks, RULES, PackedExperts(files, ranks, group_size).load)

@@ -6,7 +6,7 @@ Per-group experts are refused since pull request 13713. Source: vllm-ascend, qua
 from pathlib import Path
 
 from fxquant.errors import FxquantError
-from fxquant.lowering.readers.folder import WeightFolder
+from fxquant.lowering.readers.folder import WeightFolder, stated_number
 from fxquant.lowering.readers.linear_loader import LinearRules
 from fxquant.lowering.readers.packed_experts import PackedExperts
 from fxquant.lowering.readers.reader import EngineReader
@@ -20,7 +20,7 @@ RULES = LinearRules(reciprocal=True, narrow_scale=True, biased=False)
 def open_vllm_ascend(folder: Path, ranks: int) -> EngineReader:
     """Raises FxquantError for a header with a group_size."""
     files = WeightFolder(folder, DESCRIPTION)
-    group_size = int(files.description.get("group_size", 0))
+    group_size = stated_number(folder / DESCRIPTION, files.description, "group_size")
     if group_size > 0:
         fact = f"group_size {group_size}: per-group experts are no longer read, only per-channel ones."
         raise FxquantError(folder / DESCRIPTION, fact, "Use group_size: 0, or a release before 2026-08-08.")

@@ -18,9 +18,9 @@ DEFAULT_GROUP = 256
 def open_vllm_ascend_per_group(folder: Path, ranks: int) -> EngineReader:
     """Raises FxquantError for a header by which the engine would not take the weights for packed and grouped."""
     files = WeightFolder(folder, DESCRIPTION)
-    group_size = int(files.description.get("group_size", DEFAULT_GROUP))
-    if group_size <= 0:
-        fact = f"group_size {group_size}: the experts are per channel."
+    group_size = files.description.get("group_size", DEFAULT_GROUP)
+    if type(group_size) is not int or group_size <= 0:
+        fact = f"group_size {str(group_size)[:40]}: the experts are per channel."
         raise FxquantError(folder / DESCRIPTION, fact, "Read them as vllm-ascend.")
     check_packed(files)
     return EngineReader("vllm-ascend-per-group", files, ranks, RULES, PackedExperts(files, ranks, group_size).load)

@@ -109,11 +109,8 @@ def _write_unfinished(folder: Path, output: Path) -> None:
     save_state(state, folder / "state.safetensors", KEY)
     manifest = json.loads((output / MANIFEST).read_text())
     head = {"format": 1, "policy": manifest["policy"], "sources": {"model.safetensors": ["0", 1, 2]}, "layout": "0"}
-    lines = [
-        head,
-        {"boot": "0"},
-        *({"unit": name, "digests": one["digests"]} for name, one in manifest["units"].items()),
-    ]
+    units = [{"unit": name, "digests": one["digests"]} for name, one in manifest["units"].items()]
+    lines = [head, *units, {"complete": "0"}]
     (folder / "journal.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
