@@ -183,7 +183,7 @@ def test_an_interrupt_ends_the_cluster_and_keeps_what_is_finished(
     started = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
     os.killpg(process.pid, signal.SIGINT)
     output, errors = process.communicate()
-    assert process.returncode == 130 and output == "" and "goes on where it was" in errors
+    assert process.returncode == 130 and output == "" and "goes on with it" in errors
     assert len(errors.splitlines()) == 1 and len(started) > 3
     wait_until(lambda: not alive(started))
     assert not out.exists() and finished(out) >= 10
