@@ -22,10 +22,10 @@ from fxquant.passes import CheckContract, PassResult
 from fxquant.planning import Plan, plan
 from fxquant.policy import Policy, Rule, load_policy
 from fxquant.preparation import (
-    DEFAULT_POLICY,
     CompileOptions,
     Prepared,
     as_path,
+    named_policy,
     open_model,
     prepare,
     refuse_kv_cache,
@@ -96,7 +96,7 @@ def _compile(model: str | Path, options: CompileOptions, report: Reporter) -> Co
     if options.out is not None:
         open_destination(Path(options.out), options.force, options.inputs(Path(model))).forget()
     source = open_model(model, options, report)
-    policy = load_policy(options.policy or source.policy or DEFAULT_POLICY)
+    policy = load_policy(named_policy(options, source))
     out = as_path(options.out) or Path(f"{source.name}-{policy.name}-{options.target}")
     inputs = [*options.inputs(Path(model)), *source_inputs(source)]
     destination = open_destination(out, options.force, inputs)

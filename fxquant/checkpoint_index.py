@@ -54,7 +54,10 @@ def _check_count(index: Path, count: int) -> None:
 def _check_files(folder: Path, index: Path, files: list[str]) -> None:
     for file in files:
         plain = Path(file).name == file and file not in ("", "..") and file.isprintable()
-        if not plain or len(os.fsencode(file)) > FILE_NAME_BYTES:
+        if plain and len(os.fsencode(file)) > FILE_NAME_BYTES:
+            fact = f"weight_map names {file[:40]}…: {len(os.fsencode(file))} bytes, a file name has {FILE_NAME_BYTES}."
+            raise FxquantError(index, fact, AGAIN)
+        if not plain:
             fact = f"weight_map names files outside the folder, such as {file[:40]!a}."
             raise FxquantError(index, fact, "Do not use this checkpoint.")
         if Path(file).suffix != ".safetensors":

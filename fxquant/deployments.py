@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from fxquant.checkpoint import Checkpoint
-from fxquant.config import parse_config, read_config
+from fxquant.config import parse_config
 from fxquant.contracts import Finding, Verdict, check, load_contract, refusal
 from fxquant.errors import FxquantError
+from fxquant.frontend.source import open_source
 from fxquant.lowering.engines import ENGINES
 from fxquant.models import DeepseekV3
 from fxquant.passes import AssignSchemes
@@ -39,12 +40,14 @@ class Deployment:
 
 
 def float_program(model: Path | None = None, report: Reporter = silent) -> Program:
-    """The float graph of a folder's config.json, or of the published DeepSeek-V3; no weight need be there."""
-    config = _published() if model is None else read_config(model)
+    """The float graph of a MODEL, a config.json too, or of the published DeepSeek-V3; no weight need be there."""
+    if model is not None:
+        return open_source(model, config_only=True).program()
+    config = _published()
     with report("trace", 1, "graph") as advance:
         with torch.device("meta"):
-            module = DeepseekV3(parse_config(config, model or Path(PUBLISHED)))
-        program = trace(module, Checkpoint(model or Path(PUBLISHED), config, {}))
+            module = DeepseekV3(parse_config(config, Path(PUBLISHED)))
+        program = trace(module, Checkpoint(Path(PUBLISHED), config, {}))
         advance(1)
     return program
 

@@ -1,13 +1,11 @@
 """JSON from outside: regular files, bounded in bytes, nesting and digits, UTF-8 that can be written again."""
 
-import gc
 import json
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from fxquant.collection import uncollected
 from fxquant.errors import FxquantError
 from fxquant.limits import NESTING, NUMBER_DIGITS, VALUES
 
@@ -66,6 +64,7 @@ def parse_json(
         hooks |= {"object_pairs_hook": _unique} | ({"parse_constant": _refuse_constant} if finite else {})
     try:
         text = data if isinstance(data, str) else data.decode("utf-8")
+        text = text.removeprefix("\ufeff") if lenient else text  # editors of Windows put it first
         with uncollected():
             value = json.loads(text, **hooks)
         if not _shallow(encoded):
@@ -81,18 +80,6 @@ def parse_json(
     except ValueError as error:
         raise FxquantError(place, f"not JSON: {error}.", remedy) from None
     return value
-
-
-@contextmanager
-def uncollected() -> Iterator[None]:
-    """Without garbage collection, for many objects without cycles: to look for some takes twice the time of parsing."""
-    was = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was:
-            gc.enable()
 
 
 def _shallow(text: bytes) -> bool:

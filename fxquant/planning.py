@@ -13,7 +13,7 @@ from fxquant.frontend.source import open_source
 from fxquant.machine import Machine, Measuring, peak_bytes
 from fxquant.plan_contents import PlanContents, planned
 from fxquant.policy import load_policy
-from fxquant.preparation import DEFAULT_POLICY, CompileOptions, as_path, refuse_kv_cache
+from fxquant.preparation import CompileOptions, as_path, named_policy, refuse_kv_cache
 from fxquant.targets import Target
 
 
@@ -61,7 +61,7 @@ def plan(
     with ExitStack() as stack, uncollected():
         measuring = measuring or stack.enter_context(Measuring(as_path(options.out) or Path.cwd()))
         source = open_source(Path(model), as_path(options.checkpoint), options.trace_timeout, config_only=True)
-        policy = load_policy(options.policy or source.policy or DEFAULT_POLICY)
+        policy = load_policy(named_policy(options, source))
         contents = planned(source, policy, options)
         fixed, base = time.perf_counter() - start, peak_bytes()
         machine = measuring.result(contents.work)

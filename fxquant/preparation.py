@@ -157,6 +157,12 @@ def prepare(
     return Prepared(source, policy, program, ledger, float_graph, digest, calibrate.used, results, calibrate.solved)
 
 
+def named_policy(options: CompileOptions, source: Source) -> str:
+    """The policy that was asked for; else the one that a model.py names, else the default. An empty name is none."""
+    asked = options.policy if options.policy is not None else source.policy
+    return DEFAULT_POLICY if asked is None else asked
+
+
 def smoothed_source(checkpoint: Checkpoint, calibration: Calibration | None) -> Checkpoint:
     """`checkpoint` as a calibration smoothed it."""
     return checkpoint.smoothed(calibration.smoothing) if calibration and calibration.smoothing else checkpoint

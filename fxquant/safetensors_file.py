@@ -32,6 +32,7 @@ DTYPES = {
     "I64": torch.int64,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+LFS = b"version https://git-lfs"
 AGAIN = "Download or copy the file again."
 quoted = json.encoder.encode_basestring
 
@@ -115,8 +116,11 @@ def _parsed(file: Path) -> tuple[dict[str, Any], int, int]:
         raise FxquantError(
             file, f"header of {length:,} bytes, at most {HEADER_BYTES:,} are read.", "Split it into shards."
         )
+    if whole.startswith(LFS):
+        raise FxquantError(file, "a pointer of Git LFS, not the file itself.", "Fetch it: git lfs pull.")
     if length != len(whole) - 8 or length < 2:
-        raise FxquantError(file, f"not a whole safetensors file: {size} bytes, header of {length}.", AGAIN)
+        header = f", header of {length:,}" if length >= 0 else ""
+        raise FxquantError(file, f"not a whole safetensors file: {size:,} bytes{header}.", AGAIN)
     if whole.count(b'"data_offsets"') > TENSORS:  # before they are parsed
         raise FxquantError(file, f"more than {TENSORS:,} tensors, at most as many are read.", "Split it into shards.")
     try:

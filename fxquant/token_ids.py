@@ -54,7 +54,7 @@ def _of_npy(file: Path) -> Tensor:
             read = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}[version]
             shape, by_columns, dtype = read(stream, max_header_size=NPY_HEADER_BYTES)
         except Exception as error:  # numpy parses a header as Python, with all the errors that this has
-            raise FxquantError(file, f"its header is none of an array: {_line(error)}.", REMEDY) from None
+            raise FxquantError(file, f"its header is none of an array{_reason(error)}.", REMEDY) from None
         whole = len(shape) == 2 and all(type(size) is int and size >= 0 for size in shape)
         if dtype != np.dtype("<i8") or not whole:
             order = "" if dtype.isnative else " of another byte order"
@@ -73,5 +73,6 @@ def _check_size(file: Path, size: int) -> None:
         raise FxquantError(file, f"{size:,} bytes of ids, at most {TOKEN_ID_BYTES:,} are read.", "Take fewer of them.")
 
 
-def _line(error: Exception) -> str:
-    return " ".join((str(error) or type(error).__name__).split())[:120].rstrip(".")
+def _reason(error: Exception) -> str:
+    """numpy's own words; those of Python's parser say nothing to people."""
+    return ": " + " ".join(str(error).split())[:120].rstrip(".") if isinstance(error, ValueError) else ""

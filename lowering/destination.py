@@ -60,6 +60,8 @@ class Destination:
         """Raise FxquantError where replacing `out`, or clearing a work folder, would delete an input, and where these
         would come to lie in a folder that is read."""
         for one in inputs:
+            if one.label.startswith("--") and not os.path.lexists(one.path):
+                raise FxquantError(one.path, f"no such file or folder, and {one.label} names it.", "Name one that is.")
             real = Path(os.path.realpath(one.path))
             for folder in (self.out, *(work.path for work in self.work_folders)):
                 goal = Path(os.path.realpath(folder))
@@ -138,8 +140,8 @@ def open_destination(out: Path, force: bool, inputs: Sequence[Input]) -> Destina
 
 
 def _followed(out: Path) -> Path:
-    """Where `out` is, if it is a link or has no name of its own."""
-    if not out.is_symlink() and out.name not in ("", ".."):
+    """Where `out` is, if it is a link or has no name of its own; a `..` may lead past a folder that is to be made."""
+    if not out.is_symlink() and out.name and ".." not in out.parts:
         return out
     real = Path(os.path.realpath(out))
     if out.is_symlink() and not real.exists():

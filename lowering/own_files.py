@@ -52,12 +52,13 @@ def survey(folder: Path) -> Survey:
 
 
 def own_names(manifest: Manifest, folder: Path) -> set[str]:
-    """The files that `manifest` lists, with itself and the stamps."""
+    """The files that `manifest` lists with a digest, with itself and the stamps."""
     for name in manifest.files:
         if not is_plain(name):
             fact = f"lists a file outside of its folder: {name[:200]!r}."
             raise FxquantError(folder / MANIFEST, fact, "Choose another -o, and look who changed it.")
-    return {*manifest.files, MANIFEST, STAMPS}
+    written = manifest.digests.keys() | manifest.weights.keys()
+    return {*(manifest.files.keys() & written), MANIFEST, STAMPS}
 
 
 def is_plain(name: str) -> bool:

@@ -27,7 +27,8 @@ def output(folder: Path, files: tuple[str, ...] = ("model_ascend.py", "optional/
         path.write_text(name)
     manifest = Manifest(
         fxquant="0.1.0", kernels=1, source="../model", checkpoint="../model", policy=POLICY, target="ascend",
-        sources={}, files={name: len(name) for name in files}, digests={}, weights={}, units={},
+        sources={}, files={name: len(name) for name in files}, digests=dict.fromkeys(files, "0" * 32), weights={},
+        units={},
     )  # fmt: skip
     (folder / MANIFEST).write_text(manifest.model_dump_json())
     (folder / STAMPS).write_text("{}")
@@ -392,3 +393,30 @@ def test_the_last_that_a_killed_command_leaves_goes_with_the_next(left: str, tmp
         (work.path / MARKER).write_bytes(work.marker)
     refused(tmp_path / "out", "exists and is not empty", "--force", force=False)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_way_through_a_missing_folder_is_the_same_way(tmp_path: Path, untouched: Untouched) -> None:
+    output(tmp_path / "there")
+    (tmp_path / "link").symlink_to(output(tmp_path / "elsewhere"))
+    (output(tmp_path / "shared") / "notes.txt").write_text("mine")
+    untouched()
+    refused(tmp_path / "missing/../there", "exists and is not empty", force=False)
+    refused(tmp_path / "missing/../shared", "notes.txt")
+    destination = open_destination(tmp_path / "missing/../link", True, ())
+    assert destination.out == tmp_path / "elsewhere"
+    destination.forget()
+
+
+def test_an_input_that_is_missing_is_told_at_once(tmp_path: Path, untouched: Untouched) -> None:
+    untouched()
+    refused(tmp_path / "out", "--calib", inputs=(Input("--calib", tmp_path / "text.jsonl"),))
+
+
+def test_a_file_that_only_the_list_of_files_names_is_not_ours(tmp_path: Path, untouched: Untouched) -> None:
+    folder = output(tmp_path / "out")
+    (folder / "notes.txt").write_text("mine")
+    manifest = Manifest.model_validate_json((folder / MANIFEST).read_text())
+    listed = manifest.model_copy(update={"files": manifest.files | {"notes.txt": 4}})
+    (folder / MANIFEST).write_text(listed.model_dump_json())
+    untouched()
+    refused(folder, "notes.txt")

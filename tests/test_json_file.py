@@ -79,3 +79,9 @@ def test_what_cannot_be_read(tmp_path):
             read_text(tmp_path / name, 10)
     with pytest.raises(FxquantError, match="is missing|cannot be read"):
         read_text(tmp_path / "a\0b", 10)
+
+
+def test_a_byte_order_mark_is_read_where_others_wrote_the_file():
+    assert parse_json(b"\xef\xbb\xbf[1]", "here", lenient=True) == [1]
+    with pytest.raises(FxquantError, match="not JSON"):
+        parse_json(b"\xef\xbb\xbf[1]", "here")

@@ -113,3 +113,10 @@ def raising(error: Exception) -> Any:
 def test_metadata_that_is_not_texts(tmp_path: Path, metadata: Any) -> None:
     with pytest.raises(FxquantError, match="__metadata__ is not texts"):
         read_metadata(write(tmp_path / "t.safetensors", {"__metadata__": metadata}))
+
+
+def test_a_pointer_of_git_lfs_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(FxquantError, match="Git LFS.*git lfs pull"):
+        read_header(file)

@@ -11,7 +11,7 @@ from fxquant.tools.faults import show_fault, words
 from fxquant.tools.signals import WORDS, Signals, exit_code
 
 DONE, REFUSED, FAULT, INTERRUPTED, PIPE_CLOSED = 0, 1, 70, 130, 141
-GOES_ON = "The same command goes on where it was."
+NOTHING_YET = "Nothing had been begun at its output."
 RESUMED = ("compile", "convert")
 """Verbs that leave work to go on with."""
 WAYS_OUT = {
@@ -87,7 +87,7 @@ def _ended(error: BaseException, signals: Signals) -> int:
 
 def _interrupted(error: BaseException, verb: str, signals: Signals) -> int:
     word = WORDS[signals.received] if signals.received else "interrupted"
-    state = getattr(error, "state", "") or (GOES_ON if verb in RESUMED else "")
+    state = getattr(error, "state", "") or (NOTHING_YET if verb in RESUMED else "")
     print_line(f"{word}. {state}".strip(), to=errors)
     return exit_code(signals.received) if signals.received else INTERRUPTED
 

@@ -40,7 +40,9 @@ TargetName = Annotated[
         autocompletion=targets,
     ),
 ]
-Ranks = Annotated[int, typer.Option("--tp", metavar="N", help="Tensor-parallel ranks to check the output for.", min=1)]
+Ranks = Annotated[
+    int, typer.Option("--tp", metavar="N", help="Tensor-parallel ranks to check the output for.", min=1, max=4096)
+]
 MtpName = Annotated[
     str | None,
     typer.Option(
@@ -160,7 +162,7 @@ def parse_size(text: str) -> int:
     unit = text[len(number) :].strip().upper()
     try:
         value = int(float(number) * units[unit])
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, OverflowError):  # no number, no unit, infinite
         value = 0
     if value <= 0:
         raise FxquantError(f"--max-shard-size {text}", "not a size.", "Write 4GiB, 500MB or a number of bytes.")

@@ -8,6 +8,7 @@ import torch
 
 from fxquant.checkpoint import Checkpoint, block_size, open_checkpoint, open_config
 from fxquant.config import DeepseekV3Config, parse_config, read_config_file
+from fxquant.errors import FxquantError
 from fxquant.frontend.child import trace_in_child
 from fxquant.model_dtype import with_dtype
 from fxquant.models import DeepseekV3
@@ -55,6 +56,9 @@ def open_source(
     wrong = not_a_model(path)
     if wrong is not None:
         raise wrong
+    if checkpoint is not None and path.suffix != ".py":
+        fact = "is given for a MODEL that is no model.py."
+        raise FxquantError(f"--checkpoint {checkpoint}", fact, "A checkpoint folder has its own weights: leave it out.")
     if path.is_dir():
         return _from_config(path, open_config(path) if config_only else open_checkpoint(path), path / "config.json")
     traced = trace_in_child(path, checkpoint, timeout)
