@@ -104,7 +104,8 @@ class CompileOptions:
     def inputs(self, model: Path) -> list[Input]:
         """Every file and folder that the options and MODEL name. What is reused may be the output that is replaced."""
         named = {"--checkpoint": self.checkpoint, "--calib": self.calib, "--calibration": self.calibration}
-        policy = self.policy if self.policy and self.policy.endswith((".yaml", ".yml")) else None
+        own = self.policy is not None and self.policy.endswith((".yaml", ".yml"))
+        policy = self.policy if own and Path(str(self.policy)).exists() else None  # of a missing one its reader tells
         named |= {"--policy": policy, REUSE: self.reuse}
         given = [Input(label, Path(path), label == REUSE) for label, path in named.items() if path is not None]
         return [Input("the checkpoint" if model.is_dir() else "the model", model), *given]
