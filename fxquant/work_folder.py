@@ -18,6 +18,7 @@ from pathlib import Path
 from fxquant.errors import FxquantError
 from fxquant.locking import locked
 from fxquant.system_errors import stopped, stopping
+from fxquant.whole_calls import read_at, write_at
 
 MARKER = "fxquant_work.json"
 FORMAT = 1
@@ -125,7 +126,7 @@ class WorkFolder:
         except OSError:
             return b"?"
         try:
-            return os.read(handle, len(self.marker) + 1)
+            return read_at(handle, len(self.marker) + 1, 0)
         except OSError:
             return b"?"
         finally:
@@ -137,7 +138,7 @@ class WorkFolder:
         try:
             handle = os.open(self.path / MARKER, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o644)
             try:
-                os.write(handle, self.marker)
+                write_at(handle, self.marker, 0)
                 os.fsync(handle)
             finally:
                 os.close(handle)

@@ -7,12 +7,16 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from faults.campaign import plan
 from faults.operations import Fault, Injector
 from faults.rounds import Ended, Result, check_again, check_end, look
 from faults.scenarios import Scenario, output_files, scenarios
+
+from fxquant.lowering.weights.reserve import reserve
+from fxquant.work_folder import MARKER, Kind, WorkFolder
 
 ROOT = Path(__file__).parents[1]
 
@@ -130,6 +134,20 @@ def test_every_kind_of_operation_has_its_rounds() -> None:
     assert {scenario.operations[at] for _, fault, at in rounds if fault is Fault.KILL} == set(scenario.operations)
     assert len({(fault, at) for _, fault, at in rounds}) == len(rounds) == 60
     assert {scenario.operations[at] for _, fault, at in rounds if fault is Fault.SHORT} == {"pwrite", "read"}
+
+
+def test_calls_that_do_a_part_are_called_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write, read = os.pwrite, os.pread
+    monkeypatch.setattr(os, "pwrite", lambda handle, data, offset: write(handle, data[: len(data) // 2 + 1], offset))
+    monkeypatch.setattr(os, "pread", lambda handle, length, offset: read(handle, length // 2 + 1, offset))
+    header = bytes(range(256)) * 16
+    file = SimpleNamespace(name="weights", nbytes=len(header) + 8, header=header)
+    reserve([file], tmp_path)  # type: ignore[list-item]
+    assert (tmp_path / "weights").read_bytes() == header + bytes(8)
+    folder = WorkFolder(tmp_path / "out", Kind.PARTIAL)
+    with folder.held():
+        assert (folder.path / MARKER).read_bytes() == folder.marker
+    assert folder.check()
 
 
 @pytest.fixture

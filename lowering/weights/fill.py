@@ -11,6 +11,7 @@ import xxhash
 from fxquant.errors import StoppedError
 from fxquant.lowering.weights.producer import Producer
 from fxquant.lowering.weights.unit import Filled, Unit
+from fxquant.whole_calls import write_at
 
 FREE_SPACE = "Free space or repair the disk."
 
@@ -43,10 +44,8 @@ class FillJob:
         return handle
 
     def _write(self, handle: int, data: memoryview, offset: int, file: str) -> None:
-        done = 0
         try:
-            while done < len(data):
-                done += os.pwrite(handle, data[done:], offset + done)
+            write_at(handle, data, offset)
         except OSError as error:
             raise StoppedError(self.folder / file, f"cannot be written: {error.strerror}.", FREE_SPACE) from None
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from fxquant.errors import StoppedError
 from fxquant.lowering.layout import FileLayout
 from fxquant.system_errors import stopping
+from fxquant.whole_calls import write_at
 from fxquant.work_folder import walk
 
 FREE_SPACE = "Free space, or choose another -o."
@@ -34,7 +35,7 @@ def _reserve(path: Path, file: FileLayout) -> None:
         raise StoppedError(path, f"cannot be made: {error.strerror}.", "Raise --max-shard-size or the limit.") from None
     try:
         getattr(os, "posix_fallocate", _extend)(handle, 0, file.nbytes)
-        os.pwrite(handle, file.header, 0)
+        write_at(handle, file.header, 0)
     except OSError as error:
         fact = f"cannot reserve {file.nbytes:,} bytes: {error.strerror}."
         raise StoppedError(path, fact, FREE_SPACE) from None

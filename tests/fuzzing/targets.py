@@ -206,7 +206,7 @@ def _run(folder: Path) -> None:
 
 
 def _convert(folder: Path) -> None:
-    fxquant.convert(folder, Engine.ONNX, folder / "converted", verify=False, export=False, force=True)
+    fxquant.convert(folder, Engine.ONNX, folder.parent / "converted", verify=False, export=False, force=True)
 
 
 INDEX, DESCRIPTION = "quant_model_weight_w8a8.safetensors.index.json", "quant_model_description.json"
