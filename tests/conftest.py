@@ -1,5 +1,6 @@
 """Fixtures: tiny checkpoints, written once a session."""
 
+import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +16,8 @@ from fxquant.checkpoint import Checkpoint, open_checkpoint
 from fxquant.lowering.ascend.exported import write_exported
 
 torch.set_num_threads(1)
-"""At these sizes threads only wait for each other, for seconds where the machine is busy."""
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+"""At these sizes threads only wait for each other, for seconds where the machine is busy; in commands too."""
 
 signal.signal(signal.SIGINT, signal.default_int_handler)
 """Where the tests run in the background of a shell, SIGINT is ignored, and by every process they start."""
