@@ -38,6 +38,9 @@ def _lock(handle: int, folder: Path) -> None:
 def _is_still(handle: int, folder: Path) -> bool:
     """Whether who had the lock before has not removed the folder meanwhile."""
     try:
-        return os.path.samestat(os.fstat(handle), os.lstat(folder))
-    except OSError:
+        with stopping(folder, "cannot be looked at"):
+            return os.path.samestat(os.fstat(handle), os.lstat(folder))
+    except StoppedError:
+        if folder.exists():
+            raise
         return False

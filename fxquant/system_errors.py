@@ -29,6 +29,13 @@ def stopped(error: OSError, place: object = "", what: str = "") -> StoppedError:
     return StoppedError(place or error.filename or "a file", f"{what}: {reason}." if what else f"{reason}.", remedy)
 
 
+def told(error: BaseException, near: object) -> BaseException:
+    """An error of the operating system as one for people, `near` where it names no file; any other as it is."""
+    if not isinstance(error, OSError) or isinstance(error, BrokenPipeError):
+        return error
+    return stopped(error, error.filename or near)
+
+
 @contextmanager
 def stopping(place: object = "", what: str = "") -> Iterator[None]:
     """Raises `stopped` for an OSError from within; a reader of our output that went away is none of them."""

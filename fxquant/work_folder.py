@@ -5,6 +5,7 @@ nothing in it is read, written or deleted. An empty folder is nobody's and is us
 marker that was cut off: that is what a kill between the two leaves.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -24,6 +25,7 @@ MARKER = "fxquant_work.json"
 FORMAT = 1
 ABOUT = "Unfinished work of fxquant, which deletes this folder and all that is in it."
 MOVE = "Move it elsewhere, or choose another -o."
+NOT_OURS = b"?"
 NAMED = 4
 """So many names stand in an error."""
 
@@ -66,10 +68,11 @@ class WorkFolder:
         """
         path = self.path
         with stopping(path, "cannot be looked at"):
-            if not os.path.lexists(path):
-                os.lstat(path.parent)
+            try:
+                folder = is_folder(path)
+            except FileNotFoundError:
                 return False
-            if not is_folder(path):
+            if not folder:
                 raise FxquantError(path, "is not the work folder of this name: a file or a link.", MOVE)
             if os.path.ismount(path):
                 raise FxquantError(path, "is a mount point, and no work folder of fxquant.", MOVE)
@@ -123,12 +126,14 @@ class WorkFolder:
             handle = os.open(self.path / MARKER, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         except FileNotFoundError:
             return None
-        except OSError:
-            return b"?"
+        except OSError as error:
+            if error.errno in (errno.ELOOP, errno.ENXIO):  # a link, a socket
+                return NOT_OURS
+            raise stopped(error, self.path / MARKER, "cannot be read") from None
         try:
-            return read_at(handle, len(self.marker) + 1, 0)
-        except OSError:
-            return b"?"
+            with stopping(self.path / MARKER, "cannot be read"):
+                regular = stat.S_ISREG(os.fstat(handle).st_mode)
+                return read_at(handle, len(self.marker) + 1, 0) if regular else NOT_OURS
         finally:
             os.close(handle)
 

@@ -6,11 +6,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fxquant.errors import FxquantError, StoppedError
+from fxquant.errors import FxquantError
 from fxquant.lowering.finish import Places, State, filled, sentence
 from fxquant.lowering.manifest import MANIFEST
 from fxquant.lowering.own_files import refuse_others
-from fxquant.system_errors import stopped, stopping
+from fxquant.system_errors import stopping, told
 from fxquant.work_folder import Kind, WorkFolder
 
 OTHER = "Choose another -o."
@@ -80,10 +80,8 @@ class Destination:
         try:
             yield
         except BaseException as raised:
-            system = isinstance(raised, OSError) and not isinstance(raised, BrokenPipeError)
-            error = stopped(raised) if system else raised  # type: ignore[arg-type]
-            if isinstance(error, FxquantError) and not isinstance(error, StoppedError):
-                self._remove_parents()
+            error = told(raised, self.out)
+            self._remove_parents()
             vars(error)["state"] = f"The output is complete: {self.out}." if self.finished else sentence(self.places)
             if error is raised:
                 raise
@@ -107,15 +105,17 @@ class Destination:
             raise
 
     def _try(self) -> None:
-        for work in self.work_folders:
-            if not work.check():
-                with stopping(work.path, "cannot be made"):
-                    work.path.mkdir()
-                    work.path.rmdir()
+        WorkFolder(self.out, Kind.CALIBRATING).check()
+        work = self.places.work
+        if not work.check():
+            with stopping(work.path, "cannot be made"):
+                work.path.mkdir()
+                work.path.rmdir()
         if self.out.is_dir() and not os.access(self.out, os.W_OK | os.X_OK):
             raise FxquantError(self.out, "cannot be replaced: it may not be written.", OTHER)
 
     def _remove_parents(self) -> None:
+        """Those that hold nothing."""
         for folder in self.made:
             with suppress(OSError):
                 folder.rmdir()

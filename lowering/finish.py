@@ -68,7 +68,8 @@ class Places:
 
 def filled(folder: Path) -> bool:
     """Whether there is anything in it."""
-    return folder.is_dir() and any(folder.iterdir())
+    with stopping(folder, "cannot be looked at"):
+        return folder.is_dir() and any(folder.iterdir())
 
 
 def give_name(places: Places, force: bool) -> None:

@@ -23,7 +23,7 @@ from fxquant.lowering.weights.digests import file_digest
 from fxquant.lowering.weights.journal import Fingerprint, Journal, begin, go_on, read_fingerprint
 from fxquant.lowering.weights.reserve import sync
 from fxquant.source_reader import Stamps
-from fxquant.system_errors import stopped, stopping
+from fxquant.system_errors import stopping, told
 
 RESTART = "Pass --restart to discard it, or choose another -o."
 REASONS = {
@@ -157,8 +157,7 @@ def open_workspace(destination: Destination, restart: bool) -> Iterator[Workspac
             yield work
             destination.places.work.release()
         except BaseException as raised:
-            system = isinstance(raised, OSError) and not isinstance(raised, BrokenPipeError)
-            error = stopped(raised) if system else raised  # type: ignore[arg-type]
+            error = told(raised, partial)
             fault = isinstance(error, FxquantError) and not isinstance(error, StoppedError)
             _leave(work, fault)
             if work.owned and work.resumable and isinstance(error, StoppedError):

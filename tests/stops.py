@@ -12,7 +12,7 @@ OPERATIONS = ("rename", "replace", "unlink", "remove", "rmdir", "mkdir", "fsync"
 
 
 @contextmanager
-def watched(act: Callable[[int, str], object]) -> Iterator[list[str]]:
+def watched(act: Callable[[int, str], object], names: tuple[str, ...] = OPERATIONS) -> Iterator[list[str]]:
     """Call `act` with the number and the name of each operation, before it is done; what was done, in order."""
     done: list[str] = []
 
@@ -25,7 +25,7 @@ def watched(act: Callable[[int, str], object]) -> Iterator[list[str]]:
         return call
 
     with pytest.MonkeyPatch.context() as patch:
-        for name in OPERATIONS:
+        for name in names:
             patch.setattr(os, name, wrap(name, getattr(os, name)))
         yield done
 

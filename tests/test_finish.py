@@ -141,12 +141,13 @@ def test_killed_at_every_operation_the_same_command_completes(
     "error", [KeyboardInterrupt(), OSError(errno.EIO, os.strerror(errno.EIO))], ids=["interrupt", "error"]
 )
 @pytest.mark.parametrize("replaced", [True, False])
-def test_stopped_at_every_operation_what_is_said_is_true(
-    replaced: bool, error: BaseException, made: Made, tmp_path: Path
+@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_stopped_at_any_operation_what_is_said_is_true(
+    every: bool, replaced: bool, error: BaseException, made: Made, tmp_path: Path
 ) -> None:
     contents, whole, earlier = made
     done = steps(made, tmp_path / "steps", replaced)
-    for at in range(len(done)):
+    for at in range(len(done)) if every else chosen(done):
         folder = tmp_path / f"{at}"
         folder.mkdir()
         out, end = folder / "out", complete(made, folder / "out", replaced)

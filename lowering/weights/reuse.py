@@ -54,8 +54,7 @@ class Earlier:
         """What the user should know of it."""
         notes = [f"{self.folder / name} is not as it was written: what it held was made anew" for name in self.lost]
         if self.damaged:
-            what = f"{len(self.damaged):,} modules or tensors ({listed(set(self.damaged))})"
-            notes.append(f"{what} of {self.folder} were damaged and made anew from the source")
+            notes.append(f"damaged in {self.folder} and made anew from the source: {listed(set(self.damaged))}")
         return notes
 
     def has(self, unit: Unit, key: str, producer: Producer) -> bool:
