@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from finishing import ONE, POLICY, Made, Stopped, chosen, made, written
 from output_folders import files_of, same_files
 from stops import OPERATIONS, raising_at, watched
-from test_finish import ONE, POLICY, Made, Stopped, chosen, made, written
 
 from fxquant import CompileOptions, FxquantError, compile
 from fxquant.calibration_folder import CalibrationFolder
@@ -82,7 +82,7 @@ def test_refused_at_any_operation_it_is_one_error_and_the_same_command_completes
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EROFS])
-@pytest.mark.parametrize("call", ["write", "fsync"])
+@pytest.mark.parametrize("call", ["pwrite", "fsync"])
 def test_a_marker_that_cannot_be_written_leaves_no_folder(
     call: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
