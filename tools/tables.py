@@ -23,8 +23,8 @@ class NamedTable:
 
     left, prose  headings of columns that are not right-aligned, and of those that hold sentences, which may be wrapped
 
-    Where it fits it is a table: as it is, with headings on several lines, or with sentences wrapped. Else each row is
-    its name on a line of its own, and `heading value` pairs below.
+    Where it fits it is a table: as it is, with headings on several lines, with sentences wrapped, or with the few there
+    are below it. Else each row is its name on a line of its own, and `heading value` pairs below.
     """
 
     title: Cell
@@ -55,6 +55,9 @@ class NamedTable:
         fitting = [shown.grid(*way) for way in ways if shown.width(*way) <= width]
         if fitting:
             yield fitting[0]
+        elif shown.few_sentences() and shown.width(True, True, without=True) <= width:
+            yield shown.grid(True, True, without=True)
+            yield from shown.sentences(width)
         else:
             yield from shown.stacked(width)
         if self.caption:
@@ -73,9 +76,28 @@ class _Shown:
     def text(self, cell: Cell, style: str = "") -> Text:
         return Text(spelled(visible(_plain(cell)), self._encoding), cell[1] if isinstance(cell, tuple) else style)
 
-    def width(self, words: bool, prose: bool) -> int:
-        """Columns of the screen; `words`: headings on several lines, `prose`: sentences too."""
-        return 1 + sum(3 + self._column(index, words, prose) for index in range(len(self._widths)))
+    def width(self, words: bool, prose: bool, without: bool = False) -> int:
+        """Columns of the screen; `words`: headings on several lines, `prose`: sentences too, or `without` them."""
+        return 1 + sum(3 + self._column(index, words, prose) for index in self._columns(without))
+
+    def _columns(self, without: bool) -> list[int]:
+        headings = self._table.headings
+        return [index for index in range(len(headings)) if not (without and headings[index] in self._table.prose)]
+
+    def few_sentences(self) -> bool:
+        """At most every second row has one."""
+        return 2 * sum(any(row[index].plain for index in self._prose()) for row in self._rows) <= len(self._rows)
+
+    def _prose(self) -> list[int]:
+        return [index for index, heading in enumerate(self._table.headings) if heading in self._table.prose]
+
+    def sentences(self, width: int) -> Iterator[Text]:
+        """`name: sentence`, a line each."""
+        for row in self._rows:
+            for index in self._prose():
+                if row[index].plain:
+                    name = Text("  ").join(cell for cell in row[: self._table.names] if cell.plain)
+                    yield from _indented(Text.assemble((f"{name.plain}: ", "dim"), row[index]), width)
 
     def _column(self, index: int, words: bool, prose: bool) -> int:
         heading, width = self._table.headings[index], self._widths[index]
@@ -83,16 +105,18 @@ class _Shown:
             width = min(width, PROSE_WIDTH)
         return max(width, *map(cell_len, heading.split(" ") if words else [heading]))
 
-    def grid(self, words: bool, prose: bool) -> Table:
+    def grid(self, words: bool, prose: bool, without: bool = False) -> Table:
         """As rich draws it."""
         table, grid = self._table, Table()
-        for index, heading in enumerate(table.headings):
+        columns = self._columns(without)
+        for index in columns:
+            heading = table.headings[index]
             right = index >= table.names and heading not in table.left and heading not in table.prose
             wraps = prose and heading in table.prose
             shown = Text("\n").join(wrapped(Text(heading), self._column(index, words, prose)))
             grid.add_column(shown, justify="right" if right else "left", no_wrap=not wraps, overflow="fold")
         for number, (row, style) in enumerate(zip(self._rows, table.styles, strict=True)):
-            grid.add_row(*row, style=style or None, end_section=number in table.sections)
+            grid.add_row(*(row[index] for index in columns), style=style or None, end_section=number in table.sections)
         return grid
 
     def stacked(self, width: int) -> Iterator[Text]:
