@@ -41,15 +41,18 @@ class Deployment:
 
 def float_program(model: Path | None = None, report: Reporter = silent) -> Program:
     """The float graph of a MODEL, a config.json too, or of the published DeepSeek-V3; no weight need be there."""
-    if model is not None:
-        return open_source(model, config_only=True).program()
-    config = _published()
+    make = _published_program if model is None else open_source(model, config_only=True).program
     with report("trace", 1, "graph") as advance:
-        with torch.device("meta"):
-            module = DeepseekV3(parse_config(config, Path(PUBLISHED)))
-        program = trace(module, Checkpoint(Path(PUBLISHED), config, {}))
+        program = make()
         advance(1)
     return program
+
+
+def _published_program() -> Program:
+    config, place = _published(), Path(PUBLISHED)
+    with torch.device("meta"):
+        module = DeepseekV3(parse_config(config, place))
+    return trace(module, Checkpoint(place, config, {}))
 
 
 def _published() -> dict[str, Any]:
