@@ -125,12 +125,12 @@ def test_every_sort_of_place_spoiled(document: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-def test_every_place_spoiled_in_every_way(document: dict[str, Any]) -> None:
-    """Every field of every node and document: a few of the ways for each, every way for each sort."""
+def test_every_place_spoiled(document: dict[str, Any]) -> None:
+    """Every field of every node and document in one way, and each sort of place in a dozen."""
     generator, seen = random.Random(1), set()
     for path in list(places(document)):
         sort = pattern(document, path)
-        for value in generator.sample(HOSTILE, 2) if sort in seen else HOSTILE:
+        for value in generator.sample(HOSTILE, 1 if sort in seen else 12):
             for _ in map(check, spoiled(document, path, value)):
                 pass
         seen.add(sort)
