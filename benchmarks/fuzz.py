@@ -8,6 +8,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -64,7 +65,10 @@ def _replay(base: Path, path: Path) -> int:
 
 def _campaign(base: Path, options: argparse.Namespace) -> int:
     campaign = Campaign(base, targets(options.target), options.cases, options.jobs, options.seed)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     campaign.run()
+    if campaign.stopped:
+        print("stopped: the table has what was done", file=sys.stderr)
     findings = [finding for row in campaign.rows.values() for finding in row.findings]
     for finding in findings:
         path = finding.save(options.findings)
@@ -76,7 +80,7 @@ def _campaign(base: Path, options: argparse.Namespace) -> int:
         print(json.dumps(names, indent=2))
     else:
         print(table(campaign.rows))
-    return 1 if findings else 0
+    return 1 if findings or campaign.stopped else 0
 
 
 if __name__ == "__main__":

@@ -120,6 +120,20 @@ def test_what_takes_too_long_is_found(tmp_path: Path, monkeypatch: pytest.Monkey
     assert row.counts == {"hang": 1} and row.seconds < 4
 
 
+def test_a_run_that_is_stopped_has_what_was_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fuzzing.campaign.SMALLEST_CHUNK", 2)
+    looks = iter(range(1 << 20))
+
+    def look(self: Campaign, chunk: object) -> object:
+        if self.rows["bad"].counts.total() >= 4 or next(looks) > 2000:
+            raise KeyboardInterrupt
+        return original(self, chunk)  # type: ignore[arg-type]
+
+    original = Campaign._look
+    monkeypatch.setattr(Campaign, "_look", look)
+    assert 4 <= campaign(tmp_path, refuse, cases=40).counts.total() < 40
+
+
 def test_a_case_is_the_same_again() -> None:
     one, other = (JsonMutator(b'{"a": [1, 2, {"b": "c"}], "d": 0.5}') for _ in range(2))
     cases = [one(Random(f"{number}")) for number in range(300)]

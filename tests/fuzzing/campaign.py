@@ -68,6 +68,7 @@ class Campaign:
         self.targets = {target.name: target for target in targets}
         self.mutators: dict[str, dict[str, Mutator]] = {one.name: one.mutators(base / "seeds") for one in targets}
         self.rows = {target.name: Row() for target in targets}
+        self.stopped = False
 
     def run(self) -> None:
         """Until all cases are done."""
@@ -76,6 +77,15 @@ class Campaign:
             target.read(warm / target.seed)  # what it imports and compiles, every child has
         shutil.rmtree(warm)
         waiting, running = list(self._chunks())[::-1], list[Chunk]()
+        try:
+            self._run(waiting, running)
+        except KeyboardInterrupt:  # the rows are those of what was done
+            self.stopped = True
+            for chunk in running:
+                os.kill(chunk.process, signal.SIGKILL)
+                os.waitpid(chunk.process, 0)
+
+    def _run(self, waiting: list[Chunk], running: list[Chunk]) -> None:
         while waiting or running:
             while waiting and len(running) < self.jobs:
                 running.append(self._start(waiting.pop()))

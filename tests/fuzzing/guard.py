@@ -61,7 +61,7 @@ class Guard:
         if event == "exec":
             code = args[0]
             name = code.co_filename.rstrip("0123456789") if isinstance(code, CodeType) else "a text"
-            return "" if name.startswith(TRUSTED) or name in self.allowed else f"runs code of {name}"
+            return "" if name.startswith(TRUSTED) or Path(name).name in self.allowed else f"runs code of {name}"
         return f"{event} {args!r:.200}" if event in PROCESSES + OTHERS or event.startswith("socket.") else ""
 
     def _outside(self, path: Any) -> bool:
@@ -73,7 +73,7 @@ class Guard:
     @contextmanager
     def watch(self, allowed: tuple[str, ...]) -> Iterator[None]:
         """Of one case: violations are noted, and `Hang` is raised when its time is over. `allowed`: events, or names
-        of code."""
+        of files of code."""
         self.allowed, self.violations = allowed, []
         signal.setitimer(signal.ITIMER_REAL, SECONDS)
         self.watching = True
