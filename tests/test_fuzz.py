@@ -37,7 +37,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("target", QUICK, ids=lambda target: target.name)
 def test_it_is_refused_or_read(base: Path, target: Target) -> None:
-    mutators, folder = target.mutators(base), base / "seeds" / target.seed
+    mutators, folder = target.mutators(base / "seeds"), base / "seeds" / target.seed
     originals = {name: (folder / name).read_bytes() for name in mutators}
 
     @settings(max_examples=FEWER.get(target.name, 200), suppress_health_check=list(HealthCheck))
