@@ -4,6 +4,7 @@ all.
 Audit events are Python's: what a library does in C or Rust is not seen here, but its files and its memory are.
 """
 
+import dataclasses
 import os
 import resource
 import signal
@@ -58,7 +59,9 @@ class Guard:
         if event in MUTATING:
             there = [path for path in args[:2] if isinstance(path, str | bytes | os.PathLike)]
             return f"{event} {there}" if any(map(self._outside, there)) else ""
-        if event == "exec":
+        if (
+            event == "exec" and sys._getframe(2).f_code.co_filename != dataclasses.__file__
+        ):  # of a class that is trusted
             code = args[0]
             name = code.co_filename.rstrip("0123456789") if isinstance(code, CodeType) else "a text"
             return "" if name.startswith(TRUSTED) or Path(name).name in self.allowed else f"runs code of {name}"
