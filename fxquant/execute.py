@@ -66,7 +66,7 @@ def call(node: fx.Node, value: Callable[[fx.Node], Any]) -> Any:
     try:
         function: Any = ops.REFERENCES[node.target] if lazy else node.target  # type: ignore[index]
         return function(*args, **kwargs)
-    except (RuntimeError, LookupError, ValueError, TypeError, ArithmeticError, NotImplementedError) as error:
+    except (RuntimeError, LookupError, ValueError, TypeError, ArithmeticError) as error:
         line = (str(error).strip() or type(error).__name__).split("\n")[0][:500]
         raise FxquantError(node.meta.get("module") or node.name, f"{node.name}: {line}.", WAY_OUT) from error
 

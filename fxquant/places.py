@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fxquant.errors import FxquantError
 
-MANIFEST = "fxquant_manifest.json"
+MANIFEST, GRAPH = "fxquant_manifest.json", "fxquant_graph.json"
 WORK = (".partial", ".calibrating", ".replaced")
 SIBLINGS = 1000
 """Names beside a missing one that are compared with it."""
@@ -26,7 +26,7 @@ def not_compiled(path: Path) -> FxquantError:
     if (path / "config.json").is_file() and not any(path.glob("quant_model_*")):
         fact = f"a model, not an output of fxquant: it has no {MANIFEST}."
         return FxquantError(path, fact, f"Compile it first:\nfxquant compile {shlex.quote(str(path))}")
-    what = f"it has no {MANIFEST}" if any(path.iterdir()) else "it is empty"
+    what = f"it has neither {MANIFEST} nor {GRAPH}" if any(path.iterdir()) else "it is empty"
     return FxquantError(path, f"not an output of fxquant: {what}.", COMPILED)
 
 

@@ -6,17 +6,19 @@ from contextlib import contextmanager
 
 from fxquant.errors import StoppedError
 
-SPACE, RIGHTS, DISK = "Free space, or choose another -o.", "Give your user the right to it.", "Repair the disk."
+SPACE, RIGHTS = "Free space, or choose a folder on another disk.", "Give your user the right to it."
 REMEDIES = {
     errno.ENOSPC: SPACE,
-    errno.EDQUOT: SPACE,
-    errno.EFBIG: "Choose an -o on a file system that takes such files, or a smaller --max-shard-size.",
-    errno.EROFS: "Choose an -o on a disk that can be written.",
+    errno.EDQUOT: "Free space, or have the quota raised.",
+    errno.EFBIG: "Choose a file system that takes such files, or a smaller --max-shard-size.",
+    errno.EROFS: "Choose a folder on a disk that can be written.",
     errno.EACCES: RIGHTS,
     errno.EPERM: RIGHTS,
-    errno.EIO: DISK,
+    errno.EIO: "Check the disk.",
     errno.EMFILE: "Raise the limit of open files: ulimit -n.",
+    errno.ENFILE: "The machine has too many files open: end other processes.",
     errno.ENAMETOOLONG: "Choose a shorter name.",
+    errno.ELOOP: "Check the links on the way there.",
     errno.ESTALE: "Mount the file system again.",
     errno.EBUSY: "End what uses it.",
 }
@@ -25,7 +27,7 @@ REMEDIES = {
 def stopped(error: OSError, place: object = "", what: str = "") -> StoppedError:
     """`place` (else the file that the system names), `what` could not be done with it, the system's reason."""
     reason = error.strerror or str(error) or type(error).__name__
-    remedy = REMEDIES.get(error.errno or 0, "Free space or repair the disk.")
+    remedy = REMEDIES.get(error.errno or 0, "Check the disk and the rights on it.")
     return StoppedError(place or error.filename or "a file", f"{what}: {reason}." if what else f"{reason}.", remedy)
 
 

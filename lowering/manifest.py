@@ -9,11 +9,10 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from fxquant.errors import FxquantError
 from fxquant.json_file import read_json
 from fxquant.limits import GRAPH_BYTES, NAME_LENGTH, RANKS
-from fxquant.places import MANIFEST, not_compiled
+from fxquant.places import GRAPH, MANIFEST, not_compiled
 from fxquant.targets import Target
 from fxquant.validation import validation_fact
 
-GRAPH = "fxquant_graph.json"
 FLOAT_GRAPH = "fxquant_float_graph.json"
 LEDGER = "fxquant_ledger.json"
 STAMPS = "fxquant_stamps.json"

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from commands import Fxquant, in_process
 from hypothesis import settings
 from rewrites import Rewritten, rewrite
 from tiny import write_checkpoint
@@ -77,3 +78,9 @@ def under(checkpoint: Checkpoint) -> Callable[[str], Rewritten]:
         return done[policy]
 
     return get
+
+
+@pytest.fixture
+def fxquant_(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Fxquant:
+    """`fxquant_("show", folder)`, see commands.py."""
+    return in_process(monkeypatch, capsys)

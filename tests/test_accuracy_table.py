@@ -86,4 +86,4 @@ def test_a_policy_that_does_not_fit_fails_the_run(
     command += ["--samples", 1, "--seq-len", 8, "--policies", tmp_path / "bad.yaml"]
     monkeypatch.setattr(sys, "argv", [str(part) for part in command])
     assert accuracy.main() == 1
-    assert "matches no module" in capsys.readouterr().err and not (tmp_path / "rows.jsonl").exists()
+    assert "the model has no module of that kind" in capsys.readouterr().err and not (tmp_path / "rows.jsonl").exists()

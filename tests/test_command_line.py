@@ -11,36 +11,19 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from rewrites import float_program
+from commands import Fxquant
 from test_tables import compile_report_of, evaluation, verification
 from typer.testing import CliRunner
 
 import fxquant
-from fxquant.checkpoint import Checkpoint
 from fxquant.measure import evaluate_programs
 from fxquant.policy import shipped_policies
 from fxquant.progress import silent, within
 from fxquant.targets import Target
-from fxquant.tools.main import app, run
+from fxquant.tools.main import app
 
 VERBS = ("compile", "plan", "verify", "run", "eval", "compare", "show", "convert", "targets")
 EXAMPLE = Path(__file__).parents[1] / "examples" / "tiny_deepseek_v3"
-Fxquant = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def fxquant_(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Fxquant:
-    """Run the command in this process: exit code, stdout, stderr."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["fxquant", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            run()
-        printed = capsys.readouterr()
-        assert isinstance(stop.value.code, int)
-        return stop.value.code, printed.out, printed.err
-
-    return call
 
 
 # help
@@ -115,97 +98,6 @@ def test_version_and_module() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{fxquant.__version__}\n", "")
     done = started(["--help"])
     assert done.returncode == 0 and "Usage: fxquant" in done.stdout and done.stderr.splitlines()[-1] == "[]"
-
-
-# the wrong thing
-
-
-COMPILED = (("verify",), ("run", "--prompt", "x"), ("eval", "--text", "x"), ("convert", "-t", "mindie"))
-MODELS = (("compile",), ("plan",), ("show",), ("compare", "--text", "x"))
-
-
-@pytest.fixture
-def places(tmp_path: Path, tiny_folder: Callable[..., Path]) -> dict[str, Path]:
-    """Paths of every kind."""
-    made = {name: tmp_path / name for name in ("empty", "out.partial", "out")}
-    for folder in made.values():
-        folder.mkdir()
-    (made["out"] / "fxquant_manifest.json").write_text("{}")
-    (tmp_path / "link").symlink_to("gone")
-    found = {"missing": tmp_path / "ou", "link": tmp_path / "link", "model": tiny_folder()}
-    return made | found | {"file": tiny_folder() / "config.json", "inside": made["out"] / "fxquant_manifest.json"}
-
-
-@pytest.mark.parametrize("verb", COMPILED, ids=lambda verb: verb[0])
-@pytest.mark.parametrize(
-    "kind, words",
-    [
-        ("missing", ["no such folder.", "Name a compiled folder. Beside it: out"]),
-        ("link", ["a link to gone, which is not there."]),
-        ("file", ["a file, not a folder."]),
-        ("inside", ["a file, not a folder.", "Name its folder: {parent}"]),
-        ("model", ["a model, not an output of fxquant", "Compile it first:\nfxquant compile {path}"]),
-        ("empty", ["not an output of fxquant: it is empty."]),
-        ("out.partial", ["unfinished work, not an output", "Run its command again."]),
-    ],
-)
-def test_no_compiled_folder(
-    fxquant_: Fxquant, places: dict[str, Path], verb: tuple[str, ...], kind: str, words: list[str]
-) -> None:
-    path = places[kind]
-    code, out, text = fxquant_(verb[0], path, *verb[1:])
-    assert code == 1 and out == "" and str(path) in text.splitlines()
-    told = [word.format(path=path, parent=path.parent) for word in words]
-    assert [word for word in told if word not in text] == [], text
-
-
-@pytest.mark.parametrize("verb", MODELS, ids=lambda verb: verb[0])
-@pytest.mark.parametrize(
-    "kind, words",
-    [
-        ("missing", ["no such file or folder.", "Name a Hugging Face checkpoint folder or a model.py. Beside it: out"]),
-        ("link", ["a link to gone, which is not there."]),
-        ("out", ["a compiled folder, not a model."]),
-        ("empty", ["config.json"]),
-    ],
-)
-def test_no_model(
-    fxquant_: Fxquant, places: dict[str, Path], verb: tuple[str, ...], kind: str, words: list[str]
-) -> None:
-    code, out, text = fxquant_(verb[0], places[kind], *verb[1:])
-    assert code == 1 and out == "" and [word for word in words if word not in text] == [], text
-
-
-@pytest.mark.parametrize("verb", [one for one in MODELS if one[0] != "plan"], ids=lambda verb: verb[0])
-def test_a_file_of_a_model(fxquant_: Fxquant, places: dict[str, Path], verb: tuple[str, ...]) -> None:
-    code, _, text = fxquant_(verb[0], places["file"], *verb[1:])
-    assert code == 1 and f"→ Name its folder: {places['model']}" in text
-
-
-@pytest.mark.parametrize("text", ["missing", "empty"])
-def test_no_text(fxquant_: Fxquant, places: dict[str, Path], text: str) -> None:
-    code, out, told = fxquant_("compare", places["model"], "--text", places[text])
-    assert code == 1 and out == ""
-    assert ("no such file." if text == "missing" else "no file but a folder") in told
-
-
-def test_a_block_that_is_not_there(fxquant_: Fxquant, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    program = float_program(checkpoint)
-    monkeypatch.setattr("fxquant.api.open_graph", lambda *arguments: program)
-    code, out, text = fxquant_("show", "model", "--block", "model.layer.1")
-    assert code == 1 and out == "" and "--block model.layer.1" in text
-    assert "before … after" in text and "→ Near it: model.layers.1" in text
-    code, out, text = fxquant_("show", "model", "--block", "model.layers.1")
-    assert code == 0 and out.startswith("── model.layers.1 ") and text == ""
-
-
-def test_a_prompt_is_printed_after_the_folder_was_looked_at(
-    fxquant_: Fxquant, places: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert fxquant_("run", places["empty"], "--prompt", "def main(")[1] == ""
-    monkeypatch.setattr("fxquant.api.run", lambda *arguments: iter(["):\n", "\t\x1b[2J"]))
-    code, out, _ = fxquant_("run", "out", "--prompt", "def main(")
-    assert code == 0 and out.expandtabs() == "def main():\n        \\x1b[2J\n"
 
 
 # quiet, progress

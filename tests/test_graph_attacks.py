@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from graph_attacks import ATTACKS, Attack, attacked, attribute_chain, placeholder_target
 from safetensors.torch import save_file
 from tiny import rewritten
 from typer.testing import CliRunner
@@ -20,11 +21,11 @@ from fxquant import CompileOptions, FxquantError
 from fxquant.checkpoint import Checkpoint
 from fxquant.frontend.child import Traced
 from fxquant.frontend.source import open_source
+from fxquant.lowering.manifest import GRAPH
 from fxquant.program_file import dump_program, parse_program
 from fxquant.targets import Target
 from fxquant.tools.main import app
 
-GRAPH = "fxquant_graph.json"
 CODE = "__import__('os').system('exit 1')"
 HOSTILE: list[Any] = [
     None, True, -1, 0, 1, 10**12, 10**30, 0.5, 1e308, "", "x", "w", "torch", "output", "__class__", "a.__class__.b",
@@ -139,91 +140,6 @@ def test_every_place_spoiled(document: dict[str, Any]) -> None:
 # the attacks that once ran
 
 
-def last_input(document: dict[str, Any]) -> dict[str, Any]:
-    return [node for node in document["nodes"] if node["op"] == "placeholder"][-1]
-
-
-def first_call(document: dict[str, Any]) -> dict[str, Any]:
-    return next(node for node in document["nodes"] if node["op"] == "call_function")
-
-
-def placeholder_target(document: dict[str, Any], command: str) -> None:
-    last_input(document)["target"] += f"=__import__('os').system({command!r})"
-
-
-def placeholder_name(document: dict[str, Any], command: str) -> None:
-    last_input(document)["name"] = last_input(document)["target"] = f"past_1=__import__('os').system({command!r})"
-
-
-def output_target(document: dict[str, Any], command: str) -> None:
-    document["nodes"][-1]["target"] = f"__import__('os').system({command!r})"
-
-
-def attribute_target(document: dict[str, Any], command: str) -> None:
-    document["nodes"][0]["target"] = f"x, __import__('os').system({command!r})"
-
-
-def attribute_chain(document: dict[str, Any], command: str) -> None:
-    """`getattr(torch.ops.aten, …)` of free names leads to any object of Python."""
-    call = {"op": "call_function", "module": "", "kind": "other", "block": ""}
-    nodes = [
-        call | {"name": "c", "target": "aten::__init__.__getattribute__", "args": ["__globals__"]},
-        call | {"name": "d", "target": "python::getitem", "args": [{"node": "c"}, "sys"]},
-        call | {"name": "e", "target": "aten::__setattr__.__call__", "args": ["x", {"node": "d"}]},
-        call | {"name": "f", "target": "aten::x.__getattribute__", "args": [command]},
-    ]
-    document["nodes"][-1:-1] = nodes
-
-
-def chr_of_a_number(document: dict[str, Any], command: str) -> None:
-    document["nodes"].insert(-1, first_call(document) | {"name": "c", "target": "aten::chr", "args": [65]})
-
-
-def a_word_times_a_number(document: dict[str, Any], command: str) -> None:
-    """A string of 100 GB."""
-    times = {"name": "c", "target": "python::mul", "args": ["a", 10**11]}
-    document["nodes"].insert(-1, first_call(document) | times)
-
-
-def a_number_to_no_end(document: dict[str, Any], command: str) -> None:
-    """x * x, sixty times."""
-    call, nodes = first_call(document), []
-    for number in range(60):
-        last = {"node": f"c_{number - 1}"} if number else 10**9
-        nodes.append(call | {"name": f"c_{number}", "target": "python::mul", "args": [last, last]})
-    document["nodes"][-1:-1] = nodes
-
-
-def a_terabyte(document: dict[str, Any], command: str) -> None:
-    ones = {"name": "c", "target": "aten::ones.default", "args": [[10**12]]}
-    document["nodes"].insert(-1, first_call(document) | ones)
-
-
-def a_billion_pieces(document: dict[str, Any], command: str) -> None:
-    call = first_call(document)
-    nodes = [
-        call | {"name": "c", "target": "aten::ones.default", "args": [[10**8]]},
-        call | {"name": "d", "target": "aten::unbind.int", "args": [{"node": "c"}]},
-    ]
-    document["nodes"][-1:-1] = nodes
-
-
-def growth(document: dict[str, Any], command: str) -> None:
-    """The sequence to the sixth power: small for twelve tokens."""
-    call, size = first_call(document), {"node": "s"}
-    nodes = [
-        call | {"name": "s", "target": "aten::sym_size.int", "args": [{"node": "input_ids"}, 1]},
-        call | {"name": "c", "target": "aten::ones.default", "args": [[size] * 6]},
-    ]
-    document["nodes"][-1:-1] = nodes
-
-
-ATTACKS = [
-    placeholder_target, placeholder_name, output_target, attribute_target, attribute_chain, chr_of_a_number,
-    a_word_times_a_number, a_number_to_no_end, a_terabyte, a_billion_pieces, growth,
-]  # fmt: skip
-
-
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Callable[..., Path]) -> Path:
     """The tiny model for the Ascend target, and ids to measure it on beside it."""
@@ -231,16 +147,6 @@ def compiled(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Callable[...
     save_file({"ids": torch.arange(24).view(2, 12)}, folder / "ids.safetensors")
     options = CompileOptions(policy="deepseek_w4a8_dynamic", out=folder / "out", verify=False)
     return fxquant.compile(tiny_folder(), options).out
-
-
-def attacked(compiled: Path, folder: Path, attack: Callable[[dict[str, Any], str], None]) -> tuple[Path, Path]:
-    """A copy of the output with a spoiled graph, and the file that its code would make."""
-    out, made = folder / "out", folder / "made"
-    shutil.copytree(compiled, out)
-    document = json.loads((out / GRAPH).read_text())
-    attack(document, f"touch {made}")
-    (out / GRAPH).write_text(json.dumps(document))
-    return out, made
 
 
 USES: dict[str, Callable[[Path, Path], Any]] = {
@@ -254,9 +160,7 @@ USES: dict[str, Callable[[Path, Path], Any]] = {
 
 
 @pytest.mark.parametrize("attack", ATTACKS, ids=lambda one: one.__name__)
-def test_what_once_ran_is_refused_by_every_command(
-    attack: Callable[[dict[str, Any], str], None], compiled: Path, tmp_path: Path
-) -> None:
+def test_what_once_ran_is_refused_by_every_command(attack: Attack, compiled: Path, tmp_path: Path) -> None:
     out, made = attacked(compiled, tmp_path, attack)
     for name, use in USES.items():
         with watched() as events, pytest.raises(FxquantError, match="not a program of fxquant"):
@@ -277,7 +181,7 @@ def test_a_spoiled_float_graph_is_refused(compiled: Path, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("attack", [placeholder_target, attribute_chain], ids=lambda one: one.__name__)
 def test_a_graph_beside_a_checkpoint_is_refused(
-    attack: Callable[[dict[str, Any], str], None], compiled: Path, tiny_folder: Callable[..., Path], tmp_path: Path
+    attack: Attack, compiled: Path, tiny_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
     out, made = attacked(compiled, tmp_path, attack)
     checkpoint = shutil.copytree(tiny_folder(), tmp_path / "checkpoint")

@@ -113,10 +113,7 @@ def test_a_line_is_a_string_an_object_or_token_ids(words: Words, tmp_path: Path)
 
 
 def save_ids(file: Path, ids: np.ndarray) -> Path:
-    if file.suffix == ".npy":
-        np.save(file, ids)
-    else:
-        save_file({"ids": torch.from_numpy(ids)}, file)
+    np.save(file, ids) if file.suffix == ".npy" else save_file({"ids": torch.from_numpy(ids)}, file)
     return file
 
 

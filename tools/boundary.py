@@ -1,11 +1,11 @@
 """The one boundary for errors: whatever ends a command becomes one screen and an exit code. docs/command-line.md"""
 
-import errno
 import sys
 from collections.abc import Callable
 from contextlib import suppress
 
 from fxquant.errors import FxquantError
+from fxquant.system_errors import stopped
 from fxquant.tools.console import errors, exit_quietly_on_stdout, print_line, show_error
 from fxquant.tools.faults import show_fault, words
 from fxquant.tools.signals import WORDS, Signals, exit_code
@@ -14,18 +14,6 @@ DONE, REFUSED, FAULT, INTERRUPTED, PIPE_CLOSED = 0, 1, 70, 130, 141
 NOTHING_YET = "Nothing had been begun at its output."
 RESUMED = ("compile", "convert")
 """Verbs that leave work to go on with."""
-WAYS_OUT = {
-    errno.ENOSPC: "Free space, or choose another folder.",
-    errno.EDQUOT: "Free space, or have the quota raised.",
-    errno.EACCES: "Check who may read and write it.",
-    errno.EPERM: "Check who may read and write it.",
-    errno.EROFS: "Choose a folder that can be written.",
-    errno.EIO: "Check the disk, then run the same command again.",
-    errno.EMFILE: "Raise the limit of open files: ulimit -n.",
-    errno.ENFILE: "The machine has too many files open: end other processes.",
-    errno.ENAMETOOLONG: "Choose a shorter name.",
-    errno.ELOOP: "Check the links on the way there.",
-}
 LOWER = "Use a machine with more, or lower what is there: --jobs, --batch-size, --samples, --seq-len."
 
 
@@ -99,9 +87,7 @@ def as_told(error: BaseException) -> FxquantError | None:
     if _lacks_memory(error):
         return FxquantError("memory", f"There is not enough: {words(error)}.", LOWER)
     if isinstance(error, OSError):
-        fact = f"{error.strerror or words(error)}."
-        place = error.filename2 or error.filename
-        return FxquantError(_name(place), fact, WAYS_OUT.get(error.errno or 0, "Then run the same command again."))
+        return stopped(error, _name(error.filename2 or error.filename))
     if isinstance(error, ImportError) and not (error.name or "fxquant").startswith("fxquant"):
         return FxquantError(
             "the installation", f"{words(error)}.", "Install fxquant anew, in an environment of its own."
