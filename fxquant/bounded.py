@@ -32,6 +32,7 @@ class BoundedWorker:
         self._opening: dict[str, Any] = {"open": what, "memory": memory, "seconds": seconds, **source}
         self._memory, self._lock = memory, threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
+        self._owner = os.getpid()
 
     def ask(self, seconds: float, **request: Any) -> Any:
         """Its answer after at most `seconds` of computing. Raises WorkerError."""
@@ -45,6 +46,8 @@ class BoundedWorker:
             self._start()
 
     def _start(self) -> None:
+        if self._owner != os.getpid():  # after a fork the pipes are those of two: answers would go astray
+            self._process, self._owner = None, os.getpid()
         if self._process is not None:
             return
         command = [sys.executable, "-P", str(Path(__file__).with_name("text_worker.py"))]

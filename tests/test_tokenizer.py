@@ -154,3 +154,18 @@ def test_the_process_ends_with_its_tokenizer() -> None:
     while process.poll() is None and time.monotonic() - started < 10:
         time.sleep(0.01)
     assert process.poll() is not None
+
+
+def test_forked_processes_ask_each_their_own(plain: list[int]) -> None:
+    """Two that share a pipe would take each other's answers."""
+    tokenizer = open_tokenizer(EXAMPLE)
+    children = []
+    for number in range(2):
+        pid = os.fork()
+        if pid == 0:
+            text = "hello " * (number + 1)
+            answers = {tuple(tokenizer.encode(text)) for _ in range(500)}
+            os._exit(0 if len(answers) == 1 and tokenizer.decode(answers.pop()) == text else 1)
+        children.append(pid)
+    assert tokenizer.encode("hello world 123 " * 10) == plain
+    assert [os.waitpid(pid, 0)[1] for pid in children] == [0, 0]
