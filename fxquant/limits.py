@@ -85,8 +85,8 @@ LAYERS = 512
 """Decoder layers."""
 EXPERTS = 8192
 """Routed experts of a layer."""
-ALL_EXPERTS = 3 << 16
-"""Routed experts of all layers together, 512 layers of 384: each is three tensors that are named and placed."""
+ALL_EXPERTS = 1 << 16
+"""Routed experts of all layers together, four times DeepSeek-V3's: each is three tensors that are named and placed."""
 MTP_LAYERS = 16
 """Multi-token prediction layers."""
 HEADS = 1 << 14

@@ -99,8 +99,7 @@ def test_model_args_have_the_same_limits(tmp_path: Path, changes: dict[str, Any]
 def test_the_largest_models_are_far_from_the_limits() -> None:
     published = DeepseekV3Config()
     assert 6.5e11 < _parameters(published, 62, 59) < 7e11
-    eight = {"num_hidden_layers": 8 * 61, "n_group": 1, "topk_group": 1}
-    parse(**eight, n_routed_experts=384)
+    parse(num_hidden_layers=2 * 61, n_routed_experts=512, n_group=1, topk_group=1)
     parse(vocab_size=8 * 163840, hidden_size=8 * 7168, intermediate_size=8 * 18432, num_attention_heads=8 * 128)
 
 

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from fxquant.planning import Plan
 
 SHOWN_FILES = 4
+MOST = 100_000
+"""Cores, and GB/s, that a machine may be thought to have."""
 
 
 def command(
@@ -53,10 +55,10 @@ def command(
     max_shard_size: ShardSize = "4GiB",
     jobs: Jobs = None,
     cores: Annotated[
-        int | None, typer.Option(metavar="N", help="Estimate for so many cores like this one's.", min=1)
+        int | None, typer.Option(metavar="N", help="Estimate for so many cores like this one's.", min=1, max=MOST)
     ] = None,
     disk: Annotated[
-        float | None, typer.Option(metavar="GB/S", help="Estimate for a disk of so many GB/s.", min=0.001)
+        float | None, typer.Option(metavar="GB/S", help="Estimate for a disk of so many GB/s.", min=0.001, max=MOST)
     ] = None,
     checkpoint: CheckpointFolder = None,
     trace_timeout: TraceTimeout = 120.0,
