@@ -23,6 +23,7 @@ from fxquant.program_graph import ProgramGraph
 from fxquant.program_schema import SYMBOLS, Document, NodeFields, ParameterFields, RecipeFields
 from fxquant.safetensors_file import DTYPES
 from fxquant.schemes import ActivationRange, Recipe, why_not
+from fxquant.validation import validation_fact
 
 SMALL = {"batch": 2, "sequence": 12, "past": 5, "total": 17}
 """A second set of sizes, at which what does not grow with the input must be small."""
@@ -200,7 +201,7 @@ def _rule(module: str, fields: dict[str, Any]) -> Rule:
     try:
         rule = Rule.model_validate(fields)
     except ValidationError as error:
-        raise ValueError(f"rule of {module}: {error.errors(include_url=False)[0]['msg']}") from None
+        raise ValueError(f"rule of {module}: {validation_fact(error, Rule, fields, 1).rstrip('.')}") from None
     if rule.model_dump(mode="json") != fields:
         raise ValueError(f"rule of {module}: not as it was written")
     return rule

@@ -12,6 +12,7 @@ from fxquant.limits import NAME_LENGTH, NODES, RANK, SIZE
 from fxquant.naming import is_name
 from fxquant.safetensors_file import DTYPES
 from fxquant.schemes import Scheme, WeightAlgorithm
+from fxquant.validation import validation_fact
 
 FORMAT = 2
 AGAIN = "Compile again."
@@ -128,7 +129,5 @@ def read_fields(value: Any, place: object) -> Document:
     try:
         return Document.model_validate(value)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(str(part)[:NAME_LENGTH] for part in first["loc"]) or "the file"
-        fact = first["msg"].removeprefix("Value error, ")
-        raise FxquantError(place, f"not a program of fxquant: {where}: {fact}.", AGAIN) from None
+        fact = validation_fact(error, Document, value, 1)
+        raise FxquantError(place, f"not a program of fxquant: {fact}", AGAIN) from None

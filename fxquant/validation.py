@@ -88,7 +88,7 @@ def wrong_values(
     """
     found: dict[Location, WrongValue] = {}
     choices: dict[Location, list[str]] = {}
-    for fault in error.errors(include_url=False):
+    for fault in error.errors(include_url=False)[:MOST]:
         location = _in_document(fault["loc"], document, model, fault["type"] in ("missing", "extra_forbidden"))
         if "expected" in fault.get("ctx", {}) and fault["type"] in ("enum", "literal_error"):
             choices.setdefault(location, []).extend(_expected(fault["ctx"]["expected"], quoted))
@@ -99,6 +99,8 @@ def wrong_values(
 
 
 MISSING = "required, and missing"
+MOST = 1000
+"""Faults that are looked at: a file of a million wrong lines is told by the first of them."""
 
 
 def validation_fact(error: ValidationError, model: type[BaseModel], document: Any, most: int = 3) -> str:

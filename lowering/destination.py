@@ -61,7 +61,7 @@ class Destination:
         would come to lie in a folder that is read."""
         for one in inputs:
             if one.label.startswith("--") and not os.path.lexists(one.path):
-                raise FxquantError(one.path, f"no such file or folder, and {one.label} names it.", "Name one that is.")
+                raise FxquantError(one.path, f"no such file or folder, and {one.label} names it.", "Correct the path.")
             real = Path(os.path.realpath(one.path))
             for folder in (self.out, *(work.path for work in self.work_folders)):
                 goal = Path(os.path.realpath(folder))
