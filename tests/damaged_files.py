@@ -153,11 +153,11 @@ def unread(report: VerifyReport) -> list[str]:
 
 
 def _named(text: str, made: Made, file: str) -> tuple[str, str]:
-    """Named is the file, or a tensor in it."""
-    names = [file]
-    if file.endswith(".safetensors"):
-        names += read_header(made.folder / file)
-    return (NAMED if any(name in text for name in names) else MISSED), text[:300]
+    """Named is the file, or a tensor in it: whole, or its module and what it is of that."""
+    tensors = read_header(made.folder / file) if file.endswith(".safetensors") else {}
+    parts = [tuple(name.rsplit(".", 1)) for name in tensors]
+    named = file in text or any(all(part in text for part in of_one) for of_one in parts)
+    return (NAMED if named else MISSED), text[:300]
 
 
 def expected(file: str, manifest: bool) -> tuple[str, ...]:

@@ -1,5 +1,6 @@
 """All checks of an output folder, in order: files, values, graphs."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from fxquant.calibration import CALIBRATION, load_calibration
 from fxquant.checkpoint import Checkpoint
 from fxquant.contracts import Verdict, load_contract
 from fxquant.contracts import check as findings
+from fxquant.errors import FxquantError
 from fxquant.lowering.engines import ENGINES, group_size
 from fxquant.lowering.layout import StoredTensor
 from fxquant.lowering.manifest import FLOAT_GRAPH, GRAPH, find_manifest
@@ -21,7 +23,7 @@ from fxquant.lowering.verify.noise import logit_noise
 from fxquant.lowering.verify.rebuild import Rebuild, check_rebuild
 from fxquant.lowering.verify.remade import Remade, check_remade
 from fxquant.lowering.verify.report import Check, VerifyReport
-from fxquant.lowering.verify.smoothing import check_rotation, check_smoothing
+from fxquant.lowering.verify.smoothing import check_calibration, check_rotation, check_smoothing
 from fxquant.lowering.verify.unread import unread_with, unread_without
 from fxquant.lowering.verify.weights import (
     StoredCodes,
@@ -92,6 +94,8 @@ def verify_output(
         checks += _check_values(output, stored, report)
         if original is not None and source is not None and source.smoothing:
             checks += _check_smoothing(original, source, folder)
+        if manifest is None and source is not None:
+            checks.append(check_calibration(folder, checks))
     if all(check.ok for check in checks):
         checks += _check_graphs(output, report)
     noise = None
@@ -135,8 +139,10 @@ def _unread(output: _Output, again: Remade, alone: bool) -> dict[str, str]:
 def _smoothed(source: Checkpoint | None, folder: Path) -> Checkpoint | None:
     """The source as the output's own calibration smoothed it."""
     saved = folder / CALIBRATION
-    if source is None or not saved.is_file():
+    if source is None or not os.path.lexists(saved):
         return source
+    if not saved.is_file():
+        raise FxquantError(saved, "no regular file.", "Copy the file again, or compile again.")
     return source.smoothed(load_calibration(saved).smoothing)
 
 

@@ -1,11 +1,14 @@
 """Smoothing changes numbers and no function: what was divided on one side is multiplied on the other, what was turned
 by a matrix on one side by its inverse on the other."""
 
+from collections.abc import Sequence
 from itertools import combinations
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from fxquant.calibration import CALIBRATION
 from fxquant.checkpoint import Checkpoint
 from fxquant.lowering.verify.report import Check
 from fxquant.passes.find_rotation import find_turns
@@ -41,6 +44,15 @@ def check_rotation(program: Program, source: Checkpoint, smoothing: Smoothing) -
         check.expect(same, f"{name}: turned by {found.get(name)}, the graph says {closest.get(name)}")
     for name, norm in smoothing.norms.items():
         check.expect(name in source.tensors and torch.equal(norm, source.read(name)), f"{name}: not the source's")
+    return check
+
+
+def check_calibration(folder: Path, values: Sequence[Check]) -> Check:
+    """Where no digest vouches for the calibration file: whether `values`, which are held against it, agree with it."""
+    check = Check("weights fit the calibration", 1)
+    there = (folder / CALIBRATION).is_file()
+    fact = "contradicts the weights: one of them is damaged" if there else "missing, if weights are smoothed"
+    check.expect(all(one.ok for one in values), f"{CALIBRATION}: {fact}")
     return check
 
 
