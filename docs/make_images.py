@@ -33,7 +33,7 @@ COMPARED = ["deepseek_w4a8_msmodelslim_m4", "deepseek_w8a8", "float"]
 def main() -> None:
     """Compile the example, and save what the terminal shows as SVG."""
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "out" / "tiny_w4a8"
+        out = Path(folder) / "tiny_w4a8"
         report = compile(EXAMPLE / "model.py", CompileOptions(policy="deepseek_w4a8", out=out))
         screen = _screen(104)
         screen.print(
@@ -48,7 +48,7 @@ def main() -> None:
         screen = _screen(132)
         screen.print("$ fxquant show out/tiny_w4a8 --block model.layers.3", style="bold")
         for line in lines[first : last + 1]:
-            screen.print(line, soft_wrap=True)
+            screen.print(line, highlight=False, markup=False)
         screen.save_svg(str(HERE / "images" / "expert_layer.svg"), title="fxquant show: an expert layer in integers")
         draw(sensitivity(out, TEXT), HERE / "images" / "sensitivity.svg")
 

@@ -102,8 +102,12 @@ class _Shown:
     def _column(self, index: int, words: bool, prose: bool) -> int:
         heading, width = self._table.headings[index], self._widths[index]
         if prose and heading in self._table.prose:
-            width = min(width, PROSE_WIDTH)
+            width = min(width, max(PROSE_WIDTH, self._longest_word(index)))
         return max(width, *map(cell_len, heading.split(" ") if words else [heading]))
+
+    def _longest_word(self, index: int) -> int:
+        """Of a column of sentences, which name modules."""
+        return max((cell_len(word) for row in self._rows for word in row[index].plain.split()), default=0)
 
     def grid(self, words: bool, prose: bool, without: bool = False) -> Table:
         """As rich draws it."""
@@ -113,8 +117,11 @@ class _Shown:
             heading = table.headings[index]
             right = index >= table.names and heading not in table.left and heading not in table.prose
             wraps = prose and heading in table.prose
-            shown = Text("\n").join(wrapped(Text(heading), self._column(index, words, prose)))
-            grid.add_column(shown, justify="right" if right else "left", no_wrap=not wraps, overflow="fold")
+            width = self._column(index, words, prose)
+            shown = Text("\n").join(wrapped(Text(heading), width))
+            grid.add_column(
+                shown, justify="right" if right else "left", no_wrap=not wraps, min_width=width, overflow="fold"
+            )
         for number, (row, style) in enumerate(zip(self._rows, table.styles, strict=True)):
             grid.add_row(*(row[index] for index in columns), style=style or None, end_section=number in table.sections)
         return grid
