@@ -68,7 +68,7 @@ def _rounds(base: Path, options: argparse.Namespace) -> list:
     chosen = [one for one in scenarios() if not options.command or one.name in options.command]
     ready = prepared(chosen, base) if _warm(base) else []
     total = sum(one.share for one in ready)
-    rounds = [item for one in ready for item in plan(one, max(1, options.rounds * one.share // total))]
+    rounds = [item for one in ready for item in plan(one, -(-options.rounds * one.share // total))]
     wanted = set(map(Fault, options.fault)) or set(Fault)
     rounds = [item for item in rounds if item[1] in wanted]
     if options.at is not None:
