@@ -174,17 +174,19 @@ def test_a_connection_that_is_there_is_used_and_stays(cluster: Cluster, model: P
 
 
 @pytest.mark.slow
-def test_an_interrupt_ends_the_cluster_and_keeps_what_is_finished(
-    model: Path, whole: Path, tmp_path: Path, notes: Path
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_cluster_and_keeps_what_is_finished(
+    number: signal.Signals, model: Path, whole: Path, tmp_path: Path, notes: Path
 ) -> None:
     out = tmp_path / "out"
     process = driver(model, out, notes, "--jobs", "2", "--quiet")
     wait_until(lambda: finished(out) >= 10, process)
     started = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
-    os.killpg(process.pid, signal.SIGINT)
+    os.killpg(process.pid, number)
     output, errors = process.communicate()
-    assert process.returncode == 130 and output == "" and "goes on with it" in errors
-    assert errors.startswith("interrupted. ") and len(started) > 3
+    word = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}[number]
+    assert process.returncode == 128 + number and output == "" and "goes on with it" in " ".join(errors.split())
+    assert errors.startswith(f"{word}. ") and len(started) > 3
     wait_until(lambda: not alive(started))
     assert not out.exists() and finished(out) >= 10
     again = driver(model, out, notes, "--jobs", "2", "--json", "--quiet", seconds=0.0)

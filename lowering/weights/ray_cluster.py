@@ -4,10 +4,12 @@ Python, Ray and fxquant are the same on every machine; paths mean the same files
 """
 
 import logging
+import signal
 import socket
 import sys
+import threading
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from functools import lru_cache
 from itertools import islice
 from typing import Any
@@ -91,10 +93,22 @@ def _reach(address: str, place: str) -> None:
 def _connect(ray: Any, jobs: int, address: str | None) -> None:
     own = {"num_cpus": jobs, "include_dashboard": False} if address is None else {}
     try:
-        ray.init(address=address or "local", log_to_driver=False, logging_level=logging.CRITICAL, **own)
+        with _same_signals():
+            ray.init(address=address or "local", log_to_driver=False, logging_level=logging.CRITICAL, **own)
     except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         place = "--engine ray" if address is None else f"--address {address}"
         raise StoppedError(place, f"no Ray cluster answers: {_first_line(error)}", WAY_OUT) from None
+
+
+@contextmanager
+def _same_signals() -> Iterator[None]:
+    """Ray ends the process by `sys.exit(15)` at a SIGTERM, whoever listened to it before."""
+    listening = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, listening)
 
 
 def _fill(ray: Any, job: FillJob, units: Sequence[Unit]) -> Iterator[Filled]:
