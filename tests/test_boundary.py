@@ -160,6 +160,22 @@ def test_a_signal_is_told_whatever_it_becomes(
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
+class Dying:
+    """Python drops what is raised while an object goes."""
+
+    def __del__(self) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.1)
+
+
+def test_an_interrupt_that_python_drops_comes_again(capfd: pytest.CaptureFixture[str]) -> None:
+    hook = sys.unraisablehook
+    with pytest.raises(KeyboardInterrupt), Signals() as own:
+        Dying()
+        time.sleep(5)
+    assert own.received == signal.SIGINT and sys.unraisablehook == hook and capfd.readouterr().err == ""
+
+
 def test_ignored_signals_stay_ignored() -> None:
     old = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:

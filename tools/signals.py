@@ -1,5 +1,6 @@
 """Ctrl-C and SIGTERM: the first ends the work in order, the second the process at once. Nothing slow is imported."""
 
+import _thread
 import atexit
 import os
 import signal
@@ -10,6 +11,8 @@ from types import FrameType, TracebackType
 from typing import Any
 
 DEFAULTS: dict[int, Any] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+SOON = 0.02
+"""Seconds after which an interrupt that was dropped comes again."""
 WORDS: dict[int, str] = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 
 
@@ -41,6 +44,8 @@ class Signals:
     def __init__(self, working: bool = True) -> None:
         self.received, self.working = 0, working
         self._own: list[int] = []
+        self._again = False
+        self._hook = sys.unraisablehook
 
     def __enter__(self) -> "Signals":
         self.listen()
@@ -52,12 +57,27 @@ class Signals:
             self._own = [number for number, default in DEFAULTS.items() if signal.getsignal(number) == default]
         for number in self._own:
             signal.signal(number, self._receive)
+        self._hook, sys.unraisablehook = sys.unraisablehook, self._swallowed
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for number in self._own:
             signal.signal(number, DEFAULTS[number])
+        sys.unraisablehook = self._hook
+
+    def _swallowed(self, unraisable: Any) -> None:
+        """An interrupt that met Python where it drops exceptions, as in what is called after a fork, comes again."""
+        if self.received and isinstance(unraisable.exc_value, KeyboardInterrupt):
+            self._again = True
+            later = threading.Timer(SOON, _thread.interrupt_main, (self.received,))  # here it would be dropped too
+            later.daemon = True
+            later.start()
+        else:
+            self._hook(unraisable)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self._again:
+            self._again = False
+            raise KeyboardInterrupt
         if self.received or not self.working:
             cursor = "\x1b[?25h" if os.isatty(2) else ""  # a progress bar hides it
             os.write(2, f"{cursor}\n{WORDS[number]}\n".encode())

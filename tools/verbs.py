@@ -18,6 +18,12 @@ class Verb(TyperCommand):
         """Of its help."""
         return _without_flag_types(super().get_params(ctx))
 
+    def invoke(self, ctx: Any) -> Any:
+        """Runs it, with numpy: torch would import that from C, where an interrupt is dropped."""
+        import numpy  # noqa: F401
+
+        return super().invoke(ctx)
+
 
 class Verbs(TyperGroup):
     """All of them."""

@@ -102,13 +102,19 @@ def _connect(ray: Any, jobs: int, address: str | None) -> None:
 
 @contextmanager
 def _same_signals() -> Iterator[None]:
-    """Ray ends the process by `sys.exit(15)` at a SIGTERM, whoever listened to it before."""
-    listening = signal.getsignal(signal.SIGTERM)
+    """From its beginning on, Ray's init answers SIGTERM by `sys.exit(15)`, whoever listened to it before."""
+    listening, main = signal.getsignal(signal.SIGTERM), threading.current_thread() is threading.main_thread()
+    terminated = False
     try:
         yield
+    except SystemExit as stop:
+        terminated = main and stop.code == signal.SIGTERM
+        raise
     finally:
-        if threading.current_thread() is threading.main_thread():
+        if main:
             signal.signal(signal.SIGTERM, listening)
+        if terminated:
+            signal.raise_signal(signal.SIGTERM)  # for whom it was meant
 
 
 def _fill(ray: Any, job: FillJob, units: Sequence[Unit]) -> Iterator[Filled]:
