@@ -8,7 +8,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from fxquant.errors import FxquantError
 from fxquant.json_file import read_json
-from fxquant.limits import GRAPH_BYTES, NAME_LENGTH, RANKS
+from fxquant.limits import FILE_NAME_BYTES, GRAPH_BYTES, NAME_LENGTH, RANKS
 from fxquant.places import GRAPH, MANIFEST, not_compiled
 from fxquant.targets import Target
 from fxquant.validation import validation_fact
@@ -19,23 +19,29 @@ STAMPS = "fxquant_stamps.json"
 """States of the source's files as this machine saw them: the one file of an output that is not the same elsewhere."""
 
 
-PATH_LENGTH = 4096
-"""Bytes of a path, as Linux has them."""
+PATH_LENGTH = 2048
+"""Bytes of a path; half of what Linux has, so that there is room for the folder before it."""
 
 
 def _within(name: str) -> str:
     """A path below a folder, written in the one way there is."""
     path = PurePosixPath(name)
     plain = path.parts and ".." not in path.parts and not path.is_absolute() and str(path) == name
-    if not plain or "\0" in name or len(name.encode(errors="surrogatepass")) > PATH_LENGTH:
+    if not plain or not _possible(name):
         raise ValueError(f"no path within the folder: {name[:200]!r}")
     return name
 
 
 def _path(name: str) -> str:
-    if "\0" in name or len(name.encode(errors="surrogatepass")) > PATH_LENGTH:
+    if not _possible(name):
         raise ValueError(f"no path: {name[:200]!r}")
     return name
+
+
+def _possible(name: str) -> bool:
+    """Whether a file system can have it: asking for a longer one is an error of the system."""
+    data = name.encode(errors="surrogatepass")
+    return b"\0" not in data and len(data) <= PATH_LENGTH and max(map(len, data.split(b"/"))) <= FILE_NAME_BYTES
 
 
 def _target(name: str) -> str:

@@ -35,7 +35,8 @@ GOOD: dict[str, Any] = {
     "digests": {"optional/x": DIGEST}, "weights": {"w.safetensors": DIGEST},
     "units": {"lm_head": {"key": DIGEST, "digests": {"weight": DIGEST}}},
 }  # fmt: skip
-ELSEWHERE = ["../x", "/dev/zero", "/etc/passwd", "a/../../x", "", ".", "a//b", "a/", "./a", "a\0b", "x" * 5000]
+ELSEWHERE = ["../x", "/dev/zero", "/etc/passwd", "a/../../x", "", ".", "a//b", "a/", "./a", "a\0b"]
+ELSEWHERE += ["x" * 5000, "x" * 256, "a/" * 1024 + "b"]
 WRONG: list[Any] = [None, True, "1", -1, 0.5, [], {}, [[]], 10**30]
 
 

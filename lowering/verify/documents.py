@@ -1,6 +1,7 @@
 """The documents of an output against what the graph and the files make them say, to the byte."""
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,11 +73,12 @@ class Documents:
 def documents(
     program: Program, folder: Path, stored: list[StoredTensor], files: WeightFiles, target: Target
 ) -> Documents:
-    """config.json, description, and the index where it is there."""
+    """config.json, description, and the index of several weight files, or where it is there."""
     engine = ENGINES[target]
     described = description(program, [FileLayout("", tuple(stored))], engine)
     found = {CONFIG: (engine_config(program, engine), GRAPH_SAYS), engine.description: (described, GRAPH_SAYS)}
-    if (folder / engine.index).exists() or (folder / engine.index).is_symlink():
+    several = len({info.file for info in files.infos.values()}) > 1
+    if several or engine.numbered or os.path.lexists(folder / engine.index):
         weight_map = {name: info.file.name for name, info in sorted(files.infos.items())}
         total = sum(info.nbytes for info in files.infos.values())
         found[engine.index] = ({"metadata": {"total_size": total}, "weight_map": weight_map}, "the files say")

@@ -1,5 +1,6 @@
 """What of an output verification has not looked at, file by file."""
 
+import os
 from pathlib import Path
 
 from fxquant.calibration import CALIBRATION
@@ -14,10 +15,9 @@ ALL = "all of it"
 
 def unread_with(folder: Path) -> dict[str, str]:
     """File → what is not looked at, where every file but these has a digest in the manifest."""
-    found = {MANIFEST: "what nothing else says, such as the policy's name"}
-    if (folder / STAMPS).exists() or (folder / STAMPS).is_symlink():
-        found[STAMPS] = ALL
-    return found
+    there = os.path.lexists(folder / STAMPS)
+    stamps = ALL if there else "it is not there; it only spares a later compile work"
+    return {MANIFEST: "what nothing else says, such as the policy's name", STAMPS: stamps}
 
 
 def unread_without(folder: Path, engine: Engine, known: set[str], turned: bool) -> dict[str, str]:
