@@ -29,8 +29,7 @@ class BoundedRules(ShapeRules):
         return self.call(target, args, kwargs)
 
     def compute(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if str(target._schema.returns[0].type) == "List[Tensor]":
-            _check_pieces(target, args, kwargs)
+        _check_pieces(target, args, kwargs)
         with _Counting(self.limit):
             return call_on_meta(target, args, kwargs)
 
@@ -43,6 +42,7 @@ class _Counting(TorchDispatchMode):
         self.limit, self.taken = limit, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        _check_pieces(func, args, kwargs or {})  # a tensor in the place of sizes is taken apart on the way to a call
         given = {storage(one) for one in _tensors((args, kwargs))}
         result = func(*args, **(kwargs or {}))
         made = {storage(one): one for one in _tensors(result)}
@@ -95,6 +95,8 @@ def _tensors(value: Any) -> list[Tensor]:
 
 def _check_pieces(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Before a list of tensors is made: how many there will be."""
+    if not target._schema.returns or str(target._schema.returns[0].type) != "List[Tensor]":
+        return
     given = dict(zip((argument.name for argument in target._schema.arguments), args, strict=False)) | kwargs
     whole = args[0] if args else None
     count = len(whole) if isinstance(whole, list | tuple) else 0

@@ -5,6 +5,7 @@ import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from types import FrameType
 
@@ -153,10 +154,12 @@ def unread(report: VerifyReport) -> list[str]:
 
 
 def _named(text: str, made: Made, file: str) -> tuple[str, str]:
-    """Named is the file, or a tensor in it: whole, or its module and what it is of that."""
+    """Named is the file, by a pattern where all of a kind are gone, or a tensor in it, whole or by module and part."""
     tensors = read_header(made.folder / file) if file.endswith(".safetensors") else {}
     parts = [tuple(name.rsplit(".", 1)) for name in tensors]
-    named = file in text or any(all(part in text for part in of_one) for of_one in parts)
+    patterns = [word.rstrip(".,") for word in text.split() if "*" in word]
+    named = file in text or any(fnmatch(file, one) for one in patterns)
+    named = named or any(all(part in text for part in of_one) for of_one in parts)
     return (NAMED if named else MISSED), text[:300]
 
 

@@ -82,6 +82,16 @@ def a_billion_pieces(document: dict[str, Any], command: str) -> None:
     document["nodes"][-1:-1] = nodes
 
 
+def a_tensor_for_sizes(document: dict[str, Any], command: str) -> None:
+    """torch takes it apart, element by element, before it says that it is no list of numbers."""
+    call = first_call(document)
+    nodes = [
+        call | {"name": "c", "target": "aten::ones.default", "args": [[10**8]]},
+        call | {"name": "d", "target": "aten::full.default", "args": [{"node": "c"}, 1]},
+    ]
+    document["nodes"][-1:-1] = nodes
+
+
 def growth(document: dict[str, Any], command: str) -> None:
     """The sequence to the sixth power: small for twelve tokens."""
     call, size = first_call(document), {"node": "s"}
@@ -94,7 +104,8 @@ def growth(document: dict[str, Any], command: str) -> None:
 
 ATTACKS = [
     placeholder_target, placeholder_name, output_target, attribute_target, attribute_chain, chr_of_a_number,
-    a_word_times_a_number, a_number_to_no_end, a_terabyte, a_billion_pieces, growth,
+    a_word_times_a_number, a_number_to_no_end, a_terabyte, a_billion_pieces, a_tensor_for_sizes,
+    growth,
 ]  # fmt: skip
 
 
