@@ -1,6 +1,7 @@
 """What reads foreign files: each target has the files that are mutated, and the function that reads them."""
 
 import itertools
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,7 +109,7 @@ def _text(name: str) -> Read:
 def _worker(what: str, memory: int, seconds: float, **source: str) -> BoundedWorker:
     """One for all cases that open the same: their text is what differs."""
     content = hash_bytes(Path(source["file"]).read_bytes()) if "file" in source else source["source"]
-    key = (what, seconds, content)
+    key = (what, seconds, content, os.getpid())  # the file of another process may be gone
     if key not in WORKERS:
         WORKERS[key] = BoundedWorker(what, memory, seconds, **source)
         for old in list(WORKERS)[:-4]:
@@ -116,7 +117,7 @@ def _worker(what: str, memory: int, seconds: float, **source: str) -> BoundedWor
     return WORKERS[key]
 
 
-WORKERS: dict[tuple[str, float, str], BoundedWorker] = {}
+WORKERS: dict[tuple[str, float, str, int], BoundedWorker] = {}
 
 
 def _documents(name: str) -> Read:
