@@ -76,13 +76,13 @@ def wrong_codes(recipe: Recipe, weight: Tensor, found: Tensor, chosen: Chosen | 
 def contradiction(
     recipe: Recipe, stored: dict[str, Tensor], bias: Tensor | None, weight_scale: Tensor | None = None
 ) -> str | None:
-    """Why the calibrated tensors of a static linear disagree with its range or with each other, or None.
+    """Why the calibrated tensors of a static linear disagree with its range or each other, the tensor first; or None.
 
     `weight_scale` [n] is the one that follows from the source, where none is stored.
     """
     observed = recipe.activation
     if observed is None:
-        return "static, but the graph holds no observed range"
+        return "input_scale is of no range: the graph holds none"
     dtype = observed.arithmetic
     low, high = torch.tensor(min(observed.low, 0), dtype=dtype), torch.tensor(max(observed.high, 0), dtype=dtype)
     scale = torch.maximum((high - low) / 255, torch.tensor(1.1920928955078125e-07, dtype=dtype))

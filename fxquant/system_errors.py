@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 from fxquant.errors import StoppedError
 
-SPACE, RIGHTS = "Free space, or choose a folder on another disk.", "Give your user the right to it."
+SPACE, RIGHTS = "Free space, or choose a folder on another disk.", "Check who may read and write it."
 REMEDIES = {
     errno.ENOSPC: SPACE,
     errno.EDQUOT: "Free space, or have the quota raised.",
@@ -26,8 +26,8 @@ REMEDIES = {
 
 def stopped(error: OSError, place: object = "", what: str = "") -> StoppedError:
     """`place` (else the file that the system names), `what` could not be done with it, the system's reason."""
-    reason = error.strerror or str(error) or type(error).__name__
-    remedy = REMEDIES.get(error.errno or 0, "Check the disk and the rights on it.")
+    reason = error.strerror or ": ".join(filter(None, (type(error).__name__, str(error))))
+    remedy = REMEDIES.get(error.errno or 0, "Mend that, then run the same command again.")
     return StoppedError(place or error.filename or "a file", f"{what}: {reason}." if what else f"{reason}.", remedy)
 
 

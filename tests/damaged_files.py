@@ -154,13 +154,16 @@ def unread(report: VerifyReport) -> list[str]:
 
 
 def _named(text: str, made: Made, file: str) -> tuple[str, str]:
-    """Named is the file, by a pattern where all of a kind are gone, or a tensor in it, whole or by module and part."""
-    tensors = read_header(made.folder / file) if file.endswith(".safetensors") else {}
-    parts = [tuple(name.rsplit(".", 1)) for name in tensors]
-    patterns = [word.rstrip(".,") for word in text.split() if "*" in word]
-    named = file in text or any(fnmatch(file, one) for one in patterns)
-    named = named or any(all(part in text for part in of_one) for of_one in parts)
-    return (NAMED if named else MISSED), text[:300]
+    """Named is the file, or a tensor in it; or the pattern of all weight files, where none is left."""
+    names = [file]
+    if file.endswith(".safetensors"):
+        names += read_header(made.folder / file)
+        names += [word for word in map(_word, text.split()) if "*" in word and fnmatch(file, word)]
+    return (NAMED if any(name in text for name in names) else MISSED), text[:300]
+
+
+def _word(text: str) -> str:
+    return text.strip(".,:;()")
 
 
 def expected(file: str, manifest: bool) -> tuple[str, ...]:

@@ -16,6 +16,8 @@ QUICK = [
     ("config.json", "a folder", True), (FLOAT_GRAPH, "middle byte", True), (FLOAT_GRAPH, "middle byte", False),
     ("fxquant_graph.json", "gone", False), ("fxquant_graph.json", "one byte more", False),
     ("quant_model_description.json", "a link to nothing", False), ("tokenizer.json", "empty", False),
+    (STAMPS, "gone", True), ("quant_model_weight_w8a8.safetensors.index.json", "gone", False),
+    ("optional/calibration.safetensors", "a pipe", False), ("optional/calibration.safetensors", "gone", False),
 ]  # fmt: skip
 
 

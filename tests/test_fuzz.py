@@ -74,7 +74,7 @@ def campaign(tmp_path: Path, read: Callable[[Path], object], cases: int = 3) -> 
     (tmp_path / "seeds" / "one" / "a.json").write_text('{"a": [1, 2, {"b": "c"}], "d": 0.5}')
     calls = iter(range(1 << 20))
     target = Target("bad", "one", ("a.json",), lambda folder: read(folder) if next(calls) else None, cases)
-    run = Campaign(tmp_path, [target], cases, 1, seed=3)
+    run = Campaign(tmp_path, [target], cases, 1, seed=3, sound=False)
     run.run()
     return run.rows["bad"]
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -29,6 +30,7 @@ from fxquant.lowering.weights.fill import FillJob
 from fxquant.schemes import TensorSpec
 from fxquant.source_reader import checkpoint_files, stamp_files
 from fxquant.tools.main import app
+from fxquant.tools.signals import Signals
 
 DRIVER = Path(__file__).with_name("ray_driver.py")
 
@@ -185,14 +187,24 @@ def test_a_signal_ends_the_cluster_and_keeps_what_is_finished(
     os.killpg(process.pid, number)
     output, errors = process.communicate()
     word = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}[number]
-    assert process.returncode == 128 + number and output == "" and "goes on with it" in " ".join(errors.split())
-    assert errors.startswith(f"{word}. ") and len(started) > 3
+    assert process.returncode == 128 + number and output == "" and len(started) > 3
+    said = rf"{word}\. Nothing was left at \S+\. What is finished is kept in \S+: the same command goes on with it\."
+    assert re.fullmatch(said, " ".join(errors.split()))
     wait_until(lambda: not alive(started))
     assert not out.exists() and finished(out) >= 10
     again = driver(model, out, notes, "--jobs", "2", "--json", "--quiet", seconds=0.0)
     output, errors = again.communicate()
     assert errors == "" and json.loads(output)["bytes"]["resumed"] > 0
     assert same_files(out, whole)
+
+
+def test_a_signal_while_ray_starts_is_ours() -> None:
+    """Ray's init begins by listening to SIGTERM itself."""
+    with pytest.raises(KeyboardInterrupt), Signals() as own, ray_cluster._same_signals():
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+    assert own.received == signal.SIGTERM
 
 
 # what is refused

@@ -235,6 +235,7 @@ def test_the_few_sentences_of_a_table_are_below_it() -> None:
         table.add_row(name, "1,234", why)
     lines = printed(90, lambda to: to.print(table)).splitlines()
     assert lines[1].split() == ["┃", "check", "┃", "checked", "┃", "why", "┃"]
+    assert MODULE in printed(66, lambda to: to.print(table))
     lines = printed(50, lambda to: to.print(table)).splitlines()
     assert lines[1].split() == ["┃", "check", "┃", "checked", "┃"] and lines[-2:] == ["three: at", f"    {MODULE}"]
 

@@ -47,9 +47,8 @@ def restarted(made: Made, out: Path) -> None:
         pass
 
 
-@pytest.mark.parametrize(
-    "code, every", [(errno.ENOSPC, False), (errno.EIO, False), pytest.param(errno.EIO, True, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
 def test_refused_at_any_operation_it_is_one_error_and_the_same_command_completes(
     code: int, every: bool, made: Made, tmp_path: Path
 ) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from fxquant.errors import FxquantError
 from fxquant.hashing import hash_bytes
 from fxquant.lowering.engines import ENGINES, group_size
-from fxquant.lowering.manifest import Manifest, file_sizes
+from fxquant.lowering.manifest import MANIFEST, Manifest, file_sizes
 from fxquant.lowering.verify.report import Check
 from fxquant.lowering.verify.weights import WeightFiles
 from fxquant.lowering.weights.digests import digests_on_disk, file_digest
@@ -53,8 +53,9 @@ def check_digests(manifest: Manifest, folder: Path, report: Reporter) -> Check:
 
 def _other_bytes(unit: Unit, suffix: str, held: str, written: str) -> str:
     place = unit.places.get(suffix)
-    where = f"{place.file}: " if place else ""
-    return f"{where}{unit.tensor_name(suffix)}: XXH3 {held[:16]}, written with {written[:16]}"
+    if place is None:
+        return f"{MANIFEST}: {unit.tensor_name(suffix)} is in no weight file"
+    return f"{place.file}: {unit.tensor_name(suffix)}: XXH3 {held[:16]}, written with {written[:16]}"
 
 
 def _units_on_disk(manifest: Manifest, folder: Path) -> list[Unit]:

@@ -118,7 +118,7 @@ def _check_unit(
     if recipe.scheme.static:
         stored = {suffix: files.read(f"{module}.{suffix}") for suffix in tensor_specs(recipe)}
         reason = contradiction(recipe, stored, bias, chosen[1])
-        calibrated.expect(reason is None, f"{module}: {reason}")
+        calibrated.expect(reason is None, f"{module}.{reason}")
 
 
 def check_static(program: Program, files: WeightFiles) -> Check:
@@ -128,7 +128,7 @@ def check_static(program: Program, files: WeightFiles) -> Check:
     for recipe in recipes:
         stored = {suffix: files.read(f"{recipe.module}.{suffix}") for suffix in tensor_specs(recipe)}
         reason = contradiction(recipe, stored, stored.get("bias"))
-        check.expect(reason is None, f"{recipe.module}: {reason}")
+        check.expect(reason is None, f"{recipe.module}.{reason}")
     return check
 
 

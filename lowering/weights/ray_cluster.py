@@ -111,7 +111,7 @@ def _same_signals() -> Iterator[None]:
         terminated = main and stop.code == signal.SIGTERM
         raise
     finally:
-        if main:
+        if main and listening is not None:  # None: whoever listens is not of Python
             signal.signal(signal.SIGTERM, listening)
         if terminated:
             signal.raise_signal(signal.SIGTERM)  # for whom it was meant

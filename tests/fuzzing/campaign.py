@@ -59,10 +59,15 @@ class Chunk:
 
 
 class Campaign:
-    """Cases of `targets` from `seed`, in `jobs` processes at a time."""
+    """Cases of `targets` from `seed`, in `jobs` processes at a time.
 
-    def __init__(self, base: Path, targets: Sequence[Target], cases: int, jobs: int, seed: int) -> None:
-        self.base, self.jobs, self.seed = base, jobs, seed
+    sound  the seeds are good files: each process reads them first, because where that fails no case says anything
+    """
+
+    def __init__(
+        self, base: Path, targets: Sequence[Target], cases: int, jobs: int, seed: int, sound: bool = True
+    ) -> None:
+        self.base, self.jobs, self.seed, self.sound = base, jobs, seed, sound
         total = sum(target.cases for target in targets)
         self.shares = {target.name: -(-target.cases * cases // total) for target in targets}
         self.targets = {target.name: target for target in targets}
@@ -133,6 +138,8 @@ class Campaign:
             if chunk.target.seed != other:
                 (folder / "case" / other).symlink_to(seeds / other)
         os.chdir(folder / "case")
+        if self.sound:
+            chunk.target.read(case)
         guard = Guard(folder / "case")
         limit_memory()
         guard.install()
