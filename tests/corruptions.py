@@ -198,11 +198,11 @@ CORRUPTIONS = {
         roll(f"{DOWN}.scale_bias", 1), f"{DOWN}.scale_bias", needs=".scale_bias", ranks=2
     ),
     "two scale_bias columns swapped": Corruption(swap_columns, f"{DOWN}.scale_bias", needs=".scale_bias", ranks=2),
-    "input_offset one more": Corruption(add(f"{Q_A}.input_offset", 1), f"{Q_A}: input_offset"),
-    "input_offset of an unfused linear one more": Corruption(add(f"{OUT}.input_offset", 1), f"{OUT}: input_offset"),
-    "quant_bias one more": Corruption(add(f"{OUT}.quant_bias", 1, row=3), f"{OUT}: quant_bias of output 3"),
-    "deq_scale of another linear": Corruption(foreign_deq_scale, f"{OUT}: deq_scale"),
-    "q_a and kv_a input_scale unequal": Corruption(unequal_input_scales, f"{KV_A}: input_scale"),
+    "input_offset one more": Corruption(add(f"{Q_A}.input_offset", 1), f"{Q_A}.input_offset is"),
+    "input_offset of an unfused linear one more": Corruption(add(f"{OUT}.input_offset", 1), f"{OUT}.input_offset is"),
+    "quant_bias one more": Corruption(add(f"{OUT}.quant_bias", 1, row=3), f"{OUT}.quant_bias of output 3"),
+    "deq_scale of another linear": Corruption(foreign_deq_scale, f"{OUT}.deq_scale is"),
+    "q_a and kv_a input_scale unequal": Corruption(unequal_input_scales, f"{KV_A}.input_scale is"),
     "one row's scale doubled": Corruption(scale_row(f"{DOWN}.weight_scale", 2), f"{DOWN}.weight_scale"),
     "one row's scale of an int8 linear doubled": Corruption(
         scale_row(f"{DENSE}.weight_scale", 2), f"{DENSE}.weight_scale"
