@@ -1,15 +1,10 @@
-"""The packages of fxquant: `passes`, `lowering` and `tools` lie beside it, and are taken from there.
-
-So an installation needs no symbolic links: archives and some checkouts have none.
-"""
+"""What pyproject.toml can't say: a build installs what the sources hold now, and nothing of an earlier build."""
 
 import shutil
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import setup
 from setuptools.command.build_py import build_py
-
-BESIDE = ("passes", "lowering", "tools")
 
 
 class BuildPackages(build_py):
@@ -23,19 +18,4 @@ class BuildPackages(build_py):
         super().run()
 
 
-def packages(folder: str, name: str) -> list[str]:
-    """The package in `folder` and all below it, those that lie beside left out."""
-    if not Path(folder, "__init__.py").is_file():
-        raise SystemExit(f"{folder}/ of the fxquant repository is missing: build from a complete checkout or archive.")
-    below = find_packages(folder, exclude=[pattern for part in BESIDE for pattern in (part, f"{part}.*")])
-    return [name, *(f"{name}.{package}" for package in below)]
-
-
-found = packages("fxquant", "fxquant")
-for part in BESIDE:
-    found += packages(part, f"fxquant.{part}")
-setup(
-    packages=found,
-    package_dir={"fxquant": "fxquant", **{f"fxquant.{part}": part for part in BESIDE}},
-    cmdclass={"build_py": BuildPackages},
-)
+setup(cmdclass={"build_py": BuildPackages})
