@@ -24,25 +24,25 @@ from rich.table import Table
 from torch import Tensor
 
 import fxquant
-from fxquant.batches import batched
-from fxquant.calibration import CALIBRATION, text_hash
+from fxquant.calibration.batches import batched
+from fxquant.calibration.calibration_file import CALIBRATION, text_hash
+from fxquant.checkpoint.stamped_reader import checkpoint_files, stamp_files
+from fxquant.compilation.prepare import CompileOptions, calibration, prepare
 from fxquant.errors import FxquantError
+from fxquant.evaluation.divergence import CHUNK, Evaluation, document_scores, logits, summary
+from fxquant.evaluation.verbs import COMPARE_CACHE
 from fxquant.frontend.source import Source, open_source
-from fxquant.hashing import hash_text
-from fxquant.kinds import Kind
-from fxquant.lowering.layout import stored_tensors
+from fxquant.lowering.output_folder.layout import stored_tensors
 from fxquant.lowering.weights.reuse import save_stamps
-from fxquant.measure import CHUNK, Evaluation, document_scores, logits, summary
-from fxquant.policy import LEAVE_OUT, Policy, load_policy, shipped_policies
-from fxquant.preparation import CompileOptions, calibration, prepare
-from fxquant.program import Program
-from fxquant.schemes import Scheme
-from fxquant.scoring import COMPARE_CACHE
-from fxquant.source_reader import checkpoint_files, stamp_files
-from fxquant.text import load_batches
+from fxquant.policy.kinds import Kind
+from fxquant.policy.policy import LEAVE_OUT, Policy, load_policy, shipped_policies
+from fxquant.program.program import Program
+from fxquant.runtime.weight_readers import Cached, Read, RecipeReader
+from fxquant.schemes.schemes import Scheme
+from fxquant.storage.hashing import hash_text
+from fxquant.text.load import load_batches
 from fxquant.tools.console import console, errors, show_error, size
 from fxquant.tools.stages import reporter
-from fxquant.weights import Cached, Read, RecipeReader
 
 KEPT = 2 << 30
 """Bytes of the float model's logits that are kept for all rows."""

@@ -20,10 +20,10 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
 
-from fxquant.calibration_folder import STATE, calibration_folder
+from fxquant.calibration.resume_folder import STATE, calibration_folder
+from fxquant.compilation.prepare import CompileOptions, prepare
 from fxquant.frontend.source import open_source
-from fxquant.policy import load_policy
-from fxquant.preparation import CompileOptions, prepare
+from fxquant.policy.policy import load_policy
 
 SHAPE = {
     "hidden_size": 1024,

@@ -25,9 +25,9 @@ from large_model import config, source_bytes, write_model
 from rich.console import Console
 from rich.table import Table
 
-from fxquant.kernels.recipe import ModuleMaker
+from fxquant.kernels.module_tensors import ModuleMaker
 from fxquant.kernels.source_rows import SourceRows
-from fxquant.schemes import Recipe, Scheme
+from fxquant.schemes.schemes import Recipe, Scheme
 
 BLOCK = 4 << 20
 POLICY = "deepseek_w4a8_dynamic"
@@ -36,7 +36,7 @@ import json, sys, time
 start = time.perf_counter()
 from fxquant import CompileOptions, compile
 from fxquant.lowering.weights import Workers
-from fxquant.machine import peak_bytes
+from fxquant.planning.host_benchmark import peak_bytes
 from contextlib import contextmanager
 stages = {}
 @contextmanager

@@ -17,20 +17,20 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from fxquant.checkpoint import Checkpoint, open_checkpoint
-from fxquant.dialects import Dialect
+from fxquant.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from fxquant.compilation.prepare import CompileOptions, prepare
+from fxquant.evaluation.divergence import evaluate_programs
 from fxquant.frontend.source import open_source
-from fxquant.kernels.recipe import rounded_weight
-from fxquant.measure import evaluate_programs
+from fxquant.kernels.module_tensors import rounded_weight
 from fxquant.ops.quantized import expand_int4
-from fxquant.policy import load_policy
-from fxquant.preparation import CompileOptions, prepare
-from fxquant.safetensors_file import read_header
-from fxquant.schemes import Recipe, Scheme, WeightAlgorithm
-from fxquant.text import load_batches
+from fxquant.policy.policy import load_policy
+from fxquant.runtime.weight_readers import Cached, Read, RecipeReader
+from fxquant.schemes.schemes import Recipe, Scheme, WeightAlgorithm
+from fxquant.schemes.weight_formats import Dialect
+from fxquant.storage.safetensors import read_header
+from fxquant.text.load import load_batches
 from fxquant.tools.console import console, errors
 from fxquant.tools.stages import reporter
-from fxquant.weights import Cached, Read, RecipeReader
 
 GROUP_SIZE = 128
 EXPERTS = """

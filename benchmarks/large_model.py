@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from fxquant.checkpoint import Checkpoint
-from fxquant.checkpoint_parts import SourceTensor
-from fxquant.config import parse_config
-from fxquant.config_checkpoint import config_checkpoint
+from fxquant.checkpoint.checkpoint import Checkpoint
+from fxquant.checkpoint.config import parse_config
+from fxquant.checkpoint.model_parallel_parts import SourceTensor
 from fxquant.models import DeepseekV3
-from fxquant.safetensors_file import build_header
+from fxquant.planning.config_checkpoint import config_checkpoint
+from fxquant.storage.safetensors import build_header
 from fxquant.tracing import trace
 
 FP8 = {"quantization_config": {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}}

@@ -13,15 +13,15 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from fxquant.estimate import PER_WORKER_BYTES
-from fxquant.machine import Machine
+from fxquant.planning.estimate import PER_WORKER_BYTES
+from fxquant.planning.host_benchmark import Machine
 
 POLICY = "deepseek_w4a8_dynamic"
 MODEL = Path(str(resources.files("fxquant") / "models" / "deepseek_v3_671b.json"))
 CORES, DISK = 32, 3.0
 CODE = """
 import sys
-from fxquant.machine import peak_bytes
+from fxquant.planning.host_benchmark import peak_bytes
 from fxquant.tools.main import run
 try:
     run()

@@ -24,9 +24,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from fxquant.kernels.recipe import ModuleMaker
+from fxquant.kernels.module_tensors import ModuleMaker
 from fxquant.kernels.source_rows import SourceRows
-from fxquant.schemes import Recipe, Scheme, WeightAlgorithm
+from fxquant.schemes.schemes import Recipe, Scheme, WeightAlgorithm
 
 SHAPES = ((2048, 7168), (7168, 2048))
 DTYPES = {

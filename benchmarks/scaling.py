@@ -66,19 +66,19 @@ def fill(model: str, out: str, jobs: str, place: str) -> None:
     In "memory" every page is there before; on a "disk" the work ends when the bytes are on it.
     """
     from fxquant import CompileOptions
-    from fxquant.checkpoint import open_checkpoint
+    from fxquant.checkpoint.checkpoint import open_checkpoint
+    from fxquant.checkpoint.stamped_reader import checkpoint_files, stamp_files
+    from fxquant.compilation.prepare import prepare
     from fxquant.frontend.source import open_source
-    from fxquant.lowering.engines import ENGINES
-    from fxquant.lowering.layout import MAX_SHARD_SIZE, plan_files, stored_tensors
+    from fxquant.lowering.output_folder.layout import MAX_SHARD_SIZE, plan_files, stored_tensors
     from fxquant.lowering.weights import CheckpointProducer, Workers, write_weights
     from fxquant.lowering.weights.journal import begin
     from fxquant.lowering.weights.reserve import reserve, sync
     from fxquant.lowering.weights.work import plan_weights
-    from fxquant.policy import load_policy
-    from fxquant.preparation import prepare
+    from fxquant.policy.policy import load_policy
     from fxquant.progress import silent
-    from fxquant.source_reader import checkpoint_files, stamp_files
-    from fxquant.targets import Target
+    from fxquant.targets.engines import ENGINES
+    from fxquant.targets.target import Target
 
     folder, checkpoint = Path(out), open_checkpoint(Path(model))
     program = prepare(open_source(Path(model)), load_policy(POLICY), CompileOptions()).program

@@ -95,10 +95,10 @@ def measure(way: str, layers: int, config_file: Path | None) -> dict[str, float]
     times = [time.perf_counter()]
     import torch
 
-    from fxquant.checkpoint import Checkpoint
-    from fxquant.config import DeepseekV3Config, parse_config
+    from fxquant.checkpoint.checkpoint import Checkpoint
+    from fxquant.checkpoint.config import DeepseekV3Config, parse_config
     from fxquant.passes import AssignSchemes, Calibrate, pipeline, run_passes
-    from fxquant.policy import load_policy
+    from fxquant.policy.policy import load_policy
     from fxquant.tracing import trace
 
     times.append(time.perf_counter())

@@ -19,23 +19,23 @@ if TYPE_CHECKING:
         verify,
     )
     from fxquant.errors import FxquantError
-    from fxquant.policy import load_policy, shipped_policies
+    from fxquant.policy.policy import load_policy, shipped_policies
 
 _HOMES = {
     "CompileOptions": "fxquant.api",
     "CompileReport": "fxquant.api",
     "ConvertReport": "fxquant.api",
-    "Plan": "fxquant.planning",
+    "Plan": "fxquant.planning.plan",
     "compare": "fxquant.api",
     "compile": "fxquant.api",
     "convert": "fxquant.api",
     "evaluate": "fxquant.api",
-    "plan": "fxquant.planning",
+    "plan": "fxquant.planning.plan",
     "run": "fxquant.api",
     "verify": "fxquant.api",
     "FxquantError": "fxquant.errors",
-    "load_policy": "fxquant.policy",
-    "shipped_policies": "fxquant.policy",
+    "load_policy": "fxquant.policy.policy",
+    "shipped_policies": "fxquant.policy.policy",
 }
 
 __all__ = [

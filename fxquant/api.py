@@ -3,25 +3,12 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fxquant.binding import Ledger
-from fxquant.calibration import Calibration
-from fxquant.calibration_folder import calibration_folder
-from fxquant.checkpoint import open_checkpoint
-from fxquant.contracts import Contract, load_contract
-from fxquant.device import open_device
-from fxquant.errors import FxquantError
-from fxquant.frontend.source import TRACE_TIMEOUT, Source, open_source
-from fxquant.lowering.convert import converted_contents
-from fxquant.lowering.destination import Destination, Input, open_destination
-from fxquant.lowering.manifest import GRAPH, MANIFEST, SourceFile, find_manifest
-from fxquant.lowering.output import Contents, Output, Work, write_output
-from fxquant.lowering.verify import Rebuild, VerifyReport, verify_output
-from fxquant.lowering.weights import CheckpointProducer, Workers
-from fxquant.lowering.workspace import known_folders
-from fxquant.passes import CheckContract, PassResult
-from fxquant.planning import Plan, plan
-from fxquant.policy import Policy, Rule, load_policy
-from fxquant.preparation import (
+from fxquant.calibration.calibration_file import Calibration
+from fxquant.calibration.resume_folder import calibration_folder
+from fxquant.checkpoint.checkpoint import open_checkpoint
+from fxquant.checkpoint.stamped_reader import checkpoint_files, stamp_files
+from fxquant.compilation.ledger import Ledger
+from fxquant.compilation.prepare import (
     CompileOptions,
     Prepared,
     as_path,
@@ -31,13 +18,26 @@ from fxquant.preparation import (
     refuse_kv_cache,
     source_inputs,
 )
-from fxquant.program import Program
-from fxquant.program_file import load_program
+from fxquant.errors import FxquantError
+from fxquant.evaluation.verbs import compare, engine_perplexities, evaluate, open_output, run, sensitivity
+from fxquant.frontend.source import TRACE_TIMEOUT, Source, open_source
+from fxquant.lowering.convert import converted_contents
+from fxquant.lowering.destination import Destination, Input, open_destination
+from fxquant.lowering.output import Contents, Output, Work, write_output
+from fxquant.lowering.output_folder.manifest import GRAPH, MANIFEST, SourceFile, find_manifest
+from fxquant.lowering.weights import CheckpointProducer, Workers
+from fxquant.lowering.workspace import known_folders
+from fxquant.passes import CheckContract, PassResult
+from fxquant.planning.plan import Plan, plan
+from fxquant.policy.policy import Policy, Rule, load_policy
+from fxquant.program.program import Program
+from fxquant.program.program_file import load_program
 from fxquant.progress import Reporter, silent
-from fxquant.scoring import compare, engine_perplexities, evaluate, open_output, run, sensitivity
-from fxquant.source_reader import checkpoint_files, stamp_files
-from fxquant.system_errors import stopping
-from fxquant.targets import Target
+from fxquant.runtime.device import open_device
+from fxquant.storage.system_errors import stopping
+from fxquant.targets.contract import Contract, load_contract
+from fxquant.targets.target import Target
+from fxquant.verification import Rebuild, VerifyReport, verify_output
 
 
 @dataclass

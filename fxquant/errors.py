@@ -1,6 +1,6 @@
 """What reaches a user when something is wrong: where, what, and the way out."""
 
-from fxquant.limits import MESSAGE_CHARACTERS
+from fxquant.inputs.limits import MESSAGE_CHARACTERS
 
 
 class FxquantError(Exception):

@@ -14,17 +14,17 @@ from safetensors.torch import save_file
 from tiny import meta_model
 from torch import Tensor
 
-from fxquant.checkpoint import Checkpoint, open_checkpoint
-from fxquant.execute import execute
+from fxquant.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from fxquant.lowering.ascend.deployment import deployment
-from fxquant.lowering.ascend.verify import EmittedModule, StatementCheck, check_statements
 from fxquant.lowering.ascend.writer import write_ascend
 from fxquant.models import DecoderLayer
 from fxquant.passes import AssignSchemes, Calibrate, CheckCoverage, QuantizeExperts, QuantizeLinear, run_passes
-from fxquant.policy import load_policy
-from fxquant.program import Program
+from fxquant.policy.policy import load_policy
+from fxquant.program.program import Program
+from fxquant.runtime.execute import execute
+from fxquant.runtime.weight_readers import Cached, Read, RecipeReader, load, make_module
 from fxquant.tracing import trace
-from fxquant.weights import Cached, Read, RecipeReader, load, make_module
+from fxquant.verification.ascend_statements import EmittedModule, StatementCheck, check_statements
 
 WEIGHTS = "quant_model_weight_w8a8.safetensors"
 

@@ -4,10 +4,10 @@ from collections.abc import Callable
 
 from tiny import float_program
 
-from fxquant.checkpoint import Checkpoint
+from fxquant.checkpoint.checkpoint import Checkpoint
 from fxquant.passes import AssignSchemes
-from fxquant.policy import Policy, load_policy
-from fxquant.program import Program
+from fxquant.policy.policy import Policy, load_policy
+from fxquant.program.program import Program
 
 Assign = Callable[..., Program]
 

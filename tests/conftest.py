@@ -13,8 +13,8 @@ from hypothesis import settings
 from rewrites import Rewritten, rewrite
 from tiny import write_checkpoint
 
-from fxquant.checkpoint import Checkpoint, open_checkpoint
-from fxquant.lowering.ascend.exported import write_exported
+from fxquant.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from fxquant.lowering.ascend.export.exported import write_exported
 
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")

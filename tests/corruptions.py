@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fxquant.lowering.description import write_json
-from fxquant.lowering.manifest import MANIFEST
+from fxquant.lowering.output_folder.description import write_json
+from fxquant.lowering.output_folder.manifest import MANIFEST
 
 EXPERTS = "model.layers.1.mlp.experts"
 GATE, UP, DOWN = (f"{EXPERTS}.1.{name}_proj" for name in ("gate", "up", "down"))

@@ -14,10 +14,10 @@ from tiny import write_checkpoint
 
 import fxquant
 from fxquant import CompileOptions, FxquantError
-from fxquant.lowering.manifest import MANIFEST, STAMPS
-from fxquant.lowering.verify.report import VerifyReport
-from fxquant.safetensors_file import read_header
-from fxquant.targets import Target
+from fxquant.lowering.output_folder.manifest import MANIFEST, STAMPS
+from fxquant.storage.safetensors import read_header
+from fxquant.targets.target import Target
+from fxquant.verification.report import VerifyReport
 
 NAMED, UNREAD, MISSED, TRACEBACK, HANG = "named", "not looked at", "missed", "traceback", "hang"
 SECONDS = 60

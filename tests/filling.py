@@ -4,13 +4,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fxquant.checkpoint import Checkpoint
-from fxquant.lowering.layout import FileLayout
+from fxquant.checkpoint.checkpoint import Checkpoint
+from fxquant.checkpoint.stamped_reader import checkpoint_files, stamp_files
+from fxquant.lowering.output_folder.layout import FileLayout
 from fxquant.lowering.weights import CheckpointProducer, Filled, Workers, write_weights
 from fxquant.lowering.weights.journal import begin
 from fxquant.lowering.weights.reserve import reserve
 from fxquant.lowering.weights.work import plan_weights
-from fxquant.source_reader import checkpoint_files, stamp_files
 
 
 def fill_folder(

@@ -13,14 +13,14 @@ from tiny import write_checkpoint
 
 from fxquant import CompileOptions
 from fxquant.api import _contents
+from fxquant.compilation.prepare import prepare
 from fxquant.frontend.source import open_source
 from fxquant.lowering.destination import Destination, open_destination
 from fxquant.lowering.output import Contents, Work, write_output
 from fxquant.lowering.weights.journal import go_on
 from fxquant.lowering.weights.work import Workers
 from fxquant.lowering.workspace import Workspace
-from fxquant.policy import load_policy
-from fxquant.preparation import prepare
+from fxquant.policy.policy import load_policy
 from fxquant.progress import silent
 
 ONE = Work(Workers(jobs=1))

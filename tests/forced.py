@@ -8,7 +8,7 @@ from output_folders import POLICY
 
 from fxquant import FxquantError
 from fxquant.lowering.destination import Input, open_destination
-from fxquant.lowering.manifest import MANIFEST, STAMPS, Manifest
+from fxquant.lowering.output_folder.manifest import MANIFEST, STAMPS, Manifest
 
 
 def output(folder: Path, files: tuple[str, ...] = ("model_ascend.py", "optional/calibration.safetensors")) -> Path:

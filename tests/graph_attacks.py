@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fxquant.lowering.manifest import GRAPH, MANIFEST
+from fxquant.lowering.output_folder.manifest import GRAPH, MANIFEST
 from fxquant.lowering.weights.digests import file_digest
 
 Attack = Callable[[dict[str, Any], str], None]

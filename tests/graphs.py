@@ -6,10 +6,10 @@ import torch
 from tiny import inputs, load_graph, load_model, meta_model, random_ids
 from torch import Tensor, fx
 
-from fxquant.checkpoint import Checkpoint
+from fxquant.checkpoint.checkpoint import Checkpoint
 from fxquant.models import DecoderLayer
-from fxquant.naming import operator_name
-from fxquant.program import Program
+from fxquant.program.node_names import operator_name
+from fxquant.program.program import Program
 from fxquant.tracing import trace
 
 DENSE_LAYER = """

@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fxquant.dialects import Dialect
-from fxquant.kernels.recipe import make_tensors
-from fxquant.schemes import Recipe, Scheme
+from fxquant.kernels.module_tensors import make_tensors
+from fxquant.schemes.schemes import Recipe, Scheme
+from fxquant.schemes.weight_formats import Dialect
 
 EPS = 1.1920928955078125e-07
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)

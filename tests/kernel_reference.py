@@ -4,11 +4,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fxquant.checkpoint import decode_fp8
+from fxquant.checkpoint.checkpoint import decode_fp8
 from fxquant.kernels.activation import encode_deq_scale, fused_parameters, static_parameters
-from fxquant.kernels.recipe import int4_tensors
+from fxquant.kernels.module_tensors import int4_tensors
 from fxquant.kernels.source_rows import SourceRows
-from fxquant.schemes import Recipe, tensor_specs
+from fxquant.schemes.schemes import Recipe, tensor_specs
 
 
 def quantize_int8(weight: Tensor, scale_dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:

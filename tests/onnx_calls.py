@@ -21,7 +21,7 @@ from fxquant.lowering.onnx.initializers import View, external
 from fxquant.lowering.onnx.node_lowering import VIEWS
 from fxquant.lowering.onnx.runner import session_options
 from fxquant.lowering.onnx.shapes import DTYPES
-from fxquant.safetensors_file import read_header
+from fxquant.storage.safetensors import read_header
 
 UNIT = 2.0**-24
 """Half a step of float32 at 1: one rounding moves a value by at most this fraction."""

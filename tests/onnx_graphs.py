@@ -15,18 +15,18 @@ from tiny import meta_model, random_ids
 from torch import Tensor, fx
 
 from fxquant import ops
-from fxquant.checkpoint import Checkpoint, open_checkpoint
-from fxquant.execute import call, execute, prefill_inputs
+from fxquant.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from fxquant.lowering.onnx import write_onnx
 from fxquant.lowering.onnx.extract import operator_session
 from fxquant.lowering.onnx.runner import OnnxRunner
 from fxquant.models import DecoderLayer
 from fxquant.passes import AssignSchemes, Calibrate, pipeline, run_passes
-from fxquant.policy import load_policy
-from fxquant.program import Program
-from fxquant.safetensors_file import read_header
+from fxquant.policy.policy import load_policy
+from fxquant.program.program import Program
+from fxquant.runtime.execute import call, execute, prefill_inputs
+from fxquant.runtime.weight_readers import Cached, RecipeReader, load
+from fxquant.storage.safetensors import read_header
 from fxquant.tracing import trace
-from fxquant.weights import Cached, RecipeReader, load
 
 ATEN = torch.ops.aten
 

@@ -6,7 +6,7 @@ from tiny import write_checkpoint
 
 from fxquant import CompileOptions, compile
 from fxquant.lowering.finish import Places
-from fxquant.lowering.manifest import MANIFEST
+from fxquant.lowering.output_folder.manifest import MANIFEST
 from fxquant.lowering.weights import Workers
 
 POLICY = "deepseek_w4a8_dynamic"

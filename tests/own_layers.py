@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from fxquant.config import DeepseekV3Config
+from fxquant.checkpoint.config import DeepseekV3Config
 from fxquant.models import DecoderLayer, RMSNorm
 
 

@@ -6,17 +6,17 @@ import torch
 from torch import Tensor
 
 from fxquant import ops
-from fxquant.config import DeepseekV3Config
-from fxquant.execute import execute, prefill_inputs
-from fxquant.lowering.ascend.cache import Cache, Step
+from fxquant.checkpoint.config import DeepseekV3Config
+from fxquant.lowering.ascend.emitted.cache import Cache, Step
 from fxquant.models import DecoderLayer
 from fxquant.models.deepseek_v3 import MLA
-from fxquant.passes.absorb_latents import AbsorbLatents
 from fxquant.passes.base import Pass, PassResult
-from fxquant.passes.page_latents import PageLatents
-from fxquant.program import Program
-from fxquant.program_file import dump_program, parse_program
-from fxquant.weights import Read
+from fxquant.passes.npu.absorb_latents import AbsorbLatents
+from fxquant.passes.npu.page_latents import PageLatents
+from fxquant.program.program import Program
+from fxquant.program.program_file import dump_program, parse_program
+from fxquant.runtime.execute import execute, prefill_inputs
+from fxquant.runtime.weight_readers import Read
 
 RANK, ROPE = 32, 8
 """kv_lora_rank and qk_rope_head_dim of the tiny models."""

@@ -9,8 +9,7 @@ import torch
 from tiny import float_program, meta_model, random_ids, tiny_config
 from torch import Tensor, fx
 
-from fxquant.checkpoint import Checkpoint
-from fxquant.execute import execute, prefill_inputs
+from fxquant.checkpoint.checkpoint import Checkpoint
 from fxquant.passes import (
     AssignSchemes,
     Calibrate,
@@ -18,12 +17,13 @@ from fxquant.passes import (
     pipeline,
     run_passes,
 )
-from fxquant.policy import load_policy, shipped_policies
-from fxquant.program import Program
-from fxquant.reference import expected_tensors
-from fxquant.schemes import Recipe, Scheme
+from fxquant.policy.policy import load_policy, shipped_policies
+from fxquant.program.program import Program
+from fxquant.runtime.execute import execute, prefill_inputs
+from fxquant.runtime.weight_readers import RecipeReader
+from fxquant.schemes.schemes import Recipe, Scheme
 from fxquant.tracing import trace
-from fxquant.weights import RecipeReader
+from fxquant.verification.reference import expected_tensors
 
 ULP = 2.0**-24
 """Half a unit in the last place of float32: the relative error of one operation."""

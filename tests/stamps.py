@@ -9,14 +9,14 @@ import torch
 from tiny import tiny_config
 from torch import Tensor, nn
 
-from fxquant.checkpoint import Checkpoint
-from fxquant.config import DeepseekV3Config, parse_config
+from fxquant.checkpoint.checkpoint import Checkpoint
+from fxquant.checkpoint.config import DeepseekV3Config, parse_config
 from fxquant.errors import FxquantError
 from fxquant.models import DecoderLayer, DeepseekV3
 from fxquant.models.deepseek_v3 import Decoder
-from fxquant.program import Program
-from fxquant.program_file import dump_program
-from fxquant.program_schema import SYMBOLS
+from fxquant.program.program import Program
+from fxquant.program.program_file import dump_program
+from fxquant.program.schema import SYMBOLS
 from fxquant.tracing import export as trace_module
 from fxquant.tracing import trace
 from fxquant.tracing.inputs import Inputs

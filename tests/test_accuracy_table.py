@@ -12,10 +12,10 @@ import pytest
 import yaml
 from tiny import float_program
 
-from fxquant.checkpoint import Checkpoint
+from fxquant.checkpoint.checkpoint import Checkpoint
 from fxquant.passes import AssignSchemes, FindRotation, PairSmoothing
-from fxquant.policy import load_policy, shipped_policies
-from fxquant.schemes import Scheme
+from fxquant.policy.policy import load_policy, shipped_policies
+from fxquant.schemes.schemes import Scheme
 
 ROOT = Path(__file__).parents[1]
 CHANGES = yaml.safe_load((ROOT / "benchmarks" / "accuracy_changes.yaml").read_text(encoding="utf-8"))

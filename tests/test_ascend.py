@@ -22,15 +22,15 @@ from slowness import others_slow
 from tiny import write_checkpoint
 
 import fxquant
-from fxquant.checkpoint import open_checkpoint
-from fxquant.execute import execute, generate, prefill_inputs
+from fxquant.checkpoint.checkpoint import open_checkpoint
 from fxquant.lowering.ascend.deployment import deployment
-from fxquant.lowering.ascend.emit import ascend_source
+from fxquant.lowering.ascend.emitter.emit import ascend_source
 from fxquant.lowering.ascend.operators import KERNELS
 from fxquant.lowering.ascend.operators.schemas import SCHEMAS
-from fxquant.program_file import load_program, save_program
+from fxquant.program.program_file import load_program, save_program
+from fxquant.runtime.execute import execute, generate, prefill_inputs
 
-POLICIES = sorted(path.stem for path in (Path(fxquant.__file__).parent / "policies").glob("*.yaml"))
+POLICIES = sorted(path.stem for path in (Path(fxquant.__file__).parent / "policy" / "shipped").glob("*.yaml"))
 GOLDEN = Path(__file__).parent / "golden"
 UNIT = 2.0**-24
 

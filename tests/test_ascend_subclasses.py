@@ -21,9 +21,9 @@ from tiny import write_checkpoint
 from torch import Tensor, nn
 
 from fxquant import ops
-from fxquant.config import DeepseekV3Config
-from fxquant.execute import execute
+from fxquant.checkpoint.config import DeepseekV3Config
 from fxquant.models import DecoderLayer, RMSNorm
+from fxquant.runtime.execute import execute
 
 
 @pytest.fixture(scope="module")

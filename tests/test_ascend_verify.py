@@ -22,13 +22,13 @@ from safetensors.torch import load_file, save_file
 from tiny import write_checkpoint
 from torch import Tensor
 
-from fxquant.checkpoint import open_checkpoint
+from fxquant.checkpoint.checkpoint import open_checkpoint
 from fxquant.errors import FxquantError
-from fxquant.kernels.weight import pack_int4
-from fxquant.lowering.ascend import runtime
-from fxquant.lowering.ascend.emit import ascend_source
+from fxquant.kernels.pack_int4 import pack_int4
+from fxquant.lowering.ascend.emitted import weight_loading
+from fxquant.lowering.ascend.emitter.emit import ascend_source
 from fxquant.lowering.ascend.operators.grouped_matmul import unpack_int4
-from fxquant.lowering.ascend.verify import EmittedModule, check_statements
+from fxquant.verification.ascend_statements import EmittedModule, check_statements
 
 MOE = "model.layers.1"
 EXPERTS = f"{MOE}.mlp.experts"
@@ -45,26 +45,26 @@ def compiled(tiny_folder: Callable[..., Path], tmp_path_factory: pytest.TempPath
 
 def test_int4_words_hold_eight_channels_each() -> None:
     codes = torch.randint(-8, 8, (16, 6), generator=torch.Generator().manual_seed(0), dtype=torch.int8)
-    words = runtime.int4_words(torch.float32, pack_int4(codes))
+    words = weight_loading.int4_words(torch.float32, pack_int4(codes))
     assert (words.dtype, tuple(words.shape)) == (torch.int32, (6, 2))
     assert torch.equal(unpack_int4(words), codes.T)
     rows_1_and_minus_2 = torch.full((4, 2), -31, dtype=torch.int8)  # 0xE1
-    assert runtime.int4_words(torch.float32, rows_1_and_minus_2).tolist() == [[0xE1E1E1E1 - (1 << 32)]] * 2
+    assert weight_loading.int4_words(torch.float32, rows_1_and_minus_2).tolist() == [[0xE1E1E1E1 - (1 << 32)]] * 2
 
 
 def test_group_scales_are_rounded_to_float16() -> None:
     scale, second = torch.tensor([[0.0123], [1.0]]), torch.tensor([[1.0, 17.0], [2.0, 3.0]])
-    words = runtime.group_scale(torch.float32, scale, second)
+    words = weight_loading.group_scale(torch.float32, scale, second)
     assert (words.dtype, tuple(words.shape)) == (torch.int64, (2, 2))
     expected = [[0.0123, 1.0 * 2], [0.0123 * 17, 3.0]]
     bits = torch.tensor(expected).half().float().view(torch.int32)
     assert words.tolist() == bits.long().tolist()
-    assert runtime.channel_scale_word(torch.float32, torch.tensor([[0.0123]])).item() == 1011451376
+    assert weight_loading.channel_scale_word(torch.float32, torch.tensor([[0.0123]])).item() == 1011451376
 
 
 def test_scale_bias_is_summed_over_its_parts() -> None:
     parts = torch.arange(32.0).view(2, 16)
-    assert runtime.summed(torch.float32, parts).tolist() == parts.sum(1).tolist()
+    assert weight_loading.summed(torch.float32, parts).tolist() == parts.sum(1).tolist()
 
 
 def test_runtime_layout_of_a_layer(compiled: Compiled) -> None:

@@ -11,14 +11,14 @@ from tiny import float_program
 from torch import Tensor
 
 from fxquant import ops
-from fxquant.checkpoint import Checkpoint
-from fxquant.config import DeepseekV3Config
+from fxquant.checkpoint.checkpoint import Checkpoint
+from fxquant.checkpoint.config import DeepseekV3Config
 from fxquant.errors import FxquantError
-from fxquant.kinds import Kind
 from fxquant.models import DecoderLayer
 from fxquant.models.deepseek_v3 import MLP
-from fxquant.passes.linears import linear_sites
-from fxquant.schemes import Recipe, Scheme, WeightAlgorithm
+from fxquant.policy.kinds import Kind
+from fxquant.program.linears import linear_sites
+from fxquant.schemes.schemes import Recipe, Scheme, WeightAlgorithm
 
 # assign-schemes
 

@@ -15,14 +15,14 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from fxquant import CompileOptions, compile
-from fxquant.batches import Batch, batched, real_tokens
-from fxquant.calibration import Calibration, load_calibration, text_hash
-from fxquant.checkpoint import Checkpoint
+from fxquant.calibration.batches import Batch, batched, real_tokens
+from fxquant.calibration.calibration_file import Calibration, load_calibration, text_hash
+from fxquant.checkpoint.checkpoint import Checkpoint
 from fxquant.errors import FxquantError
-from fxquant.execute import execute, prefill_inputs
 from fxquant.passes import AssignSchemes, Calibrate
-from fxquant.policy import load_policy
-from fxquant.text import pad_id
+from fxquant.policy.policy import load_policy
+from fxquant.runtime.execute import execute, prefill_inputs
+from fxquant.text.load import pad_id
 from fxquant.tools.compile_report import as_document, print_report, unseen_line
 from fxquant.tools.main import app
 

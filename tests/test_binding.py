@@ -12,12 +12,12 @@ from safetensors.torch import load_file
 from tiny import float_program, meta_model, rewritten, write_checkpoint, write_shards
 from torch import Tensor
 
-from fxquant.binding import Bucket, Ledger, build_ledger, check_parameters, mtp_modules
-from fxquant.checkpoint import Checkpoint, open_checkpoint
+from fxquant.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from fxquant.compilation.ledger import Bucket, Ledger, build_ledger, check_parameters, mtp_modules
 from fxquant.errors import FxquantError
 from fxquant.passes import AssignSchemes
-from fxquant.policy import load_policy, shipped_policies
-from fxquant.program import Program
+from fxquant.policy.policy import load_policy, shipped_policies
+from fxquant.program.program import Program
 
 Tiny = Callable[..., Checkpoint]
 MTP = {"num_nextn_predict_layers": 1}

@@ -11,9 +11,9 @@ from tiny import write_checkpoint
 from torch import Tensor
 
 from fxquant import CompileOptions, compile, plan
-from fxquant.checkpoint import open_checkpoint
+from fxquant.checkpoint.checkpoint import open_checkpoint
 from fxquant.errors import FxquantError
-from fxquant.lowering.manifest import LEDGER, MANIFEST, STAMPS
+from fxquant.lowering.output_folder.manifest import LEDGER, MANIFEST, STAMPS
 
 FORMS = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e8m0fnu)
 OF_THE_SOURCE = (LEDGER, MANIFEST, STAMPS)

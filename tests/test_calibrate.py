@@ -9,14 +9,14 @@ from safetensors.torch import load_file
 from tiny import float_program, inputs, load_model, meta_model, random_ids, write_checkpoint, write_shards
 from torch import Tensor, nn
 
-from fxquant.checkpoint import Checkpoint, open_checkpoint
+from fxquant.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from fxquant.errors import FxquantError
 from fxquant.models import DeepseekV3
 from fxquant.passes import AssignSchemes, Calibrate, PassResult
-from fxquant.policy import load_policy
-from fxquant.program import Program
-from fxquant.reference import expected_tensors
-from fxquant.schemes import ActivationRange, Recipe, Scheme
+from fxquant.policy.policy import load_policy
+from fxquant.program.program import Program
+from fxquant.schemes.schemes import ActivationRange, Recipe, Scheme
+from fxquant.verification.reference import expected_tensors
 
 STATIC_LINEARS = [
     *(f"model.layers.{layer}.self_attn.{name}" for layer in (0, 1) for name in

@@ -14,10 +14,10 @@ from tiny import write_checkpoint
 from typer.testing import CliRunner
 
 from fxquant import CompileOptions, FxquantError, compile
-from fxquant.calibration import CALIBRATION, load_calibration
+from fxquant.calibration.calibration_file import CALIBRATION, load_calibration
 from fxquant.lowering.weights import Workers
+from fxquant.storage.work_folder import Kind, WorkFolder
 from fxquant.tools.main import app
-from fxquant.work_folder import Kind, WorkFolder
 
 STATIC = "deepseek_w4a8"
 ROUNDED = f"extends: {STATIC}\ncalibration_weights: rounded\n"
@@ -45,7 +45,7 @@ def no_forward(monkeypatch: pytest.MonkeyPatch) -> None:
     def run(*arguments: object) -> None:
         raise AssertionError("the model ran")
 
-    monkeypatch.setattr("fxquant.passes.calibration_run.Stream", run)
+    monkeypatch.setattr("fxquant.calibration.run.Stream", run)
 
 
 def token_ids(path: Path, seed: int) -> Path:
@@ -102,7 +102,7 @@ def test_another_statistic_takes_the_same_file(
 ) -> None:
     policy = policy_of(tmp_path, MIN_MAX)
     text = compiled(model, tmp_path / "text", policy, calib=ids)
-    monkeypatch.setattr("fxquant.passes.calibration_run.Stream", None)
+    monkeypatch.setattr("fxquant.calibration.run.Stream", None)
     file = compiled(model, tmp_path / "file", policy, calibration=whole / CALIBRATION)
     assert same_files(file, text) and not same_files(file, whole)
     assert files_of(file)[CALIBRATION] == files_of(whole)[CALIBRATION]
@@ -135,7 +135,7 @@ def test_killed_it_goes_on_without_calibrating_again(
 ) -> None:
     out = tmp_path / "out"
     killed(model, out, ids, monkeypatch)
-    monkeypatch.setattr("fxquant.passes.calibration_run.Stream", None)
+    monkeypatch.setattr("fxquant.calibration.run.Stream", None)
     assert same_files(compiled(model, out, calib=ids), whole)
 
 
@@ -179,7 +179,7 @@ def test_ranges_of_the_same_text_are_taken_from_an_earlier_output(
     model: Path, whole: Path, ids: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("fxquant.passes.calibration_run.Stream", None)
+        patch.setattr("fxquant.calibration.run.Stream", None)
         assert same_files(compiled(model, tmp_path / "out", calib=ids, reuse=whole), whole)
     other = token_ids(tmp_path / "other.safetensors", seed=2)
     out = compiled(model, tmp_path / "other", calib=other, reuse=whole)

@@ -22,13 +22,13 @@ from tiny import write_checkpoint, write_shards
 from torch import fx
 
 from fxquant import CompileOptions, FxquantError, compile
-from fxquant.calibration_folder import STATE
-from fxquant.calibration_state import State, load_state, save_state
+from fxquant.calibration.resume_folder import STATE
+from fxquant.calibration.resume_state import State, load_state, save_state
+from fxquant.calibration.run import CalibrationRun
 from fxquant.errors import StoppedError
-from fxquant.locking import locked
-from fxquant.passes.calibration_run import CalibrationRun
-from fxquant.stream import Block, Stream
-from fxquant.work_folder import MARKER
+from fxquant.runtime.stream import Block, Stream
+from fxquant.storage.lock import locked
+from fxquant.storage.work_folder import MARKER
 
 LAYERS, BLOCKS = 4, 5
 POLICIES = ["deepseek_w4a8_msmodelslim", "deepseek_w4a8_msmodelslim_m4", "deepseek_w4a8"]
@@ -157,7 +157,7 @@ def test_only_the_last_state_is_kept(model: Path, ids: Path, tmp_path: Path, mon
         sizes.append(sum(file.stat().st_size for file in path.parent.iterdir() if file.name != MARKER))
         return saved
 
-    monkeypatch.setattr("fxquant.calibration_folder.save_state", save)
+    monkeypatch.setattr("fxquant.calibration.resume_folder.save_state", save)
     compiled(model, tmp_path / "out", ids)
     hidden, table = 4 * 24 * 256 * 4, 2 * 4 * 24 * 8 * 4
     assert len(sizes) == BLOCKS and max(sizes[:-1]) < hidden + table + 60_000 and sizes[-1] < 60_000
@@ -236,7 +236,7 @@ import sys, time
 import torch
 from pathlib import Path
 from fxquant import CompileOptions, compile
-from fxquant.calibration_folder import CalibrationFolder
+from fxquant.calibration.resume_folder import CalibrationFolder
 torch.set_num_threads(1)
 save = CalibrationFolder.save
 def slowly(folder, state):  # as long as if the blocks were large

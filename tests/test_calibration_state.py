@@ -13,9 +13,9 @@ from test_calibration_folder import LAYERS, M4, Stages, compiled, killed_after, 
 from test_resume import Killed
 
 from fxquant import CompileOptions, FxquantError, compile
-from fxquant.calibration_folder import STATE
-from fxquant.calibration_state import State, load_key, load_state, save_state
-from fxquant.smoothing import Smoothing
+from fxquant.calibration.resume_folder import STATE
+from fxquant.calibration.resume_state import State, load_key, load_state, save_state
+from fxquant.transforms.weight_transforms import Smoothing
 
 
 @pytest.fixture(scope="module")

@@ -15,19 +15,19 @@ from torch import Tensor, fx
 from typer.testing import CliRunner
 
 from fxquant import CompileOptions, FxquantError, compare, compile, ops
-from fxquant.batches import Batch, batched, count_experts
-from fxquant.calibration import Calibration
-from fxquant.checkpoint import Checkpoint
-from fxquant.execute import Observer, call, of_batch, prefill_inputs
+from fxquant.calibration.batches import Batch, batched, count_experts
+from fxquant.calibration.calibration_file import Calibration
+from fxquant.calibration.smoother import Smoother
+from fxquant.checkpoint.checkpoint import Checkpoint
 from fxquant.passes import AssignSchemes, Calibrate, PairSmoothing
-from fxquant.passes.linears import linear_sites
-from fxquant.passes.smooth import Smoother
-from fxquant.policy import CalibrationWeights, load_policy
-from fxquant.program import Program, input_node
-from fxquant.smoothing_file import smoothing_tensors
-from fxquant.stream import Stream, experts_together
+from fxquant.policy.policy import CalibrationWeights, load_policy
+from fxquant.program.linears import linear_sites
+from fxquant.program.program import Program, input_node
+from fxquant.runtime.execute import Observer, call, of_batch, prefill_inputs
+from fxquant.runtime.stream import Stream, experts_together
+from fxquant.runtime.weight_readers import LazyStack, Read, RoundedReader, load
 from fxquant.tools.main import app
-from fxquant.weights import LazyStack, Read, RoundedReader, load
+from fxquant.transforms.transforms_file import smoothing_tensors
 
 PLAIN, M4, FLEX = "deepseek_w4a8_msmodelslim", "deepseek_w4a8_msmodelslim_m4", "deepseek_w4a8"
 LAYERS = 4
@@ -247,7 +247,7 @@ def test_devices_that_are_not_there(
     device: str, fact: str, tiny_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr("fxquant.device.find_spec", lambda name: None)
+    monkeypatch.setattr("fxquant.runtime.device.find_spec", lambda name: None)
     options = CompileOptions(out=tmp_path / "out", device=device)
     for work in (
         lambda: compile(tiny_folder(), options),
@@ -266,9 +266,9 @@ MEASURE = """
 import sys
 import torch
 from pathlib import Path
-from fxquant.checkpoint import open_checkpoint
+from fxquant.checkpoint.checkpoint import open_checkpoint
 from fxquant.passes import AssignSchemes, Calibrate
-from fxquant.policy import load_policy
+from fxquant.policy.policy import load_policy
 from tiny import float_program
 torch.set_num_threads(1)
 def memory(key):

@@ -13,11 +13,12 @@ from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
-from fxquant import chat, text_worker
-from fxquant.chat import open_chat_template
-from fxquant.checkpoint import Checkpoint
+from fxquant.checkpoint.checkpoint import Checkpoint
 from fxquant.errors import FxquantError
-from fxquant.text import load_batches
+from fxquant.processes.command import text_worker
+from fxquant.text.chat_template import open_chat_template
+from fxquant.text.load import chat_template as chat
+from fxquant.text.load import load_batches
 
 Model = Callable[..., Checkpoint]
 BOS, USER, ASSISTANT, EOS = range(4)

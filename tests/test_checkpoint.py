@@ -14,10 +14,10 @@ from tiny import encode_fp8, random_tensors, stored_tensors, write_checkpoint, w
 from tiny_names import folder_of
 from torch import Tensor
 
-from fxquant.checkpoint import Checkpoint, decode_fp8, open_checkpoint
+from fxquant.checkpoint.checkpoint import Checkpoint, decode_fp8, open_checkpoint
 from fxquant.errors import FxquantError
-from fxquant.safetensors_file import TensorInfo
-from fxquant.token_ids import token_ids_from
+from fxquant.storage.safetensors import TensorInfo
+from fxquant.text.token_ids import token_ids_from
 
 INDEX = "model.safetensors.index.json"
 

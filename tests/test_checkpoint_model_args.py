@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from tiny import YARN, tiny_config
 from tiny_names import ARGS
 
-from fxquant.checkpoint_model_args import hf_to_model_args, model_args_to_hf
-from fxquant.config import parse_config, read_config
+from fxquant.checkpoint.config import parse_config, read_config
+from fxquant.checkpoint.model_args import hf_to_model_args, model_args_to_hf
 from fxquant.errors import FxquantError
 
 CONFIG_671B: dict[str, Any] = {

@@ -10,10 +10,10 @@ from tiny import tiny_config, write_shards
 from tiny_names import SPLITTABLE, assert_same, edit, folder_of, fuse_experts, name_pairs, write_parts
 from torch import Tensor
 
-from fxquant.checkpoint import open_checkpoint
-from fxquant.checkpoint_names import official_name, split_dimension
+from fxquant.checkpoint.checkpoint import open_checkpoint
+from fxquant.checkpoint.tensor_names import official_name, split_dimension
 from fxquant.errors import FxquantError
-from fxquant.safetensors_file import TensorInfo
+from fxquant.storage.safetensors import TensorInfo
 
 GATE_UP, DOWN = "model.layers.1.mlp.experts.gate_up_proj", "model.layers.1.mlp.experts.down_proj"
 

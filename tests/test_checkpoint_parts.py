@@ -16,15 +16,15 @@ from tiny import rewritten
 from tiny_names import ARGS, SPLITTABLE, assert_same, edit, name_pairs, write_parts
 from torch import Tensor
 
-from fxquant.checkpoint import open_checkpoint
-from fxquant.checkpoint_parts import JoinedTensor
-from fxquant.config import parse_config
+from fxquant.checkpoint.checkpoint import open_checkpoint
+from fxquant.checkpoint.config import parse_config
+from fxquant.checkpoint.model_parallel_parts import JoinedTensor
 from fxquant.errors import FxquantError
-from fxquant.lowering.engines import ENGINES
-from fxquant.lowering.layout import plan_files, stored_tensors
+from fxquant.lowering.output_folder.layout import plan_files, stored_tensors
 from fxquant.lowering.weights import tensor_bytes
-from fxquant.safetensors_file import TensorInfo, read_header
-from fxquant.targets import Target
+from fxquant.storage.safetensors import TensorInfo, read_header
+from fxquant.targets.engines import ENGINES
+from fxquant.targets.target import Target
 
 Folder = Callable[..., Path]
 CHANGES: dict[str, dict[str, Any]] = {

@@ -16,10 +16,10 @@ from test_tables import compile_report_of, evaluation, verification
 from typer.testing import CliRunner
 
 import fxquant
-from fxquant.measure import evaluate_programs
-from fxquant.policy import shipped_policies
+from fxquant.evaluation.divergence import evaluate_programs
+from fxquant.policy.policy import shipped_policies
 from fxquant.progress import silent, within
-from fxquant.targets import Target
+from fxquant.targets.target import Target
 from fxquant.tools.main import app
 
 VERBS = ("compile", "plan", "verify", "run", "eval", "compare", "show", "convert", "targets")
@@ -151,9 +151,9 @@ def test_stages_name_what_they_work_on(monkeypatch: pytest.MonkeyPatch) -> None:
         seen.append((stage, total, unit))
         return Bar()
 
-    monkeypatch.setattr("fxquant.measure.logits", lambda *arguments: [])
-    monkeypatch.setattr("fxquant.measure.document_scores", lambda *arguments: [])
-    monkeypatch.setattr("fxquant.measure.summary", lambda found: None)
+    monkeypatch.setattr("fxquant.evaluation.divergence.logits", lambda *arguments: [])
+    monkeypatch.setattr("fxquant.evaluation.divergence.document_scores", lambda *arguments: [])
+    monkeypatch.setattr("fxquant.evaluation.divergence.summary", lambda found: None)
     programs: list[Any] = [SimpleNamespace(), None]
     evaluate_programs((None, None), [programs, programs], [None] * 3, within("t", report), ["a", "b"])  # type: ignore
     assert seen[:3] == [("t: evaluate", 6, "batches"), (3, "a"), (3, "b")]

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fxquant.confidence import draw_documents, drawn_percentile, middle
-from fxquant.measure import Evaluation, summary, token_scores
+from fxquant.evaluation.bootstrap import draw_documents, drawn_percentile, middle
+from fxquant.evaluation.divergence import Evaluation, summary, token_scores
 from fxquant.tools.main import run
 
 NAMES = {"float_perplexity", "quantized_perplexity", "perplexity_ratio", "kl_mean", "kl_p99", "top1_agreement"}

@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from tiny import ABSENT, YARN, tiny_config
 
 from fxquant import ops
-from fxquant.checkpoint import open_checkpoint
-from fxquant.config import DeepseekV3Config, parse_config, read_config, yarn_mscale
+from fxquant.checkpoint.checkpoint import open_checkpoint
+from fxquant.checkpoint.config import DeepseekV3Config, parse_config, read_config, yarn_mscale
 from fxquant.errors import FxquantError
 from fxquant.frontend.source import open_source
 
@@ -263,8 +263,8 @@ def test_no_limit_takes_the_name_of_another() -> None:
     import ast
     from collections import Counter
 
-    import fxquant.limits
+    import fxquant.inputs.limits
 
-    tree = ast.parse(Path(fxquant.limits.__file__).read_text())
+    tree = ast.parse(Path(fxquant.inputs.limits.__file__).read_text())
     names = Counter(target.id for line in tree.body if isinstance(line, ast.Assign) for target in line.targets)
     assert max(names.values()) == 1

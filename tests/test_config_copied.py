@@ -11,17 +11,17 @@ import torch
 from tiny import ABSENT, float_program, write_checkpoint
 
 from fxquant.api import compile, verify
-from fxquant.checkpoint import Checkpoint, open_checkpoint
+from fxquant.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from fxquant.compilation.prepare import CompileOptions
 from fxquant.errors import FxquantError
 from fxquant.frontend.source import open_source
-from fxquant.lowering.description import engine_config
-from fxquant.lowering.engines import ENGINES
-from fxquant.lowering.verify.documents import Documents
-from fxquant.lowering.verify.report import Check
-from fxquant.preparation import CompileOptions
-from fxquant.program import Program
-from fxquant.program_file import load_program
-from fxquant.targets import Target
+from fxquant.lowering.output_folder.description import engine_config
+from fxquant.program.program import Program
+from fxquant.program.program_file import load_program
+from fxquant.targets.engines import ENGINES
+from fxquant.targets.target import Target
+from fxquant.verification.document_checks import Documents
+from fxquant.verification.report import Check
 
 Folder = Callable[..., Path]
 

@@ -10,17 +10,18 @@ import torch
 from slowness import others_slow
 
 from fxquant.api import CompileReport, compile
-from fxquant.contracts import Finding, Linear, Verdict, check, load_contract, refusal
+from fxquant.compilation.prepare import CompileOptions
 from fxquant.errors import FxquantError
-from fxquant.kinds import Kind
-from fxquant.lowering.engines import ENGINES
-from fxquant.lowering.manifest import GRAPH
-from fxquant.lowering.verify import Check
-from fxquant.preparation import CompileOptions
-from fxquant.program_file import load_program
-from fxquant.safetensors_file import TensorInfo
-from fxquant.schemes import ActivationRange, Recipe, Scheme
-from fxquant.targets import Target
+from fxquant.lowering.output_folder.manifest import GRAPH
+from fxquant.policy.kinds import Kind
+from fxquant.program.program_file import load_program
+from fxquant.schemes.schemes import ActivationRange, Recipe, Scheme
+from fxquant.storage.safetensors import TensorInfo
+from fxquant.targets.check_contract import Finding, Linear, check, refusal
+from fxquant.targets.contract import Verdict, load_contract
+from fxquant.targets.engines import ENGINES
+from fxquant.targets.target import Target
+from fxquant.verification import Check
 
 Folder = Callable[..., Path]
 NPU = [Target.ASCEND, Target.MINDIE, Target.VLLM_ASCEND, Target.SGLANG_NPU]

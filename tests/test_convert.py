@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 
 from fxquant import CompileOptions, FxquantError
 from fxquant.api import compile, convert
-from fxquant.lowering.manifest import MANIFEST, STAMPS, read_manifest
-from fxquant.policy import MtpMode
-from fxquant.targets import Target
+from fxquant.lowering.output_folder.manifest import MANIFEST, STAMPS, read_manifest
+from fxquant.policy.policy import MtpMode
+from fxquant.targets.target import Target
 from fxquant.tools.main import app
 
 SHAPE: dict[str, Any] = {

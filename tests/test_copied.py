@@ -13,11 +13,11 @@ from tiny import write_checkpoint
 
 from fxquant import CompileOptions, FxquantError, compile
 from fxquant.api import convert
-from fxquant.calibration import CALIBRATION
+from fxquant.calibration.calibration_file import CALIBRATION
 from fxquant.lowering.finish import Places
-from fxquant.lowering.manifest import FLOAT_GRAPH, GRAPH, LEDGER, MANIFEST, read_manifest
-from fxquant.safetensors_file import header_bytes, read_header
-from fxquant.targets import Target
+from fxquant.lowering.output_folder.manifest import FLOAT_GRAPH, GRAPH, LEDGER, MANIFEST, read_manifest
+from fxquant.storage.safetensors import header_bytes, read_header
+from fxquant.targets.target import Target
 
 POLICY = "deepseek_w4a8"
 EXPERT, KEPT = "model.layers.0.mlp.experts.0.gate_proj", "model.norm.weight"

@@ -8,8 +8,8 @@ from damaged_files import NAMED, Made, expected, make_output, make_source, outco
 from faults.rounds import traced_once
 
 import fxquant
-from fxquant.lowering.ascend.exported import write_exported
-from fxquant.lowering.manifest import FLOAT_GRAPH, MANIFEST, STAMPS
+from fxquant.lowering.ascend.export.exported import write_exported
+from fxquant.lowering.output_folder.manifest import FLOAT_GRAPH, MANIFEST, STAMPS
 
 QUICK = [
     (MANIFEST, "cut in half", True), (MANIFEST, "a pipe", True), ("config.json", "a pipe", False),

@@ -17,19 +17,19 @@ from typer.testing import CliRunner
 
 import fxquant
 from fxquant import CompileOptions, FxquantError
-from fxquant.calibration import CALIBRATION, load_calibration
-from fxquant.checkpoint import open_checkpoint
-from fxquant.lowering.engines import ENGINES, group_size
-from fxquant.lowering.manifest import FLOAT_GRAPH, GRAPH, LEDGER, MANIFEST, read_manifest
-from fxquant.lowering.verify.blocks import block_names, walk
-from fxquant.lowering.verify.engine import EngineChecker
-from fxquant.lowering.verify.files import check_digests
-from fxquant.program import Program
-from fxquant.program_file import load_program
+from fxquant.calibration.calibration_file import CALIBRATION, load_calibration
+from fxquant.checkpoint.checkpoint import open_checkpoint
+from fxquant.lowering.output_folder.manifest import FLOAT_GRAPH, GRAPH, LEDGER, MANIFEST, read_manifest
+from fxquant.program.program import Program
+from fxquant.program.program_file import load_program
 from fxquant.progress import silent
-from fxquant.targets import Target
+from fxquant.runtime.weight_readers import Cached, RecipeReader
+from fxquant.targets.engines import ENGINES, group_size
+from fxquant.targets.target import Target
 from fxquant.tools.main import app
-from fxquant.weights import Cached, RecipeReader
+from fxquant.verification.blocks import block_names, walk
+from fxquant.verification.engine_check import EngineChecker
+from fxquant.verification.file_checks import check_digests
 
 SHAPE: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 128, "n_routed_experts": 2, "n_group": 1,

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from tiny import rewritten
 
-from fxquant.checkpoint import Checkpoint
-from fxquant.lowering.description import (
+from fxquant.checkpoint.checkpoint import Checkpoint
+from fxquant.lowering.output_folder.description import (
     description,
     description_size,
     engine_config,
@@ -17,10 +17,10 @@ from fxquant.lowering.description import (
     json_size,
     write_json,
 )
-from fxquant.lowering.engines import ENGINES
-from fxquant.lowering.layout import plan_files, stored_tensors
-from fxquant.policy import shipped_policies
-from fxquant.targets import Target
+from fxquant.lowering.output_folder.layout import plan_files, stored_tensors
+from fxquant.policy.policy import shipped_policies
+from fxquant.targets.engines import ENGINES
+from fxquant.targets.target import Target
 
 Tiny = Callable[..., Checkpoint]
 

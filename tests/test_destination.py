@@ -13,7 +13,7 @@ from fxquant import CompileOptions, FxquantError, compile
 from fxquant.errors import StoppedError
 from fxquant.lowering.destination import Input, open_destination
 from fxquant.lowering.finish import Places
-from fxquant.lowering.manifest import MANIFEST, Manifest
+from fxquant.lowering.output_folder.manifest import MANIFEST, Manifest
 
 __all__ = ["untouched"]
 

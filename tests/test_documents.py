@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from fxquant.documents import Chat, Document, read_documents
 from fxquant.errors import FxquantError
+from fxquant.text.documents import Chat, Document, read_documents
 
 CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": None, "tool_calls": []}]
 

@@ -15,14 +15,14 @@ from torch import Tensor
 import fxquant
 from fxquant import CompileOptions, FxquantError
 from fxquant.api import open_output
-from fxquant.checkpoint import open_checkpoint
-from fxquant.dialects import Dialect
-from fxquant.lowering.engines import ENGINES, group_size
-from fxquant.lowering.readers import Arithmetic, open_reader
-from fxquant.lowering.verify.through_reader import reader_perplexity
-from fxquant.measure import evaluate_programs
-from fxquant.targets import Target
-from fxquant.text import load_batches
+from fxquant.checkpoint.checkpoint import open_checkpoint
+from fxquant.engine_readers import Arithmetic, open_reader
+from fxquant.evaluation.divergence import evaluate_programs
+from fxquant.evaluation.engine_perplexity import reader_perplexity
+from fxquant.schemes.weight_formats import Dialect
+from fxquant.targets.engines import ENGINES, group_size
+from fxquant.targets.target import Target
+from fxquant.text.load import load_batches
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "tiny_deepseek_v3"
 NPU = [Target.ASCEND, Target.MINDIE, Target.VLLM_ASCEND, Target.SGLANG_NPU]

@@ -10,12 +10,12 @@ from slowness import POLICIES as FEW_POLICIES
 import fxquant
 from fxquant import CompileOptions
 from fxquant.api import open_output
-from fxquant.execute import generate, prefill_inputs
-from fxquant.generation import step_logits
-from fxquant.lowering.verify.noise import logit_noise
-from fxquant.policy import shipped_policies
-from fxquant.targets import Target
-from fxquant.tokenizer import open_tokenizer
+from fxquant.evaluation.generate import step_logits
+from fxquant.policy.policy import shipped_policies
+from fxquant.runtime.execute import generate, prefill_inputs
+from fxquant.targets.target import Target
+from fxquant.text.tokenizer import open_tokenizer
+from fxquant.verification.noise import logit_noise
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "tiny_deepseek_v3"
 STEPS = 64
@@ -79,7 +79,7 @@ def test_run_writes_text(onnx_out: Path) -> None:
 
 
 def source_tensors() -> dict:
-    from fxquant.checkpoint import open_checkpoint
+    from fxquant.checkpoint.checkpoint import open_checkpoint
 
     checkpoint = open_checkpoint(EXAMPLE)
     return {**checkpoint.tensors, **{f"{name}.scale": info for name, info in checkpoint.scales.items()}}

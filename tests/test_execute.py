@@ -12,10 +12,10 @@ from tiny import float_program, inputs, load_model, meta_model, random_ids, rewr
 from torch import Tensor, fx
 
 from fxquant import ops
-from fxquant.checkpoint import Checkpoint
-from fxquant.execute import Values, cache_inputs, execute, generate, prefill_inputs
-from fxquant.program import Program
-from fxquant.weights import Cached, LazyStack, Read, RecipeReader
+from fxquant.checkpoint.checkpoint import Checkpoint
+from fxquant.program.program import Program
+from fxquant.runtime.execute import Values, cache_inputs, execute, generate, prefill_inputs
+from fxquant.runtime.weight_readers import Cached, LazyStack, Read, RecipeReader
 
 Tiny = Callable[..., Checkpoint]
 POLICIES = ["float", "deepseek_w4a8", "deepseek_w4a8_per_channel", "deepseek_w8a8"]

@@ -14,10 +14,10 @@ from ascend_folders import Compiled, compile_folder
 from paged import LateNorm
 from torch._subclasses import FakeTensorMode
 
-from fxquant.lowering.ascend.exported import DECODE, PREFILL, write_exported
-from fxquant.lowering.ascend.fake_weights import fake_weights
+from fxquant.lowering.ascend.export.exported import DECODE, PREFILL, write_exported
+from fxquant.lowering.ascend.export.fake_weights import fake_weights
 from fxquant.models import DecoderLayer
-from fxquant.program_file import save_program
+from fxquant.program.program_file import save_program
 
 SEQUENCES, BLOCK_SIZE = 3, 4
 
@@ -70,8 +70,8 @@ WRITE = """
 import sys
 from pathlib import Path
 from fxquant.lowering.ascend.deployment import deployment
-from fxquant.lowering.ascend.exported import write_exported
-from fxquant.program_file import load_program
+from fxquant.lowering.ascend.export.exported import write_exported
+from fxquant.program.program_file import load_program
 import torch
 program = deployment(load_program(Path(sys.argv[1]))).program
 write_exported(program, Path(sys.argv[2]), torch.float32, sequences=3, block_size=4)

@@ -12,17 +12,17 @@ import torch
 from rewrites import ULP, Rewritten, rewrite
 from torch import Tensor, fx
 
-from fxquant.checkpoint import Checkpoint
-from fxquant.execute import execute, prefill_inputs
+from fxquant.checkpoint.checkpoint import Checkpoint
+from fxquant.evaluation.divergence import document_scores, logits
 from fxquant.frontend.source import open_source
 from fxquant.kernels.activation import static_parameters
-from fxquant.kernels.recipe import rounded_weight
-from fxquant.lowering.verify.engine import Site, sites
-from fxquant.measure import document_scores, logits
-from fxquant.program import Program
-from fxquant.schemes import Recipe
-from fxquant.text import load_batches
-from fxquant.weights import RecipeReader
+from fxquant.kernels.module_tensors import rounded_weight
+from fxquant.program.program import Program
+from fxquant.runtime.execute import execute, prefill_inputs
+from fxquant.runtime.weight_readers import RecipeReader
+from fxquant.schemes.schemes import Recipe
+from fxquant.text.load import load_batches
+from fxquant.verification.engine_check import Site, sites
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "tiny_deepseek_v3"
 POLICIES = ["deepseek_w4a8", "deepseek_w4a8_per_channel", "deepseek_w8a8"]

@@ -16,7 +16,7 @@ from faults.rounds import Ended, Result, check_again, check_end, look
 from faults.scenarios import Scenario, output_files, scenarios
 
 from fxquant.lowering.weights.reserve import reserve
-from fxquant.work_folder import MARKER, Kind, WorkFolder
+from fxquant.storage.work_folder import MARKER, Kind, WorkFolder
 
 ROOT = Path(__file__).parents[1]
 

@@ -13,13 +13,13 @@ from test_calibration_file import token_ids
 from torch import Tensor
 
 from fxquant import CompileOptions, FxquantError, compile, verify
-from fxquant.kernels.feedback import DAMPING, carry_matrix, feedback_codes, hessian
-from fxquant.kernels.recipe import code_limits, fitted
-from fxquant.lowering.verify import Rebuild
-from fxquant.passes.solve import spread
-from fxquant.reference import wrong_codes
-from fxquant.schemes import Recipe, Scheme, WeightAlgorithm
-from fxquant.solved import SolvedCodes
+from fxquant.calibration.gptq import spread
+from fxquant.calibration.gptq_codes import SolvedCodes
+from fxquant.kernels.gptq import DAMPING, carry_matrix, feedback_codes, hessian
+from fxquant.kernels.module_tensors import code_limits, fitted
+from fxquant.schemes.schemes import Recipe, Scheme, WeightAlgorithm
+from fxquant.verification import Rebuild
+from fxquant.verification.reference import wrong_codes
 
 GPTQ = """
 rules:

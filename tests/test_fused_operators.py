@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fxquant import ops
-from fxquant.lowering.ascend import norm_layouts
-from fxquant.lowering.ascend.norm_composites import add_rms_norm_bias
+from fxquant.lowering.ascend.emitted import norm_layouts
+from fxquant.lowering.ascend.emitted.norm_composites import add_rms_norm_bias
 
 EPS = 1e-5
 SCALE, OFFSET = torch.tensor([0.03]), torch.tensor([-7.0])

@@ -13,20 +13,20 @@ from slowness import others_slow
 from torch import Tensor
 
 from fxquant import ops
-from fxquant.checkpoint import Checkpoint
-from fxquant.execute import execute
+from fxquant.checkpoint.checkpoint import Checkpoint
 from fxquant.lowering.ascend.deployment import Deployment, deployment
 from fxquant.models import DecoderLayer
-from fxquant.naming import operator_name
 from fxquant.passes import FuseSwigluQuantize, ShareQuantize
-from fxquant.passes.fuse_norm_quantize import WITHOUT_SUM
-from fxquant.passes.surgery import Surgery
-from fxquant.policy import shipped_policies
-from fxquant.program import Program
-from fxquant.program_file import dump_program, parse_program
-from fxquant.schemes import ActivationRange
+from fxquant.passes.npu.fuse_norm_quantize import WITHOUT_SUM
+from fxquant.policy.policy import shipped_policies
+from fxquant.program.node_builder import Surgery
+from fxquant.program.node_names import operator_name
+from fxquant.program.program import Program
+from fxquant.program.program_file import dump_program, parse_program
+from fxquant.runtime.execute import execute
+from fxquant.runtime.weight_readers import Cached, RecipeReader
+from fxquant.schemes.schemes import ActivationRange
 from fxquant.tools.fusion_table import fusion_table
-from fxquant.weights import Cached, RecipeReader
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fxquant.hadamard import NoHadamardError, base_order, hadamard, signs, turned
+from fxquant.transforms.hadamard import NoHadamardError, base_order, hadamard, signs, turned
 
 ORDERS = (1, 12, 20, 24, 28, 36, 44, 60, 104)
 SIZES = (1, 2, 4, 12, 24, 28, 64, 96, 112, 128, 192, 448, 576)

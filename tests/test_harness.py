@@ -14,8 +14,8 @@ from lm_eval.tasks import TaskManager  # noqa: E402
 
 import fxquant  # noqa: E402
 from fxquant import CompileOptions, FxquantError  # noqa: E402
-from fxquant.execute import execute, generate, prefill_inputs  # noqa: E402
-from fxquant.harness import FxquantLM  # noqa: E402
+from fxquant.evaluation.lm_eval import FxquantLM  # noqa: E402
+from fxquant.runtime.execute import execute, generate, prefill_inputs  # noqa: E402
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "tiny_deepseek_v3"
 TEXTS = [json.loads(line)["text"] for line in (EXAMPLE / "evaluation.jsonl").read_text().splitlines()[:4]]

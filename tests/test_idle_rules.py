@@ -7,10 +7,10 @@ import pytest
 from assigned import Assign, assigner
 from tiny import float_program
 
-from fxquant.checkpoint import Checkpoint
+from fxquant.checkpoint.checkpoint import Checkpoint
 from fxquant.errors import FxquantError
 from fxquant.passes import AssignSchemes, PairSmoothing
-from fxquant.policy import load_policy
+from fxquant.policy.policy import load_policy
 
 MLP = "model.layers.1.mlp"
 EXPERTS = f"{MLP}.experts"

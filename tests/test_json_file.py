@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fxquant.errors import FxquantError
-from fxquant.json_file import parse_json, read_json, read_text
-from fxquant.limits import NESTING, NUMBER_DIGITS
+from fxquant.inputs.json_file import parse_json, read_json, read_text
+from fxquant.inputs.limits import NESTING, NUMBER_DIGITS
 
 NUMBERS = st.integers(-(10**30), 10**30) | st.floats(allow_nan=False, allow_infinity=False)
 VALUES = st.recursive(

@@ -9,13 +9,13 @@ from kernel_loops import EPS, codes_of, recipe_of, same, unpack
 from torch import Tensor
 
 from fxquant import ops
-from fxquant.dialects import Dialect
-from fxquant.kernels import weight as kernels
+from fxquant.kernels import pack_int4 as kernels
 from fxquant.kernels.activation import encode_deq_scale, static_parameters
-from fxquant.kernels.recipe import make_tensors
+from fxquant.kernels.module_tensors import make_tensors
 from fxquant.lowering.ascend.operators.grouped_matmul import split_nibbles
 from fxquant.lowering.ascend.operators.quantize import npu_trans_quant_param
-from fxquant.schemes import ActivationRange, Scheme
+from fxquant.schemes.schemes import ActivationRange, Scheme
+from fxquant.schemes.weight_formats import Dialect
 
 # published vectors
 

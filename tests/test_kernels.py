@@ -21,10 +21,10 @@ from kernel_loops import (
 from torch import Tensor
 
 from fxquant.errors import FxquantError
-from fxquant.kernels import weight as kernels
-from fxquant.kernels.recipe import make_tensors, rounded_weight
-from fxquant.reference import expected_tensors
-from fxquant.schemes import ActivationRange, Scheme, tensor_specs
+from fxquant.kernels import pack_int4 as kernels
+from fxquant.kernels.module_tensors import make_tensors, rounded_weight
+from fxquant.schemes.schemes import ActivationRange, Scheme, tensor_specs
+from fxquant.verification.reference import expected_tensors
 
 # every sort of row, against the loops and the reference
 

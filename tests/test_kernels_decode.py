@@ -9,10 +9,10 @@ from kernel_loops import recipe_of
 
 from fxquant.errors import FxquantError
 from fxquant.kernels.decode import decode_row
-from fxquant.kernels.recipe import ModuleMaker, make_tensors
+from fxquant.kernels.module_tensors import ModuleMaker, make_tensors
 from fxquant.kernels.rounding import BFLOAT16, FLOAT16, FLOAT32, INFINITY, round_row, row_scale
 from fxquant.kernels.source_rows import SourceRows
-from fxquant.schemes import Scheme
+from fxquant.schemes.schemes import Scheme
 
 SHORT = [(torch.bfloat16, BFLOAT16), (torch.float16, FLOAT16)]
 

@@ -13,9 +13,9 @@ import torch
 from kernel_loops import recipe_of, same_tensors
 from kernel_reference import reference_tensors
 
-from fxquant.kernels.recipe import ModuleMaker
+from fxquant.kernels.module_tensors import ModuleMaker
 from fxquant.kernels.source_rows import rows_of
-from fxquant.schemes import Scheme
+from fxquant.schemes.schemes import Scheme
 
 ROOT = Path(__file__).parents[1]
 SMALL_PROCESS = """

@@ -13,12 +13,12 @@ from kernel_reference import decoded, reference_tensors
 from test_kernels import KINDS, row_of
 from torch import Tensor
 
-from fxquant.dialects import Dialect
 from fxquant.errors import FxquantError
-from fxquant.kernels.recipe import ModuleMaker, make_tensors, rounded_weight
+from fxquant.kernels.module_tensors import ModuleMaker, make_tensors, rounded_weight
 from fxquant.kernels.source_rows import SourceRows, rows_of
-from fxquant.reference import expected_tensors
-from fxquant.schemes import ActivationRange, Recipe, Scheme, tensor_specs
+from fxquant.schemes.schemes import ActivationRange, Recipe, Scheme, tensor_specs
+from fxquant.schemes.weight_formats import Dialect
+from fxquant.verification.reference import expected_tensors
 
 K, GROUP = 192, 32
 STORED = (*FLOATS, torch.float8_e4m3fn)

@@ -12,9 +12,9 @@ from torch import Tensor
 from fxquant import ops
 from fxquant.errors import FxquantError
 from fxquant.kernels.activation import fused_parameters, static_parameters
-from fxquant.kernels.recipe import make_tensors
-from fxquant.reference import contradiction
-from fxquant.schemes import ActivationRange, Recipe, Scheme, tensor_specs
+from fxquant.kernels.module_tensors import make_tensors
+from fxquant.schemes.schemes import ActivationRange, Recipe, Scheme, tensor_specs
+from fxquant.verification.reference import contradiction
 
 
 def static_recipe(weight: Tensor, dtype: torch.dtype, biased: bool, observed: ActivationRange) -> Recipe:

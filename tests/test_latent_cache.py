@@ -15,13 +15,13 @@ from tiny import float_program
 from torch import Tensor
 
 from fxquant import ops
-from fxquant.checkpoint import Checkpoint
+from fxquant.checkpoint.checkpoint import Checkpoint
 from fxquant.errors import FxquantError
-from fxquant.lowering.ascend.cache import Cache
+from fxquant.lowering.ascend.emitted.cache import Cache
 from fxquant.models import DecoderLayer
-from fxquant.passes.absorb_latents import AbsorbLatents
-from fxquant.passes.page_latents import CACHE_INPUTS, PageLatents
-from fxquant.weights import Cached, RecipeReader
+from fxquant.passes.npu.absorb_latents import AbsorbLatents
+from fxquant.passes.npu.page_latents import CACHE_INPUTS, PageLatents
+from fxquant.runtime.weight_readers import Cached, RecipeReader
 
 HEADS, NOPE, ROPE, VALUE, RANK = 3, 4, 2, 5, 6
 LENS = (5, 1, 7)

@@ -15,11 +15,11 @@ from paged import CALLS, LateNorm, rows, tokens
 from rewrites import ULP
 from torch import Tensor
 
-from fxquant.execute import generate, prefill_inputs
-from fxquant.lowering.ascend.cache import Cache
-from fxquant.lowering.verify.noise import logit_noise
+from fxquant.lowering.ascend.emitted.cache import Cache
 from fxquant.models import DecoderLayer
-from fxquant.tokenizer import open_tokenizer
+from fxquant.runtime.execute import generate, prefill_inputs
+from fxquant.text.tokenizer import open_tokenizer
+from fxquant.verification.noise import logit_noise
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "tiny_deepseek_v3"
 GOLDEN = Path(__file__).parent / "golden"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fxquant.machine import COPY, DISK_BYTES, Measuring, disk_rates, kernel_name
+from fxquant.planning.host_benchmark import COPY, DISK_BYTES, Measuring, disk_rates, kernel_name
 
 FORMS = ((False, 0), (True, 0), (True, 64))
 KERNELS = {COPY} | {kernel_name(four, size, fp8) for four, size in FORMS for fp8 in (False, True)}
@@ -30,7 +30,7 @@ def test_kernels_that_search_are_measured_where_they_are_needed(tmp_path: Path) 
 
 
 def test_a_measurement_that_takes_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fxquant.machine.LAST_WAIT", 0)
+    monkeypatch.setattr("fxquant.planning.host_benchmark.LAST_WAIT", 0)
     with Measuring(Path("/proc/self"), seconds=0) as measuring:
         machine = measuring.result()
     assert machine.cores > 0 and machine.kernels == {} and machine.disk_unknown
@@ -46,7 +46,7 @@ def test_a_folder_that_cannot_be_written() -> None:
 def test_the_measurement_ends_with_the_command(tmp_path: Path) -> None:
     """Also where the command is killed outright."""
     code = (
-        "import pathlib, sys, time; from fxquant.machine import Measuring\n"
+        "import pathlib, sys, time; from fxquant.planning.host_benchmark import Measuring\n"
         "measuring = Measuring(pathlib.Path(sys.argv[1]), 300)\n"
         "print(measuring._process.pid, flush=True); time.sleep(300)"
     )
@@ -63,7 +63,7 @@ def test_the_measurement_ends_with_the_command(tmp_path: Path) -> None:
 
 def test_measuring_imports_no_torch(tmp_path: Path) -> None:
     code = (
-        "import sys, pathlib, fxquant.machine as m\n"
+        "import sys, pathlib, fxquant.planning.host_benchmark as m\n"
         f"m.DISK_BYTES = {DISK_BYTES // 16}; print(*m.measure(pathlib.Path({str(tmp_path)!r})))\n"
         "assert 'torch' not in sys.modules"
     )

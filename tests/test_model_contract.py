@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from fxquant.checkpoint import open_checkpoint
+from fxquant.checkpoint.checkpoint import open_checkpoint
 from fxquant.errors import FxquantError
 from fxquant.frontend.build import trace_file
 from fxquant.frontend.source import open_source
-from fxquant.program_file import dump_program, parse_program
-from fxquant.structure import structural_hash
+from fxquant.program.program_file import dump_program, parse_program
+from fxquant.program.structural_hash import structural_hash
 
 OWN = """
 import torch

@@ -15,8 +15,8 @@ from fxquant.errors import FxquantError
 from fxquant.frontend import child
 from fxquant.frontend.child import Traced
 from fxquant.frontend.source import open_source
-from fxquant.limits import ANSWER_BYTES
-from fxquant.processes import Ended
+from fxquant.inputs.limits import ANSWER_BYTES
+from fxquant.processes.command import Ended
 
 PLAIN = """
 from fxquant.models import DeepseekV3

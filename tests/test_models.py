@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RotaryEmbedding, DeepseekV3TopkRouter
 
-from fxquant.checkpoint import Checkpoint, open_checkpoint
-from fxquant.config import parse_config
+from fxquant.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from fxquant.checkpoint.config import parse_config
 from fxquant.models import DeepseekV3, rotary
 from fxquant.models.layers import Gate
 

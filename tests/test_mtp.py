@@ -12,14 +12,14 @@ from slowness import others_slow
 from tiny import write_checkpoint
 
 from fxquant.api import compile, verify
-from fxquant.binding import Bucket
-from fxquant.checkpoint import open_checkpoint
+from fxquant.checkpoint.checkpoint import open_checkpoint
+from fxquant.compilation.ledger import Bucket
+from fxquant.compilation.prepare import CompileOptions
 from fxquant.errors import FxquantError
-from fxquant.policy import MtpMode
-from fxquant.preparation import CompileOptions
-from fxquant.program_file import load_program
-from fxquant.reference import expected_tensors
-from fxquant.targets import Target
+from fxquant.policy.policy import MtpMode
+from fxquant.program.program_file import load_program
+from fxquant.targets.target import Target
+from fxquant.verification.reference import expected_tensors
 
 Folder = Callable[..., Path]
 DYNAMIC = {Target.VLLM_ASCEND: "deepseek_w4a8_per_channel"}

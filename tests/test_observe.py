@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fxquant.kernels.recipe import make_tensors
-from fxquant.passes.observe import combine, histogram_range, percentile_range
-from fxquant.policy import ActivationStatistic
-from fxquant.schemes import ActivationRange, Recipe, Scheme
+from fxquant.calibration.observers import combine, histogram_range, percentile_range
+from fxquant.kernels.module_tensors import make_tensors
+from fxquant.policy.policy import ActivationStatistic
+from fxquant.schemes.schemes import ActivationRange, Recipe, Scheme
 
 DATA = json.loads((Path(__file__).parent / "data/activations.json").read_text())["linears"]
 PRODUCED = Path(__file__).parents[2] / "shared/conformance/msmodelslim"

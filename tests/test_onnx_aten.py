@@ -12,8 +12,8 @@ from torch.export import Dim
 
 from fxquant.lowering.onnx import write_onnx
 from fxquant.lowering.onnx.runner import session_options
-from fxquant.program import Program
-from fxquant.program_graph import ProgramGraph
+from fxquant.program.graph import ProgramGraph
+from fxquant.program.program import Program
 from fxquant.tracing.canonical import canonicalize
 
 

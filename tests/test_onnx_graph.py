@@ -16,12 +16,12 @@ from onnx_graphs import Emitted, assert_operators_agree, check_everything, emit,
 from slowness import POLICIES as FEW_POLICIES
 from slowness import others_slow
 
-from fxquant.checkpoint import Checkpoint
-from fxquant.execute import generate, prefill_inputs
+from fxquant.checkpoint.checkpoint import Checkpoint
 from fxquant.lowering.onnx.builder import DOMAIN
 from fxquant.lowering.onnx.runner import products_saturate, session_options
-from fxquant.policy import shipped_policies
-from fxquant.safetensors_file import read_header
+from fxquant.policy.policy import shipped_policies
+from fxquant.runtime.execute import generate, prefill_inputs
+from fxquant.storage.safetensors import read_header
 
 
 @pytest.fixture(scope="session")

@@ -12,13 +12,13 @@ from onnx_graphs import check_everything, emit, quantized
 from tiny import random_tensors, stored_tensors, tiny_config, write_checkpoint, write_shards
 from torch import Tensor, fx, nn
 
-from fxquant.checkpoint import Checkpoint, open_checkpoint
+from fxquant.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from fxquant.errors import FxquantError
 from fxquant.lowering.onnx import write_onnx
 from fxquant.lowering.onnx.runner import OnnxRunner
 from fxquant.models import DecoderLayer
-from fxquant.passes.surgery import Surgery
-from fxquant.program import Program
+from fxquant.program.node_builder import Surgery
+from fxquant.program.program import Program
 
 ATEN = torch.ops.aten
 

@@ -9,15 +9,15 @@ from graphs import equal, traced
 from tiny import meta_model, random_ids
 from torch import Tensor
 
-from fxquant.aten_operators import ATEN
-from fxquant.checkpoint import Checkpoint
+from fxquant.checkpoint.checkpoint import Checkpoint
 from fxquant.errors import FxquantError
-from fxquant.execute import execute, prefill_inputs
-from fxquant.lowering.ascend.aten import FUNCTIONAL, METHODS, TORCH
+from fxquant.lowering.ascend.emitter.aten import FUNCTIONAL, METHODS, TORCH
 from fxquant.lowering.onnx.aten import MATH_OPERATORS, SHAPE_OPERATORS
 from fxquant.models import DecoderLayer
-from fxquant.operators import NAMES, OPERATORS
-from fxquant.program_file import dump_program, parse_program
+from fxquant.program.aten_operators import ATEN
+from fxquant.program.operators import NAMES, OPERATORS
+from fxquant.program.program_file import dump_program, parse_program
+from fxquant.runtime.execute import execute, prefill_inputs
 
 
 def test_each_name_is_one_operator() -> None:

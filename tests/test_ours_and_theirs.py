@@ -10,8 +10,8 @@ from tiny import write_checkpoint
 
 from fxquant import CompileOptions, FxquantError, compile
 from fxquant.lowering.destination import open_destination
-from fxquant.lowering.manifest import MANIFEST, Manifest
-from fxquant.work_folder import MARKER, Kind, WorkFolder
+from fxquant.lowering.output_folder.manifest import MANIFEST, Manifest
+from fxquant.storage.work_folder import MARKER, Kind, WorkFolder
 
 __all__ = ["untouched"]
 KINDS = [*Kind]

@@ -18,15 +18,15 @@ from tiny import rewritten
 
 import fxquant
 from fxquant import CompileOptions, FxquantError
-from fxquant.checkpoint import Checkpoint
+from fxquant.checkpoint.checkpoint import Checkpoint
+from fxquant.engine_readers.folder import WeightFolder
 from fxquant.lowering.ascend.deployment import deployment
-from fxquant.lowering.ascend.emit import ascend_source
-from fxquant.lowering.manifest import MANIFEST, Manifest, read_manifest
+from fxquant.lowering.ascend.emitter.emit import ascend_source
 from fxquant.lowering.onnx.required import require_emitted
-from fxquant.lowering.readers.folder import WeightFolder
-from fxquant.lowering.verify.weights import WeightFiles, check_stored
-from fxquant.program_file import dump_program, load_program, parse_program
-from fxquant.targets import Target
+from fxquant.lowering.output_folder.manifest import MANIFEST, Manifest, read_manifest
+from fxquant.program.program_file import dump_program, load_program, parse_program
+from fxquant.targets.target import Target
+from fxquant.verification.weight_checks import WeightFiles, check_stored
 
 DIGEST = "0" * 32
 GOOD: dict[str, Any] = {
@@ -123,7 +123,7 @@ def test_no_session_is_made_of_another_model(
     program, files = load_program(out / "fxquant_graph.json"), WeightFiles(out)
     with pytest.raises(FxquantError, match="not what the graph emits|not an ONNX model"):
         require_emitted(program, files.infos, out)
-    from fxquant.generation import step_logits
+    from fxquant.evaluation.generate import step_logits
 
     with pytest.raises(FxquantError, match="not what the graph emits|not an ONNX model"):
         list(step_logits(out, program, files.read, [1], 1))

@@ -11,10 +11,9 @@ from tiny import float_program
 from torch import Tensor, fx
 
 from fxquant import ops
-from fxquant.checkpoint import Checkpoint
-from fxquant.config import DeepseekV3Config
+from fxquant.checkpoint.checkpoint import Checkpoint
+from fxquant.checkpoint.config import DeepseekV3Config
 from fxquant.errors import FxquantError, InternalError
-from fxquant.execute import execute, prefill_inputs
 from fxquant.models import DecoderLayer
 from fxquant.passes import (
     CheckCoverage,
@@ -24,9 +23,10 @@ from fxquant.passes import (
     QuantizeLinear,
     run_passes,
 )
-from fxquant.passes.linears import linear_sites
-from fxquant.program import Program
-from fxquant.schemes import Recipe, Scheme
+from fxquant.program.linears import linear_sites
+from fxquant.program.program import Program
+from fxquant.runtime.execute import execute, prefill_inputs
+from fxquant.schemes.schemes import Recipe, Scheme
 
 # subclasses
 

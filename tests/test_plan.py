@@ -18,12 +18,12 @@ from tiny import write_checkpoint
 
 import fxquant
 from fxquant import CompileOptions, FxquantError, Plan
-from fxquant.checkpoint import open_checkpoint
-from fxquant.estimate import PER_WORKER_BYTES, Memory, estimate
-from fxquant.lowering.engines import ENGINES
-from fxquant.machine import COPY, Machine, Measuring, kernel_name
-from fxquant.policy import LEAVE_OUT, MtpMode, shipped_policies
-from fxquant.targets import Target
+from fxquant.checkpoint.checkpoint import open_checkpoint
+from fxquant.planning.estimate import PER_WORKER_BYTES, Memory, estimate
+from fxquant.planning.host_benchmark import COPY, Machine, Measuring, kernel_name
+from fxquant.policy.policy import LEAVE_OUT, MtpMode, shipped_policies
+from fxquant.targets.engines import ENGINES
+from fxquant.targets.target import Target
 from fxquant.tools.main import run
 
 Folder = Callable[..., Path]
@@ -201,7 +201,7 @@ def test_671b_per_channel_arithmetic(published: Plan) -> None:
 def test_671b_memory_of_the_command() -> None:
     """Of both processes together, at their largest."""
     code = (
-        "import sys; from fxquant.tools.main import run; from fxquant.machine import peak_bytes\n"
+        "import sys; from fxquant.tools.main import run; from fxquant.planning.host_benchmark import peak_bytes\n"
         f"sys.argv = ['fxquant', 'plan', {str(PUBLISHED)!r}, '-p', 'deepseek_w4a8_dynamic', '--json']\n"
         "try: run()\n"
         "except SystemExit: pass\n"

@@ -5,9 +5,9 @@ from collections.abc import Callable
 import pytest
 from assigned import Assign, assigner, scheme_of
 
-from fxquant.checkpoint import Checkpoint
-from fxquant.policy import LEAVE_OUT, ActivationStatistic, CalibrationWeights, load_policy, shipped_policies
-from fxquant.schemes import Scheme
+from fxquant.checkpoint.checkpoint import Checkpoint
+from fxquant.policy.policy import LEAVE_OUT, ActivationStatistic, CalibrationWeights, load_policy, shipped_policies
+from fxquant.schemes.schemes import Scheme
 
 STATIC, DYNAMIC, INT4_256, INT4 = "W8A8", "W8A8_DYNAMIC", "W4A8_DYNAMIC group_size 256", "W4A8_DYNAMIC"
 ATTENTION = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj")

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 from assigned import Assign, assigner, scheme_of
 
-from fxquant.checkpoint import Checkpoint
+from fxquant.checkpoint.checkpoint import Checkpoint
 from fxquant.errors import FxquantError
-from fxquant.idle_rules import Decided
-from fxquant.kinds import Kind
-from fxquant.policy import ActivationStatistic, CalibrationWeights, Policy, Rule, load_policy
+from fxquant.policy.kinds import Kind
+from fxquant.policy.policy import ActivationStatistic, CalibrationWeights, Policy, Rule, load_policy
+from fxquant.policy.unused_rules import Decided
 
 Write = Callable[..., str]
 

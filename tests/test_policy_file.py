@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from fxquant.errors import FxquantError
-from fxquant.limits import NESTING, POLICY_BYTES, POLICY_DEPTH, POLICY_VALUES
-from fxquant.policy import Policy, load_policy, shipped_policies
+from fxquant.inputs.limits import NESTING, POLICY_BYTES, POLICY_DEPTH, POLICY_VALUES
+from fxquant.policy.policy import Policy, load_policy, shipped_policies
 
 INSIDES = (
     "Extra inputs",

@@ -12,9 +12,9 @@ from pydantic import ValidationError
 from pydantic_core._pydantic_core import list_all_errors
 
 from fxquant.errors import FxquantError
-from fxquant.policy import load_policy, shipped_policies
-from fxquant.policy_file import PolicyFile
-from fxquant.validation import wrong_values
+from fxquant.inputs.validation import wrong_values
+from fxquant.policy.policy import load_policy, shipped_policies
+from fxquant.policy.policy_file import PolicyFile
 
 INSIDES = ("Extra inputs", "str-enum", "literal[", "unicode string", "nput should", "pydantic", "function-")
 LEAVES = st.one_of(
@@ -51,7 +51,7 @@ def test_documents(document: Any) -> None:
 @given(st.sampled_from(shipped_policies()), st.integers(0, 2**32), st.integers(1, 6))
 def test_changed_bytes_of_shipped_files(name: str, seed: int, changes: int) -> None:
     chance = random.Random(seed)
-    folder = Path(__file__).parents[1] / "fxquant" / "policies"
+    folder = Path(__file__).parents[1] / "fxquant" / "policy" / "shipped"
     content = bytearray((folder / f"{name}.yaml").read_bytes())
     for _ in range(changes):
         place = chance.randrange(len(content))

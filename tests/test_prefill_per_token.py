@@ -9,12 +9,12 @@ from paged import copy
 from torch import Tensor
 
 from fxquant import ops
-from fxquant.checkpoint import Checkpoint
-from fxquant.execute import execute, prefill_inputs
+from fxquant.checkpoint.checkpoint import Checkpoint
 from fxquant.lowering.ascend.deployment import deployment
-from fxquant.passes.prefill_per_token import PrefillPerToken
-from fxquant.program import Program
-from fxquant.weights import RecipeReader
+from fxquant.passes.npu.prefill_per_token import PrefillPerToken
+from fxquant.program.program import Program
+from fxquant.runtime.execute import execute, prefill_inputs
+from fxquant.runtime.weight_readers import RecipeReader
 
 RULES = 'rules: [{{kind: attention, path: "*.kv_b_proj", scheme: FLOAT}}, {{kind: attention, scheme: {}}}]'
 STATIC = (ops.quantize_static, ops.dequantize_static, ops.add_rms_norm_quantize_static)

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from fxquant.limits import OUTPUT_BYTES
-from fxquant.processes import Ended, run_to_end
+from fxquant.inputs.limits import OUTPUT_BYTES
+from fxquant.processes.command import Ended, run_to_end
 
 SESSION = """
 import os, sys, time
@@ -137,7 +137,7 @@ def test_an_interrupt_ends_all(note: Path) -> None:
 def test_all_end_with_the_process_that_asked(note: Path, end: signal.Signals) -> None:
     """In whatever way, while a copy of it holds the pipes open."""
     code = (
-        "import os, sys, time\nfrom fxquant.processes import run_to_end\nimport threading\n"
+        "import os, sys, time\nfrom fxquant.processes.command import run_to_end\nimport threading\n"
         "threading.Timer(0.5, lambda: os.fork() or time.sleep(30)).start()\n"
         "run_to_end(sys.argv[1:], 600)"
     )
@@ -153,7 +153,7 @@ def test_all_end_with_the_process_that_asked(note: Path, end: signal.Signals) ->
 def test_the_command_ends_with_its_supervisor(note: Path) -> None:
     """Which only the system ends before its time."""
     code = (
-        "import os, sys, time\nfrom fxquant.processes import end_with\nend_with(int(sys.argv[2]))\n"
+        "import os, sys, time\nfrom fxquant.processes.command import end_with\nend_with(int(sys.argv[2]))\n"
         "open(sys.argv[1], 'w').write(str(os.getpid()))\ntime.sleep(1000)"
     )
     asking = "import subprocess, sys, os, time; subprocess.Popen([*sys.argv[1:], str(os.getpid())]); time.sleep(1000)"

@@ -13,13 +13,13 @@ from graphs import equal, traced
 from tiny import float_program, meta_model, random_ids, rewritten
 from torch import Tensor
 
-from fxquant.checkpoint import Checkpoint
+from fxquant.checkpoint.checkpoint import Checkpoint
 from fxquant.errors import FxquantError
-from fxquant.execute import execute, prefill_inputs
 from fxquant.models import DecoderLayer
-from fxquant.program import Program
-from fxquant.program_file import load_program, save_program
-from fxquant.weights import RecipeReader
+from fxquant.program.program import Program
+from fxquant.program.program_file import load_program, save_program
+from fxquant.runtime.execute import execute, prefill_inputs
+from fxquant.runtime.weight_readers import RecipeReader
 
 POLICIES = ["deepseek_w4a8", "deepseek_w4a8_per_channel", "deepseek_w4a8_shared_w4", "deepseek_w8a8", "float"]
 

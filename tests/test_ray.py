@@ -22,13 +22,13 @@ from tiny import write_checkpoint
 from typer.testing import CliRunner
 
 from fxquant import CompileOptions, FxquantError, compile
-from fxquant.checkpoint import open_checkpoint
+from fxquant.checkpoint.checkpoint import open_checkpoint
+from fxquant.checkpoint.stamped_reader import checkpoint_files, stamp_files
 from fxquant.errors import StoppedError
-from fxquant.lowering.layout import StoredTensor
+from fxquant.lowering.output_folder.layout import StoredTensor
 from fxquant.lowering.weights import CheckpointProducer, Place, Unit, WorkEngine, Workers, ray_cluster
 from fxquant.lowering.weights.fill import FillJob
-from fxquant.schemes import TensorSpec
-from fxquant.source_reader import checkpoint_files, stamp_files
+from fxquant.schemes.schemes import TensorSpec
 from fxquant.tools.main import app
 from fxquant.tools.signals import Signals
 

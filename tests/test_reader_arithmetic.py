@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from reader_folders import Draft
 from torch import Tensor
 
-from fxquant.lowering.readers.activation import PerTensor, PerToken
-from fxquant.lowering.readers.arithmetic import (
+from fxquant.engine_readers.activation import PerTensor, PerToken
+from fxquant.engine_readers.arithmetic import (
     Arithmetic,
     float32_bits,
     half_step,
@@ -18,9 +18,9 @@ from fxquant.lowering.readers.arithmetic import (
     quantize_per_token,
     truncate_fp19,
 )
-from fxquant.lowering.readers.int4_terms import TwoLevel
-from fxquant.lowering.readers.packed_layout import pack_layout
-from fxquant.lowering.readers.packed_shard import PackedShard
+from fxquant.engine_readers.int4_terms import TwoLevel
+from fxquant.engine_readers.packed_layout import pack_layout
+from fxquant.engine_readers.packed_shard import PackedShard
 
 DTYPES = (torch.bfloat16, torch.float16)
 

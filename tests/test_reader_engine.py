@@ -18,15 +18,15 @@ from torch import Tensor
 
 import fxquant
 from fxquant import CompileOptions, FxquantError
-from fxquant.lowering.manifest import GRAPH
-from fxquant.lowering.verify.blocks import block_names, walk
-from fxquant.lowering.verify.engine import EngineChecker
-from fxquant.lowering.verify.report import Check
-from fxquant.lowering.verify.weights import WeightFiles
-from fxquant.program import Program
-from fxquant.program_file import load_program
-from fxquant.targets import Target
-from fxquant.weights import Cached
+from fxquant.lowering.output_folder.manifest import GRAPH
+from fxquant.program.program import Program
+from fxquant.program.program_file import load_program
+from fxquant.runtime.weight_readers import Cached
+from fxquant.targets.target import Target
+from fxquant.verification.blocks import block_names, walk
+from fxquant.verification.engine_check import EngineChecker
+from fxquant.verification.report import Check
+from fxquant.verification.weight_checks import WeightFiles
 
 MIXED = """
 extends: deepseek_w4a8_per_channel

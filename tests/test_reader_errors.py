@@ -9,9 +9,9 @@ import torch
 from reader_folders import EXPERTS, MINDIE_DESCRIPTION, WEIGHTS, Draft
 from safetensors.torch import save_file
 
+from fxquant.engine_readers import open_reader
+from fxquant.engine_readers.mindie import open_mindie
 from fxquant.errors import FxquantError
-from fxquant.lowering.readers import open_reader
-from fxquant.lowering.readers.mindie import open_mindie
 
 ATTENTION = "model.layers.0.self_attn"
 LINEAR = f"{ATTENTION}.q_a_proj"

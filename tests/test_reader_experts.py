@@ -8,7 +8,7 @@ import torch
 from reader_folders import EXPERTS, Draft
 from torch import Tensor
 
-from fxquant.lowering.readers import Arithmetic, Loaded, open_reader
+from fxquant.engine_readers import Arithmetic, Loaded, open_reader
 
 HIDDEN, WIDTH = 256, 4096
 """16 ranks of down_proj get one group of 256 each."""

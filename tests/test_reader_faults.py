@@ -10,7 +10,7 @@ from slowness import others_slow
 from test_reader_experts import PROJECTIONS, WIDTH, draft_for, load, miss, random_input
 from torch import Tensor
 
-from fxquant.lowering.readers import Arithmetic
+from fxquant.engine_readers import Arithmetic
 
 Tensors = dict[str, Tensor]
 PACKED = pytest.mark.parametrize("engine", ["vllm-ascend", "vllm-ascend-per-group"])

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-import fxquant.lowering.readers
+import fxquant.engine_readers
 
-FOLDER = Path(fxquant.lowering.readers.__file__).parent
+FOLDER = Path(fxquant.engine_readers.__file__).parent
 FILES = sorted(FOLDER.glob("*.py"))
 
 
@@ -24,7 +24,7 @@ def imported(file: Path) -> Iterator[str]:
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_imports_of_fxquant_are_its_errors_and_the_readers(file: Path) -> None:
-    allowed = ("fxquant.errors.", "fxquant.lowering.readers.")
+    allowed = ("fxquant.errors.", "fxquant.engine_readers.")
     own = [name for name in imported(file) if name.split(".")[0] in ("fxquant", "lowering", "passes", "tools")]
     assert [name for name in own if not name.startswith(allowed)] == []
 

@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 from reader_folders import Draft, pack
 from torch import Tensor
 
-from fxquant.lowering.readers.int4_terms import TwoLevel
-from fxquant.lowering.readers.packed_layout import PackedLayout, pack_layout, unpack_words
+from fxquant.engine_readers.int4_terms import TwoLevel
+from fxquant.engine_readers.packed_layout import PackedLayout, pack_layout, unpack_words
 
 
 def layout_of(q: Tensor, second: Tensor | None = None, columns: int = 1) -> PackedLayout:

@@ -7,10 +7,10 @@ import torch
 from reader_folders import MINDIE_DESCRIPTION, Draft
 from torch import Tensor
 
+from fxquant.engine_readers import Arithmetic, open_reader
+from fxquant.engine_readers.linear_loader import MixedLinear
+from fxquant.engine_readers.ranks import Loaded, Ranks
 from fxquant.errors import FxquantError
-from fxquant.lowering.readers import Arithmetic, open_reader
-from fxquant.lowering.readers.linear_loader import MixedLinear
-from fxquant.lowering.readers.ranks import Loaded, Ranks
 
 RANKS = (1, 2, 4, 8, 16)
 LINEAR = "model.layers.0.self_attn.q_b_proj"

@@ -8,12 +8,12 @@ import torch
 from test_reader_engine import CASES, Compile, compiled
 from torch import Tensor
 
-from fxquant.execute import execute, prefill_inputs
-from fxquant.lowering.readers import Arithmetic, open_reader
-from fxquant.lowering.verify.noise import logit_noise
-from fxquant.lowering.verify.through_reader import reader_perplexity, run_through_reader
-from fxquant.lowering.verify.weights import WeightFiles
-from fxquant.measure import evaluate_programs
+from fxquant.engine_readers import Arithmetic, open_reader
+from fxquant.evaluation.divergence import evaluate_programs
+from fxquant.evaluation.engine_perplexity import reader_perplexity, run_through_reader
+from fxquant.runtime.execute import execute, prefill_inputs
+from fxquant.verification.noise import logit_noise
+from fxquant.verification.weight_checks import WeightFiles
 
 __all__ = ["compiled"]
 ENGINES = pytest.mark.parametrize("engine", ["vllm-ascend", "mindie"])

@@ -10,12 +10,12 @@ import pytest
 
 import fxquant
 from fxquant import CompileOptions
-from fxquant.checkpoint import open_checkpoint
-from fxquant.lowering.ascend.exported import DECODE, PREFILL
-from fxquant.lowering.manifest import FLOAT_GRAPH, GRAPH, LEDGER
-from fxquant.lowering.verify import remade
-from fxquant.lowering.verify.remade import OWN, Remade, check_remade
-from fxquant.program_file import load_program
+from fxquant.checkpoint.checkpoint import open_checkpoint
+from fxquant.lowering.ascend.export.exported import DECODE, PREFILL
+from fxquant.lowering.output_folder.manifest import FLOAT_GRAPH, GRAPH, LEDGER
+from fxquant.program.program_file import load_program
+from fxquant.verification import remade
+from fxquant.verification.remade import OWN, Remade, check_remade
 
 
 @pytest.fixture(scope="module")

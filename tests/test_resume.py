@@ -20,7 +20,7 @@ from fxquant.lowering.finish import Places
 from fxquant.lowering.weights import Unit
 from fxquant.lowering.weights.fill import FillJob
 from fxquant.lowering.workspace import open_workspace
-from fxquant.safetensors_file import read_header
+from fxquant.storage.safetensors import read_header
 
 POLICY = "deepseek_w4a8_dynamic"
 COMPILE = """

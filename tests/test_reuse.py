@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from fxquant import CompileOptions, FxquantError, compile
-from fxquant.lowering.manifest import MANIFEST, STAMPS, read_manifest
+from fxquant.lowering.output_folder.manifest import MANIFEST, STAMPS, read_manifest
 from fxquant.lowering.weights import Unit
 from fxquant.lowering.weights.fill import FillJob
 from fxquant.tools.main import app

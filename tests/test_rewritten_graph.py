@@ -8,10 +8,10 @@ from tiny import float_program
 from torch import Tensor
 
 from fxquant import ops
-from fxquant.naming import operator_name
-from fxquant.passes.linears import linear_sites
-from fxquant.printing import format_program
-from fxquant.program import Program
+from fxquant.program.linears import linear_sites
+from fxquant.program.node_names import operator_name
+from fxquant.program.program import Program
+from fxquant.program.text import format_program
 
 # the rewritten graph
 

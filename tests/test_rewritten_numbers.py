@@ -8,9 +8,9 @@ from rewrites import ULP, Rewritten, check_registered, every_policy, integers_of
 from tiny import float_program, meta_model, random_ids
 from torch import Tensor
 
-from fxquant.checkpoint import Checkpoint
-from fxquant.execute import execute, prefill_inputs
-from fxquant.schemes import Recipe
+from fxquant.checkpoint.checkpoint import Checkpoint
+from fxquant.runtime.execute import execute, prefill_inputs
+from fxquant.schemes.schemes import Recipe
 
 # the numbers
 

@@ -9,15 +9,15 @@ from safetensors.torch import load_file, save_file
 from tiny import YARN, float_program, meta_model, write_checkpoint
 from torch import Tensor
 
-from fxquant.binding import Bucket, build_ledger
-from fxquant.checkpoint import Checkpoint, open_checkpoint
-from fxquant.config import parse_config
-from fxquant.dialects import Dialect
+from fxquant.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from fxquant.checkpoint.config import parse_config
+from fxquant.compilation.ledger import Bucket, build_ledger
 from fxquant.errors import FxquantError
 from fxquant.models import rotary
 from fxquant.passes import AssignMtp, AssignSchemes
-from fxquant.policy import MtpMode, load_policy
-from fxquant.program import Program
+from fxquant.policy.policy import MtpMode, load_policy
+from fxquant.program.program import Program
+from fxquant.schemes.weight_formats import Dialect
 
 LAYER = "model.layers.1.self_attn.rotary_emb.inv_freq"
 MTP_LAYER = "model.layers.2.self_attn.rotary_emb.inv_freq"

@@ -15,14 +15,14 @@ from tiny import float_program
 from torch import Tensor
 
 from fxquant import CompileOptions, FxquantError, compile, verify
-from fxquant.calibration import CALIBRATION, load_calibration
-from fxquant.checkpoint import Checkpoint
+from fxquant.calibration.calibration_file import CALIBRATION, load_calibration
+from fxquant.checkpoint.checkpoint import Checkpoint
+from fxquant.checkpoint.rotated import rotation
 from fxquant.lowering.weights.work import Workers
 from fxquant.passes.find_rotation import NotTurnedError, find_turns
-from fxquant.planning import plan
-from fxquant.rotated import rotation
-from fxquant.rotation import Rotate, Turn
-from fxquant.smoothing import Smoothing
+from fxquant.planning.plan import plan
+from fxquant.transforms.rotation import Rotate, Turn
+from fxquant.transforms.weight_transforms import Smoothing
 
 BOTH = (Rotate.HIDDEN, Rotate.HEADS)
 ROTATE = "rotate: [hidden, heads]"

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load, save_file
 from torch import Tensor
 
-from fxquant import safetensors_file
 from fxquant.errors import FxquantError
-from fxquant.safetensors_file import DTYPES, build_header, header_length, quoted_size, read_header
+from fxquant.storage import safetensors as safetensors_file
+from fxquant.storage.safetensors import DTYPES, build_header, header_length, quoted_size, read_header
 
 
 def tensor_of(dtype: torch.dtype, shape: tuple[int, ...], seed: int = 0) -> Tensor:

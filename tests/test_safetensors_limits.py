@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from test_safetensors_file import entry, write
 
-from fxquant import safetensors_file
 from fxquant.errors import FxquantError
-from fxquant.safetensors_file import read_header, read_metadata
+from fxquant.storage import safetensors as safetensors_file
+from fxquant.storage.safetensors import read_header, read_metadata
 
 
 def test_numbers_of_thousands_of_digits_cost_nothing(tmp_path: Path) -> None:

@@ -14,14 +14,14 @@ from torch import Tensor, fx
 
 from fxquant import CompileOptions, compile, evaluate
 from fxquant.api import sensitivity
-from fxquant.checkpoint import Checkpoint
+from fxquant.checkpoint.checkpoint import Checkpoint
 from fxquant.errors import FxquantError
-from fxquant.execute import execute, prefill_inputs
-from fxquant.losses import Sensitivity
-from fxquant.measure import evaluate_programs
-from fxquant.sensitivity import measure_sensitivity
+from fxquant.evaluation.divergence import evaluate_programs
+from fxquant.evaluation.sensitivity import measure_sensitivity
+from fxquant.evaluation.sensitivity_report import Sensitivity
+from fxquant.runtime.execute import execute, prefill_inputs
+from fxquant.runtime.weight_readers import RecipeReader
 from fxquant.tools.main import run
-from fxquant.weights import RecipeReader
 
 POLICY = "deepseek_w4a8_per_channel"
 EXPERTS = "model.layers.1.mlp.experts"

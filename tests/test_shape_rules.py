@@ -6,7 +6,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from fxquant import ops
-from fxquant.shape_rules import ShapeRules
+from fxquant.program.shape_inference import ShapeRules
 
 ATEN = torch.ops.aten
 

@@ -12,13 +12,13 @@ from tiny import float_program, load_model, meta_model, random_ids
 from torch import Tensor
 
 from fxquant import CompileOptions, FxquantError, compile, verify
-from fxquant.calibration import CALIBRATION, load_calibration
-from fxquant.checkpoint import Checkpoint, open_checkpoint
-from fxquant.execute import execute, prefill_inputs
+from fxquant.calibration.calibration_file import CALIBRATION, load_calibration
+from fxquant.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from fxquant.passes import AssignSchemes, Calibrate, PairSmoothing
-from fxquant.policy import load_policy
-from fxquant.program import Program
-from fxquant.smoothing import Smoothing
+from fxquant.policy.policy import load_policy
+from fxquant.program.program import Program
+from fxquant.runtime.execute import execute, prefill_inputs
+from fxquant.transforms.weight_transforms import Smoothing
 
 M4 = "deepseek_w4a8_msmodelslim_m4"
 TARGETS = ("ascend", "mindie", "sglang-npu", "onnx")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from torch import nn
 
-from fxquant.config import DeepseekV3Config, parse_config
+from fxquant.checkpoint.config import DeepseekV3Config, parse_config
 from fxquant.errors import FxquantError
 from fxquant.frontend.build import build_model, checkpoint_folder, trace_file
 from fxquant.frontend.source import open_source
@@ -27,7 +27,7 @@ def build_model(config):
 """
 SMALL = """
 import torch
-from fxquant.config import DeepseekV3Config
+from fxquant.checkpoint.config import DeepseekV3Config
 from fxquant.models import DeepseekV3
 
 config = DeepseekV3Config(

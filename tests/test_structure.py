@@ -10,10 +10,10 @@ from tiny import float_program, tiny_config
 from torch import fx
 
 from fxquant import ops
-from fxquant.checkpoint import Checkpoint
-from fxquant.kinds import Kind
-from fxquant.program import Program
-from fxquant.structure import structural_hash
+from fxquant.checkpoint.checkpoint import Checkpoint
+from fxquant.policy.kinds import Kind
+from fxquant.program.program import Program
+from fxquant.program.structural_hash import structural_hash
 
 Change = Callable[[Program], None]
 NORM = "model.norm.weight"

@@ -10,19 +10,18 @@ from typing import Any
 import pytest
 import torch
 
-from fxquant.calibration import Calibration, Seen
-from fxquant.contracts import Verdict, load_contract
-from fxquant.deployments import RANKS, Deployment
-from fxquant.estimate import Estimate, Memory
-from fxquant.kinds import Kind
-from fxquant.losses import ModuleLoss, Sensitivity
-from fxquant.lowering.verify.report import Check, VerifyReport
+from fxquant.calibration.calibration_file import Calibration, Seen
+from fxquant.evaluation.divergence import Evaluation
+from fxquant.evaluation.sensitivity_report import ModuleLoss, Sensitivity
 from fxquant.lowering.weights.work import WorkReport
-from fxquant.machine import Machine
-from fxquant.measure import Evaluation
-from fxquant.plan_rows import PlanRow
-from fxquant.planning import Plan
-from fxquant.targets import Target
+from fxquant.planning.estimate import Estimate, Memory
+from fxquant.planning.host_benchmark import Machine
+from fxquant.planning.plan import Plan
+from fxquant.planning.support_matrix import RANKS, Deployment
+from fxquant.planning.tally import PlanRow
+from fxquant.policy.kinds import Kind
+from fxquant.targets.contract import Verdict, load_contract
+from fxquant.targets.target import Target
 from fxquant.tools import sensitivity, targets
 from fxquant.tools.compare import comparison_table
 from fxquant.tools.compile_report import few_tokens_line, print_report
@@ -31,6 +30,7 @@ from fxquant.tools.evaluate import evaluation_table
 from fxquant.tools.plan import print_plan
 from fxquant.tools.tables import NamedTable
 from fxquant.tools.verify import verification_table
+from fxquant.verification.report import Check, VerifyReport
 
 WIDTHS = (60, 80, 120, LOG_WIDTH)
 MODULE = "model.layers.{}.mlp.shared_experts.down_proj"

@@ -14,10 +14,10 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 
-from fxquant.checkpoint import Checkpoint
+from fxquant.checkpoint.checkpoint import Checkpoint
 from fxquant.errors import FxquantError
-from fxquant.text import bos_ids, load_batches
-from fxquant.tokenizer import open_tokenizer
+from fxquant.text.load import bos_ids, load_batches
+from fxquant.text.tokenizer import open_tokenizer
 
 Words = Callable[..., Checkpoint]
 LETTERS = "abcdefghijklmnop"

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 from test_text import Words, jsonl, load, text_file, words
 
-from fxquant import documents, text
 from fxquant.errors import FxquantError
-from fxquant.generation import greedy_text
-from fxquant.text import bos_ids
+from fxquant.evaluation.generate import greedy_text
+from fxquant.text.load import bos_ids, documents
+from fxquant.text.load import load as text
 
 __all__ = ["words"]
 

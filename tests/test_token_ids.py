@@ -10,10 +10,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fxquant import token_ids
-from fxquant.checkpoint import Checkpoint
+from fxquant.checkpoint.checkpoint import Checkpoint
 from fxquant.errors import FxquantError
-from fxquant.text import load_batches
+from fxquant.text.load import load_batches, token_ids
 
 MODEL = Checkpoint(Path("model"), {"vocab_size": 20}, {})
 

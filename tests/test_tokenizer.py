@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from fxquant import tokenizer as module
 from fxquant.errors import FxquantError
-from fxquant.tokenizer import BoundedTokenizer, open_tokenizer
+from fxquant.text.load import tokenizer as module
+from fxquant.text.tokenizer import BoundedTokenizer, open_tokenizer
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "tiny_deepseek_v3"
 Change = Callable[[dict[str, Any]], Any]

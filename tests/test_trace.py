@@ -7,10 +7,10 @@ import pytest
 from graphs import DENSE_LAYER, equal, flat, run, text
 from tiny import inputs, load_model, meta_model, random_ids
 
-from fxquant.checkpoint import Checkpoint
-from fxquant.kinds import Kind
-from fxquant.program import Program
-from fxquant.safetensors_file import TensorInfo
+from fxquant.checkpoint.checkpoint import Checkpoint
+from fxquant.policy.kinds import Kind
+from fxquant.program.program import Program
+from fxquant.storage.safetensors import TensorInfo
 from fxquant.tracing import trace
 
 MOE_MLP = """

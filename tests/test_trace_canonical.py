@@ -10,10 +10,10 @@ from test_trace_stamp import Reversed, Sized, SizedFromTwo, checkpoint_of
 from tiny import meta_model, tiny_config
 from torch import Tensor, fx, nn
 
-from fxquant.checkpoint import Checkpoint
+from fxquant.checkpoint.checkpoint import Checkpoint
 from fxquant.models import DecoderLayer
-from fxquant.program import Program
-from fxquant.program_file import dump_program
+from fxquant.program.program import Program
+from fxquant.program.program_file import dump_program
 from fxquant.tracing import trace
 
 ATEN = torch.ops.aten

@@ -19,12 +19,12 @@ from test_trace_subclasses import (
 from torch import Tensor
 
 from fxquant import ops
-from fxquant.checkpoint import Checkpoint
-from fxquant.config import DeepseekV3Config
-from fxquant.kinds import Kind
+from fxquant.checkpoint.checkpoint import Checkpoint
+from fxquant.checkpoint.config import DeepseekV3Config
 from fxquant.models import DecoderLayer, DeepseekV3
 from fxquant.models.deepseek_v3 import Decoder
-from fxquant.program import Program
+from fxquant.policy.kinds import Kind
+from fxquant.program.program import Program
 from fxquant.tracing import trace
 
 

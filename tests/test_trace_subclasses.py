@@ -9,12 +9,12 @@ from own_layers import ExtraNorm, ScaledResidual
 from tiny import float32_bound, inputs, load_model, load_weights, meta_model, random_ids
 from torch import Tensor, nn
 
-from fxquant.checkpoint import Checkpoint
-from fxquant.config import DeepseekV3Config
+from fxquant.checkpoint.checkpoint import Checkpoint
+from fxquant.checkpoint.config import DeepseekV3Config
 from fxquant.errors import FxquantError
-from fxquant.kinds import Kind
 from fxquant.models import DecoderLayer, DeepseekV3, RMSNorm
-from fxquant.program import Program
+from fxquant.policy.kinds import Kind
+from fxquant.program.program import Program
 from fxquant.tracing import trace
 
 

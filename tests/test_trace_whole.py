@@ -16,10 +16,10 @@ from test_trace_subclasses import (
 from torch import Tensor
 
 from fxquant import ops
-from fxquant.config import DeepseekV3Config
+from fxquant.checkpoint.config import DeepseekV3Config
 from fxquant.models import DecoderLayer, DeepseekV3
 from fxquant.models.deepseek_v3 import Decoder
-from fxquant.program import Program
+from fxquant.program.program import Program
 
 pytestmark = pytest.mark.slow
 

@@ -12,12 +12,12 @@ from safetensors.torch import save_file
 
 import fxquant
 from fxquant import CompileOptions, FxquantError
-from fxquant.lowering.manifest import MANIFEST
-from fxquant.lowering.verify import VerifyReport
-from fxquant.lowering.verify.blocks import block_names, walk
-from fxquant.lowering.verify.run import one_of_each_kind
-from fxquant.program_file import load_program
-from fxquant.targets import Target
+from fxquant.lowering.output_folder.manifest import MANIFEST
+from fxquant.program.program_file import load_program
+from fxquant.targets.target import Target
+from fxquant.verification import VerifyReport
+from fxquant.verification.blocks import block_names, walk
+from fxquant.verification.run import one_of_each_kind
 
 TARGETS = (Target.ASCEND, Target.ONNX)
 WEIGHTS = "quant_model_weight_w8a8.safetensors"
@@ -163,7 +163,7 @@ def test_an_onnx_weight_that_points_elsewhere_is_caught(compiled: dict[Target, P
 
 def test_a_sample_runs_one_block_of_each_kind(compiled: dict[Target, Path]) -> None:
     program = load_program(compiled[Target.ASCEND] / "fxquant_graph.json")
-    from fxquant.lowering.verify.weights import WeightFiles
+    from fxquant.verification.weight_checks import WeightFiles
 
     wanted = one_of_each_kind(program)
     assert wanted == ["before", "model.layers.0", "model.layers.1", "after"] == block_names(program)

@@ -8,19 +8,19 @@ import torch
 from tiny import YARN
 
 from fxquant import ops
-from fxquant.checkpoint import Checkpoint, open_checkpoint
-from fxquant.config import parse_config
+from fxquant.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from fxquant.checkpoint.config import parse_config
 from fxquant.errors import FxquantError
-from fxquant.execute import execute
 from fxquant.frontend import probe
 from fxquant.frontend.adapt import adapted
 from fxquant.frontend.build import build_model, build_program, trace_file
 from fxquant.frontend.source import open_source
 from fxquant.frontend.user_file import open_user_file
 from fxquant.models import DeepseekV3
-from fxquant.program import Program, input_node
-from fxquant.program_file import dump_program, parse_program
-from fxquant.structure import structural_hash
+from fxquant.program.program import Program, input_node
+from fxquant.program.program_file import dump_program, parse_program
+from fxquant.program.structural_hash import structural_hash
+from fxquant.runtime.execute import execute
 
 FILES = Path(__file__).parent / "model_files"
 WAYS = {
@@ -78,7 +78,7 @@ def test_both_forms_of_deepseek_attention(form: str, tmp_path: Path, tiny_folder
 def test_deepseek_linears_may_be_declared_in_fp8(tiny_folder: Callable[..., Path], tmp_path: Path) -> None:
     text = (FILES / "deepseek_style.py").read_text() + (
         "\ndef build_model(config):\n"
-        "    from fxquant.config import hf_to_model_args\n"
+        "    from fxquant.checkpoint.config import hf_to_model_args\n"
         "    kind = 'fp8' if torch.get_default_device().type == 'meta' else 'bf16'\n"
         "    return Transformer(ModelArgs(**{**hf_to_model_args(config), 'dtype': kind}))\n"
     )

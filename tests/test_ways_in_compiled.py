@@ -12,8 +12,8 @@ import pytest
 import fxquant
 from fxquant import CompileOptions
 from fxquant.frontend.source import open_source
-from fxquant.program_file import dump_program
-from fxquant.structure import structural_hash
+from fxquant.program.program_file import dump_program
+from fxquant.program.structural_hash import structural_hash
 
 FILES = Path(__file__).parent / "model_files"
 WAYS = {

@@ -18,14 +18,14 @@ from torch import Tensor
 
 import fxquant
 from fxquant import CompileOptions
-from fxquant.checkpoint import Checkpoint
-from fxquant.dialects import Dialect
+from fxquant.checkpoint.checkpoint import Checkpoint
 from fxquant.errors import FxquantError
-from fxquant.kernels.recipe import make_tensors, rounded_weight
-from fxquant.policy import Rule
-from fxquant.program_file import load_program, recipe_arguments, save_program
-from fxquant.reference import contradiction, expected_codes, expected_tensors
-from fxquant.schemes import ActivationRange, Scheme, WeightAlgorithm
+from fxquant.kernels.module_tensors import make_tensors, rounded_weight
+from fxquant.policy.policy import Rule
+from fxquant.program.program_file import load_program, recipe_arguments, save_program
+from fxquant.schemes.schemes import ActivationRange, Scheme, WeightAlgorithm
+from fxquant.schemes.weight_formats import Dialect
+from fxquant.verification.reference import contradiction, expected_codes, expected_tensors
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "tiny_deepseek_v3"
 MIN_MAX = WeightAlgorithm.MIN_MAX

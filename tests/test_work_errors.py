@@ -17,15 +17,15 @@ from output_folders import files_of, same_files
 from stops import OPERATIONS, raising_at, watched
 
 from fxquant import CompileOptions, FxquantError, compile
-from fxquant.calibration_folder import CalibrationFolder
+from fxquant.calibration.gptq_codes import SolvedCodes
+from fxquant.calibration.resume_folder import CalibrationFolder
 from fxquant.errors import StoppedError
 from fxquant.lowering.destination import open_destination
 from fxquant.lowering.finish import Places, State
 from fxquant.lowering.output import write_output
 from fxquant.progress import silent
-from fxquant.solved import SolvedCodes
-from fxquant.system_errors import REMEDIES, stopped
-from fxquant.work_folder import MARKER, Kind, WorkFolder
+from fxquant.storage.system_errors import REMEDIES, stopped
+from fxquant.storage.work_folder import MARKER, Kind, WorkFolder
 
 __all__ = ["made"]
 ALL = (*OPERATIONS, "open", "write", "pwrite", "posix_fallocate", "scandir", "listdir", "lstat")

@@ -15,19 +15,19 @@ from safetensors.torch import load_file
 from tiny import rewritten, write_checkpoint, write_shards
 from torch import Tensor
 
-from fxquant.checkpoint import Checkpoint, open_checkpoint
-from fxquant.checkpoint_parts import SourceTensor
+from fxquant.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from fxquant.checkpoint.model_parallel_parts import SourceTensor
+from fxquant.checkpoint.stamped_reader import SourceReader
 from fxquant.errors import FxquantError
-from fxquant.lowering.description import index
-from fxquant.lowering.engines import ENGINES
-from fxquant.lowering.layout import FileLayout, plan_files, stored_tensors
+from fxquant.lowering.output_folder.description import index
+from fxquant.lowering.output_folder.layout import FileLayout, plan_files, stored_tensors
 from fxquant.lowering.weights import producer
-from fxquant.program import Program
-from fxquant.reference import contradiction, expected_tensors
-from fxquant.schemes import Recipe
-from fxquant.source_reader import SourceReader
-from fxquant.targets import Target
-from fxquant.weights import RecipeReader
+from fxquant.program.program import Program
+from fxquant.runtime.weight_readers import RecipeReader
+from fxquant.schemes.schemes import Recipe
+from fxquant.targets.engines import ENGINES
+from fxquant.targets.target import Target
+from fxquant.verification.reference import contradiction, expected_tensors
 
 Tiny = Callable[..., Checkpoint]
 MODELS: dict[str, dict[str, Any]] = {
@@ -214,11 +214,11 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from filling import fill_folder
 from tiny import rewritten
-from fxquant.checkpoint import open_checkpoint
-from fxquant.kernels import recipe  # the compiler's own memory, whatever is quantized
-from fxquant.lowering.engines import ENGINES
-from fxquant.lowering.layout import plan_files, stored_tensors
-from fxquant.targets import Target
+from fxquant.checkpoint.checkpoint import open_checkpoint
+from fxquant.kernels import module_tensors  # the compiler's own memory, whatever is quantized
+from fxquant.targets.engines import ENGINES
+from fxquant.lowering.output_folder.layout import plan_files, stored_tensors
+from fxquant.targets.target import Target
 
 def memory(key):
     lines = Path("/proc/self/status").read_text().splitlines()

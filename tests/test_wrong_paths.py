@@ -7,7 +7,7 @@ import pytest
 from commands import Fxquant
 from rewrites import float_program
 
-from fxquant.checkpoint import Checkpoint
+from fxquant.checkpoint.checkpoint import Checkpoint
 
 COMPILED = (("verify",), ("run", "--prompt", "x"), ("eval", "--text", "x"), ("convert", "-t", "mindie"))
 MODELS = (("compile",), ("plan",), ("show",), ("compare", "--text", "x"))

@@ -13,14 +13,14 @@ from safetensors.torch import save_file
 from tiny_shapes import BIAS, tensor_shapes
 from torch import Tensor, fx, nn
 
-from fxquant.binding import mtp_modules
-from fxquant.checkpoint import Checkpoint
-from fxquant.config import parse_config
+from fxquant.checkpoint.checkpoint import Checkpoint
+from fxquant.checkpoint.config import parse_config
+from fxquant.compilation.ledger import mtp_modules
 from fxquant.models import DecoderLayer, DeepseekV3
 from fxquant.models.layers import RoutedExperts
 from fxquant.passes import AssignSchemes, Calibrate, pipeline, run_passes
-from fxquant.policy import load_policy
-from fxquant.program import Program
+from fxquant.policy.policy import load_policy
+from fxquant.program.program import Program
 from fxquant.tracing import trace
 
 ABSENT = object()

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_config
 from torch import Tensor
 
-from fxquant.checkpoint import Checkpoint
+from fxquant.checkpoint.checkpoint import Checkpoint
 from fxquant.lowering.weights import tensor_bytes
 
 SPLITTABLE: dict[str, Any] = {

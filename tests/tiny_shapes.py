@@ -1,6 +1,6 @@
 """Which tensors a DeepSeek-V3 checkpoint of some config has, and their shapes."""
 
-from fxquant.config import DeepseekV3Config
+from fxquant.checkpoint.config import DeepseekV3Config
 
 BIAS = "e_score_correction_bias"
 

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from fxquant.config import DeepseekV3Config
+from fxquant.checkpoint.config import DeepseekV3Config
 from fxquant.models import DeepseekV3
 
 CHECKPOINT = "."  # relative to this file: config.json, the FP8 weights, the tokenizer

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxquant.config import DeepseekV3Config
+from fxquant.checkpoint.config import DeepseekV3Config
 from fxquant.errors import FxquantError
 from fxquant.frontend.adapters import Adapter
 from fxquant.frontend.assemble import assemble, fetch, parameter
 from fxquant.frontend.families import Family, family_of
-from fxquant.kinds import Kind
 from fxquant.models import DeepseekV3, layers, rotary
 from fxquant.models.deepseek_v3 import Decoder, Head
+from fxquant.policy.kinds import Kind
 from fxquant.tracing.undeclared import forward_owner, undeclared
 
 Leaves = Mapping[type[nn.Module], Adapter]

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from fxquant import models
 from fxquant.errors import FxquantError
 from fxquant.frontend.assemble import assemble, fetch, optional_parameter, parameter
-from fxquant.kinds import Kind
 from fxquant.models import layers
+from fxquant.policy.kinds import Kind
 
 if TYPE_CHECKING:
     from fxquant.frontend.adapt import Adaptation

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from fxquant.checkpoint import Checkpoint, open_config
-from fxquant.config import DeepseekV3Config, parse_config
+from fxquant.checkpoint.checkpoint import Checkpoint, open_config
+from fxquant.checkpoint.config import DeepseekV3Config, parse_config
 from fxquant.errors import FxquantError
 from fxquant.frontend.adapt import adapted
 from fxquant.frontend.child import Traced
@@ -16,8 +16,8 @@ from fxquant.frontend.families import FAMILIES, family_of
 from fxquant.frontend.probe import probe
 from fxquant.frontend.user_file import UserFile, open_user_file, remedy, where
 from fxquant.models import DeepseekV3
-from fxquant.program import Program
-from fxquant.program_file import dump_program
+from fxquant.program.program import Program
+from fxquant.program.program_file import dump_program
 from fxquant.tracing import trace
 from fxquant.tracing.inputs import declared_inputs
 

@@ -13,9 +13,9 @@ from typing import Any
 from urllib.parse import quote_from_bytes, unquote_to_bytes
 
 from fxquant.errors import FxquantError
-from fxquant.json_file import parse_json
-from fxquant.limits import ANSWER_BYTES
-from fxquant.processes import Ended, end_with, run_to_end
+from fxquant.inputs.json_file import parse_json
+from fxquant.inputs.limits import ANSWER_BYTES
+from fxquant.processes.command import Ended, end_with, run_to_end
 
 SMALLER = "Look for a loop without end or a download; a larger --trace-timeout gives it longer."
 

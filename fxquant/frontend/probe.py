@@ -10,15 +10,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fxquant.checkpoint import Checkpoint
-from fxquant.config import DeepseekV3Config
+from fxquant.checkpoint.checkpoint import Checkpoint
+from fxquant.checkpoint.config import DeepseekV3Config
 from fxquant.errors import FxquantError
-from fxquant.execute import cache_inputs, execute
 from fxquant.frontend.adapt import adapted
 from fxquant.frontend.families import Family, family_of
 from fxquant.frontend.user_file import UserFile, where
 from fxquant.models.layers import Gate, RoutedExperts
-from fxquant.program import Program
+from fxquant.program.program import Program
+from fxquant.runtime.execute import cache_inputs, execute
 from fxquant.tracing import trace
 
 Build = Callable[[DeepseekV3Config, str], nn.Module]

@@ -6,15 +6,15 @@ from pathlib import Path
 
 import torch
 
-from fxquant.checkpoint import Checkpoint, block_size, open_checkpoint, open_config
-from fxquant.config import DeepseekV3Config, parse_config, read_config_file
+from fxquant.checkpoint.checkpoint import Checkpoint, block_size, open_checkpoint, open_config
+from fxquant.checkpoint.config import DeepseekV3Config, parse_config, read_config_file
+from fxquant.checkpoint.model_dtype import with_dtype
 from fxquant.errors import FxquantError
 from fxquant.frontend.child import trace_in_child
-from fxquant.model_dtype import with_dtype
+from fxquant.inputs.paths import not_a_model
 from fxquant.models import DeepseekV3
-from fxquant.places import not_a_model
-from fxquant.program import Program
-from fxquant.program_file import parse_program
+from fxquant.program.program import Program
+from fxquant.program.program_file import parse_program
 from fxquant.tracing import trace
 
 TRACE_TIMEOUT = 120.0

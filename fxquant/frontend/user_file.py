@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxquant.config import DeepseekV3Config, hf_to_model_args
+from fxquant.checkpoint.config import DeepseekV3Config, hf_to_model_args
 from fxquant.errors import FxquantError
 from fxquant.frontend.adapt import Leaves
 from fxquant.frontend.stubs import accelerator_stubs

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fxquant.schemes import ActivationRange
+from fxquant.schemes.schemes import ActivationRange
 
 SMALLEST_SCALE = torch.finfo(torch.float32).eps
 

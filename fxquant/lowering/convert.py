@@ -10,31 +10,39 @@ import torch
 import xxhash
 from torch import Tensor
 
-from fxquant.calibration import CALIBRATION, load_calibration
-from fxquant.checkpoint import Checkpoint
-from fxquant.dialects import Dialect
+from fxquant.calibration.calibration_file import CALIBRATION, load_calibration
+from fxquant.checkpoint.checkpoint import Checkpoint
+from fxquant.checkpoint.stamped_reader import FileStamp, SourceReader, Stamps, checkpoint_files, stamp_files
 from fxquant.errors import FxquantError
-from fxquant.hashing import hash_bytes, hash_text
-from fxquant.json_file import read_json, read_text
-from fxquant.kernels.recipe import int4_tensors
-from fxquant.limits import GRAPH_BYTES
-from fxquant.lowering.engines import ENGINES, group_size
-from fxquant.lowering.layout import MAX_SHARD_SIZE
-from fxquant.lowering.manifest import FLOAT_GRAPH, GRAPH, LEDGER, MANIFEST, Manifest, UnitRecord, read_manifest
+from fxquant.inputs.json_file import read_json, read_text
+from fxquant.inputs.limits import GRAPH_BYTES
+from fxquant.kernels.module_tensors import int4_tensors
 from fxquant.lowering.output import DAMAGED, Contents, damaged, is_copied
+from fxquant.lowering.output_folder.layout import MAX_SHARD_SIZE
+from fxquant.lowering.output_folder.manifest import (
+    FLOAT_GRAPH,
+    GRAPH,
+    LEDGER,
+    MANIFEST,
+    Manifest,
+    UnitRecord,
+    read_manifest,
+)
 from fxquant.lowering.own_files import is_plain
-from fxquant.lowering.verify.weights import WeightFiles
 from fxquant.lowering.weights.digests import file_digest
 from fxquant.lowering.weights.producer import BLOCK_BYTES, CheckpointProducer, tensor_bytes
 from fxquant.lowering.weights.unit import Unit
 from fxquant.ops.quantized import expand_int4
-from fxquant.program import Program
-from fxquant.program_file import load_program, recipe_arguments
-from fxquant.safetensors_file import header_bytes
-from fxquant.schemes import Recipe, Scheme, tensor_specs
-from fxquant.source_reader import FileStamp, SourceReader, Stamps, checkpoint_files, stamp_files
-from fxquant.system_errors import stopping
-from fxquant.targets import Target
+from fxquant.program.program import Program
+from fxquant.program.program_file import load_program, recipe_arguments
+from fxquant.schemes.schemes import Recipe, Scheme, tensor_specs
+from fxquant.schemes.weight_formats import Dialect
+from fxquant.storage.hashing import hash_bytes, hash_text
+from fxquant.storage.safetensors import header_bytes
+from fxquant.storage.system_errors import stopping
+from fxquant.targets.engines import ENGINES, group_size
+from fxquant.targets.target import Target
+from fxquant.verification.weight_checks import WeightFiles
 
 
 def converted_contents(folder: Path, target: Target, into: Path) -> Contents:

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from fxquant.errors import FxquantError
 from fxquant.lowering.finish import Places, State, filled, sentence
-from fxquant.lowering.manifest import MANIFEST
+from fxquant.lowering.output_folder.manifest import MANIFEST
 from fxquant.lowering.own_files import refuse_others
-from fxquant.system_errors import stopping, told
-from fxquant.work_folder import Kind, WorkFolder
+from fxquant.storage.system_errors import stopping, told
+from fxquant.storage.work_folder import Kind, WorkFolder
 
 OTHER = "Choose another -o."
 

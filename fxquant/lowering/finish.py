@@ -18,8 +18,8 @@ from pathlib import Path
 
 from fxquant.errors import FxquantError, StoppedError
 from fxquant.lowering.own_files import refuse_others, remove_output
-from fxquant.system_errors import stopping
-from fxquant.work_folder import Kind, WorkFolder, remove_tree, sync_folder
+from fxquant.storage.system_errors import stopping
+from fxquant.storage.work_folder import Kind, WorkFolder, remove_tree, sync_folder
 
 
 class State(StrEnum):

@@ -8,19 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import fxquant
-from fxquant.calibration import CALIBRATION, Calibration
-from fxquant.checkpoint import Checkpoint
+from fxquant.calibration.calibration_file import CALIBRATION, Calibration
+from fxquant.checkpoint.checkpoint import Checkpoint
+from fxquant.checkpoint.stamped_reader import Stamps
 from fxquant.errors import FxquantError
-from fxquant.hashing import hash_bytes, hash_text
 from fxquant.kernels.version import KERNEL_VERSION
 from fxquant.lowering.ascend.deployment import Deployment
-from fxquant.lowering.ascend.exported import write_exported
+from fxquant.lowering.ascend.export.exported import write_exported
 from fxquant.lowering.ascend.writer import write_ascend
-from fxquant.lowering.description import description, engine_config, index, write_json
 from fxquant.lowering.destination import Destination
-from fxquant.lowering.engines import ENGINES, Engine
-from fxquant.lowering.layout import FileLayout, plan_files, stored_tensors
-from fxquant.lowering.manifest import (
+from fxquant.lowering.onnx.writer import write_onnx
+from fxquant.lowering.output_folder.description import description, engine_config, index, write_json
+from fxquant.lowering.output_folder.layout import FileLayout, plan_files, stored_tensors
+from fxquant.lowering.output_folder.manifest import (
     FLOAT_GRAPH,
     GRAPH,
     LEDGER,
@@ -31,7 +31,6 @@ from fxquant.lowering.manifest import (
     file_sizes,
     relative,
 )
-from fxquant.lowering.onnx.writer import write_onnx
 from fxquant.lowering.weights.digests import file_digest
 from fxquant.lowering.weights.journal import Fingerprint, Journal
 from fxquant.lowering.weights.producer import Producer
@@ -46,13 +45,14 @@ from fxquant.lowering.weights.work import (
     write_weights,
 )
 from fxquant.lowering.workspace import Workspace, open_workspace
-from fxquant.program import Program
-from fxquant.program_file import dump_program, save_program
+from fxquant.program.program import Program
+from fxquant.program.program_file import dump_program, save_program
 from fxquant.progress import Reporter
-from fxquant.safetensors_file import read_header
-from fxquant.source_reader import Stamps
-from fxquant.system_errors import stopping
-from fxquant.targets import Target
+from fxquant.storage.hashing import hash_bytes, hash_text
+from fxquant.storage.safetensors import read_header
+from fxquant.storage.system_errors import stopping
+from fxquant.targets.engines import ENGINES, Engine
+from fxquant.targets.target import Target
 
 COPIED_SUFFIXES = (".json", ".jinja", ".model")
 COPIED = ("merges.txt", "vocab.txt")

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from fxquant.errors import FxquantError
-from fxquant.lowering.manifest import MANIFEST, STAMPS, Manifest, read_manifest
-from fxquant.system_errors import stopping
-from fxquant.work_folder import is_folder, listed, walk
+from fxquant.lowering.output_folder.manifest import MANIFEST, STAMPS, Manifest, read_manifest
+from fxquant.storage.system_errors import stopping
+from fxquant.storage.work_folder import is_folder, listed, walk
 
 CACHE = "__pycache__"
 """Where Python puts the compiled form of our own `.py` files when somebody imports them."""

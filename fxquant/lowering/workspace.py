@@ -12,18 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fxquant.calibration import CALIBRATION
+from fxquant.calibration.calibration_file import CALIBRATION
+from fxquant.checkpoint.stamped_reader import Stamps
 from fxquant.errors import FxquantError, StoppedError
-from fxquant.json_file import read_json
-from fxquant.limits import INDEX_BYTES
+from fxquant.inputs.json_file import read_json
+from fxquant.inputs.limits import INDEX_BYTES
 from fxquant.lowering.destination import Destination
 from fxquant.lowering.finish import Places, State, discard, give_name, sweep
-from fxquant.lowering.manifest import MANIFEST, STAMPS, read_manifest
+from fxquant.lowering.output_folder.manifest import MANIFEST, STAMPS, read_manifest
 from fxquant.lowering.weights.digests import file_digest
 from fxquant.lowering.weights.journal import Fingerprint, Journal, begin, go_on, read_fingerprint
 from fxquant.lowering.weights.reserve import sync
-from fxquant.source_reader import Stamps
-from fxquant.system_errors import stopping, told
+from fxquant.storage.system_errors import stopping, told
 
 RESTART = "Pass --restart to discard it, or choose another -o."
 REASONS = {

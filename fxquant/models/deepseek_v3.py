@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from fxquant import ops
-from fxquant.config import DeepseekV3Config
-from fxquant.kinds import Kind
+from fxquant.checkpoint.config import DeepseekV3Config
 from fxquant.models import rotary
 from fxquant.models.layers import Embedding, Gate, Linear, RMSNorm, RoutedExperts
+from fxquant.policy.kinds import Kind
 
 LATENT_NORM_EPS = 1e-6
 """The norms of the latents take DeepSeek's default, not `rms_norm_eps`."""

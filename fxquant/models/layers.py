@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from fxquant import ops
-from fxquant.kinds import Kind
+from fxquant.policy.kinds import Kind
 
 
 class Linear(nn.Module):

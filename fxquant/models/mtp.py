@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from fxquant.config import DeepseekV3Config
-from fxquant.kinds import Kind
+from fxquant.checkpoint.config import DeepseekV3Config
 from fxquant.models.deepseek_v3 import DecoderLayer, Head
 from fxquant.models.layers import Embedding, Gate, Linear, RMSNorm, RoutedExperts
+from fxquant.policy.kinds import Kind
 
 
 class SharedHead(nn.Module):

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from fxquant.config import DeepseekV3Config, RopeScaling, yarn_mscale
+from fxquant.checkpoint.config import DeepseekV3Config, RopeScaling, yarn_mscale
 
 
 def frequencies(config: DeepseekV3Config) -> list[float]:

@@ -9,7 +9,7 @@ _LIBRARY = torch.library.Library("fxq", "DEF")
 
 Function = Callable[..., Any]
 REFERENCES: dict[torch._ops.OpOverload, Function] = {}
-"""Operator → the Python function that defines it, for callers that pass lazily read weights (`fxquant.execute`)."""
+"""Operator → the Python function that defines it, for callers with lazily read weights (`fxquant.runtime.execute`)."""
 
 
 def define(schema: str, shape_rule: Function) -> Callable[[Function], torch._ops.OpOverload]:

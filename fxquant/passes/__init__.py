@@ -9,13 +9,13 @@ from fxquant.passes.calibrate import Calibrate
 from fxquant.passes.check_contract import CheckContract
 from fxquant.passes.check_coverage import CheckCoverage
 from fxquant.passes.find_rotation import FindRotation
-from fxquant.passes.fuse_norm_quantize import FuseNormQuantize
-from fxquant.passes.fuse_swiglu_quantize import FuseSwigluQuantize
+from fxquant.passes.npu.fuse_norm_quantize import FuseNormQuantize
+from fxquant.passes.npu.fuse_swiglu_quantize import FuseSwigluQuantize
+from fxquant.passes.npu.share_quantize import ShareQuantize
 from fxquant.passes.pair_smoothing import PairSmoothing
 from fxquant.passes.quantize_experts import QuantizeExperts
 from fxquant.passes.quantize_linear import QuantizeLinear
-from fxquant.passes.share_quantize import ShareQuantize
-from fxquant.program import Program
+from fxquant.program.program import Program
 
 __all__ = [
     "AssignMtp",

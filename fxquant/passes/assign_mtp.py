@@ -5,17 +5,17 @@ from dataclasses import dataclass
 
 import torch
 
-from fxquant.checkpoint import Checkpoint
-from fxquant.config import DeepseekV3Config
-from fxquant.dialects import Dialect
+from fxquant.checkpoint.checkpoint import Checkpoint
+from fxquant.checkpoint.config import DeepseekV3Config
 from fxquant.errors import FxquantError
-from fxquant.kinds import Kind
 from fxquant.models.mtp import MtpLinear, mtp_gate_biases, mtp_linears
 from fxquant.passes.base import Pass, PassResult
-from fxquant.policy import LEAVE_OUT, Policy
-from fxquant.program import MtpLayers, Program
-from fxquant.rotary_buffers import frequency_name_of_layer
-from fxquant.schemes import Recipe, Scheme
+from fxquant.policy.kinds import Kind
+from fxquant.policy.policy import LEAVE_OUT, Policy
+from fxquant.program.program import MtpLayers, Program
+from fxquant.program.rotary_buffers import frequency_name_of_layer
+from fxquant.schemes.schemes import Recipe, Scheme
+from fxquant.schemes.weight_formats import Dialect
 
 CHOICES = (LEAVE_OUT, Scheme.FLOAT, Scheme.W8A8_DYNAMIC)
 """What a rule may give to such a layer."""

@@ -6,14 +6,14 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from fxquant.dialects import Dialect
 from fxquant.errors import FxquantError
-from fxquant.kinds import Kind
 from fxquant.passes.base import Pass, PassResult
-from fxquant.passes.linears import LinearSite, decided_modules, kind_of, linear_sites
-from fxquant.policy import LEAVE_OUT, Policy, Rule
-from fxquant.program import Program
-from fxquant.schemes import Recipe, Scheme, why_not
+from fxquant.policy.kinds import Kind
+from fxquant.policy.policy import LEAVE_OUT, Policy, Rule
+from fxquant.program.linears import LinearSite, decided_modules, kind_of, linear_sites
+from fxquant.program.program import Program
+from fxquant.schemes.schemes import Recipe, Scheme, why_not
+from fxquant.schemes.weight_formats import Dialect
 
 
 @dataclass

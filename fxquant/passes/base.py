@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
-from fxquant.program import Program
+from fxquant.program.program import Program
 
 
 @dataclass(frozen=True)

@@ -6,26 +6,26 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, fx
 
-from fxquant.batches import batched
-from fxquant.calibration import Calibration, Seen, pairs_hash, rounded_by, text_hash
-from fxquant.calibration_folder import CalibrationFolder
-from fxquant.checkpoint import Checkpoint
+from fxquant.calibration.batches import batched
+from fxquant.calibration.calibration_file import Calibration, Seen, pairs_hash, rounded_by, text_hash
+from fxquant.calibration.gptq import solved_modules
+from fxquant.calibration.gptq_codes import SolvedCodes
+from fxquant.calibration.observers import combine, observer_of
+from fxquant.calibration.resume_folder import CalibrationFolder
+from fxquant.calibration.run import CalibrationRun
+from fxquant.checkpoint.checkpoint import Checkpoint
+from fxquant.checkpoint.rotated import rotation
+from fxquant.checkpoint.stamped_reader import checkpoint_files, stamp_files
 from fxquant.errors import FxquantError
 from fxquant.kernels.activation import static_parameters
 from fxquant.passes.base import Pass, PassResult
-from fxquant.passes.calibration_run import CalibrationRun
-from fxquant.passes.linears import linear_sites
-from fxquant.passes.observe import combine, observer_of
-from fxquant.passes.solve import solved_modules
-from fxquant.policy import CalibrationWeights, Policy
-from fxquant.program import Program, input_node
+from fxquant.policy.policy import CalibrationWeights, Policy
+from fxquant.program.linears import linear_sites
+from fxquant.program.program import Program, input_node
+from fxquant.program.structural_hash import structural_hash
 from fxquant.progress import Reporter, silent
-from fxquant.rotated import rotation
-from fxquant.schemes import Recipe
-from fxquant.solved import SolvedCodes
-from fxquant.source_reader import checkpoint_files, stamp_files
-from fxquant.structure import structural_hash
-from fxquant.weights import CPU
+from fxquant.runtime.weight_readers import CPU
+from fxquant.schemes.schemes import Recipe
 
 WAY_OUT = "Pass --calib FILE, put calibration.jsonl beside the model, or use deepseek_w4a8_dynamic."
 

@@ -4,13 +4,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from fxquant import ops
-from fxquant.contracts import Contract, Finding, Linear, check, refusal
 from fxquant.errors import FxquantError
-from fxquant.kinds import Kind
 from fxquant.passes.base import Pass, PassResult
-from fxquant.passes.linears import LinearSite, linear_sites
-from fxquant.program import Program
-from fxquant.schemes import Recipe, Scheme
+from fxquant.policy.kinds import Kind
+from fxquant.program.linears import LinearSite, linear_sites
+from fxquant.program.program import Program
+from fxquant.schemes.schemes import Recipe, Scheme
+from fxquant.targets.check_contract import Finding, Linear, check, refusal
+from fxquant.targets.contract import Contract
 
 
 @dataclass

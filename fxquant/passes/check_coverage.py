@@ -7,8 +7,8 @@ from torch import fx
 from fxquant import ops
 from fxquant.errors import FxquantError, InternalError
 from fxquant.passes.base import Pass, PassResult
-from fxquant.passes.linears import PROJECTIONS
-from fxquant.program import Program, input_node, made_parameters
+from fxquant.program.linears import PROJECTIONS
+from fxquant.program.program import Program, input_node, made_parameters
 
 
 class CheckCoverage(Pass):

@@ -13,12 +13,12 @@ from torch import fx
 
 from fxquant import ops
 from fxquant.errors import FxquantError
-from fxquant.hadamard import NoHadamardError, base_order
 from fxquant.passes.base import Pass, PassResult
-from fxquant.passes.linears import PROJECTIONS, READS, is_parameter, not_scalable, reads, weight_uses
-from fxquant.policy import Policy
-from fxquant.program import Program, input_node
-from fxquant.rotation import Rotate, Turn
+from fxquant.policy.policy import Policy
+from fxquant.program.linears import PROJECTIONS, READS, is_parameter, not_scalable, reads, weight_uses
+from fxquant.program.program import Program, input_node
+from fxquant.transforms.hadamard import NoHadamardError, base_order
+from fxquant.transforms.rotation import Rotate, Turn
 
 ADD = torch.ops.aten.add.Tensor
 WRITES = {ops.embedding: 0, ops.linear: 1, ops.moe_experts: PROJECTIONS["down_proj"]}

@@ -1,8 +1,8 @@
 """norm(x) → linears, and linear(x) → attention → linear: what smoothing may scale, found in the graph
 
 The value between them becomes `(value - shift) / scale`, and the weights on both sides make up for it, as
-`fxquant.smoothing` says. Here pairs get their rules, and a shift its place: a bias of the norm and of each linear.
-Numbers come with calibration.
+`fxquant.transforms.weight_transforms` says. Here pairs get their rules, and a shift its place: a bias of the norm and
+of each linear. Numbers come with calibration.
 """
 
 from collections import Counter
@@ -14,14 +14,14 @@ from torch import Tensor, fx
 
 from fxquant import ops
 from fxquant.errors import FxquantError
-from fxquant.idle_smoothing import SeenValue
-from fxquant.kinds import Kind
 from fxquant.passes.base import Pass, PassResult
-from fxquant.passes.linears import READS, decided_modules, is_parameter, not_scalable, weight_uses
-from fxquant.passes.surgery import Surgery
-from fxquant.policy import Policy
-from fxquant.program import Pair, Parameter, Program, input_node
-from fxquant.smooth_rule import PairKind, SmoothMethod, SmoothRule
+from fxquant.policy.kinds import Kind
+from fxquant.policy.policy import Policy
+from fxquant.policy.smooth_rules import PairKind, SmoothMethod, SmoothRule
+from fxquant.policy.unused_smoothing import SeenValue
+from fxquant.program.linears import READS, decided_modules, is_parameter, not_scalable, weight_uses
+from fxquant.program.node_builder import Surgery
+from fxquant.program.program import Pair, Parameter, Program, input_node
 
 BIAS = 2
 """Position of a linear's bias."""

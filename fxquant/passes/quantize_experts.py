@@ -8,12 +8,12 @@ from torch import fx
 
 from fxquant import ops
 from fxquant.passes.base import Pass
-from fxquant.passes.linears import PROJECTIONS
 from fxquant.passes.quantize_linear import quantize_per_token
-from fxquant.passes.surgery import Surgery
-from fxquant.program import Program
-from fxquant.schemes import Recipe, Scheme
-from fxquant.shape_rules import ShapeRules
+from fxquant.program.linears import PROJECTIONS
+from fxquant.program.node_builder import Surgery
+from fxquant.program.program import Program
+from fxquant.program.shape_inference import ShapeRules
+from fxquant.schemes.schemes import Recipe, Scheme
 
 
 class QuantizeExperts(Pass):

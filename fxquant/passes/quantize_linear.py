@@ -13,11 +13,11 @@ from torch import fx
 
 from fxquant import ops
 from fxquant.passes.base import Pass
-from fxquant.passes.linears import is_parameter
-from fxquant.passes.surgery import Surgery
-from fxquant.program import Program, input_node
-from fxquant.schemes import Recipe, Scheme
-from fxquant.shape_rules import ShapeRules
+from fxquant.program.linears import is_parameter
+from fxquant.program.node_builder import Surgery
+from fxquant.program.program import Program, input_node
+from fxquant.program.shape_inference import ShapeRules
+from fxquant.schemes.schemes import Recipe, Scheme
 
 
 class QuantizeLinear(Pass):

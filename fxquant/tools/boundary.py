@@ -5,7 +5,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from fxquant.errors import FxquantError
-from fxquant.system_errors import stopped
+from fxquant.storage.system_errors import stopped
 from fxquant.tools.console import errors, exit_quietly_on_stdout, print_line, show_error
 from fxquant.tools.faults import show_fault, words
 from fxquant.tools.signals import WORDS, Signals, exit_code

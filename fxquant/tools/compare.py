@@ -12,7 +12,7 @@ from fxquant.tools.stages import reporter
 from fxquant.tools.tables import NamedTable
 
 if TYPE_CHECKING:
-    from fxquant.measure import Evaluation
+    from fxquant.evaluation.divergence import Evaluation
 
 HEADINGS = ("policy", "weights", "float ppl", "quantized ppl", "KL a token", "95 % of it", "top-1 agreement")
 
@@ -43,7 +43,7 @@ def command(
 ) -> None:
     """Perplexity, KL and size of MODEL under each policy, without writing anything."""
     from fxquant.api import CompileOptions, compare
-    from fxquant.policy import shipped_policies
+    from fxquant.policy.policy import shipped_policies
 
     options = CompileOptions(calib=calib, checkpoint=checkpoint, trace_timeout=trace_timeout, device=device)
     names = policy or shipped_policies()

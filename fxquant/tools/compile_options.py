@@ -10,8 +10,8 @@ from fxquant.tools.completion import one_of, policies, targets
 
 if TYPE_CHECKING:
     from fxquant.lowering.weights import Workers
-    from fxquant.policy import MtpMode
-    from fxquant.targets import Target
+    from fxquant.policy.policy import MtpMode
+    from fxquant.targets.target import Target
 
 Model = Annotated[
     Path, typer.Argument(metavar="MODEL", help="A model.py, or a Hugging Face checkpoint folder.", show_default=False)
@@ -124,7 +124,7 @@ Verify = Annotated[bool, typer.Option("--verify/--no-verify", help="Read everyth
 
 def parse_target(name: str) -> "Target":
     """The target of that name."""
-    from fxquant.targets import Target
+    from fxquant.targets.target import Target
 
     if name not in list(Target):
         raise FxquantError(f"--target {name}", "unknown.", f"Choose one of: {', '.join(Target)}.")
@@ -148,7 +148,7 @@ def parse_workers(engine: str, jobs: int | None, address: str | None) -> "Worker
 
 def parse_mtp(name: str | None) -> "MtpMode | None":
     """The mode of that name."""
-    from fxquant.policy import MtpMode
+    from fxquant.policy.policy import MtpMode
 
     if name is not None and name not in list(MtpMode):
         raise FxquantError(f"--mtp {name}", "unknown.", f"Choose one of: {', '.join(MtpMode)}.")

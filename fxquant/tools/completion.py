@@ -3,12 +3,12 @@
 from collections.abc import Callable
 from importlib import resources
 
-from fxquant.targets import Target
+from fxquant.targets.target import Target
 
 
 def policies(incomplete: str) -> list[str]:
     """Shipped policies; nothing for the beginning of a path, which shells complete themselves."""
-    folder = resources.files("fxquant") / "policies"
+    folder = resources.files("fxquant.policy") / "shipped"
     names = sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
     return [name for name in names if name.startswith(incomplete)]
 

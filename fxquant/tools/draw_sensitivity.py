@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from fxquant.errors import FxquantError
-from fxquant.losses import ModuleLoss, Sensitivity
+from fxquant.evaluation.sensitivity_report import ModuleLoss, Sensitivity
 
 SUFFIXES = (".png", ".svg")
 ROW = 0.22

@@ -10,7 +10,7 @@ from fxquant.tools.stages import reporter
 from fxquant.tools.tables import NamedTable
 
 if TYPE_CHECKING:
-    from fxquant.measure import Evaluation
+    from fxquant.evaluation.divergence import Evaluation
 
 
 def command(

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from fxquant.measure import Evaluation
+from fxquant.evaluation.divergence import Evaluation
 
 
 class Figure(NamedTuple):

@@ -29,8 +29,8 @@ from fxquant.tools.stages import duration
 from fxquant.tools.tables import NamedTable
 
 if TYPE_CHECKING:
-    from fxquant.machine import Machine
-    from fxquant.planning import Plan
+    from fxquant.planning.host_benchmark import Machine
+    from fxquant.planning.plan import Plan
 
 SHOWN_FILES = 4
 MOST = 100_000
@@ -68,12 +68,12 @@ def command(
 
     Sizes are exact, and no weights are needed. Rates of this machine are measured meanwhile, for about a second.
     """
-    from fxquant.collection import uncollected
-    from fxquant.machine import Measuring
+    from fxquant.gc_pause import uncollected
+    from fxquant.planning.host_benchmark import Measuring
 
     with Measuring(out or Path.cwd()) as measuring, uncollected():  # before anything imports torch
-        from fxquant.planning import plan
-        from fxquant.preparation import CompileOptions
+        from fxquant.compilation.prepare import CompileOptions
+        from fxquant.planning.plan import plan
 
         options = CompileOptions(
             policy=policy, out=out, target=parse_target(target), checkpoint=checkpoint, trace_timeout=trace_timeout,

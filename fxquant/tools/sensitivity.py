@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from fxquant.errors import FxquantError
-from fxquant.losses import Divergence, GroupLoss, Sensitivity
+from fxquant.evaluation.sensitivity_report import Divergence, GroupLoss, Sensitivity
 from fxquant.progress import Reporter
 from fxquant.tools.console import console, print_json
 from fxquant.tools.tables import NamedTable

@@ -25,8 +25,8 @@ def command(
 ) -> None:
     """Print the graph of a model, or the rewritten graph of a compiled folder, with shapes and parameter names."""
     from fxquant.api import open_graph
-    from fxquant.printing import check_block, format_program
-    from fxquant.structure import structural_hash
+    from fxquant.program.structural_hash import structural_hash
+    from fxquant.program.text import check_block, format_program
 
     program = open_graph(model, checkpoint, trace_timeout)
     if block is not None:

@@ -13,8 +13,8 @@ from fxquant.tools.stages import reporter
 from fxquant.tools.tables import NamedTable
 
 if TYPE_CHECKING:
-    from fxquant.deployments import Deployment
-    from fxquant.targets import Target
+    from fxquant.planning.support_matrix import Deployment
+    from fxquant.targets.target import Target
 
 MARKS = {"accepted": ("✓", "green"), "unverified": ("?", "yellow"), "refused": ("✗", "red")}
 
@@ -51,14 +51,14 @@ def command(
 
     A verdict is accepted, refused, or unverified: nobody has shown either. No weights are read.
     """
-    from fxquant.targets import Target
+    from fxquant.targets.target import Target
 
     targets = [parse_target(name) for name in target] if target else list(Target)
     if not (table or model or policy or tp or markdown):
         _print_contracts(targets, as_json)
         return
-    from fxquant.deployments import RANKS, deployments, float_program
-    from fxquant.policy import shipped_policies
+    from fxquant.planning.support_matrix import RANKS, deployments, float_program
+    from fxquant.policy.policy import shipped_policies
 
     ranks = tp or list(RANKS)
     report = reporter(as_json)
@@ -74,7 +74,7 @@ def command(
 
 
 def _print_contracts(targets: list["Target"], as_json: bool) -> None:
-    from fxquant.contracts import load_contract
+    from fxquant.targets.contract import load_contract
 
     contracts = [load_contract(target) for target in targets]
     if as_json:

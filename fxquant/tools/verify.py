@@ -13,7 +13,7 @@ from fxquant.tools.stages import reporter
 from fxquant.tools.tables import NamedTable
 
 if TYPE_CHECKING:
-    from fxquant.lowering.verify import VerifyReport
+    from fxquant.verification import VerifyReport
 
 SHOWN_MISSES = 10
 
@@ -53,7 +53,7 @@ def command(
     Without a source it says “structure only”. Exits with 1 on any miss.
     """
     from fxquant.api import verify
-    from fxquant.lowering.verify import Rebuild
+    from fxquant.verification import Rebuild
 
     if sample is not None and not rebuild:
         raise FxquantError(f"--sample {sample}", "of what to rebuild.", "Pass --rebuild with it.")

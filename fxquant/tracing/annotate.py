@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from fxquant.kinds import Kind
+from fxquant.policy.kinds import Kind
 from fxquant.tracing.calls import layer_paths
 
 TORCH_KINDS = {nn.RMSNorm: Kind.NORM, nn.LayerNorm: Kind.NORM, nn.Embedding: Kind.EMBEDDING}

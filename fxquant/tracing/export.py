@@ -12,13 +12,13 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 
-from fxquant.checkpoint import Checkpoint
-from fxquant.collection import uncollected
-from fxquant.config import DeepseekV3Config
+from fxquant.checkpoint.checkpoint import Checkpoint
+from fxquant.checkpoint.config import DeepseekV3Config
 from fxquant.errors import FxquantError
-from fxquant.naming import name_nodes
-from fxquant.program import Program
-from fxquant.program_graph import ProgramGraph
+from fxquant.gc_pause import uncollected
+from fxquant.program.graph import ProgramGraph
+from fxquant.program.node_names import name_nodes
+from fxquant.program.program import Program
 from fxquant.tracing.annotate import annotate, name_modules
 from fxquant.tracing.calls import Log, Recorder, model_state, outermost_lists
 from fxquant.tracing.canonical import canonicalize, order_parameters

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim
 from torch.utils._pytree import tree_map_only
 
-from fxquant.config import DeepseekV3Config
+from fxquant.checkpoint.config import DeepseekV3Config
 from fxquant.errors import FxquantError
 
 SIZES = ((2, 3, 5), (1, 1, 7), (3, 2, 0), (7, 1_000_003, 1_000_033))

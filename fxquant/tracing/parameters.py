@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from fxquant.models.layers import RoutedExperts
-from fxquant.program import Parameter
-from fxquant.program_graph import ProgramGraph
+from fxquant.program.graph import ProgramGraph
+from fxquant.program.program import Parameter
 from fxquant.tracing.annotate import kinds
 from fxquant.tracing.calls import model_state
 

@@ -14,9 +14,9 @@ from unittest.mock import patch
 
 from faults.operations import SIGNALS, Fault, Injector
 from faults.scenarios import Scenario, output_files
-from fxquant.checkpoint import Checkpoint
-from fxquant.program import Program
-from fxquant.program_file import dump_program, parse_program
+from fxquant.checkpoint.checkpoint import Checkpoint
+from fxquant.program.program import Program
+from fxquant.program.program_file import dump_program, parse_program
 
 LOST = 99
 """Exit code of a child that ended in a way that no command ends in."""

@@ -9,7 +9,7 @@ from fuzzing.seeds import SHAPE, write_texts, write_tokenizer
 from output_folders import files_of
 from tiny import write_checkpoint
 
-from fxquant.lowering.manifest import STAMPS
+from fxquant.lowering.output_folder.manifest import STAMPS
 
 SMALL = ("--no-verify", "--no-export", "--quiet", "--jobs", "1")
 W8A8 = "deepseek_w8a8"

@@ -11,12 +11,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import fxquant
 from fxquant import CompileOptions
-from fxquant.calibration import CALIBRATION, load_calibration
-from fxquant.calibration_state import State, save_state
-from fxquant.config import parse_config
-from fxquant.config_checkpoint import Checkpoint
-from fxquant.lowering.manifest import MANIFEST
-from fxquant.targets import Target
+from fxquant.calibration.calibration_file import CALIBRATION, load_calibration
+from fxquant.calibration.resume_state import State, save_state
+from fxquant.checkpoint.config import parse_config
+from fxquant.lowering.output_folder.manifest import MANIFEST
+from fxquant.planning.config_checkpoint import Checkpoint
+from fxquant.targets.target import Target
 
 SHAPE = {
     "hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 64, "n_routed_experts": 2, "n_group": 1,
@@ -78,7 +78,7 @@ def write_tokenizer(folder: Path) -> None:
 def _write_model_args(folder: Path, source: Path) -> None:
     config = parse_config(json.loads((source / "config.json").read_text()), "seed")
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(fxquant.config.hf_to_model_args(config)))
+    (folder / "config.json").write_text(json.dumps(fxquant.checkpoint.config.hf_to_model_args(config)))
 
 
 def write_texts(folder: Path, source: Path) -> Path:

@@ -20,28 +20,36 @@ from fuzzing.mutators import (
 )
 from fuzzing.seeds import GROUP_SIZE, open_seed
 from fxquant.api import open_graph
-from fxquant.bounded import BoundedWorker
-from fxquant.calibration import CALIBRATION, load_calibration
-from fxquant.calibration_state import load_state
-from fxquant.checkpoint import block_size, open_checkpoint, open_config
-from fxquant.config import parse_config, read_config
-from fxquant.documents import read_documents
-from fxquant.hashing import hash_bytes
-from fxquant.lowering.engines import ENGINES
-from fxquant.lowering.manifest import FLOAT_GRAPH, GRAPH, LEDGER, MANIFEST, STAMPS, find_manifest, read_manifest
-from fxquant.lowering.readers import open_reader
-from fxquant.lowering.verify.files import check_digests, check_sizes
+from fxquant.calibration.calibration_file import CALIBRATION, load_calibration
+from fxquant.calibration.resume_state import load_state
+from fxquant.checkpoint.checkpoint import block_size, open_checkpoint, open_config
+from fxquant.checkpoint.config import parse_config, read_config
+from fxquant.engine_readers import open_reader
+from fxquant.lowering.output_folder.manifest import (
+    FLOAT_GRAPH,
+    GRAPH,
+    LEDGER,
+    MANIFEST,
+    STAMPS,
+    find_manifest,
+    read_manifest,
+)
 from fxquant.lowering.weights.journal import go_on, read_fingerprint
 from fxquant.lowering.weights.reuse import open_earlier
 from fxquant.lowering.workspace import made_of
-from fxquant.policy import load_policy
-from fxquant.printing import format_program
-from fxquant.program_file import load_program
+from fxquant.policy.policy import load_policy
+from fxquant.processes.bounded_worker import BoundedWorker
+from fxquant.program.program_file import load_program
+from fxquant.program.structural_hash import structural_hash
+from fxquant.program.text import format_program
 from fxquant.progress import silent
-from fxquant.safetensors_file import read_header, read_metadata
-from fxquant.structure import structural_hash
-from fxquant.targets import Target as Engine
-from fxquant.text import load_batches
+from fxquant.storage.hashing import hash_bytes
+from fxquant.storage.safetensors import read_header, read_metadata
+from fxquant.targets.engines import ENGINES
+from fxquant.targets.target import Target as Engine
+from fxquant.text.documents import read_documents
+from fxquant.text.load import load_batches
+from fxquant.verification.file_checks import check_digests, check_sizes
 
 Read = Callable[[Path], object]
 
@@ -100,7 +108,10 @@ def _model_args(folder: Path) -> None:
 
 def _text(name: str) -> Read:
     def read(folder: Path) -> None:
-        with patch("fxquant.tokenizer.BoundedWorker", _worker), patch("fxquant.chat.BoundedWorker", _worker):
+        with (
+            patch("fxquant.text.tokenizer.BoundedWorker", _worker),
+            patch("fxquant.text.chat_template.BoundedWorker", _worker),
+        ):
             load_batches(folder / name, open_seed(folder), 4, 16)
 
     return read
@@ -166,7 +177,7 @@ class _Same(str):
 
 def _state(folder: Path) -> None:
     """As if whoever wrote the file had made its digest, too."""
-    with patch("fxquant.calibration_state._digest", lambda tensors, metadata: _Same()):
+    with patch("fxquant.calibration.resume_state._digest", lambda tensors, metadata: _Same()):
         load_state(folder / "state.safetensors")
 
 

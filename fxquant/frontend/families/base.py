@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fxquant.config import DeepseekV3Config
+from fxquant.checkpoint.config import DeepseekV3Config
 from fxquant.frontend.adapters import Adapter
 
 State = Any

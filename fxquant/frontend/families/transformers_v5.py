@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fxquant.config import DeepseekV3Config, parse_config
+from fxquant.checkpoint.config import DeepseekV3Config, parse_config
 from fxquant.frontend import adapters
 from fxquant.frontend.families.base import Family, State
 

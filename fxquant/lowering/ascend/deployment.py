@@ -3,10 +3,10 @@
 import operator
 from dataclasses import dataclass
 
-from fxquant.lowering.ascend.values import float32_values
+from fxquant.lowering.ascend.emitter.values import float32_values
 from fxquant.passes import FuseNormQuantize, FuseSwigluQuantize, Pass, PassResult, ShareQuantize
-from fxquant.program import Program
-from fxquant.program_file import dump_program, parse_program
+from fxquant.program.program import Program
+from fxquant.program.program_file import dump_program, parse_program
 
 WIDEST_SWIGLU = 4096
 """Features of one npu_dequant_swiglu_quant.

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from fxquant.lowering.ascend.deployment import Deployment, deployment
-from fxquant.lowering.ascend.emit import ascend_source
-from fxquant.program import Program
+from fxquant.lowering.ascend.emitter.emit import ascend_source
+from fxquant.program.program import Program
 
 FILE = "model_ascend.py"
 

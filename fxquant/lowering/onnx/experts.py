@@ -23,8 +23,8 @@ from fxquant.lowering.onnx.initializers import View, external
 from fxquant.lowering.onnx.node_lowering import VIEWS, NodeLowering, unsupported
 from fxquant.lowering.onnx.regions import GROUPED, Region, expert_arguments
 from fxquant.lowering.onnx.shapes import Meta, Shapes
-from fxquant.program import Program
-from fxquant.safetensors_file import TensorInfo
+from fxquant.program.program import Program
+from fxquant.storage.safetensors import TensorInfo
 
 NAME = "routed_expert"
 

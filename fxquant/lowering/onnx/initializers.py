@@ -8,7 +8,7 @@ import torch
 
 from fxquant.errors import FxquantError
 from fxquant.lowering.onnx.shapes import DTYPES
-from fxquant.safetensors_file import TensorInfo
+from fxquant.storage.safetensors import TensorInfo
 
 
 class View(StrEnum):

@@ -18,7 +18,7 @@ from fxquant.lowering.onnx.function_table import FunctionTable
 from fxquant.lowering.onnx.functions import BODIES
 from fxquant.lowering.onnx.initializers import View
 from fxquant.lowering.onnx.shapes import DTYPES, Meta, Shapes
-from fxquant.naming import operator_name
+from fxquant.program.node_names import operator_name
 
 INT8, UINT8, INT32 = ir.DataType.INT8, ir.DataType.UINT8, ir.DataType.INT32
 NUMBER = "python"
@@ -145,7 +145,7 @@ class NodeLowering:
         return carry(value) if isinstance(value, ir.Value) else value
 
     def _widened(self, arg: Any, value: Any) -> Any:
-        """Parameters count as float32, as `fxquant.weights.load` gives them."""
+        """Parameters count as float32, as `fxquant.runtime.weight_readers.load` gives them."""
         if not isinstance(arg, fx.Node) or arg.op != "get_attr" or value.dtype not in HALVES:
             return value
         shape, wide = value.shape, self.builder.float(value)

@@ -10,7 +10,7 @@ from fxquant import ops
 from fxquant.errors import FxquantError
 from fxquant.lowering.onnx.aten import ATEN, SHAPE_OPERATORS
 from fxquant.lowering.onnx.shapes import Shapes
-from fxquant.program import Program
+from fxquant.program.program import Program
 
 GROUPED = {
     ops.grouped_int_matmul: ops.int_matmul,

@@ -11,11 +11,11 @@ import onnx_ir as ir
 from google.protobuf.message import DecodeError
 
 from fxquant.errors import FxquantError
-from fxquant.json_file import read_bytes
-from fxquant.limits import ONNX_BYTES
+from fxquant.inputs.json_file import read_bytes
+from fxquant.inputs.limits import ONNX_BYTES
 from fxquant.lowering.onnx.writer import FILE, build_model
-from fxquant.program import Program
-from fxquant.safetensors_file import TensorInfo
+from fxquant.program.program import Program
+from fxquant.storage.safetensors import TensorInfo
 
 AGAIN = "Compile again; the file is not to be edited."
 

@@ -12,8 +12,8 @@ import torch
 from torch import fx
 
 from fxquant.errors import FxquantError
-from fxquant.meta import call_on_meta
-from fxquant.program import Program
+from fxquant.program.meta import call_on_meta
+from fxquant.program.program import Program
 
 DTYPES = {
     torch.float32: ir.DataType.FLOAT,

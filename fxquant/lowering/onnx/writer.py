@@ -17,9 +17,9 @@ from fxquant.lowering.onnx.initializers import Initializers, View
 from fxquant.lowering.onnx.node_lowering import NodeLowering
 from fxquant.lowering.onnx.regions import Region, find_regions
 from fxquant.lowering.onnx.shapes import FIRST_CACHE, Meta, Shapes
-from fxquant.naming import operator_name
-from fxquant.program import Program
-from fxquant.safetensors_file import TensorInfo
+from fxquant.program.node_names import operator_name
+from fxquant.program.program import Program
+from fxquant.storage.safetensors import TensorInfo
 
 FILE = "model.onnx"
 NUMERICS = (

@@ -8,7 +8,7 @@ from pathlib import Path
 import xxhash
 
 from fxquant.lowering.weights.unit import Filled, Unit
-from fxquant.system_errors import stopping
+from fxquant.storage.system_errors import stopping
 
 READ_BLOCK = 4 << 20
 

@@ -11,7 +11,7 @@ import xxhash
 from fxquant.errors import StoppedError
 from fxquant.lowering.weights.producer import Producer
 from fxquant.lowering.weights.unit import Filled, Unit
-from fxquant.whole_calls import write_at
+from fxquant.storage.whole_calls import write_at
 
 FREE_SPACE = "Free space or repair the disk."
 

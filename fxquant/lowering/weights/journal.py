@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from fxquant.errors import FxquantError
-from fxquant.json_file import parse_json
+from fxquant.inputs.json_file import parse_json
 from fxquant.lowering.weights.unit import Filled
-from fxquant.system_errors import stopping
+from fxquant.storage.system_errors import stopping
 
 Fingerprint = dict[str, Any]
 RESTART = "Pass --restart to begin anew."

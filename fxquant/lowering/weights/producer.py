@@ -9,17 +9,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fxquant.checkpoint import Checkpoint, decode_fp8
-from fxquant.checkpoint_parts import HeldTensor, SourceTensor
-from fxquant.hashing import hash_text
+from fxquant.calibration.gptq_codes import Codes
+from fxquant.checkpoint.checkpoint import Checkpoint, decode_fp8
+from fxquant.checkpoint.model_parallel_parts import HeldTensor, SourceTensor
+from fxquant.checkpoint.stamped_reader import FileStamp, SourceReader, Stamps
 from fxquant.kernels.version import KERNEL_VERSION
 from fxquant.lowering.weights.unit import Unit
-from fxquant.program_file import recipe_arguments
-from fxquant.safetensors_file import NAMES, TensorInfo
-from fxquant.schemes import Recipe, WeightAlgorithm
-from fxquant.solved import Codes
-from fxquant.source_reader import FileStamp, SourceReader, Stamps
-from fxquant.weights import codes_of
+from fxquant.program.program_file import recipe_arguments
+from fxquant.runtime.weight_readers import codes_of
+from fxquant.schemes.schemes import Recipe, WeightAlgorithm
+from fxquant.storage.hashing import hash_text
+from fxquant.storage.safetensors import NAMES, TensorInfo
 
 if TYPE_CHECKING:
     from fxquant.kernels.source_rows import SourceRows
@@ -103,7 +103,7 @@ class CheckpointProducer:
             yield "", tensor_bytes(smoothing.apply(unit.name, wide, tensor.shape[0], first).to(dtype))
 
     def _made(self, unit: Unit, recipe: Recipe) -> Iterator[tuple[str, memoryview]]:
-        from fxquant.kernels.recipe import ModuleMaker  # here: keys are asked for where no compiler is wanted
+        from fxquant.kernels.module_tensors import ModuleMaker  # here: keys are asked for where no compiler is wanted
 
         name = f"{unit.name}.weight"
         maker = ModuleMaker(recipe, name, self._bias(unit.name) if recipe.bias else None)

@@ -19,7 +19,7 @@ from fxquant.errors import FxquantError, StoppedError
 from fxquant.kernels.version import KERNEL_VERSION
 from fxquant.lowering.weights.fill import FillJob
 from fxquant.lowering.weights.unit import Filled, Unit
-from fxquant.processes import run_to_end
+from fxquant.processes.command import run_to_end
 
 TASK_BYTES = 64 << 20
 """Output bytes of one Ray task, or one unit where that is larger: a task costs a millisecond or so."""

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fxquant.errors import StoppedError
-from fxquant.lowering.layout import FileLayout
-from fxquant.system_errors import stopping
-from fxquant.whole_calls import write_at
-from fxquant.work_folder import walk
+from fxquant.lowering.output_folder.layout import FileLayout
+from fxquant.storage.system_errors import stopping
+from fxquant.storage.whole_calls import write_at
+from fxquant.storage.work_folder import walk
 
 FREE_SPACE = "Free space, or choose another -o."
 

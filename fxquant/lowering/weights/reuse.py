@@ -7,20 +7,20 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from fxquant.checkpoint.stamped_reader import FileStamp, Stamps
 from fxquant.errors import FxquantError
-from fxquant.hashing import hash_bytes
-from fxquant.json_file import read_json
-from fxquant.limits import INDEX_BYTES
-from fxquant.lowering.layout import FileLayout
-from fxquant.lowering.manifest import STAMPS, Manifest, read_manifest
+from fxquant.inputs.json_file import read_json
+from fxquant.inputs.limits import INDEX_BYTES
+from fxquant.lowering.output_folder.layout import FileLayout
+from fxquant.lowering.output_folder.manifest import STAMPS, Manifest, read_manifest
 from fxquant.lowering.own_files import is_plain
 from fxquant.lowering.weights.digests import digests_on_disk
 from fxquant.lowering.weights.producer import Producer
 from fxquant.lowering.weights.unit import Filled, Unit
-from fxquant.safetensors_file import TensorInfo, header_bytes, read_header
-from fxquant.source_reader import FileStamp, Stamps
-from fxquant.system_errors import stopped, stopping
-from fxquant.work_folder import listed
+from fxquant.storage.hashing import hash_bytes
+from fxquant.storage.safetensors import TensorInfo, header_bytes, read_header
+from fxquant.storage.system_errors import stopped, stopping
+from fxquant.storage.work_folder import listed
 
 NOT_HERE = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
 """Errors of copy_file_range that mean: not between these files, copy them yourself."""

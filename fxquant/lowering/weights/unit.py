@@ -3,8 +3,8 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from fxquant.lowering.layout import FileLayout, StoredTensor
-from fxquant.schemes import Recipe
+from fxquant.lowering.output_folder.layout import FileLayout, StoredTensor
+from fxquant.schemes.schemes import Recipe
 
 LARGE = 64 << 20
 """Bytes of a unit that another worker should not wait for."""

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import xxhash
 
-from fxquant.hashing import hash_text
+from fxquant.checkpoint.stamped_reader import Stamps
 from fxquant.kernels.version import KERNEL_VERSION
-from fxquant.lowering.layout import FileLayout
+from fxquant.lowering.output_folder.layout import FileLayout
 from fxquant.lowering.weights.digests import digests_on_disk
 from fxquant.lowering.weights.fill import FillJob
 from fxquant.lowering.weights.journal import Fingerprint, Journal
@@ -22,7 +22,7 @@ from fxquant.lowering.weights.ray_cluster import check_cluster, fill_ray
 from fxquant.lowering.weights.reuse import Earlier, copy_units
 from fxquant.lowering.weights.unit import Filled, Unit, units_of
 from fxquant.progress import Reporter
-from fxquant.source_reader import Stamps
+from fxquant.storage.hashing import hash_text
 
 FORMAT = 2
 

@@ -1,0 +1,1 @@
+"""Calibration: observers, smoothing scales and GPTQ over batches, its file, and how it resumes."""

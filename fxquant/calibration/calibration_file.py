@@ -1,0 +1,162 @@
+"""calibration.safetensors: what static linears saw, before any policy made a range of it, and how pairs were smoothed.
+
+The one part of an output that depends on the order in which floats were summed. With the file at hand everything else
+is the same on any machine.
+"""
+
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from torch import Tensor
+
+from fxquant.calibration.batches import Batch
+from fxquant.errors import FxquantError
+from fxquant.policy.smooth_rules import SmoothMethod
+from fxquant.program.program import Pair, Program
+from fxquant.program.program_file import recipe_arguments
+from fxquant.schemes.schemes import Recipe
+from fxquant.storage.hashing import hash_text
+from fxquant.storage.safetensors import NAMES, build_header, read_header, read_metadata
+from fxquant.transforms.transforms_file import read_smoothing, smoothing_metadata, smoothing_tensors
+from fxquant.transforms.weight_transforms import Smoothing
+
+CALIBRATION = "optional/calibration.safetensors"
+"""Within an output. The format keeps what no engine loads in `optional/`: engines take every weight file beside it."""
+TOKENS, LOW, HIGH, EXPERTS = "tokens", ".input_low", ".input_high", ".expert_tokens"
+AGAIN = "Calibrate again: pass --calib TEXT instead."
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What ranges were observed on.
+
+    graph    structural hash of the float graph
+    weights  "float", or "rounded" and the hash of the recipes that rounded them
+    text     XXH3-128 of the batches of token ids
+    smooth   hash of what was smoothed, turned and how, "" for nothing
+    kept     what was kept of each input: "extremes", "percentile 99.99" or "histogram"
+    """
+
+    graph: str
+    weights: str
+    text: str
+    smooth: str = ""
+    kept: str = "extremes"
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Raw ranges.
+
+    tokens     int64 [batches]: tokens in each batch, padding not counted
+    ranges     module → smallest and largest input in each batch, float32 [batches] each, or one of each for all
+    experts    module that routes → int64 [E]: tokens that went to each expert, over all batches
+    smoothing  what was smoothed before they were observed
+    """
+
+    seen: Seen
+    tokens: Tensor
+    ranges: dict[str, tuple[Tensor, Tensor]]
+    experts: dict[str, Tensor] = field(default_factory=dict)
+    smoothing: Smoothing = field(default_factory=Smoothing)
+
+    def save(self, path: Path) -> None:
+        """Write the file; the same calibration gives the same bytes."""
+        tensors = {TOKENS: self.tokens}
+        for module, (low, high) in sorted(self.ranges.items()):
+            tensors |= {module + LOW: low, module + HIGH: high}
+        tensors |= {module + EXPERTS: counts for module, counts in sorted(self.experts.items())}
+        tensors |= smoothing_tensors(self.smoothing)
+        tensors = dict(sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])))
+        entries = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
+        header, _ = build_header(entries, metadata=vars(self.seen) | smoothing_metadata(self.smoothing))
+        data = b"".join(tensor.contiguous().view(torch.uint8).numpy().tobytes() for tensor in tensors.values())
+        path.parent.mkdir(exist_ok=True)
+        whole = path.with_name(path.name + ".new")
+        whole.write_bytes(header + data)
+        whole.replace(path)  # a kill leaves all of it or nothing
+
+
+def load_calibration(path: Path) -> Calibration:
+    """Raises FxquantError for a file that `Calibration.save` did not write."""
+    if not path.is_file():
+        raise FxquantError(path, "no such file.", "Name the calibration.safetensors of an output.")
+    infos, metadata = read_header(path), read_metadata(path)
+    try:
+        seen = Seen(*(metadata[key] for key in ("graph", "weights", "text", "smooth", "kept")))
+        modules = [name.removesuffix(LOW) for name in infos if name.endswith(LOW)]
+        ranges = {module: (infos[module + LOW].read(), infos[module + HIGH].read()) for module in modules}
+        tokens, smoothing = infos[TOKENS].read(), read_smoothing(path, infos, metadata)
+        experts = {name.removesuffix(EXPERTS): infos[name].read() for name in infos if name.endswith(EXPERTS)}
+    except KeyError as error:
+        raise FxquantError(path, f"not a calibration file: it has no {error.args[0]}.", AGAIN) from None
+    values = tuple(tokens.shape) if seen.kept == Seen.kept else (1,)
+    shapes = {tuple(tensor.shape) for pair in ranges.values() for tensor in pair} | {values}
+    dtypes = {tensor.dtype for pair in ranges.values() for tensor in pair} | {torch.float32}
+    if (
+        len(shapes) != 1
+        or len(dtypes) != 1
+        or tokens.dtype is not torch.int64
+        or tokens.ndim != 1
+        or (ranges and not len(tokens))
+    ):
+        raise FxquantError(path, "not a calibration file: its tensors are not one value a batch.", AGAIN)
+    if not all(torch.isfinite(tensor).all() for pair in ranges.values() for tensor in pair):
+        raise FxquantError(path, "holds NaN or infinity.", AGAIN)
+    if not all((low <= high).all() for low, high in ranges.values()):
+        raise FxquantError(path, "not a calibration file: a smallest input is above its largest.", AGAIN)
+    if not all(counts.dtype is torch.int64 and counts.ndim == 1 and (counts >= 0).all() for counts in experts.values()):
+        raise FxquantError(path, "not a calibration file: its tokens of experts are no counts.", AGAIN)
+    return Calibration(seen, tokens, ranges, experts, smoothing)
+
+
+def earlier_calibrations(folders: Iterable[Path]) -> list[Calibration]:
+    """Those of output folders that have one. One that cannot be read saves nothing, and is no fault of this work."""
+    found = []
+    for path in (folder / CALIBRATION for folder in folders):
+        with suppress(FxquantError):
+            found.append(load_calibration(path))
+    return found
+
+
+def text_hash(batches: Iterable[Batch]) -> str:
+    """XXH3-128 over shape, ids and mask of each batch, in hex; the id of padding counts as 0, whatever it is."""
+    digest = xxhash.xxh3_128()
+    for batch in batches:
+        ids, mask = batch.ids * batch.mask, batch.mask.contiguous()
+        digest.update(str(tuple(ids.shape)).encode() + ids.numpy().tobytes() + mask.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def pairs_hash(program: Program) -> str:
+    """The `smooth` of a program's pairs and turns, and of the schemes that the scales of a pair are found for."""
+    pairs = [(pair.kind.value, pair.maker, _readers(program, pair), _rule(pair)) for pair in program.pairs]
+    what: list[Any] = [pairs, sorted(program.added)] if pairs or program.added else []
+    what += [sorted(program.turns.items())] if program.turns else []
+    return hash_text(repr(tuple(what))) if what else ""
+
+
+def _readers(program: Program, pair: Pair) -> list[tuple[str, Any]]:
+    """Which weights a pair's scales look at, and, where they are searched, how these are quantized."""
+    recipes = ((target, program.recipes.get(program.parameters[target].module)) for target in pair.readers)
+    searched = pair.rule.method is SmoothMethod.FLEX
+    return [(target, _scheme(recipe) if recipe and searched else recipe is not None) for target, recipe in recipes]
+
+
+def _scheme(recipe: Recipe) -> tuple[str, int, str]:
+    return recipe.scheme.value, recipe.group_size, NAMES[recipe.scale_dtype]
+
+
+def _rule(pair: Pair) -> tuple[str, float]:
+    return pair.rule.method.value, pair.rule.alpha
+
+
+def rounded_by(recipes: dict[str, Recipe]) -> str:
+    """The `weights` of ranges that were observed on rounded weights."""
+    arguments = [(module, recipe_arguments(recipe)) for module, recipe in sorted(recipes.items())]
+    return f"rounded {hash_text(repr(arguments))}"

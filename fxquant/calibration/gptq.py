@@ -1,0 +1,133 @@
+"""Codes by GPTQ while calibration text runs: of each linear when its inputs are there, of each expert on its tokens."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxquant import ops
+from fxquant.calibration.gptq_codes import SolvedCodes
+from fxquant.checkpoint.checkpoint import Checkpoint
+from fxquant.errors import FxquantError
+from fxquant.kernels.gptq import carry_matrix, feedback_codes, hessian
+from fxquant.kernels.module_tensors import code_limits, fitted
+from fxquant.policy.policy import UnseenExperts
+from fxquant.program.linears import PROJECTIONS
+from fxquant.program.program import Program, input_node
+from fxquant.program.program_file import recipe_arguments
+from fxquant.schemes.schemes import Recipe, WeightAlgorithm
+from fxquant.storage.hashing import hash_text
+
+Live = Mapping[fx.Node, Sequence[Any]]
+Rows = Callable[[Sequence[Tensor]], Tensor]
+"""A value [batch, length, k] of each batch → [tokens, k] without padding."""
+Carry = tuple[Tensor, Tensor]
+
+
+class Solver:
+    """Observes a run, and writes to `solved` the codes of every linear whose recipe asks for GPTQ.
+
+    `key` says what the run is made of: codes that are there under it are not found again. `checkpoint` is the smoothed
+    one, whose weights are final by the time that a linear reads them.
+    """
+
+    def __init__(
+        self, program: Program, checkpoint: Checkpoint, solved: SolvedCodes, key: str, rows: Rows, unseen: UnseenExperts
+    ) -> None:
+        self._program, self._checkpoint, self._solved = program, checkpoint, solved
+        self._key, self._rows, self._unseen = key, rows, unseen
+        self._carry: tuple[fx.Node, Carry] | None = None
+
+    def sites(self) -> Iterator[fx.Node]:
+        """The calls at which codes are found."""
+        for node in self._program.graph.graph.nodes:
+            places = {ops.linear: (1,), ops.moe_experts: tuple(PROJECTIONS.values())}.get(node.target, ())
+            if any(self._recipe(input_node(node, place)) for place in places):
+                yield node
+
+    def observe(self, node: fx.Node, live: Live) -> None:
+        """`live` has the values of the inputs of `node`, a list of one a batch each."""
+        if node.target == ops.linear:
+            recipe = self._recipe(input_node(node, 1))
+            if recipe is not None and not self._has(recipe, recipe.module):
+                self._solve(recipe, recipe.module, self._shared_carry(input_node(node, 0), live))
+        elif node.target == ops.moe_experts:
+            recipes = {name: self._recipe(input_node(node, place)) for name, place in PROJECTIONS.items()}
+            if any(recipes.values()):
+                self._experts(node, recipes, live)
+
+    def _recipe(self, weight: fx.Node) -> Recipe | None:
+        if weight.op != "get_attr":
+            return None
+        recipe = self._program.recipes.get(self._program.parameters[str(weight.target)].module)
+        return recipe if recipe is not None and recipe.algorithm is WeightAlgorithm.GPTQ else None
+
+    def _shared_carry(self, value: fx.Node, live: Live) -> Carry:
+        """Of the inputs of a linear; those that read the same value, one after the other, share it."""
+        if self._carry is None or self._carry[0] is not value:
+            self._carry = value, carry_matrix(hessian(self._rows(live[value])))
+        return self._carry[1]
+
+    def _experts(self, node: fx.Node, recipes: Mapping[str, Recipe | None], live: Live) -> None:
+        x, ids = (self._rows(live[input_node(node, place)]) for place in (0, 1))
+        names = {name: self._names(node, place) for name, place in PROJECTIONS.items()}
+        for expert in range(len(names["gate_proj"])):
+            modules = {name: names[name][expert].removesuffix(".weight") for name in PROJECTIONS}
+            asked = {name: one for name, one in recipes.items() if one and not self._has(one, modules[name])}
+            if asked:
+                self._expert(asked, modules, x, (ids == expert).any(-1))
+
+    def _expert(self, recipes: Mapping[str, Recipe], modules: Mapping[str, str], x: Tensor, chose: Tensor) -> None:
+        rows = x[chose]
+        if not len(rows):
+            if self._unseen is UnseenExperts.ERROR:
+                fact = "no token of the calibration text went to it, and GPTQ needs some."
+                way_out = "Calibrate on more text, or say unseen_experts: all_tokens or least_squares in the policy."
+                raise FxquantError(f"layer {modules['gate_proj'].rpartition('.')[0]}", fact, way_out)
+            rows = x if self._unseen is UnseenExperts.ALL_TOKENS else rows
+        inputs = {"gate_proj": rows, "up_proj": rows}
+        if "down_proj" in recipes:
+            gate, up = (self._weight(modules[name]).float().to(x.device) for name in ("gate_proj", "up_proj"))
+            inputs["down_proj"] = torch.nn.functional.silu(rows @ gate.T) * (rows @ up.T)
+        carries: dict[int, Carry] = {}
+        for name, recipe in recipes.items():
+            seen = inputs[name]
+            if len(seen) and id(seen) not in carries:
+                carries[id(seen)] = carry_matrix(hessian(seen))
+            self._solve(recipe, modules[name], carries.get(id(seen)))
+
+    def _solve(self, recipe: Recipe, module: str, carry: Carry | None) -> None:
+        """Without inputs the codes are those of least squares."""
+        weight = self._weight(module)
+        codes, scale, second = fitted(recipe, weight, f"{module}.weight")
+        if carry is not None:
+            wide = spread(second, recipe).expand(weight.shape)
+            device, (lowest, highest) = carry[0].device, code_limits(recipe, wide)
+            rows, steps = weight.float().to(device), (scale.unsqueeze(1) * wide).to(device)
+            codes = feedback_codes(rows, steps, lowest.to(device), highest.to(device), carry).cpu()
+        self._solved.write(module, self._key_of(recipe), codes)
+
+    def _weight(self, module: str) -> Tensor:
+        return self._checkpoint.read(f"{module}.weight")
+
+    def _names(self, node: fx.Node, place: int) -> tuple[str, ...]:
+        return self._program.parameters[str(input_node(node, place).target)].names
+
+    def _has(self, recipe: Recipe, module: str) -> bool:
+        return self._solved.has(module, self._key_of(recipe))
+
+    def _key_of(self, recipe: Recipe) -> str:
+        return hash_text(repr((self._key, recipe_arguments(recipe))))
+
+
+def spread(second: Tensor, recipe: Recipe) -> Tensor:
+    """Second scales [n, G] → [n, k]; ones [n, 1] where there are none."""
+    return second.repeat_interleave(recipe.group_size, 1) if second.shape[1] else torch.ones(len(second), 1)
+
+
+def solved_modules(program: Program) -> Iterator[str]:
+    """Every module whose codes a run must find."""
+    for recipe in program.recipes.values():
+        if recipe.algorithm is WeightAlgorithm.GPTQ:
+            yield from recipe.modules

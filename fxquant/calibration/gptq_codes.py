@@ -1,0 +1,83 @@
+"""Codes that were found on calibration's inputs, one file a module, until the weight files have them."""
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fxquant.errors import FxquantError, StoppedError
+from fxquant.storage.hashing import hash_bytes
+from fxquant.storage.safetensors import build_header, read_header, read_metadata
+from fxquant.storage.system_errors import stopping
+
+CODES, KEY, DIGEST = "codes", "key", "digest"
+
+
+class Codes(Protocol):
+    """Where the codes of a module come from."""
+
+    def __call__(self, module: str) -> Tensor:
+        """int8 [n, k]."""
+
+    def digest(self, module: str) -> str:
+        """XXH3-128 of their bytes, in hex."""
+
+
+class SolvedCodes:
+    """A folder of them. It travels to other processes, whose working folder may be another."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder.resolve()
+        self._temporary: TemporaryDirectory[str] | None = None
+
+    @classmethod
+    def temporary(cls) -> "SolvedCodes":
+        """In a folder that goes with the object. Raises FxquantError where no temporary folder can be made."""
+        try:
+            made = TemporaryDirectory(prefix="fxquant-codes-")
+        except OSError as error:
+            fact = f"cannot be made: {error.strerror}."
+            raise FxquantError("temporary folder", fact, "Set TMPDIR to a folder that can be written.") from None
+        solved = cls(Path(made.name))
+        solved._temporary = made
+        return solved
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"folder": self.folder, "_temporary": None}
+
+    def __call__(self, module: str) -> Tensor:
+        file = self._file(module)
+        with stopping(file, "cannot be read"):
+            codes = read_header(file)[CODES].read()
+        if hash_bytes(codes.numpy().tobytes()) != self.digest(module):
+            raise StoppedError(file, "codes that are damaged.", "Begin anew with --restart.")
+        return codes
+
+    def has(self, module: str, key: str) -> bool:
+        """Whether the module's codes are there, found under the same `key`."""
+        file = self._file(module)
+        return file.is_file() and read_metadata(file).get(KEY) == key
+
+    def digest(self, module: str) -> str:
+        """XXH3-128 of the module's codes, in hex."""
+        digest = read_metadata(self._file(module)).get(DIGEST)
+        if digest is None:
+            raise FxquantError(self._file(module), "holds no codes.", "Begin anew with --restart.")
+        return digest
+
+    def write(self, module: str, key: str, codes: Tensor) -> None:
+        """Keep `codes` int8 [n, k]; a kill leaves all of them or none."""
+        data = codes.contiguous().view(torch.uint8).numpy().tobytes()
+        metadata = {KEY: key, DIGEST: hash_bytes(data)}
+        header, _ = build_header([(CODES, torch.int8, tuple(codes.shape))], metadata=metadata)
+        file = self._file(module)
+        whole = file.with_name(file.name + ".new")
+        with stopping(whole, "cannot be written"):
+            self.folder.mkdir(exist_ok=True)
+            whole.write_bytes(header + data)
+            whole.replace(file)
+
+    def _file(self, module: str) -> Path:
+        return self.folder / f"{module}.safetensors"

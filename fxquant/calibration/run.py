@@ -1,0 +1,139 @@
+"""One run of the float graph over calibration text, block by block, and all that is seen on the way."""
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxquant import ops
+from fxquant.calibration.batches import Batch, count_experts, real_tokens
+from fxquant.calibration.gptq import Solver, solved_modules
+from fxquant.calibration.gptq_codes import SolvedCodes
+from fxquant.calibration.observers import Observer
+from fxquant.calibration.resume_folder import CalibrationFolder
+from fxquant.calibration.resume_state import Key, State
+from fxquant.calibration.smoother import Smoother
+from fxquant.checkpoint.checkpoint import Checkpoint
+from fxquant.errors import FxquantError
+from fxquant.policy.policy import UnseenExperts
+from fxquant.program.program import Program
+from fxquant.progress import Reporter
+from fxquant.runtime.execute import Values, prefill_inputs
+from fxquant.runtime.stream import Stream
+from fxquant.runtime.weight_readers import CPU, RoundedReader
+from fxquant.storage.hashing import hash_text
+
+
+class CalibrationRun:
+    """Smooths `program.pairs` as their values come, and observes inputs of linears. Padding counts in nothing.
+
+    Only what these values depend on runs, on `device`; everything below comes back to the CPU.
+
+    ranges   node → what the observer keeps of its values: lows and highs, float32 [batches] or [1] each
+    experts  module that routes → int64 [E]: tokens that went to each expert
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        source: Checkpoint,
+        batches: Sequence[Batch],
+        observer: Observer,
+        rounded: bool,
+        device: torch.device = CPU,
+    ) -> None:
+        self.smoother = Smoother(program, source, self._rows)
+        self.ranges: dict[fx.Node, tuple[Tensor, Tensor]] = {}
+        self.experts: dict[str, Tensor] = {}
+        self._program, self._batches, self._observer = program, batches, observer
+        self._rounded, self._device = rounded, device
+        self._solver: Solver | None = None
+
+    def solve(self, solved: SolvedCodes, key: str, unseen: UnseenExperts) -> None:
+        """Have the run find the codes of GPTQ too, under this key."""
+        self._solver = Solver(self._program, self.smoother.checkpoint, solved, key, self._rows, unseen)
+
+    def observe(
+        self,
+        wanted: Collection[fx.Node],
+        report: Reporter,
+        folder: CalibrationFolder | None = None,
+        key: Key | None = None,
+    ) -> None:
+        """Run, and see the range of each of `wanted`. Raises FxquantError for NaN and infinity.
+
+        After each block `folder` gets what a run with the same `key` needs to go on there.
+        """
+        stream, stage, done = self._stream(wanted), "calibrate", 0
+        if folder is not None:
+            own = {"policy": observed_hash(self._program, wanted), "device": self._device.type}
+            state, other = folder.begin({**(key or {}), **own})
+            if state is not None:
+                self._go_on(stream, state, folder)
+                stage, done = f"go on: block {state.blocks}", state.blocks
+            elif other:
+                stage = f"calibrate anew: {other} changed"
+        sizes = [len(block.nodes) for block in stream.blocks]
+        with report(stage, sum(sizes), "nodes") as advance:
+            advance(sum(sizes[:done]))
+            for index, block in enumerate(stream.blocks[done:], done):
+                stream.run(block, lambda node, values, inputs: self._see(wanted, node, values, inputs), advance)
+                if folder is not None:
+                    folder.save(self._state(stream, index + 1))
+        if folder is not None:
+            folder.running = False
+
+    def extremes(self, nodes: Sequence[fx.Node]) -> tuple[Tensor, Tensor]:
+        """Of a linear that is called on each of `nodes`: the lower of their lows, the higher of their highs."""
+        lows, highs = zip(*(self.ranges[node] for node in nodes), strict=True)
+        return torch.stack(lows).amin(0), torch.stack(highs).amax(0)
+
+    def _stream(self, wanted: Collection[fx.Node]) -> Stream:
+        program, read = self._program, self.smoother.checkpoint.read
+        inputs = [prefill_inputs(program, batch.ids, mask=batch.mask) for batch in self._batches]
+        seen = {*wanted, *(pair.value for pair in program.pairs), *program.nodes(ops.moe_gate)}
+        seen |= set(self._solver.sites()) if self._solver else set()
+        return Stream(program, RoundedReader(program, read) if self._rounded else read, inputs, seen, self._device)
+
+    def _see(self, wanted: Collection[fx.Node], node: fx.Node, values: list[Any], inputs: Values) -> None:
+        self.smoother.observe(node, values, inputs)
+        if self._solver is not None:
+            self._solver.observe(node, inputs)
+        if node in wanted:
+            low, high = (torch.stack(ends).float().cpu() for ends in self._observer(self._real(values)))
+            self.ranges[node] = low, high
+            if not (low.isfinite() & high.isfinite()).all():
+                fact = "calibration gave NaN or infinity."
+                raise FxquantError(node.name, fact, "Check the checkpoint's weights.")
+        elif node.target == ops.moe_gate:
+            count_experts(self.experts, node, values, self._batches)
+
+    def _state(self, stream: Stream, blocks: int) -> State:
+        values = {node.name: stream.values[node] for node in stream.kept()}
+        ranges = {node.name: found for node, found in self.ranges.items()}
+        return State(blocks, values, ranges, self.experts, self.smoother.smoothing)
+
+    def _go_on(self, stream: Stream, state: State, folder: CalibrationFolder) -> None:
+        kept = stream.skip(state.blocks)
+        if {node.name for node in kept} != set(state.values):
+            raise folder.damaged()
+        for node in kept:
+            stream.restore(node, state.values[node.name])
+        nodes = {node.name: node for node in self._program.graph.graph.nodes}
+        self.ranges = {nodes[name]: found for name, found in state.ranges.items()}
+        self.experts = dict(state.experts)
+        self.smoother.restore(state.smoothing)
+
+    def _real(self, values: Sequence[Tensor]) -> list[Tensor]:
+        return [real_tokens(value, batch.mask) for value, batch in zip(values, self._batches, strict=True)]
+
+    def _rows(self, values: Sequence[Tensor]) -> Tensor:
+        """[tokens, k] of all batches."""
+        return torch.cat([value.flatten(0, -2) for value in self._real(values)])
+
+
+def observed_hash(program: Program, wanted: Collection[fx.Node]) -> str:
+    """Of the names of what is observed, and of the recipes that the search for a pair's scales may ask."""
+    recipes = sorted(program.recipes.items()) if program.pairs or any(solved_modules(program)) else []
+    return hash_text(repr((sorted(node.name for node in wanted), recipes)))

@@ -1,0 +1,90 @@
+"""The scale of each channel of a smoothed value, from what calibration saw of it and from the weights that read it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fxquant.kernels.activation import static_parameters
+from fxquant.kernels.module_tensors import rounded_weight
+from fxquant.ops.quantized import quantize_per_token, quantize_static
+from fxquant.policy.smooth_rules import SmoothMethod, SmoothRule
+from fxquant.schemes.schemes import ActivationRange, Recipe
+
+SMALLEST = 1e-5
+"""Scales are no smaller; as are the magnitudes that they are made of, where no reference says otherwise."""
+COARSE, FINE = 10, 20
+"""Steps of a search from 0 to 1: all of the coarse ones, then the two fine ones beside the best."""
+SEARCH_TOKENS = 128
+"""Rows that a search looks at, at most."""
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A weight [n, k] that reads a smoothed value, in the model's dtype, and how a search quantizes it: by min_max."""
+
+    recipe: Recipe
+    weight: Tensor
+
+
+def channel_scales(
+    rule: SmoothRule, largest: Tensor, weight_largest: Tensor, rows: Tensor, readers: Sequence[Reader]
+) -> Tensor:
+    """float32 [k] by the rule's method; see `SmoothMethod`.
+
+    largest         float32 [k]: a, the largest magnitude of each channel over all tokens
+    weight_largest  float32 [k]: w, that of each column over all quantized weights that read it
+    rows, readers   values [tokens, k] and some of these weights, for methods that search
+    """
+    if rule.method is SmoothMethod.M4:
+        return (largest**rule.alpha / weight_largest ** (1 - rule.alpha)).clamp(min=SMALLEST)
+    a, w = largest.clamp(min=SMALLEST), weight_largest.clamp(min=SMALLEST)
+    alpha, beta = (rule.alpha, 1 - rule.alpha)
+    if rule.method is SmoothMethod.FLEX:
+        alpha, beta = _search(a, w, rows, readers)
+    return torch.where((largest > 0) & (weight_largest > 0), (a**alpha / w**beta).clamp(min=SMALLEST), 1.0)
+
+
+def _search(a: Tensor, w: Tensor, rows: Tensor, readers: Sequence[Reader]) -> tuple[float, float]:
+    """alpha and beta in twentieths: the best alpha with beta = 1 - alpha, then the best beta with that alpha.
+
+    Least is the sum over the readers of `|x W - q(x / s) q(W s)|² / |x W|²`, q as the recipe quantizes: the search of
+    the reference quantizer's flex method, with the schemes of the policy in place of its symmetric int8.
+    """
+    wanted = [rows @ reader.weight.float().T for reader in readers]
+
+    def loss(alpha: float, beta: float) -> float:
+        scale = (a**alpha / w**beta).clamp(min=SMALLEST)
+        inputs = {static: _quantized(rows / scale, static) for static in {one.recipe.scheme.static for one in readers}}
+        found = [inputs[one.recipe.scheme.static] @ _rounded(one, scale).T for one in readers]
+        return sum(map(_error, found, wanted))
+
+    alpha = _least(lambda one: loss(one, 1 - one))
+    return alpha, _least(lambda one: loss(alpha, one))
+
+
+def _least(loss: Callable[[float], float]) -> float:
+    """Where from 0 to 1 the loss is least, on the grid; of equal losses the first tried."""
+    losses = {step / COARSE: loss(step / COARSE) for step in range(COARSE + 1)}
+    best = min(losses, key=losses.__getitem__)
+    beside = (round(best * FINE) + side for side in (-1, 1))
+    losses |= {step / FINE: loss(step / FINE) for step in beside if 0 <= step <= FINE}
+    return min(losses, key=losses.__getitem__)
+
+
+def _rounded(reader: Reader, scale: Tensor) -> Tensor:
+    return rounded_weight(reader.recipe, (reader.weight.float() * scale).to(reader.weight.dtype))
+
+
+def _error(found: Tensor, wanted: Tensor) -> float:
+    return float(((found - wanted).square().sum() / wanted.square().sum().clamp(min=1e-30)).double())
+
+
+def _quantized(x: Tensor, static: bool) -> Tensor:
+    """What the int8 of x [tokens, k] stand for."""
+    if static:
+        scale, offset = static_parameters(ActivationRange(x.min().item(), x.max().item()))
+        return (quantize_static(x, scale.view(1), offset.view(1)) - offset) * scale
+    codes, scales = quantize_per_token(x)
+    return codes * scales

@@ -1,0 +1,134 @@
+"""Smoothing while calibration text runs: each pair, when its value is there, gets its scales, and from then on the
+graph runs on the smoothed weights."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxquant import ops
+from fxquant.calibration.smooth_scales import SEARCH_TOKENS, Reader, channel_scales
+from fxquant.checkpoint.checkpoint import Checkpoint
+from fxquant.checkpoint.rotated import rotation
+from fxquant.errors import FxquantError
+from fxquant.passes.pair_smoothing import pair_readers
+from fxquant.policy.smooth_rules import PairKind, SmoothMethod
+from fxquant.program.program import Pair, Program, input_node
+from fxquant.runtime.execute import Values
+from fxquant.schemes.schemes import Recipe, WeightAlgorithm
+from fxquant.transforms.weight_transforms import Smoothing
+
+SEARCH_EXPERTS = 2
+"""Of a stack of experts a search looks at so many, evenly spaced."""
+RealTokens = Callable[[list[Tensor]], Tensor]
+"""A value [batch, length, k] of each batch → float32 [tokens, k] without padding."""
+
+
+class Smoother:
+    """Observes a run of `program` on the weights of `checkpoint`, its own view of the given one: turned, and smoothed.
+
+    Weights are read one by one: once for their largest magnitudes, besides what the run itself reads.
+    """
+
+    def __init__(self, program: Program, checkpoint: Checkpoint, tokens: RealTokens) -> None:
+        self._source = checkpoint.smoothed(rotation(program.turns, checkpoint))
+        self.smoothing = rotation(program.turns, checkpoint)
+        self.smoothing.tensors |= {
+            name: torch.zeros(value.shape, dtype=value.dtype) for name, value in program.added.items()
+        }
+        self.checkpoint = checkpoint.smoothed(self.smoothing)
+        self._program, self._tokens = program, tokens
+        self._pairs = {pair.value: pair for pair in program.pairs}
+
+    def restore(self, smoothing: Smoothing) -> None:
+        """Go on where another run had smoothed so much."""
+        vars(self.smoothing).update(vars(smoothing))
+
+    def observe(self, node: fx.Node, values: list[Any], inputs: Values) -> None:
+        """Smooth the pair whose value has come, and replace `values` by what the smoothed graph has there."""
+        pair = self._pairs.get(node)
+        if pair is None:
+            return
+        rows = self._tokens(values)
+        largest, weights = rows.abs().amax(0).cpu(), self._largest_weights(pair)
+        chosen = rows[:: max(1, -(-len(rows) // SEARCH_TOKENS))].cpu()
+        readers = list(self._some_readers(pair)) if pair.rule.method is SmoothMethod.FLEX else []
+        scale = channel_scales(pair.rule, largest, weights, chosen, readers).to(self._program.dtype).float()
+        if not bool((torch.isfinite(scale) & (scale > 0)).all()):
+            fact = f"smoothing scales {scale.min():g} … {scale.max():g} do not fit {self._program.dtype}."
+            raise FxquantError(pair.value.name, fact, "Use method none for it.")
+        if pair.kind is PairKind.NORM:
+            self._smooth_norm(pair, scale, rows, values, inputs[input_node(node, 0)])
+        else:
+            self._smooth_linear(pair, scale, values)
+
+    def _smooth_norm(self, pair: Pair, scale: Tensor, rows: Tensor, values: list[Tensor], before: list[Tensor]) -> None:
+        smoothing, (name,) = self.smoothing, self._program.parameters[pair.maker].names
+        weight, bias = self._source.read(name), None
+        smoothing.scales[name] = scale
+        smoothing.columns |= dict.fromkeys(pair_readers(self._program, pair), name)
+        if pair.rule.method is SmoothMethod.M4:
+            shift = ((rows.amax(0) + rows.amin(0)) / 2).cpu()
+            smoothing.shifts[name] = shift
+            bias = self._shifted_norm_bias(pair, shift, scale)
+            self._shift_readers(pair, shift)
+        smoothed = smoothing.tensors[name] = (weight.float() / scale).to(weight.dtype)
+        eps, device = pair.value.args[2], values[0].device
+        weight, bias = smoothed.float().to(device), None if bias is None else bias.to(device)
+        values[:] = [ops.rms_norm(x, weight, eps, bias) for x in before]
+
+    def _shifted_norm_bias(self, pair: Pair, shift: Tensor, scale: Tensor) -> Tensor:
+        (name,) = self._program.parameters[str(input_node(pair.value, 3).target)].names
+        old = self._source.read(name).float() if name in self._source.tensors else 0.0
+        new = self.smoothing.tensors[name] = (old - shift) / scale
+        return new
+
+    def _shift_readers(self, pair: Pair, shift: Tensor) -> None:
+        """bias' = bias + W @ shift, summed in float64 so that its rounding is the only one."""
+        for target in pair.readers:
+            (name,) = self._program.parameters[target].names
+            bias = name.removesuffix("weight") + "bias"
+            weight = self._source.read(name)
+            old = self._source.read(bias).double() if bias in self._source.tensors else 0.0
+            self.smoothing.tensors[bias] = (old + weight.double() @ shift.double()).to(weight.dtype)
+
+    def _smooth_linear(self, pair: Pair, scale: Tensor, values: list[Tensor]) -> None:
+        """The rows of the weight that make the attention's values; those that make keys stay."""
+        (name,) = self._program.parameters[pair.maker].names
+        self.smoothing.scales[name] = scale
+        self.smoothing.rows[name] = _heads(pair.value)
+        self.smoothing.columns |= dict.fromkeys(pair_readers(self._program, pair), name)
+        values[:] = [value / scale.to(value.device) for value in values]
+
+    def _largest_weights(self, pair: Pair) -> Tensor:
+        """float32 [k]: the largest magnitude of each column over all quantized weights that read the value."""
+        found = None
+        for _, name in self._quantized(pair):
+            columns = self._source.read(name).abs().amax(0).float()
+            found = columns if found is None else torch.maximum(found, columns)
+        assert found is not None
+        return found
+
+    def _quantized(self, pair: Pair) -> Iterator[tuple[Recipe, str]]:
+        for target in pair.readers:
+            parameter = self._program.parameters[target]
+            recipe = self._program.recipes.get(parameter.module)
+            if recipe is not None:
+                yield from ((recipe, name) for name in parameter.names)
+
+    def _some_readers(self, pair: Pair) -> Iterator[Reader]:
+        for target in pair.readers:
+            parameter = self._program.parameters[target]
+            recipe = self._program.recipes.get(parameter.module)
+            if recipe is not None:
+                names = parameter.names[:: max(1, len(parameter.names) // SEARCH_EXPERTS)]
+                plain = replace(recipe, algorithm=WeightAlgorithm.MIN_MAX)
+                yield from (Reader(plain, self._source.read(name)) for name in names)
+
+
+def _heads(attention: fx.Node) -> int:
+    heads = attention.args[4]
+    assert isinstance(heads, int)
+    return heads

@@ -1,0 +1,1 @@
+"""Checkpoints: config, index, tensor names of each source format, and tensors read one by one."""

@@ -1,0 +1,186 @@
+"""config.json of a DeepSeek-V3 family checkpoint, validated."""
+
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fxquant.checkpoint.config_sizes import (
+    DenseLayers,
+    Experts,
+    Heads,
+    Layers,
+    MtpLayers,
+    NormEps,
+    Positions,
+    RopeTheta,
+    RouteScale,
+    SharedExperts,
+    Size,
+    TokenId,
+    YarnBeta,
+    YarnFactor,
+    YarnScale,
+    check_size,
+)  # fmt: skip
+from fxquant.checkpoint.model_args import hf_to_model_args, is_model_args, model_args_to_hf
+from fxquant.errors import FxquantError
+from fxquant.inputs.json_file import read_json
+from fxquant.inputs.limits import CONFIG_BYTES
+from fxquant.inputs.validation import cut, validation_fact
+
+__all__ = [
+    "DeepseekV3Config", "RopeScaling", "hf_to_model_args", "model_args_to_hf", "parse_config", "read_config",
+    "read_config_file", "yarn_mscale",
+]  # fmt: skip
+
+SUPPORTED = "DeepSeek-V3, DeepSeek-R1 and their family (model_type deepseek_v3)"
+DENSE = "are dense, without latent attention or experts, so there is nothing for this compiler"
+THIS = f"fxquant compiles {SUPPORTED}."
+QUANTIZER = f"Use a general quantizer; {THIS}"
+NEIGHBOURS = {
+    "deepseek_v2": ("its router scores with softmax, DeepSeek-V3's with sigmoid", THIS),
+    "deepseek_v32": ("its attention is sparse, chosen by an indexer that DeepSeek-V3 lacks", THIS),
+    "kimi_k2": (
+        "fxquant reads this architecture under DeepSeek's name only",
+        "A Kimi-K2 whose architecture is DeepSeek-V3's can be given model_type deepseek_v3.",
+    ),
+    "qwen2": (f"Qwen2 models, DeepSeek-R1-Distill-Qwen among them, {DENSE}", QUANTIZER),
+    "qwen3": (f"Qwen3 models, DeepSeek-R1-0528-Qwen3 among them, {DENSE}", QUANTIZER),
+    "llama": (f"Llama models, DeepSeek-R1-Distill-Llama among them, {DENSE}", QUANTIZER),
+}
+"""model_type that is taken for DeepSeek-V3's → why it is none, and the way out."""
+
+
+class RopeScaling(BaseModel):
+    """YaRN parameters, DeepSeek's names and defaults (arXiv:2309.00071)."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True, strict=True, allow_inf_nan=False)
+    type: Literal["yarn"]
+    factor: YarnFactor
+    original_max_position_embeddings: Positions = 4096
+    beta_fast: YarnBeta = 32.0
+    beta_slow: YarnBeta = 1.0
+    mscale: YarnScale = 1.0
+    mscale_all_dim: YarnScale = 0.0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _accept_rope_type(cls, data: Any) -> Any:
+        return {"type": data.get("rope_type"), **data} if isinstance(data, dict) else data
+
+
+class DeepseekV3Config(BaseModel):
+    """The keys that shape the model; absent ones take DeepSeek-V3's published values, unknown ones are ignored.
+
+    Numbers are numbers, not text or truth values, and no larger than `fxquant.inputs.limits` says.
+    """
+
+    model_config = ConfigDict(extra="ignore", frozen=True, strict=True, allow_inf_nan=False)
+    model_type: Literal["deepseek_v3"] = "deepseek_v3"
+    vocab_size: Size = 129280
+    hidden_size: Size = 7168
+    intermediate_size: Size = 18432
+    moe_intermediate_size: Size = 2048
+    num_hidden_layers: Layers = 61
+    num_attention_heads: Heads = 128
+    n_shared_experts: SharedExperts = 1
+    n_routed_experts: Experts = 256
+    num_experts_per_tok: Experts = 8
+    n_group: Experts = 8
+    topk_group: Experts = 4
+    norm_topk_prob: bool = True
+    routed_scaling_factor: RouteScale = 2.5
+    scoring_func: Literal["sigmoid"] = "sigmoid"
+    topk_method: Literal["noaux_tc"] = "noaux_tc"
+    first_k_dense_replace: DenseLayers = 3
+    moe_layer_freq: Literal[1] = 1
+    q_lora_rank: Size | None = 1536
+    kv_lora_rank: Size = 512
+    qk_nope_head_dim: Size = 128
+    qk_rope_head_dim: Size = Field(default=64, multiple_of=2)
+    v_head_dim: Size = 128
+    hidden_act: Literal["silu"] = "silu"
+    attention_bias: bool = False
+    rms_norm_eps: NormEps = 1e-6
+    rope_theta: RopeTheta = 10000.0
+    rope_scaling: RopeScaling | None = None
+    rope_interleave: Literal[True] = True
+    tie_word_embeddings: Literal[False] = False
+    max_position_embeddings: Positions = 163840
+    num_nextn_predict_layers: MtpLayers = 1
+    bos_token_id: TokenId | None = 0
+    eos_token_id: TokenId | list[TokenId] | None = 1
+
+    @model_validator(mode="after")
+    def _experts_fit_their_groups(self) -> "DeepseekV3Config":
+        groups, kept, chosen = self.n_group, self.topk_group, self.num_experts_per_tok
+        said = f"n_routed_experts {self.n_routed_experts}, n_group {groups}, topk_group {kept}"
+        if self.n_routed_experts % groups or kept > groups:
+            raise ValueError(f"{said}: {self.n_routed_experts} experts do not form {groups} groups, {kept} kept")
+        if chosen > kept * (self.n_routed_experts // groups):
+            fact = f"{chosen} experts a token do not fit into {kept} groups"
+            raise ValueError(f"{said}, num_experts_per_tok {chosen}: {fact}")
+        check_size(self)
+        return self
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Width of one query head."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def softmax_scale(self) -> float:
+        """`qk_head_dim ** -0.5`, times YaRN's `mscale_all_dim` correction squared."""
+        scale = self.qk_head_dim**-0.5
+        if self.rope_scaling and self.rope_scaling.mscale_all_dim:
+            scale *= yarn_mscale(self.rope_scaling.factor, self.rope_scaling.mscale_all_dim) ** 2
+        return scale
+
+
+def yarn_mscale(factor: float, mscale: float) -> float:
+    """Attention temperature of YaRN: `0.1 * mscale * ln(factor) + 1` for factor > 1."""
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The parsed config.json of `folder` in Hugging Face's keys; refuses what is not a checkpoint."""
+    path = folder / "config.json"
+    if not path.is_file():
+        way_out = "Name a Hugging Face checkpoint folder, or put the model's config.json beside its weights."
+        raise FxquantError(folder, "not a checkpoint: it has no config.json.", way_out)
+    return read_config_file(path)
+
+
+def read_config_file(path: Path) -> dict[str, Any]:
+    """A parsed config.json in Hugging Face's keys. NaN, infinities and keys that come twice are as in Python."""
+    config = read_json(path, CONFIG_BYTES, "Copy the file again from where the model came.", lenient=True)
+    if not isinstance(config, dict):
+        raise FxquantError(path, f"holds a {type(config).__name__}, not an object.", "Copy the file again.")
+    return model_args_to_hf(config, path) if is_model_args(config) else config
+
+
+def parse_config(config: dict[str, Any], place: object) -> DeepseekV3Config:
+    """Validate `config`; the error names the architecture and what is supported."""
+    model_type = config.get("model_type")
+    if str(model_type) in NEIGHBOURS:
+        reason, way_out = NEIGHBOURS[str(model_type)]
+        raise FxquantError(place, f"model_type is {model_type!r}: {reason}.", way_out)
+    if model_type != "deepseek_v3":
+        raise FxquantError(place, f"model_type is {cut(repr(model_type), 60)}.", THIS)
+    document = _modern_rope(config)
+    try:
+        return DeepseekV3Config.model_validate(document)
+    except ValidationError as error:
+        raise FxquantError(place, validation_fact(error, DeepseekV3Config, document), THIS) from None
+
+
+def _modern_rope(config: dict[str, Any]) -> dict[str, Any]:
+    """transformers 5 writes `rope_parameters` in place of `rope_theta` and `rope_scaling`."""
+    rope = config.get("rope_parameters")
+    if not isinstance(rope, dict):
+        return config
+    scaled = rope if rope.get("rope_type", "default") != "default" else None
+    given = {key: value for key, value in config.items() if key != "rope_scaling" or value is not None}
+    return {"rope_theta": rope.get("rope_theta", 10000.0), "rope_scaling": scaled, **given}

@@ -1,0 +1,167 @@
+"""The ModelArgs of DeepSeek's inference code: a config.json in its keys, to Hugging Face's keys and back."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from fxquant.checkpoint.config_sizes import (
+    DenseLayers,
+    Experts,
+    Heads,
+    Layers,
+    Positions,
+    RopeTheta,
+    RouteScale,
+    SharedExperts,
+    Size,
+    YarnBeta,
+    YarnScale,
+)  # fmt: skip
+from fxquant.errors import FxquantError
+from fxquant.inputs.limits import WIDTH
+from fxquant.inputs.validation import validation_fact
+
+if TYPE_CHECKING:
+    from fxquant.checkpoint.config import DeepseekV3Config
+
+
+class ModelArgs(BaseModel):
+    """The published dataclass and its defaults; as there, an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    max_batch_size: int = 8
+    max_seq_len: Positions = 16384
+    dtype: Literal["bf16", "fp8"] = "bf16"
+    scale_fmt: str | None = None
+    vocab_size: Size = 102400
+    dim: Size = 2048
+    inter_dim: Size = 10944
+    moe_inter_dim: Size = 1408
+    n_layers: Layers = 27
+    n_dense_layers: DenseLayers = 1
+    n_heads: Heads = 16
+    n_routed_experts: Experts = 64
+    n_shared_experts: SharedExperts = 2
+    n_activated_experts: Experts = 6
+    n_expert_groups: Experts = 1
+    n_limited_groups: Experts = 1
+    # the published default is DeepSeek-V2's, which is refused
+    score_func: Literal["sigmoid"] = Field(default="softmax", validate_default=True)
+    route_scale: RouteScale = 1.0
+    q_lora_rank: int = Field(default=0, ge=0, le=WIDTH)
+    kv_lora_rank: Size = 512
+    qk_nope_head_dim: Size = 128
+    qk_rope_head_dim: Size = Field(default=64, multiple_of=2)
+    v_head_dim: Size = 128
+    original_seq_len: Positions = 4096
+    rope_theta: RopeTheta = 10000.0
+    rope_factor: Annotated[float, Field(ge=1, le=1e6)] = 40.0
+    beta_fast: YarnBeta = 32
+    beta_slow: YarnBeta = 1
+    mscale: YarnScale = 1.0
+
+
+KEYS = {
+    "max_seq_len": "max_position_embeddings",
+    "vocab_size": "vocab_size",
+    "dim": "hidden_size",
+    "inter_dim": "intermediate_size",
+    "moe_inter_dim": "moe_intermediate_size",
+    "n_layers": "num_hidden_layers",
+    "n_dense_layers": "first_k_dense_replace",
+    "n_heads": "num_attention_heads",
+    "n_routed_experts": "n_routed_experts",
+    "n_shared_experts": "n_shared_experts",
+    "n_activated_experts": "num_experts_per_tok",
+    "n_expert_groups": "n_group",
+    "n_limited_groups": "topk_group",
+    "score_func": "scoring_func",
+    "route_scale": "routed_scaling_factor",
+    "kv_lora_rank": "kv_lora_rank",
+    "qk_nope_head_dim": "qk_nope_head_dim",
+    "qk_rope_head_dim": "qk_rope_head_dim",
+    "v_head_dim": "v_head_dim",
+    "rope_theta": "rope_theta",
+}
+"""Key of ModelArgs → Hugging Face's."""
+
+YARN_KEYS = {
+    "rope_factor": "factor",
+    "original_seq_len": "original_max_position_embeddings",
+    "beta_fast": "beta_fast",
+    "beta_slow": "beta_slow",
+    "mscale": "mscale",
+}
+
+UNSAID = {"norm_topk_prob": True, "rms_norm_eps": 1e-6, "attention_bias": False}
+"""What DeepSeek's inference code does without an argument for it, in Hugging Face's keys."""
+
+IMPLIED = UNSAID | {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "model_type": "deepseek_v3",
+    "torch_dtype": "bfloat16",
+    "topk_method": "noaux_tc",
+    "moe_layer_freq": 1,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "num_nextn_predict_layers": 0,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+FP8 = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
+
+
+def is_model_args(config: dict[str, Any]) -> bool:
+    """Whether a config.json has the keys of ModelArgs, not Hugging Face's."""
+    return "dim" in config and "n_layers" in config and "model_type" not in config
+
+
+def model_args_to_hf(args: dict[str, Any], place: object = "config.json") -> dict[str, Any]:
+    """The Hugging Face config of a model of these ModelArgs; absent keys take the published defaults.
+
+    YaRN is there if `max_seq_len` exceeds `original_seq_len`, a quantization_config if `dtype` is fp8. Raises
+    FxquantError for unknown keys, for values that ModelArgs does not have, and for a softmax router.
+    """
+    try:
+        given = ModelArgs.model_validate(args)
+    except ValidationError as error:
+        way_out = "It has the keys of DeepSeek's inference ModelArgs; fxquant compiles those of DeepSeek-V3 and R1."
+        raise FxquantError(place, validation_fact(error, ModelArgs, args), way_out) from None
+    config = IMPLIED | {official: getattr(given, key) for key, official in KEYS.items()}
+    config |= {"num_key_value_heads": given.n_heads, "q_lora_rank": given.q_lora_rank or None, "rope_scaling": None}
+    if given.max_seq_len > given.original_seq_len:
+        yarn = {official: getattr(given, key) for key, official in YARN_KEYS.items()}
+        config["rope_scaling"] = {"type": "yarn", **yarn, "mscale_all_dim": given.mscale}
+    if given.dtype == "fp8":
+        config["quantization_config"] = FP8 | ({"scale_fmt": given.scale_fmt} if given.scale_fmt else {})
+    return config
+
+
+def hf_to_model_args(config: "DeepseekV3Config", dtype: Literal["bf16", "fp8"] = "bf16") -> dict[str, Any]:
+    """The ModelArgs of a model of this config, without its prediction layers. `dtype` is that of the weights.
+
+    Raises FxquantError for what DeepSeek's inference code does not do: biases, another norm, other YaRN.
+    """
+    for fact in _unsayable(config):
+        raise FxquantError("config.json", f"ModelArgs cannot say {fact}.", "Keep Hugging Face's config.json.")
+    args = {key: getattr(config, official) for key, official in KEYS.items()}
+    args |= {"dtype": dtype, "q_lora_rank": config.q_lora_rank or 0}
+    args["original_seq_len"] = max(ModelArgs.model_fields["original_seq_len"].default, config.max_position_embeddings)
+    if config.rope_scaling:
+        args |= {key: getattr(config.rope_scaling, official) for key, official in YARN_KEYS.items()}
+    return ModelArgs(**args).model_dump(exclude={"max_batch_size", "scale_fmt"})
+
+
+def _unsayable(config: "DeepseekV3Config") -> Iterator[str]:
+    """What `config` has that no ModelArgs mean."""
+    for key, value in UNSAID.items():
+        if getattr(config, key) != value:
+            yield f"{key} {getattr(config, key)}: it means {value}"
+    yarn, positions = config.rope_scaling, config.max_position_embeddings
+    if yarn and yarn.mscale != yarn.mscale_all_dim:
+        yield f"mscale {yarn.mscale} beside mscale_all_dim {yarn.mscale_all_dim}: it has one for both"
+    if yarn and yarn.factor < 1:
+        yield f"YaRN of factor {yarn.factor}: it extends"
+    if yarn and positions <= yarn.original_max_position_embeddings:
+        yield f"YaRN for {positions} positions, as many as without: it extends beyond them"

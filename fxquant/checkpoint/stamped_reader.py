@@ -1,0 +1,102 @@
+"""Checkpoint bytes by pread, from files that must still be what they were when the work began."""
+
+import os
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from fxquant.checkpoint.checkpoint import Checkpoint
+from fxquant.checkpoint.model_parallel_parts import SourceTensor
+from fxquant.errors import StoppedError
+from fxquant.storage.hashing import hash_bytes
+from fxquant.storage.safetensors import header_bytes, pread
+
+AGAIN = "Put the file back as it was."
+PREFETCH = 32 << 20
+"""Bytes of a tensor that are asked for ahead of their time."""
+
+
+@dataclass(frozen=True)
+class FileStamp:
+    """One state of a file, told without reading its tensors.
+
+    header    XXH3-128 of its safetensors header, in hex
+    size      bytes
+    mtime_ns  time of its last change, as this machine's file system has it
+    """
+
+    header: str
+    size: int
+    mtime_ns: int
+
+
+Stamps = Mapping[Path, FileStamp]
+
+
+def stamp_files(files: Iterable[Path]) -> dict[Path, FileStamp]:
+    """The state of each file."""
+    return {file: _stamp(file) for file in sorted(set(files))}
+
+
+def _stamp(file: Path) -> FileStamp:
+    try:
+        status = file.stat()
+        return FileStamp(hash_bytes(header_bytes(file)), status.st_size, status.st_mtime_ns)
+    except OSError as error:
+        raise StoppedError(file, f"cannot be read: {error.strerror}.", AGAIN) from None
+
+
+def checkpoint_files(checkpoint: Checkpoint) -> set[Path]:
+    """Every file that a tensor or a block scale of the checkpoint lies in."""
+    tensors = [*checkpoint.tensors.values(), *checkpoint.scales.values()]
+    return {part.file for tensor in tensors for part in tensor.parts}
+
+
+class SourceReader:
+    """Reads byte ranges of tensors into a caller's buffer; safe in threads, and travels to other processes, whose
+    working folder may be another."""
+
+    def __init__(self, stamps: Stamps) -> None:
+        self._stamps, self._folder = stamps, Path.cwd()
+
+    def read_into(self, tensor: SourceTensor, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` with the bytes from `offset` within `tensor`. Raises StoppedError where a file can't be read,
+        or is not the one that was stamped."""
+        done = 0
+        with ExitStack() as stack:
+            handles: dict[Path, int] = {}
+            for part, start, length in tensor.ranges(offset, len(buffer)):
+                if part.file not in handles:
+                    handles[part.file] = self._open(part.file)
+                    stack.callback(os.close, handles[part.file])
+                pread(handles[part.file], buffer[done : done + length], part.start + start, part)
+                done += length
+
+    def prefetch(self, tensor: SourceTensor) -> None:
+        """Have the system begin to read the tensor, so that it is there when it is asked for."""
+        for part in tensor.parts:
+            with suppress(OSError):  # who reads it will say what is wrong
+                handle = os.open(self._folder / part.file, os.O_RDONLY)
+                try:
+                    os.posix_fadvise(handle, part.start, min(part.nbytes, PREFETCH), os.POSIX_FADV_WILLNEED)
+                finally:
+                    os.close(handle)
+
+    def read(self, tensor: SourceTensor) -> bytearray:
+        """All bytes of a small tensor."""
+        data = bytearray(tensor.nbytes)
+        self.read_into(tensor, 0, memoryview(data))
+        return data
+
+    def _open(self, file: Path) -> int:
+        stamp = self._stamps[file]
+        try:
+            handle = os.open(self._folder / file, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        except OSError as error:
+            raise StoppedError(file, f"cannot be opened any more: {error.strerror}.", AGAIN) from None
+        status = os.fstat(handle)
+        if (status.st_size, status.st_mtime_ns) != (stamp.size, stamp.mtime_ns):
+            os.close(handle)
+            raise StoppedError(file, "changed while it was being read.", "Begin anew with --restart.")
+        return handle

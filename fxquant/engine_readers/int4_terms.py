@@ -1,0 +1,64 @@
+"""What all int4 layouts share: sums over groups of k, and the rounding of combined scales."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fxquant.engine_readers.arithmetic import U, half_step
+from fxquant.errors import FxquantError
+
+
+@dataclass(frozen=True)
+class TwoLevel:
+    """The stored scales of n rows: channel float32 [n], group float32 [n, G] of integers, or None for one level."""
+
+    channel: Tensor
+    group: Tensor | None
+
+    def combined(self) -> Tensor:
+        """float32 [n, G] as engines load it: `f32(fp16(channel * group))`, or `channel` [n, 1] as it is."""
+        if self.group is None:
+            return self.channel.unsqueeze(1)
+        return (self.channel.unsqueeze(1) * self.group).to(torch.float16).float()
+
+    def steps(self) -> Tensor:
+        """int32 [n, G]: by how much a code of a group counts."""
+        if self.group is None:
+            return torch.ones(len(self.channel), 1, dtype=torch.int32)
+        return self.group.to(torch.int32)
+
+    def error(self) -> Tensor:
+        """float64 [n, G]: bound on `|combined - channel * group|`, one rounding to float32 and one to float16."""
+        if self.group is None:
+            return torch.zeros(len(self.channel), 1, dtype=torch.float64)
+        product = self.channel.unsqueeze(1) * self.group
+        return half_step(product, torch.float16) + 2 * U * product.double()
+
+    def rows(self, part: slice) -> "TwoLevel":
+        """Of some of the rows."""
+        return TwoLevel(self.channel[part], None if self.group is None else self.group[part])
+
+    def groups(self, part: slice) -> "TwoLevel":
+        """Of some of the groups."""
+        return TwoLevel(self.channel, None if self.group is None else self.group[:, part])
+
+    def check(self, module: str) -> None:
+        """Raises FxquantError for group scales that are no integers and for a combined scale beyond float16."""
+        if self.group is not None and not torch.equal(self.group, self.group.round().clamp(1, 17)):
+            raise FxquantError(f"{module}.weight_scale_second", "not all integers 1 … 17.", "Write the integer scales.")
+        if not torch.isfinite(self.combined()).all():
+            raise FxquantError(
+                f"{module}.weight_scale", "times weight_scale_second is beyond float16.", "Quantize anew."
+            )
+
+
+def expand(codes: Tensor, steps: Tensor) -> Tensor:
+    """int32 [n, k]: codes times the integer scale [n, G] of their group."""
+    return codes.to(torch.int32) * steps.repeat_interleave(codes.shape[1] // steps.shape[1], 1)
+
+
+def group_sums(x: Tensor, codes: Tensor, groups: int) -> Tensor:
+    """float64 [..., n, G]: `Σ x * codes` over each of G equal runs of k; float64 holds these integers exactly."""
+    x_groups = x.double().unflatten(-1, (groups, -1))
+    return torch.einsum("...gk,ngk->...ng", x_groups, codes.double().unflatten(1, (groups, -1)))

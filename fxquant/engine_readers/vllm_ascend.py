@@ -1,0 +1,27 @@
+"""vllm-ascend from 2026-08-08 on: routed experts int4 with one scale per output channel.
+
+Per-group experts are refused since pull request 13713. Source: vllm-ascend, quantization/methods.
+"""
+
+from pathlib import Path
+
+from fxquant.engine_readers.folder import WeightFolder, stated_number
+from fxquant.engine_readers.linear_loader import LinearRules
+from fxquant.engine_readers.packed_experts import PackedExperts
+from fxquant.engine_readers.reader import EngineReader
+from fxquant.errors import FxquantError
+
+DESCRIPTION = "quant_model_description.json"
+
+RULES = LinearRules(reciprocal=True, narrow_scale=True, biased=False)
+"""The reciprocal of input_scale is formed in the model's dtype, in which per-token weight scales are held too."""
+
+
+def open_vllm_ascend(folder: Path, ranks: int) -> EngineReader:
+    """Raises FxquantError for a header with a group_size."""
+    files = WeightFolder(folder, DESCRIPTION)
+    group_size = stated_number(folder / DESCRIPTION, files.description, "group_size")
+    if group_size > 0:
+        fact = f"group_size {group_size}: per-group experts are no longer read, only per-channel ones."
+        raise FxquantError(folder / DESCRIPTION, fact, "Use group_size: 0, or a release before 2026-08-08.")
+    return EngineReader("vllm-ascend", files, ranks, RULES, PackedExperts(files, ranks, 0).load)

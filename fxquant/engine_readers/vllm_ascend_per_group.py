@@ -1,0 +1,34 @@
+"""vllm-ascend releases from 2025-08-20 to 2026-08-07: packed int4 experts with integer group scales.
+
+Its combined scale is rounded to float16. Source: vllm-ascend, quantization/w4a8_dynamic.py of these releases.
+"""
+
+from pathlib import Path
+
+from fxquant.engine_readers.folder import WeightFolder
+from fxquant.engine_readers.packed_experts import PackedExperts
+from fxquant.engine_readers.reader import EngineReader
+from fxquant.engine_readers.vllm_ascend import DESCRIPTION, RULES
+from fxquant.errors import FxquantError
+
+PACKED_VERSION = "1.0.0"
+DEFAULT_GROUP = 256
+
+
+def open_vllm_ascend_per_group(folder: Path, ranks: int) -> EngineReader:
+    """Raises FxquantError for a header by which the engine would not take the weights for packed and grouped."""
+    files = WeightFolder(folder, DESCRIPTION)
+    group_size = files.description.get("group_size", DEFAULT_GROUP)
+    if type(group_size) is not int or group_size <= 0:
+        fact = f"group_size {str(group_size)[:40]}: the experts are per channel."
+        raise FxquantError(folder / DESCRIPTION, fact, "Read them as vllm-ascend.")
+    check_packed(files)
+    return EngineReader("vllm-ascend-per-group", files, ranks, RULES, PackedExperts(files, ranks, group_size).load)
+
+
+def check_packed(files: WeightFolder) -> None:
+    """Raises FxquantError unless the header's version says that two int4 share a byte."""
+    version = files.description.get("version", "0")
+    if version != PACKED_VERSION:
+        fact = f"version {version}: the engine takes the weights for unpacked."
+        raise FxquantError(files.path / files.description_name, fact, f'Write version "{PACKED_VERSION}".')

@@ -1,0 +1,1 @@
+"""Perplexity, KL divergence, sensitivity and generation of the integer graph."""

@@ -1,0 +1,143 @@
+"""What a compiled folder is worth: its text, its perplexity, its distance from the float model; policies compared."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from fxquant.calibration.calibration_file import CALIBRATION, load_calibration
+from fxquant.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from fxquant.compilation.ledger import check_parameters
+from fxquant.compilation.prepare import CompileOptions, open_model, prepare, smoothed_source
+from fxquant.errors import FxquantError
+from fxquant.evaluation.divergence import Evaluation, evaluate_programs
+from fxquant.evaluation.generate import greedy_text
+from fxquant.evaluation.sensitivity import measure_sensitivity
+from fxquant.evaluation.sensitivity_report import Sensitivity
+from fxquant.frontend.source import open_source
+from fxquant.lowering.output_folder.layout import stored_tensors
+from fxquant.lowering.output_folder.manifest import FLOAT_GRAPH, GRAPH, read_manifest
+from fxquant.passes.pair_smoothing import restore_biases
+from fxquant.policy.policy import load_policy
+from fxquant.program.program import Program
+from fxquant.program.program_file import load_program
+from fxquant.progress import Reporter, silent, within
+from fxquant.runtime.device import open_device
+from fxquant.runtime.weight_readers import Cached, Read, RecipeReader
+from fxquant.targets.engines import ENGINES, group_size
+from fxquant.targets.target import Target
+from fxquant.text.load import load_batches
+
+COMPARE_CACHE = 1 << 28
+"""Bytes of made weights that `compare` keeps for each policy between chunks of text."""
+
+
+def run(out: str | Path, prompt: str, max_new_tokens: int = 64) -> Iterator[str]:
+    """Greedy text after `prompt`, piece by piece: from the ONNX graph if `out` has one, else from its fx graph."""
+    folder = Path(out)
+    program, read = open_output(folder)
+    return greedy_text(folder, program, read, prompt, max_new_tokens)
+
+
+def open_output(folder: Path) -> tuple[Program, Read]:
+    """The rewritten graph of an output folder and a reader of its weights."""
+    from fxquant.verification.weight_checks import WeightFiles, check_stored
+
+    read_manifest(folder)
+    program, files = load_program(folder / GRAPH), WeightFiles(folder)
+    check_stored(program, files)
+    return program, Cached(files.read)
+
+
+def evaluate(
+    out: str | Path,
+    text: str | Path,
+    against: str | Path | None = None,
+    samples: int = 64,
+    seq_len: int = 256,
+    report: Reporter = silent,
+) -> Evaluation:
+    """Perplexity of the float model and of the rewritten graph of `out`, and the KL divergence between them.
+
+    Without `against` the float graph is the one that `out` carries, on the checkpoint that the manifest names: no code
+    of a model file runs.
+    """
+    program, checkpoint = _original(Path(out), against)
+    batches = load_batches(Path(text), checkpoint, samples, seq_len)
+    stage = within(Path(text).name, report)
+    return evaluate_programs((program, Cached(checkpoint.read)), [open_output(Path(out))], batches, stage)[0]
+
+
+def sensitivity(
+    out: str | Path,
+    text: str | Path,
+    against: str | Path | None = None,
+    samples: int = 16,
+    seq_len: int = 256,
+    report: Reporter = silent,
+) -> Sensitivity:
+    """What each quantized module of `out` costs alone: the SQNR of its output, and the KL divergence of the model.
+
+    The integers are those of the weight files, the float model is that of `evaluate`, smoothed where `out` is.
+    """
+    program, checkpoint = _original(Path(out), against)
+    if (Path(out) / CALIBRATION).is_file():
+        checkpoint = smoothed_source(checkpoint, load_calibration(Path(out) / CALIBRATION))
+        restore_biases(program, checkpoint.smoothing.tensors)
+    batches = load_batches(Path(text), checkpoint, samples, seq_len)
+    return measure_sensitivity((program, Cached(checkpoint.read)), open_output(Path(out)), batches, report)
+
+
+def _original(folder: Path, against: str | Path | None) -> tuple[Program, Checkpoint]:
+    """The float graph and the checkpoint that an output is compared with."""
+    manifest = read_manifest(folder)
+    if against is None:
+        program, checkpoint = load_program(folder / FLOAT_GRAPH), open_checkpoint(manifest.checkpoint_path(folder))
+        check_parameters(program, checkpoint)
+        return program, checkpoint
+    source = open_source(Path(against))
+    return source.program(), source.checkpoint
+
+
+def engine_perplexities(
+    out: str | Path, text: str | Path, samples: int = 64, seq_len: int = 256, report: Reporter = silent
+) -> dict[str, float]:
+    """Perplexity of `out` as its engine computes it: "<reader>, exact" with the formats' own arithmetic, and
+    "<reader>, device" with the rounding of the NPU's kernels. Raises FxquantError where no engine reads `out`."""
+    from fxquant.engine_readers import Arithmetic, open_reader
+    from fxquant.evaluation.engine_perplexity import reader_perplexity
+
+    folder = Path(out)
+    manifest, (program, read) = read_manifest(folder), open_output(folder)
+    name = ENGINES[Target(manifest.target)].reader(group_size(program))
+    if name is None:
+        raise FxquantError(folder, f"target {manifest.target} has no engine to emulate.", "Leave out --engine.")
+    batches = load_batches(Path(text), Checkpoint(folder, program.config, {}), samples, seq_len)
+    reader = open_reader(name, folder, manifest.tp)
+    ways = {"exact": Arithmetic.EXACT, "device": Arithmetic.KERNEL}
+    return {
+        f"{name}, {way}": reader_perplexity(program, reader, read, batches, arithmetic, report)
+        for way, arithmetic in ways.items()
+    }
+
+
+def compare(
+    model: str | Path,
+    policies: list[str],
+    text: str | Path,
+    options: CompileOptions | None = None,
+    samples: int = 64,
+    seq_len: int = 256,
+    report: Reporter = silent,
+) -> dict[str, tuple[Evaluation, int]]:
+    """Policy → its evaluation and the bytes of its weights. Nothing is written; integers are made as needed."""
+    options = options or CompileOptions()
+    open_device(options.device)
+    source = open_model(model, options, report)
+    batches = load_batches(Path(text), source.checkpoint, samples, seq_len)
+    original = (source.program(), Cached(source.checkpoint.read))
+    made = [prepare(source, load_policy(name), options, within(name, report), for_engine=False) for name in policies]
+    sizes = [sum(tensor.nbytes for tensor in stored_tensors(one.program, one.checkpoint)) for one in made]
+    quantized = [
+        (one.program, Cached(RecipeReader(one.program, one.checkpoint, one.solved), COMPARE_CACHE)) for one in made
+    ]
+    results = evaluate_programs(original, quantized, batches, report, policies)
+    return dict(zip(policies, zip(results, sizes, strict=True), strict=True))

@@ -1,0 +1,193 @@
+"""YAML from outside: one document, bounded, as text, lists and mappings that know their lines.
+
+No value has a type of YAML's own: a plain `no`, `64` or `2024-01-01` is text, and what reads a key says what it wants.
+Only nothing at all, `~` and `null` are None. Aliases and `<<` are followed; tags are refused.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import yaml
+
+from fxquant.errors import FxquantError
+from fxquant.inputs.limits import NESTING, POLICY_VALUES
+from fxquant.inputs.validation import cut
+
+NOTHING = ("", "~", "null", "Null", "NULL")
+TOKEN = re.compile(r"'?<([a-z ]+)>'?")
+
+
+@dataclass(frozen=True)
+class Located:
+    """A value and where it is.
+
+    line      of a mapping's value that of its key; the first is 1
+    children  by key or index
+    size      values in it, those of aliases each time; `depth` levels of it
+    """
+
+    value: Any
+    line: int
+    children: Mapping[str | int, "Located"] = field(default_factory=dict)
+    size: int = 1
+    depth: int = 1
+
+    def line_of(self, location: Sequence[str | int]) -> int:
+        """The line of what is at `location`, or of the last on the way to it that is there."""
+        found = self
+        for part in location:
+            found = found.children.get(part, found)
+        return found.line
+
+
+class _RefusedError(Exception):
+    def __init__(self, line: int, fact: str) -> None:
+        self.line, self.fact = line, fact
+        super().__init__(fact)
+
+
+def parse_yaml(text: str, place: str, remedy: str) -> Located:
+    """The only document of `text`; its value is None where there is none. `place` is what an error names, with a line.
+
+    Raises FxquantError for what is not YAML, tags, keys that are no text or come twice, more than `NESTING` levels and
+    more than `POLICY_VALUES` values.
+    """
+    try:
+        return _Reader(text).document()
+    except _RefusedError as error:
+        raise FxquantError(f"{place}:{error.line}", f"{error.fact}.", remedy) from None
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise FxquantError(f"{place}:{line}", f"character {chr(error.character)!a} is not allowed.", remedy) from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = mark.line + 1 if mark else 1
+        raise FxquantError(f"{place}:{line}", f"not valid YAML: {_problem(error)}.", remedy) from None
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # numbers of directives and escapes
+        raise FxquantError(place, f"not valid YAML: {cut(str(error), 120)}.", remedy) from None
+
+
+def _problem(error: yaml.MarkedYAMLError) -> str:
+    problem = str(error.problem or error.context)
+    if r"'\t'" in problem:
+        return "a tab where only spaces may be"
+    if problem == "mapping values are not allowed here":
+        return "a colon in the middle of a value; a text with “: ” in it needs quotes"
+    return cut(TOKEN.sub(r"\1", problem), 120)
+
+
+class _Reader:
+    def __init__(self, text: str) -> None:
+        self._events: Iterator[Any] = iter(yaml.parse(text, Loader=yaml.SafeLoader))
+        self._anchors: dict[str, Located | None] = {}
+
+    def document(self) -> Located:
+        found: Located | None = None
+        for event in self._events:
+            if isinstance(event, yaml.DocumentStartEvent):
+                if found is not None:
+                    raise _RefusedError(_line(event), "a second document begins: a policy is one")
+                found = self._node(next(self._events), 1)
+        return found or Located(None, 1)
+
+    def _node(self, event: Any, depth: int) -> Located:
+        line = _line(event)
+        if isinstance(event, yaml.AliasEvent):
+            found = self._aliased(event, line)
+        else:
+            if event.tag is not None:
+                tag = cut(event.tag.replace("tag:yaml.org,2002:", "!!"), 40)
+                raise _RefusedError(line, f"tag {tag}: values have none")
+            if depth > NESTING:
+                raise _RefusedError(line, f"nested more than {NESTING} deep")
+            if event.anchor is not None:
+                self._anchors[event.anchor] = None
+            found = self._value(event, depth, line)
+            if event.anchor is not None:
+                self._anchors[event.anchor] = found
+        if depth + found.depth - 1 > NESTING:
+            raise _RefusedError(line, f"nested more than {NESTING} deep")
+        if found.size > POLICY_VALUES:
+            raise _RefusedError(line, f"more than {POLICY_VALUES:,} values, those of aliases each time")
+        return found
+
+    def _aliased(self, event: Any, line: int) -> Located:
+        found = self._anchors.get(event.anchor)
+        if found is None:
+            what = "is inside itself" if event.anchor in self._anchors else "has no anchor"
+            raise _RefusedError(line, f"alias *{cut(event.anchor, 40)} {what}")
+        return replace(found, line=line)
+
+    def _value(self, event: Any, depth: int, line: int) -> Located:
+        if isinstance(event, yaml.SequenceStartEvent):
+            return _located(line, dict(enumerate(self._items(depth))), lambda found: list(found.values()))
+        if isinstance(event, yaml.MappingStartEvent):
+            return _located(line, self._entries(depth), dict)
+        if not event.value.isascii():
+            _check_text(event.value, line)
+        return Located(None if event.style is None and event.value in NOTHING else event.value, line)
+
+    def _items(self, depth: int) -> Iterator[Located]:
+        size = 0
+        while not isinstance(event := next(self._events), yaml.SequenceEndEvent):
+            item = self._node(event, depth + 1)
+            size = _bounded(size + item.size, item.line)
+            yield item
+
+    def _entries(self, depth: int) -> dict[str | int, Located]:
+        own: dict[str | int, Located] = {}
+        merged: dict[str | int, Located] = {}
+        size = 0
+        while not isinstance(event := next(self._events), yaml.MappingEndEvent):
+            key, line = self._key(event), _line(event)
+            value = replace(self._node(next(self._events), depth + 1), line=line)
+            size = _bounded(size + value.size, line)
+            if key == "<<" and event.style is None:
+                merged |= {name: one for name, one in _merged(value).items() if name not in merged}
+            elif key in own:
+                raise _RefusedError(line, f"key {cut(key, 40)} a second time, first in line {own[key].line}")
+            else:
+                own[key] = value
+        return merged | own
+
+    def _key(self, event: Any) -> str:
+        if not isinstance(event, yaml.ScalarEvent):
+            raise _RefusedError(_line(event), "a key that is no text")
+        key = self._node(event, 1).value
+        return event.value if key is None else key
+
+
+def _merged(value: Located) -> dict[str | int, Located]:
+    """What `<<: value` merges: a mapping, or a list of them, of which the earlier count first."""
+    sources = list(value.children.values()) if isinstance(value.value, list) else [value]
+    found: dict[str | int, Located] = {}
+    for source in sources:
+        if not isinstance(source.value, dict):
+            raise _RefusedError(value.line, "<< merges mappings, and this is none")
+        found |= {key: one for key, one in source.children.items() if key not in found}
+    return found
+
+
+def _located(line: int, children: dict[str | int, Located], made: Any) -> Located:
+    size = 1 + sum(child.size for child in children.values())
+    depth = 1 + max((child.depth for child in children.values()), default=0)
+    return Located(made({key: child.value for key, child in children.items()}), line, children, size, depth)
+
+
+def _bounded(size: int, line: int) -> int:
+    if size > POLICY_VALUES:
+        raise _RefusedError(line, f"more than {POLICY_VALUES:,} values, those of aliases each time")
+    return size
+
+
+def _check_text(text: str, line: int) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise _RefusedError(line, f"a lone surrogate: {text[error.start]!a}") from None
+
+
+def _line(event: Any) -> int:
+    return int(event.start_mark.line) + 1

@@ -1,0 +1,63 @@
+"""The graphs that run over a cache in pages: prefill, and decoding with absorbed latents."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from fxquant import ops
+from fxquant.lowering.ascend.emitter.functions import Emitted, Functions, Weights
+from fxquant.passes.base import Pass, PassResult
+from fxquant.passes.npu.absorb_latents import AbsorbLatents
+from fxquant.passes.npu.page_latents import PageLatents, caches
+from fxquant.passes.npu.prefill_per_token import PrefillPerToken
+from fxquant.program.operands import operands
+from fxquant.program.program import Program
+from fxquant.program.program_file import dump_program, parse_program
+
+
+@dataclass(frozen=True)
+class Cached:
+    """One of the two graphs with its functions, and what its passes said."""
+
+    program: Program
+    emitted: list[Emitted]
+    results: tuple[PassResult, ...]
+
+
+def cached_graphs(program: Program, emitted: list[Emitted]) -> tuple[Cached, Cached]:
+    """The graphs of prefill and of decoding, with functions beside those of `program`."""
+    made = Functions(emitted)
+    weights = {call.segment.key: call.function.weights for call in emitted}
+    prefill = prefill_graph(program, made, weights)
+    weights |= {call.segment.key: call.function.weights for call in prefill.emitted}
+    return prefill, decode_graph(program, made, weights)
+
+
+def prefill_graph(program: Program, made: Functions, weights: Mapping[str, Weights]) -> Cached:
+    """Attention as in `program`, over latents gathered from the pages and new ones; W8A8_MIX per token."""
+    return _cached(program, [PageLatents(), PrefillPerToken()], made, weights, "_prefill")
+
+
+def decode_graph(program: Program, made: Functions, weights: Mapping[str, Weights]) -> Cached:
+    """Attention over the pages themselves where kv_b_proj can be absorbed, else as in prefill."""
+    return _cached(program, [PageLatents(), AbsorbLatents()], made, weights, "_decode")
+
+
+def _cached(
+    program: Program, passes: list[Pass], made: Functions, weights: Mapping[str, Weights], suffix: str
+) -> Cached:
+    copy = parse_program(dump_program(program), f"the{suffix.replace('_', ' ')} graph")
+    results = tuple(one(copy) for one in passes)
+    return Cached(copy, made.of(copy, suffix, weights), results)
+
+
+def latent_parts(program: Program) -> list[tuple[int, int]]:
+    """Of each cache of a decode graph: features of c_kv and of k_rope.
+
+    A layer that no `latent_attention` reads has any two parts: its latents are put together again before use.
+    """
+    ranks = {}
+    for node in program.nodes(ops.latent_attention):
+        weight, written = operands(node)[1:3]
+        ranks[operands(written)[0]] = int(weight.meta["val"].shape[1])
+    widths = {cache: int(cache.meta["val"].shape[-1]) for cache in caches(program)}
+    return [(ranks.get(cache, width // 2), width - ranks.get(cache, width // 2)) for cache, width in widths.items()]

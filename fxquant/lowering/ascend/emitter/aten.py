@@ -1,0 +1,115 @@
+"""Source of calls that are not of our dialect: aten operators of a user's own module, sizes, tuple items.
+
+torch_npu implements aten, so what has no entry here is written as `torch.ops.aten.<name>.<overload>(…)`.
+"""
+
+import math
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxquant.lowering.ascend.emitter.segment_text import Call, Writer
+from fxquant.program.operands import operands
+
+INFIX = {
+    "aten.add.Tensor": "+",
+    "aten.sub.Tensor": "-",
+    "aten.mul.Tensor": "*",
+    "aten.div.Tensor": "/",
+    "aten.gt.Scalar": ">",
+    "aten.lt.Scalar": "<",
+    operator.add: "+",
+    operator.sub: "-",
+    operator.mul: "*",
+    operator.floordiv: "//",
+    operator.truediv: "/",
+}
+"""Operators with two operands and no keywords."""
+
+TORCH = {
+    "abs", "bmm", "cat", "chunk", "clamp", "cos", "exp", "flatten", "flip", "gather", "log", "matmul", "max", "maximum",
+    "mean", "min", "minimum", "neg", "ones_like", "permute", "pow", "relu", "reshape", "rsqrt", "sigmoid", "sin",
+    "softmax", "split", "split_with_sizes", "sqrt", "square", "squeeze", "stack", "sum", "tanh", "topk", "transpose",
+    "tril", "triu", "unbind", "unflatten", "unsqueeze", "where", "zeros_like",
+}  # fmt: skip
+"""aten names whose functions in `torch` take the same arguments in the same order."""
+
+FUNCTIONAL = {"gelu", "silu", "softplus"}
+"""The same, in torch.nn.functional."""
+
+METHODS = {"expand", "repeat", "to", "view"}
+"""The same, as methods of the first argument."""
+
+
+END = 2**63 - 1
+"""How aten says "to the end"."""
+
+
+def aten_call(writer: Writer, node: fx.Node) -> Call | str:
+    """Right-hand side for any call of aten or of Python's operator module."""
+    if node.target is operator.getitem:
+        return f"{writer.value(operands(node)[0])}[{operands(node)[1]}]"
+    target = node.target if node.target in INFIX else str(node.target)
+    if target in INFIX and not node.kwargs and len(operands(node)) == 2:
+        left, right = (source(writer, argument) for argument in operands(node))
+        return f"{left} {INFIX[target]} {right}"
+    name = getattr(node.target, "_opname", "")
+    if name == "sym_size":
+        return f"{source(writer, operands(node)[0])}.shape[{operands(node)[1]}]"
+    if target == "aten.slice.Tensor":
+        return _slice(writer, node)
+    arguments = tuple(source(writer, argument) for argument in operands(node))
+    keywords = tuple(f"{key}={source(writer, value)}" for key, value in node.kwargs.items() if not _is_place(key))
+    if name in METHODS:
+        return Call(f"{arguments[0]}.{name}", arguments[1:] + keywords)
+    if not name:
+        raise writer.fail(node, f"{node.target} is no operator of torch.", "Write it with torch functions.")
+    return Call(_function(node.target, name), arguments + keywords + _device(writer, node))
+
+
+def _slice(writer: Writer, node: fx.Node) -> str:
+    """`x[:, 2:5]`."""
+    given = operands(node)
+    x, axis, start, end, step = given + (0, None, None, 1)[len(given) - 1 :]
+    first = "" if start in (0, None) else source(writer, start)
+    last = "" if end is None or end == END else source(writer, end)
+    every = "" if step == 1 else f":{source(writer, step)}"
+    before = ":, " * (int(axis) % node.meta["val"].dim())
+    return f"{writer.graph_layout(x)}[{before}{first}:{last}{every}]"
+
+
+def _function(target: Any, name: str) -> str:
+    if target.namespace == "aten" and name in TORCH:
+        return f"torch.{name}"
+    if target.namespace == "aten" and name in FUNCTIONAL:
+        return f"F.{name}"
+    return f"torch.ops.{target.namespace}.{name}.{target._overloadname}"
+
+
+def _is_place(key: str) -> bool:
+    """The graph was traced on the meta device; where its tensors are made is said by `_device`."""
+    return key in ("device", "pin_memory", "layout")
+
+
+def _device(writer: Writer, node: fx.Node) -> tuple[str, ...]:
+    """A tensor made of no other is made where the segment's inputs are."""
+    made_of_others = any(isinstance(source.meta.get("val"), Tensor) for source in node.all_input_nodes)
+    return () if made_of_others else (f"device={writer.names.inputs[0].name}.device",)
+
+
+def source(writer: Writer, argument: Any) -> str:
+    """Source of one argument."""
+    if isinstance(argument, fx.Node):
+        return writer.graph_layout(argument)
+    if isinstance(argument, list | tuple):
+        items = ", ".join(source(writer, item) for item in argument)
+        return f"[{items}]"
+    if isinstance(argument, float) and not math.isfinite(argument):
+        return f'float("{argument}")'
+    if argument is None or isinstance(argument, bool | int | float | torch.dtype):
+        return repr(argument)
+    if isinstance(argument, str):
+        return f'"{argument}"'
+    raise writer.fail(writer.segment.calls[0], f"{argument!r} cannot be written as source.")

@@ -1,0 +1,179 @@
+"""The text of one segment: its statements as source lines, and what they read from the weight file."""
+
+import os.path
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx
+
+from fxquant.errors import FxquantError
+from fxquant.lowering.ascend.emitter.structure import Names, Segment
+from fxquant.lowering.ascend.emitter.values import drops_last_dimension, is_int32
+from fxquant.program.program import Program
+from fxquant.schemes.schemes import Recipe
+
+WIDTH = 120
+INDENT = "    "
+NPU = "torch.ops.npu."
+CHANGED = "The graph file was changed, or this is a fault of a pass: compile again."
+"""Of graphs that come from a file, which may have been edited."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """`head(arguments)tail`; too long for a line, it is broken between arguments.
+
+    `outputs`: for each result of the call, which result of the graph's operator it is, None for what that has not.
+    Empty: the same results in the same order.
+    """
+
+    head: str
+    arguments: tuple[str, ...]
+    tail: str = ""
+    outputs: tuple[int | None, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.head}({', '.join(self.arguments)}){self.tail}"
+
+
+def assignment(target: str, value: Call | str, depth: int = 1) -> list[str]:
+    """Source lines of `target = value`, to be indented `depth` times. Many targets get a line of their own."""
+    head = value.head if isinstance(value, Call) else ""
+    if len(f"{target} = {head}(") > WIDTH - depth * len(INDENT):
+        return ["(", f"{INDENT}{target}", *broken(") = ", value, "", depth)]
+    return broken(f"{target} = ", value, "", depth)
+
+
+def broken(before: str, value: Call | str, after: str, depth: int) -> list[str]:
+    """Source lines of `before + value + after`, no longer than WIDTH where it has arguments to break at."""
+    line, room = f"{before}{value}{after}", WIDTH - depth * len(INDENT)
+    if len(line) <= room or isinstance(value, str):
+        return [line]
+    rows = [INDENT]
+    for piece in _pieces(value.arguments, room - len(INDENT) - 1):
+        if rows[-1] != INDENT and len(rows[-1]) + len(piece) + 1 > room:
+            rows.append(INDENT)
+        rows[-1] += f"{piece}, "
+    rows[-1] = rows[-1].removesuffix(", ")
+    return [f"{before}{value.head}(", *(row.rstrip() for row in rows), f"){value.tail}{after}"]
+
+
+def _pieces(arguments: tuple[str, ...], room: int) -> Iterator[str]:
+    """Arguments; the items of a list that is too long for a line come one by one."""
+    for argument in arguments:
+        if len(argument) > room:
+            yield from argument.split(", ")
+        else:
+            yield argument
+
+
+@dataclass
+class Writer:
+    """Gives statements their operands and collects what they need.
+
+    float32   values that stay float32 (`values.float32_values`)
+    names     local variables of the segment's values
+    weights   key of `w` → source of its entry in the segment's weight table
+    used      names of the emitter's own functions that the text calls
+    lines     the source so far, not indented
+    """
+
+    program: Program
+    segment: Segment
+    names: Names
+    float32: set[fx.Node]
+    weights: dict[str, Call] = field(default_factory=dict)
+    used: set[str] = field(default_factory=set)
+    lines: list[str] = field(default_factory=list)
+
+    def assign(self, target: str, value: Call | str) -> None:
+        """Append the statement `target = value`."""
+        self.lines += assignment(target, value)
+
+    def value(self, node: Any, layout: str = "floating") -> str:
+        """Source of an operand as it is: a variable or a parameter in some layout."""
+        if node.op == "get_attr":
+            return self.weight(node, layout)
+        return self.names.variables[node]
+
+    def floating(self, node: fx.Node, layout: str = "floating") -> str:
+        """Source of an operand in the dtype that the model runs in."""
+        text = self.value(node, layout)
+        return f"{text}.to(dtype)" if node in self.float32 else text
+
+    def graph_layout(self, node: fx.Node) -> str:
+        """Source of an operand with the shape and dtype that it has in the graph, for calls that are not ours."""
+        text = self.value(node)
+        if drops_last_dimension(node):
+            return f"{text}.unsqueeze(-1)"
+        return f"{text}.long()" if is_int32(node) else text
+
+    def weight(self, node: fx.Node, layout: str, beside: tuple[fx.Node, ...] = ()) -> str:
+        """`w["…"]` for a parameter of the graph, made by `layout` of the tensors it names and of those `beside` it."""
+        parameters = [self.program.parameters[str(one.target)] for one in (node, *beside)]
+        key, relative = self._relative(str(node.target))
+        relative = relative and all(str(one.target).startswith(self.segment.prefix) for one in beside)
+        template, experts = template_of(parameters[0].names)
+        stacked = parameters[0].stacked
+        names = (template if stacked else parameters[0].names[0], *(one.names[0] for one in parameters[1:]))
+        names = tuple(name.removeprefix(self.segment.prefix if relative else "") for name in names)
+        return self._entry(key, layout, names, experts if stacked else "0", relative)
+
+    def made(self, recipe: Recipe, suffix: str, layout: str, stored: tuple[str, ...]) -> str:
+        """`w["<module>.<suffix>"]` [experts, …], made by `layout` of the tensors `stored` of a recipe's modules."""
+        module, relative = self._relative(recipe.module)
+        template, experts = template_of(recipe.modules)
+        template = template.removeprefix(self.segment.prefix if relative else "")
+        names = tuple(f"{template}.{name}" for name in stored)
+        return self._entry(f"{module}.{suffix}", layout, names, experts, relative)
+
+    def _relative(self, path: str) -> tuple[str, bool]:
+        relative = path.startswith(self.segment.prefix)
+        return path.removeprefix(self.segment.prefix) if relative else path, relative
+
+    def _entry(self, key: str, layout: str, names: tuple[str, ...], experts: str, relative: bool) -> str:
+        arguments = [layout]
+        if names and names != (key,):
+            quoted = ", ".join(f'"{name}"' for name in names)
+            arguments.append(f"({quoted},)" if len(names) == 1 else f"({quoted})")
+        if experts != "0":
+            arguments.append(f"experts={experts}")
+        if not relative:
+            arguments.append("absolute=True")
+        self.used |= {layout}
+        entry = Call("Stored", tuple(arguments))
+        if self.weights.setdefault(key, entry) != entry:
+            key = f"{key} {layout}"
+            self.weights[key] = entry
+        return f'w["{key}"]'
+
+    def call(self, function: str, *arguments: str) -> Call:
+        """A call of one of the emitter's own functions."""
+        self.used.add(function)
+        return Call(function, arguments)
+
+    def recipe(self, weight: fx.Node) -> Recipe:
+        """The recipe that makes a quantized weight."""
+        return self.program.recipes[self.program.parameters[str(weight.target)].module]
+
+    def fail(self, node: fx.Node, fact: str, remedy: str = "") -> FxquantError:
+        """An error about `node`, to raise."""
+        return FxquantError(node.meta.get("module") or node.name, fact, remedy)
+
+
+def template_of(names: tuple[str, ...]) -> tuple[str, str]:
+    """A pattern with `{}` where names differ, and what goes there: a count, or the source of a tuple."""
+    start = os.path.commonprefix(names)
+    if len(names) == 1:
+        return start, "1"
+    rests = [name.removeprefix(start) for name in names]
+    end = os.path.commonprefix([rest[::-1] for rest in rests])[::-1]
+    middles = [rest.removesuffix(end) for rest in rests]
+    if middles == [str(index) for index in range(len(names))]:
+        return f"{start}{{}}{end}", str(len(names))
+    return f"{start}{{}}{end}", repr(tuple(middles))
+
+
+Emitter = Callable[[Writer, fx.Node], Call | str]
+"""Source of the right-hand side of a node's statement."""

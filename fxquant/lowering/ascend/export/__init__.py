@@ -1,0 +1,1 @@
+"""The NPU graph as torch.export files (.pt2)."""

@@ -1,0 +1,1 @@
+"""The files of an output: names and layout, description, manifest."""

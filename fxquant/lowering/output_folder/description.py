@@ -1,0 +1,76 @@
+"""The JSON files beside the weights: description, index, config."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fxquant.lowering.output_folder.layout import FileLayout
+from fxquant.program.program import Program
+from fxquant.storage.safetensors import quoted
+from fxquant.targets.engines import Engine
+
+INDENT = 2
+MTP_LAYERS = "num_nextn_predict_layers"
+
+
+def write_json(path: Path, document: Any) -> None:
+    """Two-space JSON with a final newline, keys in the order given."""
+    path.write_text(document_text(document), encoding="utf-8")
+
+
+def document_text(document: Any) -> str:
+    """What `write_json` writes."""
+    return json.dumps(document, indent=INDENT, ensure_ascii=False) + "\n"
+
+
+def json_size(document: Any) -> int:
+    """Bytes that `write_json` writes."""
+    return len(document_text(document).encode())
+
+
+def description(program: Program, files: Sequence[FileLayout], engine: Engine) -> dict[str, Any]:
+    """Header keys, then one entry for every stored tensor: its type."""
+    entries = {tensor.name: tensor.spec.description for file in files for tensor in file.tensors}
+    return engine.header(program) | dict(sorted(entries.items()))
+
+
+def description_size(program: Program, files: Sequence[FileLayout], engine: Engine) -> int:
+    """Bytes of `description` as JSON, counted without writing it."""
+    types = sum(len(quoted(spec.description)) * count for file in files for spec, count in file.specs)
+    return json_size(engine.header(program) | {"": ""}) - len('\n  "": ""') + _lines(files, types, depth=1)
+
+
+def index(files: Sequence[FileLayout]) -> dict[str, Any]:
+    """The safetensors index of a sharded output."""
+    weight_map = {tensor.name: file.name for file in files for tensor in file.tensors}
+    return _index(files, dict(sorted(weight_map.items())))
+
+
+def index_size(files: Sequence[FileLayout]) -> int:
+    """Bytes of `index` as JSON, counted without writing it."""
+    names = sum(len(quoted(file.name)) * len(file.tensors) for file in files)
+    return json_size(_index(files, {"": ""})) - len('\n    "": ""') + _lines(files, names, depth=2)
+
+
+def _index(files: Sequence[FileLayout], weight_map: dict[str, str]) -> dict[str, Any]:
+    return {"metadata": {"total_size": sum(file.data_bytes for file in files)}, "weight_map": weight_map}
+
+
+def _lines(files: Sequence[FileLayout], values: int, depth: int) -> int:
+    """Bytes of one line a tensor, name and value, with the commas between them; `values`: those of all values."""
+    count = sum(len(file.tensors) for file in files)
+    return sum(file.names_size for file in files) + values + count * (len("\n: ,") + INDENT * depth) - 1
+
+
+def engine_config(program: Program, engine: Engine) -> dict[str, Any]:
+    """The source's config.json without its `quantization_config`, plus the keys that tell an engine what it loads.
+
+    Multi-token prediction layers that are not in the output are not announced, and those that are, are.
+    """
+    config = {key: value for key, value in program.config.items() if key != "quantization_config"}
+    if config.get(MTP_LAYERS) and not program.mtp.stored:
+        config[MTP_LAYERS] = 0
+    if config.get(MTP_LAYERS) is None and program.mtp.stored:
+        config[MTP_LAYERS] = len(program.mtp.layers)
+    return config | engine.config(program)

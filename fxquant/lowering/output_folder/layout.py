@@ -1,0 +1,157 @@
+"""Which tensors the weight files hold, in which file and where, known from the graph before a byte is read."""
+
+from collections import Counter
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from operator import attrgetter
+from typing import NamedTuple
+
+import torch
+
+from fxquant import ops
+from fxquant.checkpoint.checkpoint import Checkpoint
+from fxquant.program.program import Program, input_node
+from fxquant.schemes.schemes import Recipe, Scheme, TensorSpec, tensor_specs
+from fxquant.storage.safetensors import build_header, header_length, quoted_size
+from fxquant.targets.engine import numbered
+from fxquant.targets.engines import Engine
+
+MTP_STEM = "mtp_float"
+MAX_SHARD_SIZE = 4 << 30
+"""Bytes of tensor data a weight file holds, unless the user says otherwise."""
+
+
+class StoredTensor(NamedTuple):
+    """One tensor of the output: made by `recipe` for `module`, or kept from the checkpoint when there is none.
+
+    `mtp` says that it is of a multi-token prediction layer.
+    """
+
+    name: str
+    spec: TensorSpec
+    module: str
+    recipe: Recipe | None = None
+    mtp: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        return self.spec.nbytes
+
+
+@dataclass(frozen=True)
+class FileLayout:
+    """One weight file: its header, and each tensor's absolute offset. The header is made when it is asked for."""
+
+    name: str
+    tensors: tuple[StoredTensor, ...]
+
+    @property
+    def header(self) -> bytes:
+        return self._built[0]
+
+    @property
+    def offsets(self) -> tuple[int, ...]:
+        return self._built[1]
+
+    @cached_property
+    def nbytes(self) -> int:
+        ends = list(accumulate(map(attrgetter("spec.nbytes"), self.tensors)))
+        forms = [(spec.dtype, spec.shape, count) for spec, count in self.specs]
+        return header_length(self.names_size, forms, ends) + (ends[-1] if ends else 0)
+
+    @cached_property
+    def data_bytes(self) -> int:
+        """Without the header."""
+        return sum(spec.nbytes * count for spec, count in self.specs)
+
+    @cached_property
+    def names_size(self) -> int:
+        """Bytes of all names as JSON strings."""
+        return quoted_size([tensor.name for tensor in self.tensors])
+
+    @cached_property
+    def specs(self) -> list[tuple[TensorSpec, int]]:
+        """Each of the tensors' specs, and how many tensors have it; equal ones may be there more than once."""
+        counts = Counter(map(id, map(attrgetter("spec"), self.tensors)))
+        found = {id(tensor.spec): tensor.spec for tensor in self.tensors}
+        return [(found[key], count) for key, count in counts.items()]
+
+    @cached_property
+    def _built(self) -> tuple[bytes, tuple[int, ...]]:
+        header, offsets = build_header([(one.name, one.spec.dtype, one.spec.shape) for one in self.tensors])
+        return header, tuple(offsets)
+
+
+def stored_tensors(program: Program, checkpoint: Checkpoint) -> list[StoredTensor]:
+    """Everything the output holds, in graph order, the tensors of one module side by side."""
+    stored: list[StoredTensor] = []
+    kept = program.kept_names()
+    biases = gate_biases(program)
+    seen: set[str] = set()
+    for target, parameter in program.parameters.items():
+        recipe = program.recipes.get(parameter.module)
+        if recipe is not None and parameter.module not in seen:
+            seen.add(parameter.module)
+            stored += _made(recipe)
+        for name in parameter.names:
+            if name in kept:
+                dtype = torch.float32 if target in biases else checkpoint.stored_dtype(name)
+                spec = TensorSpec(dtype, checkpoint.tensors[name].shape, Scheme.FLOAT.value)
+                stored.append(StoredTensor(name, spec, parameter.module))
+    return stored + _mtp(program, checkpoint)
+
+
+def _made(recipe: Recipe, mtp: bool = False) -> list[StoredTensor]:
+    specs = tensor_specs(recipe).items()
+    return [StoredTensor(f"{m}.{suffix}", spec, m, recipe, mtp) for m in recipe.modules for suffix, spec in specs]
+
+
+def _mtp(program: Program, checkpoint: Checkpoint) -> list[StoredTensor]:
+    stored = [tensor for recipe in program.mtp.recipes.values() for tensor in _made(recipe, mtp=True)]
+    for name, module in program.mtp.kept.items():
+        dtype = torch.float32 if name in program.mtp.gate_biases else checkpoint.stored_dtype(name)
+        spec = TensorSpec(dtype, checkpoint.tensors[name].shape, Scheme.FLOAT.value)
+        stored.append(StoredTensor(name, spec, module, mtp=True))
+    return stored
+
+
+def gate_biases(program: Program) -> set[str]:
+    """Correction biases choose experts in float32, so they are stored in it whatever the checkpoint has."""
+    return {str(input_node(node, 1).target) for node in program.nodes(ops.moe_gate)}
+
+
+def plan_files(stored: list[StoredTensor], max_shard_size: int, engine: Engine) -> list[FileLayout]:
+    """Fill files in graph order up to `max_shard_size` bytes of data each; a larger tensor gets a file of its own.
+
+    Inside a file tensors are ordered by falling item size, then name: every one is aligned, and the bytes depend on
+    nothing but the graph. Float multi-token prediction layers are in files of their own where the engine has it so.
+    """
+    apart = [tensor for tensor in stored if tensor.mtp and engine.mtp_files]
+    if any(tensor.recipe is not None for tensor in apart):
+        apart = []
+    groups = _filled([tensor for tensor in stored if not apart or not tensor.mtp], max_shard_size)
+    files = [_file(engine.file_name(part, len(groups)), group) for part, group in enumerate(groups, 1)]
+    extra = _filled(apart, max_shard_size) if apart else []
+    return files + [_file(numbered(MTP_STEM, part, len(extra)), group) for part, group in enumerate(extra, 1)]
+
+
+def _filled(stored: list[StoredTensor], max_shard_size: int) -> list[list[StoredTensor]]:
+    groups: list[list[StoredTensor]] = [[]]
+    size = 0
+    for tensor in stored:
+        nbytes = tensor.spec.nbytes
+        if groups[-1] and size + nbytes > max_shard_size:
+            groups.append([])
+            size = 0
+        groups[-1].append(tensor)
+        size += nbytes
+    return groups
+
+
+def _file(name: str, group: list[StoredTensor]) -> FileLayout:
+    by_size: dict[int, list[StoredTensor]] = {}
+    for tensor in group:
+        by_size.setdefault(tensor.spec.dtype.itemsize, []).append(tensor)
+    in_order = (sorted(by_size[size], key=attrgetter("name")) for size in sorted(by_size, reverse=True))
+    return FileLayout(name, tuple(tensor for part in in_order for tensor in part))

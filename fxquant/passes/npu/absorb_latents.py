@@ -1,0 +1,102 @@
+"""mla_attention over kv_b_proj of all latents  →  latent_attention over the cache itself
+
+    linear(c_kv, kv_b_proj) → mla_attention(q, …, k_rope)   →   latent_attention(q, kv_b_proj, written cache)
+
+The halves W_UK and W_UV of kv_b_proj go to the side of the queries (DeepSeek-V2, arXiv:2405.04434, section 2.1.2), so
+a step of decoding reads each cached latent once and makes no keys. The pass follows `PageLatents`; a layer that it
+keeps gathers its latents and multiplies all of them by kv_b_proj.
+"""
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxquant import ops
+from fxquant.passes.base import Pass
+from fxquant.passes.npu.page_latents import cache_inputs, results
+from fxquant.program.linears import is_parameter
+from fxquant.program.node_builder import Surgery
+from fxquant.program.program import Program, input_node
+from fxquant.program.shape_inference import ShapeRules
+
+CONCATENATE = torch.ops.aten.cat.default
+SPLIT = torch.ops.aten.split_with_sizes.default
+
+
+@dataclass(frozen=True)
+class _Keys:
+    """Where the keys of an attention come from: `linear` of the first part of what the cache holds and of `new`."""
+
+    linear: fx.Node
+    new: fx.Node
+    written: fx.Node
+
+
+class AbsorbLatents(Pass):
+    """Rewrites every `fxq::mla_attention` whose keys and values are a float linear of what the cache holds."""
+
+    name = "absorb-latents"
+
+    def __init__(self) -> None:
+        self._rules = ShapeRules()
+
+    def why_not(self, node: fx.Node, program: Program) -> str | None:
+        if node.target != ops.mla_attention:
+            return ""
+        keys = _keys(node, program)
+        return keys if isinstance(keys, str) else None
+
+    def rewrite(self, node: fx.Node, program: Program) -> None:
+        keys = _keys(node, program)
+        assert isinstance(keys, _Keys)
+        keys.written.update_arg(1, keys.new)
+        block_table, _, seq_lens = cache_inputs(program)
+        q, weight = input_node(node, 0), input_node(keys.linear, 1)
+        surgery = Surgery(program, node, self._rules)
+        arguments = (q, weight, keys.written, block_table, seq_lens, *node.args[4:])
+        surgery.replace(surgery.call(ops.latent_attention, arguments, f"{node.name}_absorbed"))
+
+
+def _keys(node: fx.Node, program: Program) -> _Keys | str:
+    """The keys of an attention, or why the cache does not hold what they are made of."""
+    q, kv, k_rope, mask = (input_node(node, index) for index in range(4))
+    if kv.target != ops.linear or not is_parameter(kv.args[1]):
+        return f"its keys and values come from {kv.name}, which is not a float linear"
+    if len(kv.args) > 2 and kv.args[2] is not None:
+        return f"{kv.name} has a bias"
+    latents = _half(input_node(kv, 0), 0)
+    if latents is None or latents is not _half(k_rope, 1):
+        return "its keys are not the two parts of one latent"
+    written = next((user for user in latents.users if user.target == ops.write_latents), None)
+    if written is None or written not in results(program):
+        return "its latents are not those that the cache holds"
+    new = _appended(latents, input_node(written, 0))
+    if new is None:
+        return "its latents are more than the cache and new ones after it"
+    if mask is not program.graph.graph.find_nodes(op="placeholder")[1]:
+        return f"its mask {mask.name} is computed"
+    tokens = program.graph.graph.find_nodes(op="placeholder")[0].meta["val"].shape[1]
+    if {str(value.meta["val"].shape[1]) for value in (q, new)} != {str(tokens)}:
+        return "it has not one query and one latent for each token"
+    return _Keys(kv, new, written)
+
+
+def _appended(latents: fx.Node, cache: fx.Node) -> fx.Node | None:
+    """What `latents` has after all positions of `cache`."""
+    parts: Any = latents.args[0] if latents.target == CONCATENATE and latents.args[1:] == (1,) else ()
+    if len(parts) != 2 or parts[0].target != ops.gather_latents or parts[0].args[0] is not cache:
+        return None
+    return parts[1]
+
+
+def _half(node: fx.Node, index: int) -> fx.Node | None:
+    """What `node` is part `index` of, by a split into two along the features."""
+    split = node.args[0] if node.target is operator.getitem and node.args[1] == index else None
+    if not isinstance(split, fx.Node) or split.target != SPLIT or len(split.args) != 3:
+        return None
+    value, sizes, axis = input_node(split, 0), split.args[1], split.args[2]
+    halves = isinstance(sizes, list | tuple) and len(sizes) == 2
+    return value if halves and axis in (-1, value.meta["val"].dim() - 1) else None

@@ -1,0 +1,101 @@
+"""quantize(rms_norm(x1 + x2))  →  one operator that gives the integers and the sum
+
+add_rms_norm_quantize_static     the norm's one reader is a static quantization
+add_rms_norm_quantize_per_token  its one reader is a quantization per token
+add_rms_norm                     anything else reads it
+
+The sum serves its other readers. A residual that the next layer's norm reads is then added in that layer.
+"""
+
+import operator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, fx
+
+from fxquant import ops
+from fxquant.passes.base import Pass
+from fxquant.program.linears import is_parameter
+from fxquant.program.node_builder import Surgery
+from fxquant.program.program import Program, input_node
+from fxquant.program.shape_inference import ShapeRules
+
+WITHOUT_SUM = "its input is no sum of two tensors of one shape, and engines fuse no other norm"
+
+
+@dataclass
+class FuseNormQuantize(Pass):
+    """Rewrites every norm of a sum that it is the first to read.
+
+    `float32`: values that stay float32 whatever the model's dtype; a fused operator has one dtype for all.
+    """
+
+    float32: frozenset[fx.Node] = frozenset()
+    rules: ShapeRules = field(default_factory=ShapeRules)
+    name = "fuse-norm-quantize"
+
+    def why_not(self, node: fx.Node, program: Program) -> str | None:
+        if node.target != ops.rms_norm:
+            return ""
+        total = input_node(node, 0)
+        if not _adds_alike(total):
+            return WITHOUT_SUM
+        if total in self.float32:
+            return "its sum stays in float32"
+        first = min(total.users)
+        return None if first is node else f"{first.name} reads its sum before it"
+
+    def rewrite(self, node: fx.Node, program: Program) -> None:
+        total, reader = input_node(node, 0), _one_quantization(node)
+        surgery, graph = Surgery(program, node, self.rules), program.graph.graph
+        fused, made = self._fused(surgery, total, reader)
+        names = [old[0].name if old else f"{node.name}_unread" for old in made]
+        values = surgery.outputs(fused, [*(f"{name}_new" for name in names), f"{node.name}_sum"])
+        total.replace_all_uses_with(values[-1])
+        for value, old, name in zip(values, made, names, strict=False):
+            for one in old:
+                one.replace_all_uses_with(value)
+                graph.erase_node(one)
+            program.names.discard(value.name)
+            value.name = name
+        gone = {one for old in made for one in old}
+        for last in (reader, node, total):
+            if last is not None and last not in gone:
+                graph.erase_node(last)
+
+    def _fused(self, surgery: Surgery, total: fx.Node, reader: fx.Node | None) -> tuple[fx.Node, list[list[fx.Node]]]:
+        """The new call, and for each of its results but the sum the nodes that gave it before."""
+        node = surgery.site
+        _, weight, eps, *bias = node.args
+        operands, name = (*total.args, weight, eps), f"{node.name}_fused"
+        if reader is None:
+            return surgery.call(ops.add_rms_norm, (*operands, *bias), name), [[node]]
+        if reader.target == ops.quantize_per_token:
+            items = [[user for user in reader.users if user.args[1] == index] for index in (0, 1)]
+            return surgery.call(ops.add_rms_norm_quantize_per_token, (*operands, *bias), name), items
+        scale, offset = input_node(reader, 1), input_node(reader, 2)
+        for parameter in (scale, offset):
+            node.prepend(parameter)
+        arguments = (*operands, scale, offset, *bias)
+        return surgery.call(ops.add_rms_norm_quantize_static, arguments, name), [[reader]]
+
+
+def _adds_alike(node: fx.Node) -> bool:
+    """Whether `node` adds two float tensors of one shape and dtype."""
+    if node.target != torch.ops.aten.add.Tensor or node.kwargs or len(node.args) != 2:
+        return False
+    values = [arg.meta.get("val") if isinstance(arg, fx.Node) else None for arg in node.args]
+    if not all(isinstance(value, Tensor) and value.is_floating_point() for value in values):
+        return False
+    return len({(str(value.shape), value.dtype) for value in values if isinstance(value, Tensor)}) == 1
+
+
+def _one_quantization(norm: fx.Node) -> fx.Node | None:
+    """The quantization that alone reads `norm`, if an engine has the two in one piece."""
+    if len(norm.users) != 1:
+        return None
+    reader = next(iter(norm.users))
+    if reader.target == ops.quantize_per_token:
+        return reader if all(user.target is operator.getitem for user in reader.users) else None
+    static = reader.target == ops.quantize_static
+    return reader if static and all(map(is_parameter, (norm.args[1], *reader.args[1:]))) else None

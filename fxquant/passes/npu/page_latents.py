@@ -1,0 +1,105 @@
+"""past_i, present_i  →  a cache in pages
+
+past_i     →  gather_latents(past_i, block_table)
+present_i  →  write_latents(past_i, present_i, slot_mapping)
+
+The graph then takes a cache [num_blocks, block_size, width] where it took `past_i`, and three inputs more:
+block_table int32 [B, blocks], slot_mapping int32 [B, S], seq_lens int32 [B] (`fxquant.ops.latent_cache`). Its
+attention_mask [B, blocks · block_size + S] says which of the gathered positions hold a latent.
+"""
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxquant import ops
+from fxquant.errors import FxquantError
+from fxquant.passes.base import Pass, PassResult
+from fxquant.program.node_builder import Surgery
+from fxquant.program.program import Program
+from fxquant.program.shape_inference import ShapeRules
+
+CACHE_INPUTS = ("block_table", "slot_mapping", "seq_lens")
+"""The last inputs of a graph whose cache is in pages."""
+
+
+class PageLatents(Pass):
+    """Rewrites every `past_i` and its `present_i`."""
+
+    name = "page-latents"
+
+    def __init__(self) -> None:
+        self._rules = ShapeRules()
+
+    def apply(self, program: Program) -> PassResult:
+        _add_inputs(program)
+        return super().apply(program)
+
+    def why_not(self, node: fx.Node, program: Program) -> str | None:
+        return None if node in caches(program) else ""
+
+    def rewrite(self, node: fx.Node, program: Program) -> None:
+        position = caches(program).index(node) + 1
+        present = results(program)[position]
+        block_table, slot_mapping, _ = cache_inputs(program)
+        readers = {user for user in node.users if user.op != "output"}
+        if readers:
+            first = next(user for user in program.graph.graph.nodes if user in readers)
+            surgery = Surgery(program, first, self._rules)
+            gathered = surgery.call(ops.gather_latents, (node, block_table), f"{first.name}_past")
+            node.replace_all_uses_with(gathered, lambda user: user in readers)
+        if present is node:
+            return  # a layer that appends nothing
+        if present.op != "call_function":
+            raise FxquantError(node.name, f"comes back as {present.name}.", "Return what the layer appends to.")
+        surgery = Surgery(program, present, self._rules)
+        written = surgery.call(ops.write_latents, (node, present, slot_mapping), f"{present.name}_written")
+        present.append(written)
+        output = program.graph.graph.output_node()
+        output.args = (tuple(written if i == position else item for i, item in enumerate(results(program))),)
+
+
+def caches(program: Program) -> list[fx.Node]:
+    """The inputs that hold latents, in layer order."""
+    inputs = program.graph.graph.find_nodes(op="placeholder")
+    return inputs[3 : -len(CACHE_INPUTS)] if is_paged(program) else inputs[3:]
+
+
+def is_paged(program: Program) -> bool:
+    """Whether the caches are in pages."""
+    inputs = program.graph.graph.find_nodes(op="placeholder")
+    return tuple(node.name for node in inputs[-len(CACHE_INPUTS) :]) == CACHE_INPUTS
+
+
+def cache_inputs(program: Program) -> tuple[fx.Node, fx.Node, fx.Node]:
+    """block_table, slot_mapping, seq_lens."""
+    table, slots, lengths = program.graph.graph.find_nodes(op="placeholder")[-len(CACHE_INPUTS) :]
+    return table, slots, lengths
+
+
+def results(program: Program) -> tuple[fx.Node, ...]:
+    """Logits and caches, as the graph returns them."""
+    returned: Any = program.graph.graph.output_node().args[0]
+    return tuple(returned)
+
+
+def _add_inputs(program: Program) -> None:
+    """The three inputs; caches come in pages of one latent, so that no size is new to the shape rules."""
+    graph = program.graph.graph
+    placeholders = graph.find_nodes(op="placeholder")
+    batch, sequence = placeholders[0].meta["val"].shape
+    for node in placeholders[3:]:
+        past, width = node.meta["val"].shape[1:]
+        node.meta["val"] = node.meta["val"].new_empty((past, 1, width))
+    first = placeholders[0].meta
+    past = placeholders[3].meta["val"].shape[0] if len(placeholders) > 3 else 0
+    shapes = {"block_table": (batch, past), "slot_mapping": (batch, sequence), "seq_lens": (batch,)}
+    for name in CACHE_INPUTS:
+        if name in program.names:
+            raise FxquantError(name, "is the name of another value of the graph.", "Rename its module.")
+        with graph.inserting_before(placeholders[-1].next):
+            node = graph.placeholder(name)
+        program.names.add(name)
+        node.meta = first | {"val": first["val"].new_empty(shapes[name], dtype=torch.int32)}
+        placeholders.append(node)

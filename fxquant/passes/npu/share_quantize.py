@@ -1,0 +1,77 @@
+"""quantize(x), quantize(x)  →  one quantize(x), read by both
+
+Static linears own the parameters of their quantization, so q_a and kv_a, or gate and up, each have one of the same
+input. Where their ranges are equal, so are the integers: the first one is read by all. What belongs to the others is
+still stored, as their recipes say.
+"""
+
+import operator
+
+from torch import fx
+
+from fxquant import ops
+from fxquant.passes.base import Pass
+from fxquant.program.program import Program, input_node
+from fxquant.schemes.schemes import ActivationRange
+
+
+class ShareQuantize(Pass):
+    """Merges quantizations of one input: static ones with equal ranges, and all per token."""
+
+    name = "share-quantize"
+
+    def why_not(self, node: fx.Node, program: Program) -> str | None:
+        if node.target not in (ops.quantize_static, ops.quantize_per_token):
+            return ""
+        others = _earlier(node)
+        if not others or _twin(node, program) is not None:
+            return None if others else ""
+        ranges = " and ".join(_in_words(_range(one, program)) for one in (others[0], node))
+        return f"{others[0].name} reads the same input, but their ranges differ: {ranges}"
+
+    def rewrite(self, node: fx.Node, program: Program) -> None:
+        twin = _twin(node, program)
+        assert twin is not None, node.name
+        for item in sorted((user for user in node.users if user.target is operator.getitem), reverse=True):
+            _take_over(item, twin, program)
+        node.replace_all_uses_with(twin)
+        _erase(node, program)
+
+
+def _earlier(node: fx.Node) -> list[fx.Node]:
+    """The same operator on the same input, before `node` in the graph."""
+    return sorted(user for user in input_node(node, 0).users if user.target == node.target and user < node)
+
+
+def _twin(node: fx.Node, program: Program) -> fx.Node | None:
+    """The first of those that gives the same integers."""
+    return next((one for one in _earlier(node) if _range(one, program) == _range(node, program)), None)
+
+
+def _range(node: fx.Node, program: Program) -> ActivationRange | str:
+    """What decides its integers besides its input: "" per token, the parameters' own name where no range is known."""
+    if node.target == ops.quantize_per_token:
+        return ""
+    scale = str(input_node(node, 1).target)
+    recipe = program.recipes.get(program.parameters[scale].module)
+    return scale if recipe is None or recipe.activation is None else recipe.activation
+
+
+def _in_words(observed: ActivationRange | str) -> str:
+    return observed if isinstance(observed, str) else f"{observed.low:.6g} … {observed.high:.6g}"
+
+
+def _take_over(item: fx.Node, twin: fx.Node, program: Program) -> None:
+    """Let the readers of `item`, a result of the node that goes, read the same result of `twin`."""
+    same = [user for user in twin.users if user.target is operator.getitem and user.args == (twin, item.args[1])]
+    if not same:
+        item.args = (twin, item.args[1])
+        return
+    twin.append(same[0])
+    item.replace_all_uses_with(same[0])
+    _erase(item, program)
+
+
+def _erase(node: fx.Node, program: Program) -> None:
+    program.graph.graph.erase_node(node)
+    program.names.discard(node.name)

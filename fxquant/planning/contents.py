@@ -1,0 +1,112 @@
+"""What a compile would write, file by file, and what it reads for that."""
+
+import math
+from dataclasses import dataclass, replace
+
+from fxquant.checkpoint.checkpoint import Checkpoint
+from fxquant.compilation.ledger import build_ledger, check_parameters, mtp_modules
+from fxquant.compilation.prepare import CompileOptions, passes_for, with_mtp
+from fxquant.frontend.source import Source
+from fxquant.lowering.output_folder.description import description_size, engine_config, index_size, json_size
+from fxquant.lowering.output_folder.layout import FileLayout, plan_files, stored_tensors
+from fxquant.models.deepseek_v3 import mtp_paths
+from fxquant.passes import CheckContract, Pass, PassResult
+from fxquant.planning.config_checkpoint import config_checkpoint
+from fxquant.planning.tally import PlanRow, tally
+from fxquant.policy.policy import LEAVE_OUT, Policy
+from fxquant.program.program import Program
+from fxquant.targets.engines import ENGINES, Engine
+from fxquant.transforms.weight_transforms import Smoothing
+
+
+@dataclass(frozen=True)
+class PlanContents:
+    """Sizes in bytes.
+
+    rows        what is read and written, by kind and scheme
+    work        kernel of `fxquant.planning.host_benchmark` → weights it quantizes, or bytes it copies
+    files       weight file → its bytes, header included
+    documents   description, index where there is one, and config.json → bytes
+    operators   calls in the float graph, and in the rewritten one
+    unverified  what nobody has shown to work on the target
+    whole       what a worker has in memory while rotation mixes the rows of the largest weight, twice that weight
+    """
+
+    rows: list[PlanRow]
+    work: dict[str, int]
+    files: dict[str, int]
+    documents: dict[str, int]
+    operators: tuple[int, int]
+    unverified: list[str]
+    whole: int
+
+    @property
+    def bytes_in(self) -> int:
+        """What is read of the checkpoint."""
+        return sum(row.bytes_in for row in self.rows if row.scheme != LEAVE_OUT)
+
+    @property
+    def bytes_out(self) -> int:
+        """All weight files and documents."""
+        return sum(self.files.values()) + sum(self.documents.values())
+
+
+class RangesLater(Pass):
+    """In the place of calibration: what a static scheme stores has one size whatever the ranges are."""
+
+    name = "calibrate"
+
+    def apply(self, program: Program) -> PassResult:
+        return PassResult(self.name)
+
+
+def planned(source: Source, policy: Policy, options: CompileOptions) -> PlanContents:
+    """Trace, run the passes, and lay the files out. Raises FxquantError as `prepare` does."""
+    program = source.program()
+    described = not source.checkpoint.tensors
+    if described:
+        source = replace(source, checkpoint=config_checkpoint(source.checkpoint, program, source.config))
+    else:
+        check_parameters(program, source.checkpoint)
+    before = _calls(program)
+    layers = mtp_modules(source.checkpoint, mtp_paths(source.config))
+    policy = policy if options.mtp is None else with_mtp(policy, options.mtp, source, layers)
+    results = [one.apply(program) for one in passes_for(source, policy, options, layers, RangesLater())]
+    if not described:
+        build_ledger(program, source.checkpoint)
+    checkpoint = source.checkpoint.smoothed(Smoothing(tensors=program.added))
+    stored, engine = stored_tensors(program, checkpoint), ENGINES[options.target]
+    files = plan_files(stored, options.max_shard_size, engine)
+    found = tally(program, checkpoint, stored)
+    return PlanContents(
+        rows=list(found.rows.values()),
+        work=found.work,
+        files={file.name: file.nbytes for file in files},
+        documents=_documents(program, files, engine),
+        operators=(before, _calls(program)),
+        unverified=unverified(results),
+        whole=2 * max((_numbers(checkpoint, one) for one, turn in program.turns.items() if turn.heads), default=0),
+    )
+
+
+def unverified(results: list[PassResult]) -> list[str]:
+    """What nobody has shown to work or to fail on the target, each with its source."""
+    checks = (one.kept.items() for one in results if one.name == CheckContract.name)
+    return list(dict.fromkeys(f"{fact} ({source})" for check in checks for fact, source in check))
+
+
+def _numbers(checkpoint: Checkpoint, name: str) -> int:
+    """Bytes of a weight in the dtype that it is turned in."""
+    return math.prod(checkpoint.tensors[name].shape) * checkpoint.stored_dtype(name).itemsize
+
+
+def _calls(program: Program) -> int:
+    return sum(node.op == "call_function" for node in program.graph.graph.nodes)
+
+
+def _documents(program: Program, files: list[FileLayout], engine: Engine) -> dict[str, int]:
+    """As `lowering.output` writes them."""
+    sizes = {engine.description: description_size(program, files, engine)}
+    if len(files) > 1 or engine.numbered:
+        sizes[engine.index] = index_size(files)
+    return sizes | {"config.json": json_size(engine_config(program, engine))}

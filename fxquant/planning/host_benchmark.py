@@ -1,0 +1,257 @@
+"""How fast this machine is at what `compile` does, measured for a second beside other work.
+
+python -m fxquant.planning.host_benchmark FOLDER PARENT prints the measurement as JSON, and ends when process PARENT is
+gone. Nothing here imports torch.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from fxquant.processes.command import end_with
+
+if TYPE_CHECKING:
+    from fxquant.kernels.decode import EncodedRows
+
+DISK_BYTES = 64 << 20
+DISK_SECONDS = 0.5
+"""Bytes to write and read, and when to stop before them."""
+BLOCK = (1024, 7168)
+"""Rows and columns of the weight that kernels are timed on: more than caches hold."""
+SEARCHED_ROWS = 128
+"""Rows that kernels which search for scales are timed on: they are slow, and stay in cache."""
+GROUP_SIZE, FP8_BLOCK = 256, 128
+MIN_MAX, SEARCHES = "min_max", ("clip", "least_squares")
+"""Weight algorithms (`fxquant.schemes.schemes`) by the kernels that they take."""
+KERNEL_SECONDS = 0.08
+SECONDS, LAST_WAIT = 4.0, 0.25
+"""How long to measure: enough unless kernels are compiled for the first time, which takes ten seconds."""
+COPY, COPY_BYTES = "copy", 64 << 20
+PACKAGE = str(Path(__file__).parents[2])
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Disk rates are in GB/s, 10**9 bytes a second.
+
+    cores         that a process may use
+    kernels       as `kernel_rates` gives them, of one core; those that were not measured in time are not there
+    disk_read     of the folder measured, past the page cache where the system lets go of it; None: not measured
+    disk_write    with fsync
+    disk_unknown  why there is no disk rate, "" where there is
+    kernel_bytes  memory that importing and compiling the kernels takes
+    peak_bytes    resident memory of the measuring process at its largest
+    """
+
+    cores: int
+    kernels: dict[str, float] = field(default_factory=dict)
+    disk_read: float | None = None
+    disk_write: float | None = None
+    disk_unknown: str = "not measured in time"
+    kernel_bytes: int = 0
+    peak_bytes: int = 0
+
+
+def kernel_name(int4: bool, group_size: int, fp8: bool, algorithm: str = MIN_MAX) -> str:
+    """Which of the kernels of `kernel_rates` a weight takes; FP8 is decoded on the way, 16 bits stand for the rest."""
+    form = f"{'int4' if int4 else 'int8'}{' groups' if int4 and group_size else ''}"
+    return f"{form}{'' if algorithm == MIN_MAX else f' {algorithm}'} of {'fp8' if fp8 else 'bf16'}"
+
+
+def kernel_rates(kernels: dict[str, Callable[[], object]], rows: int = BLOCK[0]) -> Iterator[tuple[str, float]]:
+    """Kernel and 10**9 weights a second on one core; each call takes `rows` rows."""
+    for name, work in kernels.items():
+        yield name, rows * BLOCK[1] / best_seconds(work) / 1e9
+
+
+def copy_rate() -> float:
+    """GB/s that one core copies, from memory to memory."""
+    import numpy as np
+
+    source = np.ones(COPY_BYTES, np.uint8)
+    copy = np.empty_like(source)
+    return source.nbytes / best_seconds(lambda: np.copyto(copy, source)) / 1e9
+
+
+def block_sources(n: int) -> "dict[bool, EncodedRows]":
+    """Whether FP8 → n random rows, with the types that `compile` has."""
+    import numpy as np
+
+    from fxquant.kernels.decode import EncodedRows
+    from fxquant.kernels.rounding import BFLOAT16, FLOAT8
+
+    generator, k = np.random.default_rng(0), BLOCK[1]
+    bits = generator.standard_normal((n, k), np.float32).view(np.uint32) >> 16
+    bf16 = bits.astype(np.uint16).view(np.uint8)
+    fp8 = generator.integers(0, 0x78, (n, k), np.uint8)
+    scales = np.full((-(-n // FP8_BLOCK), k // FP8_BLOCK), 0.01, np.float32)
+    nothing = np.empty((0, 0), np.float32), np.empty(0, np.float32)
+    for array in (bf16, fp8, scales, *nothing):
+        array.flags.writeable = False
+    return {
+        False: EncodedRows(bf16, BFLOAT16, 0, nothing[0], FP8_BLOCK, FP8_BLOCK, nothing[1], nothing[1], BFLOAT16),
+        True: EncodedRows(fp8, FLOAT8, 0, scales, FP8_BLOCK, FP8_BLOCK, nothing[1], nothing[1], BFLOAT16),
+    }
+
+
+def block_kernels() -> dict[str, Callable[[], object]]:
+    """Kernel → a call on random weights of `BLOCK`, with the types that `compile` calls it with."""
+    from fxquant.kernels.int4 import int4_rows
+    from fxquant.kernels.int8 import int8_rows
+
+    return _calls(BLOCK[0], int8_rows, int4_rows, (), MIN_MAX)
+
+
+def searched_kernels() -> dict[str, Callable[[], object]]:
+    """The same for `SEARCHED_ROWS` rows and each of `SEARCHES`."""
+    from fxquant.kernels.search import searched_int4_rows, searched_int8_rows
+
+    made: dict[str, Callable[[], object]] = {}
+    for name in SEARCHES:
+        made |= _calls(SEARCHED_ROWS, searched_int8_rows, searched_int4_rows, (name == SEARCHES[1],), name)
+    return made
+
+
+def _calls(
+    n: int, int8_rows: Callable, int4_rows: Callable, options: tuple[bool, ...], algorithm: str
+) -> dict[str, Callable[[], object]]:
+    import numpy as np
+
+    from fxquant.kernels.rounding import FLOAT32
+
+    k = BLOCK[1]
+    codes, scale, sums = np.empty((n, k), np.int8), np.empty(n, np.float32), np.empty(n, np.int64)
+    bias = np.empty((n, 1), np.float32)
+    calls: dict[str, Callable[[], object]] = {}
+    for fp8, rows in block_sources(n).items():
+        calls[kernel_name(False, 0, fp8, algorithm)] = partial(int8_rows, rows, FLOAT32, *options, codes, scale, sums)
+        for size in (0, GROUP_SIZE):
+            second = np.empty((n, k // size if size else 0), np.float32)
+            call = partial(int4_rows, rows, FLOAT32, *options, codes[: n // 2], scale, second, bias)
+            calls[kernel_name(True, size, fp8, algorithm)] = call
+    return calls
+
+
+def best_seconds(work: Callable[[], object], limit: float = KERNEL_SECONDS) -> float:
+    """The shortest of the runs that fit in `limit` seconds, after one that does not count."""
+    work()
+    best, end = float("inf"), time.perf_counter() + limit
+    while best == float("inf") or time.perf_counter() < end:
+        start = time.perf_counter()
+        work()
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def disk_rates(folder: Path) -> tuple[float, float]:
+    """GB/s of reading and of writing in `folder`, or above it where it is not there yet. Raises OSError."""
+    place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
+    block = os.urandom(1 << 20) * 4
+    with tempfile.TemporaryFile(dir=place, prefix=".fxquant-") as file:
+        handle, written, start = file.fileno(), 0, time.perf_counter()
+        while written < DISK_BYTES and (not written or time.perf_counter() - start < DISK_SECONDS):
+            written += os.write(handle, block)
+        os.fsync(handle)
+        write = written / (time.perf_counter() - start)
+        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+        done, start = 0, time.perf_counter()
+        while done < written and (not done or time.perf_counter() - start < DISK_SECONDS):
+            done += len(os.pread(handle, len(block), done))
+        return done / (time.perf_counter() - start) / 1e9, write / 1e9
+
+
+def measure(folder: Path, wanted: Callable[[], list[str]] = list) -> Iterator[Machine]:
+    """What is known of this machine, and of the disk of `folder`, after each step.
+
+    `wanted`, asked last: which kernels are needed; those that search for scales are measured only then.
+    """
+    machine = Machine(len(os.sched_getaffinity(0)))
+    try:
+        read, write = disk_rates(folder)
+        machine = replace(machine, disk_read=read, disk_write=write, disk_unknown="")
+    except OSError as error:
+        machine = replace(machine, disk_unknown=f"{folder} cannot be written: {error.strerror}")
+    yield machine
+    machine = replace(machine, kernels={COPY: copy_rate()})
+    yield machine
+    before = resident_bytes()
+
+    def rates() -> Iterator[tuple[str, float]]:
+        yield from kernel_rates(block_kernels())
+        names = [name for name in wanted() if name not in machine.kernels]
+        if names:
+            searched = searched_kernels()
+            yield from kernel_rates({name: searched[name] for name in names if name in searched}, SEARCHED_ROWS)
+
+    for name, rate in rates():
+        taken, kernels = resident_bytes() - before, machine.kernels | {name: rate}
+        machine = replace(machine, kernels=kernels, kernel_bytes=taken, peak_bytes=peak_bytes())
+        yield machine
+
+
+def resident_bytes() -> int:
+    """Memory of this process that is in RAM now."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def peak_bytes() -> int:
+    """The most that it ever was; `ru_maxrss` would count the process that started this one."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) * 1024
+
+
+class Measuring:
+    """`measure(folder)` in a process of its own, beside what is done inside the `with`; it ends with it."""
+
+    def __init__(self, folder: Path, seconds: float = SECONDS) -> None:
+        path = os.pathsep.join(filter(None, (PACKAGE, os.environ.get("PYTHONPATH"))))
+        self._end = time.monotonic() + seconds
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "fxquant.planning.host_benchmark", str(folder), str(os.getpid())],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=os.environ | {"PYTHONPATH": path},
+            text=True,
+        )
+
+    def __enter__(self) -> "Measuring":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+    def result(self, kernels: Iterable[str] = ()) -> Machine:
+        """What was found out in `seconds` from the start, of which some wait is left however late this is asked.
+
+        `kernels` are needed: those that search for scales are measured only where they are. Raises RuntimeError with
+        what the process said if it failed.
+        """
+        wanted = json.dumps(list(kernels))
+        try:
+            answer, errors = self._process.communicate(wanted, timeout=max(self._end - time.monotonic(), LAST_WAIT))
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            answer, errors = self._process.communicate()
+        if self._process.returncode > 0:
+            raise RuntimeError(f"measuring this machine failed:\n{errors}")
+        lines = [line for line in answer.splitlines(keepends=True) if line.endswith("\n")]
+        return Machine(**json.loads(lines[-1])) if lines else Machine(len(os.sched_getaffinity(0)))
+
+
+if __name__ == "__main__":
+    end_with(int(sys.argv[2]))
+    os.nice(5)  # what it runs beside comes first; the best of several runs is what counts here
+    for known in measure(Path(sys.argv[1]), lambda: json.loads(sys.stdin.read() or "[]")):
+        print(json.dumps(asdict(known)), flush=True)

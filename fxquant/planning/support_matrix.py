@@ -1,0 +1,102 @@
+"""Policy × target × number of ranks: what an engine would say, known from a config.json alone."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fxquant.checkpoint.checkpoint import Checkpoint
+from fxquant.checkpoint.config import parse_config
+from fxquant.errors import FxquantError
+from fxquant.frontend.source import open_source
+from fxquant.models import DeepseekV3
+from fxquant.passes import AssignSchemes
+from fxquant.passes.check_contract import linears
+from fxquant.policy.policy import Policy, load_policy
+from fxquant.program.program import MtpLayers, Program
+from fxquant.progress import Reporter, silent
+from fxquant.targets.check_contract import Finding, check, refusal
+from fxquant.targets.contract import Verdict, load_contract
+from fxquant.targets.engines import ENGINES
+from fxquant.targets.target import Target
+from fxquant.tracing import trace
+
+PUBLISHED = "models/deepseek_v3_671b.json"
+RANKS = (1, 2, 4, 8, 16)
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """One policy on one target with so many ranks; `words` are the refusal's, or what is unverified."""
+
+    policy: str
+    target: Target
+    ranks: int
+    verdict: Verdict
+    words: str = ""
+
+
+def float_program(model: Path | None = None, report: Reporter = silent) -> Program:
+    """The float graph of a MODEL, a config.json too, or of the published DeepSeek-V3; no weight need be there."""
+    make = _published_program if model is None else open_source(model, config_only=True).program
+    with report("trace", 1, "graph") as advance:
+        program = make()
+        advance(1)
+    return program
+
+
+def _published_program() -> Program:
+    config, place = _published(), Path(PUBLISHED)
+    with torch.device("meta"):
+        module = DeepseekV3(parse_config(config, place))
+    return trace(module, Checkpoint(place, config, {}))
+
+
+def _published() -> dict[str, Any]:
+    return json.loads((resources.files("fxquant") / PUBLISHED).read_text(encoding="utf-8"))
+
+
+def deployments(
+    program: Program,
+    policies: Sequence[str],
+    targets: Sequence[Target],
+    ranks: Sequence[int] = RANKS,
+    report: Reporter = silent,
+) -> list[Deployment]:
+    """Every combination, in the order given. `program` is a float graph, and stays one."""
+    pairs = [(policy, target) for policy in [load_policy(name) for name in policies] for target in targets]
+    found = []
+    with report("check", len(pairs), "policies on targets") as advance:
+        for policy, target in pairs:
+            found += _of(program, policy, target, ranks)
+            advance(1, at=policy.name)
+    return found
+
+
+def _of(program: Program, policy: Policy, target: Target, ranks: Sequence[int]) -> list[Deployment]:
+    assigned = replace(program, recipes={}, rules={}, idle_rules=[], mtp=MtpLayers())
+    try:
+        AssignSchemes(policy, (), ENGINES[target].dialect).apply(assigned)
+    except FxquantError as error:
+        words = f"{error.place}: {error.fact}"
+        return [Deployment(policy.name, target, count, Verdict.REFUSED, words) for count in ranks]
+    found, contract = linears(assigned), load_contract(target)
+    return [_verdict(policy, target, count, check(contract, found, count)) for count in ranks]
+
+
+def _verdict(policy: Policy, target: Target, ranks: int, findings: list[Finding]) -> Deployment:
+    refused = refusal(findings)
+    if refused is not None:
+        return Deployment(policy.name, target, ranks, Verdict.REFUSED, _words(refused))
+    if findings:
+        return Deployment(policy.name, target, ranks, Verdict.UNVERIFIED, _words(findings[0]))
+    return Deployment(policy.name, target, ranks, Verdict.ACCEPTED)
+
+
+def _words(finding: Finding) -> str:
+    name = finding.module.rpartition(".")[2]
+    return f"{name + ': ' if name else ''}{finding.fact} ({finding.source})"

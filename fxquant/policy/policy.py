@@ -1,0 +1,163 @@
+"""Layer policies: ordered rules, the first that matches a module decides its scheme."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from pathlib import Path
+from typing import Literal
+
+from fxquant.errors import FxquantError
+from fxquant.inputs.limits import POLICY_DEPTH
+from fxquant.policy.kinds import Kind
+from fxquant.policy.policy_file import (
+    ActivationStatistic,
+    CalibrationWeights,
+    PolicyDocument,
+    UnseenExperts,
+    open_policy,
+    shipped_policies,
+)
+from fxquant.policy.rule import LEAVE_OUT, Rule
+from fxquant.policy.smooth_rules import NormBias, PairKind, SmoothRule
+from fxquant.policy.unused_rules import Decided, why_idle
+from fxquant.policy.unused_smoothing import SeenValue, why_idle_smoothing
+from fxquant.schemes.schemes import Scheme
+from fxquant.transforms.rotation import Rotate
+
+__all__ = [
+    "LEAVE_OUT", "ActivationStatistic", "CalibrationWeights", "MtpMode", "Policy", "Rule", "UnseenExperts",
+    "load_policy", "shipped_policies",
+]  # fmt: skip
+
+PERCENTILE = 99.99
+"""Of a policy that says `activation_statistic: percentile` and no more."""
+
+
+Modules = Callable[[], Sequence[Decided]]
+
+
+class MtpMode(StrEnum):
+    """What a user asks of multi-token prediction layers: absent, as in the checkpoint, or in dynamic int8."""
+
+    NONE = "none"
+    FLOAT = "float"
+    QUANT = "quant"
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A resolved policy: its own rules, then those of what it extends; of other keys its own, or else those.
+
+    lines  where the rules of files are, as `path:line`
+    """
+
+    name: str
+    description: str
+    activation_statistic: ActivationStatistic
+    calibration_weights: CalibrationWeights
+    own: tuple[Rule, ...]
+    inherited: tuple[Rule, ...] = ()
+    smooth: tuple[SmoothRule, ...] = ()
+    norm_bias: NormBias = "shifted"
+    percentile: float = PERCENTILE
+    unseen_experts: UnseenExperts = UnseenExperts.ERROR
+    rotate: tuple[Rotate, ...] = ()
+    lines: Mapping[Rule | SmoothRule, str] = field(default_factory=dict, compare=False)
+
+    @property
+    def rules(self) -> tuple[Rule, ...]:
+        return self.own + self.inherited
+
+    def rule_for(self, module: str, kind: Kind, quantizable: bool) -> Rule | None:
+        """The first rule for a module. Quantizing rules pass over modules that are not linear."""
+        for rule in self.rules:
+            if rule.selects(module, kind) and (quantizable or rule.scheme in (Scheme.FLOAT, LEAVE_OUT)):
+                return rule
+        return None
+
+    def smooth_rule_for(self, pair: PairKind, readers: list[tuple[str, Kind]]) -> SmoothRule | None:
+        """The first smoothing rule for a value that these modules read."""
+        return next((rule for rule in self.smooth if rule.selects(pair, readers)), None)
+
+    def check_smooth_rules(self, used: Iterable[SmoothRule], values: Sequence[SeenValue], modules: Modules) -> None:
+        """Raises FxquantError, which says why, for a smoothing rule that decided none of `values`, unless it is
+        `optional`. `modules` gives all of the model."""
+        used = set(used)
+        for rule in self.smooth:
+            if rule not in used and not rule.optional:
+                fact, way_out = why_idle_smoothing(rule, values, modules())
+                raise FxquantError(self.place(rule), f"smoothing rule “{rule}” {fact}", way_out)
+
+    def place(self, rule: Rule | SmoothRule) -> str:
+        """Where a rule is, as an error names it."""
+        return self.lines.get(rule, f"policy {self.name}")
+
+    def with_mtp(self, mode: MtpMode) -> "Policy":
+        """This policy with its rules for kind mtp replaced by what a user asks."""
+        schemes: dict[MtpMode, Scheme | Literal["LEAVE_OUT"]] = {
+            MtpMode.NONE: LEAVE_OUT,
+            MtpMode.FLOAT: Scheme.FLOAT,
+            MtpMode.QUANT: Scheme.W8A8_DYNAMIC,
+        }
+        why = f"--mtp {mode}"
+        asked = Rule(kind=(Kind.MTP,), scheme=schemes[mode], optional=mode is MtpMode.NONE, why=why)
+        own, inherited = ([rule for rule in rules if rule.kind != (Kind.MTP,)] for rules in (self.own, self.inherited))
+        return replace(self, own=(asked, *own), inherited=tuple(inherited))
+
+    def idle_rules(self, used: Iterable[Rule], modules: Sequence[Decided]) -> list[Rule]:
+        """Rules that decided none of `modules`; raises FxquantError, which says why, unless each is `optional` or
+        inherited and overridden."""
+        used = set(used)
+        idle = [rule for rule in self.rules if rule not in used]
+        for rule in idle:
+            overridden = rule in self.inherited and any(rule.selects(one.path, one.kind) for one in modules)
+            if not rule.optional and not overridden:
+                fact, way_out = why_idle(rule, modules)
+                raise FxquantError(self.place(rule), f"rule “{rule}” {fact}", way_out)
+        return idle
+
+
+def load_policy(name: str) -> Policy:
+    """A shipped policy by name, or the path of a YAML file. Raises FxquantError for unknown names and bad files."""
+    chain = [open_policy(name, Path())]
+    while (parent := chain[-1].parent()) is not None:
+        names = [document.place for document in (*chain, parent)]
+        if _file(parent) in map(_file, chain):
+            fact = f"extends itself: {' → '.join(names)}."
+            raise FxquantError(chain[-1].line("extends"), fact, "Break the circle.")
+        if len(chain) == POLICY_DEPTH:
+            fact = f"more than {POLICY_DEPTH} policies extend one another, from {chain[0].place} on."
+            raise FxquantError(chain[-1].line("extends"), fact, "Put their rules into fewer files.")
+        chain.append(parent)
+    resolved: Policy | None = None
+    for document in reversed(chain):
+        resolved = _resolved(document, resolved)
+    assert resolved is not None
+    return resolved
+
+
+def _file(document: PolicyDocument) -> Path | str:
+    return document.path.resolve() if document.path else document.place
+
+
+def _resolved(document: PolicyDocument, parent: Policy | None) -> Policy:
+    says = document.says
+    inherited = parent or Policy("", "", ActivationStatistic.MIN_MAX, CalibrationWeights.FLOAT, ())
+    sizes = {rule.group_size for rule in says.rules if rule.scheme is Scheme.W4A8_DYNAMIC}
+    if len(sizes) > 1:
+        fact = f"group sizes {sorted(sizes)}."
+        raise FxquantError(document.line("rules"), fact, "A weight file has one group_size: choose one.")
+    return Policy(
+        document.path.stem if document.path else document.place.removeprefix("policy "),
+        says.description,
+        says.activation_statistic or inherited.activation_statistic,
+        says.calibration_weights or inherited.calibration_weights,
+        tuple(says.rules),
+        inherited.rules,
+        inherited.smooth if says.smooth is None else tuple(says.smooth),
+        says.norm_bias or inherited.norm_bias,
+        says.percentile or inherited.percentile,
+        says.unseen_experts or inherited.unseen_experts,
+        inherited.rotate if says.rotate is None else tuple(says.rotate),
+        {**inherited.lines, **dict(document.rule_lines())},
+    )

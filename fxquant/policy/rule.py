@@ -1,0 +1,60 @@
+"""A rule of a policy: which modules it selects, and the scheme that it gives them."""
+
+from fnmatch import fnmatchcase
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, field_validator, model_validator
+
+from fxquant.policy.kinds import Kind
+from fxquant.policy.smooth_rules import checked_pattern, one_as_list
+from fxquant.schemes.schemes import Scheme, WeightAlgorithm
+
+LEAVE_OUT: Literal["LEAVE_OUT"] = "LEAVE_OUT"
+"""Not a scheme: the tensors of the selected modules are left out of the output."""
+GROUP_SIZES = (0, 32, 64, 128, 256)
+
+
+class Rule(BaseModel):
+    """`kind` and `path` (a shell pattern on the module path) select; both must hold when both are given."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    kind: tuple[Kind, ...] = ()
+    path: str | None = None
+    scheme: Scheme | Literal["LEAVE_OUT"]
+    group_size: int = 0
+    algorithm: WeightAlgorithm = WeightAlgorithm.MIN_MAX
+    optional: bool = False
+    why: str = ""
+
+    _accept_one_kind = field_validator("kind", mode="before")(one_as_list)
+    _check_path = field_validator("path")(checked_pattern)
+
+    @field_validator("group_size")
+    @classmethod
+    def _check_group_size(cls, size: int) -> int:
+        if size not in GROUP_SIZES:
+            raise ValueError(f"{size} is none of {', '.join(map(str, GROUP_SIZES))}")
+        return size
+
+    @model_validator(mode="after")
+    def _check(self) -> "Rule":
+        if not self.kind and self.path is None:
+            raise ValueError("a rule needs a kind or a path")
+        if self.group_size and self.scheme is not Scheme.W4A8_DYNAMIC:
+            raise ValueError(f"group_size belongs to W4A8_DYNAMIC, not to {self.scheme}")
+        if self.algorithm is not WeightAlgorithm.MIN_MAX and self.scheme in (Scheme.FLOAT, LEAVE_OUT):
+            raise ValueError(f"algorithm {self.algorithm} chooses integers, and {self.scheme} has none")
+        if self.algorithm is not WeightAlgorithm.MIN_MAX and Kind.MTP in self.kind:
+            raise ValueError(f"algorithm {self.algorithm}: mtp layers are rounded by {WeightAlgorithm.MIN_MAX}")
+        return self
+
+    def selects(self, module: str, kind: Kind) -> bool:
+        """Whether the rule's patterns hold for a module, whatever comes before it in the list."""
+        return (not self.kind or kind in self.kind) and (self.path is None or fnmatchcase(module, self.path))
+
+    def __str__(self) -> str:
+        where = [", ".join(self.kind)] if self.kind else []
+        where += [self.path] if self.path is not None else []
+        size = f" group_size {self.group_size}" if self.group_size else ""
+        by = f" by {self.algorithm}" if self.algorithm is not WeightAlgorithm.MIN_MAX else ""
+        return f"{' at '.join(where)} → {self.scheme}{size}{by}"

@@ -1,0 +1,104 @@
+"""What the passes ask of the graph about its linears."""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from fxquant import ops
+from fxquant.policy.kinds import Kind
+from fxquant.policy.unused_rules import Decided
+from fxquant.program.program import Program, input_node
+
+PROJECTIONS = {"gate_proj": 3, "up_proj": 4, "down_proj": 5}
+"""Argument positions of the stacked weights of `fxq::moe_experts`."""
+READS: dict[Any, tuple[int, ...]] = {ops.linear: (1,), ops.router_logits: (1,), ops.moe_experts: (3, 4)}
+"""Operator → positions of the weights [n, k] that its first argument [..., k] is multiplied by."""
+MAKE_FEATURES = {ops.swiglu, ops.mla_attention}
+MIX = {ops.linear, ops.moe_experts, ops.embedding}
+"""What is behind them is of no block any more."""
+
+
+@dataclass(frozen=True)
+class LinearSite:
+    """One quantizable weight: the node that multiplies by it, and which feature axis a deployment may split."""
+
+    node: fx.Node
+    weight: fx.Node
+    bias: fx.Node | None
+    row_parallel: bool
+
+    @property
+    def module(self) -> str:
+        """Graph module path: the weight's name without `.weight`."""
+        return str(self.weight.target).removesuffix(".weight")
+
+
+def linear_sites(program: Program) -> Iterator[LinearSite]:
+    """Every linear whose weight is a parameter, in graph order.
+
+    It is row parallel when it reads features that its block made: going back from its input, an attention or a swiglu
+    comes before any other linear. Tensor parallelism splits such a linear along in_features.
+    """
+    made_by_block: set[fx.Node] = set()
+    for node in program.graph.graph.nodes:
+        reads_features = not made_by_block.isdisjoint(node.all_input_nodes)
+        if node.target in MAKE_FEATURES or (reads_features and node.target not in MIX):
+            made_by_block.add(node)
+        if node.target == ops.linear and is_parameter(node.args[1]):
+            bias = node.args[2] if len(node.args) > 2 else None
+            yield LinearSite(node, node.args[1], bias, node.args[0] in made_by_block)
+        elif node.target == ops.moe_experts:
+            for name, position in PROJECTIONS.items():
+                yield LinearSite(node, node.args[position], None, name == "down_proj")
+
+
+def is_parameter(value: object) -> bool:
+    """Whether an argument is read from the weight file."""
+    return isinstance(value, fx.Node) and value.op == "get_attr"
+
+
+def reads(user: fx.Node, value: fx.Node) -> bool:
+    """Whether `user` multiplies `value` by parameters, and does nothing else with it."""
+    places = READS.get(user.target, ())
+    return bool(places) and user.args.index(value) == 0 and all(is_parameter(user.args[place]) for place in places)
+
+
+def not_scalable(node: fx.Node, made: fx.Node, weights: Counter[str]) -> str | None:
+    """Why the value of `node`, whose scale the weight of `made` sets, cannot be scaled; None if it can."""
+    if not node.users or not all(reads(user, node) for user in node.users):
+        return "not only linears read it"
+    if made is not node and (made.target != ops.linear or set(made.users) != {node}):
+        return "its values are not those of one linear"
+    if not is_parameter(made.args[1]):
+        return "the weight before it is computed"
+    shared = [str(input_node(made, 1).target)]
+    for user in node.users:
+        shared += [str(input_node(user, place).target) for place in READS[user.target]]
+    return None if all(weights[name] == 1 for name in shared) else "a weight beside it is used elsewhere too"
+
+
+def weight_uses(program: Program) -> Counter[str]:
+    """Graph target → how many nodes hold it."""
+    return Counter(str(node.target) for node in program.graph.graph.nodes if node.op == "get_attr")
+
+
+def kind_of(program: Program, site: LinearSite) -> Kind:
+    """What the module that owns the weight is."""
+    return program.parameters[str(site.weight.target)].kind
+
+
+def decided_modules(program: Program) -> list[Decided]:
+    """Every module that a rule decided, in graph order: an entry a parameter, then the prediction layers."""
+    linears = {module for site in linear_sites(program) for module in (site.module, _bias_module(program, site))}
+    found = []
+    for one in program.parameters.values():
+        members = one.names if one.stacked else ()
+        found.append(Decided(one.module, one.kind, one.module in linears, program.rules[one.module], members))
+    return found + [Decided(path, Kind.MTP, True, program.rules[path]) for path in program.mtp.layers]
+
+
+def _bias_module(program: Program, site: LinearSite) -> str:
+    return program.parameters[str(site.bias.target)].module if site.bias is not None else site.module

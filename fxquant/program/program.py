@@ -1,0 +1,126 @@
+"""What passes transform and lowering reads: a torch.fx graph on meta, and where each of its parameters lies."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxquant.policy.kinds import Kind
+from fxquant.policy.policy import Rule
+from fxquant.policy.smooth_rules import PairKind, SmoothRule
+from fxquant.program.graph import ProgramGraph
+from fxquant.schemes.schemes import Recipe, tensor_specs
+from fxquant.transforms.rotation import Turn
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One tensor of the graph: `names` are its tensors on disk, one an expert when `stacked`, else one."""
+
+    names: tuple[str, ...]
+    module: str
+    kind: Kind
+    stacked: bool = False
+
+
+@dataclass
+class MtpLayers:
+    """Multi-token prediction layers: they are stored, and no graph runs them.
+
+    layers       their paths in the checkpoint, stored or not
+    recipes      module path → how its tensors are made
+    kept         checkpoint tensor → its module, for those that stay float
+    gate_biases  those of `kept` that are stored in float32 whatever the checkpoint has
+    """
+
+    layers: tuple[str, ...] = ()
+    recipes: dict[str, Recipe] = field(default_factory=dict)
+    kept: dict[str, str] = field(default_factory=dict)
+    gate_biases: tuple[str, ...] = ()
+
+    @property
+    def stored(self) -> bool:
+        """Whether the output has any."""
+        return bool(self.recipes or self.kept)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A value that is smoothed, by `rule`: what scales it on one side, and the weights that read it on the other.
+
+    value    the node of a norm or of an attention; its last axis is scaled
+    maker    target of the norm's weight, or of the weight that makes the attention's values
+    readers  targets of the weights that it is multiplied by
+    """
+
+    kind: PairKind
+    value: fx.Node
+    maker: str
+    readers: tuple[str, ...]
+    rule: SmoothRule
+
+
+@dataclass
+class Program:
+    """A graph whose `get_attr` targets are the keys of `parameters`, and the recipes of what was quantized.
+
+    graph       inputs input_ids, attention_mask, position_ids, past_0, past_1, …; outputs logits, present_0, …
+    parameters  float parameters name checkpoint tensors, quantized ones tensors of the weight file
+    recipes     graph module path → how its tensors are made
+    rules       module path → the policy rule that decided it; idle_rules: those that decided nothing
+    names       node names in use
+    mtp         the multi-token prediction layers of the output
+    pairs       what calibration will smooth, in graph order; added: the biases (on meta) that shifts bring
+    turns       checkpoint weight → how it is turned
+
+    Every node carries `meta["module"]`, the path of the module that made it, `meta["kind"]` and `meta["block"]`: the
+    path of its decoder layer, or "before", "between_0", …, "after" for what is in none.
+    """
+
+    graph: ProgramGraph
+    config: dict[str, Any]
+    dtype: torch.dtype
+    parameters: dict[str, Parameter] = field(default_factory=dict)
+    recipes: dict[str, Recipe] = field(default_factory=dict)
+    rules: dict[str, Rule] = field(default_factory=dict)
+    idle_rules: list[Rule] = field(default_factory=list)
+    names: set[str] = field(default_factory=set)
+    mtp: MtpLayers = field(default_factory=MtpLayers)
+    pairs: list[Pair] = field(default_factory=list)
+    added: dict[str, torch.Tensor] = field(default_factory=dict)
+    turns: dict[str, Turn] = field(default_factory=dict)
+
+    def nodes(self, target: Any) -> list[fx.Node]:
+        """Calls of one operator, in graph order."""
+        return [node for node in self.graph.graph.nodes if node.op == "call_function" and node.target == target]
+
+    def kept_names(self) -> dict[str, Parameter]:
+        """Checkpoint tensor → parameter, for all parameters that no recipe makes."""
+        made = {name for recipe in self.recipes.values() for name in made_parameters(recipe)}
+        return {name: p for target, p in self.parameters.items() if target not in made for name in p.names}
+
+    def add_parameter(self, target: str, tensor: torch.Tensor, parameter: Parameter) -> None:
+        """Register `tensor` (meta) under the dotted `target`."""
+        self.graph.tensors[target] = tensor
+        self.parameters[target] = parameter
+
+    def drop_unused_parameters(self) -> None:
+        """Forget parameters that no node reads any more."""
+        used = {node.target for node in self.graph.graph.nodes if node.op == "get_attr"}
+        for target in [target for target in self.parameters if target not in used]:
+            del self.parameters[target]
+            del self.graph.tensors[target]
+
+
+def input_node(node: fx.Node, index: int) -> fx.Node:
+    """Argument `index` of a call, which must be another node."""
+    value = node.args[index]
+    assert isinstance(value, fx.Node), f"{node.format_node()}: argument {index} is not a node"
+    return value
+
+
+def made_parameters(recipe: Recipe) -> Iterator[str]:
+    """Graph targets that the tensors of a recipe may have."""
+    return (f"{recipe.module}.{suffix}" for suffix in tensor_specs(recipe))

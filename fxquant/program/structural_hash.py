@@ -1,0 +1,47 @@
+"""What a graph computes, as one number: equal for graphs that make the same calls on the same parameters."""
+
+import hashlib
+from collections.abc import Iterator
+
+from torch import fx
+
+from fxquant.program.arguments import encode
+from fxquant.program.operators import target_name
+from fxquant.program.program import Program
+from fxquant.program.program_file import input_shape
+
+
+def structural_hash(program: Program) -> str:
+    """sha256, in hex, over inputs, parameters and calls.
+
+    A call counts with its operator, its arguments by position of what made them, its module, kind and block; a
+    parameter with its names in the checkpoint, shape, dtype and module; an input with its shape, dynamic sizes by name.
+    Names of nodes and the order in which parameters stand in the graph do not count.
+    """
+    digest = hashlib.sha256()
+    for line in _lines(program):
+        digest.update(line.encode() + b"\n")
+    return digest.hexdigest()
+
+
+def _lines(program: Program) -> Iterator[str]:
+    positions: dict[fx.Node, str] = {}
+    inputs = calls = 0
+    for node in program.graph.graph.nodes:
+        if node.op == "get_attr":
+            positions[node] = _parameter(program, str(node.target))
+            continue
+        if node.op == "placeholder":
+            positions[node], inputs = f"input {inputs}", inputs + 1
+            yield f"{positions[node]} {node.meta['val'].dtype} {input_shape(node)}"
+            continue
+        arguments = encode((node.args, dict(sorted(node.kwargs.items()))), positions.__getitem__)
+        positions[node], calls = f"call {calls}", calls + 1
+        place = [str(node.meta.get(key, "")) for key in ("module", "kind", "block")]
+        yield f"{node.op} {target_name(node)} {arguments} {place if node.op == 'call_function' else ''}"
+
+
+def _parameter(program: Program, target: str) -> str:
+    parameter, tensor = program.parameters[target], program.graph.tensor(target)
+    what = (parameter.names, parameter.module, str(parameter.kind), tuple(tensor.shape), str(tensor.dtype))
+    return f"parameter {what}"

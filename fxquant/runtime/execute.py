@@ -1,0 +1,132 @@
+"""Run a program on CPU, node by node over all batches at once, with one node's weights in memory."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxquant import ops
+from fxquant.errors import FxquantError
+from fxquant.program.program import Program
+from fxquant.progress import Advance
+from fxquant.runtime.weight_readers import LazyStack, Read, load
+
+WAY_OUT = "The graph does not fit its weights or inputs: check them, or compile again."
+Values = Mapping[fx.Node, list[Any]]
+"""Node → its value for each batch; a parameter's value, or its `LazyStack`, stands there for each."""
+Observer = Callable[[fx.Node, list[Any], Values], None]
+"""Called with a call node, its values, which it may replace, and all that is alive: the node's inputs at least."""
+
+
+@torch.no_grad()
+def execute(
+    program: Program,
+    read: Read,
+    batches: Sequence[Sequence[Tensor]],
+    observe: Observer | None = None,
+    advance: Advance | None = None,
+    dtype: torch.dtype = torch.float32,
+    known: Mapping[fx.Node, list[Any]] | None = None,
+) -> list:
+    """Outputs of each batch of flat inputs, in the order of the graph's placeholders.
+
+    Each weight is read once for all batches and dropped after its last use; a stack of experts is read expert by
+    expert. `observe` sees every call with its value for each batch. `dtype` is that of the float weights and caches.
+    `known` gives the values of some calls for each batch: these and what only they need do not run.
+    """
+    values: dict[fx.Node, list[Any]] = dict(known or {})
+    placeholders = 0
+    nodes = _needed(program.graph.graph, values) if values else list(program.graph.graph.nodes)
+    last_use = last_uses(nodes)
+    for node in nodes:
+        if advance:
+            advance(1)
+        if node.op == "placeholder":
+            values[node] = [batch[placeholders] for batch in batches]
+            placeholders += 1
+        elif node.op == "output":
+            return [fx.map_arg(node.args[0], of_batch(values, i)) for i in range(len(batches))]
+        elif node.op == "call_function":
+            for source in node.all_input_nodes:
+                if source.op == "get_attr" and source not in values:
+                    values[source] = [load(program, str(source.target), read, dtype)] * len(batches)
+            values[node] = [call(node, of_batch(values, i)) for i in range(len(batches))]
+            if observe:
+                observe(node, values[node], values)
+        for dead in last_use.get(node, ()):
+            values.pop(dead, None)
+    raise AssertionError("a graph ends in an output node")
+
+
+def call(node: fx.Node, value: Callable[[fx.Node], Any]) -> Any:
+    """The result of one call node, with `value` giving its inputs. Raises FxquantError where they do not fit."""
+    args, kwargs = fx.map_arg(node.args, value), fx.map_arg(node.kwargs, value)
+    lazy = any(isinstance(arg, LazyStack) for arg in args)
+    try:
+        function: Any = ops.REFERENCES[node.target] if lazy else node.target  # type: ignore[index]
+        return function(*args, **kwargs)
+    except (RuntimeError, LookupError, ValueError, TypeError, ArithmeticError) as error:
+        line = (str(error).strip() or type(error).__name__).split("\n")[0][:500]
+        raise FxquantError(node.meta.get("module") or node.name, f"{node.name}: {line}.", WAY_OUT) from error
+
+
+def of_batch(values: Values, index: int) -> Callable[[fx.Node], Any]:
+    """What `call` takes its inputs from."""
+    return lambda node: values[node][index]
+
+
+def _needed(graph: fx.Graph, known: Mapping[fx.Node, Any]) -> list[fx.Node]:
+    """Inputs, output, and the calls on the way to it that do not lie behind `known`, in graph order."""
+    wanted: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        if node.op == "output" or (node in wanted and node not in known):
+            wanted.update(node.all_input_nodes)
+    kept = ("placeholder", "output")
+    return [node for node in graph.nodes if node.op in kept or (node in wanted and node not in known)]
+
+
+def last_uses(nodes: Iterable[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
+    """Node → those whose value is not needed after it, where only `nodes` run, in this order."""
+    nodes = list(nodes)
+    last: dict[fx.Node, fx.Node] = {}
+    for node in nodes:
+        for source in node.all_input_nodes:
+            last[source] = node
+    dead: dict[fx.Node, list[fx.Node]] = {}
+    for source, node in last.items():
+        dead.setdefault(node, []).append(source)
+    for node in nodes:
+        if node not in last and node.op in ("call_function", "get_attr", "placeholder"):
+            dead.setdefault(node, []).append(node)
+    return dead
+
+
+def prefill_inputs(
+    program: Program, ids: Tensor, dtype: torch.dtype = torch.float32, mask: Tensor | None = None
+) -> list[Tensor]:
+    """Flat inputs for `ids` int64 [batch, length] and empty caches.
+
+    `mask` int64 [batch, length] is 0 on padding, which comes after the tokens; None: there is none.
+    """
+    batch, length = ids.shape
+    caches = [node.meta["val"] for node in cache_inputs(program)]
+    positions = torch.arange(length).expand(batch, length)
+    mask = torch.ones_like(ids) if mask is None else mask
+    return [ids, mask, positions, *(torch.zeros(batch, 0, val.shape[2], dtype=dtype) for val in caches)]
+
+
+def cache_inputs(program: Program) -> list[fx.Node]:
+    """The placeholders of the latent caches, in layer order."""
+    return [node for node in program.graph.graph.nodes if node.op == "placeholder"][3:]
+
+
+def generate(program: Program, read: Read, prompt: list[int], steps: int) -> Iterator[Tensor]:
+    """Greedy decoding with the latent cache: yields the logits float32 [vocabulary] of each step."""
+    inputs = prefill_inputs(program, torch.tensor([prompt]))
+    for _ in range(steps):
+        logits, *caches = execute(program, read, [inputs])[0]
+        yield logits[0, -1]
+        length = caches[0].shape[1]
+        token = logits[0, -1].argmax().view(1, 1)
+        inputs = [token, torch.ones(1, length + 1, dtype=torch.int64), torch.full((1, 1), length), *caches]

@@ -1,0 +1,128 @@
+"""Run what some nodes of a program need, block by block over all batches, with what the next block reads in memory."""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxquant import ops
+from fxquant.ops.library import REFERENCES
+from fxquant.program.program import Program, input_node
+from fxquant.progress import Advance
+from fxquant.runtime.execute import Observer, Values, call, last_uses, of_batch
+from fxquant.runtime.weight_readers import CPU, LazyStack, Read, load
+
+
+@dataclass(frozen=True)
+class Block:
+    """Calls that follow each other in one block of the graph, those that run."""
+
+    name: str
+    nodes: tuple[fx.Node, ...]
+
+
+class Stream:
+    """A run of the nodes that `wanted` ones depend on, and of no others.
+
+    Each weight is loaded to `device` as float32, once for all batches, and dropped after its last use; the experts of a
+    layer run over the tokens of all batches together, each read once. Other values live as long as something that runs
+    needs them: between blocks, the hidden states. `batches` are flat inputs in the order of the placeholders.
+
+    blocks  what runs, in order
+    values  node → value for each batch, of all calls and placeholders that are alive
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        read: Read,
+        batches: Sequence[Sequence[Tensor]],
+        wanted: Collection[fx.Node],
+        device: torch.device = CPU,
+    ) -> None:
+        self._program, self._read, self._count, self._device = program, read, len(batches), device
+        needed = needed_nodes(program.graph.graph, wanted)
+        calls = [node for node in needed if node.op == "call_function"]
+        self._dead = last_uses(calls)
+        self.blocks = [Block(name, tuple(nodes)) for name, nodes in groupby(calls, lambda node: node.meta["block"])]
+        placeholders = [node for node in program.graph.graph.nodes if node.op == "placeholder"]
+        self.values: dict[fx.Node, list[Any]] = {
+            node: [batch[place].to(device) for batch in batches]
+            for place, node in enumerate(placeholders)
+            if node in needed
+        }
+
+    @torch.no_grad()
+    def run(self, block: Block, observe: Observer, advance: Advance) -> None:
+        """Run the next block; `observe` sees each of its calls, with its inputs still alive."""
+        values = self.values
+        for node in block.nodes:
+            for source in node.all_input_nodes:
+                if source.op == "get_attr" and source not in values:
+                    weight = load(self._program, str(source.target), self._read, device=self._device)
+                    values[source] = [weight] * self._count
+            values[node] = self._call(node)
+            observe(node, values[node], values)
+            for dead in self._dead.get(node, ()):
+                values.pop(dead, None)
+            advance(1)
+        for node in self.kept():
+            values[node] = [settled(value) for value in values[node]]
+
+    def kept(self) -> list[fx.Node]:
+        """The calls whose values are alive: with the batches, all that the blocks to come depend on."""
+        return [node for node in self.values if node.op == "call_function"]
+
+    def skip(self, blocks: int) -> list[fx.Node]:
+        """Go on after so many blocks that ran elsewhere; the calls whose values `restore` then takes."""
+        for block in self.blocks[:blocks]:
+            for node in block.nodes:
+                self.values |= {source: [] for source in node.all_input_nodes if source.op == "get_attr"}
+                self.values[node] = []
+                for dead in self._dead.get(node, ()):
+                    self.values.pop(dead, None)
+        return self.kept()
+
+    def restore(self, node: fx.Node, values: list[Any]) -> None:
+        """Give a call that was skipped its value for each batch."""
+        self.values[node] = [_moved(value, self._device) for value in values]
+
+    def _call(self, node: fx.Node) -> list[Any]:
+        if node.target == ops.moe_experts and isinstance(self.values[input_node(node, 3)][0], LazyStack):
+            return experts_together(node, self.values)
+        return [call(node, of_batch(self.values, i)) for i in range(self._count)]
+
+
+def needed_nodes(graph: fx.Graph, wanted: Collection[fx.Node]) -> dict[fx.Node, None]:
+    """`wanted` and all that they depend on, in graph order."""
+    found = set(wanted)
+    for node in reversed(graph.nodes):
+        if node in found:
+            found.update(node.all_input_nodes)
+    return dict.fromkeys(node for node in graph.nodes if node in found)
+
+
+def experts_together(node: fx.Node, values: Values) -> list[Tensor]:
+    """A `fxq::moe_experts` in one call over the tokens of all batches, in their order; the value for each."""
+    tokens = [values[input_node(node, place)] for place in range(3)]
+    stacks = [values[input_node(node, place)][0] for place in range(3, 6)]
+    rows = [torch.cat([value.flatten(0, -2) for value in one]) for one in tokens]
+    shapes = [value.shape for value in tokens[0]]
+    parts = REFERENCES[ops.moe_experts](*rows, *stacks).split([shape[:-1].numel() for shape in shapes])
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def settled(value: Any) -> Any:
+    """The same numbers laid out as they are when read from a file: sums may follow the layout of what they sum."""
+    if isinstance(value, list | tuple):
+        return type(value)(map(settled, value))
+    return value.contiguous() if isinstance(value, Tensor) else value
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, list | tuple):
+        return type(value)(_moved(one, device) for one in value)
+    return value.to(device) if isinstance(value, Tensor) else value

@@ -1,0 +1,146 @@
+"""Readers: disk name → tensor, from a checkpoint, from recipes over it, or from a written weight file.
+
+A graph parameter is loaded through one of them; a stack of experts stays on disk and yields one expert at a time.
+Kernels, and with them numba, are imported when a tensor is made: what looks at graphs alone does without.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fxquant.calibration.gptq_codes import Codes
+from fxquant.checkpoint.checkpoint import Checkpoint
+from fxquant.errors import FxquantError
+from fxquant.kernels.pack_int4 import pack_int4
+from fxquant.program.program import Program
+from fxquant.schemes.schemes import Recipe, WeightAlgorithm, tensor_specs
+
+Read = Callable[[str], Tensor]
+
+
+class Stack(Protocol):
+    """What operators ask of a stacked parameter: its length and one expert's tensor."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, expert: int) -> Tensor: ...
+
+
+class LazyStack:
+    """The tensors of all experts of a layer, each read when asked for."""
+
+    def __init__(self, names: tuple[str, ...], read: Read) -> None:
+        self._names, self._read = names, read
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, expert: int) -> Tensor:
+        return self._read(self._names[expert])
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self[expert] for expert in range(len(self)))
+
+
+CPU = torch.device("cpu")
+
+
+def load(
+    program: Program, target: str, read: Read, dtype: torch.dtype = torch.float32, device: torch.device = CPU
+) -> Tensor | LazyStack:
+    """The value of a graph parameter on `device`; floating tensors come as `dtype`, int4 codes packed."""
+    parameter = program.parameters[target]
+    recipe = program.recipes.get(parameter.module)
+    unpacked = recipe is not None and recipe.int4 and not recipe.dialect.packed and target == f"{recipe.module}.weight"
+
+    def converted(name: str) -> Tensor:
+        tensor = read(name)
+        if unpacked and tensor.dtype is torch.int8:
+            return pack_int4(tensor).to(device)
+        tensor = tensor.to(device)
+        return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+    return LazyStack(parameter.names, converted) if parameter.stacked else converted(parameter.names[0])
+
+
+class RecipeReader:
+    """Makes the tensors of the weight file from the checkpoint, module by module, without writing them.
+
+    `codes`: where those that calibration found come from.
+    """
+
+    def __init__(self, program: Program, checkpoint: Checkpoint, codes: Codes | None = None) -> None:
+        self._checkpoint, self._codes = checkpoint, codes
+        self._owners: dict[str, tuple[Recipe, str]] = {
+            f"{module}.{suffix}": (recipe, module)
+            for recipe in program.recipes.values()
+            for module in recipe.modules
+            for suffix in tensor_specs(recipe)
+        }
+        self._last: tuple[str, dict[str, Tensor]] = ("", {})
+
+    def __call__(self, name: str) -> Tensor:
+        if name not in self._owners:
+            return self._checkpoint.read(name)
+        recipe, module = self._owners[name]
+        if self._last[0] != module:
+            self._last = (module, make_module(recipe, module, self._checkpoint.read, self._codes))
+        return self._last[1][name.removeprefix(module + ".")]
+
+
+def make_module(recipe: Recipe, module: str, read: Read, codes: Codes | None = None) -> dict[str, Tensor]:
+    """All tensors of one of `recipe.modules`, by suffix."""
+    from fxquant.kernels.module_tensors import make_tensors
+
+    bias = read(f"{module}.bias") if recipe.bias else None
+    found = codes_of(recipe, module, codes)
+    return make_tensors(recipe, f"{module}.weight", read(f"{module}.weight"), bias, found)
+
+
+def codes_of(recipe: Recipe, module: str, codes: Codes | None) -> Tensor | None:
+    """Those that calibration found for a module, where the recipe takes them."""
+    if recipe.algorithm is not WeightAlgorithm.GPTQ:
+        return None
+    if codes is None:
+        raise FxquantError(f"layer {module}", "its codes come from calibration, and none ran.", "Pass --calib TEXT.")
+    return codes(module)
+
+
+class RoundedReader:
+    """The checkpoint with every weight that has a recipe rounded to what its integers stand for."""
+
+    def __init__(self, program: Program, read: Read) -> None:
+        self._read = read
+        self._recipes = {f"{m}.weight": recipe for recipe in program.recipes.values() for m in recipe.modules}
+
+    def __call__(self, name: str) -> Tensor:
+        from fxquant.kernels.module_tensors import rounded_weight
+
+        tensor = self._read(name)
+        recipe = self._recipes.get(name)
+        return tensor if recipe is None else rounded_weight(recipe, tensor)
+
+
+class Cached:
+    """Keeps the most recently read tensors, up to `limit` bytes, for graphs that run many times."""
+
+    def __init__(self, read: Read, limit: int = 1 << 30) -> None:
+        self._read, self._limit = read, limit
+        self._kept: OrderedDict[str, Tensor] = OrderedDict()
+        self._bytes = 0
+
+    def __call__(self, name: str) -> Tensor:
+        if name in self._kept:
+            self._kept.move_to_end(name)
+            return self._kept[name]
+        tensor = self._read(name)
+        if tensor.is_floating_point() and tensor.dtype is not torch.float32:
+            tensor = tensor.float()
+        self._kept[name] = tensor
+        self._bytes += tensor.nbytes
+        while self._bytes > self._limit and len(self._kept) > 1:
+            self._bytes -= self._kept.popitem(last=False)[1].nbytes
+        return tensor

@@ -1,0 +1,1 @@
+"""Quantization schemes, and the dtype and shape of every tensor that they store."""

@@ -1,0 +1,161 @@
+"""How one linear is quantized, and which tensors it then owns on disk.
+
+n out_features, k in_features, G = k / group_size. Formulas: `fxquant.kernels`; bytes: docs/formats.md.
+"""
+
+import math
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cached_property
+
+import torch
+
+from fxquant.schemes.weight_formats import Dialect
+
+ROW_PARALLEL_CHUNKS = 16
+"""scale_bias columns of a linear whose k is split over tensor-parallel ranks: any of 1, 2, 4, 8, 16 ranks divides."""
+
+
+class Scheme(StrEnum):
+    """Weight bits, activation bits, and how activations are quantized.
+
+    W8A8 is static: one calibrated scale and offset a tensor. W8A8_DYNAMIC and W4A8_DYNAMIC have a scale a token.
+    W8A8_MIX has the parameters of both: engines that split prefill from decode run it dynamic there, static here.
+    """
+
+    FLOAT = "FLOAT"
+    W8A8 = "W8A8"
+    W8A8_MIX = "W8A8_MIX"
+    W8A8_DYNAMIC = "W8A8_DYNAMIC"
+    W4A8_DYNAMIC = "W4A8_DYNAMIC"
+
+    @property
+    def static(self) -> bool:
+        """Needs calibrated activation ranges."""
+        return self in (Scheme.W8A8, Scheme.W8A8_MIX)
+
+
+class WeightAlgorithm(StrEnum):
+    """How the scales and integers of a weight are chosen; docs/policies.md compares them.
+
+    MIN_MAX        the largest magnitude decides the scale
+    CLIP           of a grid of scales up to that one, the one with the least squared error
+    LEAST_SQUARES  codes that fit the scale and the scale that fits the codes, in turns, from several scales of the grid
+    GPTQ           codes that make up for each other's errors on calibration activations
+    """
+
+    MIN_MAX = "min_max"
+    CLIP = "clip"
+    LEAST_SQUARES = "least_squares"
+    GPTQ = "gptq"
+
+
+@dataclass(frozen=True)
+class ActivationRange:
+    """Observed minimum and maximum of a linear's input, and the dtype in which scale and offset are formed."""
+
+    low: float
+    high: float
+    arithmetic: torch.dtype = torch.float32
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the tensors of one linear, or of one projection of all experts of a layer, are made from the checkpoint.
+
+    module        path in the graph: `model.layers.3.mlp.experts.gate_proj`
+    modules       paths in the checkpoint and in the weight file, one an expert, or just `module`
+    group_size    consecutive k that share an integer second scale; 0: one scale per output channel
+    row_parallel  the linear reads features that an earlier linear of its block made (down_proj, o_proj)
+    dtype         the model's dtype
+    activation    calibrated range of the input, for static schemes, after the calibration pass
+    dialect       the form on disk
+    scale_dtype   what its weight scales are representable in, whatever they are stored in
+    algorithm     how scales and integers are chosen
+    """
+
+    module: str
+    modules: tuple[str, ...]
+    scheme: Scheme
+    group_size: int
+    out_features: int
+    in_features: int
+    bias: bool
+    row_parallel: bool
+    dtype: torch.dtype
+    activation: ActivationRange | None = None
+    dialect: Dialect = Dialect.A
+    scale_dtype: torch.dtype = torch.float32
+    algorithm: WeightAlgorithm = WeightAlgorithm.MIN_MAX
+
+    @property
+    def int4(self) -> bool:
+        """Whether its weights have four bits."""
+        return self.scheme is Scheme.W4A8_DYNAMIC
+
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        """Every checkpoint tensor this recipe consumes."""
+        suffixes = (".weight", ".bias") if self.bias else (".weight",)
+        return tuple(module + suffix for module in self.modules for suffix in suffixes)
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """dtype, shape and description type of one stored tensor."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    description: str
+
+    @cached_property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def tensor_specs(recipe: Recipe) -> dict[str, TensorSpec]:
+    """Name suffix → spec of every tensor that each of `recipe.modules` owns in the weight file."""
+    n, k = recipe.out_features, recipe.in_features
+    parameter_dtype = torch.float32 if recipe.dialect.float32_parameters else recipe.dtype
+    specs: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {"weight": (torch.int8, (n, k))}
+    if recipe.scheme is not Scheme.W8A8 or recipe.dialect.static_weight_scale:
+        specs["weight_scale"] = specs["weight_offset"] = (torch.float32, (n, 1))
+    if recipe.scheme.static:
+        specs["input_scale"] = specs["input_offset"] = (parameter_dtype, (1,))
+        specs["quant_bias"] = (torch.int32, (n,))
+        specs["deq_scale"] = (torch.int64 if recipe.dtype is torch.float16 else torch.float32, (n,))
+    if recipe.int4 and recipe.dialect.packed:
+        specs["weight"] = (torch.int8, (n // 2, k))
+        specs["scale_bias"] = (torch.float32, (n, ROW_PARALLEL_CHUNKS if recipe.row_parallel else 1))
+    if recipe.int4 and recipe.group_size:
+        groups = k // recipe.group_size
+        specs["weight_scale_second"] = (torch.float32, (n, groups))
+        specs["weight_offset_second"] = (torch.int64, (n, groups))
+    described = {name: TensorSpec(*spec, recipe.scheme.value) for name, spec in specs.items()}
+    if recipe.bias:
+        described["bias"] = TensorSpec(parameter_dtype, (n,), Scheme.FLOAT.value)
+    return described
+
+
+def graph_spec(recipe: Recipe, suffix: str) -> TensorSpec:
+    """dtype and shape of a tensor of `recipe` in the graph: as stored, but int4 always packed."""
+    spec = tensor_specs(recipe)[suffix]
+    if suffix == "weight" and recipe.int4 and not recipe.dialect.packed:
+        return TensorSpec(spec.dtype, (recipe.out_features // 2, recipe.in_features), spec.description)
+    return spec
+
+
+def why_not(recipe: Recipe) -> str | None:
+    """None if the scheme fits the linear's shape, else the reason with the numbers."""
+    n, k, group_size = recipe.out_features, recipe.in_features, recipe.group_size
+    if recipe.scheme is not Scheme.W4A8_DYNAMIC:
+        return None
+    if n % 2:
+        return f"out_features {n} is odd, int4 rows are packed in pairs"
+    if group_size and k % group_size:
+        return f"in_features {k} is not a multiple of group_size {group_size}"
+    if recipe.row_parallel and k % ROW_PARALLEL_CHUNKS:
+        return (
+            f"in_features {k} is not a multiple of {ROW_PARALLEL_CHUNKS}, scale_bias sums {ROW_PARALLEL_CHUNKS} chunks"
+        )
+    return None

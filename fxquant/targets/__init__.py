@@ -1,0 +1,1 @@
+"""The engines a model can be compiled for: their names, files, headers and contracts."""

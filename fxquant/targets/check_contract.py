@@ -1,0 +1,156 @@
+"""Recipes × contract × number of ranks → what the engine refuses, and what nobody has verified."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from fxquant.policy.kinds import Kind
+from fxquant.schemes.schemes import Recipe
+from fxquant.targets.contract import Cell, Contract, Verdict
+
+EXPERT_PARALLEL = "serve with expert parallelism, which keeps experts whole"
+
+
+@dataclass(frozen=True)
+class Linear:
+    """What the check needs of one linear, float ones too; `heads`: of an attention whose heads ranks share, else 0."""
+
+    recipe: Recipe
+    kind: Kind
+    heads: int = 0
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One rule of the contract that a linear does not meet, or meets without proof."""
+
+    module: str
+    verdict: Verdict
+    fact: str
+    way_out: str
+    source: str
+
+
+def check(contract: Contract, linears: Iterable[Linear], ranks: int = 1, mix: bool | None = None) -> list[Finding]:
+    """All findings, in the order of the linears: verdicts on schemes, sizes, ranks, then fused modules.
+
+    mix: whether the engine will run shared experts as routed ones; None: as the schemes need it.
+    """
+    linears = list(linears)
+    findings: list[Finding] = []
+    if ranks not in contract.tensor_parallel.sizes:
+        findings.append(_ranks(contract))
+    findings += _dtypes(contract, linears)
+    for linear in linears:
+        findings += _schemes(contract, linear)
+        findings += _sizes(contract, linear, ranks)
+        findings += _mix(contract, linear, mix)
+    return [*findings, *_fused(contract, linears)]
+
+
+def refusal(findings: list[Finding]) -> Finding | None:
+    """The first that is a refusal."""
+    return next((finding for finding in findings if finding.verdict is Verdict.REFUSED), None)
+
+
+def _ranks(contract: Contract) -> Finding:
+    rule = contract.tensor_parallel
+    sizes = ", ".join(map(str, rule.sizes))
+    way_out = f"Use one of {sizes}, or data and expert parallelism." if len(rule.sizes) > 1 else "Run it on one."
+    return Finding("", Verdict.REFUSED, f"tensor-parallel ranks must be {sizes}: {rule.why}", way_out, rule.source)
+
+
+def _dtypes(contract: Contract, linears: list[Linear]) -> Iterator[Finding]:
+    rule = contract.dtypes
+    dtype = str(linears[0].recipe.dtype).removeprefix("torch.") if linears else rule.accepted[0]
+    if dtype not in rule.accepted:
+        way_out = f"Set torch_dtype in config.json to {' or '.join(rule.accepted)}."
+        yield Finding(
+            "", rule.others, f"models in {dtype}: the engine loads {', '.join(rule.accepted)}", way_out, rule.source
+        )
+
+
+def _schemes(contract: Contract, linear: Linear) -> Iterator[Finding]:
+    recipe = linear.recipe
+    cell = contract.cell(linear.kind, recipe)
+    if cell.verdict is not Verdict.ACCEPTED:
+        yield Finding(recipe.module, cell.verdict, _fact(recipe, linear.kind, cell), cell.way_out, cell.source)
+
+
+def _fact(recipe: Recipe, kind: Kind, cell: Cell) -> str:
+    size = f" with group_size {recipe.group_size}" if recipe.group_size else ""
+    per_channel = " per channel" if recipe.int4 and not recipe.group_size else ""
+    return f"{recipe.scheme}{size}{per_channel} on {kind}: {cell.why or cell.verdict.value}"
+
+
+def _sizes(contract: Contract, linear: Linear, ranks: int) -> Iterator[Finding]:
+    recipe, source = linear.recipe, contract.tensor_parallel.source
+    n, k = recipe.out_features, recipe.in_features
+    if linear.heads and recipe.row_parallel and linear.heads % ranks:  # told once a layer, where heads come together
+        yield _size(recipe, f"{linear.heads} heads do not split over {ranks} ranks", _divides(linear.heads), source)
+    if linear.kind is not Kind.ATTENTION:
+        axis, size = ("in_features", k) if recipe.row_parallel else ("out_features", n)
+        if size % ranks:
+            yield _size(recipe, f"{axis} {size} does not split over {ranks} ranks", _divides(size), source)
+            return
+        n, k = (n, k // ranks) if recipe.row_parallel else (n // ranks, k)
+    part = f" of each of {ranks} ranks" if ranks > 1 else ""
+    if recipe.group_size and contract.tensor_parallel.whole_groups and k % recipe.group_size:
+        fact = f"in_features {k}{part} are no whole number of groups of {recipe.group_size}"
+        fewer = f"Use fewer ranks, {EXPERT_PARALLEL}, or group_size 0."
+        yield _size(recipe, fact, fewer if ranks > 1 else "Use a smaller group_size.", source)
+    for rule in contract.multiples:
+        if linear.kind in rule.kind and recipe.scheme in rule.scheme:
+            for axis, size, multiple in (("in_features", k, rule.in_features), ("out_features", n, rule.out_features)):
+                if size % multiple:
+                    fact = f"{axis} {size}{part} is not a multiple of {multiple}"
+                    way_out = f"Use fewer ranks, or {EXPERT_PARALLEL}." if part else "Use W8A8_DYNAMIC for it."
+                    yield _size(recipe, fact, way_out, rule.source)
+            if rule.largest_in_features and k > rule.largest_in_features:
+                fact = f"in_features {k}{part} are more than {rule.largest_in_features}"
+                yield _size(recipe, fact, "Use W8A8_DYNAMIC for it.", rule.source)
+
+
+def _divides(size: int) -> str:
+    return f"Use a number of ranks that divides {size}."
+
+
+def _size(recipe: Recipe, fact: str, way_out: str, source: str) -> Finding:
+    return Finding(recipe.module, Verdict.REFUSED, f"{recipe.scheme}: {fact}", way_out, source)
+
+
+def _mix(contract: Contract, linear: Linear, mix: bool | None) -> Iterator[Finding]:
+    rule = contract.shared_expert_mix
+    if rule is None or linear.kind is not Kind.SHARED_EXPERT or mix is None:
+        return
+    has = linear.recipe.scheme is rule.needs
+    if has is not mix:
+        state = "on" if mix else "off"
+        fact = f"{linear.recipe.scheme} on {linear.kind}, with {rule.switch} {state}"
+        way_out = f"Turn it {'off' if mix else 'on'}, or give shared experts {rule.needs if mix else 'W8A8_DYNAMIC'}."
+        yield Finding(linear.recipe.module, Verdict.REFUSED, fact, way_out, rule.source)
+
+
+def _fused(contract: Contract, linears: list[Linear]) -> Iterator[Finding]:
+    known = {linear.recipe.module: linear for linear in linears}
+    for rule in contract.fused:
+        for module, linear in known.items():
+            parent, _, name = module.rpartition(".")
+            if name not in rule.members or linear.kind not in rule.kind:
+                continue
+            for sibling in rule.members[rule.members.index(name) + 1 :]:
+                other = known.get(f"{parent}.{sibling}")
+                if other is not None and not _alike(linear.recipe, other.recipe):
+                    fact = f"{_says(linear.recipe)}, {sibling} has {_says(other.recipe)}; the engine loads both as one "
+                    way_out = "Give them one scheme, calibrated on the same input."
+                    yield Finding(module, Verdict.REFUSED, fact + rule.name, way_out, rule.source)
+
+
+def _alike(one: Recipe, other: Recipe) -> bool:
+    same = (one.scheme, one.group_size) == (other.scheme, other.group_size)
+    return same and one.activation == other.activation
+
+
+def _says(recipe: Recipe) -> str:
+    observed = recipe.activation
+    span = f" over {observed.low:g} … {observed.high:g}" if observed is not None else ""
+    return f"{recipe.scheme}{f' {recipe.group_size}' if recipe.group_size else ''}{span}"

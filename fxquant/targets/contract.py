@@ -1,0 +1,155 @@
+"""What an engine loads and runs, as data: one YAML file a target beside this module."""
+
+import re
+import shlex
+from enum import StrEnum
+from fnmatch import fnmatchcase
+from functools import cache
+from importlib import resources
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from fxquant.policy.kinds import Kind
+from fxquant.schemes.schemes import Recipe, Scheme
+from fxquant.targets.target import Target
+
+FORMAT = 1
+
+
+class Verdict(StrEnum):
+    """`unverified`: nobody has shown that it works or that it fails; it is compiled, and the report says so."""
+
+    ACCEPTED = "accepted"
+    UNVERIFIED = "unverified"
+    REFUSED = "refused"
+
+
+class _Data(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Cell(_Data):
+    """A verdict on linears of some kinds under some schemes. Of a contract's cells the first that matches counts.
+
+    module      shell pattern of the last part of the module's path
+    group_size  for W4A8_DYNAMIC: the group sizes it speaks of; None: all
+    bias        whether it speaks of linears with or without a bias; None: of both
+    """
+
+    kind: tuple[Kind, ...]
+    scheme: tuple[Scheme, ...]
+    verdict: Verdict
+    source: str
+    module: str = "*"
+    group_size: tuple[int, ...] | None = None
+    bias: bool | None = None
+    why: str = ""
+    way_out: str = ""
+
+    @field_validator("kind", "scheme", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    def matches(self, kind: Kind, recipe: Recipe) -> bool:
+        """Whether the verdict is on such a linear."""
+        sized = self.group_size is None or recipe.group_size in self.group_size
+        named = fnmatchcase(recipe.module.rpartition(".")[2], self.module) and self.bias in (None, recipe.bias)
+        return kind in self.kind and recipe.scheme in self.scheme and sized and named
+
+
+class Multiples(_Data):
+    """What sizes a kernel takes, of the whole linear and of each rank's part of it."""
+
+    kind: tuple[Kind, ...]
+    scheme: tuple[Scheme, ...]
+    in_features: int = 1
+    out_features: int = 1
+    largest_in_features: int | None = None
+    source: str
+
+
+class Dtypes(_Data):
+    """Dtypes of models that the engine takes, and the verdict on others."""
+
+    accepted: tuple[Literal["bfloat16", "float16", "float32"], ...]
+    others: Verdict
+    source: str
+
+
+class TensorParallel(_Data):
+    """sizes: ranks that the form allows. whole_groups: a rank's in_features are a whole number of groups."""
+
+    sizes: tuple[int, ...]
+    whole_groups: bool
+    why: str
+    source: str
+
+
+class Fused(_Data):
+    """Linears with the same parent that an engine loads as one: their shards must have one scheme, and static ones
+    one input scale and offset."""
+
+    name: str
+    members: tuple[str, ...]
+    kind: tuple[Kind, ...] = tuple(Kind)
+    source: str
+
+
+class Release(_Data):
+    """Engine releases, by date or commit, and the forms that they load; `since` is empty where it is not known."""
+
+    engine: str
+    since: str
+    until: str = ""
+    loads: str
+    source: str
+
+
+class SharedExpertMix(_Data):
+    """The feature that runs shared experts as one more routed expert, and its switch."""
+
+    switch: str
+    needs: Scheme
+    source: str
+
+
+class Contract(_Data):
+    """The whole file. `header`: keys that its description file must have; `serve`: how to start the engine on it."""
+
+    contract: Literal[1]
+    target: Target
+    title: str
+    cells: tuple[Cell, ...]
+    dtypes: Dtypes
+    multiples: tuple[Multiples, ...] = ()
+    tensor_parallel: TensorParallel
+    fused: tuple[Fused, ...] = ()
+    header: tuple[str, ...]
+    releases: tuple[Release, ...]
+    shared_expert_mix: SharedExpertMix | None = None
+    serve: str = Field(description="a command or a setting, as one line")
+
+    def serve_text(self, out: object) -> str:
+        """`serve` with the folder in place, quoted for a shell, or for Python where it stands in a string of Python."""
+        of_python = re.sub("'OUT(.*?)'", lambda found: repr(f"{out}{found[1]}"), self.serve)
+        return of_python if of_python != self.serve else self.serve.replace("OUT", shlex.quote(str(out)))
+
+    def cell(self, kind: Kind, recipe: Recipe) -> Cell:
+        """The verdict on a linear; what the contract does not mention is refused."""
+        found = (cell for cell in self.cells if cell.matches(kind, recipe))
+        return next(found, _unknown(kind, recipe.scheme))
+
+
+def _unknown(kind: Kind, scheme: Scheme) -> Cell:
+    why = f"the engine has no {scheme} for {kind}"
+    return Cell(kind=(kind,), scheme=(scheme,), verdict=Verdict.REFUSED, source="not in its contract", why=why)
+
+
+@cache
+def load_contract(target: Target) -> Contract:
+    """The contract of a target."""
+    file = resources.files("fxquant.targets") / f"{target.value.replace('-', '_')}.yaml"
+    return Contract.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))

@@ -1,0 +1,22 @@
+"""MindIE: dialect B, its own name of the description, and keys in config.json in place of a header."""
+
+from fxquant.program.program import Program
+from fxquant.schemes.weight_formats import Dialect
+from fxquant.targets.engine import Engine, JsonObject, group_size, model_quant_type, scheme_keys
+
+
+def _config(program: Program) -> JsonObject:
+    quantization = {"kv_quant_type": None, "fa_quant_type": None, "group_size": group_size(program)}
+    model_type = {"model_type": "deepseekv2"}  # the name under which MindIE serves V2, V3 and R1
+    return model_type | scheme_keys(program) | ({"quantization_config": quantization} if program.recipes else {})
+
+
+ENGINE = Engine(
+    dialect=lambda group_size: Dialect.B,
+    stem="quant_model_weight_w8a8_dynamic",
+    numbered=True,
+    description="quant_model_description_w8a8_dynamic.json",
+    header=lambda program: {"model_quant_type": model_quant_type(program)},
+    config=_config,
+    reader=lambda group_size: "mindie",
+)

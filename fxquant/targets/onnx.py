@@ -1,0 +1,8 @@
+"""ONNX Runtime: an ONNX graph over weight files in the common Ascend form."""
+
+from dataclasses import replace
+
+from fxquant.targets import ascend
+from fxquant.targets.engine import Engine
+
+ENGINE: Engine = replace(ascend.ENGINE, reader=lambda group_size: None, npu_graph=False)

@@ -1,0 +1,15 @@
+"""SGLang on NPU, whose reader takes two-level files for a positive group_size and per-channel ones for 0."""
+
+from fxquant.schemes.weight_formats import Dialect
+from fxquant.targets.engine import Engine, scheme_keys, versioned_header
+
+ENGINE = Engine(
+    dialect=lambda group_size: Dialect.A if group_size else Dialect.C,
+    stem="quant_model_weights",
+    numbered=True,
+    description="quant_model_description.json",
+    header=versioned_header,
+    config=scheme_keys,
+    mtp_files=False,
+    reader=lambda group_size: "sglang-npu",
+)

@@ -1,0 +1,35 @@
+"""vllm-ascend from the release of 2026-08 on: dialect C."""
+
+from fxquant.program.program import Program
+from fxquant.schemes.schemes import Scheme
+from fxquant.schemes.weight_formats import Dialect
+from fxquant.targets.engine import FORMAT_VERSION, Engine, JsonObject, group_size, scheme_keys
+
+
+def _header(program: Program) -> JsonObject:
+    return {
+        "version": FORMAT_VERSION,
+        "model_quant_type": _model_quant_type(program),
+        "metadata": {},
+        "group_size": group_size(program),
+        "optional": {},
+    }
+
+
+def _model_quant_type(program: Program) -> str:
+    """The most demanding int8 type; int4 does not rank."""
+    schemes = {recipe.scheme for recipe in program.recipes.values()}
+    ranked = (Scheme.W8A8, Scheme.W8A8_MIX, Scheme.W8A8_DYNAMIC)
+    return next((one for one in ranked if one in schemes), Scheme.FLOAT if not schemes else Scheme.W8A8_DYNAMIC).value
+
+
+ENGINE = Engine(
+    dialect=lambda group_size: Dialect.C,
+    stem="quant_model_weights",
+    numbered=True,
+    description="quant_model_description.json",
+    header=_header,
+    config=scheme_keys,
+    mtp_files=False,
+    reader=lambda group_size: "vllm-ascend",
+)

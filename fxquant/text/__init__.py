@@ -1,0 +1,1 @@
+"""Text for calibration and evaluation: documents, chat templates, token ids."""

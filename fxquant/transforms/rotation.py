@@ -1,0 +1,70 @@
+"""Weights turned by an orthogonal matrix, the same function: QuaRot's offline rotations (Ashkboos et al. 2024,
+arXiv:2404.00456), which leave no operator in the graph.
+
+A value x becomes x Q. What reads it takes W Q, what makes it Qᵀ W. A norm between them commutes with Q once its weight
+is in the weights that read it: W diag(g) Q, and the norm's own is all ones.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+from torch import Tensor
+
+from fxquant.transforms.hadamard import turned
+
+SLAB = 1 << 18
+"""Numbers that are float32 at one time."""
+
+
+class Rotate(StrEnum):
+    """Which values: the residual stream, or those of each head between kv_b and o_proj."""
+
+    HIDDEN = "hidden"
+    HEADS = "heads"
+
+
+@dataclass(frozen=True)
+class Turn:
+    """How one weight [n, k] is turned, Q as `fxquant.transforms.hadamard.turned` has it.
+
+    columns  of so many equal parts of in_features each by its own Q, `W Q`; 0: none
+    norm     checkpoint name of the norm's weight g that goes into the columns before, `W diag(g)`; "": none
+    heads    of so many equal parts of out_features the last `values` rows of each, `Qᵀ W`; 0: none
+    """
+
+    columns: int = 0
+    norm: str = ""
+    heads: int = 0
+    values: int = 0
+
+    def apply(self, weight: Tensor, norm: Tensor | None) -> Tensor:
+        """Some rows of the weight, all of them where `heads`, turned in float32 and rounded once to their dtype."""
+        out, width = torch.empty_like(weight), weight.shape[1]
+        part = width // self.columns if self.columns else 1
+        tall, wide = (len(weight), max(1, SLAB // len(weight) // part) * part) if self.heads else (_rows(width), width)
+        for row in range(0, len(weight), tall):
+            for column in range(0, width, wide):
+                place = slice(row, row + tall), slice(column, column + wide)
+                slab = weight[place].float()
+                if norm is not None:
+                    slab = slab * norm[place[1]].float()
+                out[place] = self._turned(slab, part).to(weight.dtype)
+        return out
+
+    def vector(self, bias: Tensor) -> Tensor:
+        """The bias [n] beside it, of what it makes."""
+        return Turn(heads=self.heads, values=self.values).apply(bias.view(-1, 1), None).view(-1)
+
+    def _turned(self, slab: Tensor, part: int) -> Tensor:
+        if self.columns:
+            slab = turned(slab.reshape(-1, part)).view(slab.shape)
+        if self.heads:
+            rows = slab.view(self.heads, -1, slab.shape[1])
+            made = rows[:, -self.values :].mT.reshape(-1, self.values)
+            rows[:, -self.values :] = turned(made).view(self.heads, -1, self.values).mT
+        return slab
+
+
+def _rows(width: int) -> int:
+    return max(1, SLAB // width)

@@ -1,0 +1,7 @@
+"""Read back what was written and hold it against the source, the formulas and the graph."""
+
+from fxquant.verification.rebuild import Rebuild
+from fxquant.verification.report import Check, VerifyReport
+from fxquant.verification.run import verify_output
+
+__all__ = ["Check", "Rebuild", "VerifyReport", "verify_output"]

@@ -1,0 +1,79 @@
+"""Walk the rewritten graph block by block on the stored weights, all values of one block at a time."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxquant.program.program import Program
+from fxquant.runtime.execute import cache_inputs, call
+from fxquant.runtime.weight_readers import Read, load
+
+BATCH, SEQUENCE, PAST = 2, 12, 5
+
+
+def probe_inputs(program: Program, seed: int = 0) -> dict[str, Any]:
+    """Graph input name → value: two rows of random tokens over a random cache, the second row left-padded."""
+    generator = torch.Generator().manual_seed(seed)
+    total = PAST + SEQUENCE
+    mask = torch.ones(BATCH, total, dtype=torch.int64)
+    mask[1, :2] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)[:, PAST:]
+    ids = torch.randint(0, program.config["vocab_size"], (BATCH, SEQUENCE), generator=generator)
+    names = [node.name for node in program.graph.graph.nodes if node.op == "placeholder"][:3]
+    values = dict(zip(names, (ids, mask, positions), strict=True))
+    for node in cache_inputs(program):
+        values[node.name] = torch.randn(BATCH, PAST, node.meta["val"].shape[2], generator=generator)
+    return values
+
+
+def block_names(program: Program) -> list[str]:
+    """The blocks of the graph, in order."""
+    calls = (node for node in program.graph.graph.nodes if node.op == "call_function")
+    return list(dict.fromkeys(node.meta["block"] for node in calls))
+
+
+@torch.no_grad()
+def walk(program: Program, read: Read, wanted: set[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """For each wanted block its name and all values that its nodes read or make, by node name.
+
+    Blocks that are not wanted do not run: what later ones need of them is replaced by the latest value of the same
+    traced shape, so that a sample of a large model costs a sample's time.
+    """
+    values: dict[fx.Node, Any] = {}
+    inputs = probe_inputs(program)
+    nodes = [node for node in program.graph.graph.nodes if node.op != "output"]
+    last_use = {source: node for node in nodes for source in node.all_input_nodes}
+    for block in block_names(program):
+        own = [node for node in nodes if node.op == "call_function" and node.meta["block"] == block]
+        if block in wanted:
+            _run(program, read, own, values, inputs)
+            reads = {source for node in own for source in node.all_input_nodes}
+            yield block, {node.name: values[node] for node in {*own, *reads} if node in values}
+        else:
+            _substitute(own, values, last_use)
+        position = {node: index for index, node in enumerate(nodes)}
+        end = position[own[-1]]
+        for node in [n for n in values if n.op != "placeholder" and position.get(last_use.get(n, n), 0) <= end]:
+            del values[node]
+
+
+def _run(program: Program, read: Read, own: list[fx.Node], values: dict[fx.Node, Any], inputs: dict[str, Any]) -> None:
+    for node in own:
+        for source in node.all_input_nodes:
+            if source.op == "placeholder":
+                values[source] = inputs[source.name]
+            elif source.op == "get_attr" and source not in values:
+                values[source] = load(program, str(source.target), read)
+        values[node] = call(node, values.__getitem__)
+
+
+def _substitute(own: list[fx.Node], values: dict[fx.Node, Any], last_use: dict[fx.Node, fx.Node]) -> None:
+    members = set(own)
+    for node in own:
+        leaves = last_use.get(node) is not None and last_use[node] not in members
+        if leaves and isinstance(node.meta["val"], Tensor):
+            shape = tuple(node.meta["val"].shape)
+            same = [n for n in values if isinstance(n.meta.get("val"), Tensor) and tuple(n.meta["val"].shape) == shape]
+            values[node] = values[same[-1]]

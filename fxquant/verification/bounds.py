@@ -1,0 +1,171 @@
+"""How far one float32 operator may be from another's result: rounding bounds, computed from the actual operands.
+
+U is half a step of float32 at 1. A sum of n products in any order is within n·U of the sum of magnitudes, and both
+sides round, so most bounds have a factor 2 (Higham 2002, Accuracy and Stability of Numerical Algorithms, section 3.1).
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxquant import ops
+from fxquant.ops.quantized import SMALLEST_ROW_MAXIMUM
+from fxquant.program.operands import operands, producer
+
+U = 2.0**-24
+SILU_SLOPE = 1.1
+"""Largest derivative of silu."""
+
+Value = Callable[[Any], Any]
+Rule = Callable[[fx.Node, Value, Tensor], Tensor]
+"""(call, value of an argument, expected result) → bound for each element."""
+
+
+def rule_of(node: fx.Node, rules: dict[tuple[Any, int | None], Rule]) -> tuple[fx.Node, Rule | None]:
+    """The call that makes the value of `node`, and its rule."""
+    operator, index = producer(node)
+    return operands(node)[0] if index is not None else node, rules.get((operator, index))
+
+
+def _relative(steps: int) -> Rule:
+    """Some roundings, each relative to the result."""
+    return lambda call, value, expected: steps * U * expected.abs()
+
+
+def _linear(call: fx.Node, value: Value, expected: Tensor) -> Tensor:
+    x, weight = value(operands(call)[0]).double(), value(operands(call)[1]).double()
+    return 2 * (weight.shape[1] + 2) * U * (x.abs() @ weight.abs().T) + 2 * U * expected.abs()
+
+
+def _rms_norm(position: int) -> Rule:
+    """The mean sums n squares and the root halves its error; a bias, at `position`, may cancel what carries it."""
+
+    def rule(call: fx.Node, value: Value, expected: Tensor) -> Tensor:
+        given = operands(call)[position:]
+        bias = value(given[0]).abs() if given and given[0] is not None else 0
+        return (expected.shape[-1] + 8) * U * (expected.abs() + 2 * bias)
+
+    return rule
+
+
+def _norm_scale(call: fx.Node, value: Value, expected: Tensor) -> Tensor:
+    """The largest magnitude of a norm's row, off by no more than the row's worst element, through one quotient."""
+    x1, x2, weight, eps, *bias = (value(argument) for argument in operands(call))
+    y = ops.rms_norm(x1 + x2, weight, eps, *bias)
+    return _rms_norm(4)(call, value, y).amax(-1).reshape(expected.shape) / 127 + 2 * U * expected.abs()
+
+
+def _swiglu_codes(call: fx.Node, value: Value, expected: Tensor) -> Tensor:
+    """1 where the float behind a code is within its own error of a tie, else 0.
+
+    That float is y * (127 / m): swiglu has 8 roundings in y and as many in m, then quotient and product round on both
+    sides.
+    """
+    gate, up = (value(argument).double() for argument in operands(call))
+    y = torch.nn.functional.silu(gate) * up
+    real = y * (127 / y.abs().amax(-1, keepdim=True).clamp(min=SMALLEST_ROW_MAXIMUM))
+    return (((real - real.floor()) - 0.5).abs() <= 20 * U * real.abs()).double()
+
+
+def _rope_table(call: fx.Node, value: Value, expected: Tensor) -> Tensor:
+    return torch.full_like(expected, 4 * U * abs(operands(call)[2]))
+
+
+def _rope(call: fx.Node, value: Value, expected: Tensor) -> Tensor:
+    """Two products and a sum for each turned feature."""
+    x, cos, sin = (value(arg).abs().double() for arg in operands(call)[:3])
+    heads, width = x.unflatten(-1, (operands(call)[3], -1)), cos.shape[-1]
+    kept, first, second = heads[..., :-width], heads[..., -width::2], heads[..., 1 - width :: 2]
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
+    turned = torch.cat((first, second), -1) * cos + torch.cat((second, first), -1) * sin
+    return 4 * U * torch.cat((torch.zeros_like(kept), turned), -1).flatten(-2)
+
+
+def _mla_attention(call: fx.Node, value: Value, expected: Tensor) -> Tensor:
+    """Scores are off by at most d, so weights are by the factor exp(2 d) and those of rounding; then a sum of T."""
+    q, kv, k_rope, mask = (value(arg) for arg in operands(call)[:4])
+    heads, v_head_dim, scale = operands(call)[4:]
+    q, kv = (x.double().unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, kv))
+    keys = torch.cat((kv[..., :-v_head_dim], k_rope.double().unsqueeze(1).expand(-1, heads, -1, -1)), -1)
+    queries, total = q.shape[2], kv.shape[2]
+    visible = torch.ones(queries, total, dtype=torch.bool).tril(total - queries) & (mask[:, None, None, :] != 0)
+    wide = torch.finfo(torch.float64).min
+    weights = (q @ keys.transpose(-1, -2) * scale).masked_fill(~visible, wide).softmax(-1)
+    magnitude = (q.abs() @ keys.abs().transpose(-1, -2) * scale).masked_fill(~visible, 0).amax(-1, keepdim=True)
+    relative = torch.expm1(4 * (q.shape[-1] + 4) * U * magnitude) + (2 * total + 16) * U
+    return (relative * (weights @ kv[..., -v_head_dim:].abs())).transpose(1, 2).flatten(2)
+
+
+def _dequantize_per_token(call: fx.Node, value: Value, expected: Tensor) -> Tensor:
+    """Two products and a sum on top of exact integers; a bias may cancel what carries the error."""
+    bias = operands(call)[3:]
+    added = value(bias[0]).abs() if bias and bias[0] is not None else 0
+    return 8 * U * (expected.abs() + 2 * added)
+
+
+def _moe_gate(call: fx.Node, value: Value, expected: Tensor) -> Tensor:
+    """A sigmoid, a sum of top_k, a quotient and a product."""
+    return (2 * int(operands(call)[2]) + 16) * U * expected.abs()
+
+
+def _moe_finalize_routing(call: fx.Node, value: Value, expected: Tensor) -> Tensor:
+    rows, row_index, weights = (value(arg) for arg in operands(call))
+    magnitude = ops.moe_finalize_routing(rows.abs(), row_index, weights.abs())
+    return 2 * (weights.shape[-1] + 2) * U * magnitude
+
+
+def _moe_experts(call: fx.Node, value: Value, expected: Tensor) -> Tensor:
+    """Errors of gate and up go through silu and the product into the sum of down."""
+    x, ids, weights, gate_proj, up_proj, down_proj = (value(arg) for arg in operands(call))
+    rows, row_index, counts = ops.moe_init_routing(x, ids, len(gate_proj))
+    errors = torch.zeros(len(rows), x.shape[-1], dtype=torch.float64)
+    outputs = torch.zeros_like(errors)
+    for expert, block in blocks(counts):
+        one = rows[block].double()
+        (gate, gate_error), (up, up_error) = (_product(one, w[expert].double()) for w in (gate_proj, up_proj))
+        activated = torch.nn.functional.silu(gate)
+        hidden = activated * up
+        hidden_error = SILU_SLOPE * gate_error * up.abs() + activated.abs() * up_error + 16 * U * hidden.abs()
+        outputs[block], own = _product(hidden, down_proj[expert].double())
+        errors[block] = own + hidden_error @ down_proj[expert].double().abs().T
+    wide = weights.abs().double()
+    steps = 2 * (weights.shape[-1] + 2) * U
+    return ops.moe_finalize_routing(errors + steps * outputs.abs(), row_index, wide)
+
+
+def _product(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    return x @ weight.T, 2 * (weight.shape[1] + 2) * U * (x.abs() @ weight.abs().T)
+
+
+def blocks(counts: Tensor) -> Iterator[tuple[int, slice]]:
+    """(expert, its rows) for each expert that has any."""
+    start = 0
+    for expert, count in enumerate(counts.tolist()):
+        if count:
+            yield expert, slice(start, start + count)
+        start += count
+
+
+RULES: dict[tuple[Any, int | None], Rule] = {
+    (ops.linear, None): _linear,
+    (ops.router_logits, None): _linear,
+    (ops.rms_norm, None): _rms_norm(3),
+    (ops.add_rms_norm, 0): _rms_norm(4),
+    (ops.add_rms_norm_quantize_per_token, 1): _norm_scale,
+    (ops.swiglu, None): _relative(8),
+    (ops.swiglu_quantize_per_token, 0): _swiglu_codes,
+    (ops.swiglu_quantize_per_token, 1): _relative(10),
+    (ops.rope_table, 0): _rope_table,
+    (ops.rope_table, 1): _rope_table,
+    (ops.rope, None): _rope,
+    (ops.mla_attention, None): _mla_attention,
+    (ops.quantize_per_token, 1): _relative(2),
+    (ops.dequantize_static, None): _relative(4),
+    (ops.dequantize_per_token, None): _dequantize_per_token,
+    (ops.grouped_dequantize, None): _relative(8),
+    (ops.moe_gate, 1): _moe_gate,
+    (ops.moe_finalize_routing, None): _moe_finalize_routing,
+    (ops.moe_experts, None): _moe_experts,
+}

@@ -1,0 +1,113 @@
+"""The documents of an output against what the graph and the files make them say, to the byte."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fxquant.checkpoint.checkpoint import Checkpoint
+from fxquant.errors import FxquantError
+from fxquant.inputs.json_file import read_json, read_text
+from fxquant.inputs.limits import GRAPH_BYTES, INDEX_BYTES
+from fxquant.inputs.validation import cut
+from fxquant.lowering.output import copied_files
+from fxquant.lowering.output_folder.description import description, document_text, engine_config
+from fxquant.lowering.output_folder.layout import FileLayout, StoredTensor
+from fxquant.lowering.output_folder.manifest import GRAPH
+from fxquant.program.program import Program
+from fxquant.program.program_file import dump_program
+from fxquant.targets.engines import ENGINES
+from fxquant.targets.target import Target
+from fxquant.verification.report import Check
+from fxquant.verification.weight_checks import WeightFiles
+
+GRAPH_SAYS = "the graph says"
+CONFIG = "config.json"
+"""Has NaN, maybe, where the source's has it in a key that nobody reads."""
+
+
+@dataclass(frozen=True)
+class Documents:
+    """What the JSON files of an output have to say: path → entries, and who says so."""
+
+    folder: Path
+    wanted: dict[str, tuple[dict[str, Any], str]]
+
+    def check(self, name: str, files: list[str]) -> Check:
+        """Every entry of these files, and that there is no other."""
+        check = Check(name, sum(len(self.wanted[file][0]) for file in files))
+        for file in files:
+            self._check(check, file)
+        return check
+
+    def _check(self, check: Check, file: str) -> None:
+        wanted, who = self.wanted[file]
+        try:
+            found = read_json(self.folder / file, INDEX_BYTES, lenient=file == CONFIG)
+        except FxquantError as error:
+            check.expect(False, f"{file}: {error.fact}")
+            return
+        if not isinstance(found, dict):
+            check.expect(False, f"{file}: no object")
+            return
+        for key, ours, theirs in _entries(wanted, found):
+            miss = f"{file}: {cut(key, 200)}: {theirs!r:.200}, {who} {ours!r:.200}"
+            check.expect(ours == theirs or json_text(ours) == json_text(theirs), miss)
+
+    def written(self, program: Program) -> Check:
+        """These files and the stored graph have the bytes that were written, not only the same entries."""
+        check = Check("documents, as written", len(self.wanted) + 1)
+        texts = {file: document_text(wanted) for file, (wanted, _) in self.wanted.items()} | {
+            GRAPH: dump_program(program)
+        }
+        for file, text in texts.items():
+            try:
+                same = read_text(self.folder / file, GRAPH_BYTES) == text
+            except FxquantError:
+                same = False
+            check.expect(same, f"{file}: other bytes than were written")
+        return check
+
+
+def documents(
+    program: Program, folder: Path, stored: list[StoredTensor], files: WeightFiles, target: Target
+) -> Documents:
+    """config.json, description, and the index of several weight files, or where it is there."""
+    engine = ENGINES[target]
+    described = description(program, [FileLayout("", tuple(stored))], engine)
+    found = {CONFIG: (engine_config(program, engine), GRAPH_SAYS), engine.description: (described, GRAPH_SAYS)}
+    several = len({info.file for info in files.infos.values()}) > 1
+    if several or engine.numbered or os.path.lexists(folder / engine.index):
+        weight_map = {name: info.file.name for name, info in sorted(files.infos.items())}
+        total = sum(info.nbytes for info in files.infos.values())
+        found[engine.index] = ({"metadata": {"total_size": total}, "weight_map": weight_map}, "the files say")
+    return Documents(folder, found)
+
+
+def json_text(value: Any) -> str:
+    """As JSON, in which NaN equals NaN."""
+    return json.dumps(value, sort_keys=True)
+
+
+def _entries(wanted: dict[str, Any], found: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Key and its value in both; those of an index's map one by one."""
+    entries = []
+    for key in sorted(set(wanted) | set(found)):
+        ours, theirs = wanted.get(key), found.get(key)
+        if key == "weight_map" and isinstance(ours, dict) and isinstance(theirs, dict):
+            entries += [(name, ours.get(name), theirs.get(name)) for name in sorted(set(ours) | set(theirs))]
+        else:
+            entries.append((key, ours, theirs))
+    return entries
+
+
+def check_copies(source: Checkpoint, folder: Path) -> Check:
+    """Tokenizer files and the like are those of the source. For outputs without a manifest, which has their digests."""
+    files = copied_files(source.folder)
+    check = Check("copied files == source", len(files))
+    for file in files:
+        copy = folder / file.name
+        same = copy.is_file() and copy.read_bytes() == file.read_bytes()
+        check.expect(same, f"{file.name}: {'differs from' if copy.is_file() else 'missing, it is in'} the source")
+    return check

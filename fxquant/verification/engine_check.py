@@ -1,0 +1,234 @@
+"""What an engine makes of the weight files against the graph: every quantized linear and expert projection of a block.
+
+The engine is a reader of `fxquant.engine_readers`, which knows the files only; each of its linears is fed the float
+values that the graph's quantization got.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxquant import ops
+from fxquant.engine_readers import Arithmetic, EngineReader, Loaded, open_reader
+from fxquant.engine_readers.linear_loader import MixedLinear
+from fxquant.engine_readers.ranks import total_bound
+from fxquant.errors import FxquantError
+from fxquant.ops.quantized import decode_deq_scale, expand_int4
+from fxquant.program.operands import operands
+from fxquant.program.program import Program, input_node
+from fxquant.schemes.schemes import Recipe
+from fxquant.verification.bounds import U, blocks
+from fxquant.verification.report import Check
+
+DEQUANTIZE = (ops.dequantize_static, ops.dequantize_per_token, ops.grouped_dequantize)
+INT4 = (ops.int4_matmul, ops.grouped_int4_matmul)
+FLOAT64_STEPS = 16 * 2.0**-53
+
+
+@dataclass(frozen=True)
+class Site:
+    """One quantized linear, or one projection of all experts: quantize → integer product → `node`.
+
+    x, x8       the float input and its integers, [..., k], or [M, k] sorted by expert
+    counts      rows of each expert, None outside routed experts
+    """
+
+    node: fx.Node
+    recipe: Recipe
+    x: fx.Node
+    x8: fx.Node
+    weight: fx.Node
+    second: fx.Node | None
+    counts: fx.Node | None
+
+    def load(self, reader: EngineReader, expert: int) -> Loaded:
+        """The reader's linear; expert 0 is the one there is outside routed experts."""
+        module = self.recipe.modules[expert]
+        if self.counts is not None:
+            return reader.expert_linear(module, self.recipe.row_parallel)
+        loaded = reader.linear(module, self.recipe.row_parallel)
+        static = self.node.target is ops.dequantize_static
+        return loaded.decode if static and isinstance(loaded, MixedLinear) else loaded
+
+    def rows(self, counts: Tensor | None) -> dict[int, Any]:
+        """Expert → index of its rows, for experts that have any; `counts` is the value of the node."""
+        return {0: ...} if counts is None else dict(blocks(counts))
+
+    def codes(self, values: dict[str, Any], expert: int) -> Tensor:
+        """int32 [n, k]: the integers by which the graph multiplies."""
+        weight = values[self.weight.name]
+        second = None if self.second is None else values[self.second.name]
+        if self.counts is not None:
+            weight, second = weight[expert], None if second is None else second[expert]
+        if input_node(self.node, 0).target in INT4:
+            weight = expand_int4(weight, second)
+        return weight.to(torch.int32)
+
+
+def sites(program: Program, block: str | None = None) -> Iterator[Site]:
+    """Every quantized linear and expert projection of a block, or of all, in graph order."""
+    for node in program.graph.graph.nodes:
+        if node.op == "call_function" and node.target in DEQUANTIZE and block in (None, node.meta["block"]):
+            yield _site(program, node)
+
+
+def _site(program: Program, node: fx.Node) -> Site:
+    product = input_node(node, 0)
+    x8, weight = input_node(product, 0), input_node(product, 1)
+    grouped = node.target is ops.grouped_dequantize
+    rest = operands(product)[3:] if grouped else operands(product)[2:]
+    quantize = x8 if x8.target is ops.quantize_static else input_node(x8, 0)
+    recipe = program.recipes[program.parameters[str(weight.target)].module]
+    second = rest[0] if rest and rest[0] is not None else None
+    return Site(node, recipe, input_node(quantize, 0), x8, weight, second, input_node(product, 2) if grouped else None)
+
+
+class EngineChecker:
+    """Holds an engine's reading of `folder` against the graph, on `tp` ranks.
+
+    `doubtful` names the modules that the contract calls unverified: that the engine does not read one is told and no
+    miss. `experts` limits how many of a layer are looked at. Integers must be equal, results within the reader's
+    derived bound and the graph's own rounding. How far the device's arithmetic is from the graph is told, and only a
+    value that is not finite is a miss.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        folder: Path,
+        reader_name: str,
+        tp: int = 1,
+        doubtful: frozenset[str] = frozenset(),
+        experts: int | None = None,
+    ) -> None:
+        self.program, self._doubtful, self._experts = program, doubtful, experts
+        self._reader = open_reader(reader_name, folder, tp)
+        engine = reader_name if tp == 1 else f"{reader_name} on {tp} ranks"
+        self._codes = Check(f"{engine}: weights == graph", 0)
+        self._inputs = Check(f"{engine}: activations == graph", 0)
+        self._outputs = Check(f"{engine}: results ≈ graph", 0)
+        self._device = Check(f"{engine}: device rounding", 0)
+        self.checks = [self._codes, self._inputs, self._outputs, self._device]
+        self._worst, self._furthest, self._unread = 0.0, 0.0, 0
+
+    def check(self, block: str, values: dict[str, Any]) -> None:
+        """`values`: every value that the block's nodes read or make, by node name."""
+        for site in sites(self.program, block):
+            rows = site.rows(None if site.counts is None else values[site.counts.name])
+            for expert in self._chosen(site, list(rows)):
+                try:
+                    self._check_module(site, values, expert, rows.get(expert))
+                except FxquantError as error:
+                    self._refused(site, expert, error)
+
+    def _refused(self, site: Site, expert: int, error: FxquantError) -> None:
+        """Told for a doubtful module, a miss for any other."""
+        if site.recipe.module in self._doubtful:
+            self._unread += 1
+            self._codes.worst = f"{self._unread} unverified modules are not read"
+        else:
+            _expect(self._codes, False, f"{site.recipe.modules[expert]}: not loaded: {error}")
+
+    def _chosen(self, site: Site, with_rows: list[int]) -> list[int]:
+        """All experts, or of a sample first those that have rows."""
+        everyone = range(len(site.recipe.modules))
+        if self._experts is None:
+            return list(everyone)
+        return sorted(dict.fromkeys([*with_rows, *everyone]), key=lambda one: one not in with_rows)[: self._experts]
+
+    def _check_module(self, site: Site, values: dict[str, Any], expert: int, rows: Any) -> None:
+        module = site.recipe.modules[expert]
+        if site.counts is None and (group := self._reader.fused_with(module)):
+            self._reader.check_fused(group)
+        loaded, codes = site.load(self._reader, expert), site.codes(values, expert)
+        found = loaded.codes()
+        _expect(self._codes, torch.equal(found, codes), f"{module}: {_difference(found, codes)}")
+        if rows is not None and found.shape == codes.shape:
+            self._check_rows(site, values, expert, rows, loaded)
+
+    def _check_rows(self, site: Site, values: dict[str, Any], expert: int, rows: Any, loaded: Loaded) -> None:
+        module, x = site.recipe.modules[expert], values[site.x.name][rows]
+        x8, expected = values[site.x8.name][rows], values[site.node.name][rows]
+        found = loaded.quantize(x, Arithmetic.EXACT)[0]
+        _expect(self._inputs, torch.equal(found, x8), f"{module}: input: {_difference(found, x8)}")
+        one = _Operands.of(site, values, expert, rows)
+        partials, bounds = loaded.partials(x, Arithmetic.EXACT), loaded.partial_bounds(x)
+        bound = total_bound(partials, bounds) + 4 * U * (expected.double().abs() + 2 * one.bias_magnitude())
+        self._check_close(module, partials.sum(0).float(), expected, bound)
+        if len(partials) > 1:
+            ideal = one.partials(x8, site.codes(values, expert), len(partials))
+            for rank, (part, want, off) in enumerate(zip(partials, ideal, bounds, strict=True)):
+                self._check_close(f"{module} on rank {rank}", part, want, off + FLOAT64_STEPS * want.abs())
+        self._tell_device(module, loaded(x, Arithmetic.KERNEL), expected, values[site.node.name])
+
+    def _check_close(self, place: str, found: Tensor, expected: Tensor, bound: Tensor) -> None:
+        error = (found.double() - expected.double()).abs()
+        ok = bool((error <= bound).all())  # false for NaN
+        largest = float((error / bound.clamp(min=2.0**-149)).nan_to_num(nan=torch.inf).max())
+        fact = f"off by {float(error.max()):.3g}, {largest:.3g} times the bound"
+        _expect(self._outputs, ok, f"{place}: {fact}")
+        if largest >= self._worst:
+            self._worst, self._outputs.worst = largest, f"{largest:.2g} of the bound at {place}"
+
+    def _tell_device(self, module: str, found: Tensor, expected: Tensor, whole: Tensor) -> None:
+        """Relative to the largest value of the whole tensor, of which `expected` may be one expert's rows."""
+        _expect(self._device, torch.isfinite(found).all(), f"{module}: not finite on the device")
+        largest = float(whole.abs().max())
+        distance = float((found - expected).abs().max()) / largest if largest else 0.0
+        if distance >= self._furthest:
+            self._furthest, self._device.worst = distance, f"{distance:.2g} of the largest value at {module}"
+
+
+@dataclass(frozen=True)
+class _Operands:
+    """What the graph's dequantization reads for one linear: scale [n], x_scale [..., 1], an integer or float bias."""
+
+    scale: Tensor
+    x_scale: Tensor
+    quant_bias: Tensor | None
+    bias: Tensor | None
+
+    @classmethod
+    def of(cls, site: Site, values: dict[str, Any], expert: int, rows: Any) -> "_Operands":
+        first, second, *rest = (values[node.name] for node in operands(site.node)[1:] if isinstance(node, fx.Node))
+        if site.node.target is ops.dequantize_static:
+            return cls(decode_deq_scale(first), torch.ones(1), second, None)
+        scale = second if site.counts is None else second[expert]
+        bias = rest[0] if site.counts is None and rest else None
+        return cls(scale.squeeze(-1), first[rows], None, bias)
+
+    def bias_magnitude(self) -> Tensor:
+        """float64: what may cancel a result that carries rounding errors."""
+        return torch.zeros(1, dtype=torch.float64) if self.bias is None else self.bias.double().abs()
+
+    def partials(self, x8: Tensor, codes: Tensor, ranks: int) -> Tensor:
+        """float64 [ranks, ..., n]: each rank's sum over its slice of k, biases on the first."""
+        parts = zip(x8.chunk(ranks, -1), codes.chunk(ranks, -1), strict=True)
+        sums = torch.stack([x.double() @ part.double().T for x, part in parts])
+        if self.quant_bias is not None:
+            sums[0] += self.quant_bias.double()
+        results = sums * self.scale.double() * self.x_scale.double()
+        if self.bias is not None:
+            results[0] += self.bias.double()
+        return results
+
+
+def _expect(check: Check, condition: object, miss: str) -> None:
+    check.total += 1
+    check.expect(condition, miss)
+
+
+def _difference(found: Tensor, expected: Tensor) -> str:
+    """How many elements differ, and the first."""
+    if found.shape != expected.shape:
+        return f"{list(found.shape)}, the graph has {list(expected.shape)}"
+    different = (found != expected).nonzero()
+    if not len(different):
+        return "equal"
+    place = tuple(different[0].tolist())
+    values = f"{found[place].item()}, not {expected[place].item()}"
+    return f"{len(different)} elements differ, first at {list(place)}: {values}"

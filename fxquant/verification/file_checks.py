@@ -1,0 +1,92 @@
+"""The files of an output folder against its manifest, and what the folder was compiled for where there is none."""
+
+from pathlib import Path
+
+from fxquant.errors import FxquantError
+from fxquant.lowering.output_folder.manifest import MANIFEST, Manifest, file_sizes
+from fxquant.lowering.weights.digests import digests_on_disk, file_digest
+from fxquant.lowering.weights.unit import Place, Unit
+from fxquant.program.program import Program
+from fxquant.progress import Reporter
+from fxquant.storage.hashing import hash_bytes
+from fxquant.storage.safetensors import header_bytes
+from fxquant.targets.engines import ENGINES, group_size
+from fxquant.targets.target import Target
+from fxquant.verification.report import Check
+from fxquant.verification.weight_checks import WeightFiles
+
+ONNX_GRAPH = "model.onnx"
+
+
+def check_sizes(manifest: Manifest, folder: Path) -> Check:
+    """Every file that was written is there, as long as it was."""
+    check = Check("files: present, size", len(manifest.files))
+    found = file_sizes(folder)
+    for name, size in manifest.files.items():
+        check.expect(found.get(name) == size, f"{name}: {found.get(name, 'missing')} bytes, written with {size}")
+    return check
+
+
+def check_digests(manifest: Manifest, folder: Path, report: Reporter) -> Check:
+    """Every file that is there has the bytes that were written: documents whole, weights tensor by tensor."""
+    check = Check("files: digest", len(manifest.digests) + len(manifest.weights) + len(manifest.units))
+    present = file_sizes(folder)
+    for name, digest in manifest.digests.items():
+        held = file_digest(folder / name) if name in present else "missing"
+        check.expect(held == digest, f"{name}: XXH3 {held[:16]}, written with {digest[:16]}")
+    for name, digest in manifest.weights.items():
+        held = hash_bytes(header_bytes(folder / name)) if name in present else "missing"
+        check.expect(held == digest, f"{name}: header's XXH3 {held[:16]}, written with {digest[:16]}")
+    units = _units_on_disk(manifest, folder)
+    with report("verify digests", sum(unit.nbytes for unit in units), "bytes") as advance:
+        for unit, found in digests_on_disk(units, folder):
+            written = manifest.units[unit.name].digests
+            misses = [
+                _other_bytes(unit, suffix, found.digests.get(suffix, "missing"), digest)
+                for suffix, digest in written.items()
+                if found.digests.get(suffix) != digest
+            ]
+            check.expect(not misses, "; ".join(misses))
+            advance(unit.nbytes)
+    return check
+
+
+def _other_bytes(unit: Unit, suffix: str, held: str, written: str) -> str:
+    place = unit.places.get(suffix)
+    if place is None:
+        return f"{MANIFEST}: {unit.tensor_name(suffix)} is in no weight file"
+    return f"{place.file}: {unit.tensor_name(suffix)}: XXH3 {held[:16]}, written with {written[:16]}"
+
+
+def _units_on_disk(manifest: Manifest, folder: Path) -> list[Unit]:
+    """The manifest's units with the places where the files' headers have their tensors."""
+    infos = WeightFiles(folder).infos
+    units = [Unit(name, None, None, {}) for name in manifest.units]
+    for unit in units:
+        for suffix in manifest.units[unit.name].digests:
+            info = infos.get(unit.tensor_name(suffix))
+            if info is not None:
+                unit.places[suffix] = Place(info.file.name, info.start, info.nbytes)
+    return units
+
+
+def infer_target(program: Program, folder: Path) -> Target:
+    """The only target that writes such weights under such names. Raises FxquantError where several, or none, do."""
+    targets = [target for target in Target if _could_be(target, program, folder)]
+    if len(targets) == 1:
+        return targets[0]
+    choice = f"{' or '.join(targets) or 'none'} by its files"
+    way_out = f"Say which: --target {targets[0] if targets else Target.ASCEND}."
+    raise FxquantError(folder, f"without its manifest, the target is {choice}.", way_out)
+
+
+def _could_be(target: Target, program: Program, folder: Path) -> bool:
+    engine = ENGINES[target]
+    dialects = {recipe.dialect for recipe in program.recipes.values()}
+    weights = (folder / engine.file_name(1, 1)).is_file() or (folder / engine.index).is_file()
+    return (
+        dialects <= {engine.dialect(group_size(program))}
+        and engine.npu_graph != (folder / ONNX_GRAPH).is_file()
+        and (folder / engine.description).is_file()
+        and weights
+    )

@@ -1,0 +1,111 @@
+"""Emitted graphs against the rewritten fx graph: every operator of a block on the graph's own input values."""
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, fx
+
+from fxquant.errors import FxquantError
+from fxquant.lowering.ascend.deployment import deployment
+from fxquant.lowering.onnx.extract import operator_session
+from fxquant.lowering.onnx.required import require_emitted
+from fxquant.program.program import Program
+from fxquant.verification.ascend_statements import EmittedModule, check_statements
+from fxquant.verification.onnx_bounds import error_bound
+from fxquant.verification.report import Check
+from fxquant.verification.weight_checks import WeightFiles
+
+
+class GraphChecker(Protocol):
+    """Checks one block after another and keeps the account. `program`: whose blocks and values it takes."""
+
+    program: Program
+    checks: list[Check]
+
+    def check(self, block: str, values: dict[str, Any]) -> None:
+        """`values`: every value that the block's nodes read or make, by node name."""
+
+
+class Comparison:
+    """Two lines of the table: integers, which must be equal, and floats, which must lie within their bounds."""
+
+    def __init__(self, graph: str) -> None:
+        self.integers = Check(f"{graph} == fx graph, integers", 0)
+        self.floats = Check(f"{graph} ≈ fx graph, floats", 0)
+        self._worst = 0.0
+
+    @property
+    def checks(self) -> list[Check]:
+        return [self.integers, self.floats]
+
+    def add(self, node: str, error: float, bound: float, ok: bool, exact: bool) -> None:
+        """One value: its largest error and bound; `ok` holds element by element."""
+        check = self.integers if exact else self.floats
+        check.total += 1
+        check.expect(ok, f"{node}: off by {error:.3g}, the bound is {bound:.3g}")
+        ratio = error / bound if bound else 0.0
+        if not exact and ratio >= self._worst:
+            self._worst = ratio
+            check.worst = f"{error:.2g} of {bound:.2g} at {node}"
+
+
+class AscendChecker:
+    """Runs `model_ascend.py` statement by statement on the CPU reference of the NPU operators, in float32.
+
+    The file must be, byte for byte, what the stored graph emits: nothing else is ever executed. `program` is the
+    deployment of that graph.
+    """
+
+    def __init__(self, program: Program, folder: Path) -> None:
+        self.program = deployment(program).program
+        self._module = EmittedModule(self.program, folder)
+        self._comparison = Comparison("Ascend graph")
+        self.checks = self._comparison.checks
+
+    def check(self, block: str, values: dict[str, Any]) -> None:
+        for one in check_statements(self._module, block, self._module.load(block), values):
+            self._comparison.add(one.node, one.error, one.bound, one.ok, exact=one.bound == 0.0)
+
+
+class OnnxChecker:
+    """Runs `model.onnx` operator by operator in ONNX Runtime, each fed what the fx graph fed it.
+
+    The model must be what the stored graph emits: no session is made of another.
+    """
+
+    def __init__(self, program: Program, folder: Path) -> None:
+        self.program, self._folder = program, folder
+        self._nodes = {node.name: node for node in program.graph.graph.nodes}
+        self._comparison = Comparison("ONNX graph")
+        self._emitted = Check("ONNX graph, as emitted", 1)
+        self.checks = [self._emitted, *self._comparison.checks]
+        try:
+            require_emitted(program, WeightFiles(folder).infos, folder)
+            self._emitted.expect(True, "")
+        except FxquantError as error:
+            self._emitted.expect(False, str(error))
+
+    def check(self, block: str, values: dict[str, Any]) -> None:
+        if not self._emitted.ok:
+            return
+        names = [node.name for node in self._nodes.values() if node.meta.get("block") == block]
+        session = operator_session(self._folder, names)
+        results = session(session.feeds(values))
+        for unit in session.units:
+            for name in unit.outputs:
+                self._compare(name, results[name], values)
+
+    def _compare(self, name: str, found: Tensor, values: dict[str, Any]) -> None:
+        expected = values[name] if isinstance(values[name], Tensor) else torch.tensor([values[name]])
+        exact = not expected.is_floating_point()
+        if found.shape != expected.shape or found.dtype != expected.dtype:
+            self._comparison.add(name, float("inf"), 0.0, False, exact)
+        elif expected.numel():
+            error = torch.where(found == expected, 0.0, (found.double() - expected.double()).abs())
+            bound = error_bound(self._nodes[name], lambda one: _value(one, values), expected)
+            self._comparison.add(name, float(error.max()), float(bound.max()), bool((error <= bound).all()), exact)
+
+
+def _value(argument: Any, values: dict[str, Any]) -> Any:
+    return values[argument.name] if isinstance(argument, fx.Node) else argument

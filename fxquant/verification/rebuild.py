@@ -1,0 +1,66 @@
+"""Make tensors from the source once more, with the kernels that a compile uses, and compare them with the files."""
+
+import random
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+from fxquant.checkpoint.checkpoint import Checkpoint
+from fxquant.checkpoint.stamped_reader import checkpoint_files, stamp_files
+from fxquant.lowering.output_folder.layout import StoredTensor, stored_tensors
+from fxquant.lowering.weights.digests import unit_on_disk
+from fxquant.lowering.weights.fill import unit_anew
+from fxquant.lowering.weights.producer import CheckpointProducer
+from fxquant.lowering.weights.unit import Place, Unit, collect_units
+from fxquant.lowering.weights.work import cores
+from fxquant.program.program import Program
+from fxquant.progress import Reporter
+from fxquant.verification.report import Check
+from fxquant.verification.weight_checks import StoredCodes, WeightFiles
+
+
+@dataclass(frozen=True)
+class Rebuild:
+    """How many units to derive anew; None: all of them."""
+
+    sample: int | None = None
+
+
+def check_rebuild(
+    program: Program, files: WeightFiles, source: Checkpoint, sample: int | None, report: Reporter
+) -> Check:
+    """Every unit, or a seeded `sample` of so many, derived again: all bytes must be the same. No other check need have
+    passed: a tensor that is not there, or has another size, is a miss. Codes of GPTQ are taken as they are stored."""
+    stored = stored_tensors(program, source)
+    units = collect_units((tensor, _place(tensor, files)) for tensor in stored)
+    chosen = units if sample is None or sample >= len(units) else random.Random(0).sample(units, sample)
+    check = Check("rebuilt from the source ==", len(units))
+    producer = CheckpointProducer(source, stamp_files(checkpoint_files(source)), StoredCodes(program, files))
+
+    def rebuilt(unit: Unit) -> tuple[Unit, list[str]]:
+        made, there = unit_anew(unit, producer), _there(unit, files)
+        held = unit_on_disk(there, files.folder)
+        return unit, [suffix for suffix in unit.places if made.digests[suffix] != held.digests.get(suffix)]
+
+    with (
+        report("rebuild", sum(unit.nbytes for unit in chosen), "bytes") as advance,
+        ThreadPoolExecutor(cores()) as pool,
+    ):
+        for unit, other in pool.map(rebuilt, chosen):
+            for suffix in other:
+                check.misses.append(f"{unit.tensor_name(suffix)}: other bytes")
+            check.checked += 1
+            advance(unit.nbytes)
+    return check
+
+
+def _place(tensor: StoredTensor, files: WeightFiles) -> Place:
+    """Where it lies, at the size it should have; nowhere if it is not there."""
+    info = files.infos.get(tensor.name)
+    return Place("", 0, tensor.nbytes) if info is None else Place(info.file.name, info.start, tensor.nbytes)
+
+
+def _there(unit: Unit, files: WeightFiles) -> Unit:
+    """The unit without what is missing or has another size."""
+    found = {suffix: files.infos.get(unit.tensor_name(suffix)) for suffix in unit.places}
+    good = (suffix for suffix, info in found.items() if info and info.nbytes == unit.places[suffix].nbytes)
+    return replace(unit, places={suffix: unit.places[suffix] for suffix in good})

@@ -1,0 +1,142 @@
+"""The slow, obvious form of every stored tensor: row by row, as the format's formulas read.
+
+`verify` holds written files against it. It shares no arithmetic with `fxquant.kernels`.
+"""
+
+import torch
+from torch import Tensor
+
+from fxquant.schemes.schemes import Recipe, WeightAlgorithm, tensor_specs
+from fxquant.verification.reference_search import Chosen, searched_codes
+
+FEEDBACK_ERROR = 0.25
+"""Of a row's squares: what GPTQ's squared error stays below. Codes of another row are off by one to two times them."""
+
+
+def expected_tensors(
+    recipe: Recipe, weight: Tensor, bias: Tensor | None, found: Tensor | None = None, chosen: Chosen | None = None
+) -> dict[str, Tensor]:
+    """Every tensor that one module of `recipe` owns, except the calibrated ones, from its weight [n, k].
+
+    `found`: codes int8 [n, k] that calibration found, for GPTQ; all but these follows from the weight. `chosen`: what
+    `expected_codes` gave, where it was asked already.
+    """
+    codes, scales, seconds = chosen or expected_codes(recipe, weight)
+    codes = codes if found is None else found.float()
+    n, groups = seconds.shape
+    packed = recipe.int4 and recipe.dialect.packed
+    expected = {
+        "weight": _pack(codes) if packed else codes.to(torch.int8),
+        "weight_scale": scales.view(n, 1),
+        "weight_offset": torch.zeros(n, 1),
+        "weight_scale_second": seconds,
+        "weight_offset_second": torch.zeros(n, groups, dtype=torch.int64),
+    }
+    if packed:
+        expected["scale_bias"] = _scale_bias(recipe, codes, scales, seconds)
+    if bias is not None:
+        expected["bias"] = bias.to(torch.float32 if recipe.dialect.float32_parameters else recipe.dtype)
+    return {suffix: expected[suffix] for suffix in tensor_specs(recipe) if suffix in expected}
+
+
+def expected_codes(recipe: Recipe, weight: Tensor) -> Chosen:
+    """Codes [n, k], scales [n], second scales [n, G]."""
+    if recipe.algorithm is not WeightAlgorithm.MIN_MAX:
+        return searched_codes(recipe, weight)
+    rounded_to = recipe.scale_dtype
+    made = []
+    for row in weight:
+        if not recipe.int4:
+            made.append((*_symmetric_row(row.float(), 127, -128, 127, rounded_to), torch.ones(1)))
+        elif not recipe.group_size:
+            made.append((*_symmetric_row(row.float(), 7, -8, 7, rounded_to), torch.ones(1)))
+        else:
+            made.append(_two_level_row(row.float(), recipe.group_size))
+    codes, scales, seconds = (torch.stack(column) for column in zip(*made, strict=True))
+    return codes, scales, seconds
+
+
+def wrong_codes(recipe: Recipe, weight: Tensor, found: Tensor, chosen: Chosen | None = None) -> str | None:
+    """Why codes that calibration found cannot be those of the weight [n, k], or None.
+
+    They must be ones that the form can hold. And though GPTQ does not seek the nearest code, it stays near.
+    """
+    codes, scales, seconds = chosen or expected_codes(recipe, weight)
+    wide = seconds.repeat_interleave(codes.shape[1] // seconds.shape[1], 1)
+    limit = 7 if recipe.int4 else 127
+    if bool((found > limit).any() | (found < -limit - 1).any()):
+        return f"a code is outside {-limit - 1} … {limit}"
+    if recipe.group_size and bool(((found * wide).abs() > 119).any()):
+        return "a code times its second scale is beyond 119"
+    steps, wanted = scales.view(-1, 1) * wide, weight.float()
+    far = ((found * steps - wanted) ** 2).sum(1) > FEEDBACK_ERROR * (wanted**2).sum(1)
+    return f"row {int(far.nonzero()[0])} is far from the source's" if bool(far.any()) else None
+
+
+def contradiction(
+    recipe: Recipe, stored: dict[str, Tensor], bias: Tensor | None, weight_scale: Tensor | None = None
+) -> str | None:
+    """Why the calibrated tensors of a static linear disagree with its range or each other, the tensor first; or None.
+
+    `weight_scale` [n] is the one that follows from the source, where none is stored.
+    """
+    observed = recipe.activation
+    if observed is None:
+        return "input_scale is of no range: the graph holds none"
+    dtype = observed.arithmetic
+    low, high = torch.tensor(min(observed.low, 0), dtype=dtype), torch.tensor(max(observed.high, 0), dtype=dtype)
+    scale = torch.maximum((high - low) / 255, torch.tensor(1.1920928955078125e-07, dtype=dtype))
+    offset = min(max(float(torch.round(-low / scale)) - 128, -128.0), 127.0)
+    input_scale, deq_scale = stored["input_scale"].float(), stored["deq_scale"]
+    if deq_scale.dtype is torch.int64:
+        deq_scale = deq_scale.to(torch.int32).view(torch.float32)
+    if input_scale.item() != scale.to(recipe.dtype).item():
+        return f"input_scale is {input_scale.item()}, the observed range gives {scale.item()}"
+    if stored["input_offset"].item() != offset:
+        return f"input_offset is {stored['input_offset'].item()}, the observed range gives {offset}"
+    weight_scale = stored.get("weight_scale", weight_scale)
+    if weight_scale is not None and not torch.equal(deq_scale, input_scale * weight_scale.flatten()):
+        return "deq_scale is not input_scale * weight_scale"
+    for row, q in enumerate(stored["weight"]):
+        folded = float(bias[row].float() / deq_scale[row]) if bias is not None and deq_scale[row] > 0 else 0.0
+        if stored["quant_bias"][row].item() != round(folded - offset * int(q.long().sum())):
+            return f"quant_bias of output {row} does not follow from bias, deq_scale, input_offset and weight"
+    return None
+
+
+def _symmetric_row(
+    row: Tensor, maximum: int, low: int, high: int, rounded_to: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """q = clamp(rne(w / s)), s = max|w| / maximum in `rounded_to`; a row of zeros stays zeros with scale 0."""
+    scale = (row.abs().max() / maximum).to(rounded_to).float()
+    q = torch.zeros_like(row) if scale == 0 else torch.round(row / scale).clamp(low, high)
+    return q, scale
+
+
+def _two_level_row(row: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    q8, scale = _symmetric_row(row, 119, -119, 119)
+    seconds, codes = [], []
+    for group in q8.split(group_size):
+        second = max(1.0, float(torch.round(group.abs().max() / 7)))
+        seconds.append(second)
+        codes.append(torch.round(group / second).clamp(-8, 7))
+    return torch.cat(codes), scale, torch.tensor(seconds)
+
+
+def _pack(codes: Tensor) -> Tensor:
+    """Two rows a byte, the even one in the low nibble, two's complement."""
+    unsigned = codes.to(torch.int32) % 16
+    packed = unsigned[0::2] + 16 * unsigned[1::2]
+    return torch.where(packed > 127, packed - 256, packed).to(torch.int8)
+
+
+def _scale_bias(recipe: Recipe, codes: Tensor, scales: Tensor, seconds: Tensor) -> Tensor:
+    """8 * scale * sum of codes * second, over all of k or over 16 runs of it."""
+    chunks = 16 if recipe.row_parallel else 1
+    weights = codes.to(torch.int64).double()
+    for group in range(seconds.shape[1]):
+        width = codes.shape[1] // seconds.shape[1]
+        weights[:, group * width : (group + 1) * width] *= seconds[:, group : group + 1]
+    exact = scales.bfloat16() if recipe.group_size else scales
+    sums = torch.stack([chunk.sum(1) for chunk in weights.chunk(chunks, 1)], 1)
+    return (8 * exact.double().view(-1, 1) * sums).float()

@@ -1,0 +1,159 @@
+"""The slow form of `clip` and `least_squares`: each scale is tried on all rows, and each row keeps its best.
+
+It shares no arithmetic with `fxquant.kernels`. A form says what scales s [n] make of the rows: their errors float64
+[n], scales that fit their codes, the codes.
+"""
+
+import torch
+from torch import Tensor
+
+from fxquant.schemes.schemes import Recipe, WeightAlgorithm
+
+LANES = 32
+ROWS = 256
+"""Rows at a time: every temporary is float64 of as many."""
+Chosen = tuple[Tensor, Tensor, Tensor]
+"""Codes [n, k], scales [n], second scales [n, G]."""
+
+
+def searched_codes(recipe: Recipe, weight: Tensor) -> Chosen:
+    """Codes, scales and second scales of a weight [n, k], by clip or least squares, whose scales GPTQ has."""
+    made = [_searched(recipe, rows.float()) for rows in weight.split(ROWS)]
+    codes, scales, seconds = (torch.cat(column) for column in zip(*made, strict=True))
+    return codes, scales, seconds
+
+
+def _searched(recipe: Recipe, rows: Tensor) -> Chosen:
+    form = _TwoLevel(rows, recipe.group_size) if recipe.int4 and recipe.group_size else _Channel(rows, recipe)
+    scales, errors, places = form.widest, form.error(form.widest), torch.zeros(len(rows), dtype=torch.int64)
+    for place in range(1, form.grid):
+        tried = form.on_grid(torch.full((len(rows),), place))
+        error = form.error(tried)
+        better = (tried > 0) & (error < errors)
+        scales, errors = torch.where(better, tried, scales), torch.where(better, error, errors)
+        places = torch.where(better, place, places)
+    if recipe.algorithm is not WeightAlgorithm.CLIP:
+        scales = _fitted(form, scales, errors, places)
+    return form.codes(scales)
+
+
+def _fitted(form: "_Channel | _TwoLevel", scales: Tensor, errors: Tensor, places: Tensor) -> Tensor:
+    """The best scale on the ways from the start of the grid, from the best of it, and from the neighbors of that."""
+    for start in (torch.zeros_like(places), places - 1, places, places + 1):
+        tried = form.on_grid(start.clamp(0, form.grid - 1))  # one outside is a start twice over: no harm
+        for _ in range(form.rounds):
+            fit = form.fit(tried)
+            tried = torch.where((fit > 0) & (tried > 0), fit, tried)
+            error = form.error(tried)
+            better = (tried > 0) & (error < errors)
+            scales, errors = torch.where(better, tried, scales), torch.where(better, error, errors)
+    return scales
+
+
+class _Channel:
+    """One scale a row: codes of 8 or 4 bits, scales representable in the recipe's dtype."""
+
+    grid, rounds = 40, 20
+
+    def __init__(self, rows: Tensor, recipe: Recipe) -> None:
+        self.rows, self.dtype = rows, recipe.scale_dtype
+        self.high = 7 if recipe.int4 else 127
+        self.widest = self._rounded(rows.abs().amax(1) / self.high)
+
+    def on_grid(self, place: Tensor) -> Tensor:
+        return self._rounded(self.widest * ((64 - place).float() / 64))
+
+    def error(self, scale: Tensor) -> Tensor:
+        q = self._quotients(scale)
+        return _lane_sum((self.rows.double() - scale.double().unsqueeze(1) * q.double()) ** 2)
+
+    def fit(self, scale: Tensor) -> Tensor:
+        q = self._quotients(scale).double()
+        return self._rounded(_quotient(_lane_sum(self.rows.double() * q), _lane_sum(q * q)))
+
+    def codes(self, scale: Tensor) -> Chosen:
+        return self._quotients(scale), scale, torch.ones(len(scale), 1)
+
+    def _rounded(self, scale: Tensor) -> Tensor:
+        return scale.to(self.dtype).float()
+
+    def _quotients(self, scale: Tensor) -> Tensor:
+        divisor = torch.where(scale > 0, scale, 1).unsqueeze(1)
+        return torch.round(self.rows / divisor).clamp(-self.high - 1, self.high)
+
+
+class _TwoLevel:
+    """An integer second scale a group, chosen anew for every first-level scale."""
+
+    grid, rounds = 8, 6
+
+    def __init__(self, rows: Tensor, group_size: int) -> None:
+        self.groups = rows.unflatten(1, (-1, group_size))
+        self.peaks = self.groups.abs().amax(-1)
+        self.widest = rows.abs().amax(1) / 119
+
+    def on_grid(self, place: Tensor) -> Tensor:
+        return self.widest * ((24 - place).float() / 24)
+
+    def error(self, scale: Tensor) -> Tensor:
+        return self._seconds(scale)[1]
+
+    def fit(self, scale: Tensor) -> Tensor:
+        seconds = self._seconds(scale)[0]
+        q, factors = self._quotients(scale, seconds).double(), seconds.double()
+        dots = _in_order(factors * _lane_sum(self.groups.double() * q))
+        return _quotient(dots, _in_order(factors * factors * _lane_sum(q * q))).float()
+
+    def codes(self, scale: Tensor) -> Chosen:
+        seconds = self._seconds(scale)[0]
+        return self._quotients(scale, seconds).flatten(1), scale, seconds
+
+    def _seconds(self, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """Of each group: from the least of 1 … 17 that cuts none of its weights down to half, the best, ties to the
+        larger; and the errors of the rows."""
+        needed = torch.ceil(self.peaks / (7 * torch.where(scale > 0, scale, 1)).unsqueeze(1))
+        widest = needed.clamp(1, 17)
+        best, least = torch.ones_like(widest), torch.full_like(widest, torch.inf, dtype=torch.float64)
+        for second in range(17, 0, -1):
+            seconds = torch.full_like(widest, second)
+            q = self._quotients(scale, seconds).double()
+            steps = (scale.double().unsqueeze(1) * second).unsqueeze(-1)
+            error = _lane_sum((self.groups.double() - steps * q) ** 2)
+            tried = (second <= widest) & (2 * second >= widest) & (scale > 0).unsqueeze(1)
+            better = tried & (error < least)
+            best, least = torch.where(better, second, best), torch.where(better, error, least)
+        return best, _in_order(least)
+
+    def _quotients(self, scale: Tensor, seconds: Tensor) -> Tensor:
+        """Codes whose products with the second scales stay within 119."""
+        lowest = -torch.floor(119 / seconds).clamp(max=8).unsqueeze(-1)
+        steps = (torch.where(scale > 0, scale, 1).unsqueeze(1) * seconds).unsqueeze(-1)
+        return torch.maximum(torch.round(self.groups / steps), lowest).clamp(max=7)
+
+
+def _quotient(dots: Tensor, norms: Tensor) -> Tensor:
+    """float32; 0 where all codes are."""
+    return torch.where(norms > 0, dots / torch.where(norms > 0, norms, 1), 0).float()
+
+
+def _in_order(values: Tensor) -> Tensor:
+    """float64 [n, G] → [n], added from left to right."""
+    return _running(values.unbind(1))
+
+
+def _running(values: tuple[Tensor, ...]) -> Tensor:
+    total = torch.zeros_like(values[0])
+    for value in values:
+        total = total + value
+    return total
+
+
+def _lane_sum(terms: Tensor) -> Tensor:
+    """float64 [..., k] → [...]: column j into lane j mod 32, in order; then the upper half of the lanes onto the lower,
+    until one is left."""
+    padded = torch.nn.functional.pad(terms, (0, -terms.shape[-1] % LANES))
+    lanes = _running(padded.unflatten(-1, (-1, LANES)).unbind(-2))
+    while lanes.shape[-1] > 1:
+        lower, upper = lanes.chunk(2, -1)
+        lanes = lower + upper
+    return lanes.squeeze(-1)

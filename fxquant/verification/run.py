@@ -1,0 +1,231 @@
+"""All checks of an output folder, in order: files, values, graphs."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from fxquant.calibration.calibration_file import CALIBRATION, load_calibration
+from fxquant.checkpoint.checkpoint import Checkpoint
+from fxquant.compilation.ledger import build_ledger, check_parameters
+from fxquant.errors import FxquantError
+from fxquant.lowering.output import copied_files
+from fxquant.lowering.output_folder.layout import StoredTensor
+from fxquant.lowering.output_folder.manifest import FLOAT_GRAPH, GRAPH, find_manifest
+from fxquant.passes.check_contract import linears
+from fxquant.program.program import Program
+from fxquant.program.program_file import load_program
+from fxquant.progress import Reporter
+from fxquant.runtime.weight_readers import Cached, Read, RecipeReader
+from fxquant.targets.check_contract import check as findings
+from fxquant.targets.contract import Verdict, load_contract
+from fxquant.targets.engines import ENGINES, group_size
+from fxquant.targets.target import Target
+from fxquant.verification.blocks import block_names, probe_inputs, walk
+from fxquant.verification.document_checks import Documents, check_copies, documents
+from fxquant.verification.engine_check import EngineChecker
+from fxquant.verification.file_checks import check_digests, check_sizes, infer_target
+from fxquant.verification.graph_checks import AscendChecker, GraphChecker, OnnxChecker
+from fxquant.verification.noise import logit_noise
+from fxquant.verification.rebuild import Rebuild, check_rebuild
+from fxquant.verification.remade import Remade, check_remade
+from fxquant.verification.report import Check, VerifyReport
+from fxquant.verification.transform_checks import check_calibration, check_rotation, check_smoothing
+from fxquant.verification.unread import unread_with, unread_without
+from fxquant.verification.weight_checks import (
+    StoredCodes,
+    WeightFiles,
+    check_names,
+    check_static,
+    check_values,
+    expected_stored,
+    sample,
+)
+
+SAMPLE_ABOVE = 1 << 30
+"""Bytes of weights above which a sample is checked, unless the caller asks for all."""
+SAMPLED_TENSORS = 256
+SAMPLED_EXPERTS = 8
+NOISE_SEEDS = 8
+VALUE_CACHE = 1 << 28
+"""Bytes of weights that a walk over the graph keeps."""
+
+
+def verify_output(
+    folder: Path,
+    source: Checkpoint | None,
+    full: bool,
+    report: Reporter,
+    ranks: int | None = None,
+    target: Target | None = None,
+    rebuild: Rebuild | None = None,
+) -> VerifyReport:
+    """Hold `folder` against `source` (None: structure and graphs only). Streams; reads nothing whole but one module.
+
+    `ranks`: tensor-parallel ranks that the engine's reader splits over; None: as many as it was compiled for.
+    `target`: None: the manifest's; without a manifest, the one that the files show. `rebuild`: derive weights anew too;
+    it needs `source`. A digest or a rebuilt tensor that differs stops no other check: they say what is wrong with it.
+    """
+    manifest = find_manifest(folder)
+    program, files = load_program(folder / GRAPH), WeightFiles(folder)
+    original, source = source, _smoothed(source, folder)
+    target = target or (Target(manifest.target) if manifest else infer_target(program, folder))
+    ranks = ranks or (manifest.tp if manifest else 1)
+    stored = expected_stored(program, source, files)
+    sampled = not full and sum(tensor.nbytes for tensor in stored) > SAMPLE_ABOVE
+    output = _Output(folder, program, files, source, target, ranks, sampled)
+    said = documents(program, folder, stored, files, target)
+    again = Remade()
+    if manifest:
+        digests = [check_digests(manifest, folder, report)]
+    else:
+        again = check_remade(folder, program, original, exports=ENGINES[target].npu_graph and not sampled)
+        digests = [*_check_alone(output, said), *again.checks]
+    checks = [check_sizes(manifest, folder)] if manifest else []
+    if original is not None and source is not None:
+        checks.append(_check_source(program, original))
+        check_parameters(program, source)
+    others = [name for name in said.wanted if name != "config.json"]
+    checks += [check_names(files, stored), said.check("description and index", others)]
+    checks += [said.check("config.json", ["config.json"]), _check_contract(program, target, ranks)]
+    rebuilt = []
+    if rebuild is not None and source is not None:
+        rebuilt = [check_rebuild(program, files, source, rebuild.sample, report)]
+    if all(check.ok for check in checks):
+        checks += _check_values(output, stored, report)
+        if original is not None and source is not None and source.smoothing:
+            checks += _check_smoothing(original, source, folder)
+        if manifest is None and source is not None:
+            checks.append(check_calibration(folder, checks))
+    if all(check.ok for check in checks):
+        checks += _check_graphs(output, report)
+    noise = None
+    if not sampled and all(check.ok for check in checks):
+        inputs = list(probe_inputs(program).values())
+        noise = logit_noise(program, Cached(files.read, SAMPLE_ABOVE), inputs, NOISE_SEEDS)
+    named = None if source is None else str(source.folder)
+    return VerifyReport([*digests, *rebuilt, *checks], named, sampled, noise, _unread(output, again, manifest is None))
+
+
+@dataclass(frozen=True)
+class _Output:
+    """What is held against what: a folder and its graph, read for `target` on `ranks`."""
+
+    folder: Path
+    program: Program
+    files: WeightFiles
+    source: Checkpoint | None
+    target: Target
+    ranks: int
+    sampled: bool
+
+
+def _check_alone(output: _Output, said: Documents) -> list[Check]:
+    """What the digests of a manifest would have said of documents."""
+    copies = [check_copies(output.source, output.folder)] if output.source is not None else []
+    return [said.written(output.program), *copies]
+
+
+def _unread(output: _Output, again: Remade, alone: bool) -> dict[str, str]:
+    if not alone:
+        return unread_with(output.folder)
+    source = output.source
+    known = {info.file.name for info in output.files.infos.values()}
+    known |= {file.name for file in copied_files(source.folder)} if source is not None else set()
+    turned = source is not None and bool(source.smoothing.turns)
+    found = unread_without(output.folder, ENGINES[output.target], known, turned) | again.unread
+    return {name: what for name, what in found.items() if what}
+
+
+def _smoothed(source: Checkpoint | None, folder: Path) -> Checkpoint | None:
+    """The source as the output's own calibration smoothed it."""
+    saved = folder / CALIBRATION
+    if source is None or not os.path.lexists(saved):
+        return source
+    if not saved.is_file():
+        raise FxquantError(saved, "no regular file.", "Copy the file again, or compile again.")
+    return source.smoothed(load_calibration(saved).smoothing)
+
+
+def _check_smoothing(original: Checkpoint, source: Checkpoint, folder: Path) -> list[Check]:
+    turned = bool(source.smoothing.turns)
+    checks = [check_rotation(load_program(folder / FLOAT_GRAPH), original, source.smoothing)] if turned else []
+    return [*checks, check_smoothing(original, source.smoothing)]
+
+
+def _check_source(program: Program, source: Checkpoint) -> Check:
+    """Every source tensor is accounted for by the graph that was written."""
+    ledger = build_ledger(program, source)
+    check = Check("source tensors accounted for", len(ledger.entries))
+    check.checked = len(ledger.entries)
+    check.expect(sum(entry.nbytes for entry in ledger.entries) == source.nbytes, "bytes do not sum to the checkpoint")
+    check.checked -= 1
+    return check
+
+
+def _check_contract(program: Program, target: Target, ranks: int) -> Check:
+    """No linear is one that the target refuses on so many ranks."""
+    found = linears(program)
+    check = Check(f"contract of {target}, ranks: {ranks}", len(found))
+    refused = [one for one in findings(load_contract(target), found, ranks) if one.verdict is Verdict.REFUSED]
+    check.checked = len(found)
+    check.misses += (f"{one.module}: {one.fact} ({one.source})" for one in refused)
+    return check
+
+
+def _check_values(output: _Output, stored: list[StoredTensor], report: Reporter) -> list[Check]:
+    """Every tensor, or a sample, against the source; without one, static parameters among themselves."""
+    if output.source is None:
+        return [check_static(output.program, output.files)]
+    units = sample(stored, SAMPLED_TENSORS if output.sampled else None)
+    with report("verify weights", sum(unit.nbytes for unit in units), "bytes") as advance:
+        return check_values(units, output.files, output.source, advance)
+
+
+def _check_graphs(output: _Output, report: Reporter) -> list[Check]:
+    """Block by block: the emitted graph, and the engine that will read the weights.
+
+    The engine is held against the graph on the integers that the recipes make of the source: of a sampled model the
+    files were not compared in full.
+    """
+    program, folder, files = output.program, output.folder, output.files
+    engine = ENGINES[output.target]
+    graph: GraphChecker = (AscendChecker if engine.npu_graph else OnnxChecker)(program, folder)
+    checks = _check_graph("verify graph", graph, files.read, output.sampled, report)
+    reader = engine.reader(group_size(program))
+    if reader is None or not _takes_dtype(program, output.target):
+        return checks
+    sampled = SAMPLED_EXPERTS if output.sampled else None
+    checker = EngineChecker(program, folder, reader, output.ranks, _unverified(output), sampled)
+    read = files.read if output.source is None else RecipeReader(program, output.source, StoredCodes(program, files))
+    return checks + _check_graph("verify reader", checker, read, output.sampled, report)
+
+
+def _takes_dtype(program: Program, target: Target) -> bool:
+    return str(program.dtype).removeprefix("torch.") in load_contract(target).dtypes.accepted
+
+
+def _unverified(output: _Output) -> frozenset[str]:
+    """Modules of which nobody has shown whether the engine reads them; the report of `compile` names them."""
+    found = findings(load_contract(output.target), linears(output.program), output.ranks)
+    return frozenset(one.module for one in found if one.verdict is Verdict.UNVERIFIED)
+
+
+def _check_graph(stage: str, checker: GraphChecker, read: Read, sampled: bool, report: Reporter) -> list[Check]:
+    program = checker.program
+    blocks = block_names(program)
+    wanted = set(one_of_each_kind(program)) if sampled else set(blocks)
+    with report(stage, len(wanted), "blocks") as advance:
+        for block, values in walk(program, Cached(read, VALUE_CACHE), wanted):
+            checker.check(block, values)
+            advance(1)
+    return checker.checks
+
+
+def one_of_each_kind(program: Program) -> list[str]:
+    """The first block of each sequence of operators."""
+    first: dict[tuple, str] = {}
+    for block in block_names(program):
+        nodes = program.graph.graph.nodes
+        operators = tuple(str(n.target) for n in nodes if n.op == "call_function" and n.meta["block"] == block)
+        first.setdefault(operators, block)
+    return list(first.values())

@@ -1,0 +1,79 @@
+"""Smoothing changes numbers and no function: what was divided on one side is multiplied on the other, what was turned
+by a matrix on one side by its inverse on the other."""
+
+from collections.abc import Sequence
+from itertools import combinations
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fxquant.calibration.calibration_file import CALIBRATION
+from fxquant.checkpoint.checkpoint import Checkpoint
+from fxquant.checkpoint.rotated import rotation
+from fxquant.passes.find_rotation import find_turns
+from fxquant.program.program import Program
+from fxquant.transforms.rotation import Rotate
+from fxquant.transforms.weight_transforms import Smoothing
+from fxquant.verification.report import Check
+
+
+def check_smoothing(source: Checkpoint, smoothing: Smoothing) -> Check:
+    """Every smoothed vector recomputed from `source`, untouched but for turns, `==`, and every scale on both sides."""
+    source = source.smoothed(rotation(smoothing.turns, source))
+    check = Check("smoothing keeps the function", len(smoothing.tensors) + len(smoothing.scales))
+    read = set(smoothing.columns.values())
+    for key in sorted(smoothing.scales):
+        made = key in smoothing.rows or key in smoothing.tensors
+        check.expect(made and key in read, f"{key}: its scale is on one side only")
+    for name, found in sorted(smoothing.tensors.items()):
+        check.expect(_agrees(found, _wanted(name, source, smoothing)), f"{name}: does not make up for scale and shift")
+    return check
+
+
+def check_rotation(program: Program, source: Checkpoint, smoothing: Smoothing) -> Check:
+    """The turns are those that the float graph `program` needs, no weight of a turned value left out."""
+    check = Check("rotation keeps the function", len(smoothing.turns) + len(smoothing.norms))
+    wanted = [
+        find_turns(program, parts) for count in range(1, 1 + len(Rotate)) for parts in combinations(Rotate, count)
+    ]
+    found = smoothing.turns
+    closest = min(wanted, key=lambda turns: len(set(found.items()) ^ set(turns.items())))
+    for name in sorted({*found, *closest}):
+        same = found.get(name) == closest.get(name)
+        check.expect(same, f"{name}: turned by {found.get(name)}, the graph says {closest.get(name)}")
+    for name, norm in smoothing.norms.items():
+        check.expect(name in source.tensors and torch.equal(norm, source.read(name)), f"{name}: not the source's")
+    return check
+
+
+def check_calibration(folder: Path, values: Sequence[Check]) -> Check:
+    """Where no digest vouches for the calibration file: whether `values`, which are held against it, agree with it."""
+    check = Check("weights fit the calibration", 1)
+    there = (folder / CALIBRATION).is_file()
+    fact = "contradicts the weights: one of them is damaged" if there else "missing, if weights are smoothed"
+    check.expect(all(one.ok for one in values), f"{CALIBRATION}: {fact}")
+    return check
+
+
+def _wanted(name: str, source: Checkpoint, smoothing: Smoothing) -> Tensor:
+    """The vector that stands in the place of tensor `name`, float64 before its rounding where it is a sum."""
+    module, _, suffix = name.rpartition(".")
+    weight = f"{module}.weight"
+    before = source.read(name) if name in source.tensors else torch.zeros(())
+    if suffix == "weight" and name not in smoothing.scales:
+        return before
+    if suffix == "weight":
+        return (before.float() / smoothing.scales[name]).to(before.dtype)
+    if weight in smoothing.scales:  # of a norm
+        return (before.float() - smoothing.shifts.get(weight, torch.zeros(()))) / smoothing.scales[weight]
+    shift = smoothing.shifts.get(smoothing.columns.get(weight, ""))
+    return before.double() if shift is None else before.double() + source.read(weight).double() @ shift.double()
+
+
+def _agrees(found: Tensor, wanted: Tensor) -> bool:
+    """Equal, or for a sum in float64 within the rounding to the dtype of `found`, which halves may send either way."""
+    if wanted.dtype is found.dtype:
+        return bool((found == wanted).all())
+    error, step = (found.double() - wanted).abs(), torch.finfo(found.dtype).eps
+    return bool((error <= wanted.abs() * step).all())

@@ -1,0 +1,39 @@
+"""What of an output verification has not looked at, file by file."""
+
+import os
+from pathlib import Path
+
+from fxquant.calibration.calibration_file import CALIBRATION
+from fxquant.lowering.ascend.export.exported import DECODE, PREFILL
+from fxquant.lowering.ascend.writer import FILE as ASCEND_GRAPH
+from fxquant.lowering.onnx.writer import FILE as ONNX_GRAPH
+from fxquant.lowering.output_folder.manifest import FLOAT_GRAPH, GRAPH, LEDGER, MANIFEST, STAMPS
+from fxquant.targets.engines import Engine
+
+ALL = "all of it"
+
+
+def unread_with(folder: Path) -> dict[str, str]:
+    """File → what is not looked at, where every file but these has a digest in the manifest."""
+    there = os.path.lexists(folder / STAMPS)
+    stamps = ALL if there else "it is not there; it only spares a later compile work"
+    return {MANIFEST: "what nothing else says, such as the policy's name", STAMPS: stamps}
+
+
+def unread_without(folder: Path, engine: Engine, known: set[str], turned: bool) -> dict[str, str]:
+    """The same where the manifest is gone. `known`: files that were compared with the source, or read tensor by tensor.
+
+    Files that every output has are named whether they are there or not: nothing says that they were.
+    """
+    found = dict.fromkeys((FLOAT_GRAPH, LEDGER, STAMPS, *((PREFILL, DECODE) if engine.npu_graph else ())), ALL)
+    found |= {GRAPH: "the policy's rules in it", CALIBRATION: "the ranges in it, and the text's hash"}
+    found |= {} if engine.npu_graph else {ONNX_GRAPH: "the version of fxquant that it names"}
+    if turned:
+        found[FLOAT_GRAPH] = "all but the turns that it needs"
+    read = known | set(found) | {"config.json", engine.description, engine.index, ASCEND_GRAPH}
+    others = (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if not _is_folder(path))
+    return found | {name: ALL for name in others if name not in read}
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()

@@ -1,0 +1,190 @@
+"""The weight files against the graph, the description and the source checkpoint."""
+
+import random
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fxquant.checkpoint.checkpoint import Checkpoint
+from fxquant.errors import FxquantError
+from fxquant.lowering.output_folder.layout import MTP_STEM, StoredTensor, stored_tensors
+from fxquant.ops.quantized import expand_int4
+from fxquant.program.program import Program
+from fxquant.progress import Advance
+from fxquant.schemes.schemes import Recipe, WeightAlgorithm, tensor_specs
+from fxquant.storage.hashing import hash_bytes
+from fxquant.storage.safetensors import TensorInfo, read_header
+from fxquant.verification.reference import contradiction, expected_codes, expected_tensors, wrong_codes
+from fxquant.verification.report import Check
+
+STEMS = ("quant_model_weight", MTP_STEM)
+CALIBRATED = ("input_scale", "input_offset", "deq_scale", "quant_bias")
+
+
+class WeightFiles:
+    """The weight files of an output folder, read tensor by tensor; nothing is mapped into memory."""
+
+    def __init__(self, folder: Path) -> None:
+        files = sorted(file for stem in STEMS for file in folder.glob(f"{stem}*.safetensors"))
+        if not files:
+            raise FxquantError(folder, f"holds no {STEMS[0]}*.safetensors.", "Compile again.")
+        self.folder = folder
+        self.infos: dict[str, TensorInfo] = {}
+        for file in files:
+            self.infos |= read_header(file)
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, as stored."""
+        return self.infos[name].read()
+
+
+def check_names(files: WeightFiles, stored: list[StoredTensor]) -> Check:
+    """Names, dtypes and shapes against the graph."""
+    names = Check("tensors: name, dtype, shape", len(stored))
+    wanted = {tensor.name: tensor.spec for tensor in stored}
+    for name, spec in wanted.items():
+        info = files.infos.get(name)
+        found = "missing" if info is None else f"{info.dtype}{list(info.shape)}"
+        same = info is not None and info.dtype is spec.dtype and info.shape == spec.shape
+        names.expect(same, f"{name}: {found}, the graph says {spec.dtype}{list(spec.shape)}")
+    for name in sorted(set(files.infos) - set(wanted)):
+        names.expect(False, f"{name}: in the files, not in the graph")
+    return names
+
+
+def check_stored(program: Program, files: WeightFiles) -> None:
+    """Raise FxquantError unless every parameter of the graph lies in the files, in its shape: then it can be run."""
+    specs = {
+        f"{module}.{suffix}": spec.shape
+        for recipe in program.recipes.values()
+        for suffix, spec in tensor_specs(recipe).items()
+        for module in recipe.modules
+    }
+    for target, parameter in program.parameters.items():
+        shape = tuple(program.graph.tensor(target).shape)[1 if parameter.stacked else 0 :]
+        for name in parameter.names:
+            found, wanted = files.infos.get(name), specs.get(name, shape)
+            if found is None or found.shape != wanted:
+                fact = f"tensor {name} is {'missing' if found is None else list(found.shape)}"
+                raise FxquantError(files.folder, f"{fact}, the graph says {list(wanted)}.", "Compile again.")
+
+
+def sample(stored: list[StoredTensor], count: int | None) -> list[StoredTensor]:
+    """One StoredTensor a module (its weight) or kept tensor; a seeded `count` of them, or all."""
+    units = [t for t in stored if t.recipe is None or t.name == f"{t.module}.weight"]
+    if count is None or count >= len(units):
+        return units
+    return [units[index] for index in sorted(random.Random(0).sample(range(len(units)), count))]
+
+
+def check_values(units: list[StoredTensor], files: WeightFiles, source: Checkpoint, advance: Advance) -> list[Check]:
+    """Every chosen tensor recomputed from the source by the slow reference, `==`; static ones among themselves."""
+    static = [unit for unit in units if unit.recipe is not None and unit.recipe.scheme.static]
+    made = Check("quantized tensors == slow reference", sum(_data_free(unit.recipe) for unit in units))
+    kept = Check("kept tensors == source", sum(unit.recipe is None for unit in units))
+    calibrated = Check("static parameters agree", len(static))
+    for unit in units:
+        missing = [n for n in _names(unit) if n not in files.infos]
+        if unit.name in source.tensors and not missing:
+            _check_unit(unit, files, source, made, kept, calibrated)
+        else:
+            (kept if unit.recipe is None else made).expect(False, f"{unit.name}: missing in the output or the source")
+        advance(unit.nbytes)
+    return [made, kept, calibrated]
+
+
+def _check_unit(
+    unit: StoredTensor, files: WeightFiles, source: Checkpoint, made: Check, kept: Check, calibrated: Check
+) -> None:
+    recipe, module = unit.recipe, unit.module
+    if recipe is None:
+        want = source.read(unit.name).to(unit.spec.dtype)
+        kept.expect(same_bytes(files.read(unit.name), want), f"{unit.name}: differs from the source")
+        return
+    bias = source.read(f"{module}.bias") if recipe.bias else None
+    weight = source.read(unit.name)
+    chosen, found = expected_codes(recipe, weight), None
+    if recipe.algorithm is WeightAlgorithm.GPTQ:
+        found = stored_codes(recipe, module, files)
+        reason = wrong_codes(recipe, weight, found, chosen)
+        made.expect(reason is None, f"{module}.weight: {reason}")
+        made.checked -= 1
+    for suffix, want in expected_tensors(recipe, weight, bias, found, chosen).items():
+        made.expect(
+            same_bytes(files.read(f"{module}.{suffix}"), want),
+            f"{module}.{suffix}: {_where(files, module, suffix, want)}",
+        )
+    if recipe.scheme.static:
+        stored = {suffix: files.read(f"{module}.{suffix}") for suffix in tensor_specs(recipe)}
+        reason = contradiction(recipe, stored, bias, chosen[1])
+        calibrated.expect(reason is None, f"{module}.{reason}")
+
+
+def check_static(program: Program, files: WeightFiles) -> Check:
+    """Static parameters against each other and the stored ranges, without a source."""
+    recipes = [recipe for recipe in program.recipes.values() if recipe.scheme.static]
+    check = Check("static parameters agree", len(recipes))
+    for recipe in recipes:
+        stored = {suffix: files.read(f"{recipe.module}.{suffix}") for suffix in tensor_specs(recipe)}
+        reason = contradiction(recipe, stored, stored.get("bias"))
+        check.expect(reason is None, f"{recipe.module}.{reason}")
+    return check
+
+
+class StoredCodes:
+    """The codes of every quantized module of a folder, from its weight files: of GPTQ's no source has them."""
+
+    def __init__(self, program: Program, files: WeightFiles) -> None:
+        self._recipes = {module: recipe for recipe in program.recipes.values() for module in recipe.modules}
+        self._files = files
+
+    def __call__(self, module: str) -> Tensor:
+        return stored_codes(self._recipes[module], module, self._files)
+
+    def digest(self, module: str) -> str:
+        """XXH3-128 of the module's codes, in hex."""
+        return hash_bytes(self(module).numpy().tobytes())
+
+
+def stored_codes(recipe: Recipe, module: str, files: WeightFiles) -> Tensor:
+    """int8 [n, k], unpacked."""
+    weight = files.read(f"{module}.weight")
+    return expand_int4(weight, None) if recipe.int4 and recipe.dialect.packed else weight
+
+
+def same_bytes(x: Tensor, y: Tensor) -> bool:
+    """Equal dtype, shape and bits; -0.0 and NaN payloads count."""
+    same = x.dtype is y.dtype and x.shape == y.shape
+    return same and torch.equal(x.contiguous().view(torch.uint8), y.contiguous().view(torch.uint8))
+
+
+def _data_free(recipe: Recipe | None) -> int:
+    return 0 if recipe is None else len([suffix for suffix in tensor_specs(recipe) if suffix not in CALIBRATED])
+
+
+def _names(unit: StoredTensor) -> list[str]:
+    return [unit.name] if unit.recipe is None else [f"{unit.module}.{suffix}" for suffix in tensor_specs(unit.recipe)]
+
+
+def _where(files: WeightFiles, module: str, suffix: str, want: Tensor) -> str:
+    """The first element that differs."""
+    found = files.read(f"{module}.{suffix}")
+    if found.shape != want.shape or found.dtype is not want.dtype:
+        return f"{found.dtype}{list(found.shape)}, expected {want.dtype}{list(want.shape)}"
+    different = (found != want).nonzero()
+    if not len(different):
+        return "differs in the sign of a zero or in a NaN"
+    place = tuple(different[0].tolist())
+    return f"{len(different)} elements differ, first at {list(place)}: {found[place].item()}, not {want[place].item()}"
+
+
+def expected_stored(program: Program, source: Checkpoint | None, files: WeightFiles) -> list[StoredTensor]:
+    """The layout's tensors; without a source, kept tensors are taken at their stored dtype."""
+    if source is not None:
+        return stored_tensors(program, source)
+    believed = Checkpoint(Path(), program.config, dict(files.infos))
+    return stored_tensors(program, believed)
+
+
+__all__ = ["WeightFiles", "check_names", "check_static", "check_values", "expected_stored", "sample"]
