@@ -1,6 +1,7 @@
 """What reaches a user when something is wrong: where, what, and the way out."""
 
-from fxquant.inputs.limits import MESSAGE_CHARACTERS
+MESSAGE_CHARACTERS = 5_000
+"""Of each part of an error: its place, its fact, its remedy."""
 
 
 class FxquantError(Exception):

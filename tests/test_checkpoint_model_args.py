@@ -11,8 +11,9 @@ from tiny import YARN, tiny_config
 from tiny_names import ARGS
 
 from fxquant.checkpoint.config import parse_config, read_config
-from fxquant.checkpoint.model_args import hf_to_model_args, model_args_to_hf
+from fxquant.checkpoint.model_args import model_args_to_hf
 from fxquant.errors import FxquantError
+from fxquant.frontend.deepseek_args import hf_to_model_args
 
 CONFIG_671B: dict[str, Any] = {
     "vocab_size": 129280, "dim": 7168, "inter_dim": 18432, "moe_inter_dim": 2048, "n_layers": 61, "n_dense_layers": 3,

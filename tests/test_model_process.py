@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from fxquant.errors import FxquantError
-from fxquant.frontend import child
-from fxquant.frontend.child import Traced
+from fxquant.frontend import child, child_main
 from fxquant.frontend.source import open_source
+from fxquant.frontend.traced import Traced
 from fxquant.inputs.limits import ANSWER_BYTES
 from fxquant.processes.command import Ended
 
@@ -131,7 +131,7 @@ def test_answers(answer: int, folder: str, monkeypatch: pytest.MonkeyPatch) -> N
     """Folders may have any name."""
     traced = Traced('{"a": "\u00fc"}', Path(folder), None, "model.py, fxquant")
     monkeypatch.setattr("fxquant.frontend.build.trace_file", lambda file, checkpoint: traced)
-    child.main(Path("model.py"), os.dup(answer), None)
+    child_main.main(Path("model.py"), os.dup(answer), None)
     assert read(answer) == traced
     assert read(answer, status=-11) == traced  # it ended after its work was done
 
@@ -141,7 +141,7 @@ def test_errors_come_back(answer: int, monkeypatch: pytest.MonkeyPatch) -> None:
         raise FxquantError(Path(os.fsdecode(b"model\xff.py")), "is a fact.", "A way out.")
 
     monkeypatch.setattr("fxquant.frontend.build.trace_file", fail)
-    child.main(Path("model.py"), os.dup(answer), None)
+    child_main.main(Path("model.py"), os.dup(answer), None)
     with pytest.raises(FxquantError, match=r"^model\\udcff\.py: is a fact\. A way out\.$"):
         read(answer)
 

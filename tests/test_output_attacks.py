@@ -24,9 +24,10 @@ from fxquant.lowering.ascend.deployment import deployment
 from fxquant.lowering.ascend.emitter.emit import ascend_source
 from fxquant.lowering.onnx.required import require_emitted
 from fxquant.lowering.output_folder.manifest import MANIFEST, Manifest, read_manifest
+from fxquant.lowering.output_folder.weight_files import WeightFiles
 from fxquant.program.program_file import dump_program, load_program, parse_program
 from fxquant.targets.target import Target
-from fxquant.verification.weight_checks import WeightFiles, check_stored
+from fxquant.verification.weight_checks import check_stored
 
 DIGEST = "0" * 32
 GOOD: dict[str, Any] = {

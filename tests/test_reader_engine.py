@@ -19,6 +19,7 @@ from torch import Tensor
 import fxquant
 from fxquant import CompileOptions, FxquantError
 from fxquant.lowering.output_folder.manifest import GRAPH
+from fxquant.lowering.output_folder.weight_files import WeightFiles
 from fxquant.program.program import Program
 from fxquant.program.program_file import load_program
 from fxquant.runtime.weight_readers import Cached
@@ -26,7 +27,6 @@ from fxquant.targets.target import Target
 from fxquant.verification.blocks import block_names, walk
 from fxquant.verification.engine_check import EngineChecker
 from fxquant.verification.report import Check
-from fxquant.verification.weight_checks import WeightFiles
 
 MIXED = """
 extends: deepseek_w4a8_per_channel

@@ -11,9 +11,9 @@ from torch import Tensor
 from fxquant.engine_readers import Arithmetic, open_reader
 from fxquant.evaluation.divergence import evaluate_programs
 from fxquant.evaluation.engine_perplexity import reader_perplexity, run_through_reader
+from fxquant.lowering.output_folder.weight_files import WeightFiles
 from fxquant.runtime.execute import execute, prefill_inputs
 from fxquant.verification.noise import logit_noise
-from fxquant.verification.weight_checks import WeightFiles
 
 __all__ = ["compiled"]
 ENGINES = pytest.mark.parametrize("engine", ["vllm-ascend", "mindie"])

@@ -164,7 +164,7 @@ def test_another_version_is_refused(model: Path, tmp_path: Path, monkeypatch: py
     with monkeypatch.context() as patch, pytest.raises(Killed):
         stop_after(3, patch, Killed())
         compile_weights(model, out, jobs=1)
-    monkeypatch.setattr("fxquant.__version__", "0.0.1")
+    monkeypatch.setattr("fxquant.lowering.output.__version__", "0.0.1")
     with pytest.raises(FxquantError, match=r"work of fxquant 0\.1\.0, this is 0\.0\.1"):
         compile_weights(model, out)
 

@@ -163,7 +163,7 @@ def test_an_onnx_weight_that_points_elsewhere_is_caught(compiled: dict[Target, P
 
 def test_a_sample_runs_one_block_of_each_kind(compiled: dict[Target, Path]) -> None:
     program = load_program(compiled[Target.ASCEND] / "fxquant_graph.json")
-    from fxquant.verification.weight_checks import WeightFiles
+    from fxquant.lowering.output_folder.weight_files import WeightFiles
 
     wanted = one_of_each_kind(program)
     assert wanted == ["before", "model.layers.0", "model.layers.1", "after"] == block_names(program)

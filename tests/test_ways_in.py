@@ -78,7 +78,7 @@ def test_both_forms_of_deepseek_attention(form: str, tmp_path: Path, tiny_folder
 def test_deepseek_linears_may_be_declared_in_fp8(tiny_folder: Callable[..., Path], tmp_path: Path) -> None:
     text = (FILES / "deepseek_style.py").read_text() + (
         "\ndef build_model(config):\n"
-        "    from fxquant.checkpoint.config import hf_to_model_args\n"
+        "    from fxquant.frontend.deepseek_args import hf_to_model_args\n"
         "    kind = 'fp8' if torch.get_default_device().type == 'meta' else 'bf16'\n"
         "    return Transformer(ModelArgs(**{**hf_to_model_args(config), 'dtype': kind}))\n"
     )

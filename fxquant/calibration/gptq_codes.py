@@ -2,7 +2,6 @@
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -13,16 +12,6 @@ from fxquant.storage.safetensors import build_header, read_header, read_metadata
 from fxquant.storage.system_errors import stopping
 
 CODES, KEY, DIGEST = "codes", "key", "digest"
-
-
-class Codes(Protocol):
-    """Where the codes of a module come from."""
-
-    def __call__(self, module: str) -> Tensor:
-        """int8 [n, k]."""
-
-    def digest(self, module: str) -> str:
-        """XXH3-128 of their bytes, in hex."""
 
 
 class SolvedCodes:

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 
-import fxquant
 from fxquant.calibration.resume_state import DISCARD, Key, State, load_key, load_state, save_state
 from fxquant.checkpoint.checkpoint import Checkpoint
 from fxquant.checkpoint.stamped_reader import checkpoint_files, stamp_files
@@ -20,6 +19,7 @@ from fxquant.errors import FxquantError, StoppedError
 from fxquant.storage.hashing import hash_text
 from fxquant.storage.system_errors import stopping
 from fxquant.storage.work_folder import Kind, WorkFolder
+from fxquant.version import __version__
 
 STATE = "state.safetensors"
 
@@ -123,4 +123,4 @@ def _origin(checkpoint: Checkpoint) -> Key:
     """Whose sums they are, and the states of the files that weights are read from."""
     stamps = stamp_files(checkpoint_files(checkpoint))
     sources = [(file.name, stamp.header, stamp.size, stamp.mtime_ns) for file, stamp in sorted(stamps.items())]
-    return {"fxquant": fxquant.__version__, "torch": torch.__version__, "source": hash_text(repr(sources))}
+    return {"fxquant": __version__, "torch": torch.__version__, "source": hash_text(repr(sources))}

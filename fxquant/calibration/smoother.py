@@ -13,8 +13,8 @@ from fxquant.calibration.smooth_scales import SEARCH_TOKENS, Reader, channel_sca
 from fxquant.checkpoint.checkpoint import Checkpoint
 from fxquant.checkpoint.rotated import rotation
 from fxquant.errors import FxquantError
-from fxquant.passes.pair_smoothing import pair_readers
 from fxquant.policy.smooth_rules import PairKind, SmoothMethod
+from fxquant.program.linears import pair_readers
 from fxquant.program.program import Pair, Program, input_node
 from fxquant.runtime.execute import Values
 from fxquant.schemes.schemes import Recipe, WeightAlgorithm

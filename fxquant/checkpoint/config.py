@@ -22,16 +22,16 @@ from fxquant.checkpoint.config_sizes import (
     YarnBeta,
     YarnFactor,
     YarnScale,
-    check_size,
 )  # fmt: skip
-from fxquant.checkpoint.model_args import hf_to_model_args, is_model_args, model_args_to_hf
+from fxquant.checkpoint.model_args import is_model_args, model_args_to_hf
+from fxquant.checkpoint.parameter_count import check_size
 from fxquant.errors import FxquantError
 from fxquant.inputs.json_file import read_json
 from fxquant.inputs.limits import CONFIG_BYTES
 from fxquant.inputs.validation import cut, validation_fact
 
 __all__ = [
-    "DeepseekV3Config", "RopeScaling", "hf_to_model_args", "model_args_to_hf", "parse_config", "read_config",
+    "DeepseekV3Config", "RopeScaling", "parse_config", "read_config",
     "read_config_file", "yarn_mscale",
 ]  # fmt: skip
 

@@ -1,7 +1,6 @@
-"""The ModelArgs of DeepSeek's inference code: a config.json in its keys, to Hugging Face's keys and back."""
+"""The ModelArgs of DeepSeek's inference code: a config.json in its keys, to Hugging Face's keys."""
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -21,9 +20,6 @@ from fxquant.checkpoint.config_sizes import (
 from fxquant.errors import FxquantError
 from fxquant.inputs.limits import WIDTH
 from fxquant.inputs.validation import validation_fact
-
-if TYPE_CHECKING:
-    from fxquant.checkpoint.config import DeepseekV3Config
 
 
 class ModelArgs(BaseModel):
@@ -136,32 +132,3 @@ def model_args_to_hf(args: dict[str, Any], place: object = "config.json") -> dic
     if given.dtype == "fp8":
         config["quantization_config"] = FP8 | ({"scale_fmt": given.scale_fmt} if given.scale_fmt else {})
     return config
-
-
-def hf_to_model_args(config: "DeepseekV3Config", dtype: Literal["bf16", "fp8"] = "bf16") -> dict[str, Any]:
-    """The ModelArgs of a model of this config, without its prediction layers. `dtype` is that of the weights.
-
-    Raises FxquantError for what DeepSeek's inference code does not do: biases, another norm, other YaRN.
-    """
-    for fact in _unsayable(config):
-        raise FxquantError("config.json", f"ModelArgs cannot say {fact}.", "Keep Hugging Face's config.json.")
-    args = {key: getattr(config, official) for key, official in KEYS.items()}
-    args |= {"dtype": dtype, "q_lora_rank": config.q_lora_rank or 0}
-    args["original_seq_len"] = max(ModelArgs.model_fields["original_seq_len"].default, config.max_position_embeddings)
-    if config.rope_scaling:
-        args |= {key: getattr(config.rope_scaling, official) for key, official in YARN_KEYS.items()}
-    return ModelArgs(**args).model_dump(exclude={"max_batch_size", "scale_fmt"})
-
-
-def _unsayable(config: "DeepseekV3Config") -> Iterator[str]:
-    """What `config` has that no ModelArgs mean."""
-    for key, value in UNSAID.items():
-        if getattr(config, key) != value:
-            yield f"{key} {getattr(config, key)}: it means {value}"
-    yarn, positions = config.rope_scaling, config.max_position_embeddings
-    if yarn and yarn.mscale != yarn.mscale_all_dim:
-        yield f"mscale {yarn.mscale} beside mscale_all_dim {yarn.mscale_all_dim}: it has one for both"
-    if yarn and yarn.factor < 1:
-        yield f"YaRN of factor {yarn.factor}: it extends"
-    if yarn and positions <= yarn.original_max_position_embeddings:
-        yield f"YaRN for {positions} positions, as many as without: it extends beyond them"

@@ -53,7 +53,7 @@ def step_logits(folder: Path, program: Program, read: Read, ids: list[int], step
     if (folder / "model.onnx").is_file():
         from fxquant.lowering.onnx.required import require_emitted
         from fxquant.lowering.onnx.runner import OnnxRunner
-        from fxquant.verification.weight_checks import WeightFiles
+        from fxquant.lowering.output_folder.weight_files import WeightFiles
 
         require_emitted(program, WeightFiles(folder).infos, folder)
         return OnnxRunner(folder).generate(ids, steps)

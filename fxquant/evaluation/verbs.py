@@ -39,7 +39,8 @@ def run(out: str | Path, prompt: str, max_new_tokens: int = 64) -> Iterator[str]
 
 def open_output(folder: Path) -> tuple[Program, Read]:
     """The rewritten graph of an output folder and a reader of its weights."""
-    from fxquant.verification.weight_checks import WeightFiles, check_stored
+    from fxquant.lowering.output_folder.weight_files import WeightFiles
+    from fxquant.verification.weight_checks import check_stored
 
     read_manifest(folder)
     program, files = load_program(folder / GRAPH), WeightFiles(folder)

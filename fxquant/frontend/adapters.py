@@ -11,21 +11,32 @@ Any function `(module, adaptation) -> nn.Module` is an adapter too.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from fxquant import models
+from fxquant.checkpoint.config import DeepseekV3Config
 from fxquant.errors import FxquantError
 from fxquant.frontend.assemble import assemble, fetch, optional_parameter, parameter
 from fxquant.models import layers
 from fxquant.policy.kinds import Kind
 
-if TYPE_CHECKING:
-    from fxquant.frontend.adapt import Adaptation
 
-Adapter = Callable[[nn.Module, "Adaptation"], nn.Module]
+class Adaptation(Protocol):
+    """What an adapter may ask of the adaptation under way: that of `fxquant.frontend.adapt`."""
+
+    config: DeepseekV3Config
+
+    def convert(self, module: nn.Module) -> nn.Module:
+        """The module that takes the place of `module`."""
+
+    def mark(self, module: nn.Module, kind: Kind) -> nn.Module:
+        """`module`, now of that kind."""
+
+
+Adapter = Callable[[nn.Module, Adaptation], nn.Module]
 Size = str | int | float | bool | None
 """A number, the path of the attribute that holds it, or None for that of config.json."""
 
@@ -37,7 +48,7 @@ class Linear:
     weight: str = "weight"
     bias: str = "bias"
 
-    def __call__(self, module: nn.Module, adaptation: "Adaptation") -> nn.Module:
+    def __call__(self, module: nn.Module, adaptation: Adaptation) -> nn.Module:
         bias = getattr(module, self.bias, None)
         return assemble(layers.Linear, weight=parameter(fetch(module, self.weight)), bias=optional_parameter(bias))
 
@@ -48,7 +59,7 @@ class Embedding:
 
     weight: str = "weight"
 
-    def __call__(self, module: nn.Module, adaptation: "Adaptation") -> nn.Module:
+    def __call__(self, module: nn.Module, adaptation: Adaptation) -> nn.Module:
         return assemble(layers.Embedding, weight=parameter(fetch(module, self.weight)))
 
 
@@ -59,7 +70,7 @@ class RMSNorm:
     weight: str = "weight"
     eps: str | float = "eps"
 
-    def __call__(self, module: nn.Module, adaptation: "Adaptation") -> nn.Module:
+    def __call__(self, module: nn.Module, adaptation: Adaptation) -> nn.Module:
         eps = fetch(module, self.eps) if isinstance(self.eps, str) else self.eps
         return assemble(layers.RMSNorm, weight=parameter(fetch(module, self.weight)), eps=float(eps))
 
@@ -72,7 +83,7 @@ class MLP:
     up_proj: str = "up_proj"
     down_proj: str = "down_proj"
 
-    def __call__(self, module: nn.Module, adaptation: "Adaptation") -> nn.Module:
+    def __call__(self, module: nn.Module, adaptation: Adaptation) -> nn.Module:
         names = {"gate_proj": self.gate_proj, "up_proj": self.up_proj, "down_proj": self.down_proj}
         parts = {ours: adaptation.convert(fetch(module, theirs)) for ours, theirs in names.items()}
         return assemble(models.MLP, kind=Kind.DENSE_MLP, **parts)
@@ -100,7 +111,7 @@ class MoE:
     norm_topk_prob: Size = None
     routed_scaling_factor: Size = None
 
-    def __call__(self, module: nn.Module, adaptation: "Adaptation") -> nn.Module:
+    def __call__(self, module: nn.Module, adaptation: Adaptation) -> nn.Module:
         gate_proj, up_proj, down_proj = self._stacks(fetch(module, self.experts))
         experts = assemble(
             layers.RoutedExperts, num_experts=len(gate_proj), gate_proj=parameter(gate_proj),
@@ -123,7 +134,7 @@ class MoE:
         )
         return gate, up, down
 
-    def _gate(self, module: nn.Module, adaptation: "Adaptation") -> nn.Module:
+    def _gate(self, module: nn.Module, adaptation: Adaptation) -> nn.Module:
         bias, config = fetch(module, self.correction_bias), adaptation.config
         if bias is None:
             fact = f"its gate has no {self.correction_bias}; the experts of DeepSeek-V3 are chosen with it."
@@ -159,7 +170,7 @@ class Attention:
     v_head_dim: Size = None
     softmax_scale: Size = None
 
-    def __call__(self, module: nn.Module, adaptation: "Adaptation") -> nn.Module:
+    def __call__(self, module: nn.Module, adaptation: Adaptation) -> nn.Module:
         low_rank = getattr(module, self.q_a_proj, None) is not None
         queries = ("q_a_proj", "q_a_layernorm", "q_b_proj") if low_rank else ("q_proj",)
         names = (*queries, "kv_a_proj_with_mqa", "kv_a_layernorm", "kv_b_proj", "o_proj")

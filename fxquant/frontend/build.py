@@ -11,9 +11,9 @@ from fxquant.checkpoint.checkpoint import Checkpoint, open_config
 from fxquant.checkpoint.config import DeepseekV3Config, parse_config
 from fxquant.errors import FxquantError
 from fxquant.frontend.adapt import adapted
-from fxquant.frontend.child import Traced
 from fxquant.frontend.families import FAMILIES, family_of
 from fxquant.frontend.probe import probe
+from fxquant.frontend.traced import Traced
 from fxquant.frontend.user_file import UserFile, open_user_file, remedy, where
 from fxquant.models import DeepseekV3
 from fxquant.program.program import Program

@@ -1,33 +1,19 @@
-"""The process in which a user's model.py runs: it may print, crash or never end, and only its graph comes back.
+"""The process in which a user's model.py runs: it may print, crash or never end, and only its graph comes back."""
 
-python -m fxquant.frontend.child MODEL.py ANSWER [CHECKPOINT], where ANSWER is an open file descriptor.
-"""
-
-import json
 import os
 import signal
 import sys
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-from urllib.parse import quote_from_bytes, unquote_to_bytes
+from urllib.parse import unquote_to_bytes
 
 from fxquant.errors import FxquantError
+from fxquant.frontend.traced import Traced
 from fxquant.inputs.json_file import parse_json
 from fxquant.inputs.limits import ANSWER_BYTES
-from fxquant.processes.command import Ended, end_with, run_to_end
+from fxquant.processes.command import Ended, run_to_end
 
+MAIN = "fxquant.frontend.child_main"
 SMALLER = "Look for a loop without end or a download; a larger --trace-timeout gives it longer."
-
-
-@dataclass(frozen=True)
-class Traced:
-    """What comes back: the float program as text, where its checkpoint lies, and how the model came in."""
-
-    program: str
-    checkpoint: Path
-    policy: str | None
-    way_in: str
 
 
 def trace_in_child(file: Path, checkpoint: Path | None, timeout: float) -> Traced:
@@ -38,7 +24,7 @@ def trace_in_child(file: Path, checkpoint: Path | None, timeout: float) -> Trace
     answer = os.memfd_create("fxquant-answer")  # in memory: no folder for temporary files is needed
     try:
         arguments = [str(file), str(answer), *([str(checkpoint)] if checkpoint else [])]
-        command = [sys.executable, "-P", "-m", __name__, *arguments]
+        command = [sys.executable, "-P", "-m", MAIN, *arguments]
         return _read(file, answer, run_to_end(command, timeout, (answer,), _environment()))
     except TimeoutError:
         fact = f"not imported, built and traced within {timeout:g} seconds."
@@ -80,34 +66,3 @@ def _signal(number: int) -> str:
         return signal.Signals(number).name
     except ValueError:
         return f"signal {number}"
-
-
-def main(file: Path, answer: int, checkpoint: Path | None) -> None:
-    """Trace `file` here, and write the program or the error as a line of JSON, complete or without its end."""
-    from fxquant.frontend.build import trace_file
-
-    own = os.getpid()
-    os.set_inheritable(answer, False)
-    try:
-        traced = trace_file(file, checkpoint)
-        content: dict[str, Any] = {
-            "program": traced.program,
-            "checkpoint": quote_from_bytes(os.fsencode(traced.checkpoint)),
-            "policy": traced.policy,
-            "way_in": traced.way_in,
-        }
-    except FxquantError as error:
-        content = {"error": [_writable(text) for text in (error.place, error.fact, error.remedy)]}
-    if os.getpid() == own:  # not what the file forked
-        with os.fdopen(answer, "wb") as stream:
-            stream.write(json.dumps(content, default=str).encode() + b"\n")
-
-
-def _writable(text: str) -> str:
-    """Names of files may be other than UTF-8."""
-    return text.encode(errors="backslashreplace").decode()
-
-
-if __name__ == "__main__":
-    end_with(os.getppid())
-    main(Path(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]) if len(sys.argv) > 3 else None)

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxquant.checkpoint.config import DeepseekV3Config, hf_to_model_args
+from fxquant.checkpoint.config import DeepseekV3Config
 from fxquant.errors import FxquantError
 from fxquant.frontend.adapt import Leaves
+from fxquant.frontend.deepseek_args import hf_to_model_args
 from fxquant.frontend.stubs import accelerator_stubs
 
 CONTRACT = "A model.py defines build_model(config) and may name its CHECKPOINT folder; see docs/model-file.md."

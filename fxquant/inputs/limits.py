@@ -97,6 +97,3 @@ POSITIONS = 1 << 40
 """Positions of a context."""
 PARAMETERS = 10**15
 """Numbers in all tensors of a model: a thousand times the largest open ones."""
-
-MESSAGE_CHARACTERS = 5_000
-"""Of each part of an error: its place, its fact, its remedy."""

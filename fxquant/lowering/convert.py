@@ -28,6 +28,7 @@ from fxquant.lowering.output_folder.manifest import (
     UnitRecord,
     read_manifest,
 )
+from fxquant.lowering.output_folder.weight_files import WeightFiles
 from fxquant.lowering.own_files import is_plain
 from fxquant.lowering.weights.digests import file_digest
 from fxquant.lowering.weights.producer import BLOCK_BYTES, CheckpointProducer, tensor_bytes
@@ -42,7 +43,6 @@ from fxquant.storage.safetensors import header_bytes
 from fxquant.storage.system_errors import stopping
 from fxquant.targets.engines import ENGINES, group_size
 from fxquant.targets.target import Target
-from fxquant.verification.weight_checks import WeightFiles
 
 
 def converted_contents(folder: Path, target: Target, into: Path) -> Contents:

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import fxquant
 from fxquant.calibration.calibration_file import CALIBRATION, Calibration
 from fxquant.checkpoint.checkpoint import Checkpoint
 from fxquant.checkpoint.stamped_reader import Stamps
@@ -53,6 +52,7 @@ from fxquant.storage.safetensors import read_header
 from fxquant.storage.system_errors import stopping
 from fxquant.targets.engines import ENGINES, Engine
 from fxquant.targets.target import Target
+from fxquant.version import __version__
 
 COPIED_SUFFIXES = (".json", ".jinja", ".model")
 COPIED = ("merges.txt", "vocab.txt")
@@ -165,7 +165,7 @@ def _plan(contents: Contents) -> WeightPlan:
 
 
 def _fingerprint(contents: Contents, plan: WeightPlan) -> Fingerprint:
-    version, target = fxquant.__version__, contents.target.value
+    version, target = __version__, contents.target.value
     return fingerprint(plan, version, contents.policy, target, contents.stamps)
 
 
@@ -266,7 +266,7 @@ def _write_manifest(contents: Contents, plan: WeightPlan, journal: Journal, spac
     done = sorted(journal.done.values(), key=lambda filled: filled.name)
     units = {one.name: UnitRecord(key=plan.keys[one.name], digests=dict(sorted(one.digests.items()))) for one in done}
     manifest = Manifest(
-        fxquant=fxquant.__version__,
+        fxquant=__version__,
         kernels=KERNEL_VERSION,
         source=relative(contents.source, space.destination.out),
         checkpoint=relative(contents.origin, space.destination.out),

@@ -6,7 +6,7 @@ of each linear. Numbers come with calibration.
 """
 
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -129,9 +129,3 @@ def restore_biases(program: Program, names: Collection[str]) -> None:
 def _parameter(program: Program, site: fx.Node, name: str, tensor: Tensor, parameter: Parameter) -> fx.Node:
     program.added[name] = tensor
     return Surgery(program, site).attach(name, tensor, parameter)
-
-
-def pair_readers(program: Program, pair: Pair) -> Iterator[str]:
-    """Checkpoint names of every weight that reads the pair's value."""
-    for target in pair.readers:
-        yield from program.parameters[target].names

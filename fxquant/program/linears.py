@@ -10,7 +10,7 @@ from torch import fx
 from fxquant import ops
 from fxquant.policy.kinds import Kind
 from fxquant.policy.unused_rules import Decided
-from fxquant.program.program import Program, input_node
+from fxquant.program.program import Pair, Program, input_node
 
 PROJECTIONS = {"gate_proj": 3, "up_proj": 4, "down_proj": 5}
 """Argument positions of the stacked weights of `fxq::moe_experts`."""
@@ -102,3 +102,9 @@ def decided_modules(program: Program) -> list[Decided]:
 
 def _bias_module(program: Program, site: LinearSite) -> str:
     return program.parameters[str(site.bias.target)].module if site.bias is not None else site.module
+
+
+def pair_readers(program: Program, pair: Pair) -> Iterator[str]:
+    """Checkpoint names of every weight that reads the pair's value."""
+    for target in pair.readers:
+        yield from program.parameters[target].names

@@ -11,7 +11,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fxquant.calibration.gptq_codes import Codes
 from fxquant.checkpoint.checkpoint import Checkpoint
 from fxquant.errors import FxquantError
 from fxquant.kernels.pack_int4 import pack_int4
@@ -27,6 +26,16 @@ class Stack(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, expert: int) -> Tensor: ...
+
+
+class Codes(Protocol):
+    """Where the codes of a module come from."""
+
+    def __call__(self, module: str) -> Tensor:
+        """int8 [n, k]."""
+
+    def digest(self, module: str) -> str:
+        """XXH3-128 of their bytes, in hex."""
 
 
 class LazyStack:

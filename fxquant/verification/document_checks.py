@@ -15,12 +15,12 @@ from fxquant.lowering.output import copied_files
 from fxquant.lowering.output_folder.description import description, document_text, engine_config
 from fxquant.lowering.output_folder.layout import FileLayout, StoredTensor
 from fxquant.lowering.output_folder.manifest import GRAPH
+from fxquant.lowering.output_folder.weight_files import WeightFiles
 from fxquant.program.program import Program
 from fxquant.program.program_file import dump_program
 from fxquant.targets.engines import ENGINES
 from fxquant.targets.target import Target
 from fxquant.verification.report import Check
-from fxquant.verification.weight_checks import WeightFiles
 
 GRAPH_SAYS = "the graph says"
 CONFIG = "config.json"

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from fxquant.errors import FxquantError
 from fxquant.lowering.output_folder.manifest import MANIFEST, Manifest, file_sizes
+from fxquant.lowering.output_folder.weight_files import WeightFiles
 from fxquant.lowering.weights.digests import digests_on_disk, file_digest
 from fxquant.lowering.weights.unit import Place, Unit
 from fxquant.program.program import Program
@@ -13,7 +14,6 @@ from fxquant.storage.safetensors import header_bytes
 from fxquant.targets.engines import ENGINES, group_size
 from fxquant.targets.target import Target
 from fxquant.verification.report import Check
-from fxquant.verification.weight_checks import WeightFiles
 
 ONNX_GRAPH = "model.onnx"
 

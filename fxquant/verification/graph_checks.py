@@ -10,11 +10,11 @@ from fxquant.errors import FxquantError
 from fxquant.lowering.ascend.deployment import deployment
 from fxquant.lowering.onnx.extract import operator_session
 from fxquant.lowering.onnx.required import require_emitted
+from fxquant.lowering.output_folder.weight_files import WeightFiles
 from fxquant.program.program import Program
 from fxquant.verification.ascend_statements import EmittedModule, check_statements
 from fxquant.verification.onnx_bounds import error_bound
 from fxquant.verification.report import Check
-from fxquant.verification.weight_checks import WeightFiles
 
 
 class GraphChecker(Protocol):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from fxquant.checkpoint.checkpoint import Checkpoint
 from fxquant.checkpoint.stamped_reader import checkpoint_files, stamp_files
 from fxquant.lowering.output_folder.layout import StoredTensor, stored_tensors
+from fxquant.lowering.output_folder.weight_files import WeightFiles
 from fxquant.lowering.weights.digests import unit_on_disk
 from fxquant.lowering.weights.fill import unit_anew
 from fxquant.lowering.weights.producer import CheckpointProducer
@@ -15,7 +16,7 @@ from fxquant.lowering.weights.work import cores
 from fxquant.program.program import Program
 from fxquant.progress import Reporter
 from fxquant.verification.report import Check
-from fxquant.verification.weight_checks import StoredCodes, WeightFiles
+from fxquant.verification.weight_checks import StoredCodes
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from fxquant.errors import FxquantError
 from fxquant.lowering.output import copied_files
 from fxquant.lowering.output_folder.layout import StoredTensor
 from fxquant.lowering.output_folder.manifest import FLOAT_GRAPH, GRAPH, find_manifest
+from fxquant.lowering.output_folder.weight_files import WeightFiles
 from fxquant.passes.check_contract import linears
 from fxquant.program.program import Program
 from fxquant.program.program_file import load_program
@@ -33,7 +34,6 @@ from fxquant.verification.transform_checks import check_calibration, check_rotat
 from fxquant.verification.unread import unread_with, unread_without
 from fxquant.verification.weight_checks import (
     StoredCodes,
-    WeightFiles,
     check_names,
     check_static,
     check_values,

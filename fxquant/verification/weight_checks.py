@@ -8,35 +8,17 @@ from torch import Tensor
 
 from fxquant.checkpoint.checkpoint import Checkpoint
 from fxquant.errors import FxquantError
-from fxquant.lowering.output_folder.layout import MTP_STEM, StoredTensor, stored_tensors
+from fxquant.lowering.output_folder.layout import StoredTensor, stored_tensors
+from fxquant.lowering.output_folder.weight_files import WeightFiles
 from fxquant.ops.quantized import expand_int4
 from fxquant.program.program import Program
 from fxquant.progress import Advance
 from fxquant.schemes.schemes import Recipe, WeightAlgorithm, tensor_specs
 from fxquant.storage.hashing import hash_bytes
-from fxquant.storage.safetensors import TensorInfo, read_header
 from fxquant.verification.reference import contradiction, expected_codes, expected_tensors, wrong_codes
 from fxquant.verification.report import Check
 
-STEMS = ("quant_model_weight", MTP_STEM)
 CALIBRATED = ("input_scale", "input_offset", "deq_scale", "quant_bias")
-
-
-class WeightFiles:
-    """The weight files of an output folder, read tensor by tensor; nothing is mapped into memory."""
-
-    def __init__(self, folder: Path) -> None:
-        files = sorted(file for stem in STEMS for file in folder.glob(f"{stem}*.safetensors"))
-        if not files:
-            raise FxquantError(folder, f"holds no {STEMS[0]}*.safetensors.", "Compile again.")
-        self.folder = folder
-        self.infos: dict[str, TensorInfo] = {}
-        for file in files:
-            self.infos |= read_header(file)
-
-    def read(self, name: str) -> Tensor:
-        """One tensor, as stored."""
-        return self.infos[name].read()
 
 
 def check_names(files: WeightFiles, stored: list[StoredTensor]) -> Check:
@@ -187,4 +169,4 @@ def expected_stored(program: Program, source: Checkpoint | None, files: WeightFi
     return stored_tensors(program, believed)
 
 
-__all__ = ["WeightFiles", "check_names", "check_static", "check_values", "expected_stored", "sample"]
+__all__ = ["check_names", "check_static", "check_values", "expected_stored", "sample"]

@@ -7,7 +7,6 @@ from pathlib import Path
 import onnx_ir as ir
 from torch import fx
 
-import fxquant
 from fxquant import ops
 from fxquant.errors import FxquantError
 from fxquant.lowering.onnx.builder import DOMAIN, IR_VERSION, OPSET, Builder
@@ -20,6 +19,7 @@ from fxquant.lowering.onnx.shapes import FIRST_CACHE, Meta, Shapes
 from fxquant.program.node_names import operator_name
 from fxquant.program.program import Program
 from fxquant.storage.safetensors import TensorInfo
+from fxquant.version import __version__
 
 FILE = "model.onnx"
 NUMERICS = (
@@ -85,7 +85,7 @@ def build_model(program: Program, tensors: Mapping[str, TensorInfo]) -> ir.Model
         graph,
         ir_version=IR_VERSION,
         producer_name="fxquant",
-        producer_version=fxquant.__version__,
+        producer_version=__version__,
         functions=functions.functions,
         metadata_props=notes,
     )

@@ -9,14 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fxquant.calibration.gptq_codes import Codes
 from fxquant.checkpoint.checkpoint import Checkpoint, decode_fp8
 from fxquant.checkpoint.model_parallel_parts import HeldTensor, SourceTensor
 from fxquant.checkpoint.stamped_reader import FileStamp, SourceReader, Stamps
 from fxquant.kernels.version import KERNEL_VERSION
 from fxquant.lowering.weights.unit import Unit
 from fxquant.program.program_file import recipe_arguments
-from fxquant.runtime.weight_readers import codes_of
+from fxquant.runtime.weight_readers import Codes, codes_of
 from fxquant.schemes.schemes import Recipe, WeightAlgorithm
 from fxquant.storage.hashing import hash_text
 from fxquant.storage.safetensors import NAMES, TensorInfo

@@ -14,12 +14,12 @@ from functools import lru_cache
 from itertools import islice
 from typing import Any
 
-import fxquant
 from fxquant.errors import FxquantError, StoppedError
 from fxquant.kernels.version import KERNEL_VERSION
 from fxquant.lowering.weights.fill import FillJob
 from fxquant.lowering.weights.unit import Filled, Unit
 from fxquant.processes.command import run_to_end
+from fxquant.version import __version__
 
 TASK_BYTES = 64 << 20
 """Output bytes of one Ray task, or one unit where that is larger: a task costs a millisecond or so."""
@@ -30,7 +30,7 @@ NEVER = -1
 ANSWER_SECONDS = 5
 CONNECT_SECONDS = 60
 PROBE = "import ray, sys; ray.init(address=sys.argv[1], log_to_driver=False); ray.shutdown()"
-VERSIONS = (fxquant.__version__, KERNEL_VERSION)
+VERSIONS = (__version__, KERNEL_VERSION)
 WAY_OUT = "Start one with ray start --head, or leave --address out."
 
 

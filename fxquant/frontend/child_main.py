@@ -1,0 +1,45 @@
+"""What the process of a model.py runs: `trace_file`, and its graph or its error as the answer.
+
+python -m fxquant.frontend.child_main MODEL.py ANSWER [CHECKPOINT], where ANSWER is an open file descriptor.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote_from_bytes
+
+from fxquant.errors import FxquantError
+from fxquant.processes.command import end_with
+
+
+def main(file: Path, answer: int, checkpoint: Path | None) -> None:
+    """Trace `file` here, and write the program or the error as a line of JSON, complete or without its end."""
+    from fxquant.frontend.build import trace_file  # torch: after `end_with`, so that a parent that dies is seen
+
+    own = os.getpid()
+    os.set_inheritable(answer, False)
+    try:
+        traced = trace_file(file, checkpoint)
+        content: dict[str, Any] = {
+            "program": traced.program,
+            "checkpoint": quote_from_bytes(os.fsencode(traced.checkpoint)),
+            "policy": traced.policy,
+            "way_in": traced.way_in,
+        }
+    except FxquantError as error:
+        content = {"error": [_writable(text) for text in (error.place, error.fact, error.remedy)]}
+    if os.getpid() == own:  # not what the file forked
+        with os.fdopen(answer, "wb") as stream:
+            stream.write(json.dumps(content, default=str).encode() + b"\n")
+
+
+def _writable(text: str) -> str:
+    """Names of files may be other than UTF-8."""
+    return text.encode(errors="backslashreplace").decode()
+
+
+if __name__ == "__main__":
+    end_with(os.getppid())
+    main(Path(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]) if len(sys.argv) > 3 else None)

@@ -1,0 +1,30 @@
+"""The weight files of an output folder, whichever engine they are named for."""
+
+from pathlib import Path
+
+from torch import Tensor
+
+from fxquant.errors import FxquantError
+from fxquant.lowering.output_folder.layout import MTP_STEM
+from fxquant.storage.safetensors import TensorInfo, read_header
+from fxquant.targets.engines import ENGINES
+
+STEMS = (*sorted({engine.stem for engine in ENGINES.values()}), MTP_STEM)
+
+
+class WeightFiles:
+    """The weight files of an output folder, read tensor by tensor; nothing is mapped into memory."""
+
+    def __init__(self, folder: Path) -> None:
+        files = sorted({file for stem in STEMS for file in folder.glob(f"{stem}*.safetensors")})
+        if not files:
+            names = ", ".join(f"{stem}*.safetensors" for stem in STEMS)
+            raise FxquantError(folder, f"holds no weight file: {names}.", "Compile again.")
+        self.folder = folder
+        self.infos: dict[str, TensorInfo] = {}
+        for file in files:
+            self.infos |= read_header(file)
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, as stored."""
+        return self.infos[name].read()

@@ -1,0 +1,3 @@
+"""The version of fxquant, below everything that writes it."""
+
+__version__ = "0.1.0"
