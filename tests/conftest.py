@@ -21,7 +21,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 """At these sizes threads only wait for each other, for seconds where the machine is busy; in commands too."""
 
 signal.signal(signal.SIGINT, signal.default_int_handler)
-"""Where the tests run in the background of a shell, SIGINT is ignored, and by every process they start."""
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+"""Where the tests run in the background of a shell, or by nohup, these are ignored, and by every process they start."""
 
 settings.register_profile("tests", deadline=None)
 settings.load_profile("tests")

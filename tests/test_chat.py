@@ -15,9 +15,9 @@ from tokenizers.pre_tokenizers import Whitespace
 
 from fxquant.checkpoint.checkpoint import Checkpoint
 from fxquant.errors import FxquantError
-from fxquant.processes.command import text_worker
+from fxquant.processes import text_worker
+from fxquant.text import chat_template as chat
 from fxquant.text.chat_template import open_chat_template
-from fxquant.text.load import chat_template as chat
 from fxquant.text.load import load_batches
 
 Model = Callable[..., Checkpoint]

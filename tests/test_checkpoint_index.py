@@ -10,7 +10,7 @@ import torch
 from tiny import write_checkpoint, write_shards
 from tiny_names import folder_of
 
-from fxquant.checkpoint.checkpoint import index as checkpoint_index
+from fxquant.checkpoint import index as checkpoint_index
 from fxquant.checkpoint.checkpoint import open_checkpoint
 from fxquant.errors import FxquantError
 

@@ -58,7 +58,8 @@ def package(tmp_path: Path) -> Path:
     """A folder with nothing but the kernels."""
     root = tmp_path / "root"
     shutil.copytree(ROOT / "fxquant/kernels", root / "fxquant/kernels", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "fxquant/__init__.py", root / "fxquant")
+    for name in ("__init__.py", "version.py"):
+        shutil.copy(ROOT / "fxquant" / name, root / "fxquant")
     return root
 
 

@@ -7,7 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from fxquant.planning.host_benchmark import COPY, DISK_BYTES, Measuring, disk_rates, kernel_name
+from fxquant.planning.host_benchmark import (
+    COPY,
+    DISK_BYTES,
+    GPTQ,
+    Measuring,
+    disk_rates,
+    feedback_work,
+    inverse_work,
+    kernel_name,
+)
 
 FORMS = ((False, 0), (True, 0), (True, 64))
 KERNELS = {COPY} | {kernel_name(four, size, fp8) for four, size in FORMS for fp8 in (False, True)}
@@ -27,6 +36,13 @@ def test_kernels_that_search_are_measured_where_they_are_needed(tmp_path: Path) 
         machine = measuring.result(needed)
     assert machine.kernels.keys() == KERNELS | set(needed)
     assert 0 < machine.kernels[needed[0]] < machine.kernels[kernel_name(True, 64, False)]
+
+
+def test_gptq_is_measured_where_it_is_needed(tmp_path: Path) -> None:
+    with Measuring(tmp_path, seconds=300) as measuring:
+        machine = measuring.result(sorted(GPTQ))
+    assert machine.kernels.keys() == KERNELS | GPTQ and min(machine.kernels.values()) > 0
+    assert inverse_work(10) == 1000 and feedback_work(4, 128) == 4 * 128 * 256
 
 
 def test_a_measurement_that_takes_too_long(monkeypatch: pytest.MonkeyPatch) -> None:

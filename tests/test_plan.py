@@ -19,9 +19,11 @@ from tiny import write_checkpoint
 import fxquant
 from fxquant import CompileOptions, FxquantError, Plan
 from fxquant.checkpoint.checkpoint import open_checkpoint
+from fxquant.kernels.gptq import BLOCK
 from fxquant.planning.estimate import PER_WORKER_BYTES, Memory, estimate
-from fxquant.planning.host_benchmark import COPY, Machine, Measuring, kernel_name
+from fxquant.planning.host_benchmark import COPY, GPTQ, GPTQ_FEEDBACK, GPTQ_INVERSE, Machine, Measuring, kernel_name
 from fxquant.policy.policy import LEAVE_OUT, MtpMode, shipped_policies
+from fxquant.schemes.schemes import WeightAlgorithm
 from fxquant.targets.engines import ENGINES
 from fxquant.targets.target import Target
 from fxquant.tools.main import run
@@ -246,6 +248,22 @@ def test_a_wrong_checkpoint_is_refused_as_compile_does(tmp_path: Path) -> None:
 
 
 # time and memory
+
+
+def test_the_work_of_every_algorithm_is_counted(tmp_path: Path) -> None:
+    """Under names that the measurement knows: gate and up of an expert share one inverse."""
+    rule = "{{kind: routed_expert, scheme: W4A8_DYNAMIC, group_size: 64, algorithm: {}}}"
+    for algorithm in WeightAlgorithm:
+        policy = tmp_path / f"{algorithm}.yaml"
+        policy.write_text(f"description: one\nextends: deepseek_w4a8\nrules: [{rule.format(algorithm)}]\n")
+        work = planned(EXAMPLE, str(policy)).work
+        assert kernel_name(True, 64, True, algorithm.scales) in work
+        assert GPTQ.isdisjoint(work) is not algorithm.from_inputs
+    config = json.loads((EXAMPLE / "config.json").read_text())
+    experts = config["n_routed_experts"] * (config["num_hidden_layers"] - config["first_k_dense_replace"])
+    hidden, width = config["hidden_size"], config["moe_intermediate_size"]
+    assert work[GPTQ_INVERSE] == experts * (hidden**3 + width**3)
+    assert work[GPTQ_FEEDBACK] == experts * hidden * width * (2 * (hidden + BLOCK) + width + BLOCK)
 
 
 def test_the_estimate_is_its_arithmetic() -> None:

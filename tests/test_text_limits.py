@@ -9,8 +9,9 @@ from test_text import Words, jsonl, load, text_file, words
 
 from fxquant.errors import FxquantError
 from fxquant.evaluation.generate import greedy_text
-from fxquant.text.load import bos_ids, documents
-from fxquant.text.load import load as text
+from fxquant.text import documents
+from fxquant.text import load as text
+from fxquant.text.load import bos_ids
 
 __all__ = ["words"]
 

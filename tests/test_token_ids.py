@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 
 from fxquant.checkpoint.checkpoint import Checkpoint
 from fxquant.errors import FxquantError
-from fxquant.text.load import load_batches, token_ids
+from fxquant.text import token_ids
+from fxquant.text.load import load_batches
 
 MODEL = Checkpoint(Path("model"), {"vocab_size": 20}, {})
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from fxquant.errors import FxquantError
-from fxquant.text.load import tokenizer as module
+from fxquant.text import tokenizer as module
 from fxquant.text.tokenizer import BoundedTokenizer, open_tokenizer
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "tiny_deepseek_v3"

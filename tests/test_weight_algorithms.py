@@ -19,11 +19,11 @@ from torch import Tensor
 import fxquant
 from fxquant import CompileOptions
 from fxquant.checkpoint.checkpoint import Checkpoint
-from fxquant.errors import FxquantError
+from fxquant.errors import FxquantError, InternalError
 from fxquant.kernels.module_tensors import make_tensors, rounded_weight
 from fxquant.policy.policy import Rule
 from fxquant.program.program_file import load_program, recipe_arguments, save_program
-from fxquant.schemes.schemes import ActivationRange, Scheme, WeightAlgorithm
+from fxquant.schemes.schemes import ARITHMETIC, SCALES, Activation, ActivationRange, Arithmetic, Scheme, WeightAlgorithm
 from fxquant.schemes.weight_formats import Dialect
 from fxquant.verification.reference import contradiction, expected_codes, expected_tensors
 
@@ -45,6 +45,43 @@ def errors(made: dict[str, Tensor], weight: Tensor) -> Tensor:
     second = made.get("weight_scale_second", torch.ones(len(weight), 1)).double()
     codes = made["weight"].double() * second.repeat_interleave(weight.shape[1] // second.shape[1], 1)
     return ((weight.double() - codes * made["weight_scale"].double()) ** 2).sum(1)
+
+
+# what nobody wrote
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_an_unknown_algorithm_is_an_error_of_kernel_and_reference(form: tuple[Scheme, int]) -> None:
+    """An entry of the enum without arithmetic, and one without scales."""
+    weight = torch.randn(4, 2 * GROUP)
+    recipe = recipe_of(weight, *form)
+    with pytest.MonkeyPatch.context() as patch:
+        member = str.__new__(WeightAlgorithm, "newest")
+        member._name_, member._value_ = "NEWEST", "newest"
+        unknown = replace(recipe, algorithm=member)
+        with pytest.raises(KeyError):
+            make_tensors(unknown, "w", weight)
+        patch.setitem(SCALES, member, member)
+        with pytest.raises(InternalError, match="no kernel for . bits by newest"):
+            make_tensors(unknown, "w", weight)
+        with pytest.raises(InternalError, match="no reference for weights by newest"):
+            expected_codes(unknown, weight)
+
+
+def test_an_unknown_width_is_an_error_of_kernel_and_reference() -> None:
+    weight = torch.randn(4, 2 * GROUP)
+    recipe = recipe_of(weight, Scheme.W8A8_DYNAMIC, 0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(ARITHMETIC, Scheme.W8A8_DYNAMIC, Arithmetic(None, Activation.PER_TOKEN))
+        with pytest.raises(InternalError, match="no kernel for None bits by min_max"):
+            make_tensors(recipe, "w", weight)
+        with pytest.raises(InternalError, match="no codes of W8A8_DYNAMIC"):
+            expected_codes(recipe, weight)
+
+
+def test_every_scheme_and_algorithm_has_its_entry() -> None:
+    assert ARITHMETIC.keys() == set(Scheme) and SCALES.keys() == set(WeightAlgorithm)
+    assert {algorithm.scales.scales for algorithm in WeightAlgorithm} == {MIN_MAX, *SEARCHES}
 
 
 # the reference, bit for bit

@@ -16,7 +16,7 @@ from fxquant.policy.policy import UnseenExperts
 from fxquant.program.linears import PROJECTIONS
 from fxquant.program.program import Program, input_node
 from fxquant.program.program_file import recipe_arguments
-from fxquant.schemes.schemes import Recipe, WeightAlgorithm
+from fxquant.schemes.schemes import Recipe
 from fxquant.storage.hashing import hash_text
 
 Live = Mapping[fx.Node, Sequence[Any]]
@@ -61,7 +61,7 @@ class Solver:
         if weight.op != "get_attr":
             return None
         recipe = self._program.recipes.get(self._program.parameters[str(weight.target)].module)
-        return recipe if recipe is not None and recipe.algorithm is WeightAlgorithm.GPTQ else None
+        return recipe if recipe is not None and recipe.algorithm.from_inputs else None
 
     def _shared_carry(self, value: fx.Node, live: Live) -> Carry:
         """Of the inputs of a linear; those that read the same value, one after the other, share it."""
@@ -129,5 +129,5 @@ def spread(second: Tensor, recipe: Recipe) -> Tensor:
 def solved_modules(program: Program) -> Iterator[str]:
     """Every module whose codes a run must find."""
     for recipe in program.recipes.values():
-        if recipe.algorithm is WeightAlgorithm.GPTQ:
+        if recipe.algorithm.from_inputs:
             yield from recipe.modules

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fxquant.errors import FxquantError
+from fxquant.errors import FxquantError, InternalError
 from fxquant.kernels import pack_int4 as kernels
 from fxquant.kernels.activation import encode_deq_scale, fused_parameters, static_parameters
 from fxquant.kernels.int4 import TWO_LEVEL_MAXIMUM, int4_rows
@@ -44,16 +44,21 @@ class _Rows:
         """Fill it from as many rows. Which of them is the first with NaN or infinity, or -1."""
         if (source.rows, source.in_features) != (len(self.scale), self.codes.shape[1]):
             raise ValueError(f"{source.rows} rows of {source.in_features} in room for {len(self.scale)} of {recipe}")
-        rows, algorithm = source.encoded(), recipe.algorithm
+        rows = source.encoded()
         dtype = KERNEL_DTYPES[torch.float32 if recipe.int4 and recipe.group_size else recipe.scale_dtype]
-        if algorithm is WeightAlgorithm.MIN_MAX:
-            if recipe.int4:
-                return int4_rows(rows, dtype, self.codes, self.scale, self.second, self.bias)
-            return int8_rows(rows, dtype, self.codes, self.scale, self.sums)
-        fit = algorithm is not WeightAlgorithm.CLIP  # GPTQ takes the scales of least squares
-        if recipe.int4:
-            return searched_int4_rows(rows, dtype, fit, self.codes, self.scale, self.second, self.bias)
-        return searched_int8_rows(rows, dtype, fit, self.codes, self.scale, self.sums)
+        int4 = self.codes, self.scale, self.second, self.bias
+        int8 = self.codes, self.scale, self.sums
+        match recipe.algorithm.scales, recipe.scheme.weight_bits:
+            case WeightAlgorithm.MIN_MAX, 4:
+                return int4_rows(rows, dtype, *int4)
+            case WeightAlgorithm.MIN_MAX, 8:
+                return int8_rows(rows, dtype, *int8)
+            case (WeightAlgorithm.CLIP | WeightAlgorithm.LEAST_SQUARES) as algorithm, 4:
+                return searched_int4_rows(rows, dtype, algorithm is WeightAlgorithm.LEAST_SQUARES, *int4)
+            case (WeightAlgorithm.CLIP | WeightAlgorithm.LEAST_SQUARES) as algorithm, 8:
+                return searched_int8_rows(rows, dtype, algorithm is WeightAlgorithm.LEAST_SQUARES, *int8)
+            case algorithm, bits:
+                raise InternalError(recipe.module, f"no kernel for {bits} bits by {algorithm}")
 
     def take(self, recipe: Recipe, codes: Tensor) -> None:
         """Put `codes` int8 [n, k] in the place of those made, with all that follows from codes."""

@@ -36,7 +36,7 @@ from fxquant.lowering.weights.unit import Unit
 from fxquant.ops.quantized import expand_int4
 from fxquant.program.program import Program
 from fxquant.program.program_file import load_program, recipe_arguments
-from fxquant.schemes.schemes import Recipe, Scheme, tensor_specs
+from fxquant.schemes.schemes import Activation, Recipe, tensor_specs
 from fxquant.schemes.weight_formats import Dialect
 from fxquant.storage.hashing import hash_bytes, hash_text
 from fxquant.storage.safetensors import header_bytes
@@ -114,7 +114,11 @@ def why_not(recipe: Recipe, form: Dialect) -> str | None:
     if form.model_dtype_scales and recipe.scale_dtype is not recipe.dtype:
         dtype = str(recipe.dtype).removeprefix("torch.")
         return f"its weight scales need float32, engines of this form hold them in {dtype}, up to 2**-8 off"
-    if form.static_weight_scale and not recipe.dialect.static_weight_scale and recipe.scheme is Scheme.W8A8:
+    if (
+        form.static_weight_scale
+        and not recipe.dialect.static_weight_scale
+        and recipe.scheme.activation is Activation.PER_TENSOR
+    ):
         return "this form has weight_scale beside a static linear, which the other one does not store"
     return None
 

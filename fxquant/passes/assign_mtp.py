@@ -51,7 +51,7 @@ class AssignMtp(Pass):
         dialect = self.dialect(max((recipe.group_size for recipe in program.recipes.values()), default=0))
         for linear in mtp_linears(self.config, path):
             rule = self.policy.rule_for(linear.module, linear.kind, True)
-            if linear.kind is not Kind.MTP and rule is not None and rule.scheme not in (Scheme.FLOAT, LEAVE_OUT):
+            if linear.kind is not Kind.MTP and rule is not None and rule.quantizes:
                 self._check(linear)
                 program.mtp.recipes[linear.module] = _recipe(linear, program, dialect)
 

@@ -40,7 +40,7 @@ class AssignSchemes(Pass):
             rule = self._rule(site.module, kind_of(program, site), True)
             used.add(rule)
             program.rules[site.module] = rule
-            if rule.scheme != Scheme.FLOAT:
+            if rule.quantizes:
                 program.recipes[site.module] = _recipe(program, site, rule)
         for target, parameter in program.parameters.items():
             if target not in weights:
@@ -60,7 +60,7 @@ class AssignSchemes(Pass):
         return PassResult(self.name, tuple(program.recipes), {m: str(r) for m, r in program.rules.items()})
 
     def _group_size(self, program: Program) -> int:
-        int4 = [recipe for recipe in program.recipes.values() if recipe.scheme is Scheme.W4A8_DYNAMIC]
+        int4 = [recipe for recipe in program.recipes.values() if recipe.scheme.grouped]
         first = {recipe.group_size: recipe.module for recipe in reversed(int4)}
         if len(first) > 1:
             fact = f"group sizes {sorted(first)}: " + ", ".join(f"{size} for {m}" for size, m in sorted(first.items()))

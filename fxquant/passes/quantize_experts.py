@@ -13,7 +13,7 @@ from fxquant.program.linears import PROJECTIONS
 from fxquant.program.node_builder import Surgery
 from fxquant.program.program import Program
 from fxquant.program.shape_inference import ShapeRules
-from fxquant.schemes.schemes import Recipe, Scheme
+from fxquant.schemes.schemes import Recipe
 
 
 class QuantizeExperts(Pass):
@@ -51,7 +51,7 @@ def _project(
 ) -> fx.Node:
     name, (x8, x_scale) = f"{surgery.site.name}_{projection}", pair
     weight = surgery.parameter(recipe, "weight")
-    if recipe.scheme is Scheme.W4A8_DYNAMIC:
+    if recipe.int4:
         second = (surgery.parameter(recipe, "weight_scale_second"),) if recipe.group_size else ()
         accumulated = surgery.call(ops.grouped_int4_matmul, (x8, weight, counts, *second), f"{name}_int32")
     else:

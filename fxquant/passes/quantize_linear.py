@@ -17,7 +17,7 @@ from fxquant.program.linears import is_parameter
 from fxquant.program.node_builder import Surgery
 from fxquant.program.program import Program, input_node
 from fxquant.program.shape_inference import ShapeRules
-from fxquant.schemes.schemes import Recipe, Scheme
+from fxquant.schemes.schemes import Recipe
 
 
 class QuantizeLinear(Pass):
@@ -72,7 +72,7 @@ def _static(surgery: Surgery, recipe: Recipe) -> fx.Node:
 def _matmul(surgery: Surgery, recipe: Recipe, x8: fx.Node) -> fx.Node:
     name = f"{surgery.site.name}_int32"
     weight = surgery.parameter(recipe, "weight")
-    if recipe.scheme is not Scheme.W4A8_DYNAMIC:
+    if not recipe.int4:
         return surgery.call(ops.int_matmul, (x8, weight), name)
     second = (surgery.parameter(recipe, "weight_scale_second"),) if recipe.group_size else ()
     return surgery.call(ops.int4_matmul, (x8, weight, *second), name)

@@ -1,7 +1,7 @@
 """How fast this machine is at what `compile` does, measured for a second beside other work.
 
 python -m fxquant.planning.host_benchmark FOLDER PARENT prints the measurement as JSON, and ends when process PARENT is
-gone. Nothing here imports torch.
+gone. Nothing here imports torch, but what measures GPTQ where a policy asks for it.
 """
 
 import json
@@ -36,6 +36,10 @@ KERNEL_SECONDS = 0.08
 SECONDS, LAST_WAIT = 4.0, 0.25
 """How long to measure: enough unless kernels are compiled for the first time, which takes ten seconds."""
 COPY, COPY_BYTES = "copy", 64 << 20
+GPTQ_INVERSE, GPTQ_FEEDBACK = "inverses for gptq", "codes by gptq"
+GPTQ = {GPTQ_INVERSE, GPTQ_FEEDBACK}
+GPTQ_SHAPE, GPTQ_SECONDS = (512, 1024), 4.0
+"""Rows and columns of the weight that GPTQ is timed on, and how much longer to measure: it runs in torch."""
 PACKAGE = str(Path(__file__).parents[2])
 
 
@@ -71,6 +75,35 @@ def kernel_rates(kernels: dict[str, Callable[[], object]], rows: int = BLOCK[0])
     """Kernel and 10**9 weights a second on one core; each call takes `rows` rows."""
     for name, work in kernels.items():
         yield name, rows * BLOCK[1] / best_seconds(work) / 1e9
+
+
+def inverse_work(k: int) -> int:
+    """Of one matrix [k, k]: the unit in which `GPTQ_INVERSE` is counted."""
+    return k**3
+
+
+def feedback_work(n: int, k: int) -> int:
+    """Of one weight [n, k]: each column's errors go on into half of the others on average."""
+    from fxquant.kernels.gptq import BLOCK
+
+    return n * k * (k + BLOCK)
+
+
+def gptq_rates() -> Iterator[tuple[str, float]]:
+    """Work and 10**9 units of it a second on one core."""
+    import torch
+
+    from fxquant.kernels.gptq import carry_matrix, feedback_codes
+
+    torch.set_num_threads(1)
+    (n, k), generator = GPTQ_SHAPE, torch.Generator().manual_seed(0)
+    inputs = torch.randn(k, k, generator=generator, dtype=torch.float64)
+    hessian, weight = inputs.T @ inputs, torch.randn(n, k, generator=generator)
+    steps, limit = torch.full_like(weight, 0.5), torch.full_like(weight, 7)
+    yield GPTQ_INVERSE, inverse_work(k) / best_seconds(lambda: carry_matrix(hessian)) / 1e9
+    carry = carry_matrix(hessian)
+    seconds = best_seconds(lambda: feedback_codes(weight, steps, -limit, limit, carry))
+    yield GPTQ_FEEDBACK, feedback_work(n, k) / seconds / 1e9
 
 
 def copy_rate() -> float:
@@ -185,17 +218,24 @@ def measure(folder: Path, wanted: Callable[[], list[str]] = list) -> Iterator[Ma
     yield machine
     before = resident_bytes()
 
-    def rates() -> Iterator[tuple[str, float]]:
-        yield from kernel_rates(block_kernels())
-        names = [name for name in wanted() if name not in machine.kernels]
-        if names:
-            searched = searched_kernels()
-            yield from kernel_rates({name: searched[name] for name in names if name in searched}, SEARCHED_ROWS)
-
-    for name, rate in rates():
-        taken, kernels = resident_bytes() - before, machine.kernels | {name: rate}
-        machine = replace(machine, kernels=kernels, kernel_bytes=taken, peak_bytes=peak_bytes())
+    for name, rate in kernel_rates(block_kernels()):
+        machine = _learned(machine, name, rate, before)
         yield machine
+    names = [name for name in wanted() if name not in machine.kernels]
+    searched = searched_kernels() if names else {}
+    for name, rate in kernel_rates({name: searched[name] for name in names if name in searched}, SEARCHED_ROWS):
+        machine = _learned(machine, name, rate, before)
+        yield machine
+    if not GPTQ.isdisjoint(names):
+        for name, rate in gptq_rates():  # the memory is torch's, which `compile` has anyway
+            machine = replace(machine, kernels=machine.kernels | {name: rate})
+            yield machine
+
+
+def _learned(machine: Machine, name: str, rate: float, before: int) -> Machine:
+    """`before`: memory without kernels."""
+    taken, kernels = resident_bytes() - before, machine.kernels | {name: rate}
+    return replace(machine, kernels=kernels, kernel_bytes=taken, peak_bytes=peak_bytes())
 
 
 def resident_bytes() -> int:
@@ -238,9 +278,10 @@ class Measuring:
         `kernels` are needed: those that search for scales are measured only where they are. Raises RuntimeError with
         what the process said if it failed.
         """
-        wanted = json.dumps(list(kernels))
+        wanted = list(kernels)
+        left = self._end + (0 if GPTQ.isdisjoint(wanted) else GPTQ_SECONDS) - time.monotonic()
         try:
-            answer, errors = self._process.communicate(wanted, timeout=max(self._end - time.monotonic(), LAST_WAIT))
+            answer, errors = self._process.communicate(json.dumps(wanted), timeout=max(left, LAST_WAIT))
         except subprocess.TimeoutExpired:
             self._process.kill()
             answer, errors = self._process.communicate()

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from fxquant.checkpoint.checkpoint import Checkpoint
 from fxquant.lowering.output_folder.layout import StoredTensor
-from fxquant.planning.host_benchmark import COPY, kernel_name
+from fxquant.planning.host_benchmark import COPY, GPTQ_FEEDBACK, GPTQ_INVERSE, feedback_work, inverse_work, kernel_name
 from fxquant.policy.kinds import Kind
 from fxquant.policy.policy import LEAVE_OUT
 from fxquant.program.program import Program
@@ -60,6 +60,8 @@ def tally(program: Program, checkpoint: Checkpoint, stored: list[StoredTensor]) 
     found = Tally()
     for recipe in program.recipes.values():
         _recipe(found, program.parameters[f"{recipe.module}.weight"].kind, recipe, checkpoint)
+    for recipe in _distinct_inputs(program):
+        found.do(GPTQ_INVERSE, inverse_work(recipe.in_features) * len(recipe.modules))
     for recipe in program.mtp.recipes.values():
         _recipe(found, Kind.MTP, recipe, checkpoint)
     kinds = {name: parameter.kind for name, parameter in program.kept_names().items()}
@@ -75,12 +77,21 @@ def tally(program: Program, checkpoint: Checkpoint, stored: list[StoredTensor]) 
     return found
 
 
+def _distinct_inputs(program: Program) -> Iterator[Recipe]:
+    """One recipe of those whose codes are found on the same input: in one block, equally wide, on one side of it."""
+    asking = [recipe for recipe in program.recipes.values() if recipe.algorithm.from_inputs]
+    blocks = {(one.module.rpartition(".")[0], one.in_features, one.row_parallel): one for one in asking}
+    yield from blocks.values()
+
+
 def _recipe(found: Tally, kind: Kind, recipe: Recipe, checkpoint: Checkpoint) -> None:
     sizes, written = _sizes(recipe.source_names, checkpoint), sum(s.nbytes for s in tensor_specs(recipe).values())
     found.add(kind, recipe.scheme.value, len(recipe.modules), sizes, written * len(recipe.modules))
     fp8 = f"{recipe.modules[0]}.weight" in checkpoint.scales
     weights = recipe.out_features * recipe.in_features * len(recipe.modules)
-    found.do(kernel_name(recipe.int4, recipe.group_size, fp8, recipe.algorithm), weights)
+    found.do(kernel_name(recipe.int4, recipe.group_size, fp8, recipe.algorithm.scales), weights)
+    if recipe.algorithm.from_inputs:
+        found.do(GPTQ_FEEDBACK, feedback_work(recipe.out_features, recipe.in_features) * len(recipe.modules))
 
 
 def _kept(found: Tally, kind: Kind, tensors: list[StoredTensor], checkpoint: Checkpoint) -> None:

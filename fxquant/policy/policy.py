@@ -71,7 +71,7 @@ class Policy:
     def rule_for(self, module: str, kind: Kind, quantizable: bool) -> Rule | None:
         """The first rule for a module. Quantizing rules pass over modules that are not linear."""
         for rule in self.rules:
-            if rule.selects(module, kind) and (quantizable or rule.scheme in (Scheme.FLOAT, LEAVE_OUT)):
+            if rule.selects(module, kind) and (quantizable or not rule.quantizes):
                 return rule
         return None
 
@@ -143,7 +143,7 @@ def _file(document: PolicyDocument) -> Path | str:
 def _resolved(document: PolicyDocument, parent: Policy | None) -> Policy:
     says = document.says
     inherited = parent or Policy("", "", ActivationStatistic.MIN_MAX, CalibrationWeights.FLOAT, ())
-    sizes = {rule.group_size for rule in says.rules if rule.scheme is Scheme.W4A8_DYNAMIC}
+    sizes = {rule.group_size for rule in says.rules if rule.grouped}
     if len(sizes) > 1:
         fact = f"group sizes {sorted(sizes)}."
         raise FxquantError(document.line("rules"), fact, "A weight file has one group_size: choose one.")

@@ -40,13 +40,24 @@ class Rule(BaseModel):
     def _check(self) -> "Rule":
         if not self.kind and self.path is None:
             raise ValueError("a rule needs a kind or a path")
-        if self.group_size and self.scheme is not Scheme.W4A8_DYNAMIC:
-            raise ValueError(f"group_size belongs to W4A8_DYNAMIC, not to {self.scheme}")
-        if self.algorithm is not WeightAlgorithm.MIN_MAX and self.scheme in (Scheme.FLOAT, LEAVE_OUT):
+        if self.group_size and not self.grouped:
+            named = " or ".join(scheme for scheme in Scheme if scheme.grouped)
+            raise ValueError(f"group_size belongs to {named}, not to {self.scheme}")
+        if self.algorithm is not WeightAlgorithm.MIN_MAX and not self.quantizes:
             raise ValueError(f"algorithm {self.algorithm} chooses integers, and {self.scheme} has none")
         if self.algorithm is not WeightAlgorithm.MIN_MAX and Kind.MTP in self.kind:
             raise ValueError(f"algorithm {self.algorithm}: mtp layers are rounded by {WeightAlgorithm.MIN_MAX}")
         return self
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether its weights become integers."""
+        return isinstance(self.scheme, Scheme) and self.scheme.weight_bits is not None
+
+    @property
+    def grouped(self) -> bool:
+        """Whether its linears may have groups with second scales."""
+        return isinstance(self.scheme, Scheme) and self.scheme.grouped
 
     def selects(self, module: str, kind: Kind) -> bool:
         """Whether the rule's patterns hold for a module, whatever comes before it in the list."""

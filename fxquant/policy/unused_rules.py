@@ -7,8 +7,7 @@ from fnmatch import fnmatchcase
 
 from fxquant.inputs.validation import cut
 from fxquant.policy.kinds import Kind
-from fxquant.policy.rule import LEAVE_OUT, Rule
-from fxquant.schemes.schemes import Scheme
+from fxquant.policy.rule import Rule
 
 ANYTHING = "*"
 OPTIONAL = "Correct it, or mark it optional: true."
@@ -39,7 +38,7 @@ def why_idle(rule: Rule, modules: Sequence[Decided]) -> tuple[str, str]:
     selected = [module for module in at_path if rule.selects(module.path, module.kind)]
     if not selected:
         return _other_kind(rule, at_path, modules)
-    quantizing = rule.scheme not in (Scheme.FLOAT, LEAVE_OUT)
+    quantizing = rule.quantizes
     if quantizing and not any(module.linear for module in selected):
         kinds = ", ".join(sorted({module.kind.value for module in selected}))
         fact = f"selects {some(selected)} ({kinds}), no linears, and {rule.scheme} is for linears."

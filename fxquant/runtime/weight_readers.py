@@ -15,7 +15,7 @@ from fxquant.checkpoint.checkpoint import Checkpoint
 from fxquant.errors import FxquantError
 from fxquant.kernels.pack_int4 import pack_int4
 from fxquant.program.program import Program
-from fxquant.schemes.schemes import Recipe, WeightAlgorithm, tensor_specs
+from fxquant.schemes.schemes import Recipe, tensor_specs
 
 Read = Callable[[str], Tensor]
 
@@ -111,7 +111,7 @@ def make_module(recipe: Recipe, module: str, read: Read, codes: Codes | None = N
 
 def codes_of(recipe: Recipe, module: str, codes: Codes | None) -> Tensor | None:
     """Those that calibration found for a module, where the recipe takes them."""
-    if recipe.algorithm is not WeightAlgorithm.GPTQ:
+    if not recipe.algorithm.from_inputs:
         return None
     if codes is None:
         raise FxquantError(f"layer {module}", "its codes come from calibration, and none ran.", "Pass --calib TEXT.")

@@ -16,12 +16,36 @@ ROW_PARALLEL_CHUNKS = 16
 """scale_bias columns of a linear whose k is split over tensor-parallel ranks: any of 1, 2, 4, 8, 16 ranks divides."""
 
 
-class Scheme(StrEnum):
-    """Weight bits, activation bits, and how activations are quantized.
+class Activation(StrEnum):
+    """How the input of a linear is quantized.
 
-    W8A8 is static: one calibrated scale and offset a tensor. W8A8_DYNAMIC and W4A8_DYNAMIC have a scale a token.
-    W8A8_MIX has the parameters of both: engines that split prefill from decode run it dynamic there, static here.
+    FLOAT       not at all
+    PER_TENSOR  int8, one calibrated scale and offset
+    PER_TOKEN   int8, a scale per token, found while the model runs
+    BOTH        has the parameters of both: engines that split prefill from decode run it per token there, per tensor
+                here
     """
+
+    FLOAT = "float"
+    PER_TENSOR = "per_tensor"
+    PER_TOKEN = "per_token"
+    BOTH = "per_tensor_and_per_token"
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """What a scheme is: the bits of its weights, None where they stay float, and how its inputs are quantized.
+
+    grouped  whether groups of in_features may have second scales, and `group_size` is asked of the policy
+    """
+
+    weight_bits: int | None
+    activation: Activation
+    grouped: bool = False
+
+
+class Scheme(StrEnum):
+    """The names of `ARITHMETIC`, as policies and quant_model_description.json say them."""
 
     FLOAT = "FLOAT"
     W8A8 = "W8A8"
@@ -30,9 +54,34 @@ class Scheme(StrEnum):
     W4A8_DYNAMIC = "W4A8_DYNAMIC"
 
     @property
+    def weight_bits(self) -> int | None:
+        """Of a code; None: float weights."""
+        return ARITHMETIC[self].weight_bits
+
+    @property
+    def activation(self) -> Activation:
+        """How inputs are quantized."""
+        return ARITHMETIC[self].activation
+
+    @property
+    def grouped(self) -> bool:
+        """Whether groups of in_features may have second scales."""
+        return ARITHMETIC[self].grouped
+
+    @property
     def static(self) -> bool:
         """Needs calibrated activation ranges."""
-        return self in (Scheme.W8A8, Scheme.W8A8_MIX)
+        return self.activation in (Activation.PER_TENSOR, Activation.BOTH)
+
+
+ARITHMETIC = {
+    Scheme.FLOAT: Arithmetic(None, Activation.FLOAT),
+    Scheme.W8A8: Arithmetic(8, Activation.PER_TENSOR),
+    Scheme.W8A8_MIX: Arithmetic(8, Activation.BOTH),
+    Scheme.W8A8_DYNAMIC: Arithmetic(8, Activation.PER_TOKEN),
+    Scheme.W4A8_DYNAMIC: Arithmetic(4, Activation.PER_TOKEN, grouped=True),
+}
+"""Every scheme. What quantizes, stores, lowers or checks asks these properties, never the name."""
 
 
 class WeightAlgorithm(StrEnum):
@@ -48,6 +97,25 @@ class WeightAlgorithm(StrEnum):
     CLIP = "clip"
     LEAST_SQUARES = "least_squares"
     GPTQ = "gptq"
+
+    @property
+    def scales(self) -> "WeightAlgorithm":
+        """The algorithm that chooses its scales: itself, where codes follow from scales."""
+        return SCALES[self]
+
+    @property
+    def from_inputs(self) -> bool:
+        """Whether its codes are found on calibration's inputs, and not from the weight alone."""
+        return self.scales is not self
+
+
+SCALES = {
+    WeightAlgorithm.MIN_MAX: WeightAlgorithm.MIN_MAX,
+    WeightAlgorithm.CLIP: WeightAlgorithm.CLIP,
+    WeightAlgorithm.LEAST_SQUARES: WeightAlgorithm.LEAST_SQUARES,
+    WeightAlgorithm.GPTQ: WeightAlgorithm.LEAST_SQUARES,
+}
+"""Algorithm → the one that chooses its scales."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +159,7 @@ class Recipe:
     @property
     def int4(self) -> bool:
         """Whether its weights have four bits."""
-        return self.scheme is Scheme.W4A8_DYNAMIC
+        return self.scheme.weight_bits == 4
 
     @property
     def source_names(self) -> tuple[str, ...]:
@@ -118,7 +186,7 @@ def tensor_specs(recipe: Recipe) -> dict[str, TensorSpec]:
     n, k = recipe.out_features, recipe.in_features
     parameter_dtype = torch.float32 if recipe.dialect.float32_parameters else recipe.dtype
     specs: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {"weight": (torch.int8, (n, k))}
-    if recipe.scheme is not Scheme.W8A8 or recipe.dialect.static_weight_scale:
+    if recipe.scheme.activation is not Activation.PER_TENSOR or recipe.dialect.static_weight_scale:
         specs["weight_scale"] = specs["weight_offset"] = (torch.float32, (n, 1))
     if recipe.scheme.static:
         specs["input_scale"] = specs["input_offset"] = (parameter_dtype, (1,))
@@ -148,7 +216,7 @@ def graph_spec(recipe: Recipe, suffix: str) -> TensorSpec:
 def why_not(recipe: Recipe) -> str | None:
     """None if the scheme fits the linear's shape, else the reason with the numbers."""
     n, k, group_size = recipe.out_features, recipe.in_features, recipe.group_size
-    if recipe.scheme is not Scheme.W4A8_DYNAMIC:
+    if not recipe.int4:
         return None
     if n % 2:
         return f"out_features {n} is odd, int4 rows are packed in pairs"

@@ -142,7 +142,7 @@ def _time(plan: "Plan") -> list[str]:
     compute = f"({' + '.join(parts)}) / {time.workers} workers = {time.computing:,.1f} s"
     unknown = ", ".join(kernel for kernel in time.compute if kernel not in known)
     if unknown:
-        compute += f", and {unknown}: not compiled yet, which takes seconds once; plan again"
+        compute += f", and {unknown}: not measured in time; kernels compile once, in seconds: plan again"
     total = f"max of both + {time.fixed:.1f} s of tracing, passes and layout = {_total(plan)}"
     return [f"disk     {disk}", f"compute  {compute}", f"time     {total}"]
 

@@ -6,8 +6,9 @@
 import torch
 from torch import Tensor
 
+from fxquant.errors import InternalError
 from fxquant.schemes.schemes import Recipe, WeightAlgorithm, tensor_specs
-from fxquant.verification.reference_search import Chosen, searched_codes
+from fxquant.verification.reference_search import SEARCHED, Chosen, searched_codes
 
 FEEDBACK_ERROR = 0.25
 """Of a row's squares: what GPTQ's squared error stays below. Codes of another row are off by one to two times them."""
@@ -41,17 +42,17 @@ def expected_tensors(
 
 def expected_codes(recipe: Recipe, weight: Tensor) -> Chosen:
     """Codes [n, k], scales [n], second scales [n, G]."""
-    if recipe.algorithm is not WeightAlgorithm.MIN_MAX:
+    if recipe.algorithm in SEARCHED:
         return searched_codes(recipe, weight)
-    rounded_to = recipe.scale_dtype
+    if recipe.algorithm is not WeightAlgorithm.MIN_MAX:
+        raise InternalError(recipe.module, f"no reference for weights by {recipe.algorithm}")
+    high = _highest(recipe)
     made = []
     for row in weight:
-        if not recipe.int4:
-            made.append((*_symmetric_row(row.float(), 127, -128, 127, rounded_to), torch.ones(1)))
-        elif not recipe.group_size:
-            made.append((*_symmetric_row(row.float(), 7, -8, 7, rounded_to), torch.ones(1)))
-        else:
+        if recipe.group_size:
             made.append(_two_level_row(row.float(), recipe.group_size))
+        else:
+            made.append((*_symmetric_row(row.float(), high, -high - 1, high, recipe.scale_dtype), torch.ones(1)))
     codes, scales, seconds = (torch.stack(column) for column in zip(*made, strict=True))
     return codes, scales, seconds
 
@@ -63,7 +64,7 @@ def wrong_codes(recipe: Recipe, weight: Tensor, found: Tensor, chosen: Chosen | 
     """
     codes, scales, seconds = chosen or expected_codes(recipe, weight)
     wide = seconds.repeat_interleave(codes.shape[1] // seconds.shape[1], 1)
-    limit = 7 if recipe.int4 else 127
+    limit = _highest(recipe)
     if bool((found > limit).any() | (found < -limit - 1).any()):
         return f"a code is outside {-limit - 1} … {limit}"
     if recipe.group_size and bool(((found * wide).abs() > 119).any()):
@@ -102,6 +103,14 @@ def contradiction(
         if stored["quant_bias"][row].item() != round(folded - offset * int(q.long().sum())):
             return f"quant_bias of output {row} does not follow from bias, deq_scale, input_offset and weight"
     return None
+
+
+def _highest(recipe: Recipe) -> int:
+    """The largest code: 7 of four bits, 127 of eight."""
+    bits = recipe.scheme.weight_bits
+    if bits is None:
+        raise InternalError(recipe.module, f"no codes of {recipe.scheme}")
+    return 2 ** (bits - 1) - 1
 
 
 def _symmetric_row(

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from fxquant.schemes.schemes import Recipe, WeightAlgorithm
 
+SEARCHED = {WeightAlgorithm.CLIP: False, WeightAlgorithm.LEAST_SQUARES: True, WeightAlgorithm.GPTQ: True}
+"""Algorithm → whether scales are fitted to their codes, or only taken from the grid."""
 LANES = 32
 ROWS = 256
 """Rows at a time: every temporary is float64 of as many."""
@@ -32,7 +34,7 @@ def _searched(recipe: Recipe, rows: Tensor) -> Chosen:
         better = (tried > 0) & (error < errors)
         scales, errors = torch.where(better, tried, scales), torch.where(better, error, errors)
         places = torch.where(better, place, places)
-    if recipe.algorithm is not WeightAlgorithm.CLIP:
+    if SEARCHED[recipe.algorithm]:
         scales = _fitted(form, scales, errors, places)
     return form.codes(scales)
 

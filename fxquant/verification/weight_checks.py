@@ -13,7 +13,7 @@ from fxquant.lowering.output_folder.weight_files import WeightFiles
 from fxquant.ops.quantized import expand_int4
 from fxquant.program.program import Program
 from fxquant.progress import Advance
-from fxquant.schemes.schemes import Recipe, WeightAlgorithm, tensor_specs
+from fxquant.schemes.schemes import Recipe, tensor_specs
 from fxquant.storage.hashing import hash_bytes
 from fxquant.verification.reference import contradiction, expected_codes, expected_tensors, wrong_codes
 from fxquant.verification.report import Check
@@ -87,7 +87,7 @@ def _check_unit(
     bias = source.read(f"{module}.bias") if recipe.bias else None
     weight = source.read(unit.name)
     chosen, found = expected_codes(recipe, weight), None
-    if recipe.algorithm is WeightAlgorithm.GPTQ:
+    if recipe.algorithm.from_inputs:
         found = stored_codes(recipe, module, files)
         reason = wrong_codes(recipe, weight, found, chosen)
         made.expect(reason is None, f"{module}.weight: {reason}")

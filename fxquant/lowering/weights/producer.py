@@ -16,7 +16,7 @@ from fxquant.kernels.version import KERNEL_VERSION
 from fxquant.lowering.weights.unit import Unit
 from fxquant.program.program_file import recipe_arguments
 from fxquant.runtime.weight_readers import Codes, codes_of
-from fxquant.schemes.schemes import Recipe, WeightAlgorithm
+from fxquant.schemes.schemes import Recipe
 from fxquant.storage.hashing import hash_text
 from fxquant.storage.safetensors import NAMES, TensorInfo
 
@@ -65,7 +65,7 @@ class CheckpointProducer:
         document += ([stamp.header, stamp.size, start] for stamp, start in parts)  # where, and no time
         smoothed = self._checkpoint.smoothing.key(_sources(unit))
         document += [] if smoothed is None else [smoothed]
-        if self._solved is not None and unit.recipe is not None and unit.recipe.algorithm is WeightAlgorithm.GPTQ:
+        if self._solved is not None and unit.recipe is not None and unit.recipe.algorithm.from_inputs:
             document.append(self._solved.digest(unit.name))
         return hash_text(json.dumps(document))
 

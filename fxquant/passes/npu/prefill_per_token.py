@@ -18,7 +18,7 @@ from fxquant.passes.quantize_linear import quantize_per_token
 from fxquant.program.node_builder import Surgery
 from fxquant.program.program import Program, input_node
 from fxquant.program.shape_inference import ShapeRules
-from fxquant.schemes.schemes import Recipe, Scheme
+from fxquant.schemes.schemes import Activation, Recipe
 
 
 class PrefillPerToken(Pass):
@@ -34,7 +34,7 @@ class PrefillPerToken(Pass):
         if node.target != ops.dequantize_static:
             return ""
         recipe = _recipe(node, program)
-        if recipe.scheme is not Scheme.W8A8_MIX:
+        if recipe.scheme.activation is not Activation.BOTH:
             return f"its scheme is {recipe.scheme}"
         x8 = input_node(input_node(node, 0), 0)
         made = x8.target == ops.quantize_static or _norm(x8) is not None
