@@ -111,7 +111,7 @@ def measure(way: str, layers: int, config_file: Path | None) -> dict[str, float]
     program = trace(model, checkpoint)
     traced = len(program.graph.graph.nodes)
     times.append(time.perf_counter())
-    run_passes(program, pipeline([AssignSchemes(policy)], Calibrate(policy, checkpoint.read, lambda: [])))
+    run_passes(program, pipeline(AssignSchemes(policy), Calibrate(policy, checkpoint.read, lambda: [])))
     times.append(time.perf_counter())
     seconds = {stage: times[index + 1] - times[index] for index, stage in enumerate(STAGES)}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -27,7 +27,7 @@ from fxquant.lowering.output import Contents, Output, Work, write_output
 from fxquant.lowering.output_folder.manifest import GRAPH, MANIFEST, SourceFile, find_manifest
 from fxquant.lowering.weights import CheckpointProducer, Workers
 from fxquant.lowering.workspace import known_folders
-from fxquant.passes import CheckContract, PassResult
+from fxquant.passes import CheckContract, PassResult, findings
 from fxquant.planning.plan import Plan, plan
 from fxquant.policy.policy import Policy, Rule, load_policy
 from fxquant.program.program import Program
@@ -74,8 +74,7 @@ class CompileReport:
     @property
     def unverified(self) -> list[str]:
         """What nobody has shown to work or to fail on the target, each with its source."""
-        checks = (one.kept.items() for one in self.passes if one.name == CheckContract.name)
-        return list(dict.fromkeys(f"{fact} ({source})" for check in checks for fact, source in check))
+        return findings(self.passes)
 
 
 def compile(model: str | Path, options: CompileOptions | None = None, report: Reporter = silent) -> CompileReport:  # noqa: A001

@@ -45,7 +45,7 @@ class Rewritten:
 
 def rewrite(checkpoint: Checkpoint, policy: str, program: Program | None = None) -> Rewritten:
     loaded, program = load_policy(policy), program or float_program(checkpoint)
-    passes = pipeline([AssignSchemes(loaded)], Calibrate(loaded, checkpoint, lambda: CALIBRATION))
+    passes = pipeline(AssignSchemes(loaded), Calibrate(loaded, checkpoint, lambda: CALIBRATION))
     results = {result.name: result for result in run_passes(program, passes)}
     values: dict[str, Any] = {}
     batch = prefill_inputs(program, random_ids(meta_model(checkpoint), 2, 9))

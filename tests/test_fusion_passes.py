@@ -90,7 +90,7 @@ def test_the_deployed_graph(policy: str, plain: Callable[[str], Program], checkp
 def step(deployed: Deployment, name: str) -> tuple[tuple[str, ...], dict[str, str]]:
     """What a pass rewrote and kept."""
     (result,) = (one.result for one in deployed.steps if one.result.name == name)
-    return result.rewritten, result.kept
+    return result.rewritten, result.skipped
 
 
 def test_passes_say_what_they_fused_and_why_they_kept_the_rest(plain: Callable[[str], Program]) -> None:
@@ -126,7 +126,7 @@ def test_different_ranges_are_not_shared(plain: Callable[[str], Program]) -> Non
     module = "model.layers.0.self_attn.kv_a_proj_with_mqa"
     program.recipes[module] = replace(program.recipes[module], activation=ActivationRange(-1.0, 2.5))
     name, first = "layers_0_self_attn_kv_a_proj_with_mqa_input_int8", "layers_0_self_attn_q_a_proj_input_int8"
-    reason = ShareQuantize()(program).kept[name]
+    reason = ShareQuantize()(program).skipped[name]
     assert reason.startswith(f"{first} reads the same input, but their ranges differ: ")
     assert reason.endswith(" and -1 … 2.5")
     # the norm has two readers now
@@ -192,7 +192,7 @@ def test_a_norm_is_kept_with_the_reason(
 def test_a_wide_swiglu_is_kept(plain: Callable[[str], Program]) -> None:
     result = FuseSwigluQuantize(128)(plain("deepseek_w4a8_dynamic"))
     assert result.rewritten == ()
-    assert set(result.kept.values()) == {"256 features, the engine's operator takes 128"}
+    assert set(result.skipped.values()) == {"256 features, the engine's operator takes 128"}
 
 
 def test_a_swiglu_that_is_read_twice_is_kept(plain: Callable[[str], Program]) -> None:
@@ -201,7 +201,7 @@ def test_a_swiglu_that_is_read_twice_is_kept(plain: Callable[[str], Program]) ->
     (quantize,) = swiglu.users
     read = Surgery(program, quantize).call(torch.ops.aten.add.Tensor, (swiglu, swiglu), "twice")
     quantize.args = (read,)
-    assert FuseSwigluQuantize()(program).kept == {swiglu.name: "read by add"}
+    assert FuseSwigluQuantize()(program).skipped == {swiglu.name: "read by add"}
 
 
 def test_items_that_nobody_reads_are_no_obstacle(plain: Callable[[str], Program], checkpoint: Checkpoint) -> None:

@@ -122,13 +122,13 @@ def test_what_cannot_be_absorbed_says_why(checkpoint: Checkpoint) -> None:
     program = rewritten(checkpoint, "float", LateNorm)
     _, (result,) = paged(program, AbsorbLatents())
     assert result.rewritten == ()
-    assert set(result.kept.values()) == {"its keys are not the two parts of one latent"}
+    assert set(result.skipped.values()) == {"its keys are not the two parts of one latent"}
 
 
 def test_quantized_keys_stay(checkpoint: Checkpoint, tmp_path: Path) -> None:
     (tmp_path / "p.yaml").write_text("extends: deepseek_w8a8\nrules: [{kind: attention, scheme: W8A8_DYNAMIC}]\n")
     _, (result,) = paged(rewritten(checkpoint, str(tmp_path / "p.yaml")), AbsorbLatents())
-    assert "layers_0_self_attn_kv_b_proj, which is not a float linear" in str(result.kept)
+    assert "layers_0_self_attn_kv_b_proj, which is not a float linear" in str(result.skipped)
 
 
 def test_a_cache_that_nothing_is_appended_to_stays(checkpoint: Checkpoint) -> None:

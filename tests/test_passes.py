@@ -21,6 +21,7 @@ from fxquant.passes import (
     PassResult,
     QuantizeExperts,
     QuantizeLinear,
+    RewritePass,
     run_passes,
 )
 from fxquant.program.linears import linear_sites
@@ -81,7 +82,7 @@ def test_a_linear_called_from_elsewhere_is_rewritten(checkpoint: Checkpoint) -> 
 def test_a_computed_weight_is_kept_with_the_reason(checkpoint: Checkpoint, tmp_path: Path) -> None:
     policy = "extends: deepseek_w4a8_dynamic\nrules: [{path: '*.0.mlp.up_proj', scheme: FLOAT}]"
     program = assigned(traced(checkpoint, ComputedWeight), policy, tmp_path)
-    kept = QuantizeLinear()(program).kept
+    kept = QuantizeLinear()(program).skipped
     assert "its weight is computed" in kept.values()
     assert "model.layers.0.mlp.up_proj" not in program.recipes
 
@@ -134,7 +135,7 @@ def test_experts_quantized_in_part_are_refused(checkpoint: Checkpoint, tmp_path:
     policy = "extends: deepseek_w4a8_dynamic\nrules: [{path: '*.experts.down_proj', scheme: FLOAT}]"
     program = assigned(float_program(checkpoint), policy, tmp_path)
     QuantizeLinear()(program)
-    kept = QuantizeExperts()(program).kept
+    kept = QuantizeExperts()(program).skipped
     assert kept == {"layers_1_mlp_experts": "policy keeps down_proj in float"}
     with pytest.raises(FxquantError, match=r"model\.layers\.1\.mlp\.experts"):
         CheckCoverage()(program)
@@ -165,7 +166,7 @@ def test_a_node_without_a_checked_shape_is_a_fault(checkpoint: Checkpoint) -> No
 # the contract of a pass
 
 
-class DoubleEverySwiglu(Pass):
+class DoubleEverySwiglu(RewritePass):
     """A pass of one: swiglu(gate, up) → swiglu(gate, up) + itself, in layer 0 only."""
 
     name = "double"
@@ -197,9 +198,10 @@ def test_a_pass_that_is_listed_twice_rewrites_twice(checkpoint: Checkpoint) -> N
     assert [len(program.nodes(torch.ops.aten.add.Tensor)) - before for program in (alone, listed)] == [1, 2]
 
 
-def test_a_pass_without_rules_says_so(checkpoint: Checkpoint) -> None:
-    class Unfinished(Pass):
+@pytest.mark.parametrize("kind", (Pass, RewritePass))
+def test_a_pass_without_rules_cannot_be_made(kind: type[Pass]) -> None:
+    class Unfinished(kind):  # type: ignore[valid-type, misc]
         name = "unfinished"
 
-    with pytest.raises(TypeError, match="Unfinished does not say which nodes"):
-        Unfinished()(float_program(checkpoint))
+    with pytest.raises(TypeError, match="abstract"):
+        Unfinished()

@@ -38,7 +38,7 @@ def test_mixed_linears_are_those_of_a_dynamic_policy(checkpoint: Checkpoint, tmp
     mixed, dynamic = (under(checkpoint, tmp_path, scheme) for scheme in ("W8A8_MIX", "W8A8_DYNAMIC"))
     program = deployment(mixed).program if fused else copy(mixed)
     result = PrefillPerToken()(program)
-    assert len(result.rewritten) == 8 and result.kept == {}
+    assert len(result.rewritten) == 8 and result.skipped == {}
     assert [program.nodes(target) for target in STATIC] == [[], [], []]
     assert not any(target.endswith(("deq_scale", "input_scale", "quant_bias")) for target in program.parameters)
     assert torch.equal(logits(program, checkpoint), logits(dynamic, checkpoint))
@@ -49,5 +49,5 @@ def test_static_linears_stay(checkpoint: Checkpoint, tmp_path: Path) -> None:
     program = under(checkpoint, tmp_path, "W8A8")
     before = len(program.nodes(ops.dequantize_static))
     result = PrefillPerToken()(program)
-    assert result.rewritten == () and set(result.kept.values()) == {"its scheme is W8A8"}
-    assert len(program.nodes(ops.dequantize_static)) == len(result.kept) == before
+    assert result.rewritten == () and set(result.skipped.values()) == {"its scheme is W8A8"}
+    assert len(program.nodes(ops.dequantize_static)) == len(result.skipped) == before

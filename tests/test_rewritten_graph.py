@@ -93,15 +93,15 @@ def test_passes_say_what_they_rewrote_and_why_they_kept_the_rest(
     sites = list(linear_sites(float_program(done.checkpoint)))
     linears = {site.node.name: site.module for site in sites if site.node.target == ops.linear}
     result = done.results["quantize-linear"]
-    assert set(result.rewritten) | set(result.kept) == set(linears)
+    assert set(result.rewritten) | set(result.skipped) == set(linears)
     assert set(result.rewritten) == {name for name, module in linears.items() if module in done.program.recipes}
-    for name, reason in result.kept.items():
+    for name, reason in result.skipped.items():
         assert reason == f"policy: {done.program.rules[linears[name]]}" and reason.endswith("FLOAT")
     experts = done.results["quantize-experts"]
     if policy == "float":
-        assert experts.kept == {"layers_1_mlp_experts": "policy keeps gate_proj, up_proj, down_proj in float"}
+        assert experts.skipped == {"layers_1_mlp_experts": "policy keeps gate_proj, up_proj, down_proj in float"}
     else:
-        assert (experts.rewritten, experts.kept) == (("layers_1_mlp_experts",), {})
+        assert (experts.rewritten, experts.skipped) == (("layers_1_mlp_experts",), {})
 
 
 @every_policy

@@ -70,7 +70,7 @@ def test_pairs_are_found_in_the_graph(tiny: Callable[..., Checkpoint], tmp_path:
 def test_what_is_no_pair_says_why(tiny: Callable[..., Checkpoint], tmp_path: Path) -> None:
     loaded, program = load_policy(policy_of(tmp_path, "smooth: [{kind: attention, method: m4}]")), float_program(tiny())
     AssignSchemes(loaded)(program)
-    kept = PairSmoothing(loaded)(program).kept
+    kept = PairSmoothing(loaded)(program).skipped
     assert kept["layers_0_self_attn_kv_a_layernorm"] == "not only linears read it"
     assert kept["norm"] == "what reads it stays in float"
     assert kept["layers_0_post_attention_layernorm"] == "no rule smooths it"

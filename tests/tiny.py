@@ -235,7 +235,7 @@ def rewritten(checkpoint: Checkpoint, policy: str | Path) -> Program:
         program, loaded, model = float_program(checkpoint), load_policy(str(policy)), meta_model(checkpoint)
         batches = [random_ids(model, 1, 16, seed) for seed in (1, 2)]
         assign = AssignSchemes(loaded, mtp_modules(checkpoint, model.mtp_modules()))
-        run_passes(program, pipeline([assign], Calibrate(loaded, checkpoint, lambda: batches)))
+        run_passes(program, pipeline(assign, Calibrate(loaded, checkpoint, lambda: batches)))
         _REWRITTEN[key] = program
     return copy.deepcopy(_REWRITTEN[key])
 

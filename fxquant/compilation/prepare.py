@@ -188,15 +188,16 @@ def passes_for(
     for_engine: bool = True,
 ) -> list[Pass]:
     """The pipeline of these options; `layers` are the checkpoint's multi-token prediction layers."""
-    checkpoint, dialect = source.checkpoint, ENGINES[options.target].dialect
-    assign = (
-        AssignSchemes(policy, layers, dialect),
-        AssignMtp(policy, source.config, checkpoint, dialect),
-        FindRotation(policy),
-        PairSmoothing(policy),
-    )
+    dialect = ENGINES[options.target].dialect
     contract = CheckContract(policy.name, load_contract(options.target), options.tp, options.mix)
-    return pipeline(assign, calibrate, (contract,) if for_engine else ())
+    return pipeline(
+        AssignSchemes(policy, layers, dialect),
+        calibrate,
+        mtp=AssignMtp(policy, source.config, source.checkpoint, dialect),
+        rotation=FindRotation(policy),
+        smoothing=PairSmoothing(policy),
+        contract=contract if for_engine else None,
+    )
 
 
 def _calibrate(

@@ -57,7 +57,8 @@ class AssignSchemes(Pass):
         for module, recipe in program.recipes.items():
             program.recipes[module] = replace(recipe, dialect=dialect, scale_dtype=scales)
         program.idle_rules = self.policy.idle_rules(used, decided_modules(program))
-        return PassResult(self.name, tuple(program.recipes), {m: str(r) for m, r in program.rules.items()})
+        skipped = {module: str(rule) for module, rule in program.rules.items() if not rule.quantizes}
+        return PassResult(self.name, tuple(program.recipes), skipped)
 
     def _group_size(self, program: Program) -> int:
         int4 = [recipe for recipe in program.recipes.values() if recipe.scheme.grouped]

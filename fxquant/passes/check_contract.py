@@ -16,7 +16,7 @@ from fxquant.targets.contract import Contract
 
 @dataclass
 class CheckContract(Pass):
-    """Raises FxquantError for the first thing the engine refuses; what nobody has verified is in the result's `kept`.
+    """Raises FxquantError for the first thing the engine refuses; what nobody has verified is in the result's findings.
 
     ranks  size of the tensor-parallel group it will be served on
     mix    whether the engine will run shared experts as routed ones; None: as the policy needs it
@@ -36,7 +36,7 @@ class CheckContract(Pass):
         unverified: dict[str, str] = {}
         for finding in findings:
             unverified.setdefault(finding.fact, finding.source)
-        return PassResult(self.name, kept=unverified)
+        return PassResult(self.name, findings=unverified)
 
 
 def as_error(finding: Finding, policy: str, contract: Contract) -> tuple[str, str, str]:

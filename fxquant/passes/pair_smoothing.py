@@ -50,7 +50,6 @@ class PairSmoothing(Pass):
             for node in program.nodes(ops.rms_norm):
                 _give_norm_bias(program, node)
         self.policy.check_smooth_rules(self.used, self.values, lambda: decided_modules(program))
-        program.graph.graph.lint()
         return PassResult(self.name, tuple(pair.value.name for pair in program.pairs), kept)
 
     def _pair(self, program: Program, node: fx.Node, weights: Counter[str]) -> str | None:

@@ -7,7 +7,7 @@ init_routing → quantize_per_token → grouped matmul (gate, up) → dequantize
 from torch import fx
 
 from fxquant import ops
-from fxquant.passes.base import Pass
+from fxquant.passes.base import RewritePass
 from fxquant.passes.quantize_linear import quantize_per_token
 from fxquant.program.linears import PROJECTIONS
 from fxquant.program.node_builder import Surgery
@@ -16,7 +16,7 @@ from fxquant.program.shape_inference import ShapeRules
 from fxquant.schemes.schemes import Recipe
 
 
-class QuantizeExperts(Pass):
+class QuantizeExperts(RewritePass):
     """Rewrites every `fxq::moe_experts` whose three projections have recipes."""
 
     name = "quantize-experts"

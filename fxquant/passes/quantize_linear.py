@@ -12,7 +12,7 @@ parameters.
 from torch import fx
 
 from fxquant import ops
-from fxquant.passes.base import Pass
+from fxquant.passes.base import RewritePass
 from fxquant.program.linears import is_parameter
 from fxquant.program.node_builder import Surgery
 from fxquant.program.program import Program, input_node
@@ -20,7 +20,7 @@ from fxquant.program.shape_inference import ShapeRules
 from fxquant.schemes.schemes import Recipe
 
 
-class QuantizeLinear(Pass):
+class QuantizeLinear(RewritePass):
     """Rewrites every `fxq::linear` that has a recipe."""
 
     name = "quantize-linear"

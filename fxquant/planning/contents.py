@@ -10,7 +10,7 @@ from fxquant.frontend.source import Source
 from fxquant.lowering.output_folder.description import description_size, engine_config, index_size, json_size
 from fxquant.lowering.output_folder.layout import FileLayout, plan_files, stored_tensors
 from fxquant.models.deepseek_v3 import mtp_paths
-from fxquant.passes import CheckContract, Pass, PassResult
+from fxquant.passes import Pass, PassResult, findings, run_passes
 from fxquant.planning.config_checkpoint import config_checkpoint
 from fxquant.planning.tally import PlanRow, tally
 from fxquant.policy.policy import LEAVE_OUT, Policy
@@ -71,7 +71,7 @@ def planned(source: Source, policy: Policy, options: CompileOptions) -> PlanCont
     before = _calls(program)
     layers = mtp_modules(source.checkpoint, mtp_paths(source.config))
     policy = policy if options.mtp is None else with_mtp(policy, options.mtp, source, layers)
-    results = [one.apply(program) for one in passes_for(source, policy, options, layers, RangesLater())]
+    results = run_passes(program, passes_for(source, policy, options, layers, RangesLater()))
     if not described:
         build_ledger(program, source.checkpoint)
     checkpoint = source.checkpoint.smoothed(Smoothing(tensors=program.added))
@@ -84,15 +84,9 @@ def planned(source: Source, policy: Policy, options: CompileOptions) -> PlanCont
         files={file.name: file.nbytes for file in files},
         documents=_documents(program, files, engine),
         operators=(before, _calls(program)),
-        unverified=unverified(results),
+        unverified=findings(results),
         whole=2 * max((_numbers(checkpoint, one) for one, turn in program.turns.items() if turn.heads), default=0),
     )
-
-
-def unverified(results: list[PassResult]) -> list[str]:
-    """What nobody has shown to work or to fail on the target, each with its source."""
-    checks = (one.kept.items() for one in results if one.name == CheckContract.name)
-    return list(dict.fromkeys(f"{fact} ({source})" for check in checks for fact, source in check))
 
 
 def _numbers(checkpoint: Checkpoint, name: str) -> int:

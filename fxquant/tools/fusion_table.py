@@ -23,4 +23,4 @@ def fusion_table(deployed: Deployment) -> NamedTable:
 
 def kept_reasons(step: Step) -> str:
     """`4 × its sum stays in float32`, one line a reason, the most frequent first."""
-    return "\n".join(f"{count:,} × {reason}" for reason, count in Counter(step.result.kept.values()).most_common())
+    return "\n".join(f"{count:,} × {reason}" for reason, count in Counter(step.result.skipped.values()).most_common())

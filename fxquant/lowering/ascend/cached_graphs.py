@@ -5,10 +5,9 @@ from dataclasses import dataclass
 
 from fxquant import ops
 from fxquant.lowering.ascend.emitter.functions import Emitted, Functions, Weights
-from fxquant.passes.base import Pass, PassResult
-from fxquant.passes.npu.absorb_latents import AbsorbLatents
-from fxquant.passes.npu.page_latents import PageLatents, caches
-from fxquant.passes.npu.prefill_per_token import PrefillPerToken
+from fxquant.passes.base import Pass, PassResult, run_passes
+from fxquant.passes.npu.page_latents import caches
+from fxquant.passes.pipeline import npu_decode, npu_prefill
 from fxquant.program.operands import operands
 from fxquant.program.program import Program
 from fxquant.program.program_file import dump_program, parse_program
@@ -34,19 +33,19 @@ def cached_graphs(program: Program, emitted: list[Emitted]) -> tuple[Cached, Cac
 
 def prefill_graph(program: Program, made: Functions, weights: Mapping[str, Weights]) -> Cached:
     """Attention as in `program`, over latents gathered from the pages and new ones; W8A8_MIX per token."""
-    return _cached(program, [PageLatents(), PrefillPerToken()], made, weights, "_prefill")
+    return _cached(program, npu_prefill(), made, weights, "_prefill")
 
 
 def decode_graph(program: Program, made: Functions, weights: Mapping[str, Weights]) -> Cached:
     """Attention over the pages themselves where kv_b_proj can be absorbed, else as in prefill."""
-    return _cached(program, [PageLatents(), AbsorbLatents()], made, weights, "_decode")
+    return _cached(program, npu_decode(), made, weights, "_decode")
 
 
 def _cached(
     program: Program, passes: list[Pass], made: Functions, weights: Mapping[str, Weights], suffix: str
 ) -> Cached:
     copy = parse_program(dump_program(program), f"the{suffix.replace('_', ' ')} graph")
-    results = tuple(one(copy) for one in passes)
+    results = tuple(run_passes(copy, passes))
     return Cached(copy, made.of(copy, suffix, weights), results)
 
 

@@ -4,8 +4,10 @@ import operator
 from dataclasses import dataclass
 
 from fxquant.lowering.ascend.emitter.values import float32_values
-from fxquant.passes import FuseNormQuantize, FuseSwigluQuantize, Pass, PassResult, ShareQuantize
+from fxquant.passes.base import Pass, PassResult
+from fxquant.passes.pipeline import npu_fusions
 from fxquant.program.program import Program
+from fxquant.program.program_check import ProgramCheck
 from fxquant.program.program_file import dump_program, parse_program
 
 WIDEST_SWIGLU = 4096
@@ -37,19 +39,15 @@ class Deployment:
 def deployment(program: Program) -> Deployment:
     """Fuse a copy of `program`. The copy computes the same, bit for bit, and reads the same weight files."""
     copy = parse_program(dump_program(program), "the deployment graph")
-    steps = tuple(_step(one, copy) for one in fusions(copy))
+    check = ProgramCheck()
+    steps = tuple(_step(one, copy, check) for one in npu_fusions(frozenset(float32_values(copy)), WIDEST_SWIGLU))
     return Deployment(copy, steps)
 
 
-def fusions(program: Program) -> list[Pass]:
-    """Every pass of a deployment, in order."""
-    float32 = frozenset(float32_values(program))
-    return [ShareQuantize(), FuseNormQuantize(float32), FuseSwigluQuantize(WIDEST_SWIGLU)]
-
-
-def _step(one: Pass, program: Program) -> Step:
+def _step(one: Pass, program: Program, check: ProgramCheck) -> Step:
     before = count_calls(program)
     result = one.apply(program)
+    check(program, one.name)
     return Step(result, before, count_calls(program))
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from fxquant import ops
-from fxquant.passes.base import Pass
+from fxquant.passes.base import RewritePass
 from fxquant.passes.npu.page_latents import cache_inputs, results
 from fxquant.program.linears import is_parameter
 from fxquant.program.node_builder import Surgery
@@ -35,7 +35,7 @@ class _Keys:
     written: fx.Node
 
 
-class AbsorbLatents(Pass):
+class AbsorbLatents(RewritePass):
     """Rewrites every `fxq::mla_attention` whose keys and values are a float linear of what the cache holds."""
 
     name = "absorb-latents"

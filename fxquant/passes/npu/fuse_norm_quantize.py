@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from fxquant import ops
-from fxquant.passes.base import Pass
+from fxquant.passes.base import RewritePass
 from fxquant.program.linears import is_parameter
 from fxquant.program.node_builder import Surgery
 from fxquant.program.program import Program, input_node
@@ -24,7 +24,7 @@ WITHOUT_SUM = "its input is no sum of two tensors of one shape, and engines fuse
 
 
 @dataclass
-class FuseNormQuantize(Pass):
+class FuseNormQuantize(RewritePass):
     """Rewrites every norm of a sum that it is the first to read.
 
     `float32`: values that stay float32 whatever the model's dtype; a fused operator has one dtype for all.

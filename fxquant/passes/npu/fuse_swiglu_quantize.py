@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from fxquant import ops
-from fxquant.passes.base import Pass
+from fxquant.passes.base import RewritePass
 from fxquant.program.node_builder import Surgery
 from fxquant.program.node_names import operator_name
 from fxquant.program.program import Program
@@ -13,7 +13,7 @@ from fxquant.program.shape_inference import ShapeRules
 
 
 @dataclass
-class FuseSwigluQuantize(Pass):
+class FuseSwigluQuantize(RewritePass):
     """Rewrites every swiglu whose one reader is a quantization per token.
 
     `widest`: the most features that the engine's operator takes; None for no limit.

@@ -15,7 +15,7 @@ from torch import fx
 
 from fxquant import ops
 from fxquant.errors import FxquantError
-from fxquant.passes.base import Pass, PassResult
+from fxquant.passes.base import PassResult, RewritePass
 from fxquant.program.node_builder import Surgery
 from fxquant.program.program import Program
 from fxquant.program.shape_inference import ShapeRules
@@ -24,7 +24,7 @@ CACHE_INPUTS = ("block_table", "slot_mapping", "seq_lens")
 """The last inputs of a graph whose cache is in pages."""
 
 
-class PageLatents(Pass):
+class PageLatents(RewritePass):
     """Rewrites every `past_i` and its `present_i`."""
 
     name = "page-latents"

@@ -13,7 +13,7 @@ from typing import Any
 from torch import fx
 
 from fxquant import ops
-from fxquant.passes.base import Pass
+from fxquant.passes.base import RewritePass
 from fxquant.passes.quantize_linear import quantize_per_token
 from fxquant.program.node_builder import Surgery
 from fxquant.program.program import Program, input_node
@@ -21,7 +21,7 @@ from fxquant.program.shape_inference import ShapeRules
 from fxquant.schemes.schemes import Activation, Recipe
 
 
-class PrefillPerToken(Pass):
+class PrefillPerToken(RewritePass):
     """Rewrites every static dequantization whose linear has the parameters of both forms."""
 
     name = "prefill-per-token"

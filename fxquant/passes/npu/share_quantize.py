@@ -10,12 +10,12 @@ import operator
 from torch import fx
 
 from fxquant import ops
-from fxquant.passes.base import Pass
+from fxquant.passes.base import RewritePass
 from fxquant.program.program import Program, input_node
 from fxquant.schemes.schemes import ActivationRange
 
 
-class ShareQuantize(Pass):
+class ShareQuantize(RewritePass):
     """Merges quantizations of one input: static ones with equal ranges, and all per token."""
 
     name = "share-quantize"

@@ -1,0 +1,62 @@
+"""The pipeline: every pass that a program goes through, in order, and those of the graphs that NPUs run."""
+
+from torch import fx
+
+from fxquant.passes.assign_mtp import AssignMtp
+from fxquant.passes.assign_schemes import AssignSchemes
+from fxquant.passes.base import Pass
+from fxquant.passes.check_contract import CheckContract
+from fxquant.passes.check_coverage import CheckCoverage
+from fxquant.passes.find_rotation import FindRotation
+from fxquant.passes.npu.absorb_latents import AbsorbLatents
+from fxquant.passes.npu.fuse_norm_quantize import FuseNormQuantize
+from fxquant.passes.npu.fuse_swiglu_quantize import FuseSwigluQuantize
+from fxquant.passes.npu.page_latents import PageLatents
+from fxquant.passes.npu.prefill_per_token import PrefillPerToken
+from fxquant.passes.npu.share_quantize import ShareQuantize
+from fxquant.passes.pair_smoothing import PairSmoothing
+from fxquant.passes.quantize_experts import QuantizeExperts
+from fxquant.passes.quantize_linear import QuantizeLinear
+
+
+def pipeline(
+    schemes: AssignSchemes,
+    calibrate: Pass,
+    *,
+    mtp: AssignMtp | None = None,
+    rotation: FindRotation | None = None,
+    smoothing: PairSmoothing | None = None,
+    contract: CheckContract | None = None,
+) -> list[Pass]:
+    """Float program → quantized program. Passes that need more than the graph come ready made."""
+    passes = [
+        schemes,  # a recipe for every linear to quantize, a rule for every parameter
+        mtp,  # the same for multi-token prediction layers, which are in no graph
+        rotation,  # which weights are turned, and how
+        smoothing,  # norm/linear pairs to smooth, and the biases that shifts need
+        contract,  # before a weight is read
+        calibrate,  # ranges of static linears, smoothing scales, GPTQ's codes
+        contract,  # again: static linears have their ranges now
+        QuantizeLinear(),
+        QuantizeExperts(),
+        CheckCoverage(),
+    ]
+    return [one for one in passes if one is not None]
+
+
+def npu_fusions(float32: frozenset[fx.Node], widest_swiglu: int) -> list[Pass]:
+    """Quantized program → the one that `model_ascend.py` is emitted from, in the pieces that engines have.
+
+    float32: values that stay in float32. widest_swiglu: features of the fused operator.
+    """
+    return [ShareQuantize(), FuseNormQuantize(float32), FuseSwigluQuantize(widest_swiglu)]
+
+
+def npu_prefill() -> list[Pass]:
+    """Fused program → prefill over a cache in pages."""
+    return [PageLatents(), PrefillPerToken()]
+
+
+def npu_decode() -> list[Pass]:
+    """Fused program → decoding over the pages themselves, where kv_b_proj can be absorbed."""
+    return [PageLatents(), AbsorbLatents()]

@@ -1,0 +1,128 @@
+"""The program verifier: what has to hold of a graph after every pass, whoever wrote the pass."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxquant.errors import InternalError
+from fxquant.program.program import Program, made_parameters
+from fxquant.program.shape_inference import ShapeRules
+
+
+class ProgramCheck:
+    """Checks a program; what did not change since the last time is not looked at again.
+
+    Raises InternalError, with the node and `after`, unless
+    - the graph is well formed, and reads no parameter that the program does not have;
+    - every call's value has the dtype and shape that its operator gives for its arguments;
+    - what multiplies by integers, and what scales the sums, reads tensors of one linear;
+    - integers that a static linear multiplies were quantized with its own range.
+    """
+
+    def __init__(self) -> None:
+        self._rules = ShapeRules()
+        self._seen: dict[fx.Node, tuple[Any, ...]] = {}
+
+    def __call__(self, program: Program, after: str) -> None:
+        """`after` names the pass that came last."""
+        try:
+            program.graph.lint()
+        except RuntimeError as error:
+            raise InternalError(f"after {after}", str(error).splitlines()[0]) from None
+        makers = {target: recipe.module for recipe in program.recipes.values() for target in made_parameters(recipe)}
+        seen: dict[fx.Node, tuple[Any, ...]] = {}
+        for node in program.graph.graph.nodes:
+            read = tuple(one.meta.get("val") for one in node.all_input_nodes)
+            seen[node] = (node.target, node.args, node.kwargs, node.meta.get("val"), read)
+            if node.op == "get_attr" or not _same(self._seen.get(node), seen[node]):
+                reason = self._value(node, program)
+                if reason is not None:
+                    raise InternalError(f"{node.name}, after {after}", reason)
+        for node in program.graph.graph.nodes:
+            reason = _ownership(node, program, makers) if node.op == "call_function" else None
+            if reason is not None:
+                raise InternalError(f"{node.name}, after {after}", reason)
+        self._seen = seen
+
+    def _value(self, node: fx.Node, program: Program) -> str | None:
+        """Why the node's value is not what it gives."""
+        if node.op == "get_attr":
+            tensor = program.graph.tensors.get(str(node.target))
+            if tensor is None or node.target not in program.parameters:
+                return f"reads {node.target}, which is no parameter"
+            return _difference(node.meta.get("val"), tensor)
+        if node.op != "call_function":
+            return None
+        if "val" not in node.meta:
+            return "has no checked shape"
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda one: one.meta.get("val"))
+        try:
+            given = self._rules.call(node.target, tuple(args), kwargs)
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            return f"its operator refuses its arguments: {str(error).strip().splitlines()[0]}"
+        return _difference(node.meta["val"], given)
+
+
+def _same(old: tuple[Any, ...] | None, new: tuple[Any, ...]) -> bool:
+    """Equal arguments, and the same value objects: tensors are not compared."""
+    if old is None or old[:3] != new[:3] or old[3] is not new[3] or len(old[4]) != len(new[4]):
+        return False
+    return all(one is other for one, other in zip(old[4], new[4], strict=True))
+
+
+def _difference(found: Any, given: Any) -> str | None:
+    """Why `found` is not of the dtype and shape of `given`."""
+    if isinstance(given, list | tuple):
+        if not isinstance(found, list | tuple) or len(found) != len(given):
+            return f"gives {len(given)} values"
+        return next((reason for pair in zip(found, given, strict=True) if (reason := _difference(*pair))), None)
+    if not isinstance(given, Tensor):
+        return None
+    if not isinstance(found, Tensor):
+        return f"its value is {found!r}, it gives {_said(given)}"
+    same = found.dtype is given.dtype and _sizes(found) == _sizes(given)
+    return None if same else f"its value is {_said(found)}, it gives {_said(given)}"
+
+
+def _sizes(tensor: Tensor) -> list[Any]:
+    """Symbols by their expressions: comparing them would guard the trace."""
+    return [size.node.expr if isinstance(size, torch.SymInt) else int(size) for size in tensor.shape]
+
+
+def _said(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')}{_sizes(tensor)}"
+
+
+def _ownership(node: fx.Node, program: Program, makers: dict[str, str]) -> str | None:
+    """Why tensors of different linears meet in a call."""
+    own = set(_modules(node, makers))
+    if not own:
+        return None
+    if _gives(node, torch.int32):
+        if len(own) > 1:
+            return f"multiplies by tensors of {' and '.join(sorted(own))}"
+        return _foreign_range(node, next(iter(own)), program, makers)
+    sums = {module for one in node.all_input_nodes if _gives(one, torch.int32) for module in _modules(one, makers)}
+    return f"scales sums of {', '.join(sorted(sums))} by tensors of {', '.join(sorted(own))}" if sums and own - sums else None
+
+
+def _foreign_range(node: fx.Node, module: str, program: Program, makers: dict[str, str]) -> str | None:
+    """Why the integers that `node` multiplies by the weight of `module` are not of its range."""
+    for one in node.all_input_nodes:
+        for other in _modules(one, makers) if _gives(one, torch.int8) else ():
+            if program.recipes[other].activation != program.recipes[module].activation:
+                return f"multiplies integers of the range of {other} by the weight of {module}"
+    return None
+
+
+def _modules(node: fx.Node, makers: dict[str, str]) -> Iterator[str]:
+    """Of the quantized tensors that a call reads."""
+    if node.op == "call_function":
+        yield from (makers[str(one.target)] for one in node.all_input_nodes if str(one.target) in makers)
+
+
+def _gives(node: fx.Node, dtype: torch.dtype) -> bool:
+    value = node.meta.get("val")
+    return node.op == "call_function" and isinstance(value, Tensor) and value.dtype is dtype
