@@ -27,7 +27,8 @@ import fxquant
 from fxquant.calibration.batches import batched
 from fxquant.calibration.calibration_file import CALIBRATION, text_hash
 from fxquant.checkpoint.stamped_reader import checkpoint_files, stamp_files
-from fxquant.compilation.prepare import CompileOptions, calibration, prepare
+from fxquant.compilation.options import CompileOptions
+from fxquant.compilation.prepare import calibration, prepare
 from fxquant.errors import FxquantError
 from fxquant.evaluation.divergence import CHUNK, Evaluation, document_scores, logits, summary
 from fxquant.evaluation.verbs import COMPARE_CACHE

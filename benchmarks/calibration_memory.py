@@ -21,7 +21,8 @@ from rich.table import Table
 from safetensors.torch import save_file
 
 from fxquant.calibration.resume_folder import STATE, calibration_folder
-from fxquant.compilation.prepare import CompileOptions, prepare
+from fxquant.compilation.options import CompileOptions
+from fxquant.compilation.prepare import prepare
 from fxquant.frontend.source import open_source
 from fxquant.policy.policy import load_policy
 

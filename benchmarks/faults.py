@@ -84,7 +84,9 @@ def _warm(base: Path) -> bool:
     for number, name in enumerate(("deepseek_w8a8", "gptq.yaml", "other.yaml")):
         policy = str(folder / name) if name.endswith("yaml") else name
         calib = folder / "text.safetensors"
-        options = CompileOptions(policy, folder / f"o{number}", calib=calib, export=False, verify=number == 0)
+        options = CompileOptions(
+            policy=policy, out=folder / f"o{number}", calib=calib, export=False, verify=number == 0
+        )
         fxquant.compile(folder / "checkpoint", options)
     shutil.rmtree(folder)
     return True

@@ -45,7 +45,7 @@ def report(stage, total, unit):
     yield lambda amount: None
     stages[stage] = time.perf_counter() - began
 model, out, policy, jobs = sys.argv[1:5]
-options = CompileOptions(policy, out, verify=False, export=False, workers=Workers(jobs=int(jobs)))
+options = CompileOptions(policy=policy, out=out, verify=False, export=False, workers=Workers(jobs=int(jobs)))
 written = compile(model, options, report).output
 size = sum(file.nbytes for file in written.files)
 print(json.dumps({"seconds": time.perf_counter() - start, "peak": peak_bytes(), "bytes": size, "stages": stages}))

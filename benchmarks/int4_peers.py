@@ -18,7 +18,8 @@ from rich.table import Table
 from torch import Tensor
 
 from fxquant.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from fxquant.compilation.prepare import CompileOptions, prepare
+from fxquant.compilation.options import CompileOptions
+from fxquant.compilation.prepare import prepare
 from fxquant.evaluation.divergence import evaluate_programs
 from fxquant.frontend.source import open_source
 from fxquant.kernels.module_tensors import rounded_weight

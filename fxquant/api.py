@@ -8,16 +8,8 @@ from fxquant.calibration.resume_folder import calibration_folder
 from fxquant.checkpoint.checkpoint import open_checkpoint
 from fxquant.checkpoint.stamped_reader import checkpoint_files, stamp_files
 from fxquant.compilation.ledger import Ledger
-from fxquant.compilation.prepare import (
-    CompileOptions,
-    Prepared,
-    as_path,
-    named_policy,
-    open_model,
-    prepare,
-    refuse_kv_cache,
-    source_inputs,
-)
+from fxquant.compilation.options import CompileOptions, as_path, refuse_kv_cache
+from fxquant.compilation.prepare import Prepared, named_policy, open_model, prepare, source_inputs
 from fxquant.errors import FxquantError
 from fxquant.evaluation.verbs import compare, engine_perplexities, evaluate, open_output, run, sensitivity
 from fxquant.frontend.source import TRACE_TIMEOUT, Source, open_source
@@ -40,7 +32,7 @@ from fxquant.targets.target import Target
 from fxquant.verification import Rebuild, VerifyReport, verify_output
 
 
-@dataclass
+@dataclass(kw_only=True)
 class CompileReport:
     """What `compile` did.
 
@@ -115,17 +107,17 @@ def _compiled(
         work = Work(options.workers, reuse, options.restart, options.reuse is None, folder.remove)
         output, verification = _written(prepared, options, destination, work, report)
     return CompileReport(
-        destination.named,
-        source.way_in,
-        prepared.structural_hash,
-        policy,
-        options.target,
-        prepared.ledger,
-        prepared.passes,
-        prepared.program.idle_rules,
-        output,
-        verification,
-        prepared.calibration,
+        out=destination.named,
+        way_in=source.way_in,
+        structural_hash=prepared.structural_hash,
+        policy=policy,
+        target=options.target,
+        ledger=prepared.ledger,
+        passes=prepared.passes,
+        idle_rules=prepared.program.idle_rules,
+        output=output,
+        verification=verification,
+        calibration=prepared.calibration,
     )
 
 
@@ -173,7 +165,7 @@ def _contents(prepared: Prepared, options: CompileOptions) -> Contents:
     )
 
 
-@dataclass
+@dataclass(kw_only=True)
 class ConvertReport:
     """What `convert` did."""
 
@@ -217,7 +209,7 @@ def convert(
                 verification = verify_output(output.folder, source, full=False, report=report) if verify else None
                 if verification is not None:
                     refuse_unverified(output, destination, verification)
-    return ConvertReport(new, target, contents.policy, output, verification)
+    return ConvertReport(out=new, target=target, policy=contents.policy, output=output, verification=verification)
 
 
 def verify(

@@ -37,7 +37,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     base = tmp_path_factory.mktemp("finish")
     shape = {"n_routed_experts": 2, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 0, "num_hidden_layers": 1}
     source = open_source(write_checkpoint(base / "model", **shape))
-    options = CompileOptions(POLICY, export=False)
+    options = CompileOptions(policy=POLICY, export=False)
     contents = _contents(prepare(source, load_policy(POLICY), options), options)
     written(contents, base / "whole")
     written(replace(contents, tp=2), base / "earlier")

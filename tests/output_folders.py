@@ -21,7 +21,7 @@ def wide_model(folder: Path, experts: int = 64) -> Path:
 def compile_weights(model: Path, out: Path, jobs: int | None = None, policy: str = POLICY) -> Path:
     """`out`, compiled without a look back."""
     workers = Workers() if jobs is None else Workers(jobs=jobs)
-    compile(model, CompileOptions(policy, out, verify=False, export=False, workers=workers))
+    compile(model, CompileOptions(policy=policy, out=out, verify=False, export=False, workers=workers))
     return out
 
 

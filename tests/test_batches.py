@@ -167,7 +167,9 @@ def test_batch_size_is_an_option_and_the_report_counts_experts(
 ) -> None:
     folder, lines = tiny_folder(), [str(ids[0].tolist()) for ids in documents]
     (tmp_path / "text.jsonl").write_text("\n".join(lines))
-    options = CompileOptions("deepseek_w4a8", tmp_path / "out", calib=tmp_path / "text.jsonl", samples=3, batch_size=2)
+    options = CompileOptions(
+        policy="deepseek_w4a8", out=tmp_path / "out", calib=tmp_path / "text.jsonl", samples=3, batch_size=2
+    )
     report = compile(folder, options)
     saved = load_calibration(tmp_path / "out" / "optional" / "calibration.safetensors")
     assert saved.tokens.tolist() == [19, 1]

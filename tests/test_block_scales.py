@@ -62,7 +62,7 @@ def test_every_form_gives_the_same_bytes(
     form: torch.dtype, folders: dict[torch.dtype, Path], tmp_path: Path, reference: dict[str, bytes]
 ) -> None:
     """Verified against the slow reference, too."""
-    result = compile(folders[form], CompileOptions(POLICY, tmp_path / "out", export=False))
+    result = compile(folders[form], CompileOptions(policy=POLICY, out=tmp_path / "out", export=False))
     assert result is not None
     assert files_of(tmp_path / "out", OF_THE_SOURCE) == reference
 
@@ -70,14 +70,14 @@ def test_every_form_gives_the_same_bytes(
 @pytest.fixture(scope="module")
 def reference(folders: dict[torch.dtype, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     out = tmp_path_factory.mktemp("reference") / "out"
-    compile(folders[torch.float32], CompileOptions(POLICY, out, export=False, verify=False))
+    compile(folders[torch.float32], CompileOptions(policy=POLICY, out=out, export=False, verify=False))
     return files_of(out, OF_THE_SOURCE)
 
 
 def test_a_plan_counts_the_bytes_of_small_scales(folders: dict[torch.dtype, Path]) -> None:
     sizes = [open_checkpoint(folders[form]).scales[NAME].nbytes for form in FORMS]
     assert sizes == [8, 4, 4, 2]
-    plan(folders[torch.float8_e8m0fnu], CompileOptions(POLICY))
+    plan(folders[torch.float8_e8m0fnu], CompileOptions(policy=POLICY))
 
 
 def test_every_e8m0_code_is_its_power_of_two() -> None:
@@ -89,5 +89,5 @@ def test_a_scale_that_is_no_number_is_refused_by_name(tmp_path: Path) -> None:
     folder = folder_with(tmp_path, torch.float8_e8m0fnu)
     rewrite(folder, lambda scale: torch.full_like(scale.view(torch.uint8), 255).view(scale.dtype), f"{NAME}_scale_inv")
     with pytest.raises(FxquantError, match=NAME):
-        compile(folder, CompileOptions(POLICY, tmp_path / "out", export=False, verify=False))
+        compile(folder, CompileOptions(policy=POLICY, out=tmp_path / "out", export=False, verify=False))
     assert not (tmp_path / "out").exists()

@@ -54,7 +54,7 @@ def token_ids(path: Path, seed: int) -> Path:
 
 
 def compiled(model: Path, out: Path, policy: str = STATIC, **options: object) -> Path:
-    compile(model, CompileOptions(policy, out, verify=False, export=False, **options))  # type: ignore[arg-type]
+    compile(model, CompileOptions(policy=policy, out=out, verify=False, export=False, **options))  # type: ignore[arg-type]
     return out
 
 

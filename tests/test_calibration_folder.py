@@ -58,7 +58,9 @@ def whole(model: Path, ids: Path) -> Callable[[str], Path]:
 
 
 def compiled(model: Path, out: Path, ids: Path, policy: str = M4, **options: Any) -> Path:
-    compile(model, CompileOptions(policy, out, calib=ids, verify=False, export=False, batch_size=2, **options))
+    compile(
+        model, CompileOptions(policy=policy, out=out, calib=ids, verify=False, export=False, batch_size=2, **options)
+    )
     return out
 
 
@@ -126,7 +128,7 @@ def test_killed_in_some_block_it_ends_with_the_same_bytes(
     finished, stages = len(ran), Stages()
     assert 1 <= finished < BLOCKS and load_state(state_of(out)).blocks == finished
     assert sorted(path.name for path in state_of(out).parent.iterdir()) == [MARKER, STATE]
-    compile(model, CompileOptions(policy, out, calib=ids, verify=False, export=False, batch_size=2), stages)
+    compile(model, CompileOptions(policy=policy, out=out, calib=ids, verify=False, export=False, batch_size=2), stages)
     assert len(ran) == BLOCKS and len(set(ran)) == BLOCKS
     assert same_files(out, expected) and [path.name for path in tmp_path.iterdir()] == ["out"]
     assert stages.calibrate == [f"go on: block {finished}"] and sum(stages.opened[stages.calibrate[0]]) == 0
@@ -244,7 +246,7 @@ def slowly(folder, state):  # as long as if the blocks were large
     time.sleep(0.2)
 CalibrationFolder.save = slowly
 options = {"verify": False, "export": False, "batch_size": 2}
-compile(sys.argv[1], CompileOptions(sys.argv[4], sys.argv[2], calib=sys.argv[3], **options))
+compile(sys.argv[1], CompileOptions(policy=sys.argv[4], out=sys.argv[2], calib=sys.argv[3], **options))
 """
 
 

@@ -66,7 +66,9 @@ def test_other_work_starts_anew_and_says_so(
     with killed_after(60, Killed()):
         compiled(source, out, ids, policy)
     text, policy = change(source, ids, tmp_path, policy)
-    compile(source, CompileOptions(policy, out, calib=text, verify=False, export=False, batch_size=2), stages)
+    compile(
+        source, CompileOptions(policy=policy, out=out, calib=text, verify=False, export=False, batch_size=2), stages
+    )
     assert stages.calibrate == [f"calibrate anew: {reason} changed"]
     assert same_files(out, compiled(source, tmp_path / "fresh", text, policy)) and not state_of(out).parent.exists()
 

@@ -12,7 +12,7 @@ from tiny import ABSENT, float_program, write_checkpoint
 
 from fxquant.api import compile, verify
 from fxquant.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from fxquant.compilation.prepare import CompileOptions
+from fxquant.compilation.options import CompileOptions
 from fxquant.errors import FxquantError
 from fxquant.frontend.source import open_source
 from fxquant.lowering.output_folder.description import engine_config

@@ -10,7 +10,7 @@ import torch
 from slowness import others_slow
 
 from fxquant.api import CompileReport, compile
-from fxquant.compilation.prepare import CompileOptions
+from fxquant.compilation.options import CompileOptions
 from fxquant.errors import FxquantError
 from fxquant.lowering.output_folder.manifest import GRAPH
 from fxquant.policy.kinds import Kind

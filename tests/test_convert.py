@@ -44,7 +44,7 @@ def compiled(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Compiled
         out = base / f"{target}-{policy}-{mtp}"
         if not out.exists():
             calib = base / "ids.safetensors"
-            compile(source, CompileOptions(policy, out, target, calib, mtp=mtp, verify=False))
+            compile(source, CompileOptions(policy=policy, out=out, target=target, calib=calib, mtp=mtp, verify=False))
         return out
 
     return get

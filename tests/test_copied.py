@@ -55,7 +55,7 @@ def compiled(model: Path, out: Path, **options: object) -> Path:
 
 def options_for(model: Path, out: Path, **options: object) -> CompileOptions:
     given = {"calib": model.parent / "ids.safetensors", "verify": False, "export": False, **options}
-    return CompileOptions(POLICY, out, **given)  # type: ignore[arg-type]
+    return CompileOptions(policy=POLICY, out=out, **given)  # type: ignore[arg-type]
 
 
 def flip(file: Path, place: int) -> None:

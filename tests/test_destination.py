@@ -72,7 +72,7 @@ def test_a_source_inside_the_output_is_kept(tmp_path: Path, tiny_model: Path, un
     source = write_checkpoint(out / "model")
     untouched()
     with pytest.raises(FxquantError, match="contains the checkpoint"):
-        compile(source, CompileOptions(POLICY, out, verify=False, export=False, force=True))
+        compile(source, CompileOptions(policy=POLICY, out=out, verify=False, export=False, force=True))
 
 
 def test_weights_that_links_lead_to_are_inputs(tmp_path: Path, untouched: Untouched) -> None:
@@ -84,7 +84,7 @@ def test_weights_that_links_lead_to_are_inputs(tmp_path: Path, untouched: Untouc
     (source / "model.safetensors").symlink_to(out / "model.safetensors")
     untouched()
     with pytest.raises(FxquantError, match="contains a weight file"):
-        compile(source, CompileOptions(POLICY, out, verify=False, export=False, force=True))
+        compile(source, CompileOptions(policy=POLICY, out=out, verify=False, export=False, force=True))
 
 
 # links, and places where nothing can be
@@ -100,7 +100,7 @@ def test_a_link_is_followed_once_and_stays(tmp_path: Path, tiny_model: Path) -> 
     places = open_destination(link, False, []).places
     assert places.work.path == tmp_path / "large" / "real.partial"
     for force in (False, True):
-        report = compile(tiny_model, CompileOptions(POLICY, link, verify=False, export=False, force=force))
+        report = compile(tiny_model, CompileOptions(policy=POLICY, out=link, verify=False, export=False, force=force))
     assert report.out == link and link.is_symlink() and (tmp_path / "large" / "real" / MANIFEST).is_file()
     assert [path.name for path in (tmp_path / "small").iterdir()] == ["out"]
     assert [path.name for path in (tmp_path / "large").iterdir()] == ["real"]
@@ -167,20 +167,22 @@ def test_a_place_that_cannot_be_written_is_found_out_before_any_work(
     monkeypatch.setattr("fxquant.api.open_model", lambda *arguments: pytest.fail("work began"))
     for out in (tmp_path / "out", tmp_path / "new" / "out"):
         with pytest.raises(StoppedError, match=ERRORS[code]) as caught:
-            compile(tmp_path / "model", CompileOptions(POLICY, out))
+            compile(tmp_path / "model", CompileOptions(policy=POLICY, out=out))
         assert caught.value.remedy
 
 
 def test_missing_parents_are_made_and_said(tmp_path: Path, tiny_model: Path) -> None:
     out = tmp_path / "a" / "b" / "out"
-    report = compile(tiny_model, CompileOptions(POLICY, out, verify=False, export=False))
+    report = compile(tiny_model, CompileOptions(policy=POLICY, out=out, verify=False, export=False))
     assert report.notes == [f"made the folder {tmp_path / 'a'} for the output"] and out.is_dir()
-    assert compile(tiny_model, CompileOptions(POLICY, tmp_path / "x", verify=False, export=False)).notes == []
+    assert (
+        compile(tiny_model, CompileOptions(policy=POLICY, out=tmp_path / "x", verify=False, export=False)).notes == []
+    )
 
 
 def test_after_a_fault_no_parents_stay(tmp_path: Path) -> None:
     with pytest.raises(FxquantError, match="no such file"):
-        compile(tmp_path / "model", CompileOptions(POLICY, tmp_path / "a" / "b" / "out"))
+        compile(tmp_path / "model", CompileOptions(policy=POLICY, out=tmp_path / "a" / "b" / "out"))
     assert not list(tmp_path.iterdir())
 
 

@@ -139,7 +139,7 @@ def test_outputs_verify(
     tiny_folder: Callable[..., Path], ids: Path, tmp_path: Path, target: str, group_size: int
 ) -> None:
     out, policy = tmp_path / "out", policy_of(tmp_path, group_size)
-    options = CompileOptions(policy, out, target=target, calib=ids, export=False)  # type: ignore[arg-type]
+    options = CompileOptions(policy=policy, out=out, target=target, calib=ids, export=False)  # type: ignore[arg-type]
     report = compile(tiny_folder(), options)
     assert report.verification is not None and report.verification.ok
     assert verify(out, rebuild=Rebuild()).ok
@@ -149,7 +149,9 @@ def test_outputs_verify(
 @pytest.mark.slow
 def test_verify_knows_other_codes(tiny_folder: Callable[..., Path], ids: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    compile(tiny_folder(), CompileOptions(policy_of(tmp_path, 256), out, calib=ids, export=False, verify=False))
+    compile(
+        tiny_folder(), CompileOptions(policy=policy_of(tmp_path, 256), out=out, calib=ids, export=False, verify=False)
+    )
     (file,) = out.glob("quant_model_weight*.safetensors")
     tensors, name = load_file(file), "model.layers.1.mlp.experts.3.up_proj.weight"
     tensors[name] = tensors[name].roll(1, 0)
@@ -162,7 +164,7 @@ def test_verify_knows_other_codes(tiny_folder: Callable[..., Path], ids: Path, t
 def test_the_same_bytes_again(tiny_folder: Callable[..., Path], ids: Path, tmp_path: Path) -> None:
     outs = [tmp_path / name for name in ("one", "two")]
     for out in outs:
-        options = CompileOptions(policy_of(tmp_path, 256), out, calib=ids, export=False, verify=False)
+        options = CompileOptions(policy=policy_of(tmp_path, 256), out=out, calib=ids, export=False, verify=False)
         compile(tiny_folder(), replace(options))
     files = [sorted(file.name for file in out.rglob("*") if file.is_file()) for out in outs]
     assert files[0] == files[1]
@@ -175,15 +177,17 @@ def test_an_expert_without_tokens_is_named(tiny_folder: Callable[..., Path], tmp
     text = tmp_path / "one.safetensors"
     save_file({"ids": torch.tensor([[5]])}, text)
     with pytest.raises(FxquantError, match=r"experts\.\d.*no token of the calibration text went to it"):
-        compile(tiny_folder(), CompileOptions(policy_of(tmp_path, 256, ""), tmp_path / "out", calib=text))
+        compile(tiny_folder(), CompileOptions(policy=policy_of(tmp_path, 256, ""), out=tmp_path / "out", calib=text))
     for way in ("all_tokens", "least_squares"):
         policy = policy_of(tmp_path, 256, f"unseen_experts: {way}\n")
-        compile(tiny_folder(), CompileOptions(policy, tmp_path / way, calib=text, export=False, verify=False))
+        compile(
+            tiny_folder(), CompileOptions(policy=policy, out=tmp_path / way, calib=text, export=False, verify=False)
+        )
 
 
 def test_codes_need_text(tiny_folder: Callable[..., Path], tmp_path: Path) -> None:
     with pytest.raises(FxquantError, match="calibration text, none given"):
-        compile(tiny_folder(), CompileOptions(policy_of(tmp_path, 256), tmp_path / "out"))
+        compile(tiny_folder(), CompileOptions(policy=policy_of(tmp_path, 256), out=tmp_path / "out"))
 
 
 def test_without_a_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,7 @@ TEMPLATE = (
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("example") / "out"
-    options = CompileOptions("deepseek_w4a8_dynamic", folder, verify=False, export=False)
+    options = CompileOptions(policy="deepseek_w4a8_dynamic", out=folder, verify=False, export=False)
     return fxquant.compile(EXAMPLE, options).out
 
 

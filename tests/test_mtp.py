@@ -14,7 +14,7 @@ from tiny import write_checkpoint
 from fxquant.api import compile, verify
 from fxquant.checkpoint.checkpoint import open_checkpoint
 from fxquant.compilation.ledger import Bucket
-from fxquant.compilation.prepare import CompileOptions
+from fxquant.compilation.options import CompileOptions
 from fxquant.errors import FxquantError
 from fxquant.policy.policy import MtpMode
 from fxquant.program.program_file import load_program

@@ -42,7 +42,7 @@ def test_it_is_refused_before_the_model_is_opened(
     untouched()
     monkeypatch.setattr("fxquant.api.open_model", lambda *arguments: pytest.fail("work began"))
     with pytest.raises(FxquantError, match="was not made by fxquant for this output: mine"):
-        compile(tmp_path / "model", CompileOptions(POLICY, tmp_path / "out", force=True, restart=restart))
+        compile(tmp_path / "model", CompileOptions(policy=POLICY, out=tmp_path / "out", force=True, restart=restart))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -108,7 +108,7 @@ def test_an_empty_folder_and_a_cut_off_marker_are_nobodys(kind: Kind, left: int,
 def test_a_folder_of_the_user_called_replaced_has_nothing_to_do_with_us(tmp_path: Path, tiny_model: Path) -> None:
     (tmp_path / "out.replaced").mkdir()
     (tmp_path / "out.replaced" / "thesis.txt").write_text("years of work")
-    options = CompileOptions(POLICY, tmp_path / "out", verify=False, export=False, force=True)
+    options = CompileOptions(policy=POLICY, out=tmp_path / "out", verify=False, export=False, force=True)
     for _ in range(2):
         compile(tiny_model, options)
     assert files_of(tmp_path / "out.replaced") == {"thesis.txt": b"years of work"}

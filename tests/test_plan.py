@@ -32,7 +32,9 @@ Folder = Callable[..., Path]
 EXAMPLE = Path(__file__).parents[1] / "examples" / "tiny_deepseek_v3"
 KERNELS = [kernel_name(four, size, fp8) for four, size in ((False, 0), (True, 0), (True, 64)) for fp8 in (False, True)]
 RATES = {COPY: 10.0} | dict.fromkeys(KERNELS, 1.0)
-MACHINE = Machine(2, RATES, 2.0, 1.0, "", 1 << 20, 1 << 27)
+MACHINE = Machine(
+    cores=2, kernels=RATES, disk_read=2.0, disk_write=1.0, disk_unknown="", kernel_bytes=1 << 20, peak_bytes=1 << 27
+)
 
 
 class Measured(Measuring):

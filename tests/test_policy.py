@@ -77,7 +77,14 @@ def rule(**fields: object) -> Rule:
 
 
 def policy_of(*own: Rule, inherited: tuple[Rule, ...] = ()) -> Policy:
-    return Policy("test", "", ActivationStatistic.MIN_MAX, CalibrationWeights.FLOAT, own, inherited)
+    return Policy(
+        name="test",
+        description="",
+        activation_statistic=ActivationStatistic.MIN_MAX,
+        calibration_weights=CalibrationWeights.FLOAT,
+        own=own,
+        inherited=inherited,
+    )
 
 
 @pytest.mark.parametrize(

@@ -146,7 +146,9 @@ def test_errors_of_a_worker_are_those_of_local_work(cluster: Cluster, tmp_path: 
     caught = []
     for workers in (Workers(jobs=1), Workers(WorkEngine.RAY, address=cluster.address)):
         with pytest.raises(FxquantError) as one:
-            compile(model, CompileOptions(POLICY, tmp_path / "out", verify=False, export=False, workers=workers))
+            compile(
+                model, CompileOptions(policy=POLICY, out=tmp_path / "out", verify=False, export=False, workers=workers)
+            )
         caught.append(one.value)
         assert [path.name for path in tmp_path.iterdir()] == ["model"]
     local, remote = caught

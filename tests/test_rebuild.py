@@ -40,7 +40,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Callable[..., Pa
         if not out.exists():
             source = tiny_folder(**SHAPE, **model)
             calib = base / "ids.safetensors"
-            compile(source, CompileOptions(policy, out, target, calib, mtp=mtp, verify=False))
+            compile(source, CompileOptions(policy=policy, out=out, target=target, calib=calib, mtp=mtp, verify=False))
         return out
 
     return get

@@ -33,7 +33,8 @@ def slowly(job, unit):  # as long as if the units were large
     time.sleep(0.01)
     return fill(job, unit)
 FillJob.fill = slowly
-compile(sys.argv[1], CompileOptions(sys.argv[3], sys.argv[2], verify=False, export=False, workers=Workers(jobs=2)))
+options = CompileOptions(policy=sys.argv[3], out=sys.argv[2], verify=False, export=False, workers=Workers(jobs=2))
+compile(sys.argv[1], options)
 """
 
 
@@ -77,7 +78,7 @@ def test_it_goes_on_where_it_was(model: Path, whole: Path, tmp_path: Path, monke
         compile_weights(model, out, jobs=1)
     assert not out.exists() and finished(out) == 20
     begun = stop_after(10**6, monkeypatch, Killed())
-    report = compile(model, CompileOptions(POLICY, out, verify=False, export=False))
+    report = compile(model, CompileOptions(policy=POLICY, out=out, verify=False, export=False))
     assert same_files(out, whole) and not out.with_name("out.partial").exists()
     work, units = report.output.work, json.loads((out / "fxquant_manifest.json").read_text())["units"]
     assert len(begun) == len(units) - 20 and work.resumed > 0
@@ -128,7 +129,7 @@ def test_documents_of_other_options_do_not_stay(
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr("fxquant.lowering.output.write_exported", lambda program, folder: (folder / "x.pt2").touch())
         patch.setattr("fxquant.lowering.output._write_manifest", lambda *arguments: (_ for _ in ()).throw(Killed()))
-        compile(model, CompileOptions(POLICY, out, verify=False, export=True))
+        compile(model, CompileOptions(policy=POLICY, out=out, verify=False, export=True))
     assert list(Places(out).files.glob("*.pt2"))
     assert same_files(compile_weights(model, out), whole)
 
@@ -266,7 +267,7 @@ def test_replacing_an_output_survives_an_end_between_its_names(
 ) -> None:
     """The old output is aside, the new one has not got the name yet. A kill there: test_finish.py."""
     out = tmp_path / "out"
-    compile(model, CompileOptions("float", out, verify=False, export=False))
+    compile(model, CompileOptions(policy="float", out=out, verify=False, export=False))
     old = files_of(out)
     original = Path.rename
 
@@ -277,8 +278,8 @@ def test_replacing_an_output_survives_an_end_between_its_names(
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(Path, "rename", rename)
-        compile(model, CompileOptions(POLICY, out, verify=False, export=False, force=True))
+        compile(model, CompileOptions(policy=POLICY, out=out, verify=False, export=False, force=True))
     assert files_of(out) == old
-    report = compile(model, CompileOptions(POLICY, out, verify=False, export=False, force=True))
+    report = compile(model, CompileOptions(policy=POLICY, out=out, verify=False, export=False, force=True))
     assert report.output.work.quantized == 0 and same_files(out, whole)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]

@@ -56,7 +56,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_only_what_the_policy_changed_is_made(
     model: Path, old: Path, policy: str, tmp_path: Path, made: list[str]
 ) -> None:
-    options = CompileOptions(policy, tmp_path / "new", verify=False, export=False, reuse=old)
+    options = CompileOptions(policy=policy, out=tmp_path / "new", verify=False, export=False, reuse=old)
     work = compile(model, options).output.work
     assert made == ["model.layers.0.mlp.down_proj.weight"]
     size = json.loads((model / "config.json").read_text())
@@ -74,7 +74,7 @@ def test_force_takes_over_what_stays(model: Path, old: Path, policy: str, tmp_pa
     out = tmp_path / "out"
     for name in (POLICY, policy, POLICY):
         made.clear()
-        compile(model, CompileOptions(name, out, verify=False, export=False, force=True))
+        compile(model, CompileOptions(policy=name, out=out, verify=False, export=False, force=True))
     assert made == ["model.layers.0.mlp.down_proj"]
     assert same_files(out, old)
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith("out")] == ["out"]
@@ -83,7 +83,9 @@ def test_force_takes_over_what_stays(model: Path, old: Path, policy: str, tmp_pa
 @pytest.mark.parametrize("size", [50_000, 300_000])
 def test_into_other_files(size: int, model: Path, old: Path, tmp_path: Path, made: list[str]) -> None:
     for name, reuse in (("new", old), ("fresh", None)):
-        options = CompileOptions(POLICY, tmp_path / name, verify=False, export=False, reuse=reuse, max_shard_size=size)
+        options = CompileOptions(
+            policy=POLICY, out=tmp_path / name, verify=False, export=False, reuse=reuse, max_shard_size=size
+        )
         work = compile(model, options).output.work
         assert bool(reuse) == (work.quantized == work.copied == 0)
     assert same_files(tmp_path / "new", tmp_path / "fresh")
@@ -102,7 +104,7 @@ def test_a_file_that_stays_the_same_is_copied_in_one_range(
         return original(source, target, count, start, offset)
 
     monkeypatch.setattr(os, "copy_file_range", copy)
-    compile(model, CompileOptions(POLICY, tmp_path / "new", verify=False, export=False, reuse=old))
+    compile(model, CompileOptions(policy=POLICY, out=tmp_path / "new", verify=False, export=False, reuse=old))
     (file,) = (tmp_path / "new").glob("*.safetensors")
     ((count, start, offset),) = calls
     assert start == offset and start % 4096 == 0 and start + count == file.stat().st_size
@@ -116,7 +118,7 @@ def test_where_the_system_cannot_copy_it_is_done_by_hand(
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(os, "copy_file_range", refuse)
-    compile(model, CompileOptions(POLICY, tmp_path / "new", verify=False, export=False, reuse=old))
+    compile(model, CompileOptions(policy=POLICY, out=tmp_path / "new", verify=False, export=False, reuse=old))
     assert same_files(tmp_path / "new", old)
 
 
@@ -133,7 +135,7 @@ def test_a_source_that_was_touched_is_read_again(how: str, tmp_path: Path) -> No
     model = wide_model(tmp_path / "model", experts=4)
     old = compile_weights(model, tmp_path / "old")
     TOUCHED[how](next(model.glob("*.safetensors")))
-    options = CompileOptions(POLICY, tmp_path / "new", verify=False, export=False, reuse=old)
+    options = CompileOptions(policy=POLICY, out=tmp_path / "new", verify=False, export=False, reuse=old)
     assert compile(model, options).output.work.reused == 0
     assert same_files(tmp_path / "new", compile_weights(model, tmp_path / "fresh"))
 
@@ -141,7 +143,7 @@ def test_a_source_that_was_touched_is_read_again(how: str, tmp_path: Path) -> No
 def test_without_the_stamps_nothing_is_trusted(model: Path, tmp_path: Path) -> None:
     old = compile_weights(model, tmp_path / "old")
     (old / STAMPS).unlink()
-    options = CompileOptions(POLICY, tmp_path / "new", verify=False, export=False, reuse=old)
+    options = CompileOptions(policy=POLICY, out=tmp_path / "new", verify=False, export=False, reuse=old)
     assert compile(model, options).output.work.reused == 0
 
 
@@ -149,11 +151,11 @@ def test_a_damaged_header_and_a_folder_of_others_are_refused(model: Path, tmp_pa
     old = compile_weights(model, tmp_path / "old")
     (file,) = old.glob("*.safetensors")
     file.write_bytes(file.read_bytes().replace(b'"format":"pt"', b'"format":"tp"'))
-    options = CompileOptions(POLICY, tmp_path / "new", verify=False, export=False, reuse=old)
+    options = CompileOptions(policy=POLICY, out=tmp_path / "new", verify=False, export=False, reuse=old)
     with pytest.raises(FxquantError, match="is not as it was written"):
         compile(model, options)
     with pytest.raises(FxquantError, match="not an output of fxquant"):
-        compile(model, CompileOptions(POLICY, tmp_path / "new", verify=False, export=False, reuse=model))
+        compile(model, CompileOptions(policy=POLICY, out=tmp_path / "new", verify=False, export=False, reuse=model))
     assert not (tmp_path / "new").exists() and not (tmp_path / "new.partial").exists()
 
 

@@ -175,7 +175,7 @@ def weights(out: Path) -> dict[str, bytes]:
 def test_every_output(tiny_folder: Callable[..., Path], ids: Path, tmp_path: Path, target: str, fp8: bool) -> None:
     """`compile` verifies weights, graph and reader; smoothing comes on top."""
     policy = policy_of(tmp_path, ROTATE)
-    options = CompileOptions(policy, tmp_path / "out", target=target, calib=ids, export=False)  # type: ignore[arg-type]
+    options = CompileOptions(policy=policy, out=tmp_path / "out", target=target, calib=ids, export=False)  # type: ignore[arg-type]
     report = compile(tiny_folder(fp8=fp8), options)
     assert report.verification is not None and report.verification.ok
     checks = {check.name: check for check in report.verification.checks}
@@ -187,7 +187,7 @@ def test_every_output(tiny_folder: Callable[..., Path], ids: Path, tmp_path: Pat
 
 def test_without_calibration(tiny_folder: Callable[..., Path], tmp_path: Path) -> None:
     policy, out = policy_of(tmp_path, ROTATE, "deepseek_w4a8_dynamic"), tmp_path / "out"
-    report = compile(tiny_folder(), CompileOptions(policy, out, export=False))
+    report = compile(tiny_folder(), CompileOptions(policy=policy, out=out, export=False))
     assert report.verification is not None and report.verification.ok
     saved = load_calibration(out / CALIBRATION)
     assert saved.smoothing.turns and not len(saved.tokens) and not saved.ranges
@@ -196,7 +196,9 @@ def test_without_calibration(tiny_folder: Callable[..., Path], tmp_path: Path) -
 def test_any_number_of_workers_gives_the_same_bytes(tiny_folder: Callable[..., Path], tmp_path: Path) -> None:
     policy, source = policy_of(tmp_path, ROTATE, "deepseek_w4a8_dynamic"), tiny_folder(fp8=True)
     for jobs in (1, 2):
-        options = CompileOptions(policy, tmp_path / str(jobs), export=False, verify=False, workers=Workers(jobs=jobs))
+        options = CompileOptions(
+            policy=policy, out=tmp_path / str(jobs), export=False, verify=False, workers=Workers(jobs=jobs)
+        )
         compile(source, options)
     assert weights(tmp_path / "1") == weights(tmp_path / "2")
 
@@ -205,21 +207,21 @@ def test_reuse_knows_what_was_turned(tiny_folder: Callable[..., Path], tmp_path:
     """An output of other turns gives what they do not touch; the bytes are those of a compile from nothing."""
     first, fresh, reused = (tmp_path / name for name in ("first", "fresh", "reused"))
     heads = policy_of(tmp_path, "rotate: [heads]", "deepseek_w4a8_dynamic")
-    compile(tiny_folder(), CompileOptions(heads, first, export=False, verify=False))
+    compile(tiny_folder(), CompileOptions(policy=heads, out=first, export=False, verify=False))
     both = policy_of(tmp_path, ROTATE, "deepseek_w4a8_dynamic")
-    compile(tiny_folder(), CompileOptions(both, fresh, export=False, verify=False))
-    compile(tiny_folder(), CompileOptions(both, reused, export=False, verify=False, reuse=first))
+    compile(tiny_folder(), CompileOptions(policy=both, out=fresh, export=False, verify=False))
+    compile(tiny_folder(), CompileOptions(policy=both, out=reused, export=False, verify=False, reuse=first))
     assert weights(fresh) == weights(reused)
 
 
 def test_a_saved_calibration_has_the_turns(tiny_folder: Callable[..., Path], ids: Path, tmp_path: Path) -> None:
     first, second, policy = tmp_path / "first", tmp_path / "second", policy_of(tmp_path, ROTATE)
-    compile(tiny_folder(), CompileOptions(policy, first, calib=ids, export=False, verify=False))
+    compile(tiny_folder(), CompileOptions(policy=policy, out=first, calib=ids, export=False, verify=False))
     saved = first / CALIBRATION
-    compile(tiny_folder(), CompileOptions(policy, second, calibration=saved, export=False, verify=False))
+    compile(tiny_folder(), CompileOptions(policy=policy, out=second, calibration=saved, export=False, verify=False))
     assert weights(first) == weights(second)
     with pytest.raises(FxquantError, match="smoothed otherwise"):
-        compile(tiny_folder(), CompileOptions("deepseek_w4a8", tmp_path / "third", calibration=saved))
+        compile(tiny_folder(), CompileOptions(policy="deepseek_w4a8", out=tmp_path / "third", calibration=saved))
 
 
 def test_gptq_sees_turned_weights(tiny_folder: Callable[..., Path], ids: Path, tmp_path: Path) -> None:
@@ -230,13 +232,13 @@ def test_gptq_sees_turned_weights(tiny_folder: Callable[..., Path], ids: Path, t
             "rules: [", "extends: deepseek_w4a8\nrules: [{kind: attention, path: '*.kv_b_proj', scheme: FLOAT}, "
         )
     )
-    report = compile(tiny_folder(), CompileOptions(policy, tmp_path / "out", calib=ids, export=False))
+    report = compile(tiny_folder(), CompileOptions(policy=policy, out=tmp_path / "out", calib=ids, export=False))
     assert report.verification is not None and report.verification.ok
 
 
 def test_multi_token_prediction_is_refused(tiny_folder: Callable[..., Path], ids: Path, tmp_path: Path) -> None:
     source = tiny_folder(num_nextn_predict_layers=1)
-    options = CompileOptions(policy_of(tmp_path, ROTATE), tmp_path / "out", calib=ids, mtp="float")  # type: ignore[arg-type]
+    options = CompileOptions(policy=policy_of(tmp_path, ROTATE), out=tmp_path / "out", calib=ids, mtp="float")  # type: ignore[arg-type]
     with pytest.raises(FxquantError, match="turns what multi-token prediction layers read"):
         compile(source, options)
     heads = policy_of(tmp_path, "rotate: [heads]")
@@ -260,7 +262,7 @@ def damaged(smoothing: Smoothing) -> list[Callable[[], object]]:
 def test_verify_knows_a_function_that_changed(tiny_folder: Callable[..., Path], tmp_path: Path, which: int) -> None:
     """The check of the function itself does, whatever the weights then say of it; the digests are taken away."""
     policy, out = policy_of(tmp_path, ROTATE, "deepseek_w4a8_dynamic"), tmp_path / "out"
-    compile(tiny_folder(), CompileOptions(policy, out, export=False, verify=False))
+    compile(tiny_folder(), CompileOptions(policy=policy, out=out, export=False, verify=False))
     (out / "fxquant_manifest.json").unlink()
     calibration = load_calibration(out / CALIBRATION)
     damaged(calibration.smoothing)[which]()
@@ -271,7 +273,7 @@ def test_verify_knows_a_function_that_changed(tiny_folder: Callable[..., Path], 
 
 def test_bad_turns_in_a_file_are_refused(tiny_folder: Callable[..., Path], tmp_path: Path) -> None:
     policy, out = policy_of(tmp_path, ROTATE, "deepseek_w4a8_dynamic"), tmp_path / "out"
-    compile(tiny_folder(), CompileOptions(policy, out, export=False, verify=False))
+    compile(tiny_folder(), CompileOptions(policy=policy, out=out, export=False, verify=False))
     for turn in (Turn(columns=-1), Turn(columns=1, norm="model.other.weight"), Turn(heads=1.5)):  # type: ignore[arg-type]
         calibration = load_calibration(out / CALIBRATION)
         calibration.smoothing.turns["lm_head.weight"] = turn
@@ -282,8 +284,10 @@ def test_bad_turns_in_a_file_are_refused(tiny_folder: Callable[..., Path], tmp_p
 
 
 def test_plan_knows_what_is_whole_in_memory(tiny_folder: Callable[..., Path], tmp_path: Path) -> None:
-    found = plan(tiny_folder(), CompileOptions(policy_of(tmp_path, ROTATE, "deepseek_w4a8_dynamic"), tmp_path / "out"))
-    plain = plan(tiny_folder(), CompileOptions("deepseek_w4a8_dynamic", tmp_path / "out"))
+    found = plan(
+        tiny_folder(), CompileOptions(policy=policy_of(tmp_path, ROTATE, "deepseek_w4a8_dynamic"), out=tmp_path / "out")
+    )
+    plain = plan(tiny_folder(), CompileOptions(policy="deepseek_w4a8_dynamic", out=tmp_path / "out"))
     assert found.whole == 2 * 256 * 256 * 2 and plain.whole == 0
     assert found.memory.per_worker == plain.memory.per_worker + found.whole
     assert found.files == plain.files

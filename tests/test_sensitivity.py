@@ -193,7 +193,7 @@ def test_of_an_output_whose_float_model_is_smoothed(
         policy = str(tmp_path / "rotated.yaml")
         Path(policy).write_text("extends: deepseek_w4a8\nrotate: [hidden, heads]")
     text = token_ids(tmp_path / "ids.safetensors", seed=3)
-    compile(tiny_folder(), CompileOptions(policy, tmp_path / "out", calib=text, export=False, verify=False))
+    compile(tiny_folder(), CompileOptions(policy=policy, out=tmp_path / "out", calib=text, export=False, verify=False))
     result, whole = sensitivity(tmp_path / "out", text), evaluate(tmp_path / "out", text)
     assert len(result.modules) == 2 * 4 + 3 + 3 + 1
     assert all(one.sqnr > 10 for one in result.modules)

@@ -195,7 +195,7 @@ def ids(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_biases_reach_every_output(tiny_folder: Callable[..., Path], ids: Path, tmp_path: Path, target: str) -> None:
     """Weight file, description, graph and engine's reader: `compile` verifies all of them."""
     out = tmp_path / "out"
-    options = CompileOptions(M4, out, target=target, calib=ids, export=False)  # type: ignore[arg-type]
+    options = CompileOptions(policy=M4, out=out, target=target, calib=ids, export=False)  # type: ignore[arg-type]
     report = compile(tiny_folder(fp8=True), options)
     assert report.verification is not None and report.verification.ok
     stored = {
@@ -216,21 +216,21 @@ def test_biases_reach_every_output(tiny_folder: Callable[..., Path], ids: Path, 
 @pytest.mark.parametrize("policy", ["m4", "flex"])
 def test_other_models(tiny_folder: Callable[..., Path], ids: Path, tmp_path: Path, changes: dict, policy: str) -> None:
     name = M4 if policy == "m4" else policy_of(tmp_path, RULES["flex"])
-    report = compile(tiny_folder(**changes), CompileOptions(name, tmp_path / "out", calib=ids, export=False))
+    report = compile(tiny_folder(**changes), CompileOptions(policy=name, out=tmp_path / "out", calib=ids, export=False))
     assert report.verification is not None and report.verification.ok
 
 
 def test_a_saved_calibration_has_the_smoothing(tiny_folder: Callable[..., Path], ids: Path, tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
-    compile(tiny_folder(), CompileOptions(M4, first, calib=ids, export=False, verify=False))
+    compile(tiny_folder(), CompileOptions(policy=M4, out=first, calib=ids, export=False, verify=False))
     saved = first / CALIBRATION
-    compile(tiny_folder(), CompileOptions(M4, second, calibration=saved, export=False, verify=False))
+    compile(tiny_folder(), CompileOptions(policy=M4, out=second, calibration=saved, export=False, verify=False))
     assert (first / CALIBRATION).read_bytes() == (second / CALIBRATION).read_bytes()
     for file in first.glob("quant_model_weight*.safetensors"):
         assert file.read_bytes() == (second / file.name).read_bytes()
     other = policy_of(tmp_path, "smooth: [{kind: attention, method: m4, alpha: 0.6}]", M4)
     with pytest.raises(FxquantError, match="smoothed otherwise"):
-        compile(tiny_folder(), CompileOptions(other, tmp_path / "third", calibration=saved))
+        compile(tiny_folder(), CompileOptions(policy=other, out=tmp_path / "third", calibration=saved))
 
 
 def damaged(smoothing: Smoothing) -> list[Callable[[], object]]:
@@ -251,7 +251,7 @@ def test_verify_knows_a_function_that_changed(
     tiny_folder: Callable[..., Path], ids: Path, tmp_path: Path, which: int
 ) -> None:
     out = tmp_path / "out"
-    compile(tiny_folder(), CompileOptions(M4, out, calib=ids, export=False, verify=False))
+    compile(tiny_folder(), CompileOptions(policy=M4, out=out, calib=ids, export=False, verify=False))
     (out / "fxquant_manifest.json").unlink()
     calibration = load_calibration(out / CALIBRATION)
     damaged(calibration.smoothing)[which]()

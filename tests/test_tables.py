@@ -57,7 +57,7 @@ def verification() -> VerifyReport:
         Check("vllm-ascend-per-group: activations == graph", 46_000, 80, ["x"] * 3),
         Check("vllm-ascend-per-group: device rounding", 80, 80, worst=worst),
     ]
-    return VerifyReport(checks, "model", logit_noise=0.064)
+    return VerifyReport(checks=checks, source="model", logit_noise=0.064)
 
 
 def losses() -> Sensitivity:
@@ -105,7 +105,7 @@ def plan() -> Plan:
         way_in="config.json",
         policy=POLICIES[0],
         target=Target.SGLANG_NPU,
-        machine=Machine(32, {"int4 of bf16": 2.0}, 3.0, 3.0, ""),
+        machine=Machine(cores=32, kernels={"int4 of bf16": 2.0}, disk_read=3.0, disk_write=3.0, disk_unknown=""),
         time=Estimate(32, 400.0, 110.0, {"int4 of bf16": 0.2}, 6.8),
         memory=Memory(469_000_000, 149_000_000, 32),
     )

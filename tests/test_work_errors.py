@@ -193,7 +193,7 @@ def test_a_source_that_cannot_be_read(
     monkeypatch.setattr("builtins.open", refuse(opened))
     monkeypatch.setattr(os, "open", refuse(raw))
     with pytest.raises(FxquantError, match=os.strerror(code)) as caught:
-        compile(model, CompileOptions(POLICY, tmp_path / "out", verify=False, export=False))
+        compile(model, CompileOptions(policy=POLICY, out=tmp_path / "out", verify=False, export=False))
     assert name in caught.value.place and caught.value.remedy
     assert not (tmp_path / "out").exists()
     monkeypatch.undo()

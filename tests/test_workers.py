@@ -79,7 +79,7 @@ def test_a_disk_that_fills_up_meanwhile_stops_it_and_it_goes_on(model: Path, who
             compile_weights(model, out)
         assert not out.exists()
         resize(weight_bytes(whole) * 2)
-        report = compile(model, CompileOptions(POLICY, out, verify=False, export=False))
+        report = compile(model, CompileOptions(policy=POLICY, out=out, verify=False, export=False))
         assert (report.output.work.quantized, report.output.work.copied) == (0, 0)
         assert same_files(out, whole)
 
@@ -108,7 +108,7 @@ def test_errors_of_the_disk_keep_what_is_finished(
     with monkeypatch.context() as patch, pytest.raises(StoppedError, match="Input/output error"):
         patch.setattr(os, call, fails)
         compile_weights(model, tmp_path / "out", jobs=1)
-    report = compile(model, CompileOptions(POLICY, tmp_path / "out", verify=False, export=False))
+    report = compile(model, CompileOptions(policy=POLICY, out=tmp_path / "out", verify=False, export=False))
     assert report.output.work.resumed > 0 and same_files(tmp_path / "out", whole)
 
 
@@ -118,7 +118,8 @@ MEASURE = """
 import resource, sys
 from fxquant import CompileOptions, compile
 from fxquant.lowering.weights import Workers
-options = CompileOptions("deepseek_w4a8_dynamic", sys.argv[2], verify=False, export=False, workers=Workers(jobs=2))
+names = {"policy": "deepseek_w4a8_dynamic", "out": sys.argv[2]}
+options = CompileOptions(**names, verify=False, export=False, workers=Workers(jobs=2))
 with open("/proc/self/clear_refs", "w") as stream:
     stream.write("5")
 compile(sys.argv[1], options)

@@ -13,12 +13,16 @@ from fxquant.checkpoint.checkpoint import Checkpoint
 from fxquant.checkpoint.stamped_reader import checkpoint_files, stamp_files
 from fxquant.compilation.ledger import Ledger, build_ledger, check_parameters, mtp_modules
 from fxquant.compilation.mtp_layers import why_no_mtp
+from fxquant.compilation.options import (
+    DEFAULT_POLICY,
+    CalibrationOptions,
+    CompileOptions,
+    SourceOptions,
+    as_path,
+)
 from fxquant.errors import FxquantError
-from fxquant.frontend.source import TRACE_TIMEOUT, Source, open_source
+from fxquant.frontend.source import Source, open_source
 from fxquant.lowering.destination import Input
-from fxquant.lowering.output_folder.layout import MAX_SHARD_SIZE
-from fxquant.lowering.output_folder.manifest import MANIFEST
-from fxquant.lowering.weights.work import Workers
 from fxquant.lowering.workspace import made_of
 from fxquant.models.deepseek_v3 import mtp_paths
 from fxquant.passes import (
@@ -41,77 +45,12 @@ from fxquant.progress import Reporter, silent
 from fxquant.runtime.device import open_device
 from fxquant.targets.contract import load_contract
 from fxquant.targets.engines import ENGINES
-from fxquant.targets.target import Target
 from fxquant.text.load import load_batches, pad_id
 
-DEFAULT_POLICY = "deepseek_w4a8"
-REUSE = "--reuse"
 CALIBRATION_FILES = ("calibration.jsonl", "calibration.txt", "calib.jsonl", "calib.txt")
 
 
-@dataclass(frozen=True)
-class CompileOptions:
-    """What `compile` takes besides the model.
-
-    policy          name of a shipped policy or path of a YAML file; None: the model file's POLICY or deepseek_w4a8
-    out             output folder; None: `./<name>-<policy>-<target>`
-    calib           calibration text or token ids; None: the file that lies beside the model, if any
-    calibration     calibration.safetensors of an output, in place of text
-    samples         documents to calibrate on, each of at most `seq_len` tokens
-    device          where calibration runs the model: cpu, cuda or npu
-    batch_size      documents that are calibrated on together; `batch_mean` means over such batches
-    checkpoint      overrides the folder that a model.py names
-    trace_timeout   seconds that a model.py may take to import, build and trace
-    max_shard_size  bytes of tensor data a weight file may hold
-    force           replace an earlier output of fxquant at `out`
-    tp              tensor-parallel ranks that the output will be served on
-    mtp             multi-token prediction layers: none, float or quant; None: as the policy says
-    export          write the NPU graph as torch.export programs (.pt2) too
-    mix             whether the engine will run shared experts as routed ones; None: as the policy needs it
-    workers         how many workers fill the weight files, and where
-    reuse           earlier output to take equal tensors from; None: with `force` the one that is replaced
-    restart         discard unfinished work in `<out>.partial`
-    """
-
-    policy: str | None = None
-    out: str | Path | None = None
-    target: Target = Target.ASCEND
-    calib: str | Path | None = None
-    samples: int = 32
-    seq_len: int = 256
-    checkpoint: str | Path | None = None
-    trace_timeout: float = TRACE_TIMEOUT
-    max_shard_size: int = MAX_SHARD_SIZE
-    force: bool = False
-    verify: bool = True
-    kv_cache: str | None = None
-    tp: int = 1
-    mtp: MtpMode | None = None
-    mix: bool | None = None
-    export: bool = True
-    calibration: str | Path | None = None
-    workers: Workers = field(default_factory=Workers)
-    reuse: str | Path | None = None
-    restart: bool = False
-    batch_size: int = 1
-    device: str = "cpu"
-
-    def earlier_output(self, out: Path) -> Path | None:
-        """The folder to take equal tensors from."""
-        replaced = out if self.force and (out / MANIFEST).is_file() else None
-        return as_path(self.reuse) or replaced
-
-    def inputs(self, model: Path) -> list[Input]:
-        """Every file and folder that the options and MODEL name. What is reused may be the output that is replaced."""
-        named = {"--checkpoint": self.checkpoint, "--calib": self.calib, "--calibration": self.calibration}
-        own = self.policy is not None and self.policy.endswith((".yaml", ".yml"))
-        policy = self.policy if own and Path(str(self.policy)).exists() else None  # of a missing one its reader tells
-        named |= {"--policy": policy, REUSE: self.reuse}
-        given = [Input(label, Path(path), label == REUSE) for label, path in named.items() if path is not None]
-        return [Input("the checkpoint" if model.is_dir() else "the model", model), *given]
-
-
-@dataclass
+@dataclass(kw_only=True)
 class Prepared:
     """A model rewritten under a policy, nothing written yet."""
 
@@ -155,7 +94,17 @@ def prepare(
     float_graph, digest = dump_program(program), structural_hash(program)
     results = run_passes(program, passes_for(source, policy, options, layers, calibrate, for_engine))
     ledger = build_ledger(program, source.checkpoint)
-    return Prepared(source, policy, program, ledger, float_graph, digest, calibrate.used, results, calibrate.solved)
+    return Prepared(
+        source=source,
+        policy=policy,
+        program=program,
+        ledger=ledger,
+        float_graph=float_graph,
+        structural_hash=digest,
+        calibration=calibrate.used,
+        passes=results,
+        solved=calibrate.solved,
+    )
 
 
 def named_policy(options: CompileOptions, source: Source) -> str:
@@ -203,7 +152,7 @@ def passes_for(
 def _calibrate(
     source: Source,
     policy: Policy,
-    options: CompileOptions,
+    options: CalibrationOptions,
     report: Reporter,
     known: Sequence[Path],
     folder: CalibrationFolder | None,
@@ -228,7 +177,7 @@ def _calibrate(
     )
 
 
-def calibration(source: Source, options: CompileOptions) -> list[Tensor] | None:
+def calibration(source: Source, options: CalibrationOptions) -> list[Tensor] | None:
     """Documents of token ids from `options.calib`, or from the file beside the model; None when there is neither."""
     file = as_path(options.calib)
     if file is None:
@@ -240,7 +189,7 @@ def calibration(source: Source, options: CompileOptions) -> list[Tensor] | None:
     return load_batches(file, source.checkpoint, options.samples, options.seq_len)
 
 
-def open_model(model: str | Path, options: CompileOptions, report: Reporter) -> Source:
+def open_model(model: str | Path, options: SourceOptions, report: Reporter) -> Source:
     """MODEL, opened; a model.py is run meanwhile."""
     with report(f"open {model}", 1, "model") as advance:
         source = open_source(Path(model), as_path(options.checkpoint), options.trace_timeout)
@@ -252,19 +201,3 @@ def source_inputs(source: Source) -> list[Input]:
     """The checkpoint's folder, and its files, wherever links lead."""
     files = [Input("a weight file", file) for file in sorted(checkpoint_files(source.checkpoint))]
     return [Input("the checkpoint", source.checkpoint.folder), *files]
-
-
-def as_path(path: str | Path | None) -> Path | None:
-    return None if path is None else Path(path)
-
-
-def refuse_kv_cache(kv_cache: str | None) -> None:
-    if kv_cache in (None, "float"):
-        return
-    if kv_cache == "int8":
-        fact = (
-            "the engines' W4A8 path takes no int8 KV cache: its scales exclude mixed int4 experts, and quantizing the "
-            "latent costs two to three points of accuracy."
-        )
-        raise FxquantError("--kv-cache int8", fact, "Leave the cache in float: it is already latent, 71 times smaller.")
-    raise FxquantError(f"--kv-cache {kv_cache}", "unknown.", "Only float is supported.")

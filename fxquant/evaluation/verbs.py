@@ -6,7 +6,8 @@ from pathlib import Path
 from fxquant.calibration.calibration_file import CALIBRATION, load_calibration
 from fxquant.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from fxquant.compilation.ledger import check_parameters
-from fxquant.compilation.prepare import CompileOptions, open_model, prepare, smoothed_source
+from fxquant.compilation.options import CompileOptions
+from fxquant.compilation.prepare import open_model, prepare, smoothed_source
 from fxquant.errors import FxquantError
 from fxquant.evaluation.divergence import Evaluation, evaluate_programs
 from fxquant.evaluation.generate import greedy_text

@@ -61,7 +61,7 @@ EXISTS = "Pass --force to replace it, or choose another -o."
 DAMAGED = "Copy the file again, or compile again with --force: what is damaged is made anew from the source."
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Contents:
     """All that an output folder is made of.
 

@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 
 from fxquant.checkpoint.checkpoint import Checkpoint
 from fxquant.compilation.ledger import build_ledger, check_parameters, mtp_modules
-from fxquant.compilation.prepare import CompileOptions, passes_for, with_mtp
+from fxquant.compilation.options import CompileOptions
+from fxquant.compilation.prepare import passes_for, with_mtp
 from fxquant.frontend.source import Source
 from fxquant.lowering.output_folder.description import description_size, engine_config, index_size, json_size
 from fxquant.lowering.output_folder.layout import FileLayout, plan_files, stored_tensors
@@ -19,7 +20,7 @@ from fxquant.targets.engines import ENGINES, Engine
 from fxquant.transforms.weight_transforms import Smoothing
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PlanContents:
     """Sizes in bytes.
 

@@ -43,7 +43,7 @@ GPTQ_SHAPE, GPTQ_SECONDS = (512, 1024), 4.0
 PACKAGE = str(Path(__file__).parents[2])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Machine:
     """Disk rates are in GB/s, 10**9 bytes a second.
 
@@ -207,7 +207,7 @@ def measure(folder: Path, wanted: Callable[[], list[str]] = list) -> Iterator[Ma
 
     `wanted`, asked last: which kernels are needed; those that search for scales are measured only then.
     """
-    machine = Machine(len(os.sched_getaffinity(0)))
+    machine = Machine(cores=len(os.sched_getaffinity(0)))
     try:
         read, write = disk_rates(folder)
         machine = replace(machine, disk_read=read, disk_write=write, disk_unknown="")
@@ -288,7 +288,7 @@ class Measuring:
         if self._process.returncode > 0:
             raise RuntimeError(f"measuring this machine failed:\n{errors}")
         lines = [line for line in answer.splitlines(keepends=True) if line.endswith("\n")]
-        return Machine(**json.loads(lines[-1])) if lines else Machine(len(os.sched_getaffinity(0)))
+        return Machine(**json.loads(lines[-1])) if lines else Machine(cores=len(os.sched_getaffinity(0)))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fxquant.compilation.prepare import CompileOptions, as_path, named_policy, refuse_kv_cache
+from fxquant.compilation.options import CompileOptions, as_path, refuse_kv_cache
+from fxquant.compilation.prepare import named_policy
 from fxquant.frontend.source import open_source
 from fxquant.gc_pause import uncollected
 from fxquant.planning.contents import PlanContents, planned
@@ -17,7 +18,7 @@ from fxquant.policy.policy import load_policy
 from fxquant.targets.target import Target
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Plan(PlanContents):
     """What `compile` would do.
 

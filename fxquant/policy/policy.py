@@ -44,7 +44,7 @@ class MtpMode(StrEnum):
     QUANT = "quant"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Policy:
     """A resolved policy: its own rules, then those of what it extends; of other keys its own, or else those.
 
@@ -142,22 +142,28 @@ def _file(document: PolicyDocument) -> Path | str:
 
 def _resolved(document: PolicyDocument, parent: Policy | None) -> Policy:
     says = document.says
-    inherited = parent or Policy("", "", ActivationStatistic.MIN_MAX, CalibrationWeights.FLOAT, ())
+    inherited = parent or Policy(
+        name="",
+        description="",
+        activation_statistic=ActivationStatistic.MIN_MAX,
+        calibration_weights=CalibrationWeights.FLOAT,
+        own=(),
+    )
     sizes = {rule.group_size for rule in says.rules if rule.grouped}
     if len(sizes) > 1:
         fact = f"group sizes {sorted(sizes)}."
         raise FxquantError(document.line("rules"), fact, "A weight file has one group_size: choose one.")
     return Policy(
-        document.path.stem if document.path else document.place.removeprefix("policy "),
-        says.description,
-        says.activation_statistic or inherited.activation_statistic,
-        says.calibration_weights or inherited.calibration_weights,
-        tuple(says.rules),
-        inherited.rules,
-        inherited.smooth if says.smooth is None else tuple(says.smooth),
-        says.norm_bias or inherited.norm_bias,
-        says.percentile or inherited.percentile,
-        says.unseen_experts or inherited.unseen_experts,
-        inherited.rotate if says.rotate is None else tuple(says.rotate),
-        {**inherited.lines, **dict(document.rule_lines())},
+        name=document.path.stem if document.path else document.place.removeprefix("policy "),
+        description=says.description,
+        activation_statistic=says.activation_statistic or inherited.activation_statistic,
+        calibration_weights=says.calibration_weights or inherited.calibration_weights,
+        own=tuple(says.rules),
+        inherited=inherited.rules,
+        smooth=inherited.smooth if says.smooth is None else tuple(says.smooth),
+        norm_bias=says.norm_bias or inherited.norm_bias,
+        percentile=says.percentile or inherited.percentile,
+        unseen_experts=says.unseen_experts or inherited.unseen_experts,
+        rotate=inherited.rotate if says.rotate is None else tuple(says.rotate),
+        lines={**inherited.lines, **dict(document.rule_lines())},
     )

@@ -105,7 +105,11 @@ def _ownership(node: fx.Node, program: Program, makers: dict[str, str]) -> str |
             return f"multiplies by tensors of {' and '.join(sorted(own))}"
         return _foreign_range(node, next(iter(own)), program, makers)
     sums = {module for one in node.all_input_nodes if _gives(one, torch.int32) for module in _modules(one, makers)}
-    return f"scales sums of {', '.join(sorted(sums))} by tensors of {', '.join(sorted(own))}" if sums and own - sums else None
+    return (
+        f"scales sums of {', '.join(sorted(sums))} by tensors of {', '.join(sorted(own))}"
+        if sums and own - sums
+        else None
+    )
 
 
 def _foreign_range(node: fx.Node, module: str, program: Program, makers: dict[str, str]) -> str | None:

@@ -77,10 +77,29 @@ def command(
     from fxquant.tools.compile_report import as_document, print_report
 
     options = CompileOptions(
-        policy, out, parse_target(target), calib, samples, seq_len, checkpoint, trace_timeout,
-        parse_size(max_shard_size), force, verify, kv_cache, tp, parse_mtp(mtp), mix, export,
-        calibration, parse_workers(engine, jobs, address), reuse, restart, batch_size, device,
-    )  # fmt: skip
+        policy=policy,
+        out=out,
+        target=parse_target(target),
+        tp=tp,
+        mtp=parse_mtp(mtp),
+        mix=mix,
+        export=export,
+        calib=calib,
+        samples=samples,
+        seq_len=seq_len,
+        batch_size=batch_size,
+        device=device,
+        calibration=calibration,
+        checkpoint=checkpoint,
+        trace_timeout=trace_timeout,
+        max_shard_size=parse_size(max_shard_size),
+        kv_cache=kv_cache,
+        verify=verify,
+        workers=parse_workers(engine, jobs, address),
+        reuse=reuse,
+        restart=restart,
+        force=force,
+    )
     report = compile(model, options, reporter(quiet or as_json))
     if as_json:
         print_json(as_document(report))

@@ -72,7 +72,7 @@ def command(
     from fxquant.planning.host_benchmark import Measuring
 
     with Measuring(out or Path.cwd()) as measuring, uncollected():  # before anything imports torch
-        from fxquant.compilation.prepare import CompileOptions
+        from fxquant.compilation.options import CompileOptions
         from fxquant.planning.plan import plan
 
         options = CompileOptions(

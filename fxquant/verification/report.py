@@ -25,7 +25,7 @@ class Check:
             self.misses.append(miss)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class VerifyReport:
     """All checks of an output folder. `source` is None when there was nothing to hold the weights against.
 

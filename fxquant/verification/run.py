@@ -103,7 +103,13 @@ def verify_output(
         inputs = list(probe_inputs(program).values())
         noise = logit_noise(program, Cached(files.read, SAMPLE_ABOVE), inputs, NOISE_SEEDS)
     named = None if source is None else str(source.folder)
-    return VerifyReport([*digests, *rebuilt, *checks], named, sampled, noise, _unread(output, again, manifest is None))
+    return VerifyReport(
+        checks=[*digests, *rebuilt, *checks],
+        source=named,
+        sampled=sampled,
+        logit_noise=noise,
+        unread=_unread(output, again, manifest is None),
+    )
 
 
 @dataclass(frozen=True)

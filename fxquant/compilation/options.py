@@ -1,0 +1,132 @@
+"""The options of `compile`, a class a stage: a stage takes those that it needs, `CompileOptions` are all of them."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fxquant.errors import FxquantError
+from fxquant.frontend.source import TRACE_TIMEOUT
+from fxquant.lowering.destination import Input
+from fxquant.lowering.output_folder.layout import MAX_SHARD_SIZE
+from fxquant.lowering.output_folder.manifest import MANIFEST
+from fxquant.lowering.weights.work import Workers
+from fxquant.policy.policy import MtpMode
+from fxquant.targets.target import Target
+
+DEFAULT_POLICY = "deepseek_w4a8"
+REUSE = "--reuse"
+Name = str | Path | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceOptions:
+    """How MODEL is opened.
+
+    checkpoint     overrides the folder that a model.py names
+    trace_timeout  seconds that a model.py may take to import, build and trace
+    """
+
+    checkpoint: Name = None
+    trace_timeout: float = TRACE_TIMEOUT
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationOptions:
+    """Text that runs through the float model, or what an earlier run saw.
+
+    calib        calibration text or token ids; None: the file that lies beside the model, if any
+    calibration  calibration.safetensors of an output, in place of text
+    samples      documents to calibrate on, each of at most `seq_len` tokens
+    batch_size   documents that are calibrated on together; `batch_mean` means over such batches
+    device       where calibration runs the model: cpu, cuda or npu
+    """
+
+    calib: Name = None
+    calibration: Name = None
+    samples: int = 32
+    seq_len: int = 256
+    batch_size: int = 1
+    device: str = "cpu"
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkOptions:
+    """Who makes the weights, and what need not be made.
+
+    workers  how many workers fill the weight files, and where
+    reuse    earlier output to take equal tensors from; None: with `force` the one that is replaced
+    restart  discard unfinished work in `<out>.partial`
+    """
+
+    workers: Workers = field(default_factory=Workers)
+    reuse: Name = None
+    restart: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputOptions:
+    """What is written.
+
+    out             output folder; None: `./<name>-<policy>-<target>`
+    target          the engine that will load it
+    max_shard_size  bytes of tensor data a weight file may hold
+    export          write the NPU graph as torch.export programs (.pt2) too
+    force           replace an earlier output of fxquant at `out`
+    verify          read it back before it gets its name
+    """
+
+    out: Name = None
+    target: Target = Target.ASCEND
+    max_shard_size: int = MAX_SHARD_SIZE
+    export: bool = True
+    force: bool = False
+    verify: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompileOptions(SourceOptions, CalibrationOptions, WorkOptions, OutputOptions):
+    """What `compile` takes besides the model.
+
+    policy    name of a shipped policy or path of a YAML file; None: the model file's POLICY or deepseek_w4a8
+    tp        tensor-parallel ranks that the output will be served on
+    mtp       multi-token prediction layers: none, float or quant; None: as the policy says
+    mix       whether the engine will run shared experts as routed ones; None: as the policy needs it
+    kv_cache  None or "float": int8 is refused
+    """
+
+    policy: str | None = None
+    tp: int = 1
+    mtp: MtpMode | None = None
+    mix: bool | None = None
+    kv_cache: str | None = None
+
+    def earlier_output(self, out: Path) -> Path | None:
+        """The folder to take equal tensors from."""
+        replaced = out if self.force and (out / MANIFEST).is_file() else None
+        return as_path(self.reuse) or replaced
+
+    def inputs(self, model: Path) -> list[Input]:
+        """Every file and folder that the options and MODEL name. What is reused may be the output that is replaced."""
+        named = {"--checkpoint": self.checkpoint, "--calib": self.calib, "--calibration": self.calibration}
+        own = self.policy is not None and self.policy.endswith((".yaml", ".yml"))
+        policy = self.policy if own and Path(str(self.policy)).exists() else None  # of a missing one its reader tells
+        named |= {"--policy": policy, REUSE: self.reuse}
+        given = [Input(label, Path(path), label == REUSE) for label, path in named.items() if path is not None]
+        return [Input("the checkpoint" if model.is_dir() else "the model", model), *given]
+
+
+def as_path(path: Name) -> Path | None:
+    """None stays None."""
+    return None if path is None else Path(path)
+
+
+def refuse_kv_cache(kv_cache: str | None) -> None:
+    """Raises FxquantError for all but float."""
+    if kv_cache in (None, "float"):
+        return
+    if kv_cache == "int8":
+        fact = (
+            "the engines' W4A8 path takes no int8 KV cache: its scales exclude mixed int4 experts, and quantizing the "
+            "latent costs two to three points of accuracy."
+        )
+        raise FxquantError("--kv-cache int8", fact, "Leave the cache in float: it is already latent, 71 times smaller.")
+    raise FxquantError(f"--kv-cache {kv_cache}", "unknown.", "Only float is supported.")
