@@ -27,7 +27,7 @@ from fxquant.ops.quantized import expand_int4
 from fxquant.policy.policy import load_policy
 from fxquant.runtime.weight_readers import Cached, Read, RecipeReader
 from fxquant.schemes.schemes import Recipe, Scheme, WeightAlgorithm
-from fxquant.schemes.weight_formats import Dialect
+from fxquant.schemes.weight_formats import WeightFormat
 from fxquant.storage.safetensors import read_header
 from fxquant.text.load import load_batches
 from fxquant.tools.console import console, errors
@@ -111,8 +111,8 @@ def compare_weights(model: Path, output: Path) -> None:
         weight = checkpoint.read(f"{module}.weight")
         n, k = weight.shape
         recipe = Recipe(
-            module, (module,), Scheme.W4A8_DYNAMIC, 0, n, k, False, False, weight.dtype, dialect=Dialect.C,
-            scale_dtype=weight.dtype, algorithm=WeightAlgorithm.LEAST_SQUARES,
+            module, (module,), Scheme.W4A8_DYNAMIC, 0, n, k, False, False, weight.dtype,
+            weight_format=WeightFormat.PER_CHANNEL, scale_dtype=weight.dtype, algorithm=WeightAlgorithm.LEAST_SQUARES,
         )  # fmt: skip
         wide = weight.float()
         other, ours = (

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fxquant.kernels.module_tensors import make_tensors
 from fxquant.schemes.schemes import Recipe, Scheme
-from fxquant.schemes.weight_formats import Dialect
+from fxquant.schemes.weight_formats import WeightFormat
 
 EPS = 1.1920928955078125e-07
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -25,7 +25,7 @@ def recipe_of(weight: Tensor, scheme: Scheme, group_size: int = 0, **changes: ob
 
 def codes_of(weight: Tensor, scheme: Scheme, group_size: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """Codes int8 [n, k], scale float32 [n, 1], second scale float32 [n, G], by the kernels, one code a byte."""
-    made = make_tensors(recipe_of(weight, scheme, group_size, dialect=Dialect.B), "w", weight)
+    made = make_tensors(recipe_of(weight, scheme, group_size, weight_format=WeightFormat.UNPACKED), "w", weight)
     return made["weight"], made["weight_scale"], made.get("weight_scale_second", torch.ones(len(weight), 1))
 
 

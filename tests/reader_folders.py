@@ -1,4 +1,4 @@
-"""Hand-made weight folders of all dialects, written from the description of the formats with obvious loops.
+"""Hand-made weight folders of all weight_formats, written from the description of the formats with obvious loops.
 
 Nothing of fxquant's writer is used: what a module holds is drawn as integers and scales first, and packed from them.
 """
@@ -70,7 +70,7 @@ class Draft:
         self.put(module, "W8A8_DYNAMIC", **parts, **({} if bias is None else {"bias": bias}))
 
     def static(self, module: str, n: int, k: int, kind: str = "W8A8", short: bool = False) -> None:
-        """W8A8 or W8A8_MIX with input_scale 0.03 and offset -5; `short`: the form without weight_scale (dialect C)."""
+        """W8A8 or W8A8_MIX with input_scale 0.03 and offset -5; `short`: `per_channel`, no weight_scale."""
         q, scale = self.integers(-127, 127, n, k), self.scales(n)
         stored = torch.float32 if short else self.dtype
         input_scale = torch.tensor([0.03], dtype=self.dtype)

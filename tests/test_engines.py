@@ -19,7 +19,7 @@ from fxquant.checkpoint.checkpoint import open_checkpoint
 from fxquant.engine_readers import Arithmetic, open_reader
 from fxquant.evaluation.divergence import evaluate_programs
 from fxquant.evaluation.engine_perplexity import reader_perplexity
-from fxquant.schemes.weight_formats import Dialect
+from fxquant.schemes.weight_formats import WeightFormat
 from fxquant.targets.engines import ENGINES, group_size
 from fxquant.targets.target import Target
 from fxquant.text.load import load_batches
@@ -122,7 +122,7 @@ SOURCES: dict[str, tuple[torch.dtype, bool, torch.dtype]] = {
 @pytest.mark.slow
 @pytest.mark.parametrize("target", DIALECTS)
 def test_equal_values_of_any_dtype_give_equal_integers(target: Target, tmp_path: Path) -> None:
-    """Dialect C rounds scales to the model's dtype, so there float16 has integers of its own."""
+    """format `per_channel` rounds scales to the model's dtype, so there float16 has integers of its own."""
     made = {}
     for name, (dtype, fp8, bias) in SOURCES.items():
         out, source = tmp_path / name / "out", write_source(tmp_path / name / "model", dtype, fp8, bias)
@@ -131,7 +131,7 @@ def test_equal_values_of_any_dtype_give_equal_integers(target: Target, tmp_path:
         made[name] = tensors_of(out)
         assert made[name][BIAS].dtype is torch.float32
         assert torch.equal(made[name][BIAS], made["bf16"][BIAS]), "its values are exact in bfloat16 too"
-    narrow = ENGINES[target].dialect(0) is Dialect.C
+    narrow = ENGINES[target].weight_format(0) is WeightFormat.PER_CHANNEL
     for name in made:
         if name == "fp16" and narrow:
             continue
@@ -156,7 +156,7 @@ def test_a_bias_is_stored_once_and_folded_once(
     stored, checkpoint = tensors_of(out), open_checkpoint(source)
     biases = [name for name in checkpoint.tensors if name.endswith("_proj.bias") or name.endswith("_mqa.bias")]
     assert sorted(biases) == sorted(name for name in stored if name.endswith(".bias")) and len(biases) == 2 * 3
-    wide = ENGINES[target].dialect(0).float32_parameters
+    wide = ENGINES[target].weight_format(0).float32_parameters
     for name in biases:
         module, bias = name.removesuffix(".bias"), checkpoint.read(name)
         assert stored[name].dtype is (torch.float32 if wide else checkpoint.dtype)

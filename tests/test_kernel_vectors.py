@@ -15,7 +15,7 @@ from fxquant.kernels.module_tensors import make_tensors
 from fxquant.lowering.ascend.operators.grouped_matmul import split_nibbles
 from fxquant.lowering.ascend.operators.quantize import npu_trans_quant_param
 from fxquant.schemes.schemes import ActivationRange, Scheme
-from fxquant.schemes.weight_formats import Dialect
+from fxquant.schemes.weight_formats import WeightFormat
 
 # published vectors
 
@@ -145,7 +145,7 @@ def test_t11_scales_in_the_models_dtype_give_other_integers(scheme: Scheme) -> N
     """bfloat16 holds another scale, by up to 2**-9, and some quotients fall on the other side of a half."""
     weight = torch.randn(64, 512, generator=torch.Generator().manual_seed(0)).bfloat16()
     one = recipe_of(weight, scheme)
-    other = replace(one, dialect=Dialect.C, scale_dtype=torch.bfloat16)
+    other = replace(one, weight_format=WeightFormat.PER_CHANNEL, scale_dtype=torch.bfloat16)
     wide, narrow = (make_tensors(recipe, "place", weight) for recipe in (one, other))
     assert torch.equal(narrow["weight_scale"], wide["weight_scale"].bfloat16().float())
     assert not torch.equal(narrow["weight_scale"], wide["weight_scale"])

@@ -17,21 +17,29 @@ from fxquant.errors import FxquantError
 from fxquant.kernels.module_tensors import ModuleMaker, make_tensors, rounded_weight
 from fxquant.kernels.source_rows import SourceRows, rows_of
 from fxquant.schemes.schemes import ActivationRange, Recipe, Scheme, tensor_specs
-from fxquant.schemes.weight_formats import Dialect
+from fxquant.schemes.weight_formats import WeightFormat
 from fxquant.verification.reference import expected_tensors
 
 K, GROUP = 192, 32
 STORED = (*FLOATS, torch.float8_e4m3fn)
 BLOCKS = ((128, 128), (3, 40), (1, 192), (2, 7), (64, 256))
 FORMS = [
-    (Scheme.W8A8, 0, Dialect.A, False),
-    (Scheme.W8A8, 0, Dialect.C, False),
-    (Scheme.W8A8_MIX, 0, Dialect.A, False),
-    (Scheme.W8A8_DYNAMIC, 0, Dialect.A, False),
-    (Scheme.W8A8_DYNAMIC, 0, Dialect.C, False),
-    *((Scheme.W4A8_DYNAMIC, 0, dialect, parallel) for dialect in Dialect for parallel in (False, True)),
-    *((Scheme.W4A8_DYNAMIC, GROUP, dialect, parallel) for dialect in (Dialect.A, Dialect.B) for parallel in (0, 1)),
-    (Scheme.W4A8_DYNAMIC, 96, Dialect.A, True),
+    (Scheme.W8A8, 0, WeightFormat.PACKED, False),
+    (Scheme.W8A8, 0, WeightFormat.PER_CHANNEL, False),
+    (Scheme.W8A8_MIX, 0, WeightFormat.PACKED, False),
+    (Scheme.W8A8_DYNAMIC, 0, WeightFormat.PACKED, False),
+    (Scheme.W8A8_DYNAMIC, 0, WeightFormat.PER_CHANNEL, False),
+    *(
+        (Scheme.W4A8_DYNAMIC, 0, weight_format, parallel)
+        for weight_format in WeightFormat
+        for parallel in (False, True)
+    ),
+    *(
+        (Scheme.W4A8_DYNAMIC, GROUP, weight_format, parallel)
+        for weight_format in (WeightFormat.PACKED, WeightFormat.UNPACKED)
+        for parallel in (0, 1)
+    ),
+    (Scheme.W4A8_DYNAMIC, 96, WeightFormat.PACKED, True),
 ]
 
 
@@ -61,12 +69,17 @@ def source_of(weight: Tensor, model: torch.dtype, start: int = 0, count: int = 0
 
 
 def recipe_for(source: SourceRows, form: tuple, biased: bool = False) -> Recipe:
-    scheme, group_size, dialect, row_parallel = form
+    scheme, group_size, weight_format, row_parallel = form
     made = recipe_of(torch.empty(source.rows, source.in_features, device="meta"), scheme, group_size)
     dtype = source.model_dtype
-    scale_dtype = dtype if dialect.model_dtype_scales else torch.float32
+    scale_dtype = dtype if weight_format.model_dtype_scales else torch.float32
     observed = ActivationRange(-3.0, 2.0) if scheme.static else None
-    changes = {"dialect": dialect, "row_parallel": bool(row_parallel), "scale_dtype": scale_dtype, "bias": biased}
+    changes = {
+        "weight_format": weight_format,
+        "row_parallel": bool(row_parallel),
+        "scale_dtype": scale_dtype,
+        "bias": biased,
+    }
     return replace(made, dtype=dtype, activation=observed, **changes)
 
 

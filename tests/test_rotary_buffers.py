@@ -17,7 +17,7 @@ from fxquant.models import rotary
 from fxquant.passes import AssignMtp, AssignSchemes
 from fxquant.policy.policy import MtpMode, load_policy
 from fxquant.program.program import Program
-from fxquant.schemes.weight_formats import Dialect
+from fxquant.schemes.weight_formats import WeightFormat
 
 LAYER = "model.layers.1.self_attn.rotary_emb.inv_freq"
 MTP_LAYER = "model.layers.2.self_attn.rotary_emb.inv_freq"
@@ -39,7 +39,7 @@ def assigned(checkpoint: Checkpoint, mode: MtpMode = MtpMode.NONE) -> Program:
     program, policy = float_program(checkpoint), load_policy("deepseek_w4a8").with_mtp(mode)
     AssignSchemes(policy, meta_model(checkpoint).mtp_modules())(program)
     config = parse_config(checkpoint.config, checkpoint.folder)
-    AssignMtp(policy, config, checkpoint, lambda group_size: Dialect.A)(program)
+    AssignMtp(policy, config, checkpoint, lambda group_size: WeightFormat.PACKED)(program)
     return program
 
 

@@ -24,7 +24,7 @@ from fxquant.kernels.module_tensors import make_tensors, rounded_weight
 from fxquant.policy.policy import Rule
 from fxquant.program.program_file import load_program, recipe_arguments, save_program
 from fxquant.schemes.schemes import ARITHMETIC, SCALES, Activation, ActivationRange, Arithmetic, Scheme, WeightAlgorithm
-from fxquant.schemes.weight_formats import Dialect
+from fxquant.schemes.weight_formats import WeightFormat
 from fxquant.verification.reference import contradiction, expected_codes, expected_tensors
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "tiny_deepseek_v3"
@@ -37,7 +37,7 @@ some = settings(deadline=None, max_examples=12)
 
 def made_by(algorithm: WeightAlgorithm, weight: Tensor, form: tuple[Scheme, int]) -> dict[str, Tensor]:
     """One code a byte, the scale float32."""
-    return make_tensors(recipe_of(weight, *form, algorithm=algorithm, dialect=Dialect.B), "w", weight)
+    return make_tensors(recipe_of(weight, *form, algorithm=algorithm, weight_format=WeightFormat.UNPACKED), "w", weight)
 
 
 def errors(made: dict[str, Tensor], weight: Tensor) -> Tensor:
@@ -114,7 +114,7 @@ def test_other_shapes(n: int, k: int, group_size: int, algorithm: WeightAlgorith
     generator = torch.Generator().manual_seed(n * k)
     weight = torch.stack([row_of(kind, torch.bfloat16, k, generator) for kind in KINDS[:n]]).bfloat16()
     for scheme in (Scheme.W4A8_DYNAMIC,) if group_size else (Scheme.W8A8_DYNAMIC, Scheme.W4A8_DYNAMIC):
-        recipe = recipe_of(weight, scheme, group_size, algorithm=algorithm, dialect=Dialect.B)
+        recipe = recipe_of(weight, scheme, group_size, algorithm=algorithm, weight_format=WeightFormat.UNPACKED)
         assert same_tensors(make_tensors(recipe, "w", weight), expected_tensors(recipe, weight, None))
 
 

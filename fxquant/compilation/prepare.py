@@ -137,12 +137,12 @@ def passes_for(
     for_engine: bool = True,
 ) -> list[Pass]:
     """The pipeline of these options; `layers` are the checkpoint's multi-token prediction layers."""
-    dialect = ENGINES[options.target].dialect
+    weight_format = ENGINES[options.target].weight_format
     contract = CheckContract(policy.name, load_contract(options.target), options.tp, options.mix)
     return pipeline(
-        AssignSchemes(policy, layers, dialect),
+        AssignSchemes(policy, layers, weight_format),
         calibrate,
-        mtp=AssignMtp(policy, source.config, source.checkpoint, dialect),
+        mtp=AssignMtp(policy, source.config, source.checkpoint, weight_format),
         rotation=FindRotation(policy),
         smoothing=PairSmoothing(policy),
         contract=contract if for_engine else None,

@@ -82,7 +82,7 @@ class ModuleMaker:
     def __init__(self, recipe: Recipe, place: str, bias: Tensor | None = None) -> None:
         self._recipe, self._place, self._bias = recipe, place, bias
         self._specs = tensor_specs(recipe)
-        self._packed = recipe.int4 and recipe.dialect.packed
+        self._packed = recipe.int4 and recipe.weight_format.packed
         self._static = _observed(recipe) if recipe.scheme.static else None
         self._room: _Rows | None = None
         self._tensors: dict[str, Tensor] = {}
@@ -151,12 +151,12 @@ def make_tensors(
 
 
 def int4_tensors(recipe: Recipe, q: Tensor, scale: Tensor, second: Tensor | None) -> dict[str, Tensor]:
-    """The tensors of an int4 linear in the form of the recipe's dialect, but its offset and bias.
+    """The tensors of an int4 linear in the form of the recipe's weight_format, but its offset and bias.
 
     q int8 [n, k] in [-8, 7], scale float32 [n, 1], second float32 [n, G] or None.
     """
     tensors = {"weight": q, "weight_scale": scale}
-    if recipe.dialect.packed:
+    if recipe.weight_format.packed:
         chunks = ROW_PARALLEL_CHUNKS if recipe.row_parallel else 1
         tensors |= {"weight": kernels.pack_int4(q), "scale_bias": kernels.scale_bias(q, scale, second, chunks)}
     if second is not None:

@@ -37,7 +37,7 @@ from fxquant.ops.quantized import expand_int4
 from fxquant.program.program import Program
 from fxquant.program.program_file import load_program, recipe_arguments
 from fxquant.schemes.schemes import Activation, Recipe, tensor_specs
-from fxquant.schemes.weight_formats import Dialect
+from fxquant.schemes.weight_formats import WeightFormat
 from fxquant.storage.hashing import hash_bytes, hash_text
 from fxquant.storage.safetensors import header_bytes
 from fxquant.storage.system_errors import stopping
@@ -49,7 +49,7 @@ def converted_contents(folder: Path, target: Target, into: Path) -> Contents:
     """What `into` will be made of. Raises FxquantError where a module of `folder` does not fit the target's form."""
     manifest = check_documents(folder)
     program, files, source = load_program(folder / GRAPH), WeightFiles(folder), manifest.source_path(folder)
-    form = ENGINES[target].dialect(group_size(program))
+    form = ENGINES[target].weight_format(group_size(program))
     old = {**program.recipes, **program.mtp.recipes}
     for recipe in sorted(old.values(), key=lambda recipe: -recipe.group_size):
         reason = why_not(recipe, form)
@@ -99,15 +99,15 @@ def check_documents(folder: Path) -> Manifest:
     return manifest
 
 
-def _reformed(program: Program, form: Dialect) -> Program:
-    recipes = {module: replace(recipe, dialect=form) for module, recipe in program.recipes.items()}
-    mtp = {module: replace(recipe, dialect=form) for module, recipe in program.mtp.recipes.items()}
+def _reformed(program: Program, form: WeightFormat) -> Program:
+    recipes = {module: replace(recipe, weight_format=form) for module, recipe in program.recipes.items()}
+    mtp = {module: replace(recipe, weight_format=form) for module, recipe in program.mtp.recipes.items()}
     return replace(program, recipes=recipes, mtp=replace(program.mtp, recipes=mtp))
 
 
-def why_not(recipe: Recipe, form: Dialect) -> str | None:
+def why_not(recipe: Recipe, form: WeightFormat) -> str | None:
     """None where the module's integers and scales can be stored in `form` as they are, else the reason."""
-    if recipe.dialect is form:
+    if recipe.weight_format is form:
         return None
     if form.model_dtype_scales and recipe.group_size:
         return "its second scales have no place in a file with one scale per channel"
@@ -116,7 +116,7 @@ def why_not(recipe: Recipe, form: Dialect) -> str | None:
         return f"its weight scales need float32, engines of this form hold them in {dtype}, up to 2**-8 off"
     if (
         form.static_weight_scale
-        and not recipe.dialect.static_weight_scale
+        and not recipe.weight_format.static_weight_scale
         and recipe.scheme.activation is Activation.PER_TENSOR
     ):
         return "this form has weight_scale beside a static linear, which the other one does not store"
@@ -149,7 +149,7 @@ class Converter:
             return
         before, recipe = self._old[unit.recipe.module], unit.recipe
         made = set()
-        if recipe.int4 and before.dialect.packed is not recipe.dialect.packed:
+        if recipe.int4 and before.weight_format.packed is not recipe.weight_format.packed:
             for suffix, tensor in self._repacked(unit.name, before, recipe):
                 made.add(suffix)
                 yield suffix, tensor_bytes(tensor)
@@ -170,11 +170,11 @@ class Converter:
         """int4 codes in the other packing, and `scale_bias` where the new form has it."""
         names = [suffix for suffix in ("weight_scale", "weight_scale_second") if suffix in tensor_specs(before)]
         scales = {suffix: self._read(module, suffix) for suffix in names}
-        width, pair = recipe.in_features, 1 if before.dialect.packed else 2
+        width, pair = recipe.in_features, 1 if before.weight_format.packed else 2
         step, first = width * pair * max(1, BLOCK_BYTES // (width * pair)), 0
         for block in self._blocks(module, "weight", step):
             stored = block.view(torch.int8).view(-1, width)
-            codes = expand_int4(stored, None) if before.dialect.packed else stored
+            codes = expand_int4(stored, None) if before.weight_format.packed else stored
             rows = slice(first, first + len(codes))
             second = scales["weight_scale_second"][rows] if recipe.group_size else None
             made = int4_tensors(recipe, codes, scales["weight_scale"][rows], second)

@@ -15,7 +15,7 @@ from fxquant.policy.policy import LEAVE_OUT, Policy
 from fxquant.program.program import MtpLayers, Program
 from fxquant.program.rotary_buffers import frequency_name_of_layer
 from fxquant.schemes.schemes import Recipe, Scheme
-from fxquant.schemes.weight_formats import Dialect
+from fxquant.schemes.weight_formats import WeightFormat
 
 CHOICES = (LEAVE_OUT, Scheme.FLOAT, Scheme.W8A8_DYNAMIC)
 """What a rule may give to such a layer."""
@@ -32,7 +32,7 @@ class AssignMtp(Pass):
     policy: Policy
     config: DeepseekV3Config
     checkpoint: Checkpoint
-    dialect: Callable[[int], Dialect]
+    weight_format: Callable[[int], WeightFormat]
     name = "assign-mtp"
 
     def apply(self, program: Program) -> PassResult:
@@ -48,12 +48,12 @@ class AssignMtp(Pass):
         return PassResult(self.name, tuple(program.mtp.recipes))
 
     def _quantize(self, program: Program, path: str) -> None:
-        dialect = self.dialect(max((recipe.group_size for recipe in program.recipes.values()), default=0))
+        weight_format = self.weight_format(max((recipe.group_size for recipe in program.recipes.values()), default=0))
         for linear in mtp_linears(self.config, path):
             rule = self.policy.rule_for(linear.module, linear.kind, True)
             if linear.kind is not Kind.MTP and rule is not None and rule.quantizes:
                 self._check(linear)
-                program.mtp.recipes[linear.module] = _recipe(linear, program, dialect)
+                program.mtp.recipes[linear.module] = _recipe(linear, program, weight_format)
 
     def _check(self, linear: MtpLinear) -> None:
         for module in linear.modules:
@@ -75,7 +75,7 @@ class AssignMtp(Pass):
         mtp.gate_biases = (*mtp.gate_biases, *biases)
 
 
-def _recipe(linear: MtpLinear, program: Program, dialect: Dialect) -> Recipe:
+def _recipe(linear: MtpLinear, program: Program, weight_format: WeightFormat) -> Recipe:
     return Recipe(
         module=linear.module,
         modules=linear.modules,
@@ -86,6 +86,6 @@ def _recipe(linear: MtpLinear, program: Program, dialect: Dialect) -> Recipe:
         bias=linear.bias,
         row_parallel=False,
         dtype=program.dtype,
-        dialect=dialect,
-        scale_dtype=program.dtype if dialect.model_dtype_scales else torch.float32,
+        weight_format=weight_format,
+        scale_dtype=program.dtype if weight_format.model_dtype_scales else torch.float32,
     )

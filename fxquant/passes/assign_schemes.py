@@ -13,7 +13,7 @@ from fxquant.policy.policy import LEAVE_OUT, Policy, Rule
 from fxquant.program.linears import LinearSite, decided_modules, kind_of, linear_sites
 from fxquant.program.program import Program
 from fxquant.schemes.schemes import Recipe, Scheme, why_not
-from fxquant.schemes.weight_formats import Dialect
+from fxquant.schemes.weight_formats import WeightFormat
 
 
 @dataclass
@@ -22,13 +22,13 @@ class AssignSchemes(Pass):
 
     Raises FxquantError for a linear that no rule covers, a scheme that does not fit a linear, a rule that matches
     nothing. `mtp` names the checkpoint's multi-token prediction layers, which are not in the graph: here they have
-    their rules, and `AssignMtp` carries these out. `dialect` says which form on disk the target wants for a group size
+    their rules, and `AssignMtp` carries these out. `weight_format` says which format the target wants for a group size
     of the int4 linears (0: per channel, or none).
     """
 
     policy: Policy
     mtp: tuple[str, ...] = ()
-    dialect: Callable[[int], Dialect] = lambda group_size: Dialect.A
+    weight_format: Callable[[int], WeightFormat] = lambda group_size: WeightFormat.PACKED
     name = "assign-schemes"
 
     def apply(self, program: Program) -> PassResult:
@@ -52,10 +52,10 @@ class AssignSchemes(Pass):
             rule = self._rule(module, Kind.MTP, True)
             used.add(rule)
             program.rules[module] = rule
-        dialect = self.dialect(self._group_size(program))
-        scales = program.dtype if dialect.model_dtype_scales else torch.float32
+        weight_format = self.weight_format(self._group_size(program))
+        scales = program.dtype if weight_format.model_dtype_scales else torch.float32
         for module, recipe in program.recipes.items():
-            program.recipes[module] = replace(recipe, dialect=dialect, scale_dtype=scales)
+            program.recipes[module] = replace(recipe, weight_format=weight_format, scale_dtype=scales)
         program.idle_rules = self.policy.idle_rules(used, decided_modules(program))
         skipped = {module: str(rule) for module, rule in program.rules.items() if not rule.quantizes}
         return PassResult(self.name, tuple(program.recipes), skipped)

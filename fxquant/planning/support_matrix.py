@@ -80,7 +80,7 @@ def deployments(
 def _of(program: Program, policy: Policy, target: Target, ranks: Sequence[int]) -> list[Deployment]:
     assigned = replace(program, recipes={}, rules={}, idle_rules=[], mtp=MtpLayers())
     try:
-        AssignSchemes(policy, (), ENGINES[target].dialect).apply(assigned)
+        AssignSchemes(policy, (), ENGINES[target].weight_format).apply(assigned)
     except FxquantError as error:
         words = f"{error.place}: {error.fact}"
         return [Deployment(policy.name, target, count, Verdict.REFUSED, words) for count in ranks]

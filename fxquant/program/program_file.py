@@ -101,7 +101,7 @@ def recipe_arguments(recipe: Recipe) -> dict[str, Any]:
         key: getattr(recipe, key) for key in ("group_size", "out_features", "in_features", "bias", "row_parallel")
     }
     fields |= {"scheme": recipe.scheme.value, "dtype": NAMES[recipe.dtype]}
-    fields |= {"dialect": recipe.dialect.value, "scale_dtype": NAMES[recipe.scale_dtype]}
+    fields |= {"weight_format": recipe.weight_format.value, "scale_dtype": NAMES[recipe.scale_dtype]}
     if recipe.algorithm is not WeightAlgorithm.MIN_MAX:
         fields["algorithm"] = recipe.algorithm.value
     if recipe.activation:

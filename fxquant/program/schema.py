@@ -11,7 +11,7 @@ from fxquant.inputs.validation import validation_fact
 from fxquant.policy.kinds import Kind
 from fxquant.program.node_names import is_name
 from fxquant.schemes.schemes import Scheme, WeightAlgorithm
-from fxquant.schemes.weight_formats import Dialect
+from fxquant.schemes.weight_formats import WeightFormat
 from fxquant.storage.safetensors import DTYPES
 
 FORMAT = 2
@@ -78,7 +78,7 @@ class RecipeFields(Fields):
     row_parallel: bool
     scheme: Annotated[Scheme, Field(strict=False)]
     dtype: ModelDtype
-    dialect: Annotated[Dialect, Field(strict=False)]
+    weight_format: Annotated[WeightFormat, Field(strict=False)]
     scale_dtype: ModelDtype
     algorithm: Annotated[WeightAlgorithm, Field(strict=False)] = WeightAlgorithm.MIN_MAX
     activation: Annotated[tuple[Finite, Finite, ModelDtype], Field(strict=False)] | None = None

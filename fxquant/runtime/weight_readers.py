@@ -63,7 +63,9 @@ def load(
     """The value of a graph parameter on `device`; floating tensors come as `dtype`, int4 codes packed."""
     parameter = program.parameters[target]
     recipe = program.recipes.get(parameter.module)
-    unpacked = recipe is not None and recipe.int4 and not recipe.dialect.packed and target == f"{recipe.module}.weight"
+    unpacked = (
+        recipe is not None and recipe.int4 and not recipe.weight_format.packed and target == f"{recipe.module}.weight"
+    )
 
     def converted(name: str) -> Tensor:
         tensor = read(name)

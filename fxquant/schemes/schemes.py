@@ -10,7 +10,7 @@ from functools import cached_property
 
 import torch
 
-from fxquant.schemes.weight_formats import Dialect
+from fxquant.schemes.weight_formats import WeightFormat
 
 ROW_PARALLEL_CHUNKS = 16
 """scale_bias columns of a linear whose k is split over tensor-parallel ranks: any of 1, 2, 4, 8, 16 ranks divides."""
@@ -137,7 +137,7 @@ class Recipe:
     row_parallel  the linear reads features that an earlier linear of its block made (down_proj, o_proj)
     dtype         the model's dtype
     activation    calibrated range of the input, for static schemes, after the calibration pass
-    dialect       the form on disk
+    weight_format       the form on disk
     scale_dtype   what its weight scales are representable in, whatever they are stored in
     algorithm     how scales and integers are chosen
     """
@@ -152,7 +152,7 @@ class Recipe:
     row_parallel: bool
     dtype: torch.dtype
     activation: ActivationRange | None = None
-    dialect: Dialect = Dialect.A
+    weight_format: WeightFormat = WeightFormat.PACKED
     scale_dtype: torch.dtype = torch.float32
     algorithm: WeightAlgorithm = WeightAlgorithm.MIN_MAX
 
@@ -184,15 +184,15 @@ class TensorSpec:
 def tensor_specs(recipe: Recipe) -> dict[str, TensorSpec]:
     """Name suffix → spec of every tensor that each of `recipe.modules` owns in the weight file."""
     n, k = recipe.out_features, recipe.in_features
-    parameter_dtype = torch.float32 if recipe.dialect.float32_parameters else recipe.dtype
+    parameter_dtype = torch.float32 if recipe.weight_format.float32_parameters else recipe.dtype
     specs: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {"weight": (torch.int8, (n, k))}
-    if recipe.scheme.activation is not Activation.PER_TENSOR or recipe.dialect.static_weight_scale:
+    if recipe.scheme.activation is not Activation.PER_TENSOR or recipe.weight_format.static_weight_scale:
         specs["weight_scale"] = specs["weight_offset"] = (torch.float32, (n, 1))
     if recipe.scheme.static:
         specs["input_scale"] = specs["input_offset"] = (parameter_dtype, (1,))
         specs["quant_bias"] = (torch.int32, (n,))
         specs["deq_scale"] = (torch.int64 if recipe.dtype is torch.float16 else torch.float32, (n,))
-    if recipe.int4 and recipe.dialect.packed:
+    if recipe.int4 and recipe.weight_format.packed:
         specs["weight"] = (torch.int8, (n // 2, k))
         specs["scale_bias"] = (torch.float32, (n, ROW_PARALLEL_CHUNKS if recipe.row_parallel else 1))
     if recipe.int4 and recipe.group_size:
@@ -208,7 +208,7 @@ def tensor_specs(recipe: Recipe) -> dict[str, TensorSpec]:
 def graph_spec(recipe: Recipe, suffix: str) -> TensorSpec:
     """dtype and shape of a tensor of `recipe` in the graph: as stored, but int4 always packed."""
     spec = tensor_specs(recipe)[suffix]
-    if suffix == "weight" and recipe.int4 and not recipe.dialect.packed:
+    if suffix == "weight" and recipe.int4 and not recipe.weight_format.packed:
         return TensorSpec(spec.dtype, (recipe.out_features // 2, recipe.in_features), spec.description)
     return spec
 

@@ -1,37 +1,38 @@
-"""The forms in which engines want quantized weights on disk."""
+"""Weight formats: the forms in which engines want quantized weights on disk."""
 
 from enum import StrEnum
 
 
-class Dialect(StrEnum):
+class WeightFormat(StrEnum):
     """What differs between them; docs/formats.md has every byte.
 
-    A  int4 packed, two output channels a byte, `scale_bias` beside; two-level or per channel; float32 weight scales
-    B  as A, but int4 one code a byte and no `scale_bias`
-    C  as A per channel only; weight scales representable in the model's dtype, in which its engines hold them; static
-       parameters and biases float32, and no weight scale beside a static linear
+    PACKED       int4 packed, two output channels a byte, `scale_bias` beside; two-level or per channel; float32 weight
+                 scales
+    UNPACKED     as PACKED, but int4 one code a byte and no `scale_bias`
+    PER_CHANNEL  as PACKED per channel only; weight scales representable in the model's dtype, in which its engines hold
+                 them; static parameters and biases float32, and no weight scale beside a static linear
     """
 
-    A = "A"
-    B = "B"
-    C = "C"
+    PACKED = "packed"
+    UNPACKED = "unpacked"
+    PER_CHANNEL = "per_channel"
 
     @property
     def packed(self) -> bool:
         """Int4 two output channels a byte, and `scale_bias` for the engines' nibble arithmetic."""
-        return self is not Dialect.B
+        return self is not WeightFormat.UNPACKED
 
     @property
     def float32_parameters(self) -> bool:
         """Static parameters and biases are stored in float32, not in the model's dtype."""
-        return self is Dialect.C
+        return self is WeightFormat.PER_CHANNEL
 
     @property
     def model_dtype_scales(self) -> bool:
         """Weight scales are rounded to the model's dtype before weights are divided by them."""
-        return self is Dialect.C
+        return self is WeightFormat.PER_CHANNEL
 
     @property
     def static_weight_scale(self) -> bool:
         """A static linear has weight_scale and weight_offset too, although deq_scale holds all that engines need."""
-        return self is not Dialect.C
+        return self is not WeightFormat.PER_CHANNEL

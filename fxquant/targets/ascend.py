@@ -1,10 +1,10 @@
-"""The common Ascend form: dialect A, which SGLang-NPU and vllm-ascend releases up to 2026-07 load."""
+"""The common Ascend form: format `packed`, which SGLang-NPU and vllm-ascend releases up to 2026-07 load."""
 
-from fxquant.schemes.weight_formats import Dialect
+from fxquant.schemes.weight_formats import WeightFormat
 from fxquant.targets.engine import Engine, scheme_keys, versioned_header
 
 ENGINE = Engine(
-    dialect=lambda group_size: Dialect.A,
+    weight_format=lambda group_size: WeightFormat.PACKED,
     stem="quant_model_weight_w8a8",
     description="quant_model_description.json",
     header=versioned_header,

@@ -7,7 +7,7 @@ from typing import Any
 from fxquant.policy.kinds import Kind
 from fxquant.program.program import Program
 from fxquant.schemes.schemes import Recipe, Scheme
-from fxquant.schemes.weight_formats import Dialect
+from fxquant.schemes.weight_formats import WeightFormat
 
 JsonObject = dict[str, Any]
 FORMAT_VERSION = "1.0.0"
@@ -17,7 +17,7 @@ FORMAT_VERSION = "1.0.0"
 class Engine:
     """Functions of the rewritten program, and names.
 
-    dialect         group size of the int4 linears (0: per channel, or there are none) → form on disk
+    weight_format         group size of the int4 linears (0: per channel, or there are none) → form on disk
     stem            what the names of weight files begin with
     numbered        a single weight file has a part number and an index too
     description     name of the description file
@@ -29,7 +29,7 @@ class Engine:
     npu_graph       the graph beside the weights calls NPU operators; else it is ONNX
     """
 
-    dialect: Callable[[int], Dialect]
+    weight_format: Callable[[int], WeightFormat]
     stem: str
     description: str
     header: Callable[[Program], JsonObject]

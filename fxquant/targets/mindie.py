@@ -1,7 +1,7 @@
-"""MindIE: dialect B, its own name of the description, and keys in config.json in place of a header."""
+"""MindIE: format `unpacked`, its own name of the description, and keys in config.json in place of a header."""
 
 from fxquant.program.program import Program
-from fxquant.schemes.weight_formats import Dialect
+from fxquant.schemes.weight_formats import WeightFormat
 from fxquant.targets.engine import Engine, JsonObject, group_size, model_quant_type, scheme_keys
 
 
@@ -12,7 +12,7 @@ def _config(program: Program) -> JsonObject:
 
 
 ENGINE = Engine(
-    dialect=lambda group_size: Dialect.B,
+    weight_format=lambda group_size: WeightFormat.UNPACKED,
     stem="quant_model_weight_w8a8_dynamic",
     numbered=True,
     description="quant_model_description_w8a8_dynamic.json",

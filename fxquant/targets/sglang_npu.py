@@ -1,10 +1,10 @@
 """SGLang on NPU, whose reader takes two-level files for a positive group_size and per-channel ones for 0."""
 
-from fxquant.schemes.weight_formats import Dialect
+from fxquant.schemes.weight_formats import WeightFormat
 from fxquant.targets.engine import Engine, scheme_keys, versioned_header
 
 ENGINE = Engine(
-    dialect=lambda group_size: Dialect.A if group_size else Dialect.C,
+    weight_format=lambda group_size: WeightFormat.PACKED if group_size else WeightFormat.PER_CHANNEL,
     stem="quant_model_weights",
     numbered=True,
     description="quant_model_description.json",

@@ -1,8 +1,8 @@
-"""vllm-ascend from the release of 2026-08 on: dialect C."""
+"""vllm-ascend from the release of 2026-08 on: format `per_channel`."""
 
 from fxquant.program.program import Program
 from fxquant.schemes.schemes import Scheme
-from fxquant.schemes.weight_formats import Dialect
+from fxquant.schemes.weight_formats import WeightFormat
 from fxquant.targets.engine import FORMAT_VERSION, Engine, JsonObject, group_size, scheme_keys
 
 
@@ -24,7 +24,7 @@ def _model_quant_type(program: Program) -> str:
 
 
 ENGINE = Engine(
-    dialect=lambda group_size: Dialect.C,
+    weight_format=lambda group_size: WeightFormat.PER_CHANNEL,
     stem="quant_model_weights",
     numbered=True,
     description="quant_model_description.json",

@@ -82,10 +82,10 @@ def infer_target(program: Program, folder: Path) -> Target:
 
 def _could_be(target: Target, program: Program, folder: Path) -> bool:
     engine = ENGINES[target]
-    dialects = {recipe.dialect for recipe in program.recipes.values()}
+    weight_formats = {recipe.weight_format for recipe in program.recipes.values()}
     weights = (folder / engine.file_name(1, 1)).is_file() or (folder / engine.index).is_file()
     return (
-        dialects <= {engine.dialect(group_size(program))}
+        weight_formats <= {engine.weight_format(group_size(program))}
         and engine.npu_graph != (folder / ONNX_GRAPH).is_file()
         and (folder / engine.description).is_file()
         and weights

@@ -25,7 +25,7 @@ def expected_tensors(
     codes, scales, seconds = chosen or expected_codes(recipe, weight)
     codes = codes if found is None else found.float()
     n, groups = seconds.shape
-    packed = recipe.int4 and recipe.dialect.packed
+    packed = recipe.int4 and recipe.weight_format.packed
     expected = {
         "weight": _pack(codes) if packed else codes.to(torch.int8),
         "weight_scale": scales.view(n, 1),
@@ -36,7 +36,7 @@ def expected_tensors(
     if packed:
         expected["scale_bias"] = _scale_bias(recipe, codes, scales, seconds)
     if bias is not None:
-        expected["bias"] = bias.to(torch.float32 if recipe.dialect.float32_parameters else recipe.dtype)
+        expected["bias"] = bias.to(torch.float32 if recipe.weight_format.float32_parameters else recipe.dtype)
     return {suffix: expected[suffix] for suffix in tensor_specs(recipe) if suffix in expected}
 
 

@@ -132,7 +132,7 @@ class StoredCodes:
 def stored_codes(recipe: Recipe, module: str, files: WeightFiles) -> Tensor:
     """int8 [n, k], unpacked."""
     weight = files.read(f"{module}.weight")
-    return expand_int4(weight, None) if recipe.int4 and recipe.dialect.packed else weight
+    return expand_int4(weight, None) if recipe.int4 and recipe.weight_format.packed else weight
 
 
 def same_bytes(x: Tensor, y: Tensor) -> bool:

@@ -138,7 +138,7 @@ def _int4_operands(writer: Writer, recipe: Recipe) -> tuple[str, str, str]:
     if n % WORD:
         fact = f"out_features {n} is not a multiple of {WORD}: npu_grouped_matmul reads {WORD} int4 channels a word."
         raise FxquantError(f"layer {recipe.module}", fact, "Use W8A8_DYNAMIC for it, or another target.")
-    packed = recipe.dialect.packed
+    packed = recipe.weight_format.packed
     scales = ("weight_scale", "weight_scale_second") if recipe.group_size else ("weight_scale",)
     weight = writer.made(recipe, "weight", "int4_words" if packed else "int4_words_unpacked", ("weight",))
     scale = writer.made(recipe, "scale", "group_scale" if recipe.group_size else "channel_scale_word", scales)
