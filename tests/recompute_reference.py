@@ -4,7 +4,8 @@ usage: recompute_reference.py REFERENCE_DIR
 
 REFERENCE_DIR holds `model/`, the outputs `v0_bf16_ascendV1/` (format `packed`) and `v1_bf16/` (format `per_channel`) of
 msModelSlim, and the activations they were calibrated on, `v0_bf16_acts.safetensors` and `v1_bf16_acts.safetensors`.
-Nothing of fxquant is imported: these are the formulas of docs/formats.md written a second time. Exits with 1 on any tensor that differs.
+Nothing of fxquant is imported: these are the formulas of docs/formats.md written a second time. Exits with 1 on any
+tensor that differs.
 
 v0 computes in float32; v1 in the model's dtype, with int4 scales found by repeated least squares. Where activations of
 a static linear were not recorded, input_scale and input_offset are taken as stored, and not counted.

@@ -26,7 +26,7 @@ from fxquant.checkpoint.checkpoint import open_checkpoint
 from fxquant.checkpoint.stamped_reader import checkpoint_files, stamp_files
 from fxquant.errors import StoppedError
 from fxquant.lowering.output_folder.layout import StoredTensor
-from fxquant.lowering.weights import CheckpointProducer, Place, Unit, WorkEngine, Workers, ray_cluster
+from fxquant.lowering.weights import CheckpointProducer, Place, Unit, WorkerKind, Workers, ray_cluster
 from fxquant.lowering.weights.fill import FillJob
 from fxquant.schemes.schemes import TensorSpec
 from fxquant.tools.main import app
@@ -63,7 +63,7 @@ def notes(tmp_path: Path) -> Path:
 def driver(model: Path, out: Path, notes: Path, *options: str, seconds: float = 0.04) -> subprocess.Popen:
     """`fxquant compile` on Ray with units of so many seconds, the model named from its folder."""
     command = [sys.executable, DRIVER, seconds, notes, "compile", model.name, "-o", out, "-p", POLICY]
-    command += ["--engine", "ray", "--no-verify", "--no-export", *options]
+    command += ["--workers", "ray", "--no-verify", "--no-export", *options]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(list(map(str, command)), cwd=model.parent, start_new_session=True, **pipes)
 
@@ -144,7 +144,7 @@ def test_errors_of_a_worker_are_those_of_local_work(cluster: Cluster, tmp_path: 
     tensors["model.layers.1.mlp.experts.2.up_proj.weight"][7, 3] = torch.nan
     save_file(tensors, file)
     caught = []
-    for workers in (Workers(jobs=1), Workers(WorkEngine.RAY, address=cluster.address)):
+    for workers in (Workers(jobs=1), Workers(WorkerKind.RAY, address=cluster.address)):
         with pytest.raises(FxquantError) as one:
             compile(
                 model, CompileOptions(policy=POLICY, out=tmp_path / "out", verify=False, export=False, workers=workers)
@@ -168,7 +168,7 @@ def test_a_connection_that_is_there_is_used_and_stays(cluster: Cluster, model: P
     ray.init(address=cluster.address, log_to_driver=False)
     try:
         with pytest.raises(StoppedError, match="gone.*cannot be opened: No such file"):
-            list(Workers(WorkEngine.RAY).fill(job, units))
+            list(Workers(WorkerKind.RAY).fill(job, units))
         assert ray.is_initialized()
     finally:
         ray.shutdown()
@@ -213,7 +213,7 @@ def test_a_signal_while_ray_starts_is_ours() -> None:
 
 
 def refused(model: Path, address: str | None) -> FxquantError:
-    command = ["compile", str(model), "-o", str(model.parent / "out"), "--engine", "ray"]
+    command = ["compile", str(model), "-o", str(model.parent / "out"), "--workers", "ray"]
     command += [] if address is None else ["--address", address]
     with pytest.raises(FxquantError) as caught:
         CliRunner().invoke(app, command, catch_exceptions=False)

@@ -156,7 +156,7 @@ def test_the_command_shows_them(
     "arguments, fact",
     [
         (["--plot", "a.png"], "Add --sensitivity"),
-        (["--sensitivity", "--engine"], "Leave out --engine"),
+        (["--sensitivity", "--as-engine"], "Leave out --as-engine"),
         (["--sensitivity", "--plot", "a.pdf"], "neither .png nor .svg"),
         (["--sensitivity", "--plot", "nowhere/a.svg"], "its folder is not there"),
     ],

@@ -111,7 +111,7 @@ def engine_perplexities(
     manifest, (program, read) = read_manifest(folder), open_output(folder)
     name = ENGINES[Target(manifest.target)].reader(group_size(program))
     if name is None:
-        raise FxquantError(folder, f"target {manifest.target} has no engine to emulate.", "Leave out --engine.")
+        raise FxquantError(folder, f"target {manifest.target} has no engine to emulate.", "Leave out --as-engine.")
     batches = load_batches(Path(text), Checkpoint(folder, program.config, {}), samples, seq_len)
     reader = open_reader(name, folder, manifest.tp)
     ways = {"exact": Arithmetic.EXACT, "device": Arithmetic.KERNEL}

@@ -14,7 +14,7 @@ from fxquant.tools.tables import NamedTable
 if TYPE_CHECKING:
     from fxquant.evaluation.divergence import Evaluation
 
-HEADINGS = ("policy", "weights", "float ppl", "quantized ppl", "KL a token", "95 % of it", "top-1 agreement")
+HEADINGS = ("policy", "weights", "float ppl", "quantized ppl", "KL per token", "95 % of it", "top-1 agreement")
 
 
 def command(
@@ -28,7 +28,7 @@ def command(
             "--policy",
             "-p",
             metavar="POLICY",
-            help="Policies to compare. [dim]default: all shipped ones[/]",
+            help="Policies to compare. [dim]default: all shipped policies[/]",
             autocompletion=policies,
         ),
     ] = None,
@@ -36,12 +36,12 @@ def command(
     device: Device = "cpu",
     checkpoint: CheckpointFolder = None,
     trace_timeout: TraceTimeout = 120.0,
-    samples: Annotated[int, typer.Option(metavar="N", help="Pieces of text to score.", min=1)] = 64,
-    seq_len: Annotated[int, typer.Option(metavar="N", help="Most tokens of a piece.", min=2)] = 256,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON alone on stdout.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+    samples: Annotated[int, typer.Option(metavar="N", help="Number of pieces of text to score.", min=1)] = 64,
+    seq_len: Annotated[int, typer.Option(metavar="N", help="Maximum tokens per piece of text.", min=2)] = 256,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON only.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Hide progress.")] = False,
 ) -> None:
-    """Perplexity, KL and size of MODEL under each policy, without writing anything."""
+    """Compare perplexity, KL divergence and size of MODEL under each policy; nothing is written."""
     from fxquant.api import CompileOptions, compare
     from fxquant.policy.policy import shipped_policies
 

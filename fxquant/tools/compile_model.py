@@ -10,7 +10,6 @@ from fxquant.tools.compile_options import (
     CalibrationFile,
     CheckpointFolder,
     Device,
-    EngineName,
     Export,
     Force,
     Jobs,
@@ -28,6 +27,7 @@ from fxquant.tools.compile_options import (
     TargetName,
     TraceTimeout,
     Verify,
+    WorkerName,
     parse_mtp,
     parse_size,
     parse_target,
@@ -47,20 +47,18 @@ def command(
     mix: Mix = None,
     export: Export = True,
     calib: CalibrationFile = None,
-    samples: Annotated[int, typer.Option(metavar="N", help="Documents to calibrate on.", min=1)] = 32,
-    seq_len: Annotated[int, typer.Option(metavar="N", help="Most tokens of a document.", min=2)] = 256,
-    batch_size: Annotated[int, typer.Option(metavar="N", help="Documents to calibrate on at a time.", min=1)] = 1,
+    samples: Annotated[int, typer.Option(metavar="N", help="Number of calibration documents.", min=1)] = 32,
+    seq_len: Annotated[int, typer.Option(metavar="N", help="Maximum tokens per document.", min=2)] = 256,
+    batch_size: Annotated[int, typer.Option(metavar="N", help="Documents per calibration batch.", min=1)] = 1,
     device: Device = "cpu",
     calibration: SavedCalibration = None,
     checkpoint: CheckpointFolder = None,
     trace_timeout: TraceTimeout = 120.0,
     max_shard_size: ShardSize = "4GiB",
-    kv_cache: Annotated[
-        str, typer.Option(metavar="KIND", help="float: the one choice, see --kv-cache int8.")
-    ] = "float",
+    kv_cache: Annotated[str, typer.Option(metavar="KIND", help="Only float is supported.")] = "float",
     verify: Verify = True,
     jobs: Jobs = None,
-    engine: EngineName = "local",
+    workers: WorkerName = "local",
     address: Address = None,
     reuse: Reuse = None,
     restart: Restart = False,
@@ -70,8 +68,8 @@ def command(
 ) -> None:
     """Quantize MODEL under a policy and write what an engine loads.
 
-    Traces the model, calibrates static layers, rewrites the graph, writes weights and graph, and verifies them. Killed
-    at any moment, the same command goes on where it was.
+    Traces the model, calibrates static layers, rewrites the graph, writes weights and graph, and verifies them. An
+    interrupted compile resumes when the same command is run again.
     """
     from fxquant.api import CompileOptions, compile
     from fxquant.tools.compile_report import as_document, print_report
@@ -95,7 +93,7 @@ def command(
         max_shard_size=parse_size(max_shard_size),
         kv_cache=kv_cache,
         verify=verify,
-        workers=parse_workers(engine, jobs, address),
+        workers=parse_workers(workers, jobs, address),
         reuse=reuse,
         restart=restart,
         force=force,

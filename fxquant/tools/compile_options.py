@@ -55,71 +55,78 @@ Mix = Annotated[
     bool | None,
     typer.Option(
         "--mix-shared/--no-mix-shared",
-        help="The engine will, or won't, run shared experts as routed ones. [dim]default: as the policy needs it[/]",
+        help="Whether the engine will run shared experts as routed ones. [dim]default: as the policy needs it[/]",
     ),
 ]
 CalibrationFile = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE",
-        help="Calibration .txt, .json, .jsonl or token ids. [dim]default: calibration.jsonl beside the model[/]",
+        help="Calibration text (.txt, .json, .jsonl) or token ids. [dim]default: calibration.jsonl beside the model[/]",
     ),
 ]
 SavedCalibration = Annotated[
     Path | None,
     typer.Option(
-        "--calibration", metavar="FILE", help="Ranges of an earlier output, optional/calibration.safetensors, not text."
+        "--calibration", metavar="FILE", help="optional/calibration.safetensors of an earlier output, instead of text."
     ),
 ]
 Jobs = Annotated[
     int | None,
-    typer.Option("--jobs", "-j", metavar="N", help="Workers. [dim]default: one a core[/]", min=1, show_default=False),
+    typer.Option(
+        "--jobs", "-j", metavar="N", help="Number of workers. [dim]default: one per core[/]", min=1, show_default=False
+    ),
 ]
-EngineName = Annotated[
+WorkerName = Annotated[
     str,
     typer.Option(
-        "--engine",
-        metavar="ENGINE",
-        help="Who works: local, threads here; ray, a cluster that shares the storage.",
+        "--workers",
+        metavar="KIND",
+        help="Where weights are quantized: local threads, or a Ray cluster with shared storage (ray).",
         autocompletion=one_of("local", "ray"),
     ),
 ]
 Address = Annotated[
     str | None,
-    typer.Option(metavar="ADDRESS", help="Ray cluster, such as auto or HOST:6379. [dim]default: one started here[/]"),
+    typer.Option(
+        metavar="ADDRESS",
+        help="Address of the Ray cluster: auto or HOST:PORT. [dim]default: start one on this machine[/]",
+    ),
 ]
 Reuse = Annotated[
-    Path | None, typer.Option("--reuse", metavar="OLD_OUT", help="Take what is the same from an earlier output.")
+    Path | None, typer.Option("--reuse", metavar="OLD_OUT", help="Reuse unchanged tensors from an earlier output.")
 ]
-Restart = Annotated[bool, typer.Option("--restart", help="Discard unfinished work instead of going on with it.")]
+Restart = Annotated[bool, typer.Option("--restart", help="Discard unfinished work instead of resuming it.")]
 CheckpointFolder = Annotated[
-    Path | None, typer.Option(metavar="FOLDER", help="Checkpoint for a model.py that names none.")
+    Path | None, typer.Option(metavar="FOLDER", help="Checkpoint of a model.py, in place of the one that it names.")
 ]
 TraceTimeout = Annotated[
-    float, typer.Option(metavar="SECONDS", help="Longest a model.py may take to import, build and trace.", min=0.1)
+    float, typer.Option(metavar="SECONDS", help="Maximum time for a model.py to import, build and trace.", min=0.1)
 ]
-Force = Annotated[
-    bool, typer.Option("--force", help="Replace an earlier output; what stays the same is taken over from it.")
-]
+Force = Annotated[bool, typer.Option("--force", help="Replace an earlier output; unchanged tensors are reused.")]
 ShardSize = Annotated[
     str,
     typer.Option(
-        metavar="SIZE", help="Largest weight file, such as 500MB or 4GB, of 1000 each, or 4GiB, of 1024 each."
+        metavar="SIZE", help="Maximum size of a weight file, such as 500MB, 4GB (powers of 1000) or 4GiB (of 1024)."
     ),
 ]
 Device = Annotated[
     str,
     typer.Option(
         metavar="DEVICE",
-        help="Where calibration runs the model: cpu, cuda or npu.",
+        help="Device that runs the model during calibration: cpu, cuda or npu.",
         autocompletion=one_of("cpu", "cuda", "npu"),
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the report as JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
-Silent = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors, and the report of --json.")]
-Export = Annotated[bool, typer.Option("--export/--no-export", help="The NPU graph as .pt2 files too.")]
-Verify = Annotated[bool, typer.Option("--verify/--no-verify", help="Read everything back and compare.")]
+Silent = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only, and the report with --json.")]
+Export = Annotated[
+    bool, typer.Option("--export/--no-export", help="Also write the NPU graph as torch.export (.pt2) files.")
+]
+Verify = Annotated[
+    bool, typer.Option("--verify/--no-verify", help="Check the output against the source before it gets its name.")
+]
 
 
 def parse_target(name: str) -> "Target":
@@ -131,19 +138,19 @@ def parse_target(name: str) -> "Target":
     return Target(name)
 
 
-def parse_workers(engine: str, jobs: int | None, address: str | None) -> "Workers":
+def parse_workers(kind: str, jobs: int | None, address: str | None) -> "Workers":
     """So many workers of that kind."""
-    from fxquant.lowering.weights import WorkEngine, Workers
+    from fxquant.lowering.weights import WorkerKind, Workers
     from fxquant.lowering.weights.work import cores
 
-    if engine not in list(WorkEngine):
-        raise FxquantError(f"--engine {engine}", "unknown.", f"Choose one of: {', '.join(WorkEngine)}.")
-    if address is not None and engine != WorkEngine.RAY:
-        raise FxquantError(f"--address {address}", "of a Ray cluster.", "Pass --engine ray with it.")
+    if kind not in list(WorkerKind):
+        raise FxquantError(f"--workers {kind}", "unknown.", f"Choose one of: {', '.join(WorkerKind)}.")
+    if address is not None and kind != WorkerKind.RAY:
+        raise FxquantError(f"--address {address}", "of a Ray cluster.", "Pass --workers ray with it.")
     if address is not None and jobs is not None:
         fact = "says how many workers are started here; a cluster has as many as it has cores."
         raise FxquantError(f"--jobs {jobs}", fact, "Leave out --jobs or --address.")
-    return Workers(WorkEngine(engine), jobs or cores(), address)
+    return Workers(WorkerKind(kind), jobs or cores(), address)
 
 
 def parse_mtp(name: str | None) -> "MtpMode | None":

@@ -30,7 +30,7 @@ def command(
             "--target",
             "-t",
             metavar="TARGET",
-            help="What to convert it for.",
+            help="Target to convert to.",
             show_default=False,
             autocompletion=targets,
         ),
@@ -48,9 +48,9 @@ def command(
     as_json: AsJson = False,
     quiet: Silent = False,
 ) -> None:
-    """Give a compiled folder the form of another target, integers untouched.
+    """Convert a compiled folder to another target; quantized values stay the same.
 
-    Refused, with the command that quantizes anew, where the other form has no place for its scales.
+    Refused if the other target's format cannot store the scales; the error names the command that quantizes again.
     """
     from fxquant.api import convert
     from fxquant.tools.verify import verification_table

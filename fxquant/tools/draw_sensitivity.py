@@ -42,7 +42,7 @@ def draw(result: Sensitivity, path: Path) -> None:
             means = [one.kl.mean for one in chosen]
             left.errorbar(means, rows, xerr=_arms(chosen), fmt="o", ms=4, lw=1, color=colour, label=kind)
             right.plot([one.sqnr for one in chosen], rows, "o", ms=4, color=colour)
-        left.set(xscale="log", xlabel="KL a token, nats", yticks=places, yticklabels=[one.module for one in modules])
+        left.set(xscale="log", xlabel="KL per token, nats", yticks=places, yticklabels=[one.module for one in modules])
         left.invert_yaxis()
         left.legend(loc="lower right")
         right.set(xlabel="SQNR of its output, dB")

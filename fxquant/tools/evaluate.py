@@ -23,23 +23,30 @@ def command(
     ] = None,
     samples: Annotated[
         int | None,
-        typer.Option(metavar="N", help="Pieces of text to score. [dim]default: 64, or 16 for --sensitivity[/]", min=1),
+        typer.Option(
+            metavar="N", help="Number of pieces of text to score. [dim]default: 64, or 16 for --sensitivity[/]", min=1
+        ),
     ] = None,
-    seq_len: Annotated[int, typer.Option(metavar="N", help="Most tokens of a piece.", min=2)] = 256,
+    seq_len: Annotated[int, typer.Option(metavar="N", help="Maximum tokens per piece of text.", min=2)] = 256,
     engine: Annotated[
-        bool, typer.Option("--engine", help="Also as the engine computes it, exactly and with device rounding.")
+        bool,
+        typer.Option(
+            "--as-engine", help="Also score with the engine's own arithmetic, exact and with device rounding."
+        ),
     ] = False,
     sensitivity: Annotated[
-        bool, typer.Option("--sensitivity", help="Instead, what each quantized module costs alone.")
+        bool, typer.Option("--sensitivity", help="Report the cost of each quantized module alone instead.")
     ] = False,
     plot: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="With --sensitivity, a picture too: .png or .svg.", show_default=False),
+        typer.Option(
+            metavar="FILE", help="With --sensitivity: also write a picture (.png or .svg).", show_default=False
+        ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON alone on stdout.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON only.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Hide progress.")] = False,
 ) -> None:
-    """Perplexity of the float model and of OUT's integer graph, and the KL divergence a token between them."""
+    """Measure perplexity of the float model and of OUT's integer graph, and their KL divergence per token."""
     from fxquant.api import engine_perplexities, evaluate
     from fxquant.tools.sensitivity import check_plot, show_sensitivity
 

@@ -15,7 +15,7 @@ class Figure(NamedTuple):
 FIGURES = {
     "quantized_perplexity": Figure("perplexity", ".4f"),
     "perplexity_ratio": Figure("/ float", ".5f"),
-    "kl_mean": Figure("KL a token", ".5f"),
+    "kl_mean": Figure("KL per token", ".5f"),
     "kl_p99": Figure("KL, 99th percentile", ".4f"),
     "top1_agreement": Figure("top-1 agreement", ".2%"),
 }

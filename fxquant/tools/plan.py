@@ -42,7 +42,7 @@ def command(
         Path,
         typer.Argument(
             metavar="MODEL",
-            help="A checkpoint folder, with or without its weights, a config.json, or a model.py.",
+            help="A checkpoint folder (weights not needed), a config.json, or a model.py.",
             show_default=False,
         ),
     ],
@@ -55,18 +55,18 @@ def command(
     max_shard_size: ShardSize = "4GiB",
     jobs: Jobs = None,
     cores: Annotated[
-        int | None, typer.Option(metavar="N", help="Estimate for so many cores like this one's.", min=1, max=MOST)
+        int | None, typer.Option(metavar="N", help="Estimate for N cores of this machine's speed.", min=1, max=MOST)
     ] = None,
     disk: Annotated[
-        float | None, typer.Option(metavar="GB/S", help="Estimate for a disk of so many GB/s.", min=0.001, max=MOST)
+        float | None, typer.Option(metavar="GB/S", help="Estimate for a disk of this speed.", min=0.001, max=MOST)
     ] = None,
     checkpoint: CheckpointFolder = None,
     trace_timeout: TraceTimeout = 120.0,
     as_json: AsJson = False,
 ) -> None:
-    """Say what compile would write, how long it would take, and in how much memory.
+    """Estimate what compile would write, how long it would take and how much memory.
 
-    Sizes are exact, and no weights are needed. Rates of this machine are measured meanwhile, for about a second.
+    File sizes are exact, and no weights are needed. Benchmarks this host for about a second.
     """
     from fxquant.gc_pause import uncollected
     from fxquant.planning.host_benchmark import Measuring

@@ -12,7 +12,7 @@ from fxquant.tools.tables import NamedTable
 def check_plot(plot: Path | None, sensitivity: bool, engine: bool) -> None:
     """Before anything runs: raises FxquantError for options that do not go together, or no matplotlib."""
     if sensitivity and engine:
-        raise FxquantError("--sensitivity", "no engine runs one module alone.", "Leave out --engine.")
+        raise FxquantError("--sensitivity", "no engine runs one module alone.", "Leave out --as-engine.")
     if plot is None:
         return
     if not sensitivity:
@@ -69,7 +69,7 @@ def groups_table(result: Sensitivity) -> NamedTable:
 
 
 def _table(title: str, names: tuple[str, ...]) -> NamedTable:
-    return NamedTable(title, (*names, "SQNR dB", "KL a token", "95 % of it"), left=("scheme",))
+    return NamedTable(title, (*names, "SQNR dB", "KL per token", "95 % of it"), left=("scheme",))
 
 
 def _add(table: NamedTable, group: GroupLoss) -> None:

@@ -13,14 +13,17 @@ def command(
     block: Annotated[
         str | None,
         typer.Option(
-            metavar="BLOCK", help="Only this block: a layer, such as model.layers.3, or before, between_0 …, after."
+            metavar="BLOCK", help="Show one block: a layer such as model.layers.3, or before, between_0, …, after."
         ),
     ] = None,
     checkpoint: CheckpointFolder = None,
     hash_only: Annotated[
-        bool, typer.Option("--hash", help="Only the structural hash: equal for graphs that compute the same.")
+        bool,
+        typer.Option("--hash", help="Print only the structural hash; graphs that compute the same have the same hash."),
     ] = False,
-    fused: Annotated[bool, typer.Option("--fused", help="The graph as the NPU runs it, and what was fused.")] = False,
+    fused: Annotated[
+        bool, typer.Option("--fused", help="Show the fused graph that the NPU runs, and what was fused.")
+    ] = False,
     trace_timeout: TraceTimeout = 120.0,
 ) -> None:
     """Print the graph of a model, or the rewritten graph of a compiled folder, with shapes and parameter names."""

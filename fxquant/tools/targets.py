@@ -24,7 +24,7 @@ def command(
         Path | None,
         typer.Argument(metavar="MODEL", help="Folder with a config.json. [dim]default: DeepSeek-V3 671B[/]"),
     ] = None,
-    table: Annotated[bool, typer.Option("--table", help="Policy × target × ranks for MODEL.")] = False,
+    table: Annotated[bool, typer.Option("--table", help="Table of policy × target × ranks for MODEL.")] = False,
     policy: Annotated[
         list[str] | None,
         typer.Option(
@@ -42,14 +42,15 @@ def command(
         ),
     ] = None,
     tp: Annotated[
-        list[int] | None, typer.Option("--tp", metavar="N", help="Ranks. [dim]default: 1, 2, 4, 8, 16[/]", min=1)
+        list[int] | None,
+        typer.Option("--tp", metavar="N", help="Tensor-parallel ranks. [dim]default: 1, 2, 4, 8, 16[/]", min=1),
     ] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """What each engine loads, and which policies run on it with how many ranks.
+    """Show what each engine loads, and which policies run on it with how many ranks.
 
-    A verdict is accepted, refused, or unverified: nobody has shown either. No weights are read.
+    Verdicts: accepted, refused, or unverified (neither has been shown). No weights are read.
     """
     from fxquant.targets.target import Target
 

@@ -22,11 +22,13 @@ def command(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A compiled folder.", show_default=False)],
     against: Annotated[
         Path | None,
-        typer.Option(metavar="MODEL", help="The model it was made from. [dim]default: the path in the manifest[/]"),
+        typer.Option(metavar="MODEL", help="The source model. [dim]default: the path in the manifest[/]"),
     ] = None,
     tp: Annotated[
         int | None,
-        typer.Option("--tp", metavar="N", help="Ranks to read it on. [dim]default: as compiled for[/]", min=1),
+        typer.Option(
+            "--tp", metavar="N", help="Tensor-parallel ranks to check for. [dim]default: those of the compile[/]", min=1
+        ),
     ] = None,
     target: Annotated[
         str | None,
@@ -35,22 +37,22 @@ def command(
             "-t",
             metavar="TARGET",
             autocompletion=targets,
-            help="The target of OUT. [dim]default: the manifest's[/]",
+            help="Target of OUT. [dim]default: from the manifest[/]",
         ),
     ] = None,
     rebuild: Annotated[
-        bool, typer.Option("--rebuild", help="Derive the weights anew from the source and compare every byte.")
+        bool, typer.Option("--rebuild", help="Quantize the weights again from the source and compare every byte.")
     ] = False,
     sample: Annotated[
-        int | None, typer.Option(metavar="N", help="Rebuild N modules, not all.", min=1, show_default=False)
+        int | None, typer.Option(metavar="N", help="Rebuild N modules only.", min=1, show_default=False)
     ] = None,
-    full: Annotated[bool, typer.Option("--full", help="Check every tensor, however large the model.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="Check every tensor, also of a large model.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Hide progress.")] = False,
 ) -> None:
-    """Read OUT back and hold it against its source, its formulas and its graph.
+    """Check OUT against its source checkpoint, the quantization formulas and its graph.
 
-    Without a source it says “structure only”. Exits with 1 on any miss.
+    Without the source the verdict is “structure only”. Exit code 1 if anything differs.
     """
     from fxquant.api import verify
     from fxquant.verification import Rebuild

@@ -14,8 +14,8 @@ from faults.operations import SIGNALS, Fault
 from faults.rounds import Ended, Result, check_again, check_end, foreign_files, look
 from faults.scenarios import COMPILE, Scenario, output_files, write_template
 
-NAME = "compile --engine ray"
-COMMAND = (*COMPILE, "-p", "data_free.yaml", "--no-verify", "--no-export", "--quiet", "--engine", "ray", "--jobs", "2")
+NAME = "compile --workers ray"
+COMMAND = (*COMPILE, "-p", "data_free.yaml", "--no-verify", "--no-export", "--quiet", "--workers", "ray", "--jobs", "2")
 RUN = "from fxquant.tools.main import run; run()"
 
 

@@ -2,7 +2,7 @@
 
 from fxquant.lowering.weights.producer import CheckpointProducer, Producer, tensor_bytes
 from fxquant.lowering.weights.unit import Filled, Place, Unit, units_of
-from fxquant.lowering.weights.work import WorkEngine, Workers, WorkReport, write_weights
+from fxquant.lowering.weights.work import WorkerKind, Workers, WorkReport, write_weights
 
 __all__ = [
     "CheckpointProducer",
@@ -10,7 +10,7 @@ __all__ = [
     "Place",
     "Producer",
     "Unit",
-    "WorkEngine",
+    "WorkerKind",
     "WorkReport",
     "Workers",
     "tensor_bytes",

@@ -52,7 +52,7 @@ def fill_ray(job: FillJob, units: Sequence[Unit], jobs: int, address: str | None
             raise (error.cause if isinstance(error.cause, FxquantError) else error) from None
         except ray.exceptions.RayError as error:
             fact = f"the cluster failed: {_first_line(error)}"
-            raise StoppedError("--engine ray", fact, "ray status shows its machines.") from None
+            raise StoppedError("--workers ray", fact, "ray status shows its machines.") from None
         finally:
             if started:
                 ray.shutdown()
@@ -96,7 +96,7 @@ def _connect(ray: Any, jobs: int, address: str | None) -> None:
         with _same_signals():
             ray.init(address=address or "local", log_to_driver=False, logging_level=logging.CRITICAL, **own)
     except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
-        place = "--engine ray" if address is None else f"--address {address}"
+        place = "--workers ray" if address is None else f"--address {address}"
         raise StoppedError(place, f"no Ray cluster answers: {_first_line(error)}", WAY_OUT) from None
 
 
@@ -182,5 +182,5 @@ def _ray() -> Any:
     try:
         import ray
     except ImportError:
-        raise FxquantError("--engine ray", "Ray is not installed.", "pip install 'fxquant[ray]'") from None
+        raise FxquantError("--workers ray", "Ray is not installed.", "pip install 'fxquant[ray]'") from None
     return ray

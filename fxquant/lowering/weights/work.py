@@ -27,7 +27,7 @@ from fxquant.storage.hashing import hash_text
 FORMAT = 2
 
 
-class WorkEngine(StrEnum):
+class WorkerKind(StrEnum):
     """Who fills the files: threads of this process, or a Ray cluster that shares the storage."""
 
     LOCAL = "local"
@@ -43,18 +43,18 @@ def cores() -> int:
 class Workers:
     """How many do the work, and where. No choice of them changes a byte."""
 
-    engine: WorkEngine = WorkEngine.LOCAL
+    kind: WorkerKind = WorkerKind.LOCAL
     jobs: int = field(default_factory=cores)
     address: str | None = None
 
     def check(self) -> None:
         """Raise FxquantError where they cannot be had; before anything long begins."""
-        if self.engine is WorkEngine.RAY:
+        if self.kind is WorkerKind.RAY:
             check_cluster(self.address)
 
     def fill(self, job: FillJob, units: Sequence[Unit]) -> Generator[Filled, None, None]:
         """Fill `units`; each is yielded when it is done, in any order."""
-        if self.engine is WorkEngine.RAY:
+        if self.kind is WorkerKind.RAY:
             return fill_ray(job, units, self.jobs, self.address)
         return fill_local(job, units, self.jobs)
 
