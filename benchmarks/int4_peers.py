@@ -73,7 +73,7 @@ def compare_text(options: argparse.Namespace) -> None:
             rows[f"fxquant {algorithm}, groups of 128, int8 activations"] = (made.program, Cached(read))
     found = evaluate_programs((program, Cached(source.checkpoint.read)), list(rows.values()), batches, report)
     table = Table(title=f"int4 experts alone, {options.model.name} on {options.text.name}", title_justify="left")
-    for heading in ("experts", "/ float", "KL a token", "95 %"):
+    for heading in ("experts", "/ float", "KL per token", "95 %"):
         table.add_column(heading)
     for label, one in zip(rows, found, strict=True):
         low, high = one.intervals["kl_mean"]
