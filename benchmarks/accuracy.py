@@ -57,7 +57,18 @@ CHANGES: dict[str, dict[str, Any]] = {
     "min_max": {"activation_statistic": "min_max"},
     "rounded calibration": {"calibration_weights": "rounded"},
 }
-HEADINGS = ("policy", "perplexity", "/ float", "95 %", "KL per token", "95 %", "KL, 99th", "top-1", "weights", "seconds")
+HEADINGS = (
+    "policy",
+    "perplexity",
+    "/ float",
+    "95 %",
+    "KL per token",
+    "95 %",
+    "KL, 99th",
+    "top-1",
+    "weights",
+    "seconds",
+)
 
 
 def main() -> int:

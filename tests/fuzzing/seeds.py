@@ -14,6 +14,7 @@ from fxquant import CompileOptions
 from fxquant.calibration.calibration_file import CALIBRATION, load_calibration
 from fxquant.calibration.resume_state import State, save_state
 from fxquant.checkpoint.config import parse_config
+from fxquant.frontend.deepseek_args import hf_to_model_args
 from fxquant.lowering.output_folder.manifest import MANIFEST
 from fxquant.planning.config_checkpoint import Checkpoint
 from fxquant.targets.target import Target
@@ -78,7 +79,7 @@ def write_tokenizer(folder: Path) -> None:
 def _write_model_args(folder: Path, source: Path) -> None:
     config = parse_config(json.loads((source / "config.json").read_text()), "seed")
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(fxquant.checkpoint.config.hf_to_model_args(config)))
+    (folder / "config.json").write_text(json.dumps(hf_to_model_args(config)))
 
 
 def write_texts(folder: Path, source: Path) -> Path:
