@@ -259,8 +259,7 @@ def test_the_work_of_every_algorithm_is_counted(tmp_path: Path) -> None:
         policy = tmp_path / f"{algorithm}.yaml"
         policy.write_text(f"description: one\nextends: deepseek_w4a8\nrules: [{rule.format(algorithm)}]\n")
         work = planned(EXAMPLE, str(policy)).work
-        assert kernel_name(True, 64, True, algorithm.scales) in work
-        assert GPTQ.isdisjoint(work) is not algorithm.from_inputs
+        assert kernel_name(True, 64, True, algorithm.scales) in work and GPTQ.isdisjoint(work) != algorithm.from_inputs
     config = json.loads((EXAMPLE / "config.json").read_text())
     experts = config["n_routed_experts"] * (config["num_hidden_layers"] - config["first_k_dense_replace"])
     hidden, width = config["hidden_size"], config["moe_intermediate_size"]
