@@ -1,0 +1,10 @@
+"""Folders of the repository, and of the references that may lie beside it."""
+
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+EXAMPLE = ROOT / "examples" / "tiny_deepseek_v3"
+MODEL_FILES = ROOT / "tests" / "model_files"
+SUPPORT = ROOT / "tests" / "support"
+REFERENCE = ROOT.parent / "shared" / "conformance" / "msmodelslim"
+"""What a reference quantizer wrote; tests that need it are skipped where it is not."""

@@ -1,0 +1,260 @@
+"""Smoothing: pairs found in the graph, scales by their formulas, the same function, and what outputs make of it."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import float_program, load_model, meta_model, random_ids
+from token_files import token_ids
+from torch import Tensor
+
+from fxquant import CompileOptions, FxquantError, compile, verify
+from fxquant.calibration.calibration_file import CALIBRATION, load_calibration
+from fxquant.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from fxquant.passes import AssignSchemes, Calibrate, PairSmoothing
+from fxquant.policy.policy import load_policy
+from fxquant.program.program import Program
+from fxquant.runtime.execute import execute, prefill_inputs
+from fxquant.transforms.weight_transforms import Smoothing
+
+M4 = "deepseek_w4a8_msmodelslim_m4"
+TARGETS = ("ascend", "mindie", "sglang-npu", "onnx")
+Smoothed = tuple[Program, Checkpoint]
+
+
+def policy_of(folder: Path, text: str, parent: str = "deepseek_w4a8") -> str:
+    (folder / "policy.yaml").write_text(f"extends: {parent}\n{text}")
+    return str(folder / "policy.yaml")
+
+
+def smoothed(checkpoint: Checkpoint, policy: str, rows: int = 4) -> Smoothed:
+    """The float graph with its pairs, and the checkpoint as calibration on random tokens smoothed it."""
+    loaded, program = load_policy(policy), float_program(checkpoint)
+    AssignSchemes(loaded)(program)
+    PairSmoothing(loaded)(program)
+    batches = [random_ids(meta_model(checkpoint), 1, 24, seed) for seed in range(rows)]
+    calibrate = Calibrate(loaded, checkpoint, lambda: batches)
+    calibrate(program)
+    assert calibrate.used is not None
+    return program, checkpoint.smoothed(calibrate.used.smoothing)
+
+
+def logits(program: Program, checkpoint: Checkpoint) -> Tensor:
+    ids = random_ids(meta_model(checkpoint), 2, 20, 9)
+    return execute(program, checkpoint.read, [prefill_inputs(program, ids)])[0][0]
+
+
+# what is found
+
+
+def test_pairs_are_found_in_the_graph(tiny: Callable[..., Checkpoint], tmp_path: Path) -> None:
+    program, _ = smoothed(tiny(), policy_of(tmp_path, "smooth: [{method: smoothquant}]"))
+    found = {(pair.kind.value, pair.maker, pair.readers) for pair in program.pairs}
+    layer = "model.layers.1"
+    attention, mlp = f"{layer}.self_attn", f"{layer}.mlp"
+    assert len(found) == 8
+    assert {pair for pair in found if layer in pair[1]} == {
+        ("norm", f"{layer}.input_layernorm.weight",
+         (f"{attention}.q_a_proj.weight", f"{attention}.kv_a_proj_with_mqa.weight")),
+        ("norm", f"{attention}.q_a_layernorm.weight", (f"{attention}.q_b_proj.weight",)),
+        ("linear", f"{attention}.kv_b_proj.weight", (f"{attention}.o_proj.weight",)),
+        ("norm", f"{layer}.post_attention_layernorm.weight",
+         (f"{mlp}.gate.weight", f"{mlp}.experts.gate_proj.weight", f"{mlp}.experts.up_proj.weight",
+          f"{mlp}.shared_experts.gate_proj.weight", f"{mlp}.shared_experts.up_proj.weight")),
+    }  # fmt: skip
+
+
+def test_what_is_no_pair_says_why(tiny: Callable[..., Checkpoint], tmp_path: Path) -> None:
+    loaded, program = load_policy(policy_of(tmp_path, "smooth: [{kind: attention, method: m4}]")), float_program(tiny())
+    AssignSchemes(loaded)(program)
+    kept = PairSmoothing(loaded)(program).skipped
+    assert kept["layers_0_self_attn_kv_a_layernorm"] == "not only linears read it"
+    assert kept["norm"] == "what reads it stays in float"
+    assert kept["layers_0_post_attention_layernorm"] == "no rule smooths it"
+
+
+@pytest.mark.parametrize(
+    ("text", "fact"),
+    [
+        ("smooth: [{kind: embedding, method: smoothquant}]", "matches no pair"),
+        ("smooth: [{method: m4}]", "has no bias to make up for it"),
+        ("smooth: [{method: flex, alpha: 0.5}]", "alpha is not a matter of method flex"),
+        ("smooth: [{method: awq}]", "smooth.0.method"),
+    ],
+)
+def test_wrong_rules_are_refused(tiny: Callable[..., Checkpoint], tmp_path: Path, text: str, fact: str) -> None:
+    with pytest.raises(FxquantError, match=fact):
+        smoothed(tiny(), policy_of(tmp_path, text))
+
+
+# the formulas
+
+
+def test_m4_by_its_formulas(tiny: Callable[..., Checkpoint]) -> None:
+    """Spec of the method, on layer 0's first pair: what the norm gave before is seen by a hook on the eager model."""
+    checkpoint = tiny()
+    _, after = smoothed(checkpoint, M4)
+    seen: list[Tensor] = []
+    model = load_model(checkpoint)
+    path = "model.layers.0.input_layernorm"
+    model.get_submodule(path).register_forward_hook(lambda module, args, output: seen.append(output.flatten(0, -2)))
+    with torch.no_grad():
+        for seed in range(4):
+            ids = random_ids(model, 1, 24, seed)
+            model(ids, torch.ones_like(ids), torch.arange(24).expand(1, 24), model.empty_cache(1))
+    x, attention = torch.cat(seen), "model.layers.0.self_attn"
+    weights = {name: checkpoint.read(f"{attention}.{name}.weight") for name in ("q_a_proj", "kv_a_proj_with_mqa")}
+    largest = torch.cat(list(weights.values())).abs().max(0).values.float()
+    scale = (x.abs().max(0).values.sqrt() / largest.sqrt()).clamp(min=1e-5).bfloat16().float()
+    shift = (x.max(0).values + x.min(0).values) / 2
+    assert torch.equal(after.read(f"{path}.weight"), (checkpoint.read(f"{path}.weight").float() / scale).bfloat16())
+    bias = after.read(f"{path}.bias")
+    assert bias.dtype is torch.float32 and torch.equal(bias, -shift / scale)
+    for name, weight in weights.items():
+        assert torch.equal(after.read(f"{attention}.{name}.weight"), (weight.float() * scale).bfloat16())
+        found = after.read(f"{attention}.{name}.bias")
+        assert torch.equal(found, (weight.double() @ shift.double()).bfloat16())
+
+
+def test_m4_leaves_zeros_beside_norms_that_it_does_not_shift(tiny: Callable[..., Checkpoint]) -> None:
+    _, after = smoothed(tiny(), M4)
+    for name in ("model.norm", "model.layers.1.post_attention_layernorm", "model.layers.0.self_attn.kv_a_layernorm"):
+        assert torch.equal(after.read(f"{name}.bias"), torch.zeros(after.tensors[f"{name}.weight"].shape))
+
+
+def test_values_are_scaled_by_head(tiny: Callable[..., Checkpoint]) -> None:
+    """kv_b: of the rows of each head the key's stay, the value's are divided; o_proj is multiplied by the same."""
+    before = tiny()
+    _, after = smoothed(before, M4)
+    kv_b, o = (f"model.layers.0.self_attn.{name}.weight" for name in ("kv_b_proj", "o_proj"))
+    rows, columns = before.read(kv_b).unflatten(0, (4, 32)), before.read(o)
+    scale = after.smoothing.scales[kv_b]
+    assert torch.equal(after.read(o), (columns.float() * scale).bfloat16())
+    keys, values = after.read(kv_b).unflatten(0, (4, 32)).split(16, 1)
+    assert torch.equal(keys, rows[:, :16])
+    assert torch.equal(values, (rows[:, 16:].float() / scale.view(4, 16, 1)).bfloat16())
+
+
+# the function
+
+
+RULES = {
+    "smoothquant": "smooth: [{method: smoothquant, alpha: 0.6}]",
+    "flex": "smooth: [{method: flex}]",
+    "m4": "smooth: [{kind: attention, method: m4}, {method: smoothquant}]\nnorm_bias: every",
+}
+
+
+@pytest.mark.parametrize("text", RULES.values(), ids=RULES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_the_function_stays(tiny: Callable[..., Checkpoint], tmp_path: Path, text: str, dtype: torch.dtype) -> None:
+    """Scales round once on each side of a pair: two relative errors of eps / 2 a factor, which add up like a random
+    walk over the two sides of the eight pairs. In float32 the sums over k are sqrt(k) steps more.
+    Of all tokens the median: one that is near a tie of two experts may go to the other."""
+    checkpoint = tiny(dtype=dtype)
+    program, after = smoothed(checkpoint, policy_of(tmp_path, text))
+    before = logits(float_program(checkpoint), checkpoint)
+    error, steps = (logits(program, after) - before).pow(2).mean(-1).sqrt().median(), 4.0
+    if dtype is torch.float32:
+        steps *= checkpoint.config["hidden_size"] ** 0.5
+    assert 0 < error < steps * torch.finfo(dtype).eps * before.std()
+
+
+def test_without_rules_nothing_changes(tiny: Callable[..., Checkpoint]) -> None:
+    _, after = smoothed(tiny(), "deepseek_w4a8_msmodelslim")
+    assert not after.smoothing
+
+
+def test_outliers_go_where_they_do_no_harm(tiny_folder: Callable[..., Path], tmp_path: Path) -> None:
+    """A channel of each norm times 50 and its readers divided: the same function. Smoothed, the largest channel is
+    near the others again."""
+    tensors = load_file(tiny_folder() / "model.safetensors")
+    for layer in (0, 1):
+        name = f"model.layers.{layer}.input_layernorm.weight"
+        tensors[name][3] *= 50
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text((tiny_folder() / "config.json").read_text())
+    checkpoint = open_checkpoint(tmp_path)
+    _, after = smoothed(checkpoint, policy_of(tmp_path, RULES["smoothquant"]))
+    norm = after.read("model.layers.0.input_layernorm.weight").float().abs()
+    assert norm[3] < 12 * norm.median() < checkpoint.read("model.layers.0.input_layernorm.weight")[3]
+
+
+# outputs
+
+
+@pytest.fixture(scope="module")
+def ids(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return token_ids(tmp_path_factory.mktemp("text") / "ids.safetensors", seed=1)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_biases_reach_every_output(tiny_folder: Callable[..., Path], ids: Path, tmp_path: Path, target: str) -> None:
+    """Weight file, description, graph and engine's reader: `compile` verifies all of them."""
+    out = tmp_path / "out"
+    options = CompileOptions(policy=M4, out=out, target=target, calib=ids, export=False)  # type: ignore[arg-type]
+    report = compile(tiny_folder(fp8=True), options)
+    assert report.verification is not None and report.verification.ok
+    stored = {
+        name: tensor for file in out.glob("quant_model_weight*.safetensors") for name, tensor in load_file(file).items()
+    }
+    description = json.loads(next(iter(out.glob("quant_model_description*.json"))).read_text())
+    norms = [name for name in stored if "norm.bias" in name]
+    assert len(norms) == 2 * 4 + 1 and all(stored[name].dtype is torch.float32 for name in norms)
+    linears = [f"model.layers.0.self_attn.{name}.bias" for name in ("q_a_proj", "kv_a_proj_with_mqa", "q_b_proj")]
+    assert all(description[name] == "FLOAT" for name in (*norms, *linears))
+    if target != "onnx":
+        assert any("add_rms_norm_bias" in file.read_text() for file in out.glob("*.py"))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"dtype": torch.float16}, {"q_lora_rank": None}, {"attention_bias": True}], ids=str
+)
+@pytest.mark.parametrize("policy", ["m4", "flex"])
+def test_other_models(tiny_folder: Callable[..., Path], ids: Path, tmp_path: Path, changes: dict, policy: str) -> None:
+    name = M4 if policy == "m4" else policy_of(tmp_path, RULES["flex"])
+    report = compile(tiny_folder(**changes), CompileOptions(policy=name, out=tmp_path / "out", calib=ids, export=False))
+    assert report.verification is not None and report.verification.ok
+
+
+def test_a_saved_calibration_has_the_smoothing(tiny_folder: Callable[..., Path], ids: Path, tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    compile(tiny_folder(), CompileOptions(policy=M4, out=first, calib=ids, export=False, verify=False))
+    saved = first / CALIBRATION
+    compile(tiny_folder(), CompileOptions(policy=M4, out=second, calibration=saved, export=False, verify=False))
+    assert (first / CALIBRATION).read_bytes() == (second / CALIBRATION).read_bytes()
+    for file in first.glob("quant_model_weight*.safetensors"):
+        assert file.read_bytes() == (second / file.name).read_bytes()
+    other = policy_of(tmp_path, "smooth: [{kind: attention, method: m4, alpha: 0.6}]", M4)
+    with pytest.raises(FxquantError, match="smoothed otherwise"):
+        compile(tiny_folder(), CompileOptions(policy=other, out=tmp_path / "third", calibration=saved))
+
+
+def damaged(smoothing: Smoothing) -> list[Callable[[], object]]:
+    """Ways to spoil a smoothing that leave it well formed."""
+    norm = "model.layers.0.input_layernorm"
+    return [
+        lambda: smoothing.scales[f"{norm}.weight"].mul_(2),
+        lambda: smoothing.tensors[f"{norm}.bias"].add_(1),
+        lambda: smoothing.tensors["model.layers.0.self_attn.q_a_proj.bias"].mul_(1.5),
+        lambda: smoothing.columns.pop("model.layers.0.self_attn.q_b_proj.weight"),
+        lambda: smoothing.rows.pop("model.layers.0.self_attn.kv_b_proj.weight"),
+        smoothing.shifts[f"{norm}.weight"].zero_,
+    ]
+
+
+@pytest.mark.parametrize("which", range(6))
+def test_verify_knows_a_function_that_changed(
+    tiny_folder: Callable[..., Path], ids: Path, tmp_path: Path, which: int
+) -> None:
+    out = tmp_path / "out"
+    compile(tiny_folder(), CompileOptions(policy=M4, out=out, calib=ids, export=False, verify=False))
+    (out / "fxquant_manifest.json").unlink()
+    calibration = load_calibration(out / CALIBRATION)
+    damaged(calibration.smoothing)[which]()
+    calibration.save(out / CALIBRATION)
+    report = verify(out, against=tiny_folder())
+    assert not report.ok and any("smoothing" in check.name and check.misses for check in report.checks)
