@@ -69,6 +69,8 @@ def fill(model: str, out: str, jobs: str, place: str) -> None:
     from fxquant.checkpoint.checkpoint import open_checkpoint
     from fxquant.checkpoint.stamped_reader import checkpoint_files, stamp_files
     from fxquant.compilation.prepare import prepare
+    from fxquant.engines.table import ENGINES
+    from fxquant.engines.target import Target
     from fxquant.frontend.source import open_source
     from fxquant.lowering.output_folder.layout import MAX_SHARD_SIZE, plan_files, stored_tensors
     from fxquant.lowering.weights import CheckpointProducer, Workers, write_weights
@@ -77,8 +79,6 @@ def fill(model: str, out: str, jobs: str, place: str) -> None:
     from fxquant.lowering.weights.work import plan_weights
     from fxquant.policy.policy import load_policy
     from fxquant.progress import silent
-    from fxquant.targets.engines import ENGINES
-    from fxquant.targets.target import Target
 
     folder, checkpoint = Path(out), open_checkpoint(Path(model))
     program = prepare(open_source(Path(model)), load_policy(POLICY), CompileOptions()).program

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from fxquant import CompileOptions, compare, compile, evaluate, plan
 from fxquant.api import open_graph, sensitivity
+from fxquant.engines.target import Target
 from fxquant.planning.support_matrix import RANKS, deployments, float_program
 from fxquant.program.text import format_program
-from fxquant.targets.target import Target
 from fxquant.tools import targets
 from fxquant.tools.compare import comparison_table
 from fxquant.tools.compile_report import print_report

@@ -10,6 +10,8 @@ from fxquant.checkpoint.stamped_reader import checkpoint_files, stamp_files
 from fxquant.compilation.ledger import Ledger
 from fxquant.compilation.options import CompileOptions, as_path, refuse_kv_cache
 from fxquant.compilation.prepare import Prepared, named_policy, open_model, prepare, source_inputs
+from fxquant.engines.contract import Contract, load_contract
+from fxquant.engines.target import Target
 from fxquant.errors import FxquantError
 from fxquant.evaluation.verbs import compare, engine_perplexities, evaluate, open_output, run, sensitivity
 from fxquant.frontend.source import TRACE_TIMEOUT, Source, open_source
@@ -27,8 +29,6 @@ from fxquant.program.program_file import load_program
 from fxquant.progress import Reporter, silent
 from fxquant.runtime.device import open_device
 from fxquant.storage.system_errors import stopping
-from fxquant.targets.contract import Contract, load_contract
-from fxquant.targets.target import Target
 from fxquant.verification import Rebuild, VerifyReport, verify_output
 
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fxquant.engines.target import Target
 from fxquant.errors import FxquantError
 from fxquant.frontend.source import TRACE_TIMEOUT
 from fxquant.lowering.destination import Input
@@ -10,7 +11,6 @@ from fxquant.lowering.output_folder.layout import MAX_SHARD_SIZE
 from fxquant.lowering.output_folder.manifest import MANIFEST
 from fxquant.lowering.weights.work import Workers
 from fxquant.policy.policy import MtpMode
-from fxquant.targets.target import Target
 
 DEFAULT_POLICY = "deepseek_w4a8"
 REUSE = "--reuse"

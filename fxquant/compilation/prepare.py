@@ -20,6 +20,8 @@ from fxquant.compilation.options import (
     SourceOptions,
     as_path,
 )
+from fxquant.engines.contract import load_contract
+from fxquant.engines.table import ENGINES
 from fxquant.errors import FxquantError
 from fxquant.frontend.source import Source, open_source
 from fxquant.lowering.destination import Input
@@ -43,8 +45,6 @@ from fxquant.program.program_file import dump_program
 from fxquant.program.structural_hash import structural_hash
 from fxquant.progress import Reporter, silent
 from fxquant.runtime.device import open_device
-from fxquant.targets.contract import load_contract
-from fxquant.targets.engines import ENGINES
 from fxquant.text.load import load_batches, pad_id
 
 CALIBRATION_FILES = ("calibration.jsonl", "calibration.txt", "calib.jsonl", "calib.txt")

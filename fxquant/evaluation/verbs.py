@@ -8,6 +8,8 @@ from fxquant.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from fxquant.compilation.ledger import check_parameters
 from fxquant.compilation.options import CompileOptions
 from fxquant.compilation.prepare import open_model, prepare, smoothed_source
+from fxquant.engines.table import ENGINES, group_size
+from fxquant.engines.target import Target
 from fxquant.errors import FxquantError
 from fxquant.evaluation.divergence import Evaluation, evaluate_programs
 from fxquant.evaluation.generate import greedy_text
@@ -23,8 +25,6 @@ from fxquant.program.program_file import load_program
 from fxquant.progress import Reporter, silent, within
 from fxquant.runtime.device import open_device
 from fxquant.runtime.weight_readers import Cached, Read, RecipeReader
-from fxquant.targets.engines import ENGINES, group_size
-from fxquant.targets.target import Target
 from fxquant.text.load import load_batches
 
 COMPARE_CACHE = 1 << 28

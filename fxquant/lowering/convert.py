@@ -13,6 +13,8 @@ from torch import Tensor
 from fxquant.calibration.calibration_file import CALIBRATION, load_calibration
 from fxquant.checkpoint.checkpoint import Checkpoint
 from fxquant.checkpoint.stamped_reader import FileStamp, SourceReader, Stamps, checkpoint_files, stamp_files
+from fxquant.engines.table import ENGINES, group_size
+from fxquant.engines.target import Target
 from fxquant.errors import FxquantError
 from fxquant.inputs.json_file import read_json, read_text
 from fxquant.inputs.limits import GRAPH_BYTES
@@ -41,8 +43,6 @@ from fxquant.schemes.weight_formats import WeightFormat
 from fxquant.storage.hashing import hash_bytes, hash_text
 from fxquant.storage.safetensors import header_bytes
 from fxquant.storage.system_errors import stopping
-from fxquant.targets.engines import ENGINES, group_size
-from fxquant.targets.target import Target
 
 
 def converted_contents(folder: Path, target: Target, into: Path) -> Contents:

@@ -10,6 +10,8 @@ from typing import Any
 from fxquant.calibration.calibration_file import CALIBRATION, Calibration
 from fxquant.checkpoint.checkpoint import Checkpoint
 from fxquant.checkpoint.stamped_reader import Stamps
+from fxquant.engines.table import ENGINES, Engine
+from fxquant.engines.target import Target
 from fxquant.errors import FxquantError
 from fxquant.kernels.version import KERNEL_VERSION
 from fxquant.lowering.ascend.deployment import Deployment
@@ -50,8 +52,6 @@ from fxquant.progress import Reporter
 from fxquant.storage.hashing import hash_bytes, hash_text
 from fxquant.storage.safetensors import read_header
 from fxquant.storage.system_errors import stopping
-from fxquant.targets.engines import ENGINES, Engine
-from fxquant.targets.target import Target
 from fxquant.version import __version__
 
 COPIED_SUFFIXES = (".json", ".jinja", ".model")

@@ -4,14 +4,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from fxquant import ops
+from fxquant.engines.check_contract import Finding, Linear, check, refusal
+from fxquant.engines.contract import Contract
 from fxquant.errors import FxquantError
 from fxquant.passes.base import Pass, PassResult
 from fxquant.policy.kinds import Kind
 from fxquant.program.linears import LinearSite, linear_sites
 from fxquant.program.program import Program
 from fxquant.schemes.schemes import Recipe, Scheme
-from fxquant.targets.check_contract import Finding, Linear, check, refusal
-from fxquant.targets.contract import Contract
 
 
 @dataclass

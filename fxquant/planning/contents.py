@@ -7,6 +7,7 @@ from fxquant.checkpoint.checkpoint import Checkpoint
 from fxquant.compilation.ledger import build_ledger, check_parameters, mtp_modules
 from fxquant.compilation.options import CompileOptions
 from fxquant.compilation.prepare import passes_for, with_mtp
+from fxquant.engines.table import ENGINES, Engine
 from fxquant.frontend.source import Source
 from fxquant.lowering.output_folder.description import description_size, engine_config, index_size, json_size
 from fxquant.lowering.output_folder.layout import FileLayout, plan_files, stored_tensors
@@ -16,7 +17,6 @@ from fxquant.planning.config_checkpoint import config_checkpoint
 from fxquant.planning.tally import PlanRow, tally
 from fxquant.policy.policy import LEAVE_OUT, Policy
 from fxquant.program.program import Program
-from fxquant.targets.engines import ENGINES, Engine
 from fxquant.transforms.weight_transforms import Smoothing
 
 

@@ -9,13 +9,13 @@ from typing import Any
 
 from fxquant.compilation.options import CompileOptions, as_path, refuse_kv_cache
 from fxquant.compilation.prepare import named_policy
+from fxquant.engines.target import Target
 from fxquant.frontend.source import open_source
 from fxquant.gc_pause import uncollected
 from fxquant.planning.contents import PlanContents, planned
 from fxquant.planning.estimate import PER_WORKER_BYTES, Estimate, Memory, estimate
 from fxquant.planning.host_benchmark import Machine, Measuring, peak_bytes
 from fxquant.policy.policy import load_policy
-from fxquant.targets.target import Target
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,10 @@ import torch
 
 from fxquant.checkpoint.checkpoint import Checkpoint
 from fxquant.checkpoint.config import parse_config
+from fxquant.engines.check_contract import Finding, check, refusal
+from fxquant.engines.contract import Verdict, load_contract
+from fxquant.engines.table import ENGINES
+from fxquant.engines.target import Target
 from fxquant.errors import FxquantError
 from fxquant.frontend.source import open_source
 from fxquant.models import DeepseekV3
@@ -19,10 +23,6 @@ from fxquant.passes.check_contract import linears
 from fxquant.policy.policy import Policy, load_policy
 from fxquant.program.program import MtpLayers, Program
 from fxquant.progress import Reporter, silent
-from fxquant.targets.check_contract import Finding, check, refusal
-from fxquant.targets.contract import Verdict, load_contract
-from fxquant.targets.engines import ENGINES
-from fxquant.targets.target import Target
 from fxquant.tracing import trace
 
 PUBLISHED = "models/deepseek_v3_671b.json"

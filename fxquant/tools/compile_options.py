@@ -9,9 +9,9 @@ from fxquant.errors import FxquantError
 from fxquant.tools.completion import one_of, policies, targets
 
 if TYPE_CHECKING:
+    from fxquant.engines.target import Target
     from fxquant.lowering.weights import Workers
     from fxquant.policy.policy import MtpMode
-    from fxquant.targets.target import Target
 
 Model = Annotated[
     Path, typer.Argument(metavar="MODEL", help="A model.py, or a Hugging Face checkpoint folder.", show_default=False)
@@ -131,7 +131,7 @@ Verify = Annotated[
 
 def parse_target(name: str) -> "Target":
     """The target of that name."""
-    from fxquant.targets.target import Target
+    from fxquant.engines.target import Target
 
     if name not in list(Target):
         raise FxquantError(f"--target {name}", "unknown.", f"Choose one of: {', '.join(Target)}.")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from fxquant.targets.target import Target
+from fxquant.engines.target import Target
 from fxquant.tools.console import console, print_line, print_whole, size
 from fxquant.tools.tables import NamedTable
 

@@ -13,8 +13,8 @@ from fxquant.tools.stages import reporter
 from fxquant.tools.tables import NamedTable
 
 if TYPE_CHECKING:
+    from fxquant.engines.target import Target
     from fxquant.planning.support_matrix import Deployment
-    from fxquant.targets.target import Target
 
 MARKS = {"accepted": ("✓", "green"), "unverified": ("?", "yellow"), "refused": ("✗", "red")}
 
@@ -52,7 +52,7 @@ def command(
 
     Verdicts: accepted, refused, or unverified (neither has been shown). No weights are read.
     """
-    from fxquant.targets.target import Target
+    from fxquant.engines.target import Target
 
     targets = [parse_target(name) for name in target] if target else list(Target)
     if not (table or model or policy or tp or markdown):
@@ -75,7 +75,7 @@ def command(
 
 
 def _print_contracts(targets: list["Target"], as_json: bool) -> None:
-    from fxquant.targets.contract import load_contract
+    from fxquant.engines.contract import load_contract
 
     contracts = [load_contract(target) for target in targets]
     if as_json:

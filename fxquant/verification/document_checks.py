@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from fxquant.checkpoint.checkpoint import Checkpoint
+from fxquant.engines.table import ENGINES
+from fxquant.engines.target import Target
 from fxquant.errors import FxquantError
 from fxquant.inputs.json_file import read_json, read_text
 from fxquant.inputs.limits import GRAPH_BYTES, INDEX_BYTES
@@ -18,8 +20,6 @@ from fxquant.lowering.output_folder.manifest import GRAPH
 from fxquant.lowering.output_folder.weight_files import WeightFiles
 from fxquant.program.program import Program
 from fxquant.program.program_file import dump_program
-from fxquant.targets.engines import ENGINES
-from fxquant.targets.target import Target
 from fxquant.verification.report import Check
 
 GRAPH_SAYS = "the graph says"

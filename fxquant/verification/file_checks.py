@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from fxquant.engines.table import ENGINES, group_size
+from fxquant.engines.target import Target
 from fxquant.errors import FxquantError
 from fxquant.lowering.output_folder.manifest import MANIFEST, Manifest, file_sizes
 from fxquant.lowering.output_folder.weight_files import WeightFiles
@@ -11,8 +13,6 @@ from fxquant.program.program import Program
 from fxquant.progress import Reporter
 from fxquant.storage.hashing import hash_bytes
 from fxquant.storage.safetensors import header_bytes
-from fxquant.targets.engines import ENGINES, group_size
-from fxquant.targets.target import Target
 from fxquant.verification.report import Check
 
 ONNX_GRAPH = "model.onnx"

@@ -7,6 +7,10 @@ from pathlib import Path
 from fxquant.calibration.calibration_file import CALIBRATION, load_calibration
 from fxquant.checkpoint.checkpoint import Checkpoint
 from fxquant.compilation.ledger import build_ledger, check_parameters
+from fxquant.engines.check_contract import check as findings
+from fxquant.engines.contract import Verdict, load_contract
+from fxquant.engines.table import ENGINES, group_size
+from fxquant.engines.target import Target
 from fxquant.errors import FxquantError
 from fxquant.lowering.output import copied_files
 from fxquant.lowering.output_folder.layout import StoredTensor
@@ -17,10 +21,6 @@ from fxquant.program.program import Program
 from fxquant.program.program_file import load_program
 from fxquant.progress import Reporter
 from fxquant.runtime.weight_readers import Cached, Read, RecipeReader
-from fxquant.targets.check_contract import check as findings
-from fxquant.targets.contract import Verdict, load_contract
-from fxquant.targets.engines import ENGINES, group_size
-from fxquant.targets.target import Target
 from fxquant.verification.blocks import block_names, probe_inputs, walk
 from fxquant.verification.document_checks import Documents, check_copies, documents
 from fxquant.verification.engine_check import EngineChecker

@@ -4,11 +4,11 @@ import os
 from pathlib import Path
 
 from fxquant.calibration.calibration_file import CALIBRATION
+from fxquant.engines.table import Engine
 from fxquant.lowering.ascend.export.exported import DECODE, PREFILL
 from fxquant.lowering.ascend.writer import FILE as ASCEND_GRAPH
 from fxquant.lowering.onnx.writer import FILE as ONNX_GRAPH
 from fxquant.lowering.output_folder.manifest import FLOAT_GRAPH, GRAPH, LEDGER, MANIFEST, STAMPS
-from fxquant.targets.engines import Engine
 
 ALL = "all of it"
 

@@ -13,13 +13,13 @@ from tiny import ABSENT, float_program, write_checkpoint
 from fxquant.api import compile, verify
 from fxquant.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from fxquant.compilation.options import CompileOptions
+from fxquant.engines.table import ENGINES
+from fxquant.engines.target import Target
 from fxquant.errors import FxquantError
 from fxquant.frontend.source import open_source
 from fxquant.lowering.output_folder.description import engine_config
 from fxquant.program.program import Program
 from fxquant.program.program_file import load_program
-from fxquant.targets.engines import ENGINES
-from fxquant.targets.target import Target
 from fxquant.verification.document_checks import Documents
 from fxquant.verification.report import Check
 

@@ -18,11 +18,11 @@ from fxquant import CompileOptions, FxquantError
 from fxquant.api import open_output
 from fxquant.checkpoint.checkpoint import open_checkpoint
 from fxquant.engine_readers import Arithmetic, open_reader
+from fxquant.engines.table import ENGINES, group_size
+from fxquant.engines.target import Target
 from fxquant.evaluation.divergence import evaluate_programs
 from fxquant.evaluation.engine_perplexity import reader_perplexity
 from fxquant.schemes.weight_formats import WeightFormat
-from fxquant.targets.engines import ENGINES, group_size
-from fxquant.targets.target import Target
 from fxquant.text.load import load_batches
 
 NPU = [Target.ASCEND, Target.MINDIE, Target.VLLM_ASCEND, Target.SGLANG_NPU]

@@ -12,13 +12,13 @@ from fxquant import CompileOptions
 from fxquant.api import open_graph, open_output
 from fxquant.checkpoint.checkpoint import open_checkpoint
 from fxquant.checkpoint.config import parse_config
+from fxquant.engines.target import Target
 from fxquant.frontend.build import build_model
 from fxquant.frontend.source import open_source
 from fxquant.frontend.user_file import open_user_file
 from fxquant.models import DeepseekV3
 from fxquant.program.text import format_program
 from fxquant.runtime.execute import execute, prefill_inputs
-from fxquant.targets.target import Target
 from fxquant.tracing import trace
 
 PLAIN = """

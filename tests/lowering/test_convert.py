@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 
 from fxquant import CompileOptions, FxquantError
 from fxquant.api import compile, convert
+from fxquant.engines.target import Target
 from fxquant.lowering.output_folder.manifest import MANIFEST, STAMPS, read_manifest
 from fxquant.policy.policy import MtpMode
-from fxquant.targets.target import Target
 from fxquant.tools.main import app
 
 TWO_LEVEL, PER_CHANNEL = "deepseek_w4a8", "deepseek_w4a8_per_channel"

@@ -20,13 +20,13 @@ from tiny import write_checkpoint
 import fxquant
 from fxquant import CompileOptions, FxquantError, Plan
 from fxquant.checkpoint.checkpoint import open_checkpoint
+from fxquant.engines.table import ENGINES
+from fxquant.engines.target import Target
 from fxquant.kernels.gptq import BLOCK
 from fxquant.planning.estimate import PER_WORKER_BYTES, Memory, estimate
 from fxquant.planning.host_benchmark import COPY, GPTQ, GPTQ_FEEDBACK, GPTQ_INVERSE, Machine, Measuring, kernel_name
 from fxquant.policy.policy import LEAVE_OUT, MtpMode, shipped_policies
 from fxquant.schemes.schemes import WeightAlgorithm
-from fxquant.targets.engines import ENGINES
-from fxquant.targets.target import Target
 from fxquant.tools.main import run
 
 Folder = Callable[..., Path]

@@ -21,7 +21,7 @@ transforms
 policy engine_readers
 checkpoint
 program
-text models runtime targets
+text models runtime engines
 tracing calibration
 frontend passes
 lowering

@@ -19,11 +19,11 @@ from watching import watched
 import fxquant
 from fxquant import CompileOptions, FxquantError
 from fxquant.checkpoint.checkpoint import Checkpoint
+from fxquant.engines.target import Target
 from fxquant.frontend.source import open_source
 from fxquant.frontend.traced import Traced
 from fxquant.lowering.output_folder.manifest import GRAPH
 from fxquant.program.program_file import dump_program, parse_program
-from fxquant.targets.target import Target
 from fxquant.tools.main import app
 
 CODE = "__import__('os').system('exit 1')"

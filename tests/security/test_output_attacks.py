@@ -20,13 +20,13 @@ import fxquant
 from fxquant import CompileOptions, FxquantError
 from fxquant.checkpoint.checkpoint import Checkpoint
 from fxquant.engine_readers.folder import WeightFolder
+from fxquant.engines.target import Target
 from fxquant.lowering.ascend.deployment import deployment
 from fxquant.lowering.ascend.emitter.emit import ascend_source
 from fxquant.lowering.onnx.required import require_emitted
 from fxquant.lowering.output_folder.manifest import MANIFEST, Manifest, read_manifest
 from fxquant.lowering.output_folder.weight_files import WeightFiles
 from fxquant.program.program_file import dump_program, load_program, parse_program
-from fxquant.targets.target import Target
 from fxquant.verification.weight_checks import check_stored
 
 DIGEST = "0" * 32

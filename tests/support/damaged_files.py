@@ -14,9 +14,9 @@ from tiny import write_checkpoint
 
 import fxquant
 from fxquant import CompileOptions, FxquantError
+from fxquant.engines.target import Target
 from fxquant.lowering.output_folder.manifest import MANIFEST, STAMPS
 from fxquant.storage.safetensors import read_header
-from fxquant.targets.target import Target
 from fxquant.verification.report import VerifyReport
 
 NAMED, UNREAD, MISSED, TRACEBACK, HANG = "named", "not looked at", "missed", "traceback", "hang"

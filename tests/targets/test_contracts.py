@@ -11,16 +11,16 @@ from slowness import others_slow
 
 from fxquant.api import CompileReport, compile
 from fxquant.compilation.options import CompileOptions
+from fxquant.engines.check_contract import Finding, Linear, check, refusal
+from fxquant.engines.contract import Verdict, load_contract
+from fxquant.engines.table import ENGINES
+from fxquant.engines.target import Target
 from fxquant.errors import FxquantError
 from fxquant.lowering.output_folder.manifest import GRAPH
 from fxquant.policy.kinds import Kind
 from fxquant.program.program_file import load_program
 from fxquant.schemes.schemes import ActivationRange, Recipe, Scheme
 from fxquant.storage.safetensors import TensorInfo
-from fxquant.targets.check_contract import Finding, Linear, check, refusal
-from fxquant.targets.contract import Verdict, load_contract
-from fxquant.targets.engines import ENGINES
-from fxquant.targets.target import Target
 from fxquant.verification import Check
 
 Folder = Callable[..., Path]

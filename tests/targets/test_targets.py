@@ -10,10 +10,10 @@ from places import ROOT
 from typer.testing import CliRunner, Result
 
 from fxquant import FxquantError
+from fxquant.engines.contract import load_contract
+from fxquant.engines.target import Target
 from fxquant.planning.support_matrix import RANKS, Deployment, deployments, float_program
 from fxquant.policy.policy import shipped_policies
-from fxquant.targets.contract import load_contract
-from fxquant.targets.target import Target
 from fxquant.tools.main import app
 
 TWO_LEVEL = (

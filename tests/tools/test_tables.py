@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from fxquant.calibration.calibration_file import Calibration, Seen
+from fxquant.engines.contract import Verdict, load_contract
+from fxquant.engines.target import Target
 from fxquant.evaluation.divergence import Evaluation
 from fxquant.evaluation.sensitivity_report import ModuleLoss, Sensitivity
 from fxquant.lowering.weights.work import WorkReport
@@ -20,8 +22,6 @@ from fxquant.planning.plan import Plan
 from fxquant.planning.support_matrix import RANKS, Deployment
 from fxquant.planning.tally import PlanRow
 from fxquant.policy.kinds import Kind
-from fxquant.targets.contract import Verdict, load_contract
-from fxquant.targets.target import Target
 from fxquant.tools import sensitivity, targets
 from fxquant.tools.compare import comparison_table
 from fxquant.tools.compile_report import few_tokens_line, print_report

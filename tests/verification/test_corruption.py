@@ -19,13 +19,13 @@ import fxquant
 from fxquant import CompileOptions, FxquantError
 from fxquant.calibration.calibration_file import CALIBRATION, load_calibration
 from fxquant.checkpoint.checkpoint import open_checkpoint
+from fxquant.engines.table import ENGINES, group_size
+from fxquant.engines.target import Target
 from fxquant.lowering.output_folder.manifest import FLOAT_GRAPH, GRAPH, LEDGER, MANIFEST, read_manifest
 from fxquant.program.program import Program
 from fxquant.program.program_file import load_program
 from fxquant.progress import silent
 from fxquant.runtime.weight_readers import Cached, RecipeReader
-from fxquant.targets.engines import ENGINES, group_size
-from fxquant.targets.target import Target
 from fxquant.tools.main import app
 from fxquant.verification.blocks import block_names, walk
 from fxquant.verification.engine_check import EngineChecker

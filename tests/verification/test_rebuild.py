@@ -14,11 +14,11 @@ from typer.testing import CliRunner
 
 from fxquant import CompileOptions, FxquantError, compile, verify
 from fxquant.api import convert
+from fxquant.engines.target import Target
 from fxquant.lowering.output_folder.manifest import MANIFEST, read_manifest
 from fxquant.lowering.weights.digests import file_digest
 from fxquant.policy.policy import MtpMode
 from fxquant.storage.safetensors import TensorInfo, read_header
-from fxquant.targets.target import Target
 from fxquant.tools.main import app
 from fxquant.verification import Rebuild, VerifyReport
 from fxquant.verification.report import Check

@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 
 import fxquant
 from fxquant import CompileOptions, FxquantError
+from fxquant.engines.target import Target
 from fxquant.lowering.output_folder.manifest import MANIFEST
 from fxquant.program.program_file import load_program
-from fxquant.targets.target import Target
 from fxquant.verification import VerifyReport
 from fxquant.verification.blocks import block_names, walk
 from fxquant.verification.run import one_of_each_kind

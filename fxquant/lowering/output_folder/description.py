@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fxquant.engines.table import Engine
 from fxquant.lowering.output_folder.layout import FileLayout
 from fxquant.program.program import Program
 from fxquant.storage.safetensors import quoted
-from fxquant.targets.engines import Engine
 
 INDENT = 2
 MTP_LAYERS = "num_nextn_predict_layers"

@@ -6,12 +6,12 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from fxquant.engines.target import Target
 from fxquant.errors import FxquantError
 from fxquant.inputs.json_file import read_json
 from fxquant.inputs.limits import FILE_NAME_BYTES, GRAPH_BYTES, NAME_LENGTH, RANKS
 from fxquant.inputs.paths import GRAPH, MANIFEST, not_compiled
 from fxquant.inputs.validation import validation_fact
-from fxquant.targets.target import Target
 
 FLOAT_GRAPH = "fxquant_float_graph.json"
 LEDGER = "fxquant_ledger.json"

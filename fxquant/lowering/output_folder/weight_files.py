@@ -4,10 +4,10 @@ from pathlib import Path
 
 from torch import Tensor
 
+from fxquant.engines.table import ENGINES
 from fxquant.errors import FxquantError
 from fxquant.lowering.output_folder.layout import MTP_STEM
 from fxquant.storage.safetensors import TensorInfo, read_header
-from fxquant.targets.engines import ENGINES
 
 STEMS = (*sorted({engine.stem for engine in ENGINES.values()}), MTP_STEM)
 

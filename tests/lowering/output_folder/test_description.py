@@ -8,6 +8,8 @@ import pytest
 from tiny import rewritten
 
 from fxquant.checkpoint.checkpoint import Checkpoint
+from fxquant.engines.table import ENGINES
+from fxquant.engines.target import Target
 from fxquant.lowering.output_folder.description import (
     description,
     description_size,
@@ -19,8 +21,6 @@ from fxquant.lowering.output_folder.description import (
 )
 from fxquant.lowering.output_folder.layout import plan_files, stored_tensors
 from fxquant.policy.policy import shipped_policies
-from fxquant.targets.engines import ENGINES
-from fxquant.targets.target import Target
 
 Tiny = Callable[..., Checkpoint]
 

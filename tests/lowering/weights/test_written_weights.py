@@ -19,6 +19,8 @@ from torch import Tensor
 from fxquant.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from fxquant.checkpoint.model_parallel_parts import SourceTensor
 from fxquant.checkpoint.stamped_reader import SourceReader
+from fxquant.engines.table import ENGINES
+from fxquant.engines.target import Target
 from fxquant.errors import FxquantError
 from fxquant.lowering.output_folder.description import index
 from fxquant.lowering.output_folder.layout import FileLayout, plan_files, stored_tensors
@@ -26,8 +28,6 @@ from fxquant.lowering.weights import producer
 from fxquant.program.program import Program
 from fxquant.runtime.weight_readers import RecipeReader
 from fxquant.schemes.schemes import Recipe
-from fxquant.targets.engines import ENGINES
-from fxquant.targets.target import Target
 from fxquant.verification.reference import contradiction, expected_tensors
 
 Tiny = Callable[..., Checkpoint]
@@ -217,9 +217,9 @@ from filling import fill_folder
 from tiny import rewritten
 from fxquant.checkpoint.checkpoint import open_checkpoint
 from fxquant.kernels import module_tensors  # the compiler's own memory, whatever is quantized
-from fxquant.targets.engines import ENGINES
+from fxquant.engines.table import ENGINES
 from fxquant.lowering.output_folder.layout import plan_files, stored_tensors
-from fxquant.targets.target import Target
+from fxquant.engines.target import Target
 
 def memory(key):
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -14,10 +14,10 @@ from fxquant import CompileOptions
 from fxquant.calibration.calibration_file import CALIBRATION, load_calibration
 from fxquant.calibration.resume_state import State, save_state
 from fxquant.checkpoint.config import parse_config
+from fxquant.engines.target import Target
 from fxquant.frontend.deepseek_args import hf_to_model_args
 from fxquant.lowering.output_folder.manifest import MANIFEST
 from fxquant.planning.config_checkpoint import Checkpoint
-from fxquant.targets.target import Target
 
 SHAPE = {
     "hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 64, "n_routed_experts": 2, "n_group": 1,

@@ -25,6 +25,8 @@ from fxquant.calibration.resume_state import load_state
 from fxquant.checkpoint.checkpoint import block_size, open_checkpoint, open_config
 from fxquant.checkpoint.config import parse_config, read_config
 from fxquant.engine_readers import open_reader
+from fxquant.engines.table import ENGINES
+from fxquant.engines.target import Target as Engine
 from fxquant.lowering.output_folder.manifest import (
     FLOAT_GRAPH,
     GRAPH,
@@ -45,8 +47,6 @@ from fxquant.program.text import format_program
 from fxquant.progress import silent
 from fxquant.storage.hashing import hash_bytes
 from fxquant.storage.safetensors import read_header, read_metadata
-from fxquant.targets.engines import ENGINES
-from fxquant.targets.target import Target as Engine
 from fxquant.text.documents import read_documents
 from fxquant.text.load import load_batches
 from fxquant.verification.file_checks import check_digests, check_sizes

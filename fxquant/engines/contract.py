@@ -1,4 +1,4 @@
-"""What an engine loads and runs, as data: one YAML file a target beside this module."""
+"""What an engine loads and runs, as data: a contract.yaml in the package of each engine."""
 
 import re
 import shlex
@@ -11,9 +11,9 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from fxquant.engines.target import Target
 from fxquant.policy.kinds import Kind
 from fxquant.schemes.schemes import Recipe, Scheme
-from fxquant.targets.target import Target
 
 FORMAT = 1
 
@@ -151,5 +151,5 @@ def _unknown(kind: Kind, scheme: Scheme) -> Cell:
 @cache
 def load_contract(target: Target) -> Contract:
     """The contract of a target."""
-    file = resources.files("fxquant.targets") / f"{target.value.replace('-', '_')}.yaml"
+    file = resources.files("fxquant.engines") / target.value.replace("-", "_") / "contract.yaml"
     return Contract.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from fxquant.targets import ascend
-from fxquant.targets.engine import Engine
+from fxquant.engines import ascend
+from fxquant.engines.engine import Engine
 
 ENGINE: Engine = replace(ascend.ENGINE, reader=lambda group_size: None, npu_graph=False)

@@ -1,7 +1,7 @@
 """The common Ascend form: format `packed`, which SGLang-NPU and vllm-ascend releases up to 2026-07 load."""
 
+from fxquant.engines.engine import Engine, scheme_keys, versioned_header
 from fxquant.schemes.weight_formats import WeightFormat
-from fxquant.targets.engine import Engine, scheme_keys, versioned_header
 
 ENGINE = Engine(
     weight_format=lambda group_size: WeightFormat.PACKED,

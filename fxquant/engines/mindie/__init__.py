@@ -1,8 +1,8 @@
 """MindIE: format `unpacked`, its own name of the description, and keys in config.json in place of a header."""
 
+from fxquant.engines.engine import Engine, JsonObject, group_size, model_quant_type, scheme_keys
 from fxquant.program.program import Program
 from fxquant.schemes.weight_formats import WeightFormat
-from fxquant.targets.engine import Engine, JsonObject, group_size, model_quant_type, scheme_keys
 
 
 def _config(program: Program) -> JsonObject:

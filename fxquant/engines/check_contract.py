@@ -3,9 +3,9 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from fxquant.engines.contract import Cell, Contract, Verdict
 from fxquant.policy.kinds import Kind
 from fxquant.schemes.schemes import Recipe
-from fxquant.targets.contract import Cell, Contract, Verdict
 
 EXPERT_PARALLEL = "serve with expert parallelism, which keeps experts whole"
 

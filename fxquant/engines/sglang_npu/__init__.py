@@ -1,7 +1,7 @@
 """SGLang on NPU, whose reader takes two-level files for a positive group_size and per-channel ones for 0."""
 
+from fxquant.engines.engine import Engine, scheme_keys, versioned_header
 from fxquant.schemes.weight_formats import WeightFormat
-from fxquant.targets.engine import Engine, scheme_keys, versioned_header
 
 ENGINE = Engine(
     weight_format=lambda group_size: WeightFormat.PACKED if group_size else WeightFormat.PER_CHANNEL,

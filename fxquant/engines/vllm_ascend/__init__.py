@@ -1,9 +1,9 @@
 """vllm-ascend from the release of 2026-08 on: format `per_channel`."""
 
+from fxquant.engines.engine import FORMAT_VERSION, Engine, JsonObject, group_size, scheme_keys
 from fxquant.program.program import Program
 from fxquant.schemes.schemes import Scheme
 from fxquant.schemes.weight_formats import WeightFormat
-from fxquant.targets.engine import FORMAT_VERSION, Engine, JsonObject, group_size, scheme_keys
 
 
 def _header(program: Program) -> JsonObject:

@@ -1,8 +1,8 @@
 """One module a target: how its files are named, what they say, and who reads them."""
 
-from fxquant.targets import ascend, mindie, onnx, sglang_npu, vllm_ascend
-from fxquant.targets.engine import Engine, group_size
-from fxquant.targets.target import Target
+from fxquant.engines import ascend, mindie, onnx, sglang_npu, vllm_ascend
+from fxquant.engines.engine import Engine, group_size
+from fxquant.engines.target import Target
 
 ENGINES: dict[Target, Engine] = {
     Target.ASCEND: ascend.ENGINE,

@@ -4,7 +4,7 @@ from enum import StrEnum
 
 
 class Target(StrEnum):
-    """What each loads is in `fxquant.contracts`, how its files are written in `fxquant.targets.engines`."""
+    """What each loads is in `contract.yaml`, how its files are written in `fxquant.engines.table`."""
 
     ASCEND = "ascend"
     MINDIE = "mindie"
