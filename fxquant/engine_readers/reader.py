@@ -37,6 +37,10 @@ class EngineReader:
     rules: LinearRules
     load_int4: Callable[[ExpertPath], Loaded]
 
+    def __post_init__(self) -> None:
+        if self.ranks < 1:
+            raise FxquantError("tp", f"{self.ranks} ranks.", "Use at least one.")
+
     def linear(self, module: str, row_parallel: bool = False) -> Loaded:
         """A linear outside the routed experts. Raises FxquantError where the engine fails, or would load garbage."""
         kind = self.folder.type_of(module)

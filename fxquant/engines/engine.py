@@ -2,12 +2,16 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from fxquant.policy.kinds import Kind
 from fxquant.program.program import Program
 from fxquant.schemes.schemes import Recipe, Scheme
 from fxquant.schemes.weight_formats import WeightFormat
+
+if TYPE_CHECKING:
+    from fxquant.engine_readers import EngineReader
 
 JsonObject = dict[str, Any]
 FORMAT_VERSION = "1.0.0"
@@ -24,8 +28,8 @@ class Engine:
     header          keys of the description before those of the tensors
     config          keys to add to config.json
     mtp_files       float multi-token prediction layers are in weight files of their own, `mtp_float-…`
-    reader          group size → name of the reader (`fxquant.engine_readers`) that tells what the engine makes of the
-                    files; None: no Ascend engine reads them
+    open_reader     folder, tensor-parallel ranks, group size → what the engine makes of the files; raises FxquantError
+                    where it refuses the folder as a whole. None: no Ascend engine reads them
     npu_graph       the graph beside the weights calls NPU operators; else it is ONNX
     """
 
@@ -34,7 +38,7 @@ class Engine:
     description: str
     header: Callable[[Program], JsonObject]
     config: Callable[[Program], JsonObject]
-    reader: Callable[[int], str | None]
+    open_reader: Callable[[Path, int, int], "EngineReader"] | None
     numbered: bool = False
     mtp_files: bool = True
     npu_graph: bool = True

@@ -104,19 +104,19 @@ def engine_perplexities(
 ) -> dict[str, float]:
     """Perplexity of `out` as its engine computes it: "<reader>, exact" with the formats' own arithmetic, and
     "<reader>, device" with the rounding of the NPU's kernels. Raises FxquantError where no engine reads `out`."""
-    from fxquant.engine_readers import Arithmetic, open_reader
+    from fxquant.engine_readers import Arithmetic
     from fxquant.evaluation.engine_perplexity import reader_perplexity
 
     folder = Path(out)
     manifest, (program, read) = read_manifest(folder), open_output(folder)
-    name = ENGINES[Target(manifest.target)].reader(group_size(program))
-    if name is None:
+    engine = ENGINES[Target(manifest.target)]
+    if engine.open_reader is None:
         raise FxquantError(folder, f"target {manifest.target} has no engine to emulate.", "Leave out --as-engine.")
     batches = load_batches(Path(text), Checkpoint(folder, program.config, {}), samples, seq_len)
-    reader = open_reader(name, folder, manifest.tp)
+    reader = engine.open_reader(folder, manifest.tp, group_size(program))
     ways = {"exact": Arithmetic.EXACT, "device": Arithmetic.KERNEL}
     return {
-        f"{name}, {way}": reader_perplexity(program, reader, read, batches, arithmetic, report)
+        f"{reader.name}, {way}": reader_perplexity(program, reader, read, batches, arithmetic, report)
         for way, arithmetic in ways.items()
     }
 

@@ -1,19 +1,18 @@
 """What an engine makes of the weight files against the graph: every quantized linear and expert projection of a block.
 
-The engine is a reader of `fxquant.engine_readers`, which knows the files only; each of its linears is fed the float
-values that the graph's quantization got.
+The engine is its reader, which knows the files only; each of its linears is fed the float values that the graph's
+quantization got.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from fxquant import ops
-from fxquant.engine_readers import Arithmetic, EngineReader, Loaded, open_reader
+from fxquant.engine_readers import Arithmetic, EngineReader, Loaded
 from fxquant.engine_readers.linear_loader import MixedLinear
 from fxquant.engine_readers.ranks import total_bound
 from fxquant.errors import FxquantError
@@ -88,7 +87,7 @@ def _site(program: Program, node: fx.Node) -> Site:
 
 
 class EngineChecker:
-    """Holds an engine's reading of `folder` against the graph, on `tp` ranks.
+    """Holds an engine's reading of a folder against the graph, on the reader's ranks.
 
     `doubtful` names the modules that the contract calls unverified: that the engine does not read one is told and no
     miss. `experts` limits how many of a layer are looked at. Integers must be equal, results within the reader's
@@ -99,15 +98,13 @@ class EngineChecker:
     def __init__(
         self,
         program: Program,
-        folder: Path,
-        reader_name: str,
-        tp: int = 1,
+        reader: EngineReader,
         doubtful: frozenset[str] = frozenset(),
         experts: int | None = None,
     ) -> None:
         self.program, self._doubtful, self._experts = program, doubtful, experts
-        self._reader = open_reader(reader_name, folder, tp)
-        engine = reader_name if tp == 1 else f"{reader_name} on {tp} ranks"
+        self._reader = reader
+        engine = reader.name if reader.ranks == 1 else f"{reader.name} on {reader.ranks} ranks"
         self._codes = Check(f"{engine}: weights == graph", 0)
         self._inputs = Check(f"{engine}: activations == graph", 0)
         self._outputs = Check(f"{engine}: results ≈ graph", 0)

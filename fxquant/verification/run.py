@@ -197,11 +197,11 @@ def _check_graphs(output: _Output, report: Reporter) -> list[Check]:
     engine = ENGINES[output.target]
     graph: GraphChecker = (AscendChecker if engine.npu_graph else OnnxChecker)(program, folder)
     checks = _check_graph("verify graph", graph, files.read, output.sampled, report)
-    reader = engine.reader(group_size(program))
-    if reader is None or not _takes_dtype(program, output.target):
+    if engine.open_reader is None or not _takes_dtype(program, output.target):
         return checks
     sampled = SAMPLED_EXPERTS if output.sampled else None
-    checker = EngineChecker(program, folder, reader, output.ranks, _unverified(output), sampled)
+    reader = engine.open_reader(folder, output.ranks, group_size(program))
+    checker = EngineChecker(program, reader, _unverified(output), sampled)
     read = files.read if output.source is None else RecipeReader(program, output.source, StoredCodes(program, files))
     return checks + _check_graph("verify reader", checker, read, output.sampled, report)
 

@@ -17,7 +17,7 @@ import fxquant
 from fxquant import CompileOptions, FxquantError
 from fxquant.api import open_output
 from fxquant.checkpoint.checkpoint import open_checkpoint
-from fxquant.engine_readers import Arithmetic, open_reader
+from fxquant.engine_readers import Arithmetic
 from fxquant.engines.table import ENGINES, group_size
 from fxquant.engines.target import Target
 from fxquant.evaluation.divergence import evaluate_programs
@@ -219,11 +219,11 @@ def test_perplexity_through_the_engines_arithmetic(example: Callable, target: Ta
     program, read = open_output(out)
     batches = load_batches(EXAMPLE / "evaluation.jsonl", open_checkpoint(EXAMPLE), SAMPLES, LENGTH)
     (graph,) = evaluate_programs((program, read), [(program, read)], batches)
-    name = ENGINES[target].reader(group_size(program))
-    assert name is not None
-    reader = open_reader(name, out)
+    engine = ENGINES[target]
+    assert engine.open_reader is not None
+    reader = engine.open_reader(out, 1, group_size(program))
     exact, kernel = (reader_perplexity(program, reader, read, batches, one) for one in Arithmetic)
-    print(f"\n{target}: graph {graph.quantized_perplexity:.5f}, {name} exact {exact:.5f}, on the device {kernel:.5f}")
+    print(f"\n{target}: graph {graph.quantized_perplexity:.5f}, {reader.name} {exact:.5f}, on the device {kernel:.5f}")
     digit = 10.0 ** (math.floor(math.log10(graph.quantized_perplexity)) - 2)
     assert abs(exact - graph.quantized_perplexity) <= digit / 2, "three significant digits are equal"
     assert math.isfinite(kernel) and kernel != exact

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from open_readers import open_reader
 from safetensors import safe_open
 from safetensors.torch import save_file
 from slowness import others_slow
@@ -54,7 +55,7 @@ class Compiled:
 
     def check(self, reader: str, folder: Path | None = None, ranks: int = 1) -> dict[str, Check]:
         """Last word of a check's name → the check, for `folder` or the one that was compiled."""
-        checker = EngineChecker(self.program, folder or self.folder, reader, ranks)
+        checker = EngineChecker(self.program, open_reader(reader, folder or self.folder, ranks))
         for block, values in self.values.items():
             checker.check(block, values)
         names = ("weights", "activations", "results", "device")

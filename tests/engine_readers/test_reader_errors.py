@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from open_readers import open_reader
 from reader_folders import EXPERTS, MINDIE_DESCRIPTION, WEIGHTS, Draft
 from safetensors.torch import save_file
 
-from fxquant.engine_readers import open_reader
-from fxquant.engine_readers.mindie import open_mindie
+from fxquant.engines.mindie.reader import open_mindie
 from fxquant.errors import FxquantError
 
 ATTENTION = "model.layers.0.self_attn"
@@ -217,10 +217,10 @@ def test_folders_that_contradict_themselves(tmp_path: Path) -> None:
         open_reader("mindie", folder)
 
 
-def test_names_of_engines_and_experts(tmp_path: Path) -> None:
+def test_numbers_of_ranks_and_names_of_experts(tmp_path: Path) -> None:
     folder = experts().write(tmp_path)
-    with pytest.raises(FxquantError, match="tensorrt: no such engine"):
-        open_reader("tensorrt", folder)
+    with pytest.raises(FxquantError, match="tp: 0 ranks"):
+        open_reader("vllm-ascend", folder, 0)
     reader = open_reader("vllm-ascend", folder)
     with pytest.raises(FxquantError, match="is no projection of a routed expert"):
         reader.expert_linear(LINEAR)

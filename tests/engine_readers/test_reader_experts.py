@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from open_readers import open_reader
 from reader_folders import EXPERTS, Draft
 from torch import Tensor
 
-from fxquant.engine_readers import Arithmetic, Loaded, open_reader
+from fxquant.engine_readers import Arithmetic, Loaded
 
 HIDDEN, WIDTH = 256, 4096
 """16 ranks of down_proj get one group of 256 each."""

@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from open_readers import open_reader
 from reader_folders import MINDIE_DESCRIPTION, Draft
 from torch import Tensor
 
-from fxquant.engine_readers import Arithmetic, open_reader
+from fxquant.engine_readers import Arithmetic
 from fxquant.engine_readers.linear_loader import MixedLinear
 from fxquant.engine_readers.ranks import Loaded, Ranks
 from fxquant.errors import FxquantError

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from open_readers import open_reader
 from test_reader_engine import CASES, Compile, compiled
 from torch import Tensor
 
-from fxquant.engine_readers import Arithmetic, open_reader
+from fxquant.engine_readers import Arithmetic
 from fxquant.evaluation.divergence import evaluate_programs
 from fxquant.evaluation.engine_perplexity import reader_perplexity, run_through_reader
 from fxquant.lowering.output_folder.weight_files import WeightFiles

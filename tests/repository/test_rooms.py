@@ -48,7 +48,11 @@ def test_passes_and_files_are_apart(found: list[Import]) -> None:
 
 
 def test_readers_know_nothing_of_writers(found: list[Import]) -> None:
+    """Shared parts lie below; each engine's own reader is the one file of its package behind the wall."""
     assert {there for here, there in arrows(found) if here == "engine_readers"} == {"errors"}
+    own = [one for one in found if one.importer.startswith("engines/") and one.importer.endswith("/reader")]
+    assert len({one.importer for one in own}) >= 4
+    assert {room(one.imported) for one in own} == {"errors", "engine_readers"}
 
 
 def test_the_slow_reference_shares_no_arithmetic_with_kernels(found: list[Import]) -> None:

@@ -72,10 +72,10 @@ class Case:
 
     def read(self, out: Path, ranks: int) -> dict[str, list[str]]:
         """The same of the engine's reader alone: nothing here but the files' bytes and the graph's values."""
-        name = ENGINES[self.target].reader(group_size(self.program))
-        assert name is not None
+        engine = ENGINES[self.target]
+        assert engine.open_reader is not None
         try:
-            checker = EngineChecker(self.program, out, name, ranks)
+            checker = EngineChecker(self.program, engine.open_reader(out, ranks, group_size(self.program)))
         except FxquantError as error:
             return {"reader: error": [str(error)]}
         for block, values in self.values.items():

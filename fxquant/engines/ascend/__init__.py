@@ -1,7 +1,22 @@
 """The common Ascend form: format `packed`, which SGLang-NPU and vllm-ascend releases up to 2026-07 load."""
 
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 from fxquant.engines.engine import Engine, scheme_keys, versioned_header
 from fxquant.schemes.weight_formats import WeightFormat
+
+if TYPE_CHECKING:
+    from fxquant.engine_readers import EngineReader
+
+
+def _open_reader(folder: Path, ranks: int, group_size: int) -> "EngineReader":
+    """Two-level experts as vllm-ascend read them, per-channel ones as SGLang does."""
+    from fxquant.engines.ascend.reader import open_vllm_ascend_per_group
+    from fxquant.engines.sglang_npu.reader import open_sglang_npu
+
+    return (open_vllm_ascend_per_group if group_size else open_sglang_npu)(folder, ranks)
+
 
 ENGINE = Engine(
     weight_format=lambda group_size: WeightFormat.PACKED,
@@ -9,5 +24,5 @@ ENGINE = Engine(
     description="quant_model_description.json",
     header=versioned_header,
     config=scheme_keys,
-    reader=lambda group_size: "vllm-ascend-per-group" if group_size else "sglang-npu",
+    open_reader=_open_reader,
 )

@@ -1,14 +1,26 @@
 """MindIE: format `unpacked`, its own name of the description, and keys in config.json in place of a header."""
 
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 from fxquant.engines.engine import Engine, JsonObject, group_size, model_quant_type, scheme_keys
 from fxquant.program.program import Program
 from fxquant.schemes.weight_formats import WeightFormat
+
+if TYPE_CHECKING:
+    from fxquant.engine_readers import EngineReader
 
 
 def _config(program: Program) -> JsonObject:
     quantization = {"kv_quant_type": None, "fa_quant_type": None, "group_size": group_size(program)}
     model_type = {"model_type": "deepseekv2"}  # the name under which MindIE serves V2, V3 and R1
     return model_type | scheme_keys(program) | ({"quantization_config": quantization} if program.recipes else {})
+
+
+def _open_reader(folder: Path, ranks: int, group_size: int) -> "EngineReader":
+    from fxquant.engines.mindie.reader import open_mindie
+
+    return open_mindie(folder, ranks)
 
 
 ENGINE = Engine(
@@ -18,5 +30,5 @@ ENGINE = Engine(
     description="quant_model_description_w8a8_dynamic.json",
     header=lambda program: {"model_quant_type": model_quant_type(program)},
     config=_config,
-    reader=lambda group_size: "mindie",
+    open_reader=_open_reader,
 )

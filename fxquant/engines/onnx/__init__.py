@@ -5,4 +5,4 @@ from dataclasses import replace
 from fxquant.engines import ascend
 from fxquant.engines.engine import Engine
 
-ENGINE: Engine = replace(ascend.ENGINE, reader=lambda group_size: None, npu_graph=False)
+ENGINE: Engine = replace(ascend.ENGINE, open_reader=None, npu_graph=False)

@@ -1,7 +1,20 @@
 """SGLang on NPU, whose reader takes two-level files for a positive group_size and per-channel ones for 0."""
 
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 from fxquant.engines.engine import Engine, scheme_keys, versioned_header
 from fxquant.schemes.weight_formats import WeightFormat
+
+if TYPE_CHECKING:
+    from fxquant.engine_readers import EngineReader
+
+
+def _open_reader(folder: Path, ranks: int, group_size: int) -> "EngineReader":
+    from fxquant.engines.sglang_npu.reader import open_sglang_npu
+
+    return open_sglang_npu(folder, ranks)
+
 
 ENGINE = Engine(
     weight_format=lambda group_size: WeightFormat.PACKED if group_size else WeightFormat.PER_CHANNEL,
@@ -11,5 +24,5 @@ ENGINE = Engine(
     header=versioned_header,
     config=scheme_keys,
     mtp_files=False,
-    reader=lambda group_size: "sglang-npu",
+    open_reader=_open_reader,
 )

@@ -1,9 +1,15 @@
 """vllm-ascend from the release of 2026-08 on: format `per_channel`."""
 
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 from fxquant.engines.engine import FORMAT_VERSION, Engine, JsonObject, group_size, scheme_keys
 from fxquant.program.program import Program
 from fxquant.schemes.schemes import Scheme
 from fxquant.schemes.weight_formats import WeightFormat
+
+if TYPE_CHECKING:
+    from fxquant.engine_readers import EngineReader
 
 
 def _header(program: Program) -> JsonObject:
@@ -23,6 +29,12 @@ def _model_quant_type(program: Program) -> str:
     return next((one for one in ranked if one in schemes), Scheme.FLOAT if not schemes else Scheme.W8A8_DYNAMIC).value
 
 
+def _open_reader(folder: Path, ranks: int, group_size: int) -> "EngineReader":
+    from fxquant.engines.vllm_ascend.reader import open_vllm_ascend
+
+    return open_vllm_ascend(folder, ranks)
+
+
 ENGINE = Engine(
     weight_format=lambda group_size: WeightFormat.PER_CHANNEL,
     stem="quant_model_weights",
@@ -31,5 +43,5 @@ ENGINE = Engine(
     header=_header,
     config=scheme_keys,
     mtp_files=False,
-    reader=lambda group_size: "vllm-ascend",
+    open_reader=_open_reader,
 )

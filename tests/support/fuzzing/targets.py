@@ -24,7 +24,6 @@ from fxquant.calibration.calibration_file import CALIBRATION, load_calibration
 from fxquant.calibration.resume_state import load_state
 from fxquant.checkpoint.checkpoint import block_size, open_checkpoint, open_config
 from fxquant.checkpoint.config import parse_config, read_config
-from fxquant.engine_readers import open_reader
 from fxquant.engines.table import ENGINES
 from fxquant.engines.target import Target as Engine
 from fxquant.lowering.output_folder.manifest import (
@@ -188,9 +187,9 @@ def _journal(folder: Path) -> None:
 
 
 def _reader(folder: Path) -> None:
-    name = ENGINES[Engine.ASCEND].reader(GROUP_SIZE)
-    assert name is not None
-    reader = open_reader(name, folder)
+    engine = ENGINES[Engine.ASCEND]
+    assert engine.open_reader is not None
+    reader = engine.open_reader(folder, 1, GROUP_SIZE)
     for module in ("model.layers.0.self_attn.o_proj", "model.layers.0.mlp.gate_proj"):
         reader.linear(module)
         reader.fused_with(module)

@@ -6,13 +6,17 @@ Its combined scale is rounded to float16. Source: vllm-ascend, quantization/w4a8
 from pathlib import Path
 
 from fxquant.engine_readers.folder import WeightFolder
+from fxquant.engine_readers.linear_loader import LinearRules
 from fxquant.engine_readers.packed_experts import PackedExperts
+from fxquant.engine_readers.packed_reader import check_packed
 from fxquant.engine_readers.reader import EngineReader
-from fxquant.engine_readers.vllm_ascend import DESCRIPTION, RULES
 from fxquant.errors import FxquantError
 
-PACKED_VERSION = "1.0.0"
+DESCRIPTION = "quant_model_description.json"
 DEFAULT_GROUP = 256
+
+RULES = LinearRules(reciprocal=True, narrow_scale=True, biased=False)
+"""The reciprocal of input_scale is formed in the model's dtype, in which per-token weight scales are held too."""
 
 
 def open_vllm_ascend_per_group(folder: Path, ranks: int) -> EngineReader:
@@ -24,11 +28,3 @@ def open_vllm_ascend_per_group(folder: Path, ranks: int) -> EngineReader:
         raise FxquantError(folder / DESCRIPTION, fact, "Read them as vllm-ascend.")
     check_packed(files)
     return EngineReader("vllm-ascend-per-group", files, ranks, RULES, PackedExperts(files, ranks, group_size).load)
-
-
-def check_packed(files: WeightFolder) -> None:
-    """Raises FxquantError unless the header's version says that two int4 share a byte."""
-    version = files.description.get("version", "0")
-    if version != PACKED_VERSION:
-        fact = f"version {version}: the engine takes the weights for unpacked."
-        raise FxquantError(files.path / files.description_name, fact, f'Write version "{PACKED_VERSION}".')
