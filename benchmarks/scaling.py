@@ -69,8 +69,7 @@ def fill(model: str, out: str, jobs: str, place: str) -> None:
     from fxquant.checkpoint.checkpoint import open_checkpoint
     from fxquant.checkpoint.stamped_reader import checkpoint_files, stamp_files
     from fxquant.compilation.prepare import prepare
-    from fxquant.engines.table import ENGINES
-    from fxquant.engines.target import Target
+    from fxquant.engines.table import ENGINES, Target
     from fxquant.frontend.source import open_source
     from fxquant.lowering.output_folder.layout import MAX_SHARD_SIZE, plan_files, stored_tensors
     from fxquant.lowering.weights import CheckpointProducer, Workers, write_weights

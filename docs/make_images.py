@@ -12,7 +12,7 @@ from pathlib import Path
 
 from fxquant import CompileOptions, compare, compile, evaluate, plan
 from fxquant.api import open_graph, sensitivity
-from fxquant.engines.target import Target
+from fxquant.engines.table import Target
 from fxquant.planning.support_matrix import RANKS, deployments, float_program
 from fxquant.program.text import format_program
 from fxquant.tools import targets

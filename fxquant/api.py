@@ -11,7 +11,8 @@ from fxquant.compilation.ledger import Ledger
 from fxquant.compilation.options import CompileOptions, as_path, refuse_kv_cache
 from fxquant.compilation.prepare import Prepared, named_policy, open_model, prepare, source_inputs
 from fxquant.engines.contract import Contract, load_contract
-from fxquant.engines.target import Target
+from fxquant.engines.serving import Serving
+from fxquant.engines.table import ENGINES, Target
 from fxquant.errors import FxquantError
 from fxquant.evaluation.verbs import compare, engine_perplexities, evaluate, open_output, run, sensitivity
 from fxquant.frontend.source import TRACE_TIMEOUT, Source, open_source
@@ -60,8 +61,13 @@ class CompileReport:
 
     @property
     def contract(self) -> Contract:
-        """What the target loads, and how to serve it."""
+        """What the target loads."""
         return load_contract(self.target)
+
+    @property
+    def serve(self) -> str:
+        """How to serve the output: a command or a setting, as one line."""
+        return ENGINES[self.target].serve(Serving(str(self.out)))
 
     @property
     def unverified(self) -> list[str]:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fxquant.engines.target import Target
+from fxquant.engines.table import DEFAULT, Target
 from fxquant.errors import FxquantError
 from fxquant.frontend.source import TRACE_TIMEOUT
 from fxquant.lowering.destination import Input
@@ -75,7 +75,7 @@ class OutputOptions:
     """
 
     out: Name = None
-    target: Target = Target.ASCEND
+    target: Target = DEFAULT
     max_shard_size: int = MAX_SHARD_SIZE
     export: bool = True
     force: bool = False

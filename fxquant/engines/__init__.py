@@ -1,1 +1,1 @@
-"""The engines a model can be compiled for: their names, files, headers and contracts."""
+"""The engines a model can be compiled for: each has its names, contract, reader and serving words in one package."""

@@ -1,7 +1,5 @@
 """What an engine loads and runs, as data: a contract.yaml in the package of each engine."""
 
-import re
-import shlex
 from enum import StrEnum
 from fnmatch import fnmatchcase
 from functools import cache
@@ -9,9 +7,9 @@ from importlib import resources
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, field_validator
 
-from fxquant.engines.target import Target
+from fxquant.engines.table import Target
 from fxquant.policy.kinds import Kind
 from fxquant.schemes.schemes import Recipe, Scheme
 
@@ -117,7 +115,7 @@ class SharedExpertMix(_Data):
 
 
 class Contract(_Data):
-    """The whole file. `header`: keys that its description file must have; `serve`: how to start the engine on it."""
+    """The whole file. `header`: keys that its description file must have."""
 
     contract: Literal[1]
     target: Target
@@ -130,12 +128,6 @@ class Contract(_Data):
     header: tuple[str, ...]
     releases: tuple[Release, ...]
     shared_expert_mix: SharedExpertMix | None = None
-    serve: str = Field(description="a command or a setting, as one line")
-
-    def serve_text(self, out: object) -> str:
-        """`serve` with the folder in place, quoted for a shell, or for Python where it stands in a string of Python."""
-        of_python = re.sub("'OUT(.*?)'", lambda found: repr(f"{out}{found[1]}"), self.serve)
-        return of_python if of_python != self.serve else self.serve.replace("OUT", shlex.quote(str(out)))
 
     def cell(self, kind: Kind, recipe: Recipe) -> Cell:
         """The verdict on a linear; what the contract does not mention is refused."""

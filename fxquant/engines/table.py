@@ -1,8 +1,21 @@
-"""One module a target: how its files are named, what they say, and who reads them."""
+"""The engines a model can be compiled for, by name: everything else asks this table. Nothing here imports torch."""
+
+from enum import StrEnum
+from pathlib import Path
 
 from fxquant.engines import ascend, mindie, onnx, sglang_npu, vllm_ascend
-from fxquant.engines.engine import Engine, group_size
-from fxquant.engines.target import Target
+from fxquant.engines.engine import Engine
+
+
+class Target(StrEnum):
+    """Values of `--target`, and of `target` in manifests and contracts. The package of "some-name" is `some_name`."""
+
+    ASCEND = "ascend"
+    MINDIE = "mindie"
+    VLLM_ASCEND = "vllm-ascend"
+    SGLANG_NPU = "sglang-npu"
+    ONNX = "onnx"
+
 
 ENGINES: dict[Target, Engine] = {
     Target.ASCEND: ascend.ENGINE,
@@ -11,5 +24,19 @@ ENGINES: dict[Target, Engine] = {
     Target.SGLANG_NPU: sglang_npu.ENGINE,
     Target.ONNX: onnx.ENGINE,
 }
+DEFAULT = Target.ASCEND
 
-__all__ = ["ENGINES", "Engine", "group_size"]
+
+def weight_stems() -> tuple[str, ...]:
+    """What the names of weight files begin with, of all engines."""
+    return tuple(sorted({engine.stem for engine in ENGINES.values()}))
+
+
+def description_stems() -> tuple[str, ...]:
+    """Names of description files without their suffix, of all engines."""
+    return tuple(sorted({Path(engine.description).stem for engine in ENGINES.values()}))
+
+
+def onnx_targets() -> list[Target]:
+    """Targets whose graph is ONNX."""
+    return [target for target, engine in ENGINES.items() if not engine.npu_graph]

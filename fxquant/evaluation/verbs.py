@@ -8,8 +8,8 @@ from fxquant.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from fxquant.compilation.ledger import check_parameters
 from fxquant.compilation.options import CompileOptions
 from fxquant.compilation.prepare import open_model, prepare, smoothed_source
-from fxquant.engines.table import ENGINES, group_size
-from fxquant.engines.target import Target
+from fxquant.engines.documents import group_size
+from fxquant.engines.table import ENGINES, Target
 from fxquant.errors import FxquantError
 from fxquant.evaluation.divergence import Evaluation, evaluate_programs
 from fxquant.evaluation.generate import greedy_text

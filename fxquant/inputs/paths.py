@@ -14,8 +14,8 @@ SIBLINGS = 1000
 COMPILED, MODEL = "Name a compiled folder.", "Name a Hugging Face checkpoint folder or a model.py."
 
 
-def not_compiled(path: Path) -> FxquantError:
-    """For verbs that read a compiled folder."""
+def not_compiled(path: Path, for_engine: bool = False) -> FxquantError:
+    """For verbs that read a compiled folder; `for_engine`: it has files as some engine reads them."""
     if not path.exists():
         return _missing(path, "no such folder.", COMPILED)
     if not path.is_dir():
@@ -23,7 +23,7 @@ def not_compiled(path: Path) -> FxquantError:
         return FxquantError(path, "a file, not a folder.", f"Name its folder: {path.parent}" if inside else COMPILED)
     if path.name.endswith(WORK):
         return FxquantError(path, "unfinished work, not an output of fxquant.", "Run its command again.")
-    if (path / "config.json").is_file() and not any(path.glob("quant_model_*")):
+    if (path / "config.json").is_file() and not for_engine:
         fact = f"a model, not an output of fxquant: it has no {MANIFEST}."
         return FxquantError(path, fact, f"Compile it first:\nfxquant compile {shlex.quote(str(path))}")
     what = f"it has neither {MANIFEST} nor {GRAPH}" if any(path.iterdir()) else "it is empty"

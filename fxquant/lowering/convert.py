@@ -13,8 +13,8 @@ from torch import Tensor
 from fxquant.calibration.calibration_file import CALIBRATION, load_calibration
 from fxquant.checkpoint.checkpoint import Checkpoint
 from fxquant.checkpoint.stamped_reader import FileStamp, SourceReader, Stamps, checkpoint_files, stamp_files
-from fxquant.engines.table import ENGINES, group_size
-from fxquant.engines.target import Target
+from fxquant.engines.documents import group_size
+from fxquant.engines.table import ENGINES, Target
 from fxquant.errors import FxquantError
 from fxquant.inputs.json_file import read_json, read_text
 from fxquant.inputs.limits import GRAPH_BYTES

@@ -10,8 +10,8 @@ from typing import Any
 from fxquant.calibration.calibration_file import CALIBRATION, Calibration
 from fxquant.checkpoint.checkpoint import Checkpoint
 from fxquant.checkpoint.stamped_reader import Stamps
-from fxquant.engines.table import ENGINES, Engine
-from fxquant.engines.target import Target
+from fxquant.engines.engine import Engine
+from fxquant.engines.table import ENGINES, Target, description_stems
 from fxquant.errors import FxquantError
 from fxquant.kernels.version import KERNEL_VERSION
 from fxquant.lowering.ascend.deployment import Deployment
@@ -56,7 +56,7 @@ from fxquant.version import __version__
 
 COPIED_SUFFIXES = (".json", ".jinja", ".model")
 COPIED = ("merges.txt", "vocab.txt")
-OWN = ("fxquant_", "quant_model_description")
+OWN = ("fxquant_", *description_stems())
 EXISTS = "Pass --force to replace it, or choose another -o."
 DAMAGED = "Copy the file again, or compile again with --force: what is damaged is made anew from the source."
 

@@ -7,7 +7,8 @@ from fxquant.checkpoint.checkpoint import Checkpoint
 from fxquant.compilation.ledger import build_ledger, check_parameters, mtp_modules
 from fxquant.compilation.options import CompileOptions
 from fxquant.compilation.prepare import passes_for, with_mtp
-from fxquant.engines.table import ENGINES, Engine
+from fxquant.engines.engine import Engine
+from fxquant.engines.table import ENGINES
 from fxquant.frontend.source import Source
 from fxquant.lowering.output_folder.description import description_size, engine_config, index_size, json_size
 from fxquant.lowering.output_folder.layout import FileLayout, plan_files, stored_tensors

@@ -9,7 +9,7 @@ from typing import Any
 
 from fxquant.compilation.options import CompileOptions, as_path, refuse_kv_cache
 from fxquant.compilation.prepare import named_policy
-from fxquant.engines.target import Target
+from fxquant.engines.table import Target
 from fxquant.frontend.source import open_source
 from fxquant.gc_pause import uncollected
 from fxquant.planning.contents import PlanContents, planned

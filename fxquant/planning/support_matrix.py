@@ -13,8 +13,7 @@ from fxquant.checkpoint.checkpoint import Checkpoint
 from fxquant.checkpoint.config import parse_config
 from fxquant.engines.check_contract import Finding, check, refusal
 from fxquant.engines.contract import Verdict, load_contract
-from fxquant.engines.table import ENGINES
-from fxquant.engines.target import Target
+from fxquant.engines.table import ENGINES, Target
 from fxquant.errors import FxquantError
 from fxquant.frontend.source import open_source
 from fxquant.models import DeepseekV3

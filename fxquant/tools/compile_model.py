@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from fxquant.engines.table import DEFAULT
 from fxquant.tools.compile_options import (
     Address,
     AsJson,
@@ -41,7 +42,7 @@ def command(
     model: Model,
     policy: PolicyName = None,
     out: OutFolder = None,
-    target: TargetName = "ascend",
+    target: TargetName = DEFAULT.value,
     tp: Ranks = 1,
     mtp: MtpName = None,
     mix: Mix = None,

@@ -1,17 +1,23 @@
 """Options that `compile` shares with other verbs, and how their texts are read."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fxquant.engines.table import Target
 from fxquant.errors import FxquantError
 from fxquant.tools.completion import one_of, policies, targets
 
 if TYPE_CHECKING:
-    from fxquant.engines.target import Target
     from fxquant.lowering.weights import Workers
     from fxquant.policy.policy import MtpMode
+
+
+def _one_of(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:-1])} or {names[-1]}"
+
 
 Model = Annotated[
     Path, typer.Argument(metavar="MODEL", help="A model.py, or a Hugging Face checkpoint folder.", show_default=False)
@@ -36,7 +42,7 @@ TargetName = Annotated[
         "--target",
         "-t",
         metavar="TARGET",
-        help="ascend, mindie, vllm-ascend, sglang-npu or onnx: see fxquant targets.",
+        help=f"{_one_of(list(Target))}: see fxquant targets.",
         autocompletion=targets,
     ),
 ]
@@ -129,10 +135,8 @@ Verify = Annotated[
 ]
 
 
-def parse_target(name: str) -> "Target":
+def parse_target(name: str) -> Target:
     """The target of that name."""
-    from fxquant.engines.target import Target
-
     if name not in list(Target):
         raise FxquantError(f"--target {name}", "unknown.", f"Choose one of: {', '.join(Target)}.")
     return Target(name)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from fxquant.engines.target import Target
+from fxquant.engines.table import ENGINES
 from fxquant.tools.console import console, print_line, print_whole, size
 from fxquant.tools.tables import NamedTable
 
@@ -31,7 +31,7 @@ def as_document(report: "CompileReport") -> dict:
         "target": report.target.value,
         "ledger": report.ledger.as_json()["totals"],
         "unverified": report.unverified,
-        "serve": report.contract.serve_text(report.out),
+        "serve": report.serve,
         "idle_rules": [str(rule) for rule in report.idle_rules],
         "files": {file.name: file.nbytes for file in report.output.files},
         "bytes": asdict(report.output.work),
@@ -122,8 +122,8 @@ def _print_output(report: "CompileReport", console: Console) -> None:
 def _print_serving(report: "CompileReport", console: Console) -> None:
     """How to serve it, as one line to copy."""
     print_line((f"for {report.contract.title}", "dim"), to=console)
-    if report.target is not Target.ONNX and not any((report.out / name).is_file() for name in TOKENIZERS):
+    if ENGINES[report.target].reads_tokenizer and not any((report.out / name).is_file() for name in TOKENIZERS):
         fact = f"the model came without tokenizer files ({', '.join(TOKENIZERS)}): the engine needs them in that folder"
         print_line((fact, "yellow"), to=console)
         return
-    print_whole(report.contract.serve_text(report.out), "dim", console)
+    print_whole(report.serve, "dim", console)

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from importlib import resources
 
-from fxquant.engines.target import Target
+from fxquant.engines.table import Target
 
 
 def policies(incomplete: str) -> list[str]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from fxquant.engines.table import DEFAULT
 from fxquant.tools.compile_options import (
     AsJson,
     CheckpointFolder,
@@ -48,7 +49,7 @@ def command(
     ],
     policy: PolicyName = None,
     out: OutFolder = None,
-    target: TargetName = "ascend",
+    target: TargetName = DEFAULT.value,
     tp: Ranks = 1,
     mtp: MtpName = None,
     mix: Mix = None,

@@ -13,7 +13,7 @@ from fxquant.tools.stages import reporter
 from fxquant.tools.tables import NamedTable
 
 if TYPE_CHECKING:
-    from fxquant.engines.target import Target
+    from fxquant.engines.table import Target
     from fxquant.planning.support_matrix import Deployment
 
 MARKS = {"accepted": ("✓", "green"), "unverified": ("?", "yellow"), "refused": ("✗", "red")}
@@ -52,7 +52,7 @@ def command(
 
     Verdicts: accepted, refused, or unverified (neither has been shown). No weights are read.
     """
-    from fxquant.engines.target import Target
+    from fxquant.engines.table import Target
 
     targets = [parse_target(name) for name in target] if target else list(Target)
     if not (table or model or policy or tp or markdown):
@@ -76,12 +76,15 @@ def command(
 
 def _print_contracts(targets: list["Target"], as_json: bool) -> None:
     from fxquant.engines.contract import load_contract
+    from fxquant.engines.serving import Serving
+    from fxquant.engines.table import ENGINES
 
-    contracts = [load_contract(target) for target in targets]
+    contracts = {target: load_contract(target) for target in targets}
+    serve = {target: ENGINES[target].serve(Serving("OUT")) for target in targets}
     if as_json:
-        print_json([contract.model_dump(mode="json") for contract in contracts])
+        print_json([one.model_dump(mode="json") | {"serve": serve[target]} for target, one in contracts.items()])
         return
-    for contract in contracts:
+    for target, contract in contracts.items():
         headings = ("modules", "scheme", "verdict", "source")
         table = NamedTable(f"{contract.target}: {contract.title}", headings, prose=("verdict", "source"), names=2)
         for cell in contract.cells:
@@ -98,7 +101,7 @@ def _print_contracts(targets: list["Target"], as_json: bool) -> None:
             until = f" to {release.until}" if release.until else " on"
             span = f" from {release.since}{until}" if release.since else ", since when is not known,"
             print_line((f"{release.engine}{span} loads {release.loads} ({release.source})", "dim"))
-        print_whole(contract.serve, "dim")
+        print_whole(serve[target], "dim")
         console.print()
 
 

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fxquant.checkpoint.checkpoint import Checkpoint
-from fxquant.engines.table import ENGINES
-from fxquant.engines.target import Target
+from fxquant.engines.table import ENGINES, Target
 from fxquant.errors import FxquantError
 from fxquant.inputs.json_file import read_json, read_text
 from fxquant.inputs.limits import GRAPH_BYTES, INDEX_BYTES

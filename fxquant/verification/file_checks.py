@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from fxquant.engines.table import ENGINES, group_size
-from fxquant.engines.target import Target
+from fxquant.engines.documents import group_size
+from fxquant.engines.table import DEFAULT, ENGINES, Target
 from fxquant.errors import FxquantError
 from fxquant.lowering.output_folder.manifest import MANIFEST, Manifest, file_sizes
 from fxquant.lowering.output_folder.weight_files import WeightFiles
@@ -76,7 +76,7 @@ def infer_target(program: Program, folder: Path) -> Target:
     if len(targets) == 1:
         return targets[0]
     choice = f"{' or '.join(targets) or 'none'} by its files"
-    way_out = f"Say which: --target {targets[0] if targets else Target.ASCEND}."
+    way_out = f"Say which: --target {targets[0] if targets else DEFAULT}."
     raise FxquantError(folder, f"without its manifest, the target is {choice}.", way_out)
 
 

@@ -9,8 +9,8 @@ from fxquant.checkpoint.checkpoint import Checkpoint
 from fxquant.compilation.ledger import build_ledger, check_parameters
 from fxquant.engines.check_contract import check as findings
 from fxquant.engines.contract import Verdict, load_contract
-from fxquant.engines.table import ENGINES, group_size
-from fxquant.engines.target import Target
+from fxquant.engines.documents import group_size
+from fxquant.engines.table import ENGINES, Target
 from fxquant.errors import FxquantError
 from fxquant.lowering.output import copied_files
 from fxquant.lowering.output_folder.layout import StoredTensor

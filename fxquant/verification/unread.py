@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from fxquant.calibration.calibration_file import CALIBRATION
-from fxquant.engines.table import Engine
+from fxquant.engines.engine import Engine
 from fxquant.lowering.ascend.export.exported import DECODE, PREFILL
 from fxquant.lowering.ascend.writer import FILE as ASCEND_GRAPH
 from fxquant.lowering.onnx.writer import FILE as ONNX_GRAPH

@@ -19,8 +19,7 @@ from torch import Tensor
 from fxquant.checkpoint.checkpoint import open_checkpoint
 from fxquant.checkpoint.config import parse_config
 from fxquant.checkpoint.model_parallel_parts import JoinedTensor
-from fxquant.engines.table import ENGINES
-from fxquant.engines.target import Target
+from fxquant.engines.table import ENGINES, Target
 from fxquant.errors import FxquantError
 from fxquant.lowering.output_folder.layout import plan_files, stored_tensors
 from fxquant.lowering.weights import tensor_bytes

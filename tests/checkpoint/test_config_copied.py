@@ -13,8 +13,7 @@ from tiny import ABSENT, float_program, write_checkpoint
 from fxquant.api import compile, verify
 from fxquant.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from fxquant.compilation.options import CompileOptions
-from fxquant.engines.table import ENGINES
-from fxquant.engines.target import Target
+from fxquant.engines.table import ENGINES, Target
 from fxquant.errors import FxquantError
 from fxquant.frontend.source import open_source
 from fxquant.lowering.output_folder.description import engine_config

@@ -18,8 +18,8 @@ from fxquant import CompileOptions, FxquantError
 from fxquant.api import open_output
 from fxquant.checkpoint.checkpoint import open_checkpoint
 from fxquant.engine_readers import Arithmetic
-from fxquant.engines.table import ENGINES, group_size
-from fxquant.engines.target import Target
+from fxquant.engines.documents import group_size
+from fxquant.engines.table import ENGINES, Target
 from fxquant.evaluation.divergence import evaluate_programs
 from fxquant.evaluation.engine_perplexity import reader_perplexity
 from fxquant.schemes.weight_formats import WeightFormat

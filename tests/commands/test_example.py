@@ -11,7 +11,7 @@ from slowness import POLICIES as FEW_POLICIES
 import fxquant
 from fxquant import CompileOptions
 from fxquant.api import open_output
-from fxquant.engines.target import Target
+from fxquant.engines.table import Target
 from fxquant.evaluation.generate import step_logits
 from fxquant.policy.policy import shipped_policies
 from fxquant.runtime.execute import generate, prefill_inputs

@@ -12,7 +12,7 @@ from fxquant import CompileOptions
 from fxquant.api import open_graph, open_output
 from fxquant.checkpoint.checkpoint import open_checkpoint
 from fxquant.checkpoint.config import parse_config
-from fxquant.engines.target import Target
+from fxquant.engines.table import Target
 from fxquant.frontend.build import build_model
 from fxquant.frontend.source import open_source
 from fxquant.frontend.user_file import open_user_file

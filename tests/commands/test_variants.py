@@ -10,7 +10,7 @@ from tiny import YARN
 
 import fxquant
 from fxquant import CompileOptions
-from fxquant.engines.target import Target
+from fxquant.engines.table import Target
 
 SOURCES = {
     "float16": {"dtype": torch.float16},

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import fxquant
 from fxquant import CompileOptions, FxquantError
-from fxquant.engines.target import Target
+from fxquant.engines.table import Target
 from fxquant.lowering.output_folder.manifest import GRAPH
 from fxquant.lowering.output_folder.weight_files import WeightFiles
 from fxquant.program.program import Program

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from fxquant import CompileOptions, FxquantError
 from fxquant.api import compile, convert
-from fxquant.engines.target import Target
+from fxquant.engines.table import Target
 from fxquant.lowering.output_folder.manifest import MANIFEST, STAMPS, read_manifest
 from fxquant.policy.policy import MtpMode
 from fxquant.tools.main import app

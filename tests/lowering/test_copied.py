@@ -14,7 +14,7 @@ from tiny import write_checkpoint
 from fxquant import CompileOptions, FxquantError, compile
 from fxquant.api import convert
 from fxquant.calibration.calibration_file import CALIBRATION
-from fxquant.engines.target import Target
+from fxquant.engines.table import Target
 from fxquant.lowering.finish import Places
 from fxquant.lowering.output_folder.manifest import FLOAT_GRAPH, GRAPH, LEDGER, MANIFEST, read_manifest
 from fxquant.storage.safetensors import header_bytes, read_header

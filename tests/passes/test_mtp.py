@@ -15,7 +15,7 @@ from fxquant.api import compile, verify
 from fxquant.checkpoint.checkpoint import open_checkpoint
 from fxquant.compilation.ledger import Bucket
 from fxquant.compilation.options import CompileOptions
-from fxquant.engines.target import Target
+from fxquant.engines.table import Target
 from fxquant.errors import FxquantError
 from fxquant.policy.policy import MtpMode
 from fxquant.program.program_file import load_program

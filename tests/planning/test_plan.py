@@ -20,8 +20,7 @@ from tiny import write_checkpoint
 import fxquant
 from fxquant import CompileOptions, FxquantError, Plan
 from fxquant.checkpoint.checkpoint import open_checkpoint
-from fxquant.engines.table import ENGINES
-from fxquant.engines.target import Target
+from fxquant.engines.table import ENGINES, Target
 from fxquant.kernels.gptq import BLOCK
 from fxquant.planning.estimate import PER_WORKER_BYTES, Memory, estimate
 from fxquant.planning.host_benchmark import COPY, GPTQ, GPTQ_FEEDBACK, GPTQ_INVERSE, Machine, Measuring, kernel_name

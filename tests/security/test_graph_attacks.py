@@ -19,7 +19,7 @@ from watching import watched
 import fxquant
 from fxquant import CompileOptions, FxquantError
 from fxquant.checkpoint.checkpoint import Checkpoint
-from fxquant.engines.target import Target
+from fxquant.engines.table import Target
 from fxquant.frontend.source import open_source
 from fxquant.frontend.traced import Traced
 from fxquant.lowering.output_folder.manifest import GRAPH

@@ -20,7 +20,7 @@ import fxquant
 from fxquant import CompileOptions, FxquantError
 from fxquant.checkpoint.checkpoint import Checkpoint
 from fxquant.engine_readers.folder import WeightFolder
-from fxquant.engines.target import Target
+from fxquant.engines.table import Target
 from fxquant.lowering.ascend.deployment import deployment
 from fxquant.lowering.ascend.emitter.emit import ascend_source
 from fxquant.lowering.onnx.required import require_emitted

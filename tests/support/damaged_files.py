@@ -14,7 +14,7 @@ from tiny import write_checkpoint
 
 import fxquant
 from fxquant import CompileOptions, FxquantError
-from fxquant.engines.target import Target
+from fxquant.engines.table import Target
 from fxquant.lowering.output_folder.manifest import MANIFEST, STAMPS
 from fxquant.storage.safetensors import read_header
 from fxquant.verification.report import VerifyReport

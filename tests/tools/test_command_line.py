@@ -17,7 +17,7 @@ from test_tables import compile_report_of, evaluation, verification
 from typer.testing import CliRunner
 
 import fxquant
-from fxquant.engines.target import Target
+from fxquant.engines.table import Target
 from fxquant.evaluation.divergence import evaluate_programs
 from fxquant.policy.policy import shipped_policies
 from fxquant.progress import silent, within

@@ -12,7 +12,8 @@ import torch
 
 from fxquant.calibration.calibration_file import Calibration, Seen
 from fxquant.engines.contract import Verdict, load_contract
-from fxquant.engines.target import Target
+from fxquant.engines.serving import Serving
+from fxquant.engines.table import ENGINES, Target
 from fxquant.evaluation.divergence import Evaluation
 from fxquant.evaluation.sensitivity_report import ModuleLoss, Sensitivity
 from fxquant.lowering.weights.work import WorkReport
@@ -69,6 +70,10 @@ def losses() -> Sensitivity:
     return Sensitivity.of(modules, sums, tokens)
 
 
+def serve_line(target: Target, folder: object) -> str:
+    return ENGINES[target].serve(Serving(str(folder)))
+
+
 def compile_report_of(out: Path, **changes: Any) -> Any:
     rules = {"attention at *.kv_b_proj → FLOAT": (61, 2_046_820_352), "W4A8_DYNAMIC": (44_544, 1_307_817_541_632)}
     ledger = SimpleNamespace(
@@ -86,7 +91,7 @@ def compile_report_of(out: Path, **changes: Any) -> Any:
         out=out, way_in="checkpoint folder", structural_hash="a0724a47d723" * 2, target=Target.ASCEND, ledger=ledger,
         policy=SimpleNamespace(name=POLICIES[0]), idle_rules=[], output=output, verification=verification(),
         calibration=seen, contract=load_contract(Target.ASCEND), unverified=["W8A8_MIX on routed_expert (a, b)"],
-        notes=[f"made {out.parent}"],
+        notes=[f"made {out.parent}"], serve=serve_line(Target.ASCEND, out),
     )  # fmt: skip
     return SimpleNamespace(**{**vars(report), **changes})
 
@@ -189,7 +194,8 @@ def test_a_compile_says_how_to_serve_in_one_line(width: int, tmp_path: Path) -> 
 def test_a_folder_without_a_tokenizer_is_not_said_to_serve(tmp_path: Path) -> None:
     text = printed(LOG_WIDTH, lambda to: print_report(compile_report_of(tmp_path), to))
     assert "vllm serve" not in text and "without tokenizer files (tokenizer.json" in text
-    onnx = compile_report_of(tmp_path, target=Target.ONNX, contract=load_contract(Target.ONNX))
+    told = {"contract": load_contract(Target.ONNX), "serve": serve_line(Target.ONNX, tmp_path)}
+    onnx = compile_report_of(tmp_path, target=Target.ONNX, **told)
     text = printed(LOG_WIDTH, lambda to: print_report(onnx, to))
     assert f"onnxruntime.InferenceSession('{tmp_path}/model.onnx')" in text and "tokenizer" not in text
 
@@ -205,11 +211,11 @@ def test_few_calibration_tokens_are_told(tokens: list[int], told: bool) -> None:
 @pytest.mark.parametrize("folder", ["/a/plain", "/with space/it's", "/$(reboot)"])
 @pytest.mark.parametrize("target", [Target.ASCEND, Target.VLLM_ASCEND, Target.SGLANG_NPU])
 def test_serve_lines_can_be_pasted(target: Target, folder: str) -> None:
-    assert folder in shlex.split(load_contract(target).serve_text(folder))
+    assert folder in shlex.split(serve_line(target, folder))
 
 
 def test_the_line_for_onnx_is_python() -> None:
-    text = load_contract(Target.ONNX).serve_text("/it's")
+    text = serve_line(Target.ONNX, "/it's")
     assert text == """onnxruntime.InferenceSession("/it's/model.onnx")"""
 
 

@@ -19,8 +19,8 @@ import fxquant
 from fxquant import CompileOptions, FxquantError
 from fxquant.calibration.calibration_file import CALIBRATION, load_calibration
 from fxquant.checkpoint.checkpoint import open_checkpoint
-from fxquant.engines.table import ENGINES, group_size
-from fxquant.engines.target import Target
+from fxquant.engines.documents import group_size
+from fxquant.engines.table import ENGINES, Target
 from fxquant.lowering.output_folder.manifest import FLOAT_GRAPH, GRAPH, LEDGER, MANIFEST, read_manifest
 from fxquant.program.program import Program
 from fxquant.program.program_file import load_program

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from fxquant import CompileOptions, FxquantError, compile, verify
 from fxquant.api import convert
-from fxquant.engines.target import Target
+from fxquant.engines.table import Target
 from fxquant.lowering.output_folder.manifest import MANIFEST, read_manifest
 from fxquant.lowering.weights.digests import file_digest
 from fxquant.policy.policy import MtpMode

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 import fxquant
 from fxquant import CompileOptions, FxquantError
-from fxquant.engines.target import Target
+from fxquant.engines.table import Target
 from fxquant.lowering.output_folder.manifest import MANIFEST
 from fxquant.program.program_file import load_program
 from fxquant.verification import VerifyReport

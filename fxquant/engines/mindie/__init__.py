@@ -3,15 +3,17 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fxquant.engines.engine import Engine, JsonObject, group_size, model_quant_type, scheme_keys
-from fxquant.program.program import Program
+from fxquant.engines.documents import group_size, model_quant_type, scheme_keys
+from fxquant.engines.engine import Engine, JsonObject
+from fxquant.engines.mindie.serving import serve
 from fxquant.schemes.weight_formats import WeightFormat
 
 if TYPE_CHECKING:
     from fxquant.engine_readers import EngineReader
+    from fxquant.program.program import Program
 
 
-def _config(program: Program) -> JsonObject:
+def _config(program: "Program") -> JsonObject:
     quantization = {"kv_quant_type": None, "fa_quant_type": None, "group_size": group_size(program)}
     model_type = {"model_type": "deepseekv2"}  # the name under which MindIE serves V2, V3 and R1
     return model_type | scheme_keys(program) | ({"quantization_config": quantization} if program.recipes else {})
@@ -31,4 +33,5 @@ ENGINE = Engine(
     header=lambda program: {"model_quant_type": model_quant_type(program)},
     config=_config,
     open_reader=_open_reader,
+    serve=serve,
 )

@@ -4,5 +4,6 @@ from dataclasses import replace
 
 from fxquant.engines import ascend
 from fxquant.engines.engine import Engine
+from fxquant.engines.onnx.serving import serve
 
-ENGINE: Engine = replace(ascend.ENGINE, open_reader=None, npu_graph=False)
+ENGINE: Engine = replace(ascend.ENGINE, open_reader=None, serve=serve, npu_graph=False, reads_tokenizer=False)

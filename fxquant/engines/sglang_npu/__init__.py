@@ -3,7 +3,9 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fxquant.engines.engine import Engine, scheme_keys, versioned_header
+from fxquant.engines.documents import scheme_keys, versioned_header
+from fxquant.engines.engine import Engine
+from fxquant.engines.sglang_npu.serving import serve
 from fxquant.schemes.weight_formats import WeightFormat
 
 if TYPE_CHECKING:
@@ -25,4 +27,5 @@ ENGINE = Engine(
     config=scheme_keys,
     mtp_files=False,
     open_reader=_open_reader,
+    serve=serve,
 )

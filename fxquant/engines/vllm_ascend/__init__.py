@@ -3,16 +3,17 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fxquant.engines.engine import FORMAT_VERSION, Engine, JsonObject, group_size, scheme_keys
-from fxquant.program.program import Program
-from fxquant.schemes.schemes import Scheme
+from fxquant.engines.documents import FORMAT_VERSION, group_size, scheme_keys
+from fxquant.engines.engine import Engine, JsonObject
+from fxquant.engines.vllm_ascend.serving import serve
 from fxquant.schemes.weight_formats import WeightFormat
 
 if TYPE_CHECKING:
     from fxquant.engine_readers import EngineReader
+    from fxquant.program.program import Program
 
 
-def _header(program: Program) -> JsonObject:
+def _header(program: "Program") -> JsonObject:
     return {
         "version": FORMAT_VERSION,
         "model_quant_type": _model_quant_type(program),
@@ -22,8 +23,10 @@ def _header(program: Program) -> JsonObject:
     }
 
 
-def _model_quant_type(program: Program) -> str:
+def _model_quant_type(program: "Program") -> str:
     """The most demanding int8 type; int4 does not rank."""
+    from fxquant.schemes.schemes import Scheme
+
     schemes = {recipe.scheme for recipe in program.recipes.values()}
     ranked = (Scheme.W8A8, Scheme.W8A8_MIX, Scheme.W8A8_DYNAMIC)
     return next((one for one in ranked if one in schemes), Scheme.FLOAT if not schemes else Scheme.W8A8_DYNAMIC).value
@@ -44,4 +47,5 @@ ENGINE = Engine(
     config=scheme_keys,
     mtp_files=False,
     open_reader=_open_reader,
+    serve=serve,
 )

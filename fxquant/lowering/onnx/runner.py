@@ -11,6 +11,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from fxquant.engines.table import onnx_targets
 from fxquant.errors import FxquantError
 from fxquant.lowering.onnx.builder import IR_VERSION, OPSET, ZERO_POINT, Builder
 from fxquant.lowering.onnx.runtime import onnxruntime
@@ -61,7 +62,7 @@ class OnnxRunner:
     def __init__(self, folder: Path, threads: int = 0) -> None:
         path = folder / FILE
         if not path.is_file():
-            raise FxquantError(path, "no such file.", "Compile with --target onnx.")
+            raise FxquantError(path, "no such file.", f"Compile with --target {' or '.join(onnx_targets())}.")
         try:
             self._session = onnxruntime.InferenceSession(
                 str(path), session_options(threads), providers=["CPUExecutionProvider"]

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fxquant.engines.table import Engine
+from fxquant.engines.engine import Engine
 from fxquant.lowering.output_folder.layout import FileLayout
 from fxquant.program.program import Program
 from fxquant.storage.safetensors import quoted

@@ -11,8 +11,7 @@ import torch
 
 from fxquant import ops
 from fxquant.checkpoint.checkpoint import Checkpoint
-from fxquant.engines.engine import numbered
-from fxquant.engines.table import Engine
+from fxquant.engines.engine import Engine, numbered
 from fxquant.program.program import Program, input_node
 from fxquant.schemes.schemes import Recipe, Scheme, TensorSpec, tensor_specs
 from fxquant.storage.safetensors import build_header, header_length, quoted_size

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from fxquant.engines.target import Target
+from fxquant.engines.table import Target, description_stems, weight_stems
 from fxquant.errors import FxquantError
 from fxquant.inputs.json_file import read_json
 from fxquant.inputs.limits import FILE_NAME_BYTES, GRAPH_BYTES, NAME_LENGTH, RANKS
@@ -124,20 +124,25 @@ def file_sizes(folder: Path) -> dict[str, int]:
     return {name: file.stat().st_size for name, file in files.items() if name not in (MANIFEST, STAMPS)}
 
 
+def _for_engine(folder: Path) -> bool:
+    """Whether it has a file as some engine reads it."""
+    return any(any(folder.glob(f"{stem}*")) for stem in (*weight_stems(), *description_stems()))
+
+
 def find_manifest(folder: Path) -> Manifest | None:
     """None where the manifest was deleted from an output. Raises FxquantError for what fxquant did not write."""
     if (folder / MANIFEST).exists():
         return read_manifest(folder)
     if (folder / GRAPH).is_file():
         return None
-    raise not_compiled(folder)
+    raise not_compiled(folder, _for_engine(folder))
 
 
 def read_manifest(folder: Path) -> Manifest:
     """Raises FxquantError for a folder that fxquant did not write."""
     path = folder / MANIFEST
     if not path.is_file():
-        raise not_compiled(folder)
+        raise not_compiled(folder, _for_engine(folder))
     document = read_json(path, GRAPH_BYTES, "Compile again.")
     try:
         return Manifest.model_validate(document)

@@ -4,12 +4,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from fxquant.engines.table import ENGINES
+from fxquant.engines.table import weight_stems
 from fxquant.errors import FxquantError
 from fxquant.lowering.output_folder.layout import MTP_STEM
 from fxquant.storage.safetensors import TensorInfo, read_header
 
-STEMS = (*sorted({engine.stem for engine in ENGINES.values()}), MTP_STEM)
+STEMS = (*weight_stems(), MTP_STEM)
 
 
 class WeightFiles:

@@ -8,8 +8,7 @@ import pytest
 from tiny import rewritten
 
 from fxquant.checkpoint.checkpoint import Checkpoint
-from fxquant.engines.table import ENGINES
-from fxquant.engines.target import Target
+from fxquant.engines.table import ENGINES, Target
 from fxquant.lowering.output_folder.description import (
     description,
     description_size,

@@ -11,8 +11,7 @@ from safetensors.torch import load_file
 from tiny import float_program, rewritten, write_checkpoint, write_shards
 
 from fxquant.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from fxquant.engines.table import ENGINES
-from fxquant.engines.target import Target
+from fxquant.engines.table import ENGINES, Target
 from fxquant.lowering.output_folder.layout import FileLayout, StoredTensor, plan_files, stored_tensors
 from fxquant.policy.policy import shipped_policies
 from fxquant.schemes.schemes import Scheme, TensorSpec, tensor_specs

@@ -19,8 +19,7 @@ from torch import Tensor
 from fxquant.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from fxquant.checkpoint.model_parallel_parts import SourceTensor
 from fxquant.checkpoint.stamped_reader import SourceReader
-from fxquant.engines.table import ENGINES
-from fxquant.engines.target import Target
+from fxquant.engines.table import ENGINES, Target
 from fxquant.errors import FxquantError
 from fxquant.lowering.output_folder.description import index
 from fxquant.lowering.output_folder.layout import FileLayout, plan_files, stored_tensors
@@ -219,7 +218,7 @@ from fxquant.checkpoint.checkpoint import open_checkpoint
 from fxquant.kernels import module_tensors  # the compiler's own memory, whatever is quantized
 from fxquant.engines.table import ENGINES
 from fxquant.lowering.output_folder.layout import plan_files, stored_tensors
-from fxquant.engines.target import Target
+from fxquant.engines.table import Target
 
 def memory(key):
     lines = Path("/proc/self/status").read_text().splitlines()

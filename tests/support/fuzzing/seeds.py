@@ -14,7 +14,7 @@ from fxquant import CompileOptions
 from fxquant.calibration.calibration_file import CALIBRATION, load_calibration
 from fxquant.calibration.resume_state import State, save_state
 from fxquant.checkpoint.config import parse_config
-from fxquant.engines.target import Target
+from fxquant.engines.table import Target
 from fxquant.frontend.deepseek_args import hf_to_model_args
 from fxquant.lowering.output_folder.manifest import MANIFEST
 from fxquant.planning.config_checkpoint import Checkpoint

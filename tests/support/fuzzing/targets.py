@@ -25,7 +25,7 @@ from fxquant.calibration.resume_state import load_state
 from fxquant.checkpoint.checkpoint import block_size, open_checkpoint, open_config
 from fxquant.checkpoint.config import parse_config, read_config
 from fxquant.engines.table import ENGINES
-from fxquant.engines.target import Target as Engine
+from fxquant.engines.table import Target as Engine
 from fxquant.lowering.output_folder.manifest import (
     FLOAT_GRAPH,
     GRAPH,

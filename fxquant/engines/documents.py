@@ -1,0 +1,51 @@
+"""Keys of the description and of config.json that several engines have in common, from the rewritten program."""
+
+from typing import TYPE_CHECKING
+
+from fxquant.engines.engine import JsonObject
+from fxquant.policy.kinds import Kind
+
+if TYPE_CHECKING:
+    from fxquant.program.program import Program
+    from fxquant.schemes.schemes import Recipe
+
+FORMAT_VERSION = "1.0.0"
+
+
+def group_size(program: "Program") -> int:
+    """The one group size of the int4 linears; 0 where they are per channel or there are none."""
+    return max((recipe.group_size for recipe in program.recipes.values()), default=0)
+
+
+def versioned_header(program: "Program") -> JsonObject:
+    """Version, model type and group size, as vllm-ascend and SGLang expect them."""
+    return {
+        "version": FORMAT_VERSION,
+        "model_quant_type": model_quant_type(program),
+        "group_size": group_size(program),
+    }
+
+
+def model_quant_type(program: "Program") -> str:
+    """Engines read it as the type of what is neither attention nor expert; they decide the rest tensor by tensor."""
+    from fxquant.schemes.schemes import Scheme
+
+    return (Scheme.W8A8_DYNAMIC if program.recipes else Scheme.FLOAT).value
+
+
+def scheme_keys(program: "Program") -> JsonObject:
+    """`quantize`, and `mla_quantize`, `moe_quantize`, `mtp_quantize` where all linears of the kind have one scheme."""
+    keys = {"quantize": model_quant_type(program).lower()} if program.recipes else {}
+    kinds = {Kind.ATTENTION: "mla_quantize", Kind.ROUTED_EXPERT: "moe_quantize"}
+    for kind, key in kinds.items():
+        keys |= _scheme_key(key, [r for m, r in program.recipes.items() if _kind(program, m) is kind])
+    return keys | _scheme_key("mtp_quantize", list(program.mtp.recipes.values()))
+
+
+def _scheme_key(key: str, recipes: "list[Recipe]") -> JsonObject:
+    schemes = {recipe.scheme for recipe in recipes}
+    return {key: schemes.pop().value.lower()} if len(schemes) == 1 else {}
+
+
+def _kind(program: "Program", module: str) -> Kind:
+    return program.parameters[f"{module}.weight"].kind
