@@ -1,9 +1,49 @@
-"""Reading calls of the graph."""
+"""Operands of calls, read by the names of the operator's schema: `operand(node, "weight")`."""
 
 import operator
+from functools import cache
 from typing import Any
 
 from torch import fx
+
+from fxquant.errors import InternalError
+
+
+def arguments(node: fx.Node) -> dict[str, Any]:
+    """All arguments of a call of a torch operator, by name in the order of its schema; defaults are filled in.
+
+    Raises InternalError for a call of anything else.
+    """
+    given, keywords, count = node.args, node.kwargs, len(node.args)
+    return {
+        name: given[position] if position < count else keywords.get(name, default)
+        for name, (position, default) in _signature(node).items()
+    }
+
+
+def operand(node: fx.Node, name: str) -> Any:
+    """One of `arguments`. Raises InternalError where the operator has none of that name."""
+    position, default = _place(node, name)
+    return node.args[position] if position < len(node.args) else node.kwargs.get(name, default)
+
+
+def operand_node(node: fx.Node, name: str) -> fx.Node:
+    """An operand that is computed or a parameter. Raises InternalError for a number or None."""
+    value = operand(node, name)
+    if not isinstance(value, fx.Node):
+        raise InternalError(node.name, f"{node.target}: its argument {name} is {value!r}, not a node.")
+    return value
+
+
+def set_operand(node: fx.Node, name: str, value: Any) -> None:
+    """Let a call take `value` as its argument `name`; arguments before it that it left out are given their defaults."""
+    position, _ = _place(node, name)
+    if name in node.kwargs:
+        node.update_kwarg(name, value)
+        return
+    values = list(arguments(node).values())[: max(position + 1, len(node.args))]
+    values[position] = value
+    node.args = tuple(values)
 
 
 def operands(node: fx.Node) -> tuple[Any, ...]:
@@ -11,8 +51,35 @@ def operands(node: fx.Node) -> tuple[Any, ...]:
     return node.args
 
 
-def producer(node: fx.Node) -> tuple[Any, int | None]:
-    """The operator that computes a value, and which of its outputs that is (None: the whole)."""
+def item_of(node: fx.Node) -> tuple[fx.Node, int | None]:
+    """The call that makes a value, and which of its results that is; `node` itself and None where it is the whole."""
     if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
-        return operands(node)[0].target, operands(node)[1]
-    return node.target, None
+        index: Any = node.args[1]
+        return node.args[0], index
+    return node, None
+
+
+def producer(node: fx.Node) -> tuple[Any, int | None]:
+    """As `item_of`, with the operator that the call is of."""
+    source, index = item_of(node)
+    return source.target, index
+
+
+def _place(node: fx.Node, name: str) -> tuple[int, Any]:
+    signature = _signature(node)
+    if name not in signature:
+        raise InternalError(node.name, f"{node.target} has no argument {name}; it has {', '.join(signature)}.")
+    return signature[name]
+
+
+def _signature(node: fx.Node) -> dict[str, tuple[int, Any]]:
+    if not hasattr(node.target, "_schema"):
+        raise InternalError(node.name, f"{node.target} is no torch operator, its arguments have no names.")
+    return _signature_of(node.target)
+
+
+@cache
+def _signature_of(target: Any) -> dict[str, tuple[int, Any]]:
+    """Name → position and default; read once an operator, for graphs have thousands of calls of it."""
+    listed = enumerate(target._schema.arguments)
+    return {argument.name: (position, argument.default_value) for position, argument in listed}

@@ -19,6 +19,7 @@ from fxquant.lowering.onnx.functions import BODIES
 from fxquant.lowering.onnx.initializers import View
 from fxquant.lowering.onnx.shapes import DTYPES, Meta, Shapes
 from fxquant.program.node_names import operator_name
+from fxquant.program.operands import arguments, item_of
 
 INT8, UINT8, INT32 = ir.DataType.INT8, ir.DataType.UINT8, ir.DataType.INT32
 NUMBER = "python"
@@ -65,8 +66,9 @@ class NodeLowering:
         """Add the nodes of one call_function node."""
         if self._named:
             self.builder.enter(f"{node.name}/")
-        if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
-            result = self.values[node.args[0]][node.args[1]]
+        source, index = item_of(node)
+        if index is not None:
+            result = self.values[source][index]
         elif node.target in SYMBOLIC_INTEGERS:
             sizes = [self.builder.sizes(self.value(arg)) for arg in node.args]
             result = self.builder.op(SYMBOLIC_INTEGERS[node.target], *sizes)
@@ -105,11 +107,11 @@ class NodeLowering:
         return arg
 
     def _call(self, node: fx.Node) -> Any:
-        arguments = {}
-        for name, arg in bind(node).items():
+        bound = {}
+        for name, arg in arguments(node).items():
             value = self.value(arg, VIEWS.get((node.target, name), View.STORED))
-            arguments[name] = value if name in STORED else self._widened(arg, value)
-        return self.call(operator_name(node), BODIES[node.target], arguments, node.name if self._named else "")
+            bound[name] = value if name in STORED else self._widened(arg, value)
+        return self.call(operator_name(node), BODIES[node.target], bound, node.name if self._named else "")
 
     def call(self, name: str, body: Callable[..., Any], arguments: Mapping[str, Any], label: str = "") -> Any:
         """A call of the local function of `body`; `label` names the node."""
@@ -126,11 +128,11 @@ class NodeLowering:
         if lower is None:
             raise unsupported(node, "has no ONNX form")
         carry = self._signed if math else self._carried
-        arguments = {name: self._operand(arg, carry) for name, arg in bind(node).items()}
+        bound = {name: self._operand(arg, carry) for name, arg in bind(node).items()}
         metas = self.shapes.outputs(node)
         out = Result(DTYPES[metas[0].dtype], tuple(meta.fixed for meta in metas))
         try:
-            result = lower(self.builder, out, **taken(lower, node, arguments))
+            result = lower(self.builder, out, **taken(lower, node, bound))
         except ValueError as error:
             raise unsupported(node, f"{error}, which has no ONNX form here") from error
         if math and out.dtype is INT8 and isinstance(result, ir.Value):
@@ -169,16 +171,8 @@ class NodeLowering:
 
 
 def bind(node: fx.Node) -> dict[str, Any]:
-    """All arguments of a call by schema name, defaults filled in; `self` and `input` are `x`."""
-    schema = getattr(node.target, "_schema", None)
-    if schema is None:
-        raise unsupported(node, "has no ONNX form")
-    bound = {}
-    for index, argument in enumerate(schema.arguments):
-        given = node.args[index] if index < len(node.args) else argument.default_value
-        name = "x" if argument.name in ("self", "input") else argument.name
-        bound[name] = node.kwargs.get(argument.name, given)
-    return bound
+    """`arguments` with `self` and `input` as `x`, which the functions of aten operators take."""
+    return {"x" if name in ("self", "input") else name: value for name, value in arguments(node).items()}
 
 
 def taken(lower: Lower, node: fx.Node, arguments: dict[str, Any]) -> dict[str, Any]:
