@@ -8,6 +8,7 @@ from torch import Tensor, fx
 from torch.nn.functional import pad as padded
 
 from fxquant.errors import FxquantError
+from fxquant.program.operands import operand_node
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def count_experts(
     `values` are what the gate gave for each batch: expert ids int64 [B, S, K] or [B·S, K], and their weights. Padding
     chooses none.
     """
-    experts = gate.args[0].meta["val"].shape[-1]  # type: ignore[union-attr]
+    experts = operand_node(gate, "logits").meta["val"].shape[-1]
     module = gate.meta["module"]
     for (ids, _), batch in zip(values, batches, strict=True):
         chosen = torch.bincount(real_tokens(ids, batch.mask).flatten(), minlength=experts).cpu()

@@ -13,8 +13,9 @@ from fxquant.errors import FxquantError
 from fxquant.kernels.gptq import carry_matrix, feedback_codes, hessian
 from fxquant.kernels.module_tensors import code_limits, fitted
 from fxquant.policy.policy import UnseenExperts
-from fxquant.program.linears import PROJECTIONS
-from fxquant.program.program import Program, input_node
+from fxquant.program.linears import PROJECTIONS, WEIGHTS
+from fxquant.program.operands import operand_node
+from fxquant.program.program import Program
 from fxquant.program.program_file import recipe_arguments
 from fxquant.schemes.schemes import Recipe
 from fxquant.storage.hashing import hash_text
@@ -42,18 +43,17 @@ class Solver:
     def sites(self) -> Iterator[fx.Node]:
         """The calls at which codes are found."""
         for node in self._program.graph.graph.nodes:
-            places = {ops.linear: (1,), ops.moe_experts: tuple(PROJECTIONS.values())}.get(node.target, ())
-            if any(self._recipe(input_node(node, place)) for place in places):
+            if any(self._recipe(operand_node(node, name)) for name in WEIGHTS.get(node.target, ())):
                 yield node
 
     def observe(self, node: fx.Node, live: Live) -> None:
         """`live` has the values of the inputs of `node`, a list of one a batch each."""
         if node.target == ops.linear:
-            recipe = self._recipe(input_node(node, 1))
+            recipe = self._recipe(operand_node(node, "weight"))
             if recipe is not None and not self._has(recipe, recipe.module):
-                self._solve(recipe, recipe.module, self._shared_carry(input_node(node, 0), live))
+                self._solve(recipe, recipe.module, self._shared_carry(operand_node(node, "x"), live))
         elif node.target == ops.moe_experts:
-            recipes = {name: self._recipe(input_node(node, place)) for name, place in PROJECTIONS.items()}
+            recipes = {name: self._recipe(operand_node(node, name)) for name in PROJECTIONS}
             if any(recipes.values()):
                 self._experts(node, recipes, live)
 
@@ -70,8 +70,8 @@ class Solver:
         return self._carry[1]
 
     def _experts(self, node: fx.Node, recipes: Mapping[str, Recipe | None], live: Live) -> None:
-        x, ids = (self._rows(live[input_node(node, place)]) for place in (0, 1))
-        names = {name: self._names(node, place) for name, place in PROJECTIONS.items()}
+        x, ids = (self._rows(live[operand_node(node, name)]) for name in ("x", "ids"))
+        names = {name: self._names(operand_node(node, name)) for name in PROJECTIONS}
         for expert in range(len(names["gate_proj"])):
             modules = {name: names[name][expert].removesuffix(".weight") for name in PROJECTIONS}
             asked = {name: one for name, one in recipes.items() if one and not self._has(one, modules[name])}
@@ -111,8 +111,8 @@ class Solver:
     def _weight(self, module: str) -> Tensor:
         return self._checkpoint.read(f"{module}.weight")
 
-    def _names(self, node: fx.Node, place: int) -> tuple[str, ...]:
-        return self._program.parameters[str(input_node(node, place).target)].names
+    def _names(self, weight: fx.Node) -> tuple[str, ...]:
+        return self._program.parameters[str(weight.target)].names
 
     def _has(self, recipe: Recipe, module: str) -> bool:
         return self._solved.has(module, self._key_of(recipe))

@@ -15,7 +15,8 @@ from fxquant.checkpoint.rotated import rotation
 from fxquant.errors import FxquantError
 from fxquant.policy.smooth_rules import PairKind, SmoothMethod
 from fxquant.program.linears import pair_readers
-from fxquant.program.program import Pair, Program, input_node
+from fxquant.program.operands import operand, operand_node
+from fxquant.program.program import Pair, Program
 from fxquant.runtime.execute import Values
 from fxquant.schemes.schemes import Recipe, WeightAlgorithm
 from fxquant.transforms.weight_transforms import Smoothing
@@ -60,7 +61,7 @@ class Smoother:
             fact = f"smoothing scales {scale.min():g} … {scale.max():g} do not fit {self._program.dtype}."
             raise FxquantError(pair.value.name, fact, "Use method none for it.")
         if pair.kind is PairKind.NORM:
-            self._smooth_norm(pair, scale, rows, values, inputs[input_node(node, 0)])
+            self._smooth_norm(pair, scale, rows, values, inputs[operand_node(node, "x")])
         else:
             self._smooth_linear(pair, scale, values)
 
@@ -75,12 +76,12 @@ class Smoother:
             bias = self._shifted_norm_bias(pair, shift, scale)
             self._shift_readers(pair, shift)
         smoothed = smoothing.tensors[name] = (weight.float() / scale).to(weight.dtype)
-        eps, device = pair.value.args[2], values[0].device
+        eps, device = operand(pair.value, "eps"), values[0].device
         weight, bias = smoothed.float().to(device), None if bias is None else bias.to(device)
         values[:] = [ops.rms_norm(x, weight, eps, bias) for x in before]
 
     def _shifted_norm_bias(self, pair: Pair, shift: Tensor, scale: Tensor) -> Tensor:
-        (name,) = self._program.parameters[str(input_node(pair.value, 3).target)].names
+        (name,) = self._program.parameters[str(operand_node(pair.value, "bias").target)].names
         old = self._source.read(name).float() if name in self._source.tensors else 0.0
         new = self.smoothing.tensors[name] = (old - shift) / scale
         return new
@@ -98,7 +99,7 @@ class Smoother:
         """The rows of the weight that make the attention's values; those that make keys stay."""
         (name,) = self._program.parameters[pair.maker].names
         self.smoothing.scales[name] = scale
-        self.smoothing.rows[name] = _heads(pair.value)
+        self.smoothing.rows[name] = operand(pair.value, "num_heads")
         self.smoothing.columns |= dict.fromkeys(pair_readers(self._program, pair), name)
         values[:] = [value / scale.to(value.device) for value in values]
 
@@ -126,9 +127,3 @@ class Smoother:
                 names = parameter.names[:: max(1, len(parameter.names) // SEARCH_EXPERTS)]
                 plain = replace(recipe, algorithm=WeightAlgorithm.MIN_MAX)
                 yield from (Reader(plain, self._source.read(name)) for name in names)
-
-
-def _heads(attention: fx.Node) -> int:
-    heads = attention.args[4]
-    assert isinstance(heads, int)
-    return heads

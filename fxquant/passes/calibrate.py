@@ -21,7 +21,8 @@ from fxquant.kernels.activation import static_parameters
 from fxquant.passes.base import Pass, PassResult
 from fxquant.policy.policy import CalibrationWeights, Policy
 from fxquant.program.linears import linear_sites
-from fxquant.program.program import Program, input_node
+from fxquant.program.operands import operand_node
+from fxquant.program.program import Program
 from fxquant.program.structural_hash import structural_hash
 from fxquant.progress import Reporter, silent
 from fxquant.runtime.weight_readers import CPU
@@ -61,7 +62,7 @@ class Calibrate(Pass):
         for site in linear_sites(program):
             recipe = program.recipes.get(site.module)
             if recipe is not None and recipe.scheme.static:
-                inputs.setdefault(site.module, []).append(input_node(site.node, 0))
+                inputs.setdefault(site.module, []).append(operand_node(site.node, "x"))
         if not inputs and not program.pairs and not program.added and not any(solved_modules(program)):
             if program.turns:
                 self.used = self._turned(program)

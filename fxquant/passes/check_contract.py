@@ -10,6 +10,7 @@ from fxquant.errors import FxquantError
 from fxquant.passes.base import Pass, PassResult
 from fxquant.policy.kinds import Kind
 from fxquant.program.linears import LinearSite, linear_sites
+from fxquant.program.operands import operand
 from fxquant.program.program import Program
 from fxquant.schemes.schemes import Recipe, Scheme
 
@@ -49,7 +50,7 @@ def as_error(finding: Finding, policy: str, contract: Contract) -> tuple[str, st
 def linears(program: Program) -> list[Linear]:
     """Every linear, float ones as scheme FLOAT, with what a contract asks of it."""
     attention = program.nodes(ops.mla_attention)
-    heads: Any = attention[0].args[4] if attention else 0
+    heads: Any = operand(attention[0], "num_heads") if attention else 0
     recipes = dict(program.recipes)
     for site in linear_sites(program):
         if site.module not in recipes:

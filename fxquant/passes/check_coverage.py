@@ -1,14 +1,12 @@
 """The last pass: nothing quantizable is left, every shape rule holds, every parameter has an owner."""
 
-from typing import Any
-
 from torch import fx
 
-from fxquant import ops
 from fxquant.errors import FxquantError, InternalError
 from fxquant.passes.base import Pass, PassResult
-from fxquant.program.linears import PROJECTIONS
-from fxquant.program.program import Program, input_node, made_parameters
+from fxquant.program.linears import WEIGHTS
+from fxquant.program.operands import operand_node
+from fxquant.program.program import Program, made_parameters
 
 
 class CheckCoverage(Pass):
@@ -29,9 +27,8 @@ class CheckCoverage(Pass):
         return PassResult(self.name)
 
     def _check(self, node: fx.Node, program: Program) -> None:
-        weights: dict[Any, tuple[int, ...]] = {ops.linear: (1,), ops.moe_experts: tuple(PROJECTIONS.values())}
-        for position in weights.get(node.target, ()):
-            module = str(input_node(node, position).target).removesuffix(".weight")
+        for name in WEIGHTS.get(node.target, ()):
+            module = str(operand_node(node, name).target).removesuffix(".weight")
             if module in program.recipes:
                 way_out = "Experts are quantized in all three projections or in none; otherwise a fault of a pass."
                 raise FxquantError(module, "has a recipe and is still float.", way_out)

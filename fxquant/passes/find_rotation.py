@@ -15,14 +15,15 @@ from fxquant import ops
 from fxquant.errors import FxquantError
 from fxquant.passes.base import Pass, PassResult
 from fxquant.policy.policy import Policy
-from fxquant.program.linears import PROJECTIONS, READS, is_parameter, not_scalable, reads, weight_uses
-from fxquant.program.program import Program, input_node
+from fxquant.program.linears import READS, is_parameter, not_scalable, reads, weight_uses
+from fxquant.program.operands import arguments, operand, operand_node
+from fxquant.program.program import Program
 from fxquant.transforms.hadamard import NoHadamardError, base_order
 from fxquant.transforms.rotation import Rotate, Turn
 
 ADD = torch.ops.aten.add.Tensor
-WRITES = {ops.embedding: 0, ops.linear: 1, ops.moe_experts: PROJECTIONS["down_proj"]}
-"""Operator that may add to the stream → position of the weight that makes what it adds."""
+WRITES = {ops.embedding: "weight", ops.linear: "weight", ops.moe_experts: "down_proj"}
+"""Operator that may add to the stream → its argument that is the weight that makes what it adds."""
 
 
 @dataclass
@@ -76,25 +77,24 @@ def _turn(program: Program, turns: dict[str, Turn], weight: fx.Node, turn: Turn)
 
 def _heads(program: Program, uses: Counter[str]) -> Iterator[tuple[fx.Node, Turn]]:
     for attention in program.nodes(ops.mla_attention):
-        made, heads = input_node(attention, 1), attention.args[4]
-        assert isinstance(heads, int)
+        made, heads = operand_node(attention, "kv"), operand(attention, "num_heads")
         reason = not_scalable(attention, made, uses)
         if reason is not None:
             raise NotTurnedError(f"the values of heads, {attention.name}: {reason}")
-        readers = [input_node(user, place) for user in attention.users for place in READS[user.target]]
+        readers = [operand_node(user, name) for user in attention.users for name in READS[user.target]]
         values = _shape(program, readers[0])[1] // heads
         base_order(values)
-        yield input_node(made, 1), Turn(heads=heads, values=values)
+        yield operand_node(made, "weight"), Turn(heads=heads, values=values)
         yield from ((reader, Turn(columns=heads)) for reader in readers)
 
 
 def _hidden(program: Program, uses: Counter[str]) -> Iterator[tuple[fx.Node, Turn]]:
     stream = _stream(program)
-    size = _shape(program, input_node(stream[0], WRITES[ops.embedding]))[1]
+    size = _shape(program, operand_node(stream[0], WRITES[ops.embedding]))[1]
     base_order(size)
     for node in stream:
         if node.target in WRITES:
-            weight = input_node(node, WRITES[node.target])
+            weight = operand_node(node, WRITES[node.target])
             yield _alone(weight, uses), Turn(columns=1) if node.target == ops.embedding else Turn(heads=1, values=size)
         for norm in node.users:
             if norm.target == ops.rms_norm:
@@ -102,12 +102,12 @@ def _hidden(program: Program, uses: Counter[str]) -> Iterator[tuple[fx.Node, Tur
 
 
 def _after_norm(program: Program, norm: fx.Node, uses: Counter[str]) -> Iterator[tuple[fx.Node, Turn]]:
-    if len(norm.args) > 3 or not norm.users or not all(reads(user, norm) for user in norm.users):
+    if operand(norm, "bias") is not None or not norm.users or not all(reads(user, norm) for user in norm.users):
         raise NotTurnedError(f"what reads {norm.name} are not linears alone, or it has a bias")
-    (name,) = program.parameters[str(_alone(input_node(norm, 1), uses).target)].names
+    (name,) = program.parameters[str(_alone(operand_node(norm, "weight"), uses).target)].names
     for user in norm.users:
-        for place in READS[user.target]:
-            yield _alone(input_node(user, place), uses), Turn(columns=1, norm=name)
+        for weight in READS[user.target]:
+            yield _alone(operand_node(user, weight), uses), Turn(columns=1, norm=name)
 
 
 def _stream(program: Program) -> list[fx.Node]:
@@ -118,8 +118,8 @@ def _stream(program: Program) -> list[fx.Node]:
     for node in stream:  # it grows meanwhile
         found = [user for user in node.users if user.target == ADD]
         if node.target not in WRITES:
-            found += [_added(node, place) for place in (0, 1)]
-        elif not is_parameter(node.args[WRITES[node.target]]):
+            found += _summands(node)
+        elif not is_parameter(operand(node, WRITES[node.target])):
             raise NotTurnedError(f"{node.name} adds to the residual stream, and its weight is computed")
         stream += (one for one in dict.fromkeys(found) if one not in stream)
         for user in node.users:
@@ -128,12 +128,13 @@ def _stream(program: Program) -> list[fx.Node]:
     return stream
 
 
-def _added(node: fx.Node, place: int) -> fx.Node:
-    value = node.args[place]
-    known = isinstance(value, fx.Node) and (value.target == ADD or value.target in WRITES)
-    if not known or node.kwargs:
+def _summands(node: fx.Node) -> list[fx.Node]:
+    given = arguments(node)
+    plain = given.pop("alpha") == 1
+    known = [one for one in given.values() if isinstance(one, fx.Node) and (one.target == ADD or one.target in WRITES)]
+    if not plain or len(known) != len(given):
         raise NotTurnedError(f"{node.name} is no sum of what linears and experts make")
-    return input_node(node, place)
+    return known
 
 
 def _alone(weight: fx.Node, uses: Counter[str]) -> fx.Node:

@@ -21,10 +21,8 @@ from fxquant.policy.smooth_rules import PairKind, SmoothMethod, SmoothRule
 from fxquant.policy.unused_smoothing import SeenValue
 from fxquant.program.linears import READS, decided_modules, is_parameter, not_scalable, weight_uses
 from fxquant.program.node_builder import Surgery
-from fxquant.program.program import Pair, Parameter, Program, input_node
-
-BIAS = 2
-"""Position of a linear's bias."""
+from fxquant.program.operands import operand, operand_node, set_operand
+from fxquant.program.program import Pair, Parameter, Program
 
 
 @dataclass
@@ -54,9 +52,9 @@ class PairSmoothing(Pass):
 
     def _pair(self, program: Program, node: fx.Node, weights: Counter[str]) -> str | None:
         kind = PairKind.NORM if node.target == ops.rms_norm else PairKind.LINEAR
-        made = node if kind is PairKind.NORM else input_node(node, 1)
+        made = node if kind is PairKind.NORM else operand_node(node, "kv")
         readers = [
-            (user, str(input_node(user, place).target)) for user in node.users for place in READS.get(user.target, ())
+            (user, str(operand_node(user, name).target)) for user in node.users for name in READS.get(user.target, ())
         ]
         modules = _modules(program, [name for _, name in readers])
         quantized = [(module, kind) for module, kind in modules if module in program.recipes]
@@ -71,7 +69,7 @@ class PairSmoothing(Pass):
             self.used.add(rule)
         if rule is None or rule.method is SmoothMethod.NONE:
             return "no rule smooths it" if rule is None else f"policy: {rule}"
-        pair = Pair(kind, node, str(input_node(made, 1).target), tuple(name for _, name in readers), rule)
+        pair = Pair(kind, node, str(operand_node(made, "weight").target), tuple(name for _, name in readers), rule)
         if kind is PairKind.NORM and rule.method is SmoothMethod.M4:
             self._shift(program, pair, [user for user, _ in readers])
         program.pairs.append(pair)
@@ -95,23 +93,23 @@ def _modules(program: Program, weights: list[str]) -> list[tuple[str, Kind]]:
 
 
 def _give_norm_bias(program: Program, norm: fx.Node) -> None:
-    if len(norm.args) > 3:
+    if operand(norm, "bias") is not None:
         return
-    weight = input_node(norm, 1)
+    weight = operand_node(norm, "weight")
     old, tensor = program.parameters[str(weight.target)], program.graph.tensor(str(weight.target))
     name = f"{old.module}.bias"
     bias = _parameter(program, norm, name, torch.empty_like(tensor, dtype=torch.float32), replace(old, names=(name,)))
-    norm.args = (*norm.args, bias)
+    set_operand(norm, "bias", bias)
 
 
 def _give_linear_bias(program: Program, linear: fx.Node) -> None:
-    if len(linear.args) > BIAS and linear.args[BIAS] is not None:
+    if operand(linear, "bias") is not None:
         return
-    weight = input_node(linear, 1)
+    weight = operand_node(linear, "weight")
     old, tensor = program.parameters[str(weight.target)], program.graph.tensor(str(weight.target))
     name = f"{old.module}.bias"
     bias = _parameter(program, linear, name, tensor.new_empty(tensor.shape[:1]), replace(old, names=(name,)))
-    linear.args = (*linear.args[:BIAS], bias)
+    set_operand(linear, "bias", bias)
     if old.module in program.recipes:
         program.recipes[old.module] = replace(program.recipes[old.module], bias=True)
 
@@ -119,9 +117,10 @@ def _give_linear_bias(program: Program, linear: fx.Node) -> None:
 def restore_biases(program: Program, names: Collection[str]) -> None:
     """Give the norms and linears of a float graph those biases of `names` that smoothing gave them."""
     for node in list(program.graph.graph.nodes):
-        if node.target not in (ops.rms_norm, ops.linear) or not is_parameter(node.args[1]):
+        if node.target not in (ops.rms_norm, ops.linear) or not is_parameter(operand(node, "weight")):
             continue
-        if f"{program.parameters[str(input_node(node, 1).target)].module}.bias" in names:
+        weight = operand_node(node, "weight")
+        if f"{program.parameters[str(weight.target)].module}.bias" in names:
             (_give_norm_bias if node.target == ops.rms_norm else _give_linear_bias)(program, node)
 
 

@@ -11,6 +11,7 @@ from fxquant.passes.base import RewritePass
 from fxquant.passes.quantize_linear import quantize_per_token
 from fxquant.program.linears import PROJECTIONS
 from fxquant.program.node_builder import Surgery
+from fxquant.program.operands import arguments, operand_node
 from fxquant.program.program import Program
 from fxquant.program.shape_inference import ShapeRules
 from fxquant.schemes.schemes import Recipe
@@ -32,10 +33,10 @@ class QuantizeExperts(RewritePass):
 
     def rewrite(self, node: fx.Node, program: Program) -> None:
         surgery = Surgery(program, node, self._rules)
-        x, ids, weights = node.args[:3]
+        given = arguments(node)
         recipes = {name: program.recipes[_module(node, name)] for name in PROJECTIONS}
         count = len(recipes["gate_proj"].modules)
-        routed = surgery.call(ops.moe_init_routing, (x, ids, count), f"{node.name}_init_routing")
+        routed = surgery.call(ops.moe_init_routing, (given["x"], given["ids"], count), f"{node.name}_init_routing")
         names = (f"{node.name}_rows", f"{node.name}_row_index", f"{node.name}_counts")
         rows, row_index, counts = surgery.outputs(routed, names)
         pair = quantize_per_token(surgery, rows, {})
@@ -43,7 +44,8 @@ class QuantizeExperts(RewritePass):
         hidden = surgery.call(ops.swiglu, (gate, up), f"{node.name}_swiglu")
         pair = quantize_per_token(surgery, hidden, {})
         down = _project(surgery, recipes["down_proj"], pair, counts, "down_proj")
-        surgery.replace(surgery.call(ops.moe_finalize_routing, (down, row_index, weights), f"{node.name}_finalize"))
+        arranged = (down, row_index, given["weights"])
+        surgery.replace(surgery.call(ops.moe_finalize_routing, arranged, f"{node.name}_finalize"))
 
 
 def _project(
@@ -61,5 +63,4 @@ def _project(
 
 
 def _module(node: fx.Node, projection: str) -> str:
-    weight = node.args[PROJECTIONS[projection]]
-    return str(weight.target).removesuffix(".weight")  # type: ignore[union-attr]
+    return str(operand_node(node, projection).target).removesuffix(".weight")

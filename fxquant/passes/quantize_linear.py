@@ -15,7 +15,8 @@ from fxquant import ops
 from fxquant.passes.base import RewritePass
 from fxquant.program.linears import is_parameter
 from fxquant.program.node_builder import Surgery
-from fxquant.program.program import Program, input_node
+from fxquant.program.operands import operand, operand_node
+from fxquant.program.program import Program
 from fxquant.program.shape_inference import ShapeRules
 from fxquant.schemes.schemes import Recipe
 
@@ -32,7 +33,7 @@ class QuantizeLinear(RewritePass):
     def why_not(self, node: fx.Node, program: Program) -> str | None:
         if node.target != ops.linear:
             return ""
-        if not is_parameter(node.args[1]):
+        if not is_parameter(operand(node, "weight")):
             return "its weight is computed"
         module = _module(node)
         return None if module in program.recipes else f"policy: {program.rules[module]}"
@@ -45,7 +46,7 @@ class QuantizeLinear(RewritePass):
 
     def _dynamic(self, surgery: Surgery, recipe: Recipe) -> fx.Node:
         node = surgery.site
-        x8, x_scale = quantize_per_token(surgery, input_node(node, 0), self._per_token)
+        x8, x_scale = quantize_per_token(surgery, operand_node(node, "x"), self._per_token)
         accumulated = _matmul(surgery, recipe, x8)
         scale = surgery.parameter(recipe, "weight_scale")
         bias = (surgery.parameter(recipe, "bias"),) if recipe.bias else ()
@@ -61,7 +62,7 @@ def quantize_per_token(surgery: Surgery, x: fx.Node, shared: dict) -> tuple[fx.N
 
 
 def _static(surgery: Surgery, recipe: Recipe) -> fx.Node:
-    name, x = surgery.site.name, surgery.site.args[0]
+    name, x = surgery.site.name, operand_node(surgery.site, "x")
     scale, offset = surgery.parameter(recipe, "input_scale"), surgery.parameter(recipe, "input_offset")
     x8 = surgery.call(ops.quantize_static, (x, scale, offset), f"{name}_input_int8")
     accumulated = _matmul(surgery, recipe, x8)
@@ -79,4 +80,4 @@ def _matmul(surgery: Surgery, recipe: Recipe, x8: fx.Node) -> fx.Node:
 
 
 def _module(node: fx.Node) -> str:
-    return str(input_node(node, 1).target).removesuffix(".weight")
+    return str(operand_node(node, "weight").target).removesuffix(".weight")

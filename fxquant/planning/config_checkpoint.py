@@ -14,7 +14,8 @@ from fxquant.models.deepseek_v3 import mtp_paths
 from fxquant.models.mtp import mtp_gate_biases, mtp_linears, mtp_tensors
 from fxquant.policy.kinds import Kind
 from fxquant.program.linears import kind_of, linear_sites
-from fxquant.program.program import Program, input_node
+from fxquant.program.operands import operand_node
+from fxquant.program.program import Program
 from fxquant.storage.safetensors import TensorInfo
 
 IN_MODEL_DTYPE = (Kind.HEAD, Kind.MTP)
@@ -68,6 +69,6 @@ def _fp8_weights(program: Program, config: DeepseekV3Config) -> Iterator[str]:
 
 def _gate_biases(program: Program, config: DeepseekV3Config) -> Iterator[str]:
     for node in program.nodes(ops.moe_gate):
-        yield from program.parameters[str(input_node(node, 1).target)].names
+        yield from program.parameters[str(operand_node(node, "correction_bias").target)].names
     for path in mtp_paths(config):
         yield from mtp_gate_biases(config, path)

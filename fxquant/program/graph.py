@@ -22,6 +22,12 @@ class ProgramGraph:
         """The parameter `target`, on meta."""
         return self.tensors[target]
 
+    @property
+    def results(self) -> tuple[fx.Node, ...]:
+        """What the graph returns: logits, then the caches in layer order."""
+        returned: Any = self.graph.output_node().args[0]
+        return tuple(returned)
+
     def lint(self) -> None:
         """Raises RuntimeError for a node that reads a later one, or a parameter that is not there."""
         self.graph.lint()

@@ -10,12 +10,19 @@ from torch import fx
 from fxquant import ops
 from fxquant.policy.kinds import Kind
 from fxquant.policy.unused_rules import Decided
-from fxquant.program.program import Pair, Program, input_node
+from fxquant.program.operands import operand, operand_node
+from fxquant.program.program import Pair, Program
 
-PROJECTIONS = {"gate_proj": 3, "up_proj": 4, "down_proj": 5}
-"""Argument positions of the stacked weights of `fxq::moe_experts`."""
-READS: dict[Any, tuple[int, ...]] = {ops.linear: (1,), ops.router_logits: (1,), ops.moe_experts: (3, 4)}
-"""Operator → positions of the weights [n, k] that its first argument [..., k] is multiplied by."""
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+"""The stacked weights of `fxq::moe_experts`, as its arguments are called."""
+WEIGHTS: dict[Any, tuple[str, ...]] = {ops.linear: ("weight",), ops.moe_experts: PROJECTIONS}
+"""Operator → its arguments that are weights to quantize."""
+READS: dict[Any, tuple[str, ...]] = {
+    ops.linear: ("weight",),
+    ops.router_logits: ("weight",),
+    ops.moe_experts: ("gate_proj", "up_proj"),
+}
+"""Operator → its arguments that are weights [n, k] by which `x` [..., k] is multiplied."""
 MAKE_FEATURES = {ops.swiglu, ops.mla_attention}
 MIX = {ops.linear, ops.moe_experts, ops.embedding}
 """What is behind them is of no block any more."""
@@ -47,12 +54,12 @@ def linear_sites(program: Program) -> Iterator[LinearSite]:
         reads_features = not made_by_block.isdisjoint(node.all_input_nodes)
         if node.target in MAKE_FEATURES or (reads_features and node.target not in MIX):
             made_by_block.add(node)
-        if node.target == ops.linear and is_parameter(node.args[1]):
-            bias = node.args[2] if len(node.args) > 2 else None
-            yield LinearSite(node, node.args[1], bias, node.args[0] in made_by_block)
+        if node.target == ops.linear and is_parameter(operand(node, "weight")):
+            row_parallel = operand(node, "x") in made_by_block
+            yield LinearSite(node, operand(node, "weight"), operand(node, "bias"), row_parallel)
         elif node.target == ops.moe_experts:
-            for name, position in PROJECTIONS.items():
-                yield LinearSite(node, node.args[position], None, name == "down_proj")
+            for name in PROJECTIONS:
+                yield LinearSite(node, operand_node(node, name), None, name == "down_proj")
 
 
 def is_parameter(value: object) -> bool:
@@ -62,8 +69,8 @@ def is_parameter(value: object) -> bool:
 
 def reads(user: fx.Node, value: fx.Node) -> bool:
     """Whether `user` multiplies `value` by parameters, and does nothing else with it."""
-    places = READS.get(user.target, ())
-    return bool(places) and user.args.index(value) == 0 and all(is_parameter(user.args[place]) for place in places)
+    names = READS.get(user.target, ())
+    return bool(names) and operand(user, "x") is value and all(is_parameter(operand(user, name)) for name in names)
 
 
 def not_scalable(node: fx.Node, made: fx.Node, weights: Counter[str]) -> str | None:
@@ -72,11 +79,11 @@ def not_scalable(node: fx.Node, made: fx.Node, weights: Counter[str]) -> str | N
         return "not only linears read it"
     if made is not node and (made.target != ops.linear or set(made.users) != {node}):
         return "its values are not those of one linear"
-    if not is_parameter(made.args[1]):
+    if not is_parameter(operand(made, "weight")):
         return "the weight before it is computed"
-    shared = [str(input_node(made, 1).target)]
+    shared = [str(operand_node(made, "weight").target)]
     for user in node.users:
-        shared += [str(input_node(user, place).target) for place in READS[user.target]]
+        shared += [str(operand_node(user, name).target) for name in READS[user.target]]
     return None if all(weights[name] == 1 for name in shared) else "a weight beside it is used elsewhere too"
 
 

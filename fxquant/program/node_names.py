@@ -5,6 +5,8 @@ from keyword import iskeyword
 
 from torch import fx
 
+from fxquant.program.operands import item_of
+
 
 def name_nodes(graph: fx.Graph) -> set[str]:
     """Rename calls and parameters; inputs keep their names, which users of the graph address. → names in use."""
@@ -47,8 +49,9 @@ def operator_name(node: fx.Node) -> str:
 
 
 def _call_name(node: fx.Node) -> str:
-    if operator_name(node) == "getitem":
-        return f"{node.args[0].name}_{node.args[1]}"  # type: ignore[union-attr]
+    source, index = item_of(node)
+    if index is not None:
+        return f"{source.name}_{index}"
     module, operator = node.meta["module"], operator_name(node)
     own = module.rpartition(".")[2]
     if not module:

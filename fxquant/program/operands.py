@@ -46,11 +46,6 @@ def set_operand(node: fx.Node, name: str, value: Any) -> None:
     node.args = tuple(values)
 
 
-def operands(node: fx.Node) -> tuple[Any, ...]:
-    """`node.args`, for code that knows what an operator takes."""
-    return node.args
-
-
 def item_of(node: fx.Node) -> tuple[fx.Node, int | None]:
     """The call that makes a value, and which of its results that is; `node` itself and None where it is the whole."""
     if node.target is operator.getitem and isinstance(node.args[0], fx.Node):

@@ -114,13 +114,6 @@ class Program:
             del self.graph.tensors[target]
 
 
-def input_node(node: fx.Node, index: int) -> fx.Node:
-    """Argument `index` of a call, which must be another node."""
-    value = node.args[index]
-    assert isinstance(value, fx.Node), f"{node.format_node()}: argument {index} is not a node"
-    return value
-
-
 def made_parameters(recipe: Recipe) -> Iterator[str]:
     """Graph targets that the tensors of a recipe may have."""
     return (f"{recipe.module}.{suffix}" for suffix in tensor_specs(recipe))

@@ -7,6 +7,7 @@ import torch
 from fxquant import ops
 from fxquant.checkpoint.checkpoint import Checkpoint
 from fxquant.errors import FxquantError
+from fxquant.program.operands import operand
 from fxquant.program.program import Program
 
 SUFFIX = "rotary_emb.inv_freq"
@@ -33,7 +34,7 @@ def stored_frequencies(program: Program, checkpoint: Checkpoint) -> set[str]:
     Raises FxquantError where they are not the graph's, up to the rounding of their dtype: another RoPE base, or other
     YaRN numbers, is a model that says something else.
     """
-    tables = [node.args[1] for node in program.nodes(ops.rope_table)]
+    tables = [operand(node, "inv_freq") for node in program.nodes(ops.rope_table)]
     bound = program.kept_names()
     names = {name for name in frequency_names(program) if name in checkpoint.tensors and name not in bound}
     for name in sorted(names) if tables else ():

@@ -5,7 +5,6 @@ Inside a block, names are relative to it: `mlp_swiglu` in block `model.layers.3`
 """
 
 import difflib
-import operator
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -15,6 +14,7 @@ from torch import Tensor, fx
 
 from fxquant.errors import FxquantError
 from fxquant.program.node_names import identifier, operator_name
+from fxquant.program.operands import item_of
 from fxquant.program.program import Program
 from fxquant.program.schema import SYMBOLS
 
@@ -52,11 +52,11 @@ def _results(node: fx.Node) -> list[fx.Node]:
     """The node, or the parts that its users take of the tuple it returns."""
     if isinstance(node.meta.get("val"), Tensor):
         return [node]
-    return sorted((user for user in node.users if _is_part(user)), key=lambda user: int(str(user.args[1]))) or [node]
+    return sorted((user for user in node.users if _is_part(user)), key=lambda user: item_of(user)[1] or 0) or [node]
 
 
 def _is_part(node: fx.Node) -> bool:
-    return node.target is operator.getitem
+    return item_of(node)[1] is not None
 
 
 def _relative(node: fx.Node, block: str) -> str:

@@ -46,7 +46,7 @@ def execute(
             values[node] = [batch[placeholders] for batch in batches]
             placeholders += 1
         elif node.op == "output":
-            return [fx.map_arg(node.args[0], of_batch(values, i)) for i in range(len(batches))]
+            return [fx.map_arg(program.graph.results, of_batch(values, i)) for i in range(len(batches))]
         elif node.op == "call_function":
             for source in node.all_input_nodes:
                 if source.op == "get_attr" and source not in values:

@@ -10,7 +10,9 @@ from torch import Tensor, fx
 
 from fxquant import ops
 from fxquant.ops.library import REFERENCES
-from fxquant.program.program import Program, input_node
+from fxquant.program.linears import PROJECTIONS
+from fxquant.program.operands import operand_node
+from fxquant.program.program import Program
 from fxquant.progress import Advance
 from fxquant.runtime.execute import Observer, Values, call, last_uses, of_batch
 from fxquant.runtime.weight_readers import CPU, LazyStack, Read, load
@@ -91,7 +93,7 @@ class Stream:
         self.values[node] = [_moved(value, self._device) for value in values]
 
     def _call(self, node: fx.Node) -> list[Any]:
-        if node.target == ops.moe_experts and isinstance(self.values[input_node(node, 3)][0], LazyStack):
+        if node.target == ops.moe_experts and isinstance(self.values[operand_node(node, "gate_proj")][0], LazyStack):
             return experts_together(node, self.values)
         return [call(node, of_batch(self.values, i)) for i in range(self._count)]
 
@@ -107,8 +109,8 @@ def needed_nodes(graph: fx.Graph, wanted: Collection[fx.Node]) -> dict[fx.Node, 
 
 def experts_together(node: fx.Node, values: Values) -> list[Tensor]:
     """A `fxq::moe_experts` in one call over the tokens of all batches, in their order; the value for each."""
-    tokens = [values[input_node(node, place)] for place in range(3)]
-    stacks = [values[input_node(node, place)][0] for place in range(3, 6)]
+    tokens = [values[operand_node(node, name)] for name in ("x", "ids", "weights")]
+    stacks = [values[operand_node(node, name)][0] for name in PROJECTIONS]
     rows = [torch.cat([value.flatten(0, -2) for value in one]) for one in tokens]
     shapes = [value.shape for value in tokens[0]]
     parts = REFERENCES[ops.moe_experts](*rows, *stacks).split([shape[:-1].numel() for shape in shapes])

@@ -7,6 +7,7 @@ from torch import Tensor, fx
 
 from fxquant import ops
 from fxquant.errors import FxquantError
+from fxquant.program.operands import arguments, operand
 
 ATEN = torch.ops.aten
 PLACEMENT = ("device", "layout", "pin_memory")
@@ -83,14 +84,15 @@ def _linear(graph: fx.Graph, node: fx.Node) -> None:
 
 
 def _embedding(graph: fx.Graph, node: fx.Node) -> None:
-    _replace(node, ops.embedding, tuple(node.args[:2]))
+    _replace(node, ops.embedding, (operand(node, "weight"), operand(node, "indices")))
 
 
 def _rms_norm(graph: fx.Graph, node: fx.Node) -> None:
     """Only the form that normalizes the last dimension and has a weight; torch's default eps is that of float32."""
-    x, shape, weight, eps = (*node.args, None, None)[:4]
-    if isinstance(shape, list | tuple) and len(shape) == 1 and weight is not None:
-        _replace(node, ops.rms_norm, (x, weight, torch.finfo(torch.float32).eps if eps is None else eps))
+    given = arguments(node)
+    weight, eps = given["weight"], given["eps"]
+    if len(given["normalized_shape"]) == 1 and weight is not None:
+        _replace(node, ops.rms_norm, (given["input"], weight, torch.finfo(torch.float32).eps if eps is None else eps))
 
 
 def _read_value(graph: fx.Graph, node: fx.Node) -> None:
@@ -99,7 +101,7 @@ def _read_value(graph: fx.Graph, node: fx.Node) -> None:
 
 
 def _identity(graph: fx.Graph, node: fx.Node) -> None:
-    node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+    node.replace_all_uses_with(node.all_input_nodes[0])
     graph.erase_node(node)
 
 

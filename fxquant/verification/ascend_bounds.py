@@ -10,8 +10,8 @@ from torch import Tensor, fx
 
 from fxquant import ops
 from fxquant.ops.quantized import expand_int4
-from fxquant.program.operands import operands
-from fxquant.verification.bounds import RULES, U, Value, blocks, rule_of
+from fxquant.program.operands import operand
+from fxquant.verification.bounds import RULES, U, Value, blocks, rule_of, values_of
 
 U_FLOAT16 = 2.0**-11
 U_BFLOAT16 = 2.0**-8
@@ -31,21 +31,17 @@ def error_bound(node: fx.Node, value: Value, expected: Tensor) -> Tensor:
 def _engine_int4(call: fx.Node, value: Value, expected: Tensor) -> Tensor:
     """What the engine's int4 product adds to the rounding of its dequantization; 0 for other calls."""
     added = torch.zeros_like(expected, dtype=torch.float64)
-    product = operands(call)[0] if call.target in (ops.dequantize_per_token, ops.grouped_dequantize) else call
+    product = operand(call, "acc") if call.target in (ops.dequantize_per_token, ops.grouped_dequantize) else call
+    if product.target not in (ops.int4_matmul, ops.grouped_int4_matmul):
+        return added
+    x8, weight, second = values_of(product, value, "x", "weight", "weight_scale_second")
+    scale, x_scale = values_of(call, value, "weight_scale", "x_scale")
     if product.target == ops.int4_matmul:
-        (x8, weight, *second), (x_scale, scale) = _values(product, value), map(value, operands(call)[1:3])
-        return _int4(x8, weight, second[0] if second else None, scale, x_scale)
-    if product.target == ops.grouped_int4_matmul:
-        x8, weight, counts, *second = _values(product, value)
-        x_scale, scale = map(value, operands(call)[1:3])
-        for expert, rows in blocks(counts):
-            group_scale = second[0][expert] if second else None
-            added[rows] = _int4(x8[rows], weight[expert], group_scale, scale[expert], x_scale[rows])
+        return _int4(x8, weight, second, scale, x_scale)
+    for expert, rows in blocks(value(operand(product, "counts"))):
+        group_scale = None if second is None else second[expert]
+        added[rows] = _int4(x8[rows], weight[expert], group_scale, scale[expert], x_scale[rows])
     return added
-
-
-def _values(call: fx.Node, value: Value) -> list:
-    return [value(argument) for argument in operands(call)]
 
 
 def _int4(x8: Tensor, packed: Tensor, second: Tensor | None, scale: Tensor, x_scale: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from fxquant.lowering.ascend.emitter.structure import is_attention_mask
 from fxquant.lowering.ascend.emitter.values import to_engine
 from fxquant.lowering.ascend.writer import FILE
 from fxquant.program.node_names import operator_name
-from fxquant.program.operands import operands, producer
+from fxquant.program.operands import item_of, operand_node
 from fxquant.program.program import Program
 from fxquant.verification.ascend_bounds import error_bound
 
@@ -120,7 +120,7 @@ def _arguments(module: EmittedModule, call: Emitted, weights: Weights, values: M
         if given.hidden_keys:
             users = [user for user in given.node.users if user in call.segment.calls]
             attention = next(user for user in users if is_attention_mask(module.program, given.node, user))
-            queries = values[operands(attention)[0].name].shape[1]
+            queries = values[operand_node(attention, "q").name].shape[1]
             bound[given.name] = module.names["find_hidden_keys"](value, queries)
         else:
             bound[given.name] = to_engine(given.node, value)
@@ -129,7 +129,7 @@ def _arguments(module: EmittedModule, call: Emitted, weights: Weights, values: M
 
 def _compare(node: fx.Node, actual: Any, values: Mapping[str, Any]) -> StatementCheck:
     expected = to_engine(node, values[node.name])
-    kind = operator_name(operands(node)[0] if producer(node)[1] is not None else node)
+    kind = operator_name(item_of(node)[0])
     if not isinstance(expected, Tensor):
         return StatementCheck(node.name, kind, 0.0, 0.0, _equal(actual, expected))
     if not isinstance(actual, Tensor) or actual.shape != expected.shape:

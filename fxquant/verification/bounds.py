@@ -12,7 +12,8 @@ from torch import Tensor, fx
 
 from fxquant import ops
 from fxquant.ops.quantized import SMALLEST_ROW_MAXIMUM
-from fxquant.program.operands import operands, producer
+from fxquant.program.linears import PROJECTIONS
+from fxquant.program.operands import item_of, operand
 
 U = 2.0**-24
 SILU_SLOPE = 1.1
@@ -25,8 +26,13 @@ Rule = Callable[[fx.Node, Value, Tensor], Tensor]
 
 def rule_of(node: fx.Node, rules: dict[tuple[Any, int | None], Rule]) -> tuple[fx.Node, Rule | None]:
     """The call that makes the value of `node`, and its rule."""
-    operator, index = producer(node)
-    return operands(node)[0] if index is not None else node, rules.get((operator, index))
+    call, index = item_of(node)
+    return call, rules.get((call.target, index))
+
+
+def values_of(call: fx.Node, value: Value, *names: str) -> list[Any]:
+    """The values of some operands of a call."""
+    return [value(operand(call, name)) for name in names]
 
 
 def _relative(steps: int) -> Rule:
@@ -35,26 +41,25 @@ def _relative(steps: int) -> Rule:
 
 
 def _linear(call: fx.Node, value: Value, expected: Tensor) -> Tensor:
-    x, weight = value(operands(call)[0]).double(), value(operands(call)[1]).double()
+    x, weight = (one.double() for one in values_of(call, value, "x", "weight"))
     return 2 * (weight.shape[1] + 2) * U * (x.abs() @ weight.abs().T) + 2 * U * expected.abs()
 
 
-def _rms_norm(position: int) -> Rule:
-    """The mean sums n squares and the root halves its error; a bias, at `position`, may cancel what carries it."""
+def _rms_norm(call: fx.Node, value: Value, expected: Tensor) -> Tensor:
+    """The mean sums n squares and the root halves its error; a bias may cancel what carries it."""
+    return (expected.shape[-1] + 8) * U * (expected.abs() + 2 * _bias_magnitude(call, value))
 
-    def rule(call: fx.Node, value: Value, expected: Tensor) -> Tensor:
-        given = operands(call)[position:]
-        bias = value(given[0]).abs() if given and given[0] is not None else 0
-        return (expected.shape[-1] + 8) * U * (expected.abs() + 2 * bias)
 
-    return rule
+def _bias_magnitude(call: fx.Node, value: Value) -> Tensor | int:
+    bias = operand(call, "bias")
+    return 0 if bias is None else value(bias).abs()
 
 
 def _norm_scale(call: fx.Node, value: Value, expected: Tensor) -> Tensor:
     """The largest magnitude of a norm's row, off by no more than the row's worst element, through one quotient."""
-    x1, x2, weight, eps, *bias = (value(argument) for argument in operands(call))
-    y = ops.rms_norm(x1 + x2, weight, eps, *bias)
-    return _rms_norm(4)(call, value, y).amax(-1).reshape(expected.shape) / 127 + 2 * U * expected.abs()
+    x1, x2, *rest = values_of(call, value, "x1", "x2", "weight", "eps", "bias")
+    y = ops.rms_norm(x1 + x2, *rest)
+    return _rms_norm(call, value, y).amax(-1).reshape(expected.shape) / 127 + 2 * U * expected.abs()
 
 
 def _swiglu_codes(call: fx.Node, value: Value, expected: Tensor) -> Tensor:
@@ -63,20 +68,20 @@ def _swiglu_codes(call: fx.Node, value: Value, expected: Tensor) -> Tensor:
     That float is y * (127 / m): swiglu has 8 roundings in y and as many in m, then quotient and product round on both
     sides.
     """
-    gate, up = (value(argument).double() for argument in operands(call))
+    gate, up = (one.double() for one in values_of(call, value, "gate", "up"))
     y = torch.nn.functional.silu(gate) * up
     real = y * (127 / y.abs().amax(-1, keepdim=True).clamp(min=SMALLEST_ROW_MAXIMUM))
     return (((real - real.floor()) - 0.5).abs() <= 20 * U * real.abs()).double()
 
 
 def _rope_table(call: fx.Node, value: Value, expected: Tensor) -> Tensor:
-    return torch.full_like(expected, 4 * U * abs(operands(call)[2]))
+    return torch.full_like(expected, 4 * U * abs(operand(call, "scale")))
 
 
 def _rope(call: fx.Node, value: Value, expected: Tensor) -> Tensor:
     """Two products and a sum for each turned feature."""
-    x, cos, sin = (value(arg).abs().double() for arg in operands(call)[:3])
-    heads, width = x.unflatten(-1, (operands(call)[3], -1)), cos.shape[-1]
+    x, cos, sin = (one.abs().double() for one in values_of(call, value, "x", "cos", "sin"))
+    heads, width = x.unflatten(-1, (operand(call, "num_heads"), -1)), cos.shape[-1]
     kept, first, second = heads[..., :-width], heads[..., -width::2], heads[..., 1 - width :: 2]
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
     turned = torch.cat((first, second), -1) * cos + torch.cat((second, first), -1) * sin
@@ -85,8 +90,8 @@ def _rope(call: fx.Node, value: Value, expected: Tensor) -> Tensor:
 
 def _mla_attention(call: fx.Node, value: Value, expected: Tensor) -> Tensor:
     """Scores are off by at most d, so weights are by the factor exp(2 d) and those of rounding; then a sum of T."""
-    q, kv, k_rope, mask = (value(arg) for arg in operands(call)[:4])
-    heads, v_head_dim, scale = operands(call)[4:]
+    q, kv, k_rope, mask = values_of(call, value, "q", "kv", "k_rope", "attention_mask")
+    heads, v_head_dim, scale = (operand(call, name) for name in ("num_heads", "v_head_dim", "softmax_scale"))
     q, kv = (x.double().unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, kv))
     keys = torch.cat((kv[..., :-v_head_dim], k_rope.double().unsqueeze(1).expand(-1, heads, -1, -1)), -1)
     queries, total = q.shape[2], kv.shape[2]
@@ -100,25 +105,24 @@ def _mla_attention(call: fx.Node, value: Value, expected: Tensor) -> Tensor:
 
 def _dequantize_per_token(call: fx.Node, value: Value, expected: Tensor) -> Tensor:
     """Two products and a sum on top of exact integers; a bias may cancel what carries the error."""
-    bias = operands(call)[3:]
-    added = value(bias[0]).abs() if bias and bias[0] is not None else 0
-    return 8 * U * (expected.abs() + 2 * added)
+    return 8 * U * (expected.abs() + 2 * _bias_magnitude(call, value))
 
 
 def _moe_gate(call: fx.Node, value: Value, expected: Tensor) -> Tensor:
     """A sigmoid, a sum of top_k, a quotient and a product."""
-    return (2 * int(operands(call)[2]) + 16) * U * expected.abs()
+    return (2 * int(operand(call, "top_k")) + 16) * U * expected.abs()
 
 
 def _moe_finalize_routing(call: fx.Node, value: Value, expected: Tensor) -> Tensor:
-    rows, row_index, weights = (value(arg) for arg in operands(call))
+    rows, row_index, weights = values_of(call, value, "rows", "row_index", "weights")
     magnitude = ops.moe_finalize_routing(rows.abs(), row_index, weights.abs())
     return 2 * (weights.shape[-1] + 2) * U * magnitude
 
 
 def _moe_experts(call: fx.Node, value: Value, expected: Tensor) -> Tensor:
     """Errors of gate and up go through silu and the product into the sum of down."""
-    x, ids, weights, gate_proj, up_proj, down_proj = (value(arg) for arg in operands(call))
+    x, ids, weights = values_of(call, value, "x", "ids", "weights")
+    gate_proj, up_proj, down_proj = values_of(call, value, *PROJECTIONS)
     rows, row_index, counts = ops.moe_init_routing(x, ids, len(gate_proj))
     errors = torch.zeros(len(rows), x.shape[-1], dtype=torch.float64)
     outputs = torch.zeros_like(errors)
@@ -151,8 +155,8 @@ def blocks(counts: Tensor) -> Iterator[tuple[int, slice]]:
 RULES: dict[tuple[Any, int | None], Rule] = {
     (ops.linear, None): _linear,
     (ops.router_logits, None): _linear,
-    (ops.rms_norm, None): _rms_norm(3),
-    (ops.add_rms_norm, 0): _rms_norm(4),
+    (ops.rms_norm, None): _rms_norm,
+    (ops.add_rms_norm, 0): _rms_norm,
     (ops.add_rms_norm_quantize_per_token, 1): _norm_scale,
     (ops.swiglu, None): _relative(8),
     (ops.swiglu_quantize_per_token, 0): _swiglu_codes,

@@ -17,8 +17,8 @@ from fxquant.engine_readers.linear_loader import MixedLinear
 from fxquant.engine_readers.ranks import total_bound
 from fxquant.errors import FxquantError
 from fxquant.ops.quantized import decode_deq_scale, expand_int4
-from fxquant.program.operands import operands
-from fxquant.program.program import Program, input_node
+from fxquant.program.operands import arguments, item_of, operand, operand_node
+from fxquant.program.program import Program
 from fxquant.schemes.schemes import Recipe
 from fxquant.verification.bounds import U, blocks
 from fxquant.verification.report import Check
@@ -63,7 +63,7 @@ class Site:
         second = None if self.second is None else values[self.second.name]
         if self.counts is not None:
             weight, second = weight[expert], None if second is None else second[expert]
-        if input_node(self.node, 0).target in INT4:
+        if operand_node(self.node, "acc").target in INT4:
             weight = expand_int4(weight, second)
         return weight.to(torch.int32)
 
@@ -76,14 +76,13 @@ def sites(program: Program, block: str | None = None) -> Iterator[Site]:
 
 
 def _site(program: Program, node: fx.Node) -> Site:
-    product = input_node(node, 0)
-    x8, weight = input_node(product, 0), input_node(product, 1)
-    grouped = node.target is ops.grouped_dequantize
-    rest = operands(product)[3:] if grouped else operands(product)[2:]
-    quantize = x8 if x8.target is ops.quantize_static else input_node(x8, 0)
+    product = operand_node(node, "acc")
+    x8, weight = operand_node(product, "x"), operand_node(product, "weight")
+    x = operand_node(item_of(x8)[0], "x")
     recipe = program.recipes[program.parameters[str(weight.target)].module]
-    second = rest[0] if rest and rest[0] is not None else None
-    return Site(node, recipe, input_node(quantize, 0), x8, weight, second, input_node(product, 2) if grouped else None)
+    second = operand(product, "weight_scale_second") if product.target in INT4 else None
+    counts = operand_node(product, "counts") if node.target is ops.grouped_dequantize else None
+    return Site(node, recipe, x, x8, weight, second, counts)
 
 
 class EngineChecker:
@@ -191,12 +190,11 @@ class _Operands:
 
     @classmethod
     def of(cls, site: Site, values: dict[str, Any], expert: int, rows: Any) -> "_Operands":
-        first, second, *rest = (values[node.name] for node in operands(site.node)[1:] if isinstance(node, fx.Node))
+        given = {name: values[one.name] for name, one in arguments(site.node).items() if isinstance(one, fx.Node)}
         if site.node.target is ops.dequantize_static:
-            return cls(decode_deq_scale(first), torch.ones(1), second, None)
-        scale = second if site.counts is None else second[expert]
-        bias = rest[0] if site.counts is None and rest else None
-        return cls(scale.squeeze(-1), first[rows], None, bias)
+            return cls(decode_deq_scale(given["deq_scale"]), torch.ones(1), given["quant_bias"], None)
+        scale = given["weight_scale"] if site.counts is None else given["weight_scale"][expert]
+        return cls(scale.squeeze(-1), given["x_scale"][rows], None, given.get("bias"))
 
     def bias_magnitude(self) -> Tensor:
         """float64: what may cancel a result that carries rounding errors."""

@@ -10,8 +10,8 @@ from torch import Tensor, fx
 
 from fxquant import ops
 from fxquant.ops.quantized import expand_int4
-from fxquant.program.operands import operands, producer
-from fxquant.verification.bounds import RULES, U, Value, blocks, rule_of
+from fxquant.program.operands import item_of, operand, operand_node
+from fxquant.verification.bounds import RULES, U, Value, blocks, rule_of, values_of
 
 STEPS_TO_A_CODE = 64
 """Roundings between the routed rows and the int8 codes of their swiglu, each relative to the value."""
@@ -29,17 +29,17 @@ def error_bound(node: fx.Node, value: Value, expected: Tensor) -> Tensor:
 
 def _experts(call: fx.Node, value: Value, expected: Tensor) -> Tensor:
     """Rounding of the last dequantize, plus one weight for every code that lies within its error of a tie."""
-    product, x_scale, weight_scale, counts = operands(call)
+    product, int4 = operand_node(call, "acc"), operand_node(call, "acc").target == ops.grouped_int4_matmul
+    x_scale, weight_scale, counts = values_of(call, value, "x_scale", "weight_scale", "counts")
     bound = 8 * U * expected.abs().double()
-    x8, weight, _, *second = (value(arg) for arg in operands(product))
-    may_move = _near_a_tie(operands(product)[0], value).double()
-    if product.target == ops.grouped_int_matmul:
-        second = []
-    for expert, rows in blocks(value(counts)):
+    x8, weight = values_of(product, value, "x", "weight")
+    second = value(operand(product, "weight_scale_second")) if int4 else None
+    may_move = _near_a_tie(operand_node(product, "x"), value).double()
+    for expert, rows in blocks(counts):
         codes = weight[expert]
-        if product.target == ops.grouped_int4_matmul:
-            codes = expand_int4(codes, second[0][expert] if second else None)
-        scale = value(weight_scale)[expert].double().abs().squeeze(-1) * value(x_scale)[rows].double()
+        if int4:
+            codes = expand_int4(codes, None if second is None else second[expert])
+        scale = weight_scale[expert].double().abs().squeeze(-1) * x_scale[rows].double()
         bound[rows] += (may_move[rows] @ codes.double().abs().T) * scale
         bound[rows] += STEPS_TO_A_CODE * U * (x8[rows].double().abs() @ codes.double().abs().T) * scale
     return bound
@@ -47,8 +47,7 @@ def _experts(call: fx.Node, value: Value, expected: Tensor) -> Tensor:
 
 def _near_a_tie(codes: fx.Node, value: Value) -> Tensor:
     """bool, of the shape of `codes`: whether the float behind a code is within its own error of the next one."""
-    quantize = operands(codes)[0] if producer(codes)[1] is not None else codes
-    x = value(operands(quantize)[0]).double()
+    x = value(operand(item_of(codes)[0], "x")).double()
     real = x * (127 / x.abs().amax(-1, keepdim=True).clamp(min=1e-30))
     distance = ((real - real.floor()) - 0.5).abs()
     return distance <= STEPS_TO_A_CODE * U * (real.abs() + 1)

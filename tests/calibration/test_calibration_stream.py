@@ -22,8 +22,9 @@ from fxquant.calibration.smoother import Smoother
 from fxquant.checkpoint.checkpoint import Checkpoint
 from fxquant.passes import AssignSchemes, Calibrate, PairSmoothing
 from fxquant.policy.policy import CalibrationWeights, load_policy
-from fxquant.program.linears import linear_sites
-from fxquant.program.program import Program, input_node
+from fxquant.program.linears import PROJECTIONS, linear_sites
+from fxquant.program.operands import operand_node
+from fxquant.program.program import Program
 from fxquant.runtime.execute import Observer, call, of_batch, prefill_inputs
 from fxquant.runtime.stream import Stream, experts_together
 from fxquant.runtime.weight_readers import LazyStack, Read, RoundedReader, load
@@ -66,7 +67,7 @@ def static_inputs(program: Program) -> dict[str, fx.Node]:
     found = {}
     for site in linear_sites(program):
         if site.module in program.recipes and program.recipes[site.module].scheme.static:
-            found[site.module] = input_node(site.node, 0)
+            found[site.module] = operand_node(site.node, "x")
     return found
 
 
@@ -143,8 +144,10 @@ def test_experts_of_all_batches_together_are_those_of_each(checkpoint: Checkpoin
     tokens = [torch.randn(shape, generator=generator) for shape in ((2, 3, 256), (4, 256), (1, 1, 256))]
     ids = [torch.randint(8, (*x.shape[:-1], 2), generator=generator) for x in tokens]
     weights = [torch.rand(one.shape, generator=generator) for one in ids]
-    values = dict(zip([input_node(node, place) for place in range(3)], (tokens, ids, weights), strict=True))
-    values |= {input_node(node, 3 + place): [stack] * 3 for place, stack in enumerate(stacks)}
+    values = dict(
+        zip([operand_node(node, name) for name in ("x", "ids", "weights")], (tokens, ids, weights), strict=True)
+    )
+    values |= {operand_node(node, name): [stack] * 3 for name, stack in zip(PROJECTIONS, stacks, strict=True)}
     for x, found, one, weight in zip(tokens, experts_together(node, values), ids, weights, strict=True):
         expected = ops.moe_experts(x, one, weight, *stacks)
         # 256 products each in another order, three times one after the other
@@ -211,7 +214,7 @@ def test_observers_see_the_inputs_alive(checkpoint: Checkpoint, documents: list[
     def see(node: fx.Node, values: list[Any], inputs: Any) -> None:
         seen.append(node.target)
         if node.target == ops.moe_experts:
-            assert isinstance(inputs[input_node(node, 3)][0], LazyStack)
+            assert isinstance(inputs[operand_node(node, "gate_proj")][0], LazyStack)
         if node.target == ops.linear:
             again = [ops.linear(*one) for one in zip(*(inputs[source] for source in node.args), strict=True)]
             assert all(torch.equal(one, other) for one, other in zip(again, values, strict=True))

@@ -18,7 +18,8 @@ from fxquant.frontend.build import build_model, build_program, trace_file
 from fxquant.frontend.source import open_source
 from fxquant.frontend.user_file import open_user_file
 from fxquant.models import DeepseekV3
-from fxquant.program.program import Program, input_node
+from fxquant.program.operands import operand_node
+from fxquant.program.program import Program
 from fxquant.program.program_file import dump_program, parse_program
 from fxquant.program.structural_hash import structural_hash
 from fxquant.runtime.execute import execute
@@ -225,7 +226,7 @@ def test_small_copies_route_like_large_models(name: str, tiny: Callable[..., Che
     config = parse_config(tiny().config, "tiny")
     program = open_source(tiny().folder).program() if name == "own.py" else traced(name, tiny().folder)
     (gate,) = program.nodes(ops.moe_gate)
-    assert input_node(gate, 0).target == ops.router_logits
+    assert operand_node(gate, "logits").target == ops.router_logits
     sizes = (config.num_experts_per_tok, config.n_group, config.topk_group, True, config.routed_scaling_factor)
     assert tuple(gate.args[2:]) == sizes
     copy = probe.small_config(config)

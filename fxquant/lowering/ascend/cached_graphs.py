@@ -8,7 +8,7 @@ from fxquant.lowering.ascend.emitter.functions import Emitted, Functions, Weight
 from fxquant.passes.base import Pass, PassResult, run_passes
 from fxquant.passes.npu.page_latents import caches
 from fxquant.passes.pipeline import npu_decode, npu_prefill
-from fxquant.program.operands import operands
+from fxquant.program.operands import operand, operand_node
 from fxquant.program.program import Program
 from fxquant.program.program_file import dump_program, parse_program
 
@@ -56,7 +56,7 @@ def latent_parts(program: Program) -> list[tuple[int, int]]:
     """
     ranks = {}
     for node in program.nodes(ops.latent_attention):
-        weight, written = operands(node)[1:3]
-        ranks[operands(written)[0]] = int(weight.meta["val"].shape[1])
+        weight, written = operand_node(node, "kv_b_weight"), operand_node(node, "cache")
+        ranks[operand(written, "cache")] = int(weight.meta["val"].shape[1])
     widths = {cache: int(cache.meta["val"].shape[-1]) for cache in caches(program)}
     return [(ranks.get(cache, width // 2), width - ranks.get(cache, width // 2)) for cache, width in widths.items()]

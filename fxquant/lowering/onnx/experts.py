@@ -23,6 +23,8 @@ from fxquant.lowering.onnx.initializers import View, external
 from fxquant.lowering.onnx.node_lowering import VIEWS, NodeLowering, unsupported
 from fxquant.lowering.onnx.regions import GROUPED, Region, expert_arguments
 from fxquant.lowering.onnx.shapes import Meta, Shapes
+from fxquant.program.linears import PROJECTIONS
+from fxquant.program.operands import operand_node
 from fxquant.program.program import Program
 from fxquant.storage.safetensors import TensorInfo
 
@@ -59,14 +61,13 @@ class Experts:
         """One `fxq::moe_experts`: sort, float experts, weighted sum."""
         b = lowering.builder
         b.enter(f"{node.name}/")
-        x, ids, weights = (lowering.value(arg) for arg in node.args[:3])
-        projections = [self._stacked(arg, View.STORED) for arg in node.args[3:]]  # type: ignore[arg-type]
+        x, ids, weights = (lowering.value(operand_node(node, name)) for name in ("x", "ids", "weights"))
+        projections = [self._stacked(operand_node(node, name), View.STORED) for name in PROJECTIONS]
         number = len(projections[0].names)
         routing = {"x": x, "ids": ids, "num_experts": number}
         rows, row_index, counts = lowering.call("moe_init_routing", BODIES[ops.moe_init_routing], routing)
         rows.dtype, rows.shape = x.dtype, ir.Shape([None, x.shape[-1]])
-        names = ("gate_proj", "up_proj", "down_proj")
-        arguments = {"rows": rows} | dict(zip(names, map(self._first, projections), strict=True))
+        arguments = {"rows": rows} | dict(zip(PROJECTIONS, map(self._first, projections), strict=True))
         function = self._functions.get(NAME, routed_expert, arguments)
         parts = self._emit(b, function, [rows], [], projections, counts, _no_rows(lowering.shapes[node], x.shape[-1:]))
         parts.dtype, parts.shape = rows.dtype, rows.shape

@@ -1,6 +1,5 @@
 """Where the graph treats rows sorted by expert: what lies between `moe_init_routing` and `moe_finalize_routing`."""
 
-import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -10,6 +9,7 @@ from fxquant import ops
 from fxquant.errors import FxquantError
 from fxquant.lowering.onnx.aten import ATEN, SHAPE_OPERATORS
 from fxquant.lowering.onnx.shapes import Shapes
+from fxquant.program.operands import arguments, item_of, operand
 from fxquant.program.program import Program
 
 GROUPED = {
@@ -47,7 +47,7 @@ class Region:
 def find_regions(program: Program, shapes: Shapes) -> Iterator[Region]:
     """One region for each `moe_init_routing`, in graph order."""
     for routing in program.nodes(ops.moe_init_routing):
-        outputs = {node.args[1]: node for node in routing.users if node.target is operator.getitem}
+        outputs = {item_of(user)[1]: user for user in routing.users}
         if 0 not in outputs or 2 not in outputs:
             raise FxquantError(routing.name, "its rows or counts are not used.", "Remove it, or use both.")
         yield _region(program, shapes, outputs[0], outputs[2])
@@ -84,9 +84,7 @@ def _sources(node: fx.Node) -> list[fx.Node]:
 
 def expert_arguments(node: fx.Node) -> dict[str, fx.Node]:
     """Arguments of a grouped operator that its one-expert form takes, by name."""
-    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
-    bound = dict(zip(names, node.args, strict=False)) | node.kwargs
-    return {name: arg for name, arg in bound.items() if name != "counts" and isinstance(arg, fx.Node)}
+    return {name: arg for name, arg in arguments(node).items() if name != "counts" and isinstance(arg, fx.Node)}
 
 
 def _check_apart(node: fx.Node, shapes: Shapes, copies: int | str) -> None:
@@ -97,7 +95,7 @@ def _check_apart(node: fx.Node, shapes: Shapes, copies: int | str) -> None:
         else:
             apart = meta.dims[:1] == (copies,) and None not in meta.fixed[1:]
         if node.target in ALONG_A_DIMENSION:
-            apart = apart and int(str(node.args[1])) % len(meta.dims) != 0
+            apart = apart and int(operand(node, "dim")) % len(meta.dims) != 0
         if not apart:
             place = f"{node.name} ({node.meta.get('module') or 'the model'})"
             raise FxquantError(place, f"{node.target} mixes the rows of several experts.", ONE_EXPERT)

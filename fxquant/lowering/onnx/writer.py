@@ -69,7 +69,7 @@ def build_model(program: Program, tensors: Mapping[str, TensorInfo]) -> ir.Model
             inputs.append(_input(node, len(inputs), shapes[node]))
             lowering.values[node] = inputs[-1]
         elif node.op == "output":
-            outputs = _outputs(lowering, node)
+            outputs = _outputs(lowering, program)
         elif node.op == "call_function":
             _lower(lowering, experts, node, inside.get(node))
     graph = ir.Graph(
@@ -113,12 +113,12 @@ def _input(node: fx.Node, index: int, meta: Meta) -> ir.Value:
     return ir.Value(name=name, shape=meta.shape, type=ir.TensorType(meta.onnx_dtype), metadata_props={"fx": node.name})
 
 
-def _outputs(lowering: NodeLowering, node: fx.Node) -> list[ir.Value]:
+def _outputs(lowering: NodeLowering, program: Program) -> list[ir.Value]:
     results = []
-    for index, source in enumerate(node.args[0]):  # type: ignore[arg-type]
+    for index, source in enumerate(program.graph.results):
         name = "logits" if index == 0 else f"present.{index - 1}.latent"
         value = lowering.value(source)
-        if any(other.name == name and other is not source for other in node.graph.nodes):
+        if any(other.name == name and other is not source for other in program.graph.graph.nodes):
             raise FxquantError(name, "a node has the name of an output.", "Rename the module or attribute.")
         if value.name != name:
             lowering.builder.enter(f"{name}/")

@@ -12,7 +12,8 @@ import torch
 from fxquant import ops
 from fxquant.checkpoint.checkpoint import Checkpoint
 from fxquant.engines.engine import Engine, numbered
-from fxquant.program.program import Program, input_node
+from fxquant.program.operands import operand_node
+from fxquant.program.program import Program
 from fxquant.schemes.schemes import Recipe, Scheme, TensorSpec, tensor_specs
 from fxquant.storage.safetensors import build_header, header_length, quoted_size
 
@@ -117,7 +118,7 @@ def _mtp(program: Program, checkpoint: Checkpoint) -> list[StoredTensor]:
 
 def gate_biases(program: Program) -> set[str]:
     """Correction biases choose experts in float32, so they are stored in it whatever the checkpoint has."""
-    return {str(input_node(node, 1).target) for node in program.nodes(ops.moe_gate)}
+    return {str(operand_node(node, "correction_bias").target) for node in program.nodes(ops.moe_gate)}
 
 
 def plan_files(stored: list[StoredTensor], max_shard_size: int, engine: Engine) -> list[FileLayout]:

@@ -7,19 +7,18 @@ a step of decoding reads each cached latent once and makes no keys. The pass fol
 keeps gathers its latents and multiplies all of them by kv_b_proj.
 """
 
-import operator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import fx
 
 from fxquant import ops
 from fxquant.passes.base import RewritePass
-from fxquant.passes.npu.page_latents import cache_inputs, results
+from fxquant.passes.npu.page_latents import cache_inputs
 from fxquant.program.linears import is_parameter
 from fxquant.program.node_builder import Surgery
-from fxquant.program.program import Program, input_node
+from fxquant.program.operands import arguments, item_of, operand, operand_node, set_operand
+from fxquant.program.program import Program
 from fxquant.program.shape_inference import ShapeRules
 
 CONCATENATE = torch.ops.aten.cat.default
@@ -52,28 +51,29 @@ class AbsorbLatents(RewritePass):
     def rewrite(self, node: fx.Node, program: Program) -> None:
         keys = _keys(node, program)
         assert isinstance(keys, _Keys)
-        keys.written.update_arg(1, keys.new)
+        set_operand(keys.written, "latents", keys.new)
         block_table, _, seq_lens = cache_inputs(program)
-        q, weight = input_node(node, 0), input_node(keys.linear, 1)
+        given, weight = arguments(node), operand(keys.linear, "weight")
+        numbers = (given[name] for name in ("num_heads", "v_head_dim", "softmax_scale"))
         surgery = Surgery(program, node, self._rules)
-        arguments = (q, weight, keys.written, block_table, seq_lens, *node.args[4:])
-        surgery.replace(surgery.call(ops.latent_attention, arguments, f"{node.name}_absorbed"))
+        absorbed = (given["q"], weight, keys.written, block_table, seq_lens, *numbers)
+        surgery.replace(surgery.call(ops.latent_attention, absorbed, f"{node.name}_absorbed"))
 
 
 def _keys(node: fx.Node, program: Program) -> _Keys | str:
     """The keys of an attention, or why the cache does not hold what they are made of."""
-    q, kv, k_rope, mask = (input_node(node, index) for index in range(4))
-    if kv.target != ops.linear or not is_parameter(kv.args[1]):
+    q, kv, k_rope, mask = (operand_node(node, name) for name in ("q", "kv", "k_rope", "attention_mask"))
+    if kv.target != ops.linear or not is_parameter(operand(kv, "weight")):
         return f"its keys and values come from {kv.name}, which is not a float linear"
-    if len(kv.args) > 2 and kv.args[2] is not None:
+    if operand(kv, "bias") is not None:
         return f"{kv.name} has a bias"
-    latents = _half(input_node(kv, 0), 0)
+    latents = _half(operand_node(kv, "x"), 0)
     if latents is None or latents is not _half(k_rope, 1):
         return "its keys are not the two parts of one latent"
     written = next((user for user in latents.users if user.target == ops.write_latents), None)
-    if written is None or written not in results(program):
+    if written is None or written not in program.graph.results:
         return "its latents are not those that the cache holds"
-    new = _appended(latents, input_node(written, 0))
+    new = _appended(latents, operand_node(written, "cache"))
     if new is None:
         return "its latents are more than the cache and new ones after it"
     if mask is not program.graph.graph.find_nodes(op="placeholder")[1]:
@@ -86,17 +86,16 @@ def _keys(node: fx.Node, program: Program) -> _Keys | str:
 
 def _appended(latents: fx.Node, cache: fx.Node) -> fx.Node | None:
     """What `latents` has after all positions of `cache`."""
-    parts: Any = latents.args[0] if latents.target == CONCATENATE and latents.args[1:] == (1,) else ()
-    if len(parts) != 2 or parts[0].target != ops.gather_latents or parts[0].args[0] is not cache:
+    if latents.target != CONCATENATE or operand(latents, "dim") != 1 or len(operand(latents, "tensors")) != 2:
         return None
-    return parts[1]
+    gathered, new = operand(latents, "tensors")
+    return new if gathered.target == ops.gather_latents and operand(gathered, "cache") is cache else None
 
 
 def _half(node: fx.Node, index: int) -> fx.Node | None:
     """What `node` is part `index` of, by a split into two along the features."""
-    split = node.args[0] if node.target is operator.getitem and node.args[1] == index else None
-    if not isinstance(split, fx.Node) or split.target != SPLIT or len(split.args) != 3:
+    split, part = item_of(node)
+    if part != index or split.target != SPLIT:
         return None
-    value, sizes, axis = input_node(split, 0), split.args[1], split.args[2]
-    halves = isinstance(sizes, list | tuple) and len(sizes) == 2
-    return value if halves and axis in (-1, value.meta["val"].dim() - 1) else None
+    value, halves = operand_node(split, "self"), len(operand(split, "split_sizes")) == 2
+    return value if halves and operand(split, "dim") in (-1, value.meta["val"].dim() - 1) else None

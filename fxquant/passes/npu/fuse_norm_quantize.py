@@ -7,7 +7,6 @@ add_rms_norm                     anything else reads it
 The sum serves its other readers. A residual that the next layer's norm reads is then added in that layer.
 """
 
-import operator
 from dataclasses import dataclass, field
 
 import torch
@@ -17,7 +16,8 @@ from fxquant import ops
 from fxquant.passes.base import RewritePass
 from fxquant.program.linears import is_parameter
 from fxquant.program.node_builder import Surgery
-from fxquant.program.program import Program, input_node
+from fxquant.program.operands import arguments, item_of, operand, operand_node
+from fxquant.program.program import Program
 from fxquant.program.shape_inference import ShapeRules
 
 WITHOUT_SUM = "its input is no sum of two tensors of one shape, and engines fuse no other norm"
@@ -37,7 +37,7 @@ class FuseNormQuantize(RewritePass):
     def why_not(self, node: fx.Node, program: Program) -> str | None:
         if node.target != ops.rms_norm:
             return ""
-        total = input_node(node, 0)
+        total = operand_node(node, "x")
         if not _adds_alike(total):
             return WITHOUT_SUM
         if total in self.float32:
@@ -46,7 +46,7 @@ class FuseNormQuantize(RewritePass):
         return None if first is node else f"{first.name} reads its sum before it"
 
     def rewrite(self, node: fx.Node, program: Program) -> None:
-        total, reader = input_node(node, 0), _one_quantization(node)
+        total, reader = operand_node(node, "x"), _one_quantization(node)
         surgery, graph = Surgery(program, node, self.rules), program.graph.graph
         fused, made = self._fused(surgery, total, reader)
         names = [old[0].name if old else f"{node.name}_unread" for old in made]
@@ -66,25 +66,26 @@ class FuseNormQuantize(RewritePass):
     def _fused(self, surgery: Surgery, total: fx.Node, reader: fx.Node | None) -> tuple[fx.Node, list[list[fx.Node]]]:
         """The new call, and for each of its results but the sum the nodes that gave it before."""
         node = surgery.site
-        _, weight, eps, *bias = node.args
-        operands, name = (*total.args, weight, eps), f"{node.name}_fused"
+        norm, name = arguments(node), f"{node.name}_fused"
+        given = (operand(total, "self"), operand(total, "other"), norm["weight"], norm["eps"])
+        bias = () if norm["bias"] is None else (norm["bias"],)
         if reader is None:
-            return surgery.call(ops.add_rms_norm, (*operands, *bias), name), [[node]]
+            return surgery.call(ops.add_rms_norm, (*given, *bias), name), [[node]]
         if reader.target == ops.quantize_per_token:
-            items = [[user for user in reader.users if user.args[1] == index] for index in (0, 1)]
-            return surgery.call(ops.add_rms_norm_quantize_per_token, (*operands, *bias), name), items
-        scale, offset = input_node(reader, 1), input_node(reader, 2)
-        for parameter in (scale, offset):
+            items = [[user for user in reader.users if item_of(user)[1] == index] for index in (0, 1)]
+            return surgery.call(ops.add_rms_norm_quantize_per_token, (*given, *bias), name), items
+        scales = [operand_node(reader, one) for one in ("input_scale", "input_offset")]
+        for parameter in scales:
             node.prepend(parameter)
-        arguments = (*operands, scale, offset, *bias)
-        return surgery.call(ops.add_rms_norm_quantize_static, arguments, name), [[reader]]
+        return surgery.call(ops.add_rms_norm_quantize_static, (*given, *scales, *bias), name), [[reader]]
 
 
 def _adds_alike(node: fx.Node) -> bool:
     """Whether `node` adds two float tensors of one shape and dtype."""
-    if node.target != torch.ops.aten.add.Tensor or node.kwargs or len(node.args) != 2:
+    if node.target != torch.ops.aten.add.Tensor or operand(node, "alpha") != 1:
         return False
-    values = [arg.meta.get("val") if isinstance(arg, fx.Node) else None for arg in node.args]
+    summands = (operand(node, "self"), operand(node, "other"))
+    values = [one.meta.get("val") if isinstance(one, fx.Node) else None for one in summands]
     if not all(isinstance(value, Tensor) and value.is_floating_point() for value in values):
         return False
     return len({(str(value.shape), value.dtype) for value in values if isinstance(value, Tensor)}) == 1
@@ -96,6 +97,8 @@ def _one_quantization(norm: fx.Node) -> fx.Node | None:
         return None
     reader = next(iter(norm.users))
     if reader.target == ops.quantize_per_token:
-        return reader if all(user.target is operator.getitem for user in reader.users) else None
-    static = reader.target == ops.quantize_static
-    return reader if static and all(map(is_parameter, (norm.args[1], *reader.args[1:]))) else None
+        return reader if all(item_of(user)[1] is not None for user in reader.users) else None
+    if reader.target != ops.quantize_static:
+        return None
+    read = (operand(norm, "weight"), operand(reader, "input_scale"), operand(reader, "input_offset"))
+    return reader if all(map(is_parameter, read)) else None

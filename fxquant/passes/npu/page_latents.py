@@ -8,8 +8,6 @@ block_table int32 [B, blocks], slot_mapping int32 [B, S], seq_lens int32 [B] (`f
 attention_mask [B, blocks · block_size + S] says which of the gathered positions hold a latent.
 """
 
-from typing import Any
-
 import torch
 from torch import fx
 
@@ -41,7 +39,7 @@ class PageLatents(RewritePass):
 
     def rewrite(self, node: fx.Node, program: Program) -> None:
         position = caches(program).index(node) + 1
-        present = results(program)[position]
+        present = program.graph.results[position]
         block_table, slot_mapping, _ = cache_inputs(program)
         readers = {user for user in node.users if user.op != "output"}
         if readers:
@@ -57,7 +55,7 @@ class PageLatents(RewritePass):
         written = surgery.call(ops.write_latents, (node, present, slot_mapping), f"{present.name}_written")
         present.append(written)
         output = program.graph.graph.output_node()
-        output.args = (tuple(written if i == position else item for i, item in enumerate(results(program))),)
+        output.args = (tuple(written if i == position else item for i, item in enumerate(program.graph.results)),)
 
 
 def caches(program: Program) -> list[fx.Node]:
@@ -76,12 +74,6 @@ def cache_inputs(program: Program) -> tuple[fx.Node, fx.Node, fx.Node]:
     """block_table, slot_mapping, seq_lens."""
     table, slots, lengths = program.graph.graph.find_nodes(op="placeholder")[-len(CACHE_INPUTS) :]
     return table, slots, lengths
-
-
-def results(program: Program) -> tuple[fx.Node, ...]:
-    """Logits and caches, as the graph returns them."""
-    returned: Any = program.graph.graph.output_node().args[0]
-    return tuple(returned)
 
 
 def _add_inputs(program: Program) -> None:

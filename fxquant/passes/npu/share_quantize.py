@@ -5,13 +5,12 @@ input. Where their ranges are equal, so are the integers: the first one is read 
 still stored, as their recipes say.
 """
 
-import operator
-
 from torch import fx
 
 from fxquant import ops
 from fxquant.passes.base import RewritePass
-from fxquant.program.program import Program, input_node
+from fxquant.program.operands import item_of, operand_node
+from fxquant.program.program import Program
 from fxquant.schemes.schemes import ActivationRange
 
 
@@ -32,7 +31,7 @@ class ShareQuantize(RewritePass):
     def rewrite(self, node: fx.Node, program: Program) -> None:
         twin = _twin(node, program)
         assert twin is not None, node.name
-        for item in sorted((user for user in node.users if user.target is operator.getitem), reverse=True):
+        for item in sorted((user for user in node.users if item_of(user)[1] is not None), reverse=True):
             _take_over(item, twin, program)
         node.replace_all_uses_with(twin)
         _erase(node, program)
@@ -40,7 +39,7 @@ class ShareQuantize(RewritePass):
 
 def _earlier(node: fx.Node) -> list[fx.Node]:
     """The same operator on the same input, before `node` in the graph."""
-    return sorted(user for user in input_node(node, 0).users if user.target == node.target and user < node)
+    return sorted(user for user in operand_node(node, "x").users if user.target == node.target and user < node)
 
 
 def _twin(node: fx.Node, program: Program) -> fx.Node | None:
@@ -52,7 +51,7 @@ def _range(node: fx.Node, program: Program) -> ActivationRange | str:
     """What decides its integers besides its input: "" per token, the parameters' own name where no range is known."""
     if node.target == ops.quantize_per_token:
         return ""
-    scale = str(input_node(node, 1).target)
+    scale = str(operand_node(node, "input_scale").target)
     recipe = program.recipes.get(program.parameters[scale].module)
     return scale if recipe is None or recipe.activation is None else recipe.activation
 
@@ -63,9 +62,10 @@ def _in_words(observed: ActivationRange | str) -> str:
 
 def _take_over(item: fx.Node, twin: fx.Node, program: Program) -> None:
     """Let the readers of `item`, a result of the node that goes, read the same result of `twin`."""
-    same = [user for user in twin.users if user.target is operator.getitem and user.args == (twin, item.args[1])]
+    source, index = item_of(item)
+    same = [user for user in twin.users if item_of(user) == (twin, index)]
     if not same:
-        item.args = (twin, item.args[1])
+        item.replace_input_with(source, twin)
         return
     twin.append(same[0])
     item.replace_all_uses_with(same[0])

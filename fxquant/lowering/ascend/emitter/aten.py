@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from fxquant.lowering.ascend.emitter.segment_text import Call, Writer
-from fxquant.program.operands import operands
+from fxquant.program.operands import arguments, item_of, operand
 
 INFIX = {
     "aten.add.Tensor": "+",
@@ -49,35 +49,35 @@ END = 2**63 - 1
 
 def aten_call(writer: Writer, node: fx.Node) -> Call | str:
     """Right-hand side for any call of aten or of Python's operator module."""
-    if node.target is operator.getitem:
-        return f"{writer.value(operands(node)[0])}[{operands(node)[1]}]"
+    made_by, index = item_of(node)
+    if index is not None:
+        return f"{writer.value(made_by)}[{index}]"
     target = node.target if node.target in INFIX else str(node.target)
-    if target in INFIX and not node.kwargs and len(operands(node)) == 2:
-        left, right = (source(writer, argument) for argument in operands(node))
+    if target in INFIX and not node.kwargs and len(node.args) == 2:
+        left, right = (source(writer, argument) for argument in node.args)
         return f"{left} {INFIX[target]} {right}"
     name = getattr(node.target, "_opname", "")
     if name == "sym_size":
-        return f"{source(writer, operands(node)[0])}.shape[{operands(node)[1]}]"
+        return f"{source(writer, operand(node, 'self'))}.shape[{operand(node, 'dim')}]"
     if target == "aten.slice.Tensor":
         return _slice(writer, node)
-    arguments = tuple(source(writer, argument) for argument in operands(node))
+    places = tuple(source(writer, argument) for argument in node.args)
     keywords = tuple(f"{key}={source(writer, value)}" for key, value in node.kwargs.items() if not _is_place(key))
     if name in METHODS:
-        return Call(f"{arguments[0]}.{name}", arguments[1:] + keywords)
+        return Call(f"{places[0]}.{name}", places[1:] + keywords)
     if not name:
         raise writer.fail(node, f"{node.target} is no operator of torch.", "Write it with torch functions.")
-    return Call(_function(node.target, name), arguments + keywords + _device(writer, node))
+    return Call(_function(node.target, name), places + keywords + _device(writer, node))
 
 
 def _slice(writer: Writer, node: fx.Node) -> str:
     """`x[:, 2:5]`."""
-    given = operands(node)
-    x, axis, start, end, step = given + (0, None, None, 1)[len(given) - 1 :]
-    first = "" if start in (0, None) else source(writer, start)
-    last = "" if end is None or end == END else source(writer, end)
-    every = "" if step == 1 else f":{source(writer, step)}"
-    before = ":, " * (int(axis) % node.meta["val"].dim())
-    return f"{writer.graph_layout(x)}[{before}{first}:{last}{every}]"
+    given = arguments(node)
+    first = "" if given["start"] in (0, None) else source(writer, given["start"])
+    last = "" if given["end"] in (None, END) else source(writer, given["end"])
+    every = "" if given["step"] == 1 else f":{source(writer, given['step'])}"
+    before = ":, " * (int(given["dim"]) % node.meta["val"].dim())
+    return f"{writer.graph_layout(given['self'])}[{before}{first}:{last}{every}]"
 
 
 def _function(target: Any, name: str) -> str:

@@ -1,26 +1,26 @@
 """Statements of the operators on a cache in pages."""
 
+from typing import Any
+
 from torch import fx
 
 from fxquant import ops
 from fxquant.lowering.ascend.emitter.segment_text import Call, Emitter, Writer
-from fxquant.program.operands import operands
 
 
-def _write_latents(writer: Writer, node: fx.Node) -> Call:
-    cache, latents, slot_mapping = operands(node)
+def _write_latents(writer: Writer, node: fx.Node, cache: fx.Node, latents: fx.Node, slot_mapping: fx.Node) -> Call:
     return writer.call("write_latents", writer.value(cache), writer.floating(latents), writer.value(slot_mapping))
 
 
-def _gather_latents(writer: Writer, node: fx.Node) -> Call:
-    return writer.call("gather_latents", *(writer.value(arg) for arg in operands(node)))
+def _gather_latents(writer: Writer, node: fx.Node, cache: fx.Node, block_table: fx.Node) -> Call:
+    return writer.call("gather_latents", writer.value(cache), writer.value(block_table))
 
 
-def _latent_attention(writer: Writer, node: fx.Node) -> Call:
-    q, weight, cache, block_table, seq_lens, *numbers = operands(node)
-    sources = [writer.floating(q), writer.floating(weight)]
-    sources += [writer.value(arg) for arg in (cache, block_table, seq_lens)]
-    return writer.call("latent_attention", *sources, *(repr(number) for number in numbers))
+def _latent_attention(writer: Writer, node: fx.Node, **given: Any) -> Call:
+    sources = [writer.floating(given[name]) for name in ("q", "kv_b_weight")]
+    sources += [writer.value(given[name]) for name in ("cache", "block_table", "seq_lens")]
+    sources += [repr(given[name]) for name in ("num_heads", "v_head_dim", "softmax_scale")]
+    return writer.call("latent_attention", *sources)
 
 
 CACHE_EMITTERS: dict[object, Emitter] = {

@@ -10,7 +10,6 @@ from fxquant.lowering.ascend.emitter.functions import Emitted
 from fxquant.lowering.ascend.emitter.segment_text import INDENT, Call, assignment
 from fxquant.lowering.ascend.emitter.structure import Input, base_name
 from fxquant.passes.npu.page_latents import caches, is_paged
-from fxquant.program.operands import operands
 from fxquant.program.program import Program
 
 
@@ -27,7 +26,7 @@ def forward_lines(program: Program, emitted: list[Emitted]) -> Iterator[str]:
     """Statements of `forward`, not indented."""
     graph = program.graph.graph
     placeholders = graph.find_nodes(op="placeholder")
-    results = operands(graph.output_node())[0]
+    results = program.graph.results
     names = _names(program, emitted, results)
     yield "w, dtype = self.weights, self.dtype"
     if any(given.hidden_keys for call in emitted for given in call.inputs):

@@ -1,6 +1,5 @@
 """Segments → Python functions: one for each distinct text, so that layers of the same structure share it."""
 
-import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -14,7 +13,7 @@ from fxquant.lowering.ascend.emitter.segment_text import CHANGED, INDENT, Call, 
 from fxquant.lowering.ascend.emitter.statements import right_hand_side
 from fxquant.lowering.ascend.emitter.structure import AFTER, BEFORE, BETWEEN, Input, Names, Segment, segments, unique
 from fxquant.lowering.ascend.emitter.values import float32_values
-from fxquant.program.operands import operands
+from fxquant.program.operands import item_of
 from fxquant.program.program import Program
 from fxquant.schemes.schemes import Recipe
 
@@ -95,7 +94,8 @@ RESERVED = set().union(*(own_names(module) for module in (composites, norm_compo
 def _write(writer: Writer) -> None:
     module = None
     for node in writer.segment.calls:
-        if node.target is operator.getitem and _unpacked(writer.segment, operands(node)[0]):
+        made_by, index = item_of(node)
+        if index is not None and _unpacked(writer.segment, made_by):
             continue
         start = len(writer.lines)
         value = right_hand_side(writer, node)
@@ -111,9 +111,8 @@ def _write(writer: Writer) -> None:
 
 def _unpacked(segment: Segment, node: fx.Node) -> bool:
     """Whether the outputs of a call become variables of their own."""
-    own = [user for user in node.users if user in segment.calls and user.target is operator.getitem]
-    indices = {operands(user)[1] for user in own}
-    return node in segment.calls and len(own) == len(node.users) == len(indices)
+    own = [index for user in node.users if user in segment.calls and (index := item_of(user)[1]) is not None]
+    return node in segment.calls and len(own) == len(node.users) == len(set(own))
 
 
 def _target(writer: Writer, node: fx.Node, call: Call | str) -> str:
@@ -123,7 +122,7 @@ def _target(writer: Writer, node: fx.Node, call: Call | str) -> str:
         if outputs:
             raise writer.fail(node, "its results are not taken one by one.", CHANGED)
         return writer.names.variables[node]
-    items = {int(operands(user)[1]): writer.names.variables[user] for user in node.users}
+    items = {item_of(user)[1]: writer.names.variables[user] for user in node.users}
     targets = [items.get(index, "_") if index is not None else "_" for index in outputs or range(len(value))]
     return ", ".join(targets) if len(targets) > 1 else f"({targets[0]},)"
 

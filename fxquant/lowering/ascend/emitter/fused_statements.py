@@ -1,42 +1,46 @@
 """Statements of the operators that fusion passes make."""
 
+from typing import Any
+
 from torch import fx
 
 from fxquant import ops
 from fxquant.lowering.ascend.emitter.segment_text import NPU, Call, Emitter, Writer
-from fxquant.program.operands import operands
 
 
-def _add_rms_norm(writer: Writer, node: fx.Node) -> Call:
-    x1, x2, weight, eps, *bias = operands(node)
-    summands = (*(writer.floating(arg) for arg in (x1, x2)), writer.floating(weight))
-    if bias and bias[0] is not None:
-        return writer.call("add_rms_norm_bias", *summands, writer.value(bias[0], "float32"), repr(eps))
-    return Call(f"{NPU}npu_add_rms_norm", (*summands, repr(eps)), outputs=(0, None, 1))
-
-
-def _add_rms_norm_quantize_static(writer: Writer, node: fx.Node) -> Call:
-    x1, x2, weight, eps, scale, offset, *bias = operands(node)
+def _add_rms_norm(
+    writer: Writer, node: fx.Node, x1: fx.Node, x2: fx.Node, weight: fx.Node, eps: float, bias: fx.Node | None
+) -> Call:
     sources = [writer.floating(arg) for arg in (x1, x2, weight)]
-    sources += [writer.weight(scale, "norm_scale", (weight,)), writer.weight(offset, "norm_offset", (weight,))]
-    keywords = (*_beta(writer, bias), f"epsilon={eps!r}", "div_mode=True")
+    if bias is not None:
+        return writer.call("add_rms_norm_bias", *sources, writer.value(bias, "float32"), repr(eps))
+    return Call(f"{NPU}npu_add_rms_norm", (*sources, repr(eps)), outputs=(0, None, 1))
+
+
+def _add_rms_norm_quantize_static(writer: Writer, node: fx.Node, **given: Any) -> Call:
+    weight, eps = given["weight"], given["eps"]
+    sources = [writer.floating(given[name]) for name in ("x1", "x2", "weight")]
+    sources.append(writer.weight(given["input_scale"], "norm_scale", (weight,)))
+    sources.append(writer.weight(given["input_offset"], "norm_offset", (weight,)))
+    keywords = (*_beta(writer, given["bias"]), f"epsilon={eps!r}", "div_mode=True")
     return Call(f"{NPU}npu_add_rms_norm_quant", (*sources, *keywords), outputs=(0, None, 1))
 
 
-def _add_rms_norm_quantize_per_token(writer: Writer, node: fx.Node) -> Call:
-    x1, x2, weight, eps, *bias = operands(node)
+def _add_rms_norm_quantize_per_token(
+    writer: Writer, node: fx.Node, x1: fx.Node, x2: fx.Node, weight: fx.Node, eps: float, bias: fx.Node | None
+) -> Call:
     sources = (writer.floating(arg) for arg in (x1, x2, weight))
     keywords = (*_beta(writer, bias), f"epsilon={eps!r}", "output_mask=[True, False]")
     return Call(f"{NPU}npu_add_rms_norm_dynamic_quant", (*sources, *keywords), outputs=(0, None, 2, 1, None))
 
 
-def _beta(writer: Writer, bias: list[fx.Node | None]) -> tuple[str, ...]:
-    return tuple(f"beta={writer.floating(one)}" for one in bias if one is not None)
+def _beta(writer: Writer, bias: fx.Node | None) -> tuple[str, ...]:
+    return () if bias is None else (f"beta={writer.floating(bias)}",)
 
 
-def _swiglu_quantize_per_token(writer: Writer, node: fx.Node) -> Call:
-    gate, up = (writer.floating(arg) for arg in operands(node))
-    sources = (f"torch.cat(({gate}, {up}), -1)", "activate_left=True", "quant_mode=1")
+def _swiglu_quantize_per_token(writer: Writer, node: fx.Node, gate: fx.Node, up: fx.Node) -> Call:
+    halves = f"torch.cat(({writer.floating(gate)}, {writer.floating(up)}), -1)"
+    sources = (halves, "activate_left=True", "quant_mode=1")
     return Call(f"{NPU}npu_dequant_swiglu_quant", sources)
 
 

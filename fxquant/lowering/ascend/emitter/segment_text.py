@@ -175,5 +175,5 @@ def template_of(names: tuple[str, ...]) -> tuple[str, str]:
     return f"{start}{{}}{end}", repr(tuple(middles))
 
 
-Emitter = Callable[[Writer, fx.Node], Call | str]
-"""Source of the right-hand side of a node's statement."""
+Emitter = Callable[..., Call | str]
+"""(writer, node, its operands by name) → source of the right-hand side of the node's statement."""

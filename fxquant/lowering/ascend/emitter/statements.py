@@ -3,6 +3,9 @@
 An integer product and its dequantization are one engine operator: the product alone has no statement.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 from torch import fx
 
 from fxquant import ops
@@ -13,7 +16,8 @@ from fxquant.lowering.ascend.emitter.fused_statements import FUSED_EMITTERS
 from fxquant.lowering.ascend.emitter.segment_text import CHANGED, NPU, Call, Emitter, Writer
 from fxquant.lowering.ascend.emitter.structure import is_attention_mask
 from fxquant.lowering.ascend.emitter.values import is_int32
-from fxquant.program.operands import operands
+from fxquant.program.linears import PROJECTIONS
+from fxquant.program.operands import arguments, operand
 from fxquant.schemes.schemes import Recipe
 
 PRODUCTS = {
@@ -34,15 +38,17 @@ def right_hand_side(writer: Writer, node: fx.Node) -> Call | str | None:
         _expect_fusible(writer, node)
         return None
     emitter = EMITTERS.get(node.target)
-    if emitter is None and node.target in ops.REFERENCES:
+    if emitter is not None:
+        return emitter(writer, node, **arguments(node))
+    if node.target in ops.REFERENCES:
         raise writer.fail(node, f"{node.target} has no Ascend statement.", CHANGED)
-    return (emitter or aten_call)(writer, node)
+    return aten_call(writer, node)
 
 
 def _expect_fusible(writer: Writer, node: fx.Node) -> None:
     fusible = PRODUCTS[node.target]  # type: ignore[index]
     for user in node.users:
-        if user.target not in fusible or operands(user)[0] is not node or user not in writer.segment.calls:
+        if user.target not in fusible or operand(user, "acc") is not node or user not in writer.segment.calls:
             fact = f"its integers are read by {user.name}, engines only give them dequantized."
             raise writer.fail(node, fact, CHANGED)
 
@@ -51,85 +57,78 @@ def _rows(writer: Writer, node: fx.Node) -> str:
     return f"{writer.floating(node)}.flatten(0, -2)"
 
 
-def _embedding(writer: Writer, node: fx.Node) -> Call:
-    weight, ids = operands(node)
+def _embedding(writer: Writer, node: fx.Node, weight: fx.Node, ids: fx.Node) -> Call:
     return Call("F.embedding", (writer.graph_layout(ids), writer.value(weight)))
 
 
-def _linear(writer: Writer, node: fx.Node) -> Call:
-    return Call("F.linear", tuple(writer.floating(arg) for arg in operands(node) if arg is not None))
+def _linear(writer: Writer, node: fx.Node, x: fx.Node, weight: fx.Node, bias: fx.Node | None) -> Call:
+    return Call("F.linear", tuple(writer.floating(arg) for arg in (x, weight, bias) if arg is not None))
 
 
-def _rms_norm(writer: Writer, node: fx.Node) -> Call:
-    x, weight, eps, *bias = operands(node)
-    tail = f"[0] + {writer.value(bias[0], 'float32')}" if bias and bias[0] is not None else "[0]"
+def _rms_norm(writer: Writer, node: fx.Node, x: fx.Node, weight: fx.Node, eps: float, bias: fx.Node | None) -> Call:
+    tail = "[0]" if bias is None else f"[0] + {writer.value(bias, 'float32')}"
     norm = Call(f"{NPU}npu_rms_norm", (writer.floating(x), writer.floating(weight), repr(eps)), tail)
     return norm if tail == "[0]" else Call(f"({norm.head}", norm.arguments, f"{tail}).to(dtype)")
 
 
-def _swiglu(writer: Writer, node: fx.Node) -> Call:
-    gate, up = (writer.floating(arg) for arg in operands(node))
-    return Call(f"{NPU}npu_swiglu", (f"torch.cat(({gate}, {up}), -1)",))
+def _swiglu(writer: Writer, node: fx.Node, gate: fx.Node, up: fx.Node) -> Call:
+    return Call(f"{NPU}npu_swiglu", (f"torch.cat(({writer.floating(gate)}, {writer.floating(up)}), -1)",))
 
 
-def _rope_table(writer: Writer, node: fx.Node) -> Call:
-    position_ids, inv_freq, scale = operands(node)
+def _rope_table(writer: Writer, node: fx.Node, position_ids: fx.Node, inv_freq: Sequence[float], scale: float) -> Call:
     return writer.call("rope_table", writer.graph_layout(position_ids), repr(list(inv_freq)), repr(scale), "dtype")
 
 
-def _rope(writer: Writer, node: fx.Node) -> Call:
-    return writer.call("rope", *(writer.floating(arg) for arg in operands(node)[:3]), repr(operands(node)[3]))
+def _rope(writer: Writer, node: fx.Node, x: fx.Node, cos: fx.Node, sin: fx.Node, num_heads: int) -> Call:
+    return writer.call("rope", *(writer.floating(arg) for arg in (x, cos, sin)), repr(num_heads))
 
 
-def _mla_attention(writer: Writer, node: fx.Node) -> Call:
-    q, kv, k_rope, mask, *numbers = operands(node)
-    sources = [writer.floating(arg) for arg in (q, kv, k_rope)]
+def _mla_attention(writer: Writer, node: fx.Node, attention_mask: fx.Node, **given: Any) -> Call:
+    sources = [writer.floating(given[name]) for name in ("q", "kv", "k_rope")]
+    numbers = (repr(given[name]) for name in ("num_heads", "v_head_dim", "softmax_scale"))
     hidden = "hidden_keys"
-    if not is_attention_mask(writer.program, mask, node):
+    if not is_attention_mask(writer.program, attention_mask, node):
         writer.used.add("find_hidden_keys")
-        hidden = f"find_hidden_keys({writer.graph_layout(mask)}, {sources[0]}.shape[1])"
-    return writer.call("mla_attention", *sources, hidden, *(repr(number) for number in numbers))
+        hidden = f"find_hidden_keys({writer.graph_layout(attention_mask)}, {sources[0]}.shape[1])"
+    return writer.call("mla_attention", *sources, hidden, *numbers)
 
 
-def _quantize_static(writer: Writer, node: fx.Node) -> Call:
-    x, scale, offset = operands(node)
-    parameters = writer.value(scale, "quantizer_scale"), writer.value(offset, "quantizer_offset")
+def _quantize_static(writer: Writer, node: fx.Node, x: fx.Node, input_scale: fx.Node, input_offset: fx.Node) -> Call:
+    parameters = writer.value(input_scale, "quantizer_scale"), writer.value(input_offset, "quantizer_offset")
     return Call(f"{NPU}npu_quantize", (writer.floating(x), *parameters, "torch.qint8", "-1", "True"))
 
 
-def _quantize_per_token(writer: Writer, node: fx.Node) -> Call:
-    return Call(f"{NPU}npu_dynamic_quant", (writer.floating(operands(node)[0]),))
+def _quantize_per_token(writer: Writer, node: fx.Node, x: fx.Node) -> Call:
+    return Call(f"{NPU}npu_dynamic_quant", (writer.floating(x),))
 
 
-def _dequantize_static(writer: Writer, node: fx.Node) -> Call:
-    product, deq_scale, quant_bias = operands(node)
-    x8, weight = operands(product)
+def _dequantize_static(writer: Writer, node: fx.Node, acc: fx.Node, deq_scale: fx.Node, quant_bias: fx.Node) -> Call:
+    x8, weight = operand(acc, "x"), operand(acc, "weight")
     sources = writer.value(x8), writer.value(weight, "int8_transposed"), writer.value(deq_scale, "as_stored")
     bias = f"bias={writer.value(quant_bias, 'as_stored')}"
     return Call(f"{NPU}npu_quant_matmul", (*sources, bias, "output_dtype=dtype"))
 
 
-def _dequantize_per_token(writer: Writer, node: fx.Node) -> Call:
+def _dequantize_per_token(
+    writer: Writer, node: fx.Node, acc: fx.Node, x_scale: fx.Node, weight_scale: fx.Node, bias: fx.Node | None
+) -> Call:
     """The per-token scale is one number a row, so leading dimensions are flattened around the operator."""
-    product, x_scale, weight_scale, *bias = operands(node)
-    if product.target == ops.int4_matmul:
-        return _int4_linear(writer, node)
-    x8 = writer.value(operands(product)[0])
-    weight, scale = writer.value(operands(product)[1], "int8_transposed"), writer.value(weight_scale, "channel_scale")
+    if acc.target == ops.int4_matmul:
+        return _int4_linear(writer, acc, x_scale, bias)
+    x8, weight = writer.value(operand(acc, "x")), writer.value(operand(acc, "weight"), "int8_transposed")
+    scale = writer.value(weight_scale, "channel_scale")
     sources = [f"{x8}.flatten(0, -2)", weight, scale, f"pertoken_scale={writer.value(x_scale)}.flatten()"]
-    if bias and bias[0] is not None:
-        sources.append(f"bias={writer.value(bias[0])}")
+    if bias is not None:
+        sources.append(f"bias={writer.value(bias)}")
     sources.append("output_dtype=dtype")
     return Call(f"{NPU}npu_quant_matmul", tuple(sources), f".unflatten(0, {x8}.shape[:-1])")
 
 
-def _int4_linear(writer: Writer, node: fx.Node) -> Call:
-    product, x_scale, _, *bias = operands(node)
-    x8, weight = operands(product)[:2]
-    recipe = writer.recipe(weight)
-    sources = writer.value(x8), writer.value(x_scale), *_int4_operands(writer, recipe)
+def _int4_linear(writer: Writer, acc: fx.Node, x_scale: fx.Node, bias: fx.Node | None) -> Call:
+    recipe = writer.recipe(operand(acc, "weight"))
+    sources = writer.value(operand(acc, "x")), writer.value(x_scale), *_int4_operands(writer, recipe)
     call = writer.call("int4_linear", *sources, "dtype")
-    return Call(call.head, call.arguments, f" + {writer.value(bias[0])}") if bias and bias[0] is not None else call
+    return call if bias is None else Call(call.head, call.arguments, f" + {writer.value(bias)}")
 
 
 def _int4_operands(writer: Writer, recipe: Recipe) -> tuple[str, str, str]:
@@ -148,10 +147,11 @@ def _int4_operands(writer: Writer, recipe: Recipe) -> tuple[str, str, str]:
     return weight, scale, writer.made(recipe, "scale_bias", layout, ("weight", *scales))
 
 
-def _grouped_dequantize(writer: Writer, node: fx.Node) -> Call:
-    product, x_scale, weight_scale, counts = operands(node)
-    x8, weight = operands(product)[:2]
-    if product.target == ops.grouped_int4_matmul:
+def _grouped_dequantize(
+    writer: Writer, node: fx.Node, acc: fx.Node, x_scale: fx.Node, weight_scale: fx.Node, counts: fx.Node
+) -> Call:
+    x8, weight = operand(acc, "x"), operand(acc, "weight")
+    if acc.target == ops.grouped_int4_matmul:
         words, scale, bias = _int4_operands(writer, writer.recipe(weight))
         sources = [f"[{words}]", f"bias=[{bias}]"]
     else:
@@ -166,23 +166,17 @@ def _grouped_matmul(x: str, sources: list[str], counts: str, rest: tuple[str, ..
     return Call(f"{NPU}npu_grouped_matmul", (f"[{x}]", *sources, *groups, *rest), "[0]")
 
 
-def _router_logits(writer: Writer, node: fx.Node) -> Call:
-    x, weight = operands(node)
+def _router_logits(writer: Writer, node: fx.Node, x: fx.Node, weight: fx.Node) -> Call:
     return Call("F.linear", (f"{writer.value(x)}.float()", f"{writer.value(weight, 'float32')}"))
 
 
-def _moe_gate(writer: Writer, node: fx.Node) -> Call:
-    logits, bias, top_k, n_group, topk_group, normalized, factor = operands(node)
-    numbers = (repr(number) for number in (top_k, n_group, topk_group, factor))
-    function = "moe_gate" if normalized else "moe_gate_unnormalized"
-    return writer.call(function, writer.value(logits), writer.value(bias, "float32"), *numbers)
+def _moe_gate(writer: Writer, node: fx.Node, logits: fx.Node, correction_bias: fx.Node, **given: Any) -> Call:
+    numbers = (repr(given[name]) for name in ("top_k", "n_group", "topk_group", "routed_scaling_factor"))
+    function = "moe_gate" if given["norm_topk_prob"] else "moe_gate_unnormalized"
+    return writer.call(function, writer.value(logits), writer.value(correction_bias, "float32"), *numbers)
 
 
-def _moe_init_routing(writer: Writer, node: fx.Node) -> Call:
-    return _init_routing(writer, *operands(node))
-
-
-def _init_routing(writer: Writer, x: fx.Node, ids: fx.Node, experts: int) -> Call:
+def _moe_init_routing(writer: Writer, node: fx.Node, x: fx.Node, ids: fx.Node, num_experts: int) -> Call:
     chosen = writer.value(ids)
     return Call(
         f"{NPU}npu_moe_init_routing_v2",
@@ -190,19 +184,18 @@ def _init_routing(writer: Writer, x: fx.Node, ids: fx.Node, experts: int) -> Cal
             _rows(writer, x),
             f"{chosen if is_int32(ids) else f'{chosen}.int()'}.flatten(0, -2)",
             "active_num=0",  # all rows (op-plugin documentation); an exported graph would fix their number
-            f"expert_num={experts}",
+            f"expert_num={num_experts}",
             "expert_tokens_num_type=1",
             "expert_tokens_num_flag=True",
             "quant_mode=-1",
-            f"active_expert_range=[0, {experts}]",
+            f"active_expert_range=[0, {num_experts}]",
             "row_idx_type=0",
         ),
         "[:3]",
     )
 
 
-def _moe_finalize_routing(writer: Writer, node: fx.Node) -> Call:
-    rows, row_index, weights = operands(node)
+def _moe_finalize_routing(writer: Writer, node: fx.Node, rows: fx.Node, row_index: fx.Node, weights: fx.Node) -> Call:
     return _unpermute(writer, writer.floating(rows), writer.value(row_index), weights)
 
 
@@ -212,15 +205,14 @@ def _unpermute(writer: Writer, rows: str, row_index: str, weights: fx.Node) -> C
     return Call(f"{NPU}npu_moe_token_unpermute", sources, f".unflatten(0, {chosen}.shape[:-1])")
 
 
-def _moe_experts(writer: Writer, node: fx.Node) -> Call:
+def _moe_experts(writer: Writer, node: fx.Node, x: fx.Node, ids: fx.Node, weights: fx.Node, **given: fx.Node) -> Call:
     """Float experts: the same route as quantized ones."""
-    x, ids, weights, *projections = operands(node)
-    gate, up, down = (writer.value(weight, "floating_transposed") for weight in projections)
+    gate, up, down = (writer.value(given[name], "floating_transposed") for name in PROJECTIONS)
     parts = ("rows", "row_index", "counts", "gate_proj", "up_proj", "swiglu", "down_proj")
     names = {part: writer.names.local(f"{writer.value(node)}_{part}") for part in parts}
-    experts = len(writer.program.parameters[str(projections[0].target)].names)
+    experts = len(writer.program.parameters[str(given["gate_proj"].target)].names)
     target = ", ".join(names[part] for part in parts[:3])
-    writer.assign(target, _init_routing(writer, x, ids, experts))
+    writer.assign(target, _moe_init_routing(writer, node, x, ids, experts))
     writer.assign(names["gate_proj"], _grouped_matmul(names["rows"], [f"[{gate}]"], names["counts"]))
     writer.assign(names["up_proj"], _grouped_matmul(names["rows"], [f"[{up}]"], names["counts"]))
     halves = f"torch.cat(({names['gate_proj']}, {names['up_proj']}), -1)"

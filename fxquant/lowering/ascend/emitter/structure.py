@@ -10,7 +10,7 @@ from fxquant import ops
 from fxquant.lowering.ascend.emitter.values import is_residual
 from fxquant.passes.npu.page_latents import CACHE_INPUTS, caches, is_paged
 from fxquant.program.node_names import identifier
-from fxquant.program.operands import operands, producer
+from fxquant.program.operands import arguments, item_of, producer
 from fxquant.program.program import Program
 
 BEFORE, BETWEEN, AFTER = "before", "between", "after"
@@ -42,7 +42,7 @@ def segments(program: Program) -> list[Segment]:
             if not runs or runs[-1][0] != node.meta["block"]:
                 runs.append((node.meta["block"], []))
             runs[-1][1].append(node)
-    caches = operands(program.graph.graph.output_node())[0][1:]
+    caches = program.graph.results[1:]
     keys: set[str] = set()
     found = []
     for position, (block, calls) in enumerate(runs):
@@ -144,7 +144,7 @@ def _role(program: Program, node: fx.Node) -> tuple[int, str]:
 def base_name(node: fx.Node) -> str:
     """Name of a value outside the segment that made it."""
     if is_rope_table(node):
-        return ("cos", "sin")[int(operands(node)[1])]
+        return "sin" if item_of(node)[1] else "cos"
     if is_residual(node):
         return "residual"
     return "size" if isinstance(node.meta["val"], torch.SymInt | int) else "x"
@@ -158,7 +158,10 @@ def reads_mask_for_attention(program: Program, node: fx.Node, segment: Segment) 
 def is_attention_mask(program: Program, node: fx.Node, user: fx.Node) -> bool:
     """Whether `user` is an attention over the model's own mask, with one query for each input token."""
     input_ids, attention_mask = program.graph.graph.find_nodes(op="placeholder")[:2]
-    if node is not attention_mask or user.target != ops.mla_attention or operands(user)[3] is not node:
+    if node is not attention_mask or user.target != ops.mla_attention:
         return False
-    queries, tokens = operands(user)[0].meta["val"].shape[1], input_ids.meta["val"].shape[1]
-    return str(queries) == str(tokens) and all(arg is not node for i, arg in enumerate(operands(user)) if i != 3)
+    given = arguments(user)
+    if given.pop("attention_mask") is not node:
+        return False
+    queries, tokens = given["q"].meta["val"].shape[1], input_ids.meta["val"].shape[1]
+    return str(queries) == str(tokens) and all(arg is not node for arg in given.values())

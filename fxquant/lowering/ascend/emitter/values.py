@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, fx
 
 from fxquant import ops
-from fxquant.program.operands import producer
+from fxquant.program.operands import operand, producer
 from fxquant.program.program import Program
 
 TOKEN_SCALES = (
@@ -60,7 +60,7 @@ def _stays_float32(node: fx.Node, found: set[fx.Node]) -> bool:
     if node.target in ops.REFERENCES or not _is_floating(node):
         return False
     if node.target in (torch.ops.aten.to.dtype, torch.ops.aten._to_copy.default):
-        return torch.float32 in (*node.args, *node.kwargs.values())
+        return operand(node, "dtype") is torch.float32
     sources = [source for source in node.all_input_nodes if _is_floating(source)]
     return not sources or any(source in found for source in sources)
 
