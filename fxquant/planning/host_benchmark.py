@@ -1,7 +1,7 @@
-"""How fast this machine is at what `compile` does, measured for a second beside other work.
+"""Host benchmark: disk and kernel rates of this machine, measured in a separate process for about a second.
 
-python -m fxquant.planning.host_benchmark FOLDER PARENT prints the measurement as JSON, and ends when process PARENT is
-gone. Nothing here imports torch, but what measures GPTQ where a policy asks for it.
+python -m fxquant.planning.host_benchmark FOLDER PARENT prints the measurement as JSON, and ends with process PARENT.
+Nothing here imports torch; `gptq_rates` does, and is imported only for a policy with GPTQ.
 """
 
 import json
@@ -38,8 +38,8 @@ SECONDS, LAST_WAIT = 4.0, 0.25
 COPY, COPY_BYTES = "copy", 64 << 20
 GPTQ_INVERSE, GPTQ_FEEDBACK = "inverses for gptq", "codes by gptq"
 GPTQ = {GPTQ_INVERSE, GPTQ_FEEDBACK}
-GPTQ_SHAPE, GPTQ_SECONDS = (512, 1024), 4.0
-"""Rows and columns of the weight that GPTQ is timed on, and how much longer to measure: it runs in torch."""
+GPTQ_SECONDS = 4.0
+"""How much longer to measure where GPTQ is asked for: it runs in torch."""
 PACKAGE = str(Path(__file__).parents[2])
 
 
@@ -75,35 +75,6 @@ def kernel_rates(kernels: dict[str, Callable[[], object]], rows: int = BLOCK[0])
     """Kernel and 10**9 weights a second on one core; each call takes `rows` rows."""
     for name, work in kernels.items():
         yield name, rows * BLOCK[1] / best_seconds(work) / 1e9
-
-
-def inverse_work(k: int) -> int:
-    """Of one matrix [k, k]: the unit in which `GPTQ_INVERSE` is counted."""
-    return k**3
-
-
-def feedback_work(n: int, k: int) -> int:
-    """Of one weight [n, k]: each column's errors go on into half of the others on average."""
-    from fxquant.kernels.gptq import BLOCK
-
-    return n * k * (k + BLOCK)
-
-
-def gptq_rates() -> Iterator[tuple[str, float]]:
-    """Work and 10**9 units of it a second on one core."""
-    import torch
-
-    from fxquant.kernels.gptq import carry_matrix, feedback_codes
-
-    torch.set_num_threads(1)
-    (n, k), generator = GPTQ_SHAPE, torch.Generator().manual_seed(0)
-    inputs = torch.randn(k, k, generator=generator, dtype=torch.float64)
-    hessian, weight = inputs.T @ inputs, torch.randn(n, k, generator=generator)
-    steps, limit = torch.full_like(weight, 0.5), torch.full_like(weight, 7)
-    yield GPTQ_INVERSE, inverse_work(k) / best_seconds(lambda: carry_matrix(hessian)) / 1e9
-    carry = carry_matrix(hessian)
-    seconds = best_seconds(lambda: feedback_codes(weight, steps, -limit, limit, carry))
-    yield GPTQ_FEEDBACK, feedback_work(n, k) / seconds / 1e9
 
 
 def copy_rate() -> float:
@@ -227,8 +198,11 @@ def measure(folder: Path, wanted: Callable[[], list[str]] = list) -> Iterator[Ma
         machine = _learned(machine, name, rate, before)
         yield machine
     if not GPTQ.isdisjoint(names):
-        for name, rate in gptq_rates():  # the memory is torch's, which `compile` has anyway
-            machine = replace(machine, kernels=machine.kernels | {name: rate})
+        from fxquant.planning.gptq_rates import gptq_calls
+
+        for name, (units, work) in zip((GPTQ_INVERSE, GPTQ_FEEDBACK), gptq_calls(), strict=True):
+            # kernel_bytes stays: the memory is torch's, which `compile` has anyway
+            machine = replace(machine, kernels=machine.kernels | {name: units / best_seconds(work) / 1e9})
             yield machine
 
 

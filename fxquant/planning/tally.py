@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 from fxquant.checkpoint.checkpoint import Checkpoint
 from fxquant.lowering.output_folder.layout import StoredTensor
-from fxquant.planning.host_benchmark import COPY, GPTQ_FEEDBACK, GPTQ_INVERSE, feedback_work, inverse_work, kernel_name
+from fxquant.planning.gptq_rates import feedback_work, inverse_work
+from fxquant.planning.host_benchmark import COPY, GPTQ_FEEDBACK, GPTQ_INVERSE, kernel_name
 from fxquant.policy.kinds import Kind
 from fxquant.policy.policy import LEAVE_OUT
 from fxquant.program.program import Program

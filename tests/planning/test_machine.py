@@ -7,16 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from fxquant.planning.host_benchmark import (
-    COPY,
-    DISK_BYTES,
-    GPTQ,
-    Measuring,
-    disk_rates,
-    feedback_work,
-    inverse_work,
-    kernel_name,
-)
+from fxquant.planning.gptq_rates import feedback_work, inverse_work
+from fxquant.planning.host_benchmark import COPY, DISK_BYTES, GPTQ, Measuring, disk_rates, kernel_name
 
 FORMS = ((False, 0), (True, 0), (True, 64))
 KERNELS = {COPY} | {kernel_name(four, size, fp8) for four, size in FORMS for fp8 in (False, True)}
