@@ -24,10 +24,9 @@ from fxquant.checkpoint.config_sizes import (
     YarnScale,
 )  # fmt: skip
 from fxquant.checkpoint.model_args import is_model_args, model_args_to_hf
-from fxquant.checkpoint.parameter_count import check_size
 from fxquant.errors import FxquantError
 from fxquant.inputs.json_file import read_json
-from fxquant.inputs.limits import CONFIG_BYTES
+from fxquant.inputs.limits import ALL_EXPERTS, CONFIG_BYTES, PARAMETERS
 from fxquant.inputs.validation import cut, validation_fact
 
 __all__ = [
@@ -122,7 +121,7 @@ class DeepseekV3Config(BaseModel):
         if chosen > kept * (self.n_routed_experts // groups):
             fact = f"{chosen} experts a token do not fit into {kept} groups"
             raise ValueError(f"{said}, num_experts_per_tok {chosen}: {fact}")
-        check_size(self)
+        _check_size(self)
         return self
 
     @property
@@ -137,6 +136,32 @@ class DeepseekV3Config(BaseModel):
         if self.rope_scaling and self.rope_scaling.mscale_all_dim:
             scale *= yarn_mscale(self.rope_scaling.factor, self.rope_scaling.mscale_all_dim) ** 2
         return scale
+
+
+def _check_size(config: DeepseekV3Config) -> None:
+    """Raise ValueError if the model has more experts or parameters than `fxquant.inputs.limits` allows."""
+    layers, experts = config.num_hidden_layers + config.num_nextn_predict_layers, config.n_routed_experts
+    sparse = max(layers - config.first_k_dense_replace, 0)
+    if sparse * experts > ALL_EXPERTS:
+        said = f"n_routed_experts {experts:,} in each of {sparse:,} layers"
+        raise ValueError(f"{said} are {sparse * experts:,} experts, at most {ALL_EXPERTS:,} are read")
+    total = _parameters(config, layers, sparse)
+    if total > PARAMETERS:
+        said = f"hidden_size {config.hidden_size:,}, num_hidden_layers {config.num_hidden_layers:,} and the other sizes"
+        raise ValueError(f"{said} make {total:.2e} parameters, at most {PARAMETERS:.0e} are read")
+
+
+def _parameters(config: DeepseekV3Config, layers: int, sparse: int) -> int:
+    """Number of parameters in the matrices of a model, prediction layers included."""
+    hidden, heads, rank = config.hidden_size, config.num_attention_heads, config.q_lora_rank
+    queries = heads * config.qk_head_dim
+    attention = hidden * queries if rank is None else rank * (hidden + queries)
+    attention += hidden * (config.kv_lora_rank + config.qk_rope_head_dim + heads * config.v_head_dim)
+    attention += config.kv_lora_rank * heads * (config.qk_nope_head_dim + config.v_head_dim)
+    expert = 3 * hidden * config.moe_intermediate_size
+    moe = (config.n_routed_experts + config.n_shared_experts) * expert + config.n_routed_experts * hidden
+    outer = 2 * (1 + config.num_nextn_predict_layers) * hidden * (config.vocab_size + hidden)
+    return layers * attention + sparse * moe + (layers - sparse) * 3 * hidden * config.intermediate_size + outer
 
 
 def yarn_mscale(factor: float, mscale: float) -> float:

@@ -12,8 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import YARN, tiny_config
 
-from fxquant.checkpoint.config import DeepseekV3Config, parse_config
-from fxquant.checkpoint.parameter_count import _parameters
+from fxquant.checkpoint.config import DeepseekV3Config, _parameters, parse_config
 from fxquant.errors import FxquantError
 from fxquant.frontend.deepseek_args import hf_to_model_args
 from fxquant.frontend.source import open_source
