@@ -20,6 +20,6 @@ RouteScale = Annotated[float, Field(gt=0, le=1e6)]
 RopeTheta = Annotated[float, Field(gt=1, le=1e12)]
 """YaRN divides by its logarithm."""
 YarnFactor = Annotated[float, Field(ge=1e-3, le=1e6)]
-YarnBeta = Annotated[float, Field(gt=0, le=1e6)]
-"""Turns: their logarithm is taken."""
+YarnBeta = Annotated[float, Field(ge=1e-6, le=1e6)]
+"""Turns, divided by and their logarithm taken: a smaller one overflows."""
 YarnScale = Annotated[float, Field(ge=0, le=100)]
