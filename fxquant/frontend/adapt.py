@@ -1,7 +1,7 @@
-"""A foreign model as a `DeepseekV3`: known classes give way to ours on the instance, and come back afterwards.
+"""Model adaptation: a foreign model as a `DeepseekV3`, its known classes replaced by ours and restored afterwards.
 
-The decoder layers stay the user's: their forward runs as it is, with our attention, MLP and norms inside. What a layer
-hands to its attention in its own family's way (masks, caches, positions) goes through a `Slot` instead.
+The decoder layers stay the user's: their forward runs unchanged, with our attention, MLP and norms inside. Masks,
+caches and positions, which each family passes to its attention in its own way, go through a `Slot` instead.
 """
 
 from collections.abc import Iterator, Mapping
@@ -27,7 +27,7 @@ TABLES = ("_modules", "_parameters", "_buffers")
 
 
 class Slot:
-    """What the layer that runs hands to its attention, past the user's code between them."""
+    """What the running layer passes to its attention, bypassing the user's code between them."""
 
     cos: Tensor
     sin: Tensor
@@ -37,7 +37,7 @@ class Slot:
 
 
 class Adaptation:
-    """One model being adapted: converts module by module, and remembers what a module was before it was touched."""
+    """The adaptation of one model: converts module by module, and saves each module's state before its first change."""
 
     def __init__(self, family: Family | None, leaves: Leaves, config: DeepseekV3Config) -> None:
         self.family, self.leaves, self.config, self.slot = family, leaves, config, Slot()
@@ -45,7 +45,7 @@ class Adaptation:
         self._converted: dict[int, nn.Module] = {}
 
     def convert(self, module: nn.Module) -> nn.Module:
-        """The module that takes the place of `module`: that of its adapter, or itself with its children converted."""
+        """The replacement of `module`: what its adapter returns, or the module itself with its children converted."""
         if id(module) in self._converted:
             return self._converted[id(module)]
         adapter = self._adapter(module)
@@ -63,7 +63,7 @@ class Adaptation:
         return converted
 
     def layer(self, module: nn.Module, path: str) -> nn.Module:
-        """A decoder layer: converted, its children under the names of the checkpoint, its forward bridged."""
+        """Convert a decoder layer: its children get their checkpoint names, and its forward is bridged."""
         converted = self.convert(module)
         if converted is module and self.family is not None:
             self.touch(module)
@@ -72,13 +72,13 @@ class Adaptation:
         return converted
 
     def mark(self, module: nn.Module, kind: Kind) -> nn.Module:
-        """`module`, now of that kind."""
+        """Set the kind of `module` and return it."""
         self.touch(module)
         module.kind = kind  # type: ignore[assignment]
         return module
 
     def float32(self, root: nn.Module) -> None:
-        """Give every parameter float32, the dtype of tracing; raises FxquantError for one that is not a float."""
+        """Convert every parameter to float32, the dtype of tracing; raises FxquantError for one that is not a float."""
         for path, module in root.named_modules():
             for name, tensor in list(module._parameters.items()):
                 if tensor is None or tensor.dtype is torch.float32:
@@ -90,13 +90,14 @@ class Adaptation:
                 setattr(module, name, parameter(tensor))
 
     def touch(self, module: nn.Module) -> None:
-        """Remember what `module` is now, unless that is known."""
+        """Save the state of `module`, unless it is saved already."""
         if id(module) not in self._before:
+            # vars() alone would share these dicts, which adapting changes in place
             tables = {table: dict(vars(module)[table]) for table in TABLES}
             self._before[id(module)] = (module, dict(vars(module)), tables)
 
     def undo(self) -> None:
-        """Every touched module as it was."""
+        """Restore every touched module."""
         for module, attributes, tables in self._before.values():
             vars(module).clear()
             vars(module).update(attributes)
@@ -106,11 +107,12 @@ class Adaptation:
         self._before.clear()
 
     def _adapter(self, module: nn.Module) -> Adapter | None:
-        """By the class that defines the forward: a subclass with a forward of its own is another class."""
+        """Looked up by the class that defines the forward: a subclass with its own forward is a different class."""
         owner = forward_owner(module)
         declared = self.leaves.get(type(module)) or self.leaves.get(owner)
         if declared is not None or self.family is None:
             return declared
+        # by name: transformers may not be installed, and DeepSeek's classes live in the user's own file
         return self.family.adapters.get(owner.__name__)
 
     def _rename_children(self, module: nn.Module, names: Mapping[str, str]) -> None:
@@ -119,7 +121,7 @@ class Adaptation:
         for name, child in children.items():
             module._modules[names.get(name, name)] = child
             if name in names:
-                vars(module)[name] = child  # where the layer's own forward finds it
+                vars(module)[name] = child  # the layer's own forward still reads it under its old name
 
     def _bridge_layer(self, layer: nn.Module, family: Family, path: str) -> None:
         inner, slot = layer.forward, self.slot
@@ -130,7 +132,7 @@ class Adaptation:
             if slot.present is None:
                 attention = layer._modules.get("self_attn")
                 place = f"{path}.self_attn" if attention is not None else path
-                raise undeclared(place, attention or layer, "is no attention that has an adapter", rule="")
+                raise undeclared(place, attention or layer, "is not an attention module with an adapter", rule="")
             return x, slot.present
 
         layer.forward = forward
@@ -148,11 +150,11 @@ class Adaptation:
 
 @contextmanager
 def adapted(model: nn.Module, config: DeepseekV3Config, leaves: Leaves | None = None) -> Iterator[nn.Module]:
-    """`model` in the form that is traced; what was changed on it is undone on leaving.
+    """`model` in the form that is traced; all changes are undone on exit.
 
-    `config` is that of the checkpoint; a family whose models carry a config of their own is read by that. Models of
+    `config` is the checkpoint's; families whose models carry their own config use that one. Models of
     `fxquant.models`, and others whose forward takes (input_ids, attention_mask, position_ids, past), keep their
-    forward: only `leaves` are replaced. Raises FxquantError for a model of no known family.
+    forward: only `leaves` are replaced. Raises FxquantError where an adapter does not find a part.
     """
     family = family_of(model)
     own = family.config(model, config) if family else config
@@ -166,7 +168,7 @@ def adapted(model: nn.Module, config: DeepseekV3Config, leaves: Leaves | None = 
 
 
 def _root(model: nn.Module, adaptation: Adaptation) -> DeepseekV3:
-    """Our causal model and decoder around the layers of `model`."""
+    """Our causal model and decoder, wrapped around the layers of `model`."""
     family, config = adaptation.family, adaptation.config
     assert family is not None
     embed, stack, norm, head = (

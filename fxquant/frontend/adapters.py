@@ -1,8 +1,8 @@
-"""One class of a foreign model as one of ours: adapters are data, for the families here and for a file's LEAVES.
+"""Adapters: one class of a foreign model as one of ours. They are data, for the families here and a file's LEAVES.
 
-An adapter is called with a module and the `Adaptation` under way, and returns the module that takes its place while
-the model is traced. Fields name the attributes that hold a part, by dotted path; the defaults are the names of Hugging
-Face checkpoints. A size that is None is that of config.json.
+An adapter is called with a module and the current `Adaptation`, and returns the module that replaces it while the
+model is traced. Fields give the dotted path of the attribute that holds a part; the defaults are the names in Hugging
+Face checkpoints. A size of None is taken from config.json.
 
     LEAVES = {LoopMoE: adapters.MoE(gate_weight="router.weight", experts="pool", gate_proj="w1", up_proj="w3")}
 
@@ -25,20 +25,20 @@ from fxquant.policy.kinds import Kind
 
 
 class Adaptation(Protocol):
-    """What an adapter may ask of the adaptation under way: that of `fxquant.frontend.adapt`."""
+    """The part of `fxquant.frontend.adapt.Adaptation` that an adapter may use."""
 
     config: DeepseekV3Config
 
     def convert(self, module: nn.Module) -> nn.Module:
-        """The module that takes the place of `module`."""
+        """The replacement of `module`."""
 
     def mark(self, module: nn.Module, kind: Kind) -> nn.Module:
-        """`module`, now of that kind."""
+        """Set the kind of `module` and return it."""
 
 
 Adapter = Callable[[nn.Module, Adaptation], nn.Module]
 Size = str | int | float | bool | None
-"""A number, the path of the attribute that holds it, or None for that of config.json."""
+"""A number, the path of the attribute that holds it, or None to take it from config.json."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class MoE:
         return assemble(models.MoE, gate=gate, experts=experts, shared_experts=shared)
 
     def _stacks(self, experts: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """gate_proj, up_proj [E, I, H] and down_proj [E, H, I]; on meta, a stack costs nothing."""
+        """gate_proj, up_proj [E, I, H] and down_proj [E, H, I]; on meta, stacking takes no memory."""
         if self.gate_up_proj is not None:
             gate_proj, up_proj = fetch(experts, self.gate_up_proj).detach().chunk(2, 1)
             return gate_proj, up_proj, fetch(experts, self.down_proj)
@@ -137,8 +137,8 @@ class MoE:
     def _gate(self, module: nn.Module, adaptation: Adaptation) -> nn.Module:
         bias, config = fetch(module, self.correction_bias), adaptation.config
         if bias is None:
-            fact = f"its gate has no {self.correction_bias}; the experts of DeepSeek-V3 are chosen with it."
-            raise FxquantError(type(module).__name__, fact, "Create the bias whatever the sizes; zeros change nothing.")
+            fact = f"its gate has no {self.correction_bias}, which DeepSeek-V3 adds to the scores to choose experts."
+            raise FxquantError(type(module).__name__, fact, "Create it for every model size; zeros change nothing.")
         sizes = {
             "top_k": (self.top_k, config.num_experts_per_tok),
             "n_group": (self.n_group, config.n_group),
@@ -153,7 +153,7 @@ class MoE:
 
 @dataclass(frozen=True)
 class Attention:
-    """Multi-head latent attention, whichever way the module computes it."""
+    """Multi-head latent attention, however the module computes it."""
 
     q_proj: str = "q_proj"
     q_a_proj: str = "q_a_proj"

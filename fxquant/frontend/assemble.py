@@ -1,4 +1,4 @@
-"""Our modules put together from parts that exist already."""
+"""Module assembly: instances of our classes from existing parts."""
 
 from typing import Any, TypeVar
 
@@ -11,7 +11,7 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def assemble(cls: type[Module], **parts: Any) -> Module:
-    """An instance of `cls` with these attributes in place of what its constructor would make."""
+    """An instance of `cls` with these attributes; its constructor does not run."""
     module = cls.__new__(cls)
     nn.Module.__init__(module)
     for name, part in parts.items():
@@ -24,9 +24,9 @@ def fetch(module: nn.Module, path: str) -> Any:
     found: Any = module
     for name in path.split("."):
         if not hasattr(found, name):
-            fact = f"an adapter looks for {path!r}, and there is no {name!r}."
+            fact = f"an adapter looks for {path!r}, but there is no {name!r}."
             names = sorted({*module._modules, *module._parameters, *module._buffers})
-            raise FxquantError(type(module).__name__, fact, f"It has: {', '.join(names)}. Name the right one.")
+            raise FxquantError(type(module).__name__, fact, f"It has: {', '.join(names)}. Name one of these.")
         found = getattr(found, name)
     return found
 

@@ -1,4 +1,4 @@
-"""A model.py → the float program, in this process."""
+"""Model file build: a model.py → the float program, in this process."""
 
 import inspect
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ CANONICAL = ("input_ids", "attention_mask", "position_ids", "past")
 
 @dataclass(frozen=True)
 class Built:
-    """The float program, the way the model came in, and whether a small copy of it was run."""
+    """The float program, the model's family, and whether a small copy of it was run."""
 
     program: Program
     family: str
@@ -43,17 +43,18 @@ def trace_file(path: Path, checkpoint: Path | None = None) -> Traced:
 
 
 def checkpoint_folder(file: UserFile) -> Path:
-    """The folder that the file names, relative to it."""
+    """The checkpoint folder that the file names, relative to the file."""
     if file.checkpoint is None:
         raise FxquantError(file.path, "names no CHECKPOINT.", "Set CHECKPOINT in the file or pass --checkpoint DIR.")
     folder = file.path.parent / file.checkpoint
     if not folder.is_dir():
-        raise FxquantError(file.path, f"CHECKPOINT {file.checkpoint!r} is not a folder.", "It is relative to the file.")
+        fact = f"CHECKPOINT {file.checkpoint!r} is not a folder."
+        raise FxquantError(file.path, fact, "Its path is relative to the file.")
     return folder
 
 
 def build_program(file: UserFile, checkpoint: Checkpoint) -> Built:
-    """Build on meta, check a small copy, adapt and trace. Raises FxquantError for all that the file does wrong."""
+    """Build on meta, check a small copy, adapt and trace. Raises FxquantError for any mistake in the file."""
     config = parse_config(checkpoint.config, checkpoint.folder / "config.json")
     model = build_model(file, config, "meta")
     family = family_of(model)
@@ -66,7 +67,7 @@ def build_program(file: UserFile, checkpoint: Checkpoint) -> Built:
 
 
 def build_model(file: UserFile, config: DeepseekV3Config, device: str) -> nn.Module:
-    """The file's model on `device`, in inference mode; raises FxquantError for what is none of DeepSeek-V3's."""
+    """The file's model on `device`, in inference mode; raises FxquantError if it is not a DeepSeek-V3."""
     try:
         with torch.device(device), torch.random.fork_rng(devices=[]):
             model = file.build(config)
@@ -75,7 +76,7 @@ def build_model(file: UserFile, config: DeepseekV3Config, device: str) -> nn.Mod
     except Exception as error:
         raise FxquantError(file.path, f"build_model failed: {where(error, file.path)}", remedy(error)) from error
     if not isinstance(model, nn.Module):
-        fact = f"build_model gave a {type(model).__name__}."
+        fact = f"build_model returned a {type(model).__name__}."
         raise FxquantError(file.path, fact, "Return a torch.nn.Module.")
     _check_root(file, model)
     return model.eval()
@@ -87,6 +88,7 @@ def _check_root(file: UserFile, model: nn.Module) -> None:
     parameters = tuple(inspect.signature(model.forward).parameters)
     if parameters != CANONICAL:
         known = ", ".join(dict.fromkeys(family.root for family in FAMILIES))
-        fact = f"build_model gave a {type(model).__name__}, whose forward takes {', '.join(parameters) or 'nothing'}."
+        taken = ", ".join(parameters) or "nothing"
+        fact = f"build_model returned a {type(model).__name__}, whose forward takes {taken}."
         way_out = f"Return a DeepSeek-V3: fxquant.models.DeepseekV3, {known}, or a module whose forward takes "
         raise FxquantError(file.path, fact, way_out + ", ".join(CANONICAL) + ".")

@@ -1,4 +1,4 @@
-"""What the process of a model.py runs: `trace_file`, and its graph or its error as the answer.
+"""Entry point of a model.py's child process: runs `trace_file` and writes its graph or its error as the answer.
 
 python -m fxquant.frontend.child_main MODEL.py ANSWER [CHECKPOINT], where ANSWER is an open file descriptor.
 """
@@ -15,11 +15,11 @@ from fxquant.processes.command import end_with
 
 
 def main(file: Path, answer: int, checkpoint: Path | None) -> None:
-    """Trace `file` here, and write the program or the error as a line of JSON, complete or without its end."""
-    from fxquant.frontend.build import trace_file  # torch: after `end_with`, so that a parent that dies is seen
+    """Trace `file`, and write the program or the error as one line of JSON; its newline shows that it is complete."""
+    from fxquant.frontend.build import trace_file  # imports torch: after `end_with`, so that it ends with its parent
 
     own = os.getpid()
-    os.set_inheritable(answer, False)
+    os.set_inheritable(answer, False)  # programs that the file starts must not write to it
     try:
         traced = trace_file(file, checkpoint)
         content: dict[str, Any] = {
@@ -30,13 +30,13 @@ def main(file: Path, answer: int, checkpoint: Path | None) -> None:
         }
     except FxquantError as error:
         content = {"error": [_writable(text) for text in (error.place, error.fact, error.remedy)]}
-    if os.getpid() == own:  # not what the file forked
+    if os.getpid() == own:  # a fork of the file must not answer
         with os.fdopen(answer, "wb") as stream:
             stream.write(json.dumps(content, default=str).encode() + b"\n")
 
 
 def _writable(text: str) -> str:
-    """Names of files may be other than UTF-8."""
+    """File names may not be valid UTF-8."""
     return text.encode(errors="backslashreplace").decode()
 
 

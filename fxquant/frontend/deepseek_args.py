@@ -1,4 +1,4 @@
-"""A config → the ModelArgs of DeepSeek's inference code, with which its model.py builds the model."""
+"""ModelArgs from a config: the arguments with which DeepSeek's inference model.py builds the model."""
 
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -9,12 +9,12 @@ from fxquant.errors import FxquantError
 
 
 def hf_to_model_args(config: DeepseekV3Config, dtype: Literal["bf16", "fp8"] = "bf16") -> dict[str, Any]:
-    """The ModelArgs of a model of this config, without its prediction layers. `dtype` is that of the weights.
+    """The ModelArgs for this config, without its prediction layers. `dtype` is that of the weights.
 
-    Raises FxquantError for what DeepSeek's inference code does not do: biases, another norm, other YaRN.
+    Raises FxquantError for what DeepSeek's inference code does not support: biases, another norm, other YaRN.
     """
     for fact in _unsayable(config):
-        raise FxquantError("config.json", f"ModelArgs cannot say {fact}.", "Keep Hugging Face's config.json.")
+        raise FxquantError("config.json", f"ModelArgs cannot express {fact}.", "Keep Hugging Face's config.json.")
     args = {key: getattr(config, official) for key, official in KEYS.items()}
     args |= {"dtype": dtype, "q_lora_rank": config.q_lora_rank or 0}
     args["original_seq_len"] = max(ModelArgs.model_fields["original_seq_len"].default, config.max_position_embeddings)
@@ -24,14 +24,14 @@ def hf_to_model_args(config: DeepseekV3Config, dtype: Literal["bf16", "fp8"] = "
 
 
 def _unsayable(config: DeepseekV3Config) -> Iterator[str]:
-    """What `config` has that no ModelArgs mean."""
+    """The settings of `config` that ModelArgs cannot express."""
     for key, value in UNSAID.items():
         if getattr(config, key) != value:
-            yield f"{key} {getattr(config, key)}: it means {value}"
+            yield f"{key} {getattr(config, key)}: it is always {value}"
     yarn, positions = config.rope_scaling, config.max_position_embeddings
     if yarn and yarn.mscale != yarn.mscale_all_dim:
-        yield f"mscale {yarn.mscale} beside mscale_all_dim {yarn.mscale_all_dim}: it has one for both"
+        yield f"mscale {yarn.mscale} and mscale_all_dim {yarn.mscale_all_dim}: it has one value for both"
     if yarn and yarn.factor < 1:
-        yield f"YaRN of factor {yarn.factor}: it extends"
+        yield f"YaRN of factor {yarn.factor}: it must be at least 1"
     if yarn and positions <= yarn.original_max_position_embeddings:
-        yield f"YaRN for {positions} positions, as many as without: it extends beyond them"
+        yield f"YaRN for {positions} positions: it needs more than original_max_position_embeddings"

@@ -1,4 +1,4 @@
-"""The proof that adapters are right: a small copy with random weights, in its own forward and as the traced graph.
+"""Adapter probe: a small copy with random weights runs in its own forward and as the traced graph, and must agree.
 
 No adapter is trusted by its name. The copy has two layers and few, narrow experts, but the width and the routing groups
 of the real model; both sides run a prefill and cached steps, the graph in one padded batch.
@@ -25,12 +25,13 @@ Build = Callable[[DeepseekV3Config, str], nn.Module]
 LENGTHS, STEPS = (7, 4), 3
 """Prompt tokens of each row, and tokens that follow them one at a time."""
 LARGEST = 1 << 26
-"""Parameters up to which a model that ignores the config it is given is run as it is."""
+"""Maximum parameters of a model that is run although it ignores the config it is given."""
 
 
 def small_config(config: DeepseekV3Config) -> DeepseekV3Config:
-    """A model of the same make to run in a second: hidden_size, groups, ranks' presence and rotary scaling stay."""
+    """A copy that runs in a second: hidden_size, groups, the presence of a low rank and rotary scaling stay."""
     groups, kept = config.n_group, config.topk_group
+    # two experts per group: a group's score is the sum of its two best
     experts = groups * max(2, -(-8 // groups)) if groups <= 8 else 2 * groups
     dense = min(config.first_k_dense_replace, 1)
     return config.model_copy(
@@ -46,10 +47,10 @@ def small_config(config: DeepseekV3Config) -> DeepseekV3Config:
 
 @torch.no_grad()
 def probe(file: UserFile, config: DeepseekV3Config, build: Build) -> bool:
-    """Whether a copy was run; raises FxquantError where its logits differ from the graph's by more than rounding.
+    """Return whether a copy was run; raises FxquantError if its logits differ from the graph's by more than rounding.
 
-    A model that takes no config is run if it is small; if it is large, its family's own classes are taken at their
-    word only where they come from the installed transformers.
+    A model that takes no config is run if it is small. A large one is refused, unless its classes are those of the
+    installed transformers: then it is not checked.
     """
     config = small_config(config) if file.takes_config else config
     meta = build(config, "meta")
@@ -57,7 +58,7 @@ def probe(file: UserFile, config: DeepseekV3Config, build: Build) -> bool:
         if type(meta).__module__.startswith("transformers."):
             return False
         fact = f"its {type(meta).__name__} cannot be checked: build_model does not take its sizes from config."
-        raise FxquantError(file.path, fact, "Let it, so that a small copy can be run beside the graph.")
+        raise FxquantError(file.path, fact, "Use config, so that a small copy can be compared with the graph.")
     with adapted(meta, config, file.leaves) as root:
         program = trace(root, Checkpoint(Path("probe"), config.model_dump() | {"torch_dtype": "float32"}, {}))
     model = build(config, "cpu").float()
@@ -70,7 +71,7 @@ def probe(file: UserFile, config: DeepseekV3Config, build: Build) -> bool:
     except Exception as error:
         fact = f"the forward of {type(model).__name__} fails on a small copy: {where(error, file.path)}"
         raise FxquantError(
-            file.path, fact, "It must run on a CPU, with a cache, at any sizes that config gives."
+            file.path, fact, "It must run on CPU, with a cache, at any sizes given by config."
         ) from error
     found = graph_logits(program, tensors, ids)
     _compare(file, type(meta).__name__, expected, found, config)
@@ -142,7 +143,7 @@ def graph_logits(program: Program, tensors: dict[str, Tensor], ids: Tensor) -> T
 
 
 def rounding_bound(config: DeepseekV3Config, logits: Tensor) -> float:
-    """Two forms of one function in float32: each of two blocks a layer sums up to `width` products, whose rounding
+    """For two forms of one function in float32: two blocks per layer each sum up to `width` products, whose rounding
     errors of 2**-24 of the sum add up like a random walk, differently in the two; times two for either side."""
     width = max(config.hidden_size, config.intermediate_size, config.num_attention_heads * config.v_head_dim)
     return 2 * 2 * config.num_hidden_layers * width**0.5 * 2.0**-24 * float(logits.abs().max())
@@ -150,10 +151,10 @@ def rounding_bound(config: DeepseekV3Config, logits: Tensor) -> float:
 
 def _compare(file: UserFile, name: str, expected: Tensor, found: Tensor, config: DeepseekV3Config) -> None:
     error, bound = float((expected - found).abs().max()), rounding_bound(config, expected)
-    if not error <= bound:
+    if not error <= bound:  # not `>`: NaN must fail
         fact = f"a small copy of {name} gives logits that differ from the traced graph's by {error:.2g}"
-        fact += f" ({bound:.2g} is rounding)."
-        way_out = "One of its classes has a known name and another meaning: declare your own in LEAVES, or rename it."
+        fact += f" (rounding explains {bound:.2g})."
+        way_out = "A class with a known name computes something else: declare your own in LEAVES, or rename it."
         raise FxquantError(file.path, fact, way_out)
 
 

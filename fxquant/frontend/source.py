@@ -1,4 +1,4 @@
-"""MODEL, as a user names it, to a float program and its checkpoint."""
+"""Model source: MODEL, a checkpoint folder or a model.py → a float program and its checkpoint."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -47,9 +47,9 @@ def open_source(
 ) -> Source:
     """Open a checkpoint folder or a `model.py`. `checkpoint` overrides the folder that the file names.
 
-    A folder runs no code. A `model.py` is imported, built and traced in a process of its own, which is ended after
-    `timeout` seconds; only its graph, as text, comes back. `config_only` takes a config.json, or a folder with nothing
-    else, in place of a checkpoint, whose tensors are then empty.
+    Opening a folder runs no code. A `model.py` is imported, built and traced in a separate process, which is killed
+    after `timeout` seconds; only its graph, as text, comes back. `config_only` also accepts a config.json, or a folder
+    with nothing else; the checkpoint then has no tensors.
     """
     if config_only and path.suffix == ".json" and path.is_file():
         return _from_config(path, _config_file(path), path)
@@ -57,8 +57,8 @@ def open_source(
     if wrong is not None:
         raise wrong
     if checkpoint is not None and path.suffix != ".py":
-        fact = "is given for a MODEL that is no model.py."
-        raise FxquantError(f"--checkpoint {checkpoint}", fact, "A checkpoint folder has its own weights: leave it out.")
+        fact = "applies only to a model.py."
+        raise FxquantError(f"--checkpoint {checkpoint}", fact, "Leave it out: a checkpoint folder has its own weights.")
     if path.is_dir():
         return _from_config(path, open_config(path) if config_only else open_checkpoint(path), path / "config.json")
     traced = trace_in_child(path, checkpoint, timeout)

@@ -1,4 +1,4 @@
-"""Stand-ins for packages that exist only beside an accelerator, so that a file that imports them can be read."""
+"""Stubs of packages that exist only with an accelerator, so that a file that imports them can be imported."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -14,7 +14,7 @@ ACCELERATOR_ONLY = ("kernel", "triton", "flash_attn", "deep_gemm", "fast_hadamar
 
 
 class Stub(ModuleType):
-    """Has every attribute, and can be called or used as a decorator; what it gives is a stub again."""
+    """Has every attribute, and can be called or used as a decorator; every result is another stub."""
 
     def __getattr__(self, name: str) -> "Stub":
         if name.startswith("__"):
@@ -26,7 +26,7 @@ class Stub(ModuleType):
 
 
 class _Finder(MetaPathFinder, Loader):
-    """Stands last in sys.meta_path, so what is installed is found before it is asked; serves files in `folder` only."""
+    """Last in sys.meta_path, so that installed packages take precedence; serves files in `folder` only."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -44,7 +44,7 @@ class _Finder(MetaPathFinder, Loader):
 
 
 def _importer() -> Path:
-    """The file whose import statement is being carried out; torch, too, asks whether there is a Triton."""
+    """The file whose import statement is running; torch also looks for Triton, and must not find a stub."""
     frame = sys._getframe(1)
     while frame.f_back and (frame.f_code.co_filename.startswith("<frozen") or frame.f_code.co_filename == __file__):
         frame = frame.f_back

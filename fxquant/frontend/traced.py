@@ -1,4 +1,4 @@
-"""What the process of a model.py hands back."""
+"""Traced model: what the child process of a model.py returns."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Traced:
-    """What comes back: the float program as text, where its checkpoint lies, and how the model came in."""
+    """The float program as text, its checkpoint folder, the file's policy, and the kind of model."""
 
     program: str
     checkpoint: Path

@@ -1,4 +1,4 @@
-"""A `model.py`: imported, and what it defines checked against the contract of docs/model-file.md."""
+"""Model file: imports a `model.py` and checks what it defines against the contract of docs/model-file.md."""
 
 import ast
 import dataclasses
@@ -23,7 +23,7 @@ from fxquant.frontend.deepseek_args import hf_to_model_args
 from fxquant.frontend.stubs import accelerator_stubs
 
 CONTRACT = "A model.py defines build_model(config) and may name its CHECKPOINT folder; see docs/model-file.md."
-CUDA = "The file runs on the meta device, on machines without an accelerator: leave devices to whoever runs the model."
+CUDA = "The file runs on the meta device, without an accelerator: it must not choose a device."
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class UserFile:
     """What a model.py defines.
 
     build             (config) → the model, on the device of the caller's `torch.device` context
-    takes_config      whether its sizes can be asked for
+    takes_config      whether build_model takes a config, so that its sizes can be chosen
     leaves            module class → adapter
     checkpoint_names  path of a parameter in the model → its name in the checkpoint
     example_inputs    (model, phase) → (args, kwargs) to trace with; dynamic_shapes: (phase) → their dynamic sizes
@@ -50,9 +50,9 @@ class UserFile:
 
 @contextmanager
 def open_user_file(path: Path) -> Iterator[UserFile]:
-    """Import `path`. Within the context it may import files that lie beside it.
+    """Import `path`. Within the context it can import files beside it.
 
-    Raises FxquantError for a file that cannot be imported or does not keep the contract.
+    Raises FxquantError for a file that cannot be imported or does not meet the contract.
     """
     folder = str(path.parent.resolve())
     sys.path.insert(0, folder)
@@ -65,7 +65,7 @@ def open_user_file(path: Path) -> Iterator[UserFile]:
 
 def _read(path: Path) -> UserFile:
     bare = "build_model" not in _top_names(path) and "model" in _top_names(path)
-    with torch.device("meta") if bare else nullcontext():
+    with torch.device("meta") if bare else nullcontext():  # a model built on import takes no memory there
         module = _import(path)
     build, takes_config = _builder(path, module)
     policy, names = getattr(module, "POLICY", None), getattr(module, "checkpoint_names", None)
@@ -83,7 +83,7 @@ def _top_names(path: Path) -> set[str]:
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"))
     except (SyntaxError, ValueError):
-        return set()  # the import says it better
+        return set()  # importing it gives the better error
     names = set()
     for statement in tree.body:
         if isinstance(statement, ast.FunctionDef | ast.ClassDef):
@@ -103,7 +103,7 @@ def _import(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(_module_name(path), path)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look for the module of their annotations
+    sys.modules[spec.name] = module  # dataclasses look up the module of their annotations here
     try:
         with accelerator_stubs(path.parent):
             spec.loader.exec_module(module)

@@ -154,15 +154,15 @@ def test_arguments_of_the_published_config() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"attention_bias": True}, "attention_bias True: it means False"),
-        ({"norm_topk_prob": False}, "norm_topk_prob False: it means True"),
-        ({"rms_norm_eps": 1e-5}, "rms_norm_eps 1e-05: it means 1e-06"),
-        ({"rope_scaling": YARN | {"mscale": 0.5}}, r"mscale 0\.5 beside mscale_all_dim 1\.0"),
+        ({"attention_bias": True}, "attention_bias True: it is always False"),
+        ({"norm_topk_prob": False}, "norm_topk_prob False: it is always True"),
+        ({"rms_norm_eps": 1e-5}, "rms_norm_eps 1e-05: it is always 1e-06"),
+        ({"rope_scaling": YARN | {"mscale": 0.5}}, r"mscale 0\.5 and mscale_all_dim 1\.0"),
         ({"rope_scaling": YARN | {"factor": 0.5}}, r"YaRN of factor 0\.5"),
         ({"rope_scaling": YARN, "max_position_embeddings": 32}, "YaRN for 32 positions"),
     ],
     ids=str,
 )
 def test_configs_that_arguments_cannot_say(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(FxquantError, match=rf"config\.json: ModelArgs cannot say {message}"):
+    with pytest.raises(FxquantError, match=rf"config\.json: ModelArgs cannot express {message}"):
         hf_to_model_args(parse_config(tiny_config(**changes), "config.json"))

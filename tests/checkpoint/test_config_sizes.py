@@ -58,7 +58,7 @@ def parse(**changes: Any) -> DeepseekV3Config:
         ({"eos_token_id": [1, "x"]}, "eos_token_id.1: 'x', not an integer"),
         ({"rope_scaling": [1]}, "rope_scaling: a list, not a mapping"),
         ({"model_type": "x" * 10**6}, "model_type is 'xxx"),
-        *(({"rope_scaling": YARN | {"beta_fast": beta}}, "scaling.beta_fast: ") for beta in (0, -1, 5e-324, math.nan, 1e99)),
+        *(({"rope_scaling": YARN | {"beta_fast": beta}}, "beta_fast: ") for beta in (0, -1, 5e-324, math.nan, 1e99)),
         *(({"rope_scaling": YARN | {"beta_slow": beta}}, "scaling.beta_slow: ") for beta in (0, -1, math.inf)),
         *(({"rope_scaling": YARN | {"factor": factor}}, "scaling.factor: ") for factor in (0, -40, 1e300, math.nan)),
         *(({"rope_scaling": YARN | {"mscale": scale}}, "scaling.mscale: ") for scale in (-10, 1e9, math.nan)),

@@ -42,7 +42,10 @@ WRONG: dict[str, tuple[str, tuple[str, ...]]] = {
             "build_model(config)",
         ),
     ),
-    "no build_model": ("def make_model(config): ...\n", ("model.py", "defines no build_model", "docs/model-file.md")),
+    "no build_model": (
+        "def make_model(config): ...\n",
+        ("model.py", "defines no build_model", "docs/model-file.md"),
+    ),
     "CUDA at import": (
         "import torch\nscale = torch.ones(1).cuda()\n",
         ("model.py", "line 2: scale = torch.ones(1).cuda()", "meta device", "leave devices to whoever runs"),

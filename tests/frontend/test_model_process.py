@@ -47,7 +47,7 @@ def own_session(path: Path) -> str:
 
 ENDS = {
     "exits": ("import sys\nsys.exit('enough')", "ended with exit status 1: enough"),
-    "dies": ("import os\nos.abort()", "was ended by SIGABRT: .*"),
+    "dies": ("import os\nos.abort()", "was killed by SIGABRT: .*"),
     "prints much": (
         "import os\nfor _ in range(300): os.write(1, b'x' * (1 << 20))\nprint('\\nenough')\nraise SystemExit",
         "ended with exit status 0: enough",
@@ -152,10 +152,10 @@ WRONG: dict[str, tuple[bytes, str]] = {
     "cut short": (json.dumps(PROGRAM).encode(), "its process ended with exit status 0: said"),
     "no JSON": (b"graph\n", "not JSON"),
     "nested deep": (b"[" * 100_000 + b"\n", "nested more than"),
-    "a list": (b"[]\n", "handed back something else than a graph"),
-    "an error of one word": (b'{"error": "no"}\n', "handed back something else than a graph"),
-    "numbers": (json.dumps(PROGRAM | {"program": 1}).encode() + b"\n", "handed back something else than a graph"),
-    "no policy": (json.dumps(PROGRAM | {"policy": 1}).encode() + b"\n", "handed back something else than a graph"),
+    "a list": (b"[]\n", "returned something other than a graph"),
+    "an error of one word": (b'{"error": "no"}\n', "returned something other than a graph"),
+    "numbers": (json.dumps(PROGRAM | {"program": 1}).encode() + b"\n", "returned something other than a graph"),
+    "no policy": (json.dumps(PROGRAM | {"policy": 1}).encode() + b"\n", "returned something other than a graph"),
 }
 
 
@@ -168,5 +168,5 @@ def test_wrong_answers(answer: int, data: bytes, message: str) -> None:
 
 def test_a_large_answer_is_not_read(answer: int) -> None:
     os.truncate(answer, ANSWER_BYTES + 1)
-    with pytest.raises(FxquantError, match="handed back 536,870,913 bytes, at most 536,870,912 are read"):
+    with pytest.raises(FxquantError, match="returned 536,870,913 bytes, at most 536,870,912 are read"):
         read(answer)

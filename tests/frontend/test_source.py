@@ -192,10 +192,10 @@ WRONG_BUILD = {
     "not a function": ("build_model = 3", "defines no build_model"),
     "takes too much": ("def build_model(config, more): ...", "build_model failed: TypeError"),
     "fails": ("def build_model(config):\n    return config.nothing", "AttributeError.*line 2: return config.nothing"),
-    "gives nothing": ("def build_model(config): ...", "build_model gave a NoneType. Return a torch.nn.Module"),
+    "gives nothing": ("def build_model(config): ...", "build_model returned a NoneType. Return a torch.nn.Module"),
     "gives another model": (
         "import torch\ndef build_model(config): return torch.nn.Linear(2, 2)",
-        "gave a Linear, whose forward takes input. Return a DeepSeek-V3: .*DeepseekV3ForCausalLM",
+        "returned a Linear, whose forward takes input. Return a DeepSeek-V3: .*DeepseekV3ForCausalLM",
     ),
 }
 

@@ -180,7 +180,7 @@ def test_the_layers_of_a_foreign_model_stay_its_own(tmp_path: Path, tiny_folder:
 def test_an_attention_of_its_own_must_be_declared(tmp_path: Path, tiny_folder: Callable[..., Path]) -> None:
     change = "layer.self_attn.__class__ = Mine"
     (tmp_path / "model.py").write_text(TRANSFORMERS.format(change=change))
-    with pytest.raises(FxquantError, match=r"model.layers.0.self_attn: Mine is no attention"):
+    with pytest.raises(FxquantError, match=r"model.layers.0.self_attn: Mine is not an attention module"):
         trace_file(tmp_path / "model.py", tiny_folder())
     declared = TRANSFORMERS.format(change=change) + (
         "from fxquant import adapters\nLEAVES = {Mine: adapters.Attention(softmax_scale='scaling')}\n"
@@ -196,7 +196,7 @@ def test_a_large_model_that_ignores_config_cannot_be_checked(tmp_path: Path, tin
     text += "\ndef build_model():\n    return Transformer(ModelArgs())\n"
     (tmp_path / "model.py").write_text(text)
     with pytest.raises(
-        FxquantError, match=r"Transformer cannot be checked: .* Let it, so that a small copy can be run"
+        FxquantError, match=r"Transformer cannot be checked: .* Use config, so that a small copy can be compared"
     ):
         trace_file(tmp_path / "model.py", tiny_folder())
 

@@ -1,4 +1,4 @@
-"""The sources that are understood without a word of the user's: one file each, all data but a few lines."""
+"""Model families that need no adapters from the user: one file each, mostly data."""
 
 from torch import nn
 

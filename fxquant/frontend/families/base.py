@@ -1,4 +1,4 @@
-"""What there is to know about a family of sources."""
+"""Model family: how one source of DeepSeek-V3 models names and calls its classes."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,15 +15,15 @@ State = Any
 
 @dataclass(frozen=True)
 class Family:
-    """How a family builds DeepSeek-V3 of its own classes.
+    """How a family builds DeepSeek-V3 from its own classes.
 
-    root              class that defines the forward of the whole model; `recognises` tells families apart that share it
+    root              class that defines the forward of the whole model; `recognises` separates families that share it
     parts             embed_tokens, layers, norm, lm_head → dotted path in the model
-    layer_children    what a layer calls a child → what the checkpoint calls it, where they differ
+    layer_children    a layer's name for a child → the checkpoint's name, where they differ
     adapters          class that defines a forward → its adapter
-    attention_input   keyword under which a layer hands its hidden states to the attention
+    attention_input   keyword with which a layer passes its hidden states to attention
     call_layer        (forward of a layer, hidden states, (cos, sin)) → hidden states
-    attention_result  what a layer expects of its attention, from the attention's output
+    attention_result  output of our attention → what the layer expects its attention to return
     step              (model, ids int64 [1, S], state) → logits [1, vocabulary] of the last position, state; the model's
                       own forward with its own cache
     config            (model, config of the checkpoint) → the sizes that the model itself was built with

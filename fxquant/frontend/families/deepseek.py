@@ -15,7 +15,7 @@ def call_layer(forward: Callable[..., Any], x: Tensor, position_embeddings: tupl
 
 
 def step(model: nn.Module, ids: Tensor, state: State) -> tuple[Tensor, State]:
-    """The model's forward at `start_pos`; it keeps its cache in buffers and gives the last position alone."""
+    """The model's forward at `start_pos`; it keeps its cache in buffers and returns only the last position."""
     start = state or 0
     return model(ids, start), start + ids.shape[1]
 

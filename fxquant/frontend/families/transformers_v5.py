@@ -24,7 +24,7 @@ COMMON: dict[str, adapters.Adapter] = {
 
 
 def call_layer(forward: Callable[..., Any], x: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
-    """A layer gives its hidden states, alone or first in a tuple."""
+    """A layer returns its hidden states, alone or first in a tuple."""
     result = forward(x, attention_mask=None, position_embeddings=position_embeddings)
     return result[0] if isinstance(result, tuple) else result
 
