@@ -14,7 +14,7 @@ from fxquant.engines.table import DEFAULT, ENGINES, Target, description_stems, o
 from fxquant.tools.compile_options import parse_target
 from fxquant.tools.main import app
 
-PACKAGE = Path(__file__).parents[1] / "fxquant"
+PACKAGE = Path(__file__).parents[2] / "fxquant"
 ENGINE_FILES = PACKAGE / "engines"
 NAMED = re.compile(rf"(?<![\w./-])({'|'.join(Target)})(?![\w./-])")
 """The name of an engine as a word of its own: no part of a path, a file's name or a longer name."""
