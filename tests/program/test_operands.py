@@ -1,13 +1,20 @@
 """Operands by name: as the schema names them, wherever a call has them."""
 
+import ast
+import inspect
 import operator
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import fx
 
+import fxquant
 from fxquant import ops
 from fxquant.errors import InternalError
+from fxquant.lowering.ascend.emitter.statements import EMITTERS
 from fxquant.program.operands import arguments, item_of, operand, operand_node, producer, set_operand
 
 ADD = torch.ops.aten.add.Tensor
@@ -69,3 +76,64 @@ def test_an_item_is_of_the_call_that_makes_it(graph: fx.Graph):
     scale = graph.call_function(operator.getitem, (both, 1))
     assert item_of(scale) == (both, 1) and producer(scale) == (ops.quantize_per_token, 1)
     assert item_of(both) == (both, None) and producer(both) == (ops.quantize_per_token, None)
+
+
+# the source
+
+
+SOURCE = Path(fxquant.__file__).parent
+READ_BY_POSITION = {
+    "program/operands.py": "the place where names become positions",
+    "program/graph.py": "an output node, which has one tuple",
+    "tracing/stamp.py": "the output node of a graph that is no program yet",
+    "program/bounded_shapes.py": "values: of a call that takes apart its first argument",
+    "program/operators.py": "values: of Python's own operators, which have no names",
+    "frontend/adapt.py": "what a user's forward is called with",
+    "calibration/calibration_file.py": "an exception's",
+    "evaluation/lm_eval.py": "a request of the harness",
+}
+"""Files that read `args` by a constant position → what they read."""
+
+
+def by_position(tree: ast.AST) -> Iterator[ast.AST]:
+    """`….args[1]`, `….args[:3]`, and `a, b, *c = ….args`."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Subscript) and is_args(node.value) and not names_in(node.slice):
+            yield node
+        if isinstance(node, ast.Assign) and is_args(node.value) and isinstance(node.targets[0], ast.Tuple):
+            yield node
+
+
+def is_args(node: ast.AST) -> bool:
+    return getattr(node, "attr", getattr(node, "id", "")) == "args"
+
+
+def names_in(node: ast.AST) -> bool:
+    """Whether an index is computed, or a key."""
+    return any(isinstance(one, ast.Name) or isinstance(getattr(one, "value", None), str) for one in ast.walk(node))
+
+
+def test_no_source_reads_operands_by_position():
+    files = {path.relative_to(SOURCE).as_posix(): path for path in SOURCE.rglob("*.py")}
+    found = {name for name, path in files.items() if any(by_position(ast.parse(path.read_text())))}
+    assert found == set(READ_BY_POSITION)
+
+
+@pytest.mark.parametrize("text", ["n.args[0]", "n.args[-1]", "n.args[1:3]", "n.args[4:]", "a, *b = n.args", "args[0]"])
+def test_what_counts_as_a_position(text: str):
+    assert any(by_position(ast.parse(text)))
+
+
+@pytest.mark.parametrize("text", ["n.args[i]", "args['key']", "all = n.args", "for one in n.args: pass"])
+def test_what_does_not(text: str):
+    assert not any(by_position(ast.parse(text)))
+
+
+@pytest.mark.parametrize("target", EMITTERS, ids=str)
+def test_statements_take_the_operands_of_their_operator(target: Any):
+    """By name, all of them; those with `**given` ask for the rest themselves."""
+    parameters = inspect.signature(EMITTERS[target]).parameters.values()
+    named = [one.name for one in parameters if one.kind is not inspect.Parameter.VAR_KEYWORD]
+    names = ["writer", "node", *(argument.name for argument in target._schema.arguments)]
+    assert set(named) <= set(names)
+    assert named == names or len(named) < len(tuple(parameters))
