@@ -17,6 +17,7 @@ from fxquant.program.linears import PROJECTIONS, WEIGHTS
 from fxquant.program.operands import operand_node
 from fxquant.program.program import Program
 from fxquant.program.program_file import recipe_arguments
+from fxquant.schemes.roles import tensor_name
 from fxquant.schemes.schemes import Recipe
 from fxquant.storage.hashing import hash_text
 
@@ -60,7 +61,7 @@ class Solver:
     def _recipe(self, weight: fx.Node) -> Recipe | None:
         if weight.op != "get_attr":
             return None
-        recipe = self._program.recipes.get(self._program.parameters[str(weight.target)].module)
+        recipe = self._program.recipes.get(self._program.parameter(weight).module)
         return recipe if recipe is not None and recipe.algorithm.from_inputs else None
 
     def _shared_carry(self, value: fx.Node, live: Live) -> Carry:
@@ -71,9 +72,9 @@ class Solver:
 
     def _experts(self, node: fx.Node, recipes: Mapping[str, Recipe | None], live: Live) -> None:
         x, ids = (self._rows(live[operand_node(node, name)]) for name in ("x", "ids"))
-        names = {name: self._names(operand_node(node, name)) for name in PROJECTIONS}
-        for expert in range(len(names["gate_proj"])):
-            modules = {name: names[name][expert].removesuffix(".weight") for name in PROJECTIONS}
+        paths = {name: self._program.parameter(operand_node(node, name)).modules for name in PROJECTIONS}
+        for expert in range(len(paths["gate_proj"])):
+            modules = {name: paths[name][expert] for name in PROJECTIONS}
             asked = {name: one for name, one in recipes.items() if one and not self._has(one, modules[name])}
             if asked:
                 self._expert(asked, modules, x, (ids == expert).any(-1))
@@ -100,7 +101,7 @@ class Solver:
     def _solve(self, recipe: Recipe, module: str, carry: Carry | None) -> None:
         """Without inputs the codes are those of least squares."""
         weight = self._weight(module)
-        codes, scale, second = fitted(recipe, weight, f"{module}.weight")
+        codes, scale, second = fitted(recipe, weight, tensor_name(module, "weight"))
         if carry is not None:
             wide = spread(second, recipe).expand(weight.shape)
             device, (lowest, highest) = carry[0].device, code_limits(recipe, wide)
@@ -109,10 +110,7 @@ class Solver:
         self._solved.write(module, self._key_of(recipe), codes)
 
     def _weight(self, module: str) -> Tensor:
-        return self._checkpoint.read(f"{module}.weight")
-
-    def _names(self, weight: fx.Node) -> tuple[str, ...]:
-        return self._program.parameters[str(weight.target)].names
+        return self._checkpoint.read(tensor_name(module, "weight"))
 
     def _has(self, recipe: Recipe, module: str) -> bool:
         return self._solved.has(module, self._key_of(recipe))

@@ -18,6 +18,7 @@ from fxquant.program.linears import pair_readers
 from fxquant.program.operands import operand, operand_node
 from fxquant.program.program import Pair, Program
 from fxquant.runtime.execute import Values
+from fxquant.schemes.roles import tensor_name
 from fxquant.schemes.schemes import Recipe, WeightAlgorithm
 from fxquant.transforms.weight_transforms import Smoothing
 
@@ -81,7 +82,7 @@ class Smoother:
         values[:] = [ops.rms_norm(x, weight, eps, bias) for x in before]
 
     def _shifted_norm_bias(self, pair: Pair, shift: Tensor, scale: Tensor) -> Tensor:
-        (name,) = self._program.parameters[str(operand_node(pair.value, "bias").target)].names
+        (name,) = self._program.parameter(operand_node(pair.value, "bias")).names
         old = self._source.read(name).float() if name in self._source.tensors else 0.0
         new = self.smoothing.tensors[name] = (old - shift) / scale
         return new
@@ -89,8 +90,9 @@ class Smoother:
     def _shift_readers(self, pair: Pair, shift: Tensor) -> None:
         """bias' = bias + W @ shift, summed in float64 so that its rounding is the only one."""
         for target in pair.readers:
-            (name,) = self._program.parameters[target].names
-            bias = name.removesuffix("weight") + "bias"
+            parameter = self._program.parameters[target]
+            (name,), (module,) = parameter.names, parameter.modules
+            bias = tensor_name(module, "bias")
             weight = self._source.read(name)
             old = self._source.read(bias).double() if bias in self._source.tensors else 0.0
             self.smoothing.tensors[bias] = (old + weight.double() @ shift.double()).to(weight.dtype)

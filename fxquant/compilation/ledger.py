@@ -13,6 +13,7 @@ from fxquant.inputs.limits import MTP_LAYERS
 from fxquant.policy.policy import LEAVE_OUT, Rule
 from fxquant.program.program import Program, made_parameters
 from fxquant.program.rotary_buffers import REASON, stored_frequencies
+from fxquant.schemes.roles import tensor_name
 from fxquant.schemes.schemes import Scheme
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn)
@@ -83,9 +84,9 @@ def _needed(program: Program) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Source tensor → shape."""
     for recipe in program.recipes.values():
         for module in recipe.modules:
-            yield f"{module}.weight", (recipe.out_features, recipe.in_features)
+            yield tensor_name(module, "weight"), (recipe.out_features, recipe.in_features)
             if recipe.bias:
-                yield f"{module}.bias", (recipe.out_features,)
+                yield tensor_name(module, "bias"), (recipe.out_features,)
     made = {target for recipe in program.recipes.values() for target in made_parameters(recipe)}
     for target, parameter in program.parameters.items():
         shape = tuple(program.graph.tensor(target).shape)

@@ -38,7 +38,7 @@ def scheme_keys(program: "Program") -> JsonObject:
     keys = {"quantize": model_quant_type(program).lower()} if program.recipes else {}
     kinds = {Kind.ATTENTION: "mla_quantize", Kind.ROUTED_EXPERT: "moe_quantize"}
     for kind, key in kinds.items():
-        keys |= _scheme_key(key, [r for m, r in program.recipes.items() if _kind(program, m) is kind])
+        keys |= _scheme_key(key, [recipe for recipe in program.recipes.values() if _kind(program, recipe) is kind])
     return keys | _scheme_key("mtp_quantize", list(program.mtp.recipes.values()))
 
 

@@ -24,6 +24,7 @@ from fxquant.program.program import Program
 from fxquant.progress import Advance, Reporter, silent
 from fxquant.runtime.execute import Observer, execute, prefill_inputs
 from fxquant.runtime.weight_readers import Read
+from fxquant.schemes.roles import tensor_name
 from fxquant.schemes.schemes import Recipe, tensor_specs
 
 
@@ -54,7 +55,8 @@ class _Module:
 
     def reader(self, original: Read, made: Read) -> Read:
         """What the recipes make comes from `made`, all else from `original`: names alone do not tell them apart."""
-        owned = {f"{m}.{suffix}" for one in self.recipes.values() for m in one.modules for suffix in tensor_specs(one)}
+        made_by = self.recipes.values()
+        owned = {tensor_name(module, role) for one in made_by for module in one.modules for role in tensor_specs(one)}
         return lambda name: made(name) if name in owned else original(name)
 
     def loss(self, tokens: Tensor) -> ModuleLoss:
@@ -99,8 +101,7 @@ def _modules(program: Program, recipes: dict[str, Recipe]) -> Iterator[_Module]:
         if site.module in recipes:
             experts = site.node.target is ops.moe_experts
             name = site.module.rpartition(".")[0] if experts else site.module
-            kind = program.parameters[str(site.weight.target)].kind
-            found.setdefault(name, _Module(name, kind, site.node)).recipes[site.module] = recipes[site.module]
+            found.setdefault(name, _Module(name, site.kind, site.node)).recipes[site.module] = recipes[site.module]
     missing = set(recipes).difference(*(module.recipes for module in found.values()))
     if missing:
         fact = "is quantized, and the float graph does not multiply by it."

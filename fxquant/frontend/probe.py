@@ -19,6 +19,7 @@ from fxquant.frontend.user_file import UserFile, where
 from fxquant.models.layers import Gate, RoutedExperts
 from fxquant.program.program import Program
 from fxquant.runtime.execute import cache_inputs, execute
+from fxquant.schemes.roles import tensor_name
 from fxquant.tracing import trace
 
 Build = Callable[[DeepseekV3Config, str], nn.Module]
@@ -97,7 +98,7 @@ def named_tensors(root: nn.Module) -> Iterator[tuple[str, Tensor]]:
             if isinstance(module, RoutedExperts) and tensor is not None:
                 yield from zip(module.checkpoint_names(path, name), tensor, strict=True)
             elif tensor is not None:
-                yield f"{path}.{name}", tensor
+                yield tensor_name(path, name), tensor
 
 
 def eager_logits(model: nn.Module, family: Family | None, ids: Tensor) -> Tensor:

@@ -38,6 +38,7 @@ from fxquant.lowering.weights.unit import Unit
 from fxquant.ops.quantized import expand_int4
 from fxquant.program.program import Program
 from fxquant.program.program_file import load_program, recipe_arguments
+from fxquant.schemes.roles import tensor_name
 from fxquant.schemes.schemes import Activation, Recipe, tensor_specs
 from fxquant.schemes.weight_formats import WeightFormat
 from fxquant.storage.hashing import hash_bytes, hash_text
@@ -141,7 +142,7 @@ class Converter:
 
     def prefetch(self, unit: Unit) -> None:
         for suffix in () if unit.recipe is None else tensor_specs(self._old[unit.recipe.module]):
-            self._reader.prefetch(self._checkpoint.tensors[f"{unit.name}.{suffix}"])
+            self._reader.prefetch(self._checkpoint.tensors[unit.tensor_name(suffix)])
 
     def pieces(self, unit: Unit) -> Iterator[tuple[str, memoryview]]:
         if unit.recipe is None:
@@ -155,7 +156,7 @@ class Converter:
                 yield suffix, tensor_bytes(tensor)
         for suffix, spec in tensor_specs(recipe).items():
             if suffix not in made:
-                stored = self._checkpoint.tensors[f"{unit.name}.{suffix}"]
+                stored = self._checkpoint.tensors[unit.tensor_name(suffix)]
                 for block in self._blocks(unit.name, suffix, BLOCK_BYTES):
                     yield suffix, tensor_bytes(block.view(stored.dtype).to(spec.dtype))
 
@@ -182,14 +183,14 @@ class Converter:
             first = rows.stop
 
     def _read(self, module: str, suffix: str) -> Tensor:
-        tensor = self._checkpoint.tensors[f"{module}.{suffix}"]
+        tensor = self._checkpoint.tensors[tensor_name(module, suffix)]
         data = self._reader.read(tensor)
         self._compare(module, suffix, hash_bytes(data))
         return torch.frombuffer(data, dtype=tensor.dtype).view(tensor.shape)
 
     def _blocks(self, module: str, suffix: str, step: int) -> Iterator[Tensor]:
         """The tensor's bytes, `step` at a time; when all are read they are compared with what was written."""
-        tensor, digest = self._checkpoint.tensors[f"{module}.{suffix}"], xxhash.xxh3_128()
+        tensor, digest = self._checkpoint.tensors[tensor_name(module, suffix)], xxhash.xxh3_128()
         for offset in range(0, tensor.nbytes, step):
             data = bytearray(min(step, tensor.nbytes - offset))
             self._reader.read_into(tensor, offset, memoryview(data))
@@ -199,7 +200,7 @@ class Converter:
 
     def _compare(self, unit: str, suffix: str, digest: str) -> None:
         if self._record(unit).digests.get(suffix) != digest:
-            name = f"{unit}.{suffix}" if suffix else unit
+            name = tensor_name(unit, suffix)
             raise damaged(self._checkpoint.tensors[name].parts[0].file, name)
 
     def _record(self, unit: str) -> UnitRecord:

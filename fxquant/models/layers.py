@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from fxquant import ops
 from fxquant.policy.kinds import Kind
+from fxquant.schemes.roles import tensor_name
 
 
 class Linear(nn.Module):
@@ -87,4 +88,8 @@ class RoutedExperts(nn.Module):
 
     def checkpoint_names(self, prefix: str, parameter: str) -> tuple[str, ...]:
         """Names of the checkpoint tensors behind `<prefix>.<parameter>`, expert 0 first."""
-        return tuple(f"{prefix}.{expert}.{parameter}.weight" for expert in range(self.num_experts))
+        return tuple(tensor_name(module, "weight") for module in self.checkpoint_modules(prefix, parameter))
+
+    def checkpoint_modules(self, prefix: str, parameter: str) -> tuple[str, ...]:
+        """The modules of those."""
+        return tuple(f"{prefix}.{expert}.{parameter}" for expert in range(self.num_experts))

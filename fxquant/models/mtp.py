@@ -13,6 +13,7 @@ from fxquant.checkpoint.config import DeepseekV3Config
 from fxquant.models.deepseek_v3 import DecoderLayer, Head
 from fxquant.models.layers import Embedding, Gate, Linear, RMSNorm, RoutedExperts
 from fxquant.policy.kinds import Kind
+from fxquant.schemes.roles import tensor_name
 
 
 class SharedHead(nn.Module):
@@ -62,8 +63,8 @@ def mtp_linears(config: DeepseekV3Config, path: str) -> Iterator[MtpLinear]:
             yield MtpLinear(place, kind, (place,), n, k, module.bias is not None)
         elif isinstance(module, RoutedExperts):
             for projection, stack in module.named_parameters():
-                modules = (weight.removesuffix(".weight") for weight in module.checkpoint_names(place, projection))
-                yield MtpLinear(f"{place}.{projection}", kind, tuple(modules), stack.shape[1], stack.shape[2])
+                modules = module.checkpoint_modules(place, projection)
+                yield MtpLinear(f"{place}.{projection}", kind, modules, stack.shape[1], stack.shape[2])
 
 
 def mtp_tensors(config: DeepseekV3Config, path: str) -> Iterator[tuple[tuple[str, ...], tuple[int, ...]]]:
@@ -74,14 +75,14 @@ def mtp_tensors(config: DeepseekV3Config, path: str) -> Iterator[tuple[tuple[str
             if isinstance(module, RoutedExperts):
                 yield module.checkpoint_names(place, parameter), tuple(tensor.shape[1:])
             else:
-                yield (f"{place}.{parameter}",), tuple(tensor.shape)
+                yield (tensor_name(place, parameter),), tuple(tensor.shape)
 
 
 def mtp_gate_biases(config: DeepseekV3Config, path: str) -> Iterator[str]:
     """Tensors of the layer at `path` that are float32 in every checkpoint form."""
     for name, module in _on_meta(config, path).named_modules():
         if isinstance(module, Gate):
-            yield f"{path}.{name}.e_score_correction_bias"
+            yield tensor_name(f"{path}.{name}", "e_score_correction_bias")
 
 
 def _on_meta(config: DeepseekV3Config, path: str) -> MtpLayer:

@@ -14,6 +14,7 @@ from fxquant.policy.kinds import Kind
 from fxquant.policy.policy import LEAVE_OUT, Policy
 from fxquant.program.program import MtpLayers, Program
 from fxquant.program.rotary_buffers import frequency_name_of_layer
+from fxquant.schemes.roles import module_and_role, tensor_name
 from fxquant.schemes.schemes import Recipe, Scheme
 from fxquant.schemes.weight_formats import WeightFormat
 
@@ -57,12 +58,11 @@ class AssignMtp(Pass):
 
     def _check(self, linear: MtpLinear) -> None:
         for module in linear.modules:
-            info = self.checkpoint.tensors.get(f"{module}.weight")
+            name = tensor_name(module, "weight")
+            info = self.checkpoint.tensors.get(name)
             shape = (linear.out_features, linear.in_features)
             if info is None or info.shape != shape:
-                fact = (
-                    f"tensor {module}.weight is {'missing' if info is None else list(info.shape)}, not {list(shape)}."
-                )
+                fact = f"tensor {name} is {'missing' if info is None else list(info.shape)}, not {list(shape)}."
                 raise FxquantError(self.checkpoint.folder, fact, "Use --mtp none, or complete the checkpoint.")
 
     def _keep(self, mtp: MtpLayers, path: str) -> None:
@@ -70,7 +70,7 @@ class AssignMtp(Pass):
         made = {name for recipe in mtp.recipes.values() for name in recipe.source_names}
         made.add(frequency_name_of_layer(path))
         names = sorted(name for name in self.checkpoint.tensors if name.startswith(f"{path}."))
-        mtp.kept |= {name: name.rpartition(".")[0] for name in names if name not in made}
+        mtp.kept |= {name: module_and_role(name)[0] for name in names if name not in made}
         biases = (name for name in mtp_gate_biases(self.config, path) if name in mtp.kept)
         mtp.gate_biases = (*mtp.gate_biases, *biases)
 

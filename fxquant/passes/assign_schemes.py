@@ -10,8 +10,9 @@ from fxquant.errors import FxquantError
 from fxquant.passes.base import Pass, PassResult
 from fxquant.policy.kinds import Kind
 from fxquant.policy.policy import LEAVE_OUT, Policy, Rule
-from fxquant.program.linears import LinearSite, decided_modules, kind_of, linear_sites
+from fxquant.program.linears import LinearSite, decided_modules, linear_sites
 from fxquant.program.program import Program
+from fxquant.schemes.roles import module_and_role
 from fxquant.schemes.schemes import Recipe, Scheme, why_not
 from fxquant.schemes.weight_formats import WeightFormat
 
@@ -37,7 +38,7 @@ class AssignSchemes(Pass):
         biases = {str(site.bias.target) for site in sites if site.bias is not None}
         used: set[Rule] = set()
         for site in sites:
-            rule = self._rule(site.module, kind_of(program, site), True)
+            rule = self._rule(site.module, site.kind, True)
             used.add(rule)
             program.rules[site.module] = rule
             if rule.quantizes:
@@ -82,13 +83,15 @@ class AssignSchemes(Pass):
 
 def _recipe(program: Program, site: LinearSite, rule: Rule) -> Recipe:
     weight = program.graph.tensor(str(site.weight.target))
-    parameter = program.parameters[str(site.weight.target)]
-    if parameter.stacked and Scheme(rule.scheme).static:
+    if {module_and_role(name)[1] for name in site.parameter.names} != {"weight"}:
+        fact = f"{site.parameter.names[0]} is quantized, and the engines know no linear whose weight has that name."
+        raise FxquantError(site.module, fact, "End its name in .weight, or use FLOAT for it.")
+    if site.parameter.stacked and Scheme(rule.scheme).static:
         fact = "routed experts have no static scheme: a batch may leave an expert without input."
         raise FxquantError(site.module, fact, "Use W8A8_DYNAMIC or W4A8_DYNAMIC.")
     recipe = Recipe(
         module=site.module,
-        modules=tuple(name.removesuffix(".weight") for name in parameter.names),
+        modules=site.parameter.modules,
         scheme=Scheme(rule.scheme),
         group_size=rule.group_size,
         out_features=weight.shape[-2],

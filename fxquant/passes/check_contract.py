@@ -56,14 +56,14 @@ def linears(program: Program) -> list[Linear]:
         if site.module not in recipes:
             recipes[site.module] = _float(program, site)
     found = []
-    for module, recipe in recipes.items():
-        kind = program.parameters[f"{module}.weight"].kind if f"{module}.weight" in program.parameters else Kind.OTHER
+    for recipe in recipes.values():
+        weight = program.parameters.get(recipe.weight_target)
+        kind = Kind.OTHER if weight is None else weight.kind
         found.append(Linear(recipe, kind, heads if kind is Kind.ATTENTION else 0))
     return found + [Linear(recipe, Kind.MTP) for recipe in program.mtp.recipes.values()]
 
 
 def _float(program: Program, site: LinearSite) -> Recipe:
-    target = str(site.weight.target)
-    n, k = program.graph.tensor(target).shape[-2:]
-    modules = tuple(name.removesuffix(".weight") for name in program.parameters[target].names)
+    n, k = program.graph.tensor(str(site.weight.target)).shape[-2:]
+    modules = site.parameter.modules
     return Recipe(site.module, modules, Scheme.FLOAT, 0, n, k, site.bias is not None, site.row_parallel, program.dtype)

@@ -4,7 +4,7 @@ from torch import fx
 
 from fxquant.errors import FxquantError, InternalError
 from fxquant.passes.base import Pass, PassResult
-from fxquant.program.linears import WEIGHTS
+from fxquant.program.linears import WEIGHTS, is_parameter
 from fxquant.program.operands import operand_node
 from fxquant.program.program import Program, made_parameters
 
@@ -16,8 +16,8 @@ class CheckCoverage(Pass):
 
     def apply(self, program: Program) -> PassResult:
         made = {target for recipe in program.recipes.values() for target in made_parameters(recipe)}
-        for module in program.recipes:
-            if f"{module}.weight" not in program.parameters:
+        for module, recipe in program.recipes.items():
+            if recipe.weight_target not in program.parameters:
                 raise InternalError(module, "has a recipe but no node reads its integers.")
         for target, parameter in program.parameters.items():
             if target not in made and parameter.module not in program.rules:
@@ -28,7 +28,8 @@ class CheckCoverage(Pass):
 
     def _check(self, node: fx.Node, program: Program) -> None:
         for name in WEIGHTS.get(node.target, ()):
-            module = str(operand_node(node, name).target).removesuffix(".weight")
+            weight = operand_node(node, name)
+            module = program.parameter(weight).module if is_parameter(weight) else None
             if module in program.recipes:
                 way_out = "Experts are quantized in all three projections or in none; otherwise a fault of a pass."
                 raise FxquantError(module, "has a recipe and is still float.", way_out)

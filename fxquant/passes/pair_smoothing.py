@@ -22,7 +22,8 @@ from fxquant.policy.unused_smoothing import SeenValue
 from fxquant.program.linears import READS, decided_modules, is_parameter, not_scalable, weight_uses
 from fxquant.program.node_builder import Surgery
 from fxquant.program.operands import operand, operand_node, set_operand
-from fxquant.program.program import Pair, Parameter, Program
+from fxquant.program.program import Pair, Program
+from fxquant.schemes.roles import tensor_name
 
 
 @dataclass
@@ -87,31 +88,24 @@ class PairSmoothing(Pass):
 
 def _modules(program: Program, weights: list[str]) -> list[tuple[str, Kind]]:
     """Path and kind of the modules whose weights are read from the checkpoint."""
-    return [
-        (name.removesuffix(".weight"), program.parameters[name].kind) for name in weights if name in program.parameters
-    ]
+    read = (program.parameters[name] for name in weights if name in program.parameters)
+    return [(parameter.module, parameter.kind) for parameter in read]
 
 
 def _give_norm_bias(program: Program, norm: fx.Node) -> None:
-    if operand(norm, "bias") is not None:
-        return
-    weight = operand_node(norm, "weight")
-    old, tensor = program.parameters[str(weight.target)], program.graph.tensor(str(weight.target))
-    name = f"{old.module}.bias"
-    bias = _parameter(program, norm, name, torch.empty_like(tensor, dtype=torch.float32), replace(old, names=(name,)))
-    set_operand(norm, "bias", bias)
+    if operand(norm, "bias") is None:
+        weight = program.graph.tensor(str(operand_node(norm, "weight").target))
+        _give_bias(program, norm, torch.empty_like(weight, dtype=torch.float32))
 
 
 def _give_linear_bias(program: Program, linear: fx.Node) -> None:
     if operand(linear, "bias") is not None:
         return
     weight = operand_node(linear, "weight")
-    old, tensor = program.parameters[str(weight.target)], program.graph.tensor(str(weight.target))
-    name = f"{old.module}.bias"
-    bias = _parameter(program, linear, name, tensor.new_empty(tensor.shape[:1]), replace(old, names=(name,)))
-    set_operand(linear, "bias", bias)
-    if old.module in program.recipes:
-        program.recipes[old.module] = replace(program.recipes[old.module], bias=True)
+    tensor, module = program.graph.tensor(str(weight.target)), program.parameter(weight).module
+    _give_bias(program, linear, tensor.new_empty(tensor.shape[:1]))
+    if module in program.recipes:
+        program.recipes[module] = replace(program.recipes[module], bias=True)
 
 
 def restore_biases(program: Program, names: Collection[str]) -> None:
@@ -119,11 +113,14 @@ def restore_biases(program: Program, names: Collection[str]) -> None:
     for node in list(program.graph.graph.nodes):
         if node.target not in (ops.rms_norm, ops.linear) or not is_parameter(operand(node, "weight")):
             continue
-        weight = operand_node(node, "weight")
-        if f"{program.parameters[str(weight.target)].module}.bias" in names:
+        if tensor_name(program.parameter(operand_node(node, "weight")).module, "bias") in names:
             (_give_norm_bias if node.target == ops.rms_norm else _give_linear_bias)(program, node)
 
 
-def _parameter(program: Program, site: fx.Node, name: str, tensor: Tensor, parameter: Parameter) -> fx.Node:
+def _give_bias(program: Program, node: fx.Node, tensor: Tensor) -> None:
+    """Let a norm or linear add a new parameter of its module, `tensor` on meta."""
+    weight = program.parameter(operand_node(node, "weight"))
+    name = tensor_name(weight.module, "bias")
     program.added[name] = tensor
-    return Surgery(program, site).attach(name, tensor, parameter)
+    bias = Surgery(program, node).attach(name, tensor, replace(weight, names=(name,), role="bias"))
+    set_operand(node, "bias", bias)

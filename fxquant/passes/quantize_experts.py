@@ -28,13 +28,13 @@ class QuantizeExperts(RewritePass):
     def why_not(self, node: fx.Node, program: Program) -> str | None:
         if node.target != ops.moe_experts:
             return ""
-        missing = [name for name in PROJECTIONS if _module(node, name) not in program.recipes]
+        missing = [name for name in PROJECTIONS if _module(node, name, program) not in program.recipes]
         return f"policy keeps {', '.join(missing)} in float" if missing else None
 
     def rewrite(self, node: fx.Node, program: Program) -> None:
         surgery = Surgery(program, node, self._rules)
         given = arguments(node)
-        recipes = {name: program.recipes[_module(node, name)] for name in PROJECTIONS}
+        recipes = {name: program.recipes[_module(node, name, program)] for name in PROJECTIONS}
         count = len(recipes["gate_proj"].modules)
         routed = surgery.call(ops.moe_init_routing, (given["x"], given["ids"], count), f"{node.name}_init_routing")
         names = (f"{node.name}_rows", f"{node.name}_row_index", f"{node.name}_counts")
@@ -62,5 +62,5 @@ def _project(
     return surgery.call(ops.grouped_dequantize, (accumulated, x_scale, scale, counts), name)
 
 
-def _module(node: fx.Node, projection: str) -> str:
-    return str(operand_node(node, projection).target).removesuffix(".weight")
+def _module(node: fx.Node, projection: str, program: Program) -> str:
+    return program.parameter(operand_node(node, projection)).module

@@ -35,11 +35,11 @@ class QuantizeLinear(RewritePass):
             return ""
         if not is_parameter(operand(node, "weight")):
             return "its weight is computed"
-        module = _module(node)
+        module = _module(node, program)
         return None if module in program.recipes else f"policy: {program.rules[module]}"
 
     def rewrite(self, node: fx.Node, program: Program) -> None:
-        recipe = program.recipes[_module(node)]
+        recipe = program.recipes[_module(node, program)]
         surgery = Surgery(program, node, self._rules)
         static = recipe.scheme.static
         surgery.replace(_static(surgery, recipe) if static else self._dynamic(surgery, recipe))
@@ -79,5 +79,5 @@ def _matmul(surgery: Surgery, recipe: Recipe, x8: fx.Node) -> fx.Node:
     return surgery.call(ops.int4_matmul, (x8, weight, *second), name)
 
 
-def _module(node: fx.Node) -> str:
-    return str(operand_node(node, "weight").target).removesuffix(".weight")
+def _module(node: fx.Node, program: Program) -> str:
+    return program.parameter(operand_node(node, "weight")).module

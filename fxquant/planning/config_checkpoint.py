@@ -13,9 +13,10 @@ from fxquant.checkpoint.index import SCALE_SUFFIX
 from fxquant.models.deepseek_v3 import mtp_paths
 from fxquant.models.mtp import mtp_gate_biases, mtp_linears, mtp_tensors
 from fxquant.policy.kinds import Kind
-from fxquant.program.linears import kind_of, linear_sites
+from fxquant.program.linears import linear_sites
 from fxquant.program.operands import operand_node
 from fxquant.program.program import Program
+from fxquant.schemes.roles import tensor_name
 from fxquant.storage.safetensors import TensorInfo
 
 IN_MODEL_DTYPE = (Kind.HEAD, Kind.MTP)
@@ -59,12 +60,12 @@ def _traced(program: Program) -> Iterator[tuple[tuple[str, ...], tuple[int, ...]
 def _fp8_weights(program: Program, config: DeepseekV3Config) -> Iterator[str]:
     """The first tensor of each linear or stack."""
     for site in linear_sites(program):
-        if kind_of(program, site) not in IN_MODEL_DTYPE:
-            yield program.parameters[str(site.weight.target)].names[0]
+        if site.kind not in IN_MODEL_DTYPE:
+            yield site.parameter.names[0]
     for path in mtp_paths(config):
         for linear in mtp_linears(config, path):
             if linear.kind not in IN_MODEL_DTYPE:
-                yield f"{linear.modules[0]}.weight"
+                yield tensor_name(linear.modules[0], "weight")
 
 
 def _gate_biases(program: Program, config: DeepseekV3Config) -> Iterator[str]:

@@ -11,6 +11,7 @@ from fxquant.planning.host_benchmark import COPY, GPTQ_FEEDBACK, GPTQ_INVERSE, k
 from fxquant.policy.kinds import Kind
 from fxquant.policy.policy import LEAVE_OUT
 from fxquant.program.program import Program
+from fxquant.schemes.roles import module_and_role
 from fxquant.schemes.schemes import Recipe, Scheme, tensor_specs
 
 
@@ -60,7 +61,7 @@ def tally(program: Program, checkpoint: Checkpoint, stored: list[StoredTensor]) 
     """Every tensor of the checkpoint in one row, and every tensor of `stored`."""
     found = Tally()
     for recipe in program.recipes.values():
-        _recipe(found, program.parameters[f"{recipe.module}.weight"].kind, recipe, checkpoint)
+        _recipe(found, program.parameters[recipe.weight_target].kind, recipe, checkpoint)
     for recipe in _distinct_inputs(program):
         found.do(GPTQ_INVERSE, inverse_work(recipe.in_features) * len(recipe.modules))
     for recipe in program.mtp.recipes.values():
@@ -88,7 +89,7 @@ def _distinct_inputs(program: Program) -> Iterator[Recipe]:
 def _recipe(found: Tally, kind: Kind, recipe: Recipe, checkpoint: Checkpoint) -> None:
     sizes, written = _sizes(recipe.source_names, checkpoint), sum(s.nbytes for s in tensor_specs(recipe).values())
     found.add(kind, recipe.scheme.value, len(recipe.modules), sizes, written * len(recipe.modules))
-    fp8 = f"{recipe.modules[0]}.weight" in checkpoint.scales
+    fp8 = recipe.weight_names[0] in checkpoint.scales
     weights = recipe.out_features * recipe.in_features * len(recipe.modules)
     found.do(kernel_name(recipe.int4, recipe.group_size, fp8, recipe.algorithm.scales), weights)
     if recipe.algorithm.from_inputs:
@@ -109,7 +110,7 @@ def _left_out(program: Program, checkpoint: Checkpoint) -> Iterator[str]:
 
 
 def _modules(names: Iterable[str]) -> int:
-    return len({name.rpartition(".")[0] for name in names})
+    return len({module_and_role(name)[0] for name in names})
 
 
 def _sizes(names: Iterable[str], checkpoint: Checkpoint) -> tuple[int, int]:

@@ -11,7 +11,7 @@ from fxquant import ops
 from fxquant.policy.kinds import Kind
 from fxquant.policy.unused_rules import Decided
 from fxquant.program.operands import operand, operand_node
-from fxquant.program.program import Pair, Program
+from fxquant.program.program import Pair, Parameter, Program
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 """The stacked weights of `fxq::moe_experts`, as its arguments are called."""
@@ -34,13 +34,19 @@ class LinearSite:
 
     node: fx.Node
     weight: fx.Node
+    parameter: Parameter
     bias: fx.Node | None
     row_parallel: bool
 
     @property
     def module(self) -> str:
-        """Graph module path: the weight's name without `.weight`."""
-        return str(self.weight.target).removesuffix(".weight")
+        """Graph module path."""
+        return self.parameter.module
+
+    @property
+    def kind(self) -> Kind:
+        """What the module that owns the weight is."""
+        return self.parameter.kind
 
 
 def linear_sites(program: Program) -> Iterator[LinearSite]:
@@ -55,11 +61,12 @@ def linear_sites(program: Program) -> Iterator[LinearSite]:
         if node.target in MAKE_FEATURES or (reads_features and node.target not in MIX):
             made_by_block.add(node)
         if node.target == ops.linear and is_parameter(operand(node, "weight")):
-            row_parallel = operand(node, "x") in made_by_block
-            yield LinearSite(node, operand(node, "weight"), operand(node, "bias"), row_parallel)
+            weight, row_parallel = operand(node, "weight"), operand(node, "x") in made_by_block
+            yield LinearSite(node, weight, program.parameter(weight), operand(node, "bias"), row_parallel)
         elif node.target == ops.moe_experts:
             for name in PROJECTIONS:
-                yield LinearSite(node, operand_node(node, name), None, name == "down_proj")
+                weight = operand_node(node, name)
+                yield LinearSite(node, weight, program.parameter(weight), None, name == "down_proj")
 
 
 def is_parameter(value: object) -> bool:
@@ -92,11 +99,6 @@ def weight_uses(program: Program) -> Counter[str]:
     return Counter(str(node.target) for node in program.graph.graph.nodes if node.op == "get_attr")
 
 
-def kind_of(program: Program, site: LinearSite) -> Kind:
-    """What the module that owns the weight is."""
-    return program.parameters[str(site.weight.target)].kind
-
-
 def decided_modules(program: Program) -> list[Decided]:
     """Every module that a rule decided, in graph order: an entry a parameter, then the prediction layers."""
     linears = {module for site in linear_sites(program) for module in (site.module, _bias_module(program, site))}
@@ -108,7 +110,7 @@ def decided_modules(program: Program) -> list[Decided]:
 
 
 def _bias_module(program: Program, site: LinearSite) -> str:
-    return program.parameters[str(site.bias.target)].module if site.bias is not None else site.module
+    return program.parameter(site.bias).module if site.bias is not None else site.module
 
 
 def pair_readers(program: Program, pair: Pair) -> Iterator[str]:

@@ -11,6 +11,7 @@ from torch._guards import detect_fake_mode
 from fxquant.program.node_names import identifier, rename
 from fxquant.program.program import Parameter, Program
 from fxquant.program.shape_inference import ShapeRules
+from fxquant.schemes.roles import tensor_name
 from fxquant.schemes.schemes import Recipe, graph_spec
 
 
@@ -32,16 +33,16 @@ class Surgery:
         """One getitem for each output of a call that returns a tuple."""
         return [self.call(operator.getitem, (node, index), name) for index, name in enumerate(names)]
 
-    def parameter(self, recipe: Recipe, suffix: str) -> fx.Node:
+    def parameter(self, recipe: Recipe, role: str) -> fx.Node:
         """The `get_attr` of a tensor that `recipe` owns, stacked [experts, …] when it is of routed experts."""
-        target = f"{recipe.module}.{suffix}"
-        spec = graph_spec(recipe, suffix)
+        target = tensor_name(recipe.module, role)
+        spec = graph_spec(recipe, role)
         kind = self.site.meta["kind"]
         stacked = recipe.modules != (recipe.module,)
         shape = (len(recipe.modules), *spec.shape) if stacked else spec.shape
-        names = tuple(f"{module}.{suffix}" for module in recipe.modules)
+        names = tuple(tensor_name(module, role) for module in recipe.modules)
         tensor = torch.empty(shape, dtype=spec.dtype, device="meta")
-        return self.attach(target, tensor, Parameter(names, recipe.module, kind, stacked))
+        return self.attach(target, tensor, Parameter(names, recipe.module, kind, role, stacked))
 
     def attach(self, target: str, tensor: torch.Tensor, parameter: Parameter) -> fx.Node:
         """The `get_attr` of a new parameter, `tensor` on meta."""

@@ -11,18 +11,29 @@ from fxquant.policy.kinds import Kind
 from fxquant.policy.policy import Rule
 from fxquant.policy.smooth_rules import PairKind, SmoothRule
 from fxquant.program.graph import ProgramGraph
+from fxquant.schemes.roles import module_and_role, tensor_name
 from fxquant.schemes.schemes import Recipe, tensor_specs
 from fxquant.transforms.rotation import Turn
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """One tensor of the graph: `names` are its tensors on disk, one an expert when `stacked`, else one."""
+    """One tensor of the graph, whose target is the name of `role` in `module`.
+
+    names  its tensors on disk, one an expert when `stacked`, else one
+    role   what it is to its module: "weight", "bias", …
+    """
 
     names: tuple[str, ...]
     module: str
     kind: Kind
+    role: str
     stacked: bool = False
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The module of each of `names`."""
+        return tuple(module_and_role(name)[0] for name in self.names)
 
 
 @dataclass
@@ -96,6 +107,10 @@ class Program:
         """Calls of one operator, in graph order."""
         return [node for node in self.graph.graph.nodes if node.op == "call_function" and node.target == target]
 
+    def parameter(self, node: fx.Node) -> Parameter:
+        """What a `get_attr` node reads."""
+        return self.parameters[str(node.target)]
+
     def kept_names(self) -> dict[str, Parameter]:
         """Checkpoint tensor → parameter, for all parameters that no recipe makes."""
         made = {name for recipe in self.recipes.values() for name in made_parameters(recipe)}
@@ -116,4 +131,4 @@ class Program:
 
 def made_parameters(recipe: Recipe) -> Iterator[str]:
     """Graph targets that the tensors of a recipe may have."""
-    return (f"{recipe.module}.{suffix}" for suffix in tensor_specs(recipe))
+    return (tensor_name(recipe.module, role) for role in tensor_specs(recipe))

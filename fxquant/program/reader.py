@@ -22,6 +22,7 @@ from fxquant.program.graph import ProgramGraph
 from fxquant.program.operators import OPERATORS
 from fxquant.program.program import MtpLayers, Parameter, Program
 from fxquant.program.schema import SYMBOLS, Document, NodeFields, ParameterFields, RecipeFields
+from fxquant.schemes.roles import module_and_role
 from fxquant.schemes.schemes import ActivationRange, Recipe, why_not
 from fxquant.storage.safetensors import DTYPES
 
@@ -173,7 +174,10 @@ def _parameter(target: str, fields: ParameterFields) -> Parameter:
     experts = fields.shape[:1] if fields.stacked else [1]
     if experts != [len(fields.names)]:
         raise ValueError(f"parameter {target}: {len(fields.names)} names for shape {fields.shape}")
-    return Parameter(tuple(fields.names), fields.module, fields.kind, fields.stacked)
+    module, role = module_and_role(target)
+    if module != fields.module:
+        raise ValueError(f"parameter {target}: its module is {fields.module}")
+    return Parameter(tuple(fields.names), module, fields.kind, role, fields.stacked)
 
 
 def _recipe(module: str, fields: RecipeFields) -> Recipe:

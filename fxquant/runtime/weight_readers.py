@@ -15,6 +15,7 @@ from fxquant.checkpoint.checkpoint import Checkpoint
 from fxquant.errors import FxquantError
 from fxquant.kernels.pack_int4 import pack_int4
 from fxquant.program.program import Program
+from fxquant.schemes.roles import tensor_name
 from fxquant.schemes.schemes import Recipe, tensor_specs
 
 Read = Callable[[str], Tensor]
@@ -63,9 +64,8 @@ def load(
     """The value of a graph parameter on `device`; floating tensors come as `dtype`, int4 codes packed."""
     parameter = program.parameters[target]
     recipe = program.recipes.get(parameter.module)
-    unpacked = (
-        recipe is not None and recipe.int4 and not recipe.weight_format.packed and target == f"{recipe.module}.weight"
-    )
+    int4 = recipe is not None and recipe.int4 and parameter.role == "weight"
+    unpacked = int4 and recipe is not None and not recipe.weight_format.packed
 
     def converted(name: str) -> Tensor:
         tensor = read(name)
@@ -85,30 +85,30 @@ class RecipeReader:
 
     def __init__(self, program: Program, checkpoint: Checkpoint, codes: Codes | None = None) -> None:
         self._checkpoint, self._codes = checkpoint, codes
-        self._owners: dict[str, tuple[Recipe, str]] = {
-            f"{module}.{suffix}": (recipe, module)
+        self._owners: dict[str, tuple[Recipe, str, str]] = {
+            tensor_name(module, role): (recipe, module, role)
             for recipe in program.recipes.values()
             for module in recipe.modules
-            for suffix in tensor_specs(recipe)
+            for role in tensor_specs(recipe)
         }
         self._last: tuple[str, dict[str, Tensor]] = ("", {})
 
     def __call__(self, name: str) -> Tensor:
         if name not in self._owners:
             return self._checkpoint.read(name)
-        recipe, module = self._owners[name]
+        recipe, module, role = self._owners[name]
         if self._last[0] != module:
             self._last = (module, make_module(recipe, module, self._checkpoint.read, self._codes))
-        return self._last[1][name.removeprefix(module + ".")]
+        return self._last[1][role]
 
 
 def make_module(recipe: Recipe, module: str, read: Read, codes: Codes | None = None) -> dict[str, Tensor]:
-    """All tensors of one of `recipe.modules`, by suffix."""
+    """All tensors of one of `recipe.modules`, by role."""
     from fxquant.kernels.module_tensors import make_tensors
 
-    bias = read(f"{module}.bias") if recipe.bias else None
+    weight, bias = tensor_name(module, "weight"), tensor_name(module, "bias")
     found = codes_of(recipe, module, codes)
-    return make_tensors(recipe, f"{module}.weight", read(f"{module}.weight"), bias, found)
+    return make_tensors(recipe, weight, read(weight), read(bias) if recipe.bias else None, found)
 
 
 def codes_of(recipe: Recipe, module: str, codes: Codes | None) -> Tensor | None:
@@ -125,7 +125,7 @@ class RoundedReader:
 
     def __init__(self, program: Program, read: Read) -> None:
         self._read = read
-        self._recipes = {f"{m}.weight": recipe for recipe in program.recipes.values() for m in recipe.modules}
+        self._recipes = {name: recipe for recipe in program.recipes.values() for name in recipe.weight_names}
 
     def __call__(self, name: str) -> Tensor:
         from fxquant.kernels.module_tensors import rounded_weight

@@ -10,6 +10,7 @@ from functools import cached_property
 
 import torch
 
+from fxquant.schemes.roles import tensor_name
 from fxquant.schemes.weight_formats import WeightFormat
 
 ROW_PARALLEL_CHUNKS = 16
@@ -162,10 +163,24 @@ class Recipe:
         return self.scheme.weight_bits == 4
 
     @property
+    def weight_target(self) -> str:
+        """What its weight is called in the graph."""
+        return tensor_name(self.module, "weight")
+
+    @property
+    def weight_names(self) -> tuple[str, ...]:
+        """Its weights in the checkpoint, one for each of `modules`."""
+        return tuple(tensor_name(module, "weight") for module in self.modules)
+
+    @property
+    def source_roles(self) -> tuple[str, ...]:
+        """What it consumes of each of `modules`."""
+        return ("weight", "bias") if self.bias else ("weight",)
+
+    @property
     def source_names(self) -> tuple[str, ...]:
         """Every checkpoint tensor this recipe consumes."""
-        suffixes = (".weight", ".bias") if self.bias else (".weight",)
-        return tuple(module + suffix for module in self.modules for suffix in suffixes)
+        return tuple(tensor_name(module, role) for module in self.modules for role in self.source_roles)
 
 
 @dataclass(frozen=True)
@@ -182,7 +197,7 @@ class TensorSpec:
 
 
 def tensor_specs(recipe: Recipe) -> dict[str, TensorSpec]:
-    """Name suffix → spec of every tensor that each of `recipe.modules` owns in the weight file."""
+    """Role → spec of every tensor that each of `recipe.modules` owns in the weight file."""
     n, k = recipe.out_features, recipe.in_features
     parameter_dtype = torch.float32 if recipe.weight_format.float32_parameters else recipe.dtype
     specs: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {"weight": (torch.int8, (n, k))}
@@ -205,10 +220,10 @@ def tensor_specs(recipe: Recipe) -> dict[str, TensorSpec]:
     return described
 
 
-def graph_spec(recipe: Recipe, suffix: str) -> TensorSpec:
+def graph_spec(recipe: Recipe, role: str) -> TensorSpec:
     """dtype and shape of a tensor of `recipe` in the graph: as stored, but int4 always packed."""
-    spec = tensor_specs(recipe)[suffix]
-    if suffix == "weight" and recipe.int4 and not recipe.weight_format.packed:
+    spec = tensor_specs(recipe)[role]
+    if role == "weight" and recipe.int4 and not recipe.weight_format.packed:
         return TensorSpec(spec.dtype, (recipe.out_features // 2, recipe.in_features), spec.description)
     return spec
 

@@ -8,6 +8,7 @@ from typing import Any
 from torch import fx, nn
 
 from fxquant.policy.kinds import Kind
+from fxquant.schemes.roles import module_and_role
 from fxquant.tracing.calls import layer_paths
 
 TORCH_KINDS = {nn.RMSNorm: Kind.NORM, nn.LayerNorm: Kind.NORM, nn.Embedding: Kind.EMBEDDING}
@@ -28,7 +29,7 @@ def annotate(graph: fx.Graph, model: nn.Module) -> None:
     layers, kind = set(layer_paths(model)), kinds(modules)
     for node in graph.nodes:
         if node.op == "get_attr":
-            node.meta["module"] = str(node.target).rpartition(".")[0]
+            node.meta["module"] = module_and_role(str(node.target))[0]
         module = node.meta["module"]
         node.meta |= {"kind": kind(module), "block": _block(module, layers)}
     _name_outside_blocks([node for node in graph.nodes if node.op == "call_function"])

@@ -8,6 +8,7 @@ from torch import nn
 from fxquant.models.layers import RoutedExperts
 from fxquant.program.graph import ProgramGraph
 from fxquant.program.program import Parameter
+from fxquant.schemes.roles import module_and_role, tensor_name
 from fxquant.tracing.annotate import kinds
 from fxquant.tracing.calls import model_state
 
@@ -24,17 +25,18 @@ def attach_parameters(
     parameters: dict[str, Parameter] = {}
     for node in root.graph.find_nodes(op="get_attr"):
         path = node.target
-        holder, _, name = path.rpartition(".")
+        holder, name = module_and_role(path)
         owner = modules[holder]
         if isinstance(owner, RoutedExperts):
             names = tuple(map(checkpoint_name or str, owner.checkpoint_names(holder, name)))
             stack = _stack_path(names) if checkpoint_name else path
-            node.target, parameter = f"{stack}.weight", Parameter(names, stack, kind(holder), stacked=True)
+            node.target = tensor_name(stack, "weight")
+            parameter = Parameter(names, stack, kind(holder), "weight", stacked=True)
             renamed[holder] = stack.rpartition(".")[0]
         else:
             node.target = checkpoint_name(path) if checkpoint_name else path
-            renamed[holder] = node.target.rpartition(".")[0]
-            parameter = Parameter((node.target,), renamed[holder], kind(holder))
+            renamed[holder], role = module_and_role(node.target)
+            parameter = Parameter((node.target,), renamed[holder], kind(holder), role)
         root.tensors[node.target] = torch.empty_like(state[path], device="meta")
         parameters[node.target] = parameter
     for node in root.graph.nodes:

@@ -13,6 +13,7 @@ from fxquant.checkpoint.checkpoint import Checkpoint
 from fxquant.checkpoint.rotated import rotation
 from fxquant.passes.find_rotation import find_turns
 from fxquant.program.program import Program
+from fxquant.schemes.roles import module_and_role, tensor_name
 from fxquant.transforms.rotation import Rotate
 from fxquant.transforms.weight_transforms import Smoothing
 from fxquant.verification.report import Check
@@ -58,12 +59,12 @@ def check_calibration(folder: Path, values: Sequence[Check]) -> Check:
 
 def _wanted(name: str, source: Checkpoint, smoothing: Smoothing) -> Tensor:
     """The vector that stands in the place of tensor `name`, float64 before its rounding where it is a sum."""
-    module, _, suffix = name.rpartition(".")
-    weight = f"{module}.weight"
+    module, role = module_and_role(name)
+    weight = tensor_name(module, "weight")
     before = source.read(name) if name in source.tensors else torch.zeros(())
-    if suffix == "weight" and name not in smoothing.scales:
+    if role == "weight" and name not in smoothing.scales:
         return before
-    if suffix == "weight":
+    if role == "weight":
         return (before.float() / smoothing.scales[name]).to(before.dtype)
     if weight in smoothing.scales:  # of a norm
         return (before.float() - smoothing.shifts.get(weight, torch.zeros(()))) / smoothing.scales[weight]

@@ -13,6 +13,7 @@ from fxquant.lowering.output_folder.weight_files import WeightFiles
 from fxquant.ops.quantized import expand_int4
 from fxquant.program.program import Program
 from fxquant.progress import Advance
+from fxquant.schemes.roles import tensor_name
 from fxquant.schemes.schemes import Recipe, tensor_specs
 from fxquant.storage.hashing import hash_bytes
 from fxquant.verification.reference import contradiction, expected_codes, expected_tensors, wrong_codes
@@ -38,9 +39,9 @@ def check_names(files: WeightFiles, stored: list[StoredTensor]) -> Check:
 def check_stored(program: Program, files: WeightFiles) -> None:
     """Raise FxquantError unless every parameter of the graph lies in the files, in its shape: then it can be run."""
     specs = {
-        f"{module}.{suffix}": spec.shape
+        tensor_name(module, role): spec.shape
         for recipe in program.recipes.values()
-        for suffix, spec in tensor_specs(recipe).items()
+        for role, spec in tensor_specs(recipe).items()
         for module in recipe.modules
     }
     for target, parameter in program.parameters.items():
@@ -54,7 +55,7 @@ def check_stored(program: Program, files: WeightFiles) -> None:
 
 def sample(stored: list[StoredTensor], count: int | None) -> list[StoredTensor]:
     """One StoredTensor a module (its weight) or kept tensor; a seeded `count` of them, or all."""
-    units = [t for t in stored if t.recipe is None or t.name == f"{t.module}.weight"]
+    units = [t for t in stored if t.recipe is None or t.role == "weight"]
     if count is None or count >= len(units):
         return units
     return [units[index] for index in sorted(random.Random(0).sample(range(len(units)), count))]
@@ -84,21 +85,19 @@ def _check_unit(
         want = source.read(unit.name).to(unit.spec.dtype)
         kept.expect(same_bytes(files.read(unit.name), want), f"{unit.name}: differs from the source")
         return
-    bias = source.read(f"{module}.bias") if recipe.bias else None
+    bias = source.read(tensor_name(module, "bias")) if recipe.bias else None
     weight = source.read(unit.name)
     chosen, found = expected_codes(recipe, weight), None
     if recipe.algorithm.from_inputs:
         found = stored_codes(recipe, module, files)
         reason = wrong_codes(recipe, weight, found, chosen)
-        made.expect(reason is None, f"{module}.weight: {reason}")
+        made.expect(reason is None, f"{unit.name}: {reason}")
         made.checked -= 1
-    for suffix, want in expected_tensors(recipe, weight, bias, found, chosen).items():
-        made.expect(
-            same_bytes(files.read(f"{module}.{suffix}"), want),
-            f"{module}.{suffix}: {_where(files, module, suffix, want)}",
-        )
+    for role, want in expected_tensors(recipe, weight, bias, found, chosen).items():
+        name = tensor_name(module, role)
+        made.expect(same_bytes(files.read(name), want), f"{name}: {_where(files, name, want)}")
     if recipe.scheme.static:
-        stored = {suffix: files.read(f"{module}.{suffix}") for suffix in tensor_specs(recipe)}
+        stored = _stored(recipe, module, files)
         reason = contradiction(recipe, stored, bias, chosen[1])
         calibrated.expect(reason is None, f"{module}.{reason}")
 
@@ -108,7 +107,7 @@ def check_static(program: Program, files: WeightFiles) -> Check:
     recipes = [recipe for recipe in program.recipes.values() if recipe.scheme.static]
     check = Check("static parameters agree", len(recipes))
     for recipe in recipes:
-        stored = {suffix: files.read(f"{recipe.module}.{suffix}") for suffix in tensor_specs(recipe)}
+        stored = _stored(recipe, recipe.module, files)
         reason = contradiction(recipe, stored, stored.get("bias"))
         check.expect(reason is None, f"{recipe.module}.{reason}")
     return check
@@ -131,7 +130,7 @@ class StoredCodes:
 
 def stored_codes(recipe: Recipe, module: str, files: WeightFiles) -> Tensor:
     """int8 [n, k], unpacked."""
-    weight = files.read(f"{module}.weight")
+    weight = files.read(tensor_name(module, "weight"))
     return expand_int4(weight, None) if recipe.int4 and recipe.weight_format.packed else weight
 
 
@@ -142,16 +141,21 @@ def same_bytes(x: Tensor, y: Tensor) -> bool:
 
 
 def _data_free(recipe: Recipe | None) -> int:
-    return 0 if recipe is None else len([suffix for suffix in tensor_specs(recipe) if suffix not in CALIBRATED])
+    return 0 if recipe is None else len([role for role in tensor_specs(recipe) if role not in CALIBRATED])
 
 
 def _names(unit: StoredTensor) -> list[str]:
-    return [unit.name] if unit.recipe is None else [f"{unit.module}.{suffix}" for suffix in tensor_specs(unit.recipe)]
+    return [unit.name] if unit.recipe is None else [tensor_name(unit.module, one) for one in tensor_specs(unit.recipe)]
 
 
-def _where(files: WeightFiles, module: str, suffix: str, want: Tensor) -> str:
+def _stored(recipe: Recipe, module: str, files: WeightFiles) -> dict[str, Tensor]:
+    """Role → tensor, of one of the recipe's modules."""
+    return {role: files.read(tensor_name(module, role)) for role in tensor_specs(recipe)}
+
+
+def _where(files: WeightFiles, name: str, want: Tensor) -> str:
     """The first element that differs."""
-    found = files.read(f"{module}.{suffix}")
+    found = files.read(name)
     if found.shape != want.shape or found.dtype is not want.dtype:
         return f"{found.dtype}{list(found.shape)}, expected {want.dtype}{list(want.shape)}"
     different = (found != want).nonzero()

@@ -25,11 +25,14 @@ from fxquant.passes import (
     run_passes,
 )
 from fxquant.program.linears import linear_sites
+from fxquant.program.operands import operand_node
 from fxquant.program.program import Program
 from fxquant.runtime.execute import execute, prefill_inputs
 from fxquant.schemes.schemes import Recipe, Scheme
 
 # subclasses
+
+MIXING = "model.layers.0.mlp.mixing"
 
 
 class Twice(DecoderLayer):
@@ -85,6 +88,28 @@ def test_a_computed_weight_is_kept_with_the_reason(checkpoint: Checkpoint, tmp_p
     kept = QuantizeLinear()(program).skipped
     assert "its weight is computed" in kept.values()
     assert "model.layers.0.mlp.up_proj" not in program.recipes
+
+
+class OtherName(DecoderLayer):
+    """Layer 0 multiplies by a parameter that is not called weight."""
+
+    def __init__(self, config: DeepseekV3Config, index: int) -> None:
+        super().__init__(config, index)
+        if index == 0:
+            mlp, size = self.mlp, config.hidden_size
+            mlp.mixing = torch.nn.Parameter(torch.empty(size, size))
+            mlp.forward = lambda x: mlp.down_proj(ops.swiglu(mlp.gate_proj(x), mlp.up_proj(ops.linear(x, mlp.mixing))))
+
+
+def test_a_linear_whose_weight_has_another_name_is_refused_or_kept(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    with pytest.raises(FxquantError, match=r"^model\.layers\.0\.mlp: model\.layers\.0\.mlp\.mixing is quantized"):
+        assigned(traced(checkpoint, OtherName), "deepseek_w4a8_dynamic")
+    policy = "extends: deepseek_w4a8_dynamic\nrules: [{path: '*.0.mlp', scheme: FLOAT}]"
+    program = assigned(traced(checkpoint, OtherName), policy, tmp_path)
+    run_passes(program, [QuantizeLinear(), QuantizeExperts(), CheckCoverage()])
+    (kept,) = (node for node in program.nodes(ops.linear) if operand_node(node, "weight").target == MIXING)
+    assert program.parameter(operand_node(kept, "weight")).role == "mixing"
+    assert "model.layers.0.mlp.gate_proj" in program.recipes
 
 
 @pytest.mark.parametrize("layer", [Twice, TwiceSmaller])

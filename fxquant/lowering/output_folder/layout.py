@@ -14,6 +14,7 @@ from fxquant.checkpoint.checkpoint import Checkpoint
 from fxquant.engines.engine import Engine, numbered
 from fxquant.program.operands import operand_node
 from fxquant.program.program import Program
+from fxquant.schemes.roles import tensor_name
 from fxquant.schemes.schemes import Recipe, Scheme, TensorSpec, tensor_specs
 from fxquant.storage.safetensors import build_header, header_length, quoted_size
 
@@ -25,7 +26,8 @@ MAX_SHARD_SIZE = 4 << 30
 class StoredTensor(NamedTuple):
     """One tensor of the output: made by `recipe` for `module`, or kept from the checkpoint when there is none.
 
-    `mtp` says that it is of a multi-token prediction layer.
+    mtp   whether it is of a multi-token prediction layer
+    role  what it is to its module, where a recipe makes it
     """
 
     name: str
@@ -33,6 +35,7 @@ class StoredTensor(NamedTuple):
     module: str
     recipe: Recipe | None = None
     mtp: bool = False
+    role: str = ""
 
     @property
     def nbytes(self) -> int:
@@ -103,8 +106,11 @@ def stored_tensors(program: Program, checkpoint: Checkpoint) -> list[StoredTenso
 
 
 def _made(recipe: Recipe, mtp: bool = False) -> list[StoredTensor]:
-    specs = tensor_specs(recipe).items()
-    return [StoredTensor(f"{m}.{suffix}", spec, m, recipe, mtp) for m in recipe.modules for suffix, spec in specs]
+    return [
+        StoredTensor(tensor_name(module, role), spec, module, recipe, mtp, role)
+        for module in recipe.modules
+        for role, spec in tensor_specs(recipe).items()
+    ]
 
 
 def _mtp(program: Program, checkpoint: Checkpoint) -> list[StoredTensor]:

@@ -16,6 +16,7 @@ from fxquant.kernels.version import KERNEL_VERSION
 from fxquant.lowering.weights.unit import Unit
 from fxquant.program.program_file import recipe_arguments
 from fxquant.runtime.weight_readers import Codes, codes_of
+from fxquant.schemes.roles import tensor_name
 from fxquant.schemes.schemes import Recipe
 from fxquant.storage.hashing import hash_text
 from fxquant.storage.safetensors import NAMES, TensorInfo
@@ -104,7 +105,7 @@ class CheckpointProducer:
     def _made(self, unit: Unit, recipe: Recipe) -> Iterator[tuple[str, memoryview]]:
         from fxquant.kernels.module_tensors import ModuleMaker  # here: keys are asked for where no compiler is wanted
 
-        name = f"{unit.name}.weight"
+        name = unit.tensor_name("weight")
         maker = ModuleMaker(recipe, name, self._bias(unit.name) if recipe.bias else None)
         codes = codes_of(recipe, unit.name, self._solved)
         turned = name in self._checkpoint.smoothing.turns
@@ -173,7 +174,7 @@ class CheckpointProducer:
         return torch.frombuffer(self._reader.read(scale), dtype=scale.dtype).view(scale.shape).float().numpy()
 
     def _bias(self, module: str) -> Tensor:
-        name = f"{module}.bias"
+        name = tensor_name(module, "bias")
         tensor, smoothed = self._checkpoint.tensors[name], self._checkpoint.smoothing.tensors.get(name)
         if smoothed is not None or isinstance(tensor, HeldTensor):
             return self._checkpoint.smoothing.tensors[name]
@@ -184,7 +185,7 @@ def _sources(unit: Unit) -> list[str]:
     """Checkpoint tensors that the unit is made from."""
     if unit.recipe is None:
         return [unit.name]
-    return [f"{unit.name}.weight"] + ([f"{unit.name}.bias"] if unit.recipe.bias else [])
+    return [unit.tensor_name(role) for role in unit.recipe.source_roles]
 
 
 def _array(scale: Tensor | None) -> np.ndarray | None:

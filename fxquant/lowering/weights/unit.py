@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from fxquant.lowering.output_folder.layout import FileLayout, StoredTensor
+from fxquant.schemes.roles import tensor_name
 from fxquant.schemes.schemes import Recipe
 
 LARGE = 64 << 20
@@ -25,7 +26,7 @@ class Unit:
 
     name    the module, or the tensor
     kept    the kept tensor, where there is no recipe
-    places  suffix of each tensor's name ("" for a kept one) → where it lies
+    places  role of each tensor ("" for a kept one) → where it lies
     """
 
     name: str
@@ -38,14 +39,14 @@ class Unit:
         """Bytes of the output."""
         return sum(place.nbytes for place in self.places.values())
 
-    def tensor_name(self, suffix: str) -> str:
+    def tensor_name(self, role: str) -> str:
         """The name in the weight file."""
-        return f"{self.name}.{suffix}" if suffix else self.name
+        return tensor_name(self.name, role)
 
 
 @dataclass(frozen=True)
 class Filled:
-    """A finished unit: the XXH3-128 of each tensor's bytes by suffix, in hex."""
+    """A finished unit: the XXH3-128 of each tensor's bytes by role, in hex."""
 
     name: str
     digests: dict[str, str]
@@ -68,8 +69,7 @@ def collect_units(placed: Iterable[tuple[StoredTensor, Place]]) -> list[Unit]:
     owners: dict[str, StoredTensor] = {}
     for tensor, place in placed:
         name = tensor.name if tensor.recipe is None else tensor.module
-        suffix = "" if tensor.recipe is None else tensor.name.removeprefix(f"{tensor.module}.")
-        places.setdefault(name, {})[suffix] = place
+        places.setdefault(name, {})[tensor.role] = place
         owners.setdefault(name, tensor)
     return [_unit(name, owners[name], places[name]) for name in sorted(places)]
 

@@ -11,6 +11,7 @@ from fxquant.errors import FxquantError
 from fxquant.lowering.ascend.emitter.structure import Names, Segment
 from fxquant.lowering.ascend.emitter.values import drops_last_dimension, is_int32
 from fxquant.program.program import Program
+from fxquant.schemes.roles import tensor_name
 from fxquant.schemes.schemes import Recipe
 
 WIDTH = 120
@@ -125,8 +126,8 @@ class Writer:
         module, relative = self._relative(recipe.module)
         template, experts = template_of(recipe.modules)
         template = template.removeprefix(self.segment.prefix if relative else "")
-        names = tuple(f"{template}.{name}" for name in stored)
-        return self._entry(f"{module}.{suffix}", layout, names, experts, relative)
+        names = tuple(tensor_name(template, role) for role in stored)
+        return self._entry(tensor_name(module, suffix), layout, names, experts, relative)
 
     def _relative(self, path: str) -> tuple[str, bool]:
         relative = path.startswith(self.segment.prefix)

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from fxquant.program.program import Program, made_parameters
+from fxquant.schemes.roles import tensor_name
 from fxquant.schemes.schemes import tensor_specs
 
 
@@ -32,8 +33,8 @@ def stored_tensors(program: Program) -> dict[str, Tensor]:
             shape = tensor.shape[1:] if parameter.stacked else tensor.shape
             found |= dict.fromkeys(parameter.names, torch.empty(shape, dtype=tensor.dtype, device="meta"))
     for recipe in program.recipes.values():
-        for suffix, spec in tensor_specs(recipe).items():
-            names = [f"{module}.{suffix}" for module in recipe.modules]
+        for role, spec in tensor_specs(recipe).items():
+            names = [tensor_name(module, role) for module in recipe.modules]
             found |= dict.fromkeys(names, torch.empty(spec.shape, dtype=spec.dtype, device="meta"))
     return found
 
