@@ -64,8 +64,7 @@ def load(
     """The value of a graph parameter on `device`; floating tensors come as `dtype`, int4 codes packed."""
     parameter = program.parameters[target]
     recipe = program.recipes.get(parameter.module)
-    int4 = recipe is not None and recipe.int4 and parameter.role == "weight"
-    unpacked = int4 and recipe is not None and not recipe.weight_format.packed
+    unpacked = parameter.role == "weight" and recipe is not None and recipe.int4 and not recipe.weight_format.packed
 
     def converted(name: str) -> Tensor:
         tensor = read(name)

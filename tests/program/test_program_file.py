@@ -230,6 +230,7 @@ Q_A = "model.layers.0.self_attn.q_a_proj"
         (["recipes", Q_A, "dtype"], "F8"),
         (["parameters", f"{Q_A}.weight", "shape"], [64]),
         (["parameters", f"{Q_A}.weight", "kind"], "linear"),
+        (["parameters", f"{Q_A}.weight", "module"], "model.layers.1.self_attn.q_a_proj"),
         (["parameters", f"{Q_A}.weight", "dtype"], "I4"),
         (["rules", Q_A], {"scheme": "W8A8"}),
         (["nodes", -1, "op"], None),
