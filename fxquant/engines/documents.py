@@ -47,5 +47,5 @@ def _scheme_key(key: str, recipes: "list[Recipe]") -> JsonObject:
     return {key: schemes.pop().value.lower()} if len(schemes) == 1 else {}
 
 
-def _kind(program: "Program", module: str) -> Kind:
-    return program.parameters[f"{module}.weight"].kind
+def _kind(program: "Program", recipe: "Recipe") -> Kind:
+    return program.parameters[recipe.weight_target].kind

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 from reader_folders import EXPERTS, Draft
 
-PACKAGE = Path(__file__).parents[1] / "fxquant"
+import fxquant
+
+PACKAGE = Path(fxquant.__file__).parent
 READERS = sorted(PACKAGE.glob("engines/*/reader.py"))
 FILES = [*sorted(PACKAGE.glob("engine_readers/*.py")), *READERS]
 NAMES = [str(file.relative_to(PACKAGE).with_suffix("")) for file in FILES]

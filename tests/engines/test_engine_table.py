@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+import fxquant
 from fxquant.engines.contract import load_contract
 from fxquant.engines.serving import Serving
 from fxquant.engines.table import DEFAULT, ENGINES, Target, description_stems, onnx_targets, weight_stems
 from fxquant.tools.compile_options import parse_target
 from fxquant.tools.main import app
 
-PACKAGE = Path(__file__).parents[2] / "fxquant"
+PACKAGE = Path(fxquant.__file__).parent
 ENGINE_FILES = PACKAGE / "engines"
 NAMED = re.compile(rf"(?<![\w./-])({'|'.join(Target)})(?![\w./-])")
 """The name of an engine as a word of its own: no part of a path, a file's name or a longer name."""
