@@ -9,11 +9,10 @@ from torch import Tensor
 from fxquant.errors import FxquantError, InternalError
 from fxquant.kernels import pack_int4 as kernels
 from fxquant.kernels.activation import encode_deq_scale, fused_parameters, static_parameters
-from fxquant.kernels.int4 import TWO_LEVEL_MAXIMUM, int4_rows
-from fxquant.kernels.int8 import int8_rows
-from fxquant.kernels.search import searched_int4_rows, searched_int8_rows
+from fxquant.kernels.int4 import TWO_LEVEL_MAXIMUM
+from fxquant.kernels.search import ROW_KERNELS
 from fxquant.kernels.source_rows import KERNEL_DTYPES, SourceRows, rows_of
-from fxquant.schemes.schemes import ROW_PARALLEL_CHUNKS, ActivationRange, Recipe, WeightAlgorithm, tensor_specs
+from fxquant.schemes.schemes import ActivationRange, Recipe, tensor_specs
 
 
 @dataclass(frozen=True)
@@ -29,14 +28,14 @@ class _Rows:
     @classmethod
     def empty(cls, recipe: Recipe, n: int, packed: bool) -> "_Rows":
         groups = recipe.in_features // recipe.group_size if recipe.int4 and recipe.group_size else 0
-        chunks = ROW_PARALLEL_CHUNKS if recipe.row_parallel else 1
-        if recipe.int4 and (recipe.in_features % max(recipe.group_size, 1) or (packed and recipe.in_features % chunks)):
+        chunks = recipe.scale_bias_columns if packed else 0
+        if recipe.int4 and (recipe.in_features % max(recipe.group_size, 1) or recipe.in_features % max(chunks, 1)):
             raise ValueError(f"{groups} groups and {chunks} chunks do not divide {recipe}")
         return cls(
             np.empty((n // 2 if packed else n, recipe.in_features), np.int8),
             np.empty(n, np.float32),
             np.empty((n, groups), np.float32),
-            np.empty((n, chunks if packed else 0), np.float32),
+            np.empty((n, chunks), np.float32),
             np.empty(n, np.int64),
         )
 
@@ -46,19 +45,12 @@ class _Rows:
             raise ValueError(f"{source.rows} rows of {source.in_features} in room for {len(self.scale)} of {recipe}")
         rows = source.encoded()
         dtype = KERNEL_DTYPES[torch.float32 if recipe.int4 and recipe.group_size else recipe.scale_dtype]
-        int4 = self.codes, self.scale, self.second, self.bias
-        int8 = self.codes, self.scale, self.sums
-        match recipe.algorithm.scales, recipe.scheme.weight_bits:
-            case WeightAlgorithm.MIN_MAX, 4:
-                return int4_rows(rows, dtype, *int4)
-            case WeightAlgorithm.MIN_MAX, 8:
-                return int8_rows(rows, dtype, *int8)
-            case (WeightAlgorithm.CLIP | WeightAlgorithm.LEAST_SQUARES) as algorithm, 4:
-                return searched_int4_rows(rows, dtype, algorithm is WeightAlgorithm.LEAST_SQUARES, *int4)
-            case (WeightAlgorithm.CLIP | WeightAlgorithm.LEAST_SQUARES) as algorithm, 8:
-                return searched_int8_rows(rows, dtype, algorithm is WeightAlgorithm.LEAST_SQUARES, *int8)
-            case algorithm, bits:
-                raise InternalError(recipe.module, f"no kernel for {bits} bits by {algorithm}")
+        kernels, bits = ROW_KERNELS.get(recipe.algorithm.scales), recipe.scheme.weight_bits
+        if kernels is None or bits is None or bits not in kernels.by_bits:
+            raise InternalError(recipe.module, f"no kernel for {bits} bits by {recipe.algorithm}")
+        tensors = (self.second, self.bias) if recipe.int4 else (self.sums,)
+        bad: int = kernels.by_bits[bits](rows, dtype, *kernels.options, self.codes, self.scale, *tensors)
+        return bad
 
     def take(self, recipe: Recipe, codes: Tensor) -> None:
         """Put `codes` int8 [n, k] in the place of those made, with all that follows from codes."""
@@ -157,8 +149,9 @@ def int4_tensors(recipe: Recipe, q: Tensor, scale: Tensor, second: Tensor | None
     """
     tensors = {"weight": q, "weight_scale": scale}
     if recipe.weight_format.packed:
-        chunks = ROW_PARALLEL_CHUNKS if recipe.row_parallel else 1
-        tensors |= {"weight": kernels.pack_int4(q), "scale_bias": kernels.scale_bias(q, scale, second, chunks)}
+        tensors["weight"] = kernels.pack_int4(q)
+    if recipe.scale_bias_columns:
+        tensors["scale_bias"] = kernels.scale_bias(q, scale, second, recipe.scale_bias_columns)
     if second is not None:
         tensors["weight_scale_second"] = second
         tensors["weight_offset_second"] = torch.zeros_like(second, dtype=torch.int64)
@@ -179,10 +172,9 @@ def fitted(recipe: Recipe, weight: Tensor, place: str) -> tuple[Tensor, Tensor, 
 
 def code_limits(recipe: Recipe, second: Tensor) -> tuple[Tensor, Tensor]:
     """Lowest and highest code beside second scales [n, k]; of two levels, `|q4 * second|` stays within 119."""
-    if not recipe.int4:
-        return torch.full_like(second, -128), torch.full_like(second, 127)
-    within = TWO_LEVEL_MAXIMUM // second if recipe.group_size else torch.full_like(second, 8)
-    return -within.clamp(max=8), within.clamp(max=7)
+    highest = recipe.highest_code
+    within = TWO_LEVEL_MAXIMUM // second if recipe.group_size else torch.full_like(second, highest + 1)
+    return -within.clamp(max=highest + 1), within.clamp(max=highest)
 
 
 def rounded_weight(recipe: Recipe, weight: Tensor) -> Tensor:

@@ -30,8 +30,8 @@ BLOCK = (1024, 7168)
 SEARCHED_ROWS = 128
 """Rows that kernels which search for scales are timed on: they are slow, and stay in cache."""
 GROUP_SIZE, FP8_BLOCK = 256, 128
-MIN_MAX, SEARCHES = "min_max", ("clip", "least_squares")
-"""Weight algorithms (`fxquant.schemes.schemes`) by the kernels that they take."""
+MIN_MAX = "min_max"
+"""The weight algorithm (`fxquant.schemes.schemes`) whose kernels have no name of their own."""
 KERNEL_SECONDS = 0.08
 SECONDS, LAST_WAIT = 4.0, 0.25
 """How long to measure: enough unless kernels are compiled for the first time, which takes ten seconds."""
@@ -109,39 +109,34 @@ def block_sources(n: int) -> "dict[bool, EncodedRows]":
 
 def block_kernels() -> dict[str, Callable[[], object]]:
     """Kernel → a call on random weights of `BLOCK`, with the types that `compile` calls it with."""
-    from fxquant.kernels.int4 import int4_rows
-    from fxquant.kernels.int8 import int8_rows
-
-    return _calls(BLOCK[0], int8_rows, int4_rows, (), MIN_MAX)
+    return _calls(BLOCK[0], searches=False)
 
 
 def searched_kernels() -> dict[str, Callable[[], object]]:
-    """The same for `SEARCHED_ROWS` rows and each of `SEARCHES`."""
-    from fxquant.kernels.search import searched_int4_rows, searched_int8_rows
-
-    made: dict[str, Callable[[], object]] = {}
-    for name in SEARCHES:
-        made |= _calls(SEARCHED_ROWS, searched_int8_rows, searched_int4_rows, (name == SEARCHES[1],), name)
-    return made
+    """The same on `SEARCHED_ROWS` rows, for algorithms that search for scales."""
+    return _calls(SEARCHED_ROWS, searches=True)
 
 
-def _calls(
-    n: int, int8_rows: Callable, int4_rows: Callable, options: tuple[bool, ...], algorithm: str
-) -> dict[str, Callable[[], object]]:
+def _calls(n: int, searches: bool) -> dict[str, Callable[[], object]]:
     import numpy as np
 
     from fxquant.kernels.rounding import FLOAT32
+    from fxquant.kernels.search import ROW_KERNELS
 
     k = BLOCK[1]
     codes, scale, sums = np.empty((n, k), np.int8), np.empty(n, np.float32), np.empty(n, np.int64)
+    seconds = {size: np.empty((n, k // size if size else 0), np.float32) for size in (0, GROUP_SIZE)}
     bias = np.empty((n, 1), np.float32)
     calls: dict[str, Callable[[], object]] = {}
-    for fp8, rows in block_sources(n).items():
-        calls[kernel_name(False, 0, fp8, algorithm)] = partial(int8_rows, rows, FLOAT32, *options, codes, scale, sums)
-        for size in (0, GROUP_SIZE):
-            second = np.empty((n, k // size if size else 0), np.float32)
-            call = partial(int4_rows, rows, FLOAT32, *options, codes[: n // 2], scale, second, bias)
-            calls[kernel_name(True, size, fp8, algorithm)] = call
+    for algorithm, kernels in ROW_KERNELS.items():
+        if kernels.searches is not searches:
+            continue
+        for fp8, rows in block_sources(n).items():
+            given = rows, FLOAT32, *kernels.options
+            calls[kernel_name(False, 0, fp8, algorithm)] = partial(kernels.by_bits[8], *given, codes, scale, sums)
+            for size, second in seconds.items():
+                call = partial(kernels.by_bits[4], *given, codes[: n // 2], scale, second, bias)
+                calls[kernel_name(True, size, fp8, algorithm)] = call
     return calls
 
 

@@ -10,6 +10,7 @@ from functools import cached_property
 
 import torch
 
+from fxquant.errors import InternalError
 from fxquant.schemes.roles import tensor_name
 from fxquant.schemes.weight_formats import WeightFormat
 
@@ -73,6 +74,11 @@ class Scheme(StrEnum):
     def static(self) -> bool:
         """Needs calibrated activation ranges."""
         return self.activation in (Activation.PER_TENSOR, Activation.BOTH)
+
+    @property
+    def integer_inputs(self) -> bool:
+        """Whether linears multiply integers by integers."""
+        return self.activation is not Activation.FLOAT
 
 
 ARITHMETIC = {
@@ -178,6 +184,20 @@ class Recipe:
         return ("weight", "bias") if self.bias else ("weight",)
 
     @property
+    def highest_code(self) -> int:
+        """The largest code of a weight; the lowest is one further from zero. Raises InternalError without codes."""
+        if self.scheme.weight_bits is None:
+            raise InternalError(self.module, f"no codes of {self.scheme}")
+        return 2 ** (self.scheme.weight_bits - 1) - 1
+
+    @property
+    def scale_bias_columns(self) -> int:
+        """Columns of `scale_bias`, which engines add to products of int8 and packed int4; 0 where there is none."""
+        if not (self.int4 and self.weight_format.packed and self.scheme.integer_inputs):
+            return 0
+        return ROW_PARALLEL_CHUNKS if self.row_parallel else 1
+
+    @property
     def source_names(self) -> tuple[str, ...]:
         """Every checkpoint tensor this recipe consumes."""
         return tuple(tensor_name(module, role) for module in self.modules for role in self.source_roles)
@@ -209,7 +229,8 @@ def tensor_specs(recipe: Recipe) -> dict[str, TensorSpec]:
         specs["deq_scale"] = (torch.int64 if recipe.dtype is torch.float16 else torch.float32, (n,))
     if recipe.int4 and recipe.weight_format.packed:
         specs["weight"] = (torch.int8, (n // 2, k))
-        specs["scale_bias"] = (torch.float32, (n, ROW_PARALLEL_CHUNKS if recipe.row_parallel else 1))
+    if recipe.scale_bias_columns:
+        specs["scale_bias"] = (torch.float32, (n, recipe.scale_bias_columns))
     if recipe.int4 and recipe.group_size:
         groups = k // recipe.group_size
         specs["weight_scale_second"] = (torch.float32, (n, groups))
@@ -237,7 +258,7 @@ def why_not(recipe: Recipe) -> str | None:
         return f"out_features {n} is odd, int4 rows are packed in pairs"
     if group_size and k % group_size:
         return f"in_features {k} is not a multiple of group_size {group_size}"
-    if recipe.row_parallel and k % ROW_PARALLEL_CHUNKS:
+    if recipe.row_parallel and recipe.scheme.integer_inputs and k % ROW_PARALLEL_CHUNKS:
         return (
             f"in_features {k} is not a multiple of {ROW_PARALLEL_CHUNKS}, scale_bias sums {ROW_PARALLEL_CHUNKS} chunks"
         )

@@ -6,9 +6,8 @@
 import torch
 from torch import Tensor
 
-from fxquant.errors import InternalError
 from fxquant.schemes.schemes import Recipe, WeightAlgorithm, tensor_specs
-from fxquant.verification.reference_search import SEARCHED, Chosen, searched_codes
+from fxquant.verification.reference_search import Chosen, highest_code, searched_codes
 
 FEEDBACK_ERROR = 0.25
 """Of a row's squares: what GPTQ's squared error stays below. Codes of another row are off by one to two times them."""
@@ -33,7 +32,7 @@ def expected_tensors(
         "weight_scale_second": seconds,
         "weight_offset_second": torch.zeros(n, groups, dtype=torch.int64),
     }
-    if packed:
+    if packed and recipe.scheme.integer_inputs:
         expected["scale_bias"] = _scale_bias(recipe, codes, scales, seconds)
     if bias is not None:
         expected["bias"] = bias.to(torch.float32 if recipe.weight_format.float32_parameters else recipe.dtype)
@@ -42,11 +41,9 @@ def expected_tensors(
 
 def expected_codes(recipe: Recipe, weight: Tensor) -> Chosen:
     """Codes [n, k], scales [n], second scales [n, G]."""
-    if recipe.algorithm in SEARCHED:
+    if recipe.algorithm.scales is not WeightAlgorithm.MIN_MAX:
         return searched_codes(recipe, weight)
-    if recipe.algorithm is not WeightAlgorithm.MIN_MAX:
-        raise InternalError(recipe.module, f"no reference for weights by {recipe.algorithm}")
-    high = _highest(recipe)
+    high = highest_code(recipe)
     made = []
     for row in weight:
         if recipe.group_size:
@@ -64,7 +61,7 @@ def wrong_codes(recipe: Recipe, weight: Tensor, found: Tensor, chosen: Chosen | 
     """
     codes, scales, seconds = chosen or expected_codes(recipe, weight)
     wide = seconds.repeat_interleave(codes.shape[1] // seconds.shape[1], 1)
-    limit = _highest(recipe)
+    limit = highest_code(recipe)
     if bool((found > limit).any() | (found < -limit - 1).any()):
         return f"a code is outside {-limit - 1} … {limit}"
     if recipe.group_size and bool(((found * wide).abs() > 119).any()):
@@ -103,14 +100,6 @@ def contradiction(
         if stored["quant_bias"][row].item() != round(folded - offset * int(q.long().sum())):
             return f"quant_bias of output {row} does not follow from bias, deq_scale, input_offset and weight"
     return None
-
-
-def _highest(recipe: Recipe) -> int:
-    """The largest code: 7 of four bits, 127 of eight."""
-    bits = recipe.scheme.weight_bits
-    if bits is None:
-        raise InternalError(recipe.module, f"no codes of {recipe.scheme}")
-    return 2 ** (bits - 1) - 1
 
 
 def _symmetric_row(

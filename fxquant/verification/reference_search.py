@@ -1,4 +1,4 @@
-"""The slow form of `clip` and `least_squares`: each scale is tried on all rows, and each row keeps its best.
+"""The slow form of algorithms that search for scales: each is tried on all rows, and each row keeps its best.
 
 It shares no arithmetic with `fxquant.kernels`. A form says what scales s [n] make of the rows: their errors float64
 [n], scales that fit their codes, the codes.
@@ -7,10 +7,9 @@ It shares no arithmetic with `fxquant.kernels`. A form says what scales s [n] ma
 import torch
 from torch import Tensor
 
+from fxquant.errors import InternalError
 from fxquant.schemes.schemes import Recipe, WeightAlgorithm
 
-SEARCHED = {WeightAlgorithm.CLIP: False, WeightAlgorithm.LEAST_SQUARES: True, WeightAlgorithm.GPTQ: True}
-"""Algorithm → whether scales are fitted to their codes, or only taken from the grid."""
 LANES = 32
 ROWS = 256
 """Rows at a time: every temporary is float64 of as many."""
@@ -19,7 +18,12 @@ Chosen = tuple[Tensor, Tensor, Tensor]
 
 
 def searched_codes(recipe: Recipe, weight: Tensor) -> Chosen:
-    """Codes, scales and second scales of a weight [n, k], by clip or least squares, whose scales GPTQ has."""
+    """Codes, scales and second scales of a weight [n, k], by an algorithm of `SEARCHES`.
+
+    Raises InternalError for another one.
+    """
+    if recipe.algorithm.scales not in SEARCHES:
+        raise InternalError(recipe.module, f"no reference for weights by {recipe.algorithm}")
     made = [_searched(recipe, rows.float()) for rows in weight.split(ROWS)]
     codes, scales, seconds = (torch.cat(column) for column in zip(*made, strict=True))
     return codes, scales, seconds
@@ -27,20 +31,29 @@ def searched_codes(recipe: Recipe, weight: Tensor) -> Chosen:
 
 def _searched(recipe: Recipe, rows: Tensor) -> Chosen:
     form = _TwoLevel(rows, recipe.group_size) if recipe.int4 and recipe.group_size else _Channel(rows, recipe)
-    scales, errors, places = form.widest, form.error(form.widest), torch.zeros(len(rows), dtype=torch.int64)
+    return form.codes(SEARCHES[recipe.algorithm.scales](form))
+
+
+def _clip(form: "_Channel | _TwoLevel") -> Tensor:
+    """The best scale of the grid."""
+    return _grid(form)[0]
+
+
+def _grid(form: "_Channel | _TwoLevel") -> tuple[Tensor, Tensor, Tensor]:
+    """The best scales of the grid, their errors and places."""
+    scales, errors, places = form.widest, form.error(form.widest), torch.zeros(len(form.rows), dtype=torch.int64)
     for place in range(1, form.grid):
-        tried = form.on_grid(torch.full((len(rows),), place))
+        tried = form.on_grid(torch.full((len(form.rows),), place))
         error = form.error(tried)
         better = (tried > 0) & (error < errors)
         scales, errors = torch.where(better, tried, scales), torch.where(better, error, errors)
         places = torch.where(better, place, places)
-    if SEARCHED[recipe.algorithm]:
-        scales = _fitted(form, scales, errors, places)
-    return form.codes(scales)
+    return scales, errors, places
 
 
-def _fitted(form: "_Channel | _TwoLevel", scales: Tensor, errors: Tensor, places: Tensor) -> Tensor:
+def _least_squares(form: "_Channel | _TwoLevel") -> Tensor:
     """The best scale on the ways from the start of the grid, from the best of it, and from the neighbors of that."""
+    scales, errors, places = _grid(form)
     for start in (torch.zeros_like(places), places - 1, places, places + 1):
         tried = form.on_grid(start.clamp(0, form.grid - 1))  # one outside is a start twice over: no harm
         for _ in range(form.rounds):
@@ -52,14 +65,26 @@ def _fitted(form: "_Channel | _TwoLevel", scales: Tensor, errors: Tensor, places
     return scales
 
 
+SEARCHES = {WeightAlgorithm.CLIP: _clip, WeightAlgorithm.LEAST_SQUARES: _least_squares}
+"""Algorithm that chooses scales → the scales [n] that it finds for a form."""
+
+
+def highest_code(recipe: Recipe) -> int:
+    """The largest code: 7 of four bits, 127 of eight."""
+    bits = recipe.scheme.weight_bits
+    if bits is None:
+        raise InternalError(recipe.module, f"no codes of {recipe.scheme}")
+    return 2 ** (bits - 1) - 1
+
+
 class _Channel:
-    """One scale a row: codes of 8 or 4 bits, scales representable in the recipe's dtype."""
+    """One scale a row, scales representable in the recipe's dtype."""
 
     grid, rounds = 40, 20
 
     def __init__(self, rows: Tensor, recipe: Recipe) -> None:
         self.rows, self.dtype = rows, recipe.scale_dtype
-        self.high = 7 if recipe.int4 else 127
+        self.high = highest_code(recipe)
         self.widest = self._rounded(rows.abs().amax(1) / self.high)
 
     def on_grid(self, place: Tensor) -> Tensor:
@@ -90,7 +115,7 @@ class _TwoLevel:
     grid, rounds = 8, 6
 
     def __init__(self, rows: Tensor, group_size: int) -> None:
-        self.groups = rows.unflatten(1, (-1, group_size))
+        self.rows, self.groups = rows, rows.unflatten(1, (-1, group_size))
         self.peaks = self.groups.abs().amax(-1)
         self.widest = rows.abs().amax(1) / 119
 
