@@ -14,6 +14,8 @@ from fxquant.policy.kinds import Kind
 from fxquant.schemes.schemes import Recipe, Scheme
 
 FORMAT = 1
+ANY: Literal["any"] = "any"
+"""In the place of schemes: all that there are."""
 
 
 class Verdict(StrEnum):
@@ -31,13 +33,14 @@ class _Data(BaseModel):
 class Cell(_Data):
     """A verdict on linears of some kinds under some schemes. Of a contract's cells the first that matches counts.
 
+    scheme      "any" for all
     module      shell pattern of the last part of the module's path
-    group_size  for W4A8_DYNAMIC: the group sizes it speaks of; None: all
+    group_size  for schemes with groups: the group sizes it speaks of; None: all
     bias        whether it speaks of linears with or without a bias; None: of both
     """
 
     kind: tuple[Kind, ...]
-    scheme: tuple[Scheme, ...]
+    scheme: tuple[Scheme, ...] | Literal["any"]
     verdict: Verdict
     source: str
     module: str = "*"
@@ -49,13 +52,14 @@ class Cell(_Data):
     @field_validator("kind", "scheme", mode="before")
     @classmethod
     def _one_is_a_list(cls, value: Any) -> Any:
-        return [value] if isinstance(value, str) else value
+        return [value] if isinstance(value, str) and value != ANY else value
 
     def matches(self, kind: Kind, recipe: Recipe) -> bool:
         """Whether the verdict is on such a linear."""
         sized = self.group_size is None or recipe.group_size in self.group_size
         named = fnmatchcase(recipe.module.rpartition(".")[2], self.module) and self.bias in (None, recipe.bias)
-        return kind in self.kind and recipe.scheme in self.scheme and sized and named
+        schemed = self.scheme == ANY or recipe.scheme in self.scheme
+        return kind in self.kind and schemed and sized and named
 
 
 class Multiples(_Data):
