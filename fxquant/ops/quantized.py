@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from fxquant.ops.library import define, expect
+from fxquant.ops.linear_forms import Form, Step
+from fxquant.schemes.schemes import Activation
 
 SMALLEST_ROW_MAXIMUM = 1e-30
 """Below it a row counts as zero: 127 / 1e-30 is finite in float32, and such a row quantizes to zeros."""
@@ -178,3 +180,28 @@ def _blocks(rows: Tensor, counts: Tensor) -> list[tuple[int, Tensor]]:
     """(expert, its rows) for each expert that has any; one empty block when there are no rows at all."""
     blocks = [(expert, block) for expert, block in enumerate(rows.split(counts.tolist())) if len(block)]
     return blocks or [(0, rows)]
+
+
+PER_TOKEN = Step(quantize_per_token, ("x", "x_scale"), ("quantize", "int8", "scale"))
+_STATIC: Form = (
+    Step(quantize_static, ("x",), ("input_int8",)),
+    Step(int_matmul, ("acc",), ("int32",)),
+    Step(dequantize_static, ("y",), ("dequantize",)),
+)
+_DEQUANTIZE = Step(dequantize_per_token, ("y",), ("dequantize",))
+
+LINEAR_FORMS: dict[tuple[int, Activation], Form] = {
+    (8, Activation.PER_TENSOR): _STATIC,
+    (8, Activation.BOTH): _STATIC,
+    (8, Activation.PER_TOKEN): (PER_TOKEN, Step(int_matmul, ("acc",), ("int32",)), _DEQUANTIZE),
+    (4, Activation.PER_TOKEN): (PER_TOKEN, Step(int4_matmul, ("acc",), ("int32",)), _DEQUANTIZE),
+}
+"""Bits of a weight, and how inputs are quantized → the calls that take the place of a linear."""
+
+GROUPED = {
+    quantize_per_token: quantize_per_token,
+    int_matmul: grouped_int_matmul,
+    int4_matmul: grouped_int4_matmul,
+    dequantize_per_token: grouped_dequantize,
+}
+"""Operator of a form → the one that does the same on rows sorted by expert. Forms with any other are of no experts."""

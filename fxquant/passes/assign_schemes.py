@@ -8,6 +8,7 @@ import torch
 
 from fxquant.errors import FxquantError
 from fxquant.passes.base import Pass, PassResult
+from fxquant.passes.write_form import expert_form
 from fxquant.policy.kinds import Kind
 from fxquant.policy.policy import LEAVE_OUT, Policy, Rule
 from fxquant.program.linears import LinearSite, decided_modules, linear_sites
@@ -86,9 +87,6 @@ def _recipe(program: Program, site: LinearSite, rule: Rule) -> Recipe:
     if {module_and_role(name)[1] for name in site.parameter.names} != {"weight"}:
         fact = f"{site.parameter.names[0]} is quantized, and the engines know no linear whose weight has that name."
         raise FxquantError(site.module, fact, "End its name in .weight, or use FLOAT for it.")
-    if site.parameter.stacked and Scheme(rule.scheme).static:
-        fact = "routed experts have no static scheme: a batch may leave an expert without input."
-        raise FxquantError(site.module, fact, "Use W8A8_DYNAMIC or W4A8_DYNAMIC.")
     recipe = Recipe(
         module=site.module,
         modules=site.parameter.modules,
@@ -101,10 +99,18 @@ def _recipe(program: Program, site: LinearSite, rule: Rule) -> Recipe:
         dtype=program.dtype,
         algorithm=rule.algorithm,
     )
+    if site.parameter.stacked and expert_form(recipe) is None:
+        raise FxquantError(site.module, _no_expert_form(recipe.scheme), "Use W8A8_DYNAMIC or W4A8_DYNAMIC.")
     reason = why_not(recipe)
     if reason:
         raise FxquantError(f"layer {site.module}", f"{recipe.scheme}: {reason}.", _way_out(recipe))
     return recipe
+
+
+def _no_expert_form(scheme: Scheme) -> str:
+    if scheme.static:
+        return "routed experts have no static scheme: a batch may leave an expert without input."
+    return f"routed experts have no form of {scheme}."
 
 
 def _way_out(recipe: Recipe) -> str:

@@ -7,14 +7,14 @@ init_routing → quantize_per_token → grouped matmul (gate, up) → dequantize
 from torch import fx
 
 from fxquant import ops
+from fxquant.errors import InternalError
 from fxquant.passes.base import RewritePass
-from fxquant.passes.quantize_linear import quantize_per_token
+from fxquant.passes.write_form import FormWriter, expert_form
 from fxquant.program.linears import PROJECTIONS
 from fxquant.program.node_builder import Surgery
 from fxquant.program.operands import arguments, operand_node
 from fxquant.program.program import Program
 from fxquant.program.shape_inference import ShapeRules
-from fxquant.schemes.schemes import Recipe
 
 
 class QuantizeExperts(RewritePass):
@@ -39,27 +39,20 @@ class QuantizeExperts(RewritePass):
         routed = surgery.call(ops.moe_init_routing, (given["x"], given["ids"], count), f"{node.name}_init_routing")
         names = (f"{node.name}_rows", f"{node.name}_row_index", f"{node.name}_counts")
         rows, row_index, counts = surgery.outputs(routed, names)
-        pair = quantize_per_token(surgery, rows, {})
-        gate, up = (_project(surgery, recipes[name], pair, counts, name) for name in ("gate_proj", "up_proj"))
+        forms = FormWriter()
+
+        def project(x: fx.Node, projection: str) -> fx.Node:
+            recipe, name = recipes[projection], f"{node.name}_{projection}"
+            form = expert_form(recipe)
+            if form is None:
+                raise InternalError(recipe.module, f"no form of routed experts for {recipe.scheme}")
+            return forms.write(surgery, recipe, form, {"x": x, "counts": counts}, name, last=name)
+
+        gate, up = project(rows, "gate_proj"), project(rows, "up_proj")
         hidden = surgery.call(ops.swiglu, (gate, up), f"{node.name}_swiglu")
-        pair = quantize_per_token(surgery, hidden, {})
-        down = _project(surgery, recipes["down_proj"], pair, counts, "down_proj")
+        down = project(hidden, "down_proj")
         arranged = (down, row_index, given["weights"])
         surgery.replace(surgery.call(ops.moe_finalize_routing, arranged, f"{node.name}_finalize"))
-
-
-def _project(
-    surgery: Surgery, recipe: Recipe, pair: tuple[fx.Node, fx.Node], counts: fx.Node, projection: str
-) -> fx.Node:
-    name, (x8, x_scale) = f"{surgery.site.name}_{projection}", pair
-    weight = surgery.parameter(recipe, "weight")
-    if recipe.int4:
-        second = (surgery.parameter(recipe, "weight_scale_second"),) if recipe.group_size else ()
-        accumulated = surgery.call(ops.grouped_int4_matmul, (x8, weight, counts, *second), f"{name}_int32")
-    else:
-        accumulated = surgery.call(ops.grouped_int_matmul, (x8, weight, counts), f"{name}_int32")
-    scale = surgery.parameter(recipe, "weight_scale")
-    return surgery.call(ops.grouped_dequantize, (accumulated, x_scale, scale, counts), name)
 
 
 def _module(node: fx.Node, projection: str, program: Program) -> str:

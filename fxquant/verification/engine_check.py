@@ -16,30 +16,31 @@ from fxquant.engine_readers import Arithmetic, EngineReader, Loaded
 from fxquant.engine_readers.linear_loader import MixedLinear
 from fxquant.engine_readers.ranks import total_bound
 from fxquant.errors import FxquantError
-from fxquant.ops.quantized import decode_deq_scale, expand_int4
-from fxquant.program.operands import arguments, item_of, operand, operand_node
+from fxquant.ops.quantized import GROUPED, LINEAR_FORMS, decode_deq_scale, expand_int4
+from fxquant.program.operands import arguments, item_of, operand_node
 from fxquant.program.program import Program
 from fxquant.schemes.schemes import Recipe
 from fxquant.verification.bounds import U, blocks
 from fxquant.verification.report import Check
 
-DEQUANTIZE = (ops.dequantize_static, ops.dequantize_per_token, ops.grouped_dequantize)
-INT4 = (ops.int4_matmul, ops.grouped_int4_matmul)
+_READ_CODES = [step.operator for form in LINEAR_FORMS.values() for step in form if "weight" in step.arguments]
+READ_CODES = {*_READ_CODES, *(GROUPED[one] for one in _READ_CODES if one in GROUPED)}
+"""Operators that read the codes of a quantized linear."""
 FLOAT64_STEPS = 16 * 2.0**-53
 
 
 @dataclass(frozen=True)
 class Site:
-    """One quantized linear, or one projection of all experts: quantize → integer product → `node`.
+    """One quantized linear, or one projection of all experts: a call that reads its codes, and `node`, its result.
 
-    x, x8       the float input and its integers, [..., k], or [M, k] sorted by expert
+    x, x8       the float input and its integers, [..., k], or [M, k] sorted by expert; no integers where it stays float
     counts      rows of each expert, None outside routed experts
     """
 
     node: fx.Node
     recipe: Recipe
     x: fx.Node
-    x8: fx.Node
+    x8: fx.Node | None
     weight: fx.Node
     second: fx.Node | None
     counts: fx.Node | None
@@ -63,7 +64,7 @@ class Site:
         second = None if self.second is None else values[self.second.name]
         if self.counts is not None:
             weight, second = weight[expert], None if second is None else second[expert]
-        if operand_node(self.node, "acc").target in INT4:
+        if self.recipe.int4:
             weight = expand_int4(weight, second)
         return weight.to(torch.int32)
 
@@ -71,18 +72,19 @@ class Site:
 def sites(program: Program, block: str | None = None) -> Iterator[Site]:
     """Every quantized linear and expert projection of a block, or of all, in graph order."""
     for node in program.graph.graph.nodes:
-        if node.op == "call_function" and node.target in DEQUANTIZE and block in (None, node.meta["block"]):
-            yield _site(program, node)
+        if node.op == "call_function" and node.target in READ_CODES and block in (None, node.meta["block"]):
+            recipe = program.recipes.get(str(operand_node(node, "weight").target).removesuffix(".weight"))
+            yield from () if recipe is None else (_site(node, user, recipe) for user in node.users)
 
 
-def _site(program: Program, node: fx.Node) -> Site:
-    product = operand_node(node, "acc")
-    x8, weight = operand_node(product, "x"), operand_node(product, "weight")
-    x = operand_node(item_of(x8)[0], "x")
-    recipe = program.recipes[program.parameters[str(weight.target)].module]
-    second = operand(product, "weight_scale_second") if product.target in INT4 else None
-    counts = operand_node(product, "counts") if node.target is ops.grouped_dequantize else None
-    return Site(node, recipe, x, x8, weight, second, counts)
+def _site(product: fx.Node, node: fx.Node, recipe: Recipe) -> Site:
+    """The call that reads a recipe's codes, and its reader, which ends the linear."""
+    given = arguments(product)
+    weight, second, counts = given["weight"], given.get("weight_scale_second"), given.get("counts")
+    if not recipe.scheme.integer_inputs:
+        return Site(node, recipe, operand_node(node, "x"), None, weight, second, counts)
+    x8 = operand_node(product, "x")
+    return Site(node, recipe, operand_node(item_of(x8)[0], "x"), x8, weight, second, counts)
 
 
 class EngineChecker:
@@ -143,10 +145,11 @@ class EngineChecker:
         loaded, codes = site.load(self._reader, expert), site.codes(values, expert)
         found = loaded.codes()
         _expect(self._codes, torch.equal(found, codes), f"{module}: {_difference(found, codes)}")
-        if rows is not None and found.shape == codes.shape:
+        if rows is not None and site.x8 is not None and found.shape == codes.shape:
             self._check_rows(site, values, expert, rows, loaded)
 
     def _check_rows(self, site: Site, values: dict[str, Any], expert: int, rows: Any, loaded: Loaded) -> None:
+        assert site.x8 is not None
         module, x = site.recipe.modules[expert], values[site.x.name][rows]
         x8, expected = values[site.x8.name][rows], values[site.node.name][rows]
         found = loaded.quantize(x, Arithmetic.EXACT)[0]

@@ -14,8 +14,8 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[2] / "fxquant"
 FLOORS = """
 errors progress version gc_pause
-inputs ops schemes
-processes
+inputs schemes
+processes ops
 storage kernels
 transforms
 policy engine_readers

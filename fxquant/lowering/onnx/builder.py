@@ -1,6 +1,7 @@
 """Writing ONNX nodes one after another: the same calls fill the main graph, a function body or an If branch."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -12,6 +13,8 @@ FLOAT = ir.DataType.FLOAT
 ZERO_POINT = 128
 """int8 activations are carried as uint8 = int8 + 128: u8 x s8 products have fast kernels, s8 x s8 ones do not."""
 
+Body = Callable[..., Any]
+"""A builder and the arguments of an operator → its results: the body of a local function."""
 Attribute = int | float | str | Sequence[int] | ir.Graph | ir.TensorProtocol
 Size = int | ir.Value
 """A dimension: a number, or an int64 value of shape [1]."""

@@ -17,10 +17,10 @@ from torch import fx
 from fxquant import ops
 from fxquant.lowering.onnx.builder import Builder
 from fxquant.lowering.onnx.function_table import FunctionTable, formal
-from fxquant.lowering.onnx.functions import BODIES
+from fxquant.lowering.onnx.functions import BODIES, VIEWS
 from fxquant.lowering.onnx.functions.moe import routed_expert
 from fxquant.lowering.onnx.initializers import View, external
-from fxquant.lowering.onnx.node_lowering import VIEWS, NodeLowering, unsupported
+from fxquant.lowering.onnx.node_lowering import NodeLowering, unsupported
 from fxquant.lowering.onnx.regions import GROUPED, Region, expert_arguments
 from fxquant.lowering.onnx.shapes import Meta, Shapes
 from fxquant.program.linears import PROJECTIONS

@@ -5,8 +5,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from fxquant.lowering.onnx.builder import DOMAIN, OPSET, Builder
-from fxquant.lowering.onnx.functions import Body
+from fxquant.lowering.onnx.builder import DOMAIN, OPSET, Body, Builder
 
 
 class FunctionTable:

@@ -9,13 +9,12 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
-from fxquant import ops
 from fxquant.errors import FxquantError
 from fxquant.lowering.onnx.aten import MATH_OPERATORS, SHAPE_OPERATORS
 from fxquant.lowering.onnx.aten_shape import Lower, Result
 from fxquant.lowering.onnx.builder import ZERO_POINT, Builder
 from fxquant.lowering.onnx.function_table import FunctionTable
-from fxquant.lowering.onnx.functions import BODIES
+from fxquant.lowering.onnx.functions import BODIES, VIEWS
 from fxquant.lowering.onnx.initializers import View
 from fxquant.lowering.onnx.shapes import DTYPES, Meta, Shapes
 from fxquant.program.node_names import operator_name
@@ -36,11 +35,6 @@ STORED = frozenset(
     + ("deq_scale", "quant_bias")
 )
 """Arguments of the dialect's operators that their functions take as they are stored."""
-VIEWS: dict[Any, View] = {
-    (ops.int4_matmul, "weight"): View.INT4_PAIRS,
-    (ops.grouped_int4_matmul, "weight"): View.INT4_PAIRS,
-    (ops.dequantize_static, "deq_scale"): View.FLOAT_WORDS,
-}
 SYMBOLIC_INTEGERS = {operator.add: "Add", operator.sub: "Sub", operator.mul: "Mul", operator.floordiv: "Div"}
 
 Parameters = Callable[[fx.Node, View], ir.Value]

@@ -9,14 +9,11 @@ from fxquant import ops
 from fxquant.errors import FxquantError
 from fxquant.lowering.onnx.aten import ATEN, SHAPE_OPERATORS
 from fxquant.lowering.onnx.shapes import Shapes
+from fxquant.ops import quantized
 from fxquant.program.operands import arguments, item_of, operand
 from fxquant.program.program import Program
 
-GROUPED = {
-    ops.grouped_int_matmul: ops.int_matmul,
-    ops.grouped_int4_matmul: ops.int4_matmul,
-    ops.grouped_dequantize: ops.dequantize_per_token,
-}
+GROUPED = {grouped: plain for plain, grouped in quantized.GROUPED.items() if grouped is not plain}
 """Operators over rows sorted by expert → the same for one expert, without `counts`."""
 ALONG_A_DIMENSION = (
     ATEN.softmax.int, ATEN.log_softmax.int, ATEN.cumsum.default, ATEN.gather.default, ATEN.index_select.default,

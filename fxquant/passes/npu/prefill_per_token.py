@@ -10,8 +10,9 @@ static parameters.
 from torch import fx
 
 from fxquant import ops
+from fxquant.ops.quantized import PER_TOKEN
 from fxquant.passes.base import RewritePass
-from fxquant.passes.quantize_linear import quantize_per_token
+from fxquant.passes.write_form import FormWriter
 from fxquant.program.node_builder import Surgery
 from fxquant.program.operands import arguments, item_of, operand, operand_node
 from fxquant.program.program import Program
@@ -25,7 +26,8 @@ class PrefillPerToken(RewritePass):
     name = "prefill-per-token"
 
     def __init__(self) -> None:
-        self._per_token: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
+        self._forms = FormWriter()
+        self._behind: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
         self._rules = ShapeRules()
 
     def why_not(self, node: fx.Node, program: Program) -> str | None:
@@ -52,10 +54,12 @@ class PrefillPerToken(RewritePass):
         """The input of a linear and its row scales, made once for all linears that read it."""
         norm = _norm(x8)
         if norm is None:
-            return quantize_per_token(Surgery(program, x8, self._rules), operand_node(x8, "x"), self._per_token)
-        if norm not in self._per_token:
-            self._per_token[norm] = _quantize_behind(Surgery(program, norm, self._rules))
-        return self._per_token[norm]
+            surgery, values = Surgery(program, x8, self._rules), {"x": operand_node(x8, "x")}
+            made = self._forms.shared(surgery, PER_TOKEN, values)
+            return made["x"], made["x_scale"]
+        if norm not in self._behind:
+            self._behind[norm] = _quantize_behind(Surgery(program, norm, self._rules))
+        return self._behind[norm]
 
 
 def _norm(x8: fx.Node) -> fx.Node | None:

@@ -1,9 +1,12 @@
 """Bodies of the operators in `fxquant.ops.attention`."""
 
+from typing import Any
+
 import numpy as np
 import onnx_ir as ir
 
-from fxquant.lowering.onnx.builder import FLOAT, Builder
+from fxquant import ops
+from fxquant.lowering.onnx.builder import FLOAT, Body, Builder
 
 HEADS_FIRST = [0, 2, 1, 3]
 
@@ -62,3 +65,10 @@ def last(value: ir.Value) -> int:
     """The width of `value`, which the dialect fixes."""
     assert value.shape is not None and isinstance(value.shape[-1], int)
     return value.shape[-1]
+
+
+BODIES: dict[Any, Body] = {
+    ops.rope_table: rope_table,
+    ops.rope: rope,
+    ops.mla_attention: mla_attention,
+}

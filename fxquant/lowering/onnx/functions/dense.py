@@ -1,8 +1,11 @@
 """Bodies of the operators in `fxquant.ops.dense`."""
 
+from typing import Any
+
 import onnx_ir as ir
 
-from fxquant.lowering.onnx.builder import FLOAT, Builder
+from fxquant import ops
+from fxquant.lowering.onnx.builder import FLOAT, Body, Builder
 
 
 def embedding(b: Builder, weight: ir.Value, ids: ir.Value) -> ir.Value:
@@ -25,3 +28,11 @@ def rms_norm(b: Builder, x: ir.Value, weight: ir.Value, eps: float, bias: ir.Val
 
 def swiglu(b: Builder, gate: ir.Value, up: ir.Value) -> ir.Value:
     return b.op("Mul", b.silu(gate), up)
+
+
+BODIES: dict[Any, Body] = {
+    ops.embedding: embedding,
+    ops.linear: linear,
+    ops.rms_norm: rms_norm,
+    ops.swiglu: swiglu,
+}

@@ -1,9 +1,12 @@
 """Bodies of the operators in `fxquant.ops.moe`, but for the experts themselves (see `experts`)."""
 
+from typing import Any
+
 import numpy as np
 import onnx_ir as ir
 
-from fxquant.lowering.onnx.builder import Builder
+from fxquant import ops
+from fxquant.lowering.onnx.builder import Body, Builder
 from fxquant.lowering.onnx.functions.attention import last
 
 
@@ -64,3 +67,11 @@ def routed_expert(b: Builder, rows: ir.Value, gate_proj: ir.Value, up_proj: ir.V
 def _filled(b: Builder, like: ir.Value, value: np.ndarray) -> ir.Value:
     """A tensor of the shape of `like` that repeats the one element of `value`."""
     return b.op("ConstantOfShape", b.op("Shape", like), value=ir.tensor(value))
+
+
+BODIES: dict[Any, Body] = {
+    ops.router_logits: router_logits,
+    ops.moe_gate: moe_gate,
+    ops.moe_init_routing: moe_init_routing,
+    ops.moe_finalize_routing: moe_finalize_routing,
+}

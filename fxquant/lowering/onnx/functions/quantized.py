@@ -3,11 +3,15 @@
 Every rounding of the references happens here in the same order, so integers and scales agree bit by bit.
 """
 
+from typing import Any
+
 import numpy as np
 import onnx_ir as ir
 
-from fxquant.lowering.onnx.builder import FLOAT, ZERO_POINT, Builder
+from fxquant import ops
+from fxquant.lowering.onnx.builder import FLOAT, ZERO_POINT, Body, Builder
 from fxquant.lowering.onnx.functions.attention import last
+from fxquant.lowering.onnx.initializers import View
 from fxquant.ops.quantized import SMALLEST_ROW_MAXIMUM
 
 
@@ -65,3 +69,20 @@ def dequantize_per_token(
     scaled = b.op("Mul", b.op("Cast", acc, to=int(FLOAT)), b.op("Squeeze", weight_scale, b.ints(-1)))
     result = b.op("Mul", scaled, x_scale)
     return result if bias is None else b.op("Add", result, b.float(bias))
+
+
+BODIES: dict[Any, Body] = {
+    ops.quantize_static: quantize_static,
+    ops.quantize_per_token: quantize_per_token,
+    ops.int_matmul: int_matmul,
+    ops.int4_matmul: int4_matmul,
+    ops.dequantize_static: dequantize_static,
+    ops.dequantize_per_token: dequantize_per_token,
+}
+
+VIEWS: dict[Any, View] = {
+    (ops.int4_matmul, "weight"): View.INT4_PAIRS,
+    (ops.grouped_int4_matmul, "weight"): View.INT4_PAIRS,
+    (ops.dequantize_static, "deq_scale"): View.FLOAT_WORDS,
+}
+"""Operator and argument → how the bytes of a stored tensor are declared, where not as they are stored."""
