@@ -178,3 +178,14 @@ def template_of(names: tuple[str, ...]) -> tuple[str, str]:
 
 Emitter = Callable[..., Call | str]
 """(writer, node, its operands by name) → source of the right-hand side of the node's statement."""
+
+
+@dataclass(frozen=True)
+class Fused:
+    """One statement for a call and the call that makes its operand `operand`, which has none of its own.
+
+    statement  of the outer call
+    """
+
+    operand: str
+    statement: Emitter

@@ -9,27 +9,18 @@ from typing import Any
 from torch import fx
 
 from fxquant import ops
-from fxquant.errors import FxquantError
 from fxquant.lowering.ascend.emitter.aten import aten_call
 from fxquant.lowering.ascend.emitter.cache_statements import CACHE_EMITTERS
 from fxquant.lowering.ascend.emitter.fused_statements import FUSED_EMITTERS
-from fxquant.lowering.ascend.emitter.segment_text import CHANGED, NPU, Call, Emitter, Writer
+from fxquant.lowering.ascend.emitter.segment_text import CHANGED, NPU, Call, Emitter, Fused, Writer
 from fxquant.lowering.ascend.emitter.structure import is_attention_mask
 from fxquant.lowering.ascend.emitter.values import is_int32
+from fxquant.lowering.ascend.operators import LINEARS
+from fxquant.lowering.ascend.operators.grouped_matmul import grouped_matmul
 from fxquant.program.linears import PROJECTIONS
-from fxquant.program.operands import arguments, operand
-from fxquant.schemes.schemes import Recipe
+from fxquant.program.operands import arguments
 
-PRODUCTS = {
-    ops.int_matmul: (ops.dequantize_static, ops.dequantize_per_token),
-    ops.int4_matmul: (ops.dequantize_per_token,),
-    ops.grouped_int_matmul: (ops.grouped_dequantize,),
-    ops.grouped_int4_matmul: (ops.grouped_dequantize,),
-}
-"""Integer products → the calls that an engine operator does together with them."""
-
-WORD = 8
-"""Int4 output channels in one int32 of a grouped matmul's weight."""
+PRODUCTS = {product for _, product in LINEARS}
 
 
 def right_hand_side(writer: Writer, node: fx.Node) -> Call | str | None:
@@ -37,7 +28,8 @@ def right_hand_side(writer: Writer, node: fx.Node) -> Call | str | None:
     if node.target in PRODUCTS:
         _expect_fusible(writer, node)
         return None
-    emitter = EMITTERS.get(node.target)
+    fused = _fused(node)
+    emitter = EMITTERS.get(node.target) if fused is None else fused.statement
     if emitter is not None:
         return emitter(writer, node, **arguments(node))
     if node.target in ops.REFERENCES:
@@ -45,10 +37,17 @@ def right_hand_side(writer: Writer, node: fx.Node) -> Call | str | None:
     return aten_call(writer, node)
 
 
+def _fused(node: fx.Node) -> Fused | None:
+    """What the call does together with the one that makes its operand."""
+    entries = (LINEARS.get((node.target, source.target)) for source in node.all_input_nodes)
+    return next((entry for entry in entries if entry is not None), None)
+
+
 def _expect_fusible(writer: Writer, node: fx.Node) -> None:
-    fusible = PRODUCTS[node.target]  # type: ignore[index]
     for user in node.users:
-        if user.target not in fusible or operand(user, "acc") is not node or user not in writer.segment.calls:
+        entry = LINEARS.get((user.target, node.target))
+        read = [] if entry is None else [name for name, value in arguments(user).items() if value is node]
+        if entry is None or read != [entry.operand] or user not in writer.segment.calls:
             fact = f"its integers are read by {user.name}, engines only give them dequantized."
             raise writer.fail(node, fact, CHANGED)
 
@@ -102,70 +101,6 @@ def _quantize_per_token(writer: Writer, node: fx.Node, x: fx.Node) -> Call:
     return Call(f"{NPU}npu_dynamic_quant", (writer.floating(x),))
 
 
-def _dequantize_static(writer: Writer, node: fx.Node, acc: fx.Node, deq_scale: fx.Node, quant_bias: fx.Node) -> Call:
-    x8, weight = operand(acc, "x"), operand(acc, "weight")
-    sources = writer.value(x8), writer.value(weight, "int8_transposed"), writer.value(deq_scale, "as_stored")
-    bias = f"bias={writer.value(quant_bias, 'as_stored')}"
-    return Call(f"{NPU}npu_quant_matmul", (*sources, bias, "output_dtype=dtype"))
-
-
-def _dequantize_per_token(
-    writer: Writer, node: fx.Node, acc: fx.Node, x_scale: fx.Node, weight_scale: fx.Node, bias: fx.Node | None
-) -> Call:
-    """The per-token scale is one number a row, so leading dimensions are flattened around the operator."""
-    if acc.target == ops.int4_matmul:
-        return _int4_linear(writer, acc, x_scale, bias)
-    x8, weight = writer.value(operand(acc, "x")), writer.value(operand(acc, "weight"), "int8_transposed")
-    scale = writer.value(weight_scale, "channel_scale")
-    sources = [f"{x8}.flatten(0, -2)", weight, scale, f"pertoken_scale={writer.value(x_scale)}.flatten()"]
-    if bias is not None:
-        sources.append(f"bias={writer.value(bias)}")
-    sources.append("output_dtype=dtype")
-    return Call(f"{NPU}npu_quant_matmul", tuple(sources), f".unflatten(0, {x8}.shape[:-1])")
-
-
-def _int4_linear(writer: Writer, acc: fx.Node, x_scale: fx.Node, bias: fx.Node | None) -> Call:
-    recipe = writer.recipe(operand(acc, "weight"))
-    sources = writer.value(operand(acc, "x")), writer.value(x_scale), *_int4_operands(writer, recipe)
-    call = writer.call("int4_linear", *sources, "dtype")
-    return call if bias is None else Call(call.head, call.arguments, f" + {writer.value(bias)}")
-
-
-def _int4_operands(writer: Writer, recipe: Recipe) -> tuple[str, str, str]:
-    """Weight, combined scale and scale_bias."""
-    n = recipe.out_features
-    if n % WORD:
-        fact = f"out_features {n} is not a multiple of {WORD}: npu_grouped_matmul reads {WORD} int4 channels a word."
-        raise FxquantError(f"layer {recipe.module}", fact, "Use W8A8_DYNAMIC for it, or another target.")
-    packed = recipe.weight_format.packed
-    scales = ("weight_scale", "weight_scale_second") if recipe.group_size else ("weight_scale",)
-    weight = writer.made(recipe, "weight", "int4_words" if packed else "int4_words_unpacked", ("weight",))
-    scale = writer.made(recipe, "scale", "group_scale" if recipe.group_size else "channel_scale_word", scales)
-    if packed:
-        return weight, scale, writer.made(recipe, "scale_bias", "summed", ("scale_bias",))
-    layout = "group_scale_bias" if recipe.group_size else "channel_scale_bias"
-    return weight, scale, writer.made(recipe, "scale_bias", layout, ("weight", *scales))
-
-
-def _grouped_dequantize(
-    writer: Writer, node: fx.Node, acc: fx.Node, x_scale: fx.Node, weight_scale: fx.Node, counts: fx.Node
-) -> Call:
-    x8, weight = operand(acc, "x"), operand(acc, "weight")
-    if acc.target == ops.grouped_int4_matmul:
-        words, scale, bias = _int4_operands(writer, writer.recipe(weight))
-        sources = [f"[{words}]", f"bias=[{bias}]"]
-    else:
-        sources = [f"[{writer.value(weight, 'int8_transposed')}]"]
-        scale = writer.value(weight_scale, "expert_scale")
-    sources += [f"scale=[{scale}]", f"per_token_scale=[{writer.value(x_scale)}]"]
-    return _grouped_matmul(writer.value(x8), sources, writer.value(counts), ("output_dtype=dtype",))
-
-
-def _grouped_matmul(x: str, sources: list[str], counts: str, rest: tuple[str, ...] = ()) -> Call:
-    groups = (f"group_list={counts}", "split_item=2", "group_type=0", "group_list_type=1")
-    return Call(f"{NPU}npu_grouped_matmul", (f"[{x}]", *sources, *groups, *rest), "[0]")
-
-
 def _router_logits(writer: Writer, node: fx.Node, x: fx.Node, weight: fx.Node) -> Call:
     return Call("F.linear", (f"{writer.value(x)}.float()", f"{writer.value(weight, 'float32')}"))
 
@@ -213,11 +148,11 @@ def _moe_experts(writer: Writer, node: fx.Node, x: fx.Node, ids: fx.Node, weight
     experts = len(writer.program.parameters[str(given["gate_proj"].target)].names)
     target = ", ".join(names[part] for part in parts[:3])
     writer.assign(target, _moe_init_routing(writer, node, x, ids, experts))
-    writer.assign(names["gate_proj"], _grouped_matmul(names["rows"], [f"[{gate}]"], names["counts"]))
-    writer.assign(names["up_proj"], _grouped_matmul(names["rows"], [f"[{up}]"], names["counts"]))
+    writer.assign(names["gate_proj"], grouped_matmul(names["rows"], [f"[{gate}]"], names["counts"]))
+    writer.assign(names["up_proj"], grouped_matmul(names["rows"], [f"[{up}]"], names["counts"]))
     halves = f"torch.cat(({names['gate_proj']}, {names['up_proj']}), -1)"
     writer.assign(names["swiglu"], Call(f"{NPU}npu_swiglu", (halves,)))
-    writer.assign(names["down_proj"], _grouped_matmul(names["swiglu"], [f"[{down}]"], names["counts"]))
+    writer.assign(names["down_proj"], grouped_matmul(names["swiglu"], [f"[{down}]"], names["counts"]))
     return _unpermute(writer, names["down_proj"], names["row_index"], weights)
 
 
@@ -238,7 +173,4 @@ EMITTERS: dict[object, Emitter] = {
     ops.moe_experts: _moe_experts,
     ops.quantize_static: _quantize_static,
     ops.quantize_per_token: _quantize_per_token,
-    ops.dequantize_static: _dequantize_static,
-    ops.dequantize_per_token: _dequantize_per_token,
-    ops.grouped_dequantize: _grouped_dequantize,
 }

@@ -1,13 +1,16 @@
-"""CPU reference of the `torch.ops.npu` operators that an emitted Ascend graph calls.
+"""The `torch.ops.npu` operators that an emitted Ascend graph calls: CPU reference, and how quantized linears call them.
 
 `register()` gives them to a process without torch_npu. Arithmetic follows the device where that is known, in float32,
 and rounds once; what a kernel here does not implement is a ValueError that names the argument.
 """
 
 import functools
+from typing import Any
 
 import torch
 
+from fxquant.lowering.ascend.emitter.segment_text import Fused
+from fxquant.lowering.ascend.operators import grouped_matmul, matmul, shapes
 from fxquant.lowering.ascend.operators.arguments import Kernel, only_supported
 from fxquant.lowering.ascend.operators.attention import npu_fused_infer_attention_score, npu_interleave_rope
 from fxquant.lowering.ascend.operators.cache import npu_scatter_pa_kv_cache
@@ -18,8 +21,6 @@ from fxquant.lowering.ascend.operators.fused import (
     npu_add_rms_norm_quant,
     npu_dequant_swiglu_quant,
 )
-from fxquant.lowering.ascend.operators.grouped_matmul import npu_grouped_matmul
-from fxquant.lowering.ascend.operators.matmul import npu_quant_matmul
 from fxquant.lowering.ascend.operators.moe import (
     npu_moe_gating_top_k,
     npu_moe_init_routing_v2,
@@ -27,14 +28,14 @@ from fxquant.lowering.ascend.operators.moe import (
 )
 from fxquant.lowering.ascend.operators.quantize import npu_dynamic_quant, npu_quantize, npu_trans_quant_param
 from fxquant.lowering.ascend.operators.schemas import SCHEMAS
-from fxquant.lowering.ascend.operators.shapes import SHAPES, shape_rule
+from fxquant.lowering.ascend.operators.shapes import shape_rule
 
 KERNELS: dict[str, Kernel] = {
     "npu_dynamic_quant": npu_dynamic_quant,
     "npu_quantize": npu_quantize,
     "npu_trans_quant_param": npu_trans_quant_param,
-    "npu_quant_matmul": npu_quant_matmul,
-    "npu_grouped_matmul": npu_grouped_matmul,
+    **matmul.KERNELS,
+    **grouped_matmul.KERNELS,
     "npu_rms_norm": npu_rms_norm,
     "npu_swiglu": npu_swiglu,
     "npu_add_rms_norm": npu_add_rms_norm,
@@ -48,6 +49,10 @@ KERNELS: dict[str, Kernel] = {
     "npu_moe_init_routing_v2": npu_moe_init_routing_v2,
     "npu_moe_token_unpermute": npu_moe_token_unpermute,
 }
+
+SHAPES: dict[str, Kernel] = {**shapes.SHAPES, **matmul.SHAPES, **grouped_matmul.SHAPES}
+LINEARS: dict[tuple[Any, Any], Fused] = {**matmul.LINEARS, **grouped_matmul.LINEARS}
+"""Calls that the device does together with the one that makes their operand, for the emitter."""
 
 
 def register() -> None:

@@ -19,6 +19,9 @@ _SCALAR_TYPES: dict[int, torch.dtype] = {
     15: torch.bfloat16,
 }
 """c10::ScalarType: a torch.dtype given for an `int` parameter reaches the kernel as this number."""
+OUTPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+"""Of a matmul. float32 is ours, for exact comparison. Devices give the other two, and int8 when no dtype is asked for.
+"""
 
 
 def require(condition: Any, message: str) -> None:

@@ -4,19 +4,28 @@ The A8W4 formula is that of the ops-transformer kernels (grouped_matmul, antiqua
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
-from fxquant.lowering.ascend.operators.arguments import dtype_of, require
-from fxquant.lowering.ascend.operators.matmul import OUTPUT_DTYPES
+from fxquant import ops
+from fxquant.errors import FxquantError
+from fxquant.lowering.ascend.emitter.segment_text import NPU, Call, Fused, Writer
+from fxquant.lowering.ascend.operators.arguments import OUTPUT_DTYPES, Kernel, dtype_of, require
+from fxquant.lowering.ascend.operators.shapes import output_dtype_of
+from fxquant.lowering.ascend.operators.shapes import rows as rows_of
 from fxquant.ops import int_matmul
 from fxquant.ops.quantized import decode_deq_scale
+from fxquant.program.operands import operand
+from fxquant.schemes.schemes import Recipe
 
 Multiply = Callable[[int, slice], Tensor]
 """(expert, its rows) → product [rows, n] before it is rounded."""
 
 NAME = "npu_grouped_matmul"
+WORD = 8
+"""Int4 output channels in one int32 of a weight."""
 
 
 def npu_grouped_matmul(
@@ -148,3 +157,70 @@ def _blocks(group_list: Tensor | None, rows: int, experts: int) -> list[slice]:
     stops = group_list.cumsum(0).tolist()
     require((group_list >= 0).all() and stops[-1] == rows, f"{NAME}: group_list counts do not add up to {rows} rows")
     return [slice(start, stop) for start, stop in zip([0, *stops], stops, strict=False)]
+
+
+def npu_grouped_matmul_shape(
+    x: Sequence[Tensor], weight: Sequence[Tensor], output_dtype: int | None = None
+) -> list[Tensor]:
+    words = WORD if weight[0].dtype == torch.int32 else 1
+    return [rows_of(x[0], weight[0].shape[2] * words, dtype=output_dtype_of(output_dtype, x[0].dtype))]
+
+
+def grouped_matmul(x: str, sources: list[str], counts: str, rest: tuple[str, ...] = ()) -> Call:
+    """Source of a call on rows `x`, sorted by expert, `counts` of them for each."""
+    groups = (f"group_list={counts}", "split_item=2", "group_type=0", "group_list_type=1")
+    return Call(f"{NPU}{NAME}", (f"[{x}]", *sources, *groups, *rest), "[0]")
+
+
+def _int4_linear(
+    writer: Writer, node: fx.Node, acc: fx.Node, x_scale: fx.Node, weight_scale: fx.Node, bias: fx.Node | None
+) -> Call:
+    recipe = writer.recipe(operand(acc, "weight"))
+    sources = writer.value(operand(acc, "x")), writer.value(x_scale), *_int4_operands(writer, recipe)
+    call = writer.call("int4_linear", *sources, "dtype")
+    return call if bias is None else Call(call.head, call.arguments, f" + {writer.value(bias)}")
+
+
+def _int4_operands(writer: Writer, recipe: Recipe) -> tuple[str, str, str]:
+    """Weight, combined scale and scale_bias."""
+    n = recipe.out_features
+    if n % WORD:
+        fact = f"out_features {n} is not a multiple of {WORD}: npu_grouped_matmul reads {WORD} int4 channels a word."
+        raise FxquantError(f"layer {recipe.module}", fact, "Use W8A8_DYNAMIC for it, or another target.")
+    packed = recipe.weight_format.packed
+    scales = ("weight_scale", "weight_scale_second") if recipe.group_size else ("weight_scale",)
+    weight = writer.made(recipe, "weight", "int4_words" if packed else "int4_words_unpacked", ("weight",))
+    scale = writer.made(recipe, "scale", "group_scale" if recipe.group_size else "channel_scale_word", scales)
+    if packed:
+        return weight, scale, writer.made(recipe, "scale_bias", "summed", ("scale_bias",))
+    layout = "group_scale_bias" if recipe.group_size else "channel_scale_bias"
+    return weight, scale, writer.made(recipe, "scale_bias", layout, ("weight", *scales))
+
+
+def _int8_experts(
+    writer: Writer, node: fx.Node, acc: fx.Node, x_scale: fx.Node, weight_scale: fx.Node, counts: fx.Node
+) -> Call:
+    weight, scale = writer.value(operand(acc, "weight"), "int8_transposed"), writer.value(weight_scale, "expert_scale")
+    return _experts(writer, acc, [f"[{weight}]", f"scale=[{scale}]"], x_scale, counts)
+
+
+def _int4_experts(
+    writer: Writer, node: fx.Node, acc: fx.Node, x_scale: fx.Node, weight_scale: fx.Node, counts: fx.Node
+) -> Call:
+    weight, scale, bias = _int4_operands(writer, writer.recipe(operand(acc, "weight")))
+    return _experts(writer, acc, [f"[{weight}]", f"bias=[{bias}]", f"scale=[{scale}]"], x_scale, counts)
+
+
+def _experts(writer: Writer, acc: fx.Node, sources: list[str], x_scale: fx.Node, counts: fx.Node) -> Call:
+    scaled = [*sources, f"per_token_scale=[{writer.value(x_scale)}]"]
+    return grouped_matmul(writer.value(operand(acc, "x")), scaled, writer.value(counts), ("output_dtype=dtype",))
+
+
+KERNELS: dict[str, Kernel] = {NAME: npu_grouped_matmul}
+SHAPES: dict[str, Kernel] = {NAME: npu_grouped_matmul_shape}
+LINEARS: dict[tuple[Any, Any], Fused] = {
+    (ops.dequantize_per_token, ops.int4_matmul): Fused("acc", _int4_linear),
+    (ops.grouped_dequantize, ops.grouped_int_matmul): Fused("acc", _int8_experts),
+    (ops.grouped_dequantize, ops.grouped_int4_matmul): Fused("acc", _int4_experts),
+}
+"""(call, call that makes one of its operands) → the statement of both."""

@@ -1,14 +1,20 @@
-"""Integer matmul with the dequantization that devices fuse into it. Formula: op-plugin documentation."""
+"""Integer matmul with the dequantization that devices fuse into it: the operator, and the statements that call it.
+
+Formula: op-plugin documentation.
+"""
+
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
-from fxquant.lowering.ascend.operators.arguments import dtype_of, require
+from fxquant import ops
+from fxquant.lowering.ascend.emitter.segment_text import NPU, Call, Fused, Writer
+from fxquant.lowering.ascend.operators.arguments import OUTPUT_DTYPES, Kernel, dtype_of, require
+from fxquant.lowering.ascend.operators.shapes import output_dtype_of, rows
 from fxquant.ops import int_matmul
 from fxquant.ops.quantized import decode_deq_scale
-
-OUTPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-"""float32 is ours, for exact comparison. Devices give the other two, and int8 when no dtype is asked for."""
+from fxquant.program.operands import operand
 
 
 def npu_quant_matmul(
@@ -62,3 +68,36 @@ def _channel_scale(scale: Tensor, out_features: int, dtype: torch.dtype, per_tok
     offset = (scale >> 37 & 0x1FF) * (scale >= 0)
     require(not offset.any(), f"{argument} carries an offset, which only int8 results take")
     return decode_deq_scale(scale)
+
+
+def npu_quant_matmul_shape(x1: Tensor, x2: Tensor, output_dtype: int | None = None) -> Tensor:
+    return rows(x1, x2.shape[1], dtype=output_dtype_of(output_dtype, torch.int8))
+
+
+def _static_linear(writer: Writer, node: fx.Node, acc: fx.Node, deq_scale: fx.Node, quant_bias: fx.Node) -> Call:
+    x8, weight = operand(acc, "x"), operand(acc, "weight")
+    sources = writer.value(x8), writer.value(weight, "int8_transposed"), writer.value(deq_scale, "as_stored")
+    bias = f"bias={writer.value(quant_bias, 'as_stored')}"
+    return Call(f"{NPU}npu_quant_matmul", (*sources, bias, "output_dtype=dtype"))
+
+
+def _per_token_linear(
+    writer: Writer, node: fx.Node, acc: fx.Node, x_scale: fx.Node, weight_scale: fx.Node, bias: fx.Node | None
+) -> Call:
+    """The per-token scale is one number a row, so leading dimensions are flattened around the operator."""
+    x8, weight = writer.value(operand(acc, "x")), writer.value(operand(acc, "weight"), "int8_transposed")
+    scale = writer.value(weight_scale, "channel_scale")
+    sources = [f"{x8}.flatten(0, -2)", weight, scale, f"pertoken_scale={writer.value(x_scale)}.flatten()"]
+    if bias is not None:
+        sources.append(f"bias={writer.value(bias)}")
+    sources.append("output_dtype=dtype")
+    return Call(f"{NPU}npu_quant_matmul", tuple(sources), f".unflatten(0, {x8}.shape[:-1])")
+
+
+KERNELS: dict[str, Kernel] = {"npu_quant_matmul": npu_quant_matmul}
+SHAPES: dict[str, Kernel] = {"npu_quant_matmul": npu_quant_matmul_shape}
+LINEARS: dict[tuple[Any, Any], Fused] = {
+    (ops.dequantize_static, ops.int_matmul): Fused("acc", _static_linear),
+    (ops.dequantize_per_token, ops.int_matmul): Fused("acc", _per_token_linear),
+}
+"""(call, call that makes one of its operands) → the statement of both."""

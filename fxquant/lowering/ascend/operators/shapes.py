@@ -1,6 +1,7 @@
 """Shape rules of the operators: what `torch.export` and fake tensors see of them. Kernels check, these do not.
 
-Arguments are those of the kernels; a rule takes the ones that decide its result.
+Arguments are those of the kernels; a rule takes the ones that decide its result. Those of quantized linears lie beside
+their kernels.
 """
 
 import inspect
@@ -10,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxquant.lowering.ascend.operators.arguments import Kernel, dtype_of
-from fxquant.lowering.ascend.operators.matmul import OUTPUT_DTYPES
+from fxquant.lowering.ascend.operators.arguments import OUTPUT_DTYPES, Kernel, dtype_of
 
 
 def shape_rule(rule: Kernel, schema: str) -> Kernel:
@@ -27,7 +27,7 @@ def shape_rule(rule: Kernel, schema: str) -> Kernel:
     return call
 
 
-def _rows(x: Tensor, *features: Any, dtype: torch.dtype | None = None) -> Tensor:
+def rows(x: Tensor, *features: Any, dtype: torch.dtype | None = None) -> Tensor:
     """[..., *features] for x [..., k]."""
     return x.new_empty((*x.shape[:-1], *features), dtype=dtype or x.dtype)
 
@@ -36,12 +36,13 @@ def _int8(x: Tensor) -> Tensor:
     return torch.empty_like(x, dtype=torch.int8)
 
 
-def _dtype(code: int | None, otherwise: torch.dtype) -> torch.dtype:
+def output_dtype_of(code: int | None, otherwise: torch.dtype) -> torch.dtype:
+    """The dtype that is asked for."""
     return otherwise if code is None else dtype_of(code, "output_dtype", OUTPUT_DTYPES)
 
 
 def npu_dynamic_quant(x: Tensor) -> tuple[Tensor, Tensor]:
-    return _int8(x), _rows(x, dtype=torch.float32)
+    return _int8(x), rows(x, dtype=torch.float32)
 
 
 def npu_quantize(x: Tensor) -> Tensor:
@@ -52,21 +53,12 @@ def npu_trans_quant_param(scale: Tensor) -> Tensor:
     return torch.empty_like(scale, dtype=torch.int64)
 
 
-def npu_quant_matmul(x1: Tensor, x2: Tensor, output_dtype: int | None = None) -> Tensor:
-    return _rows(x1, x2.shape[1], dtype=_dtype(output_dtype, torch.int8))
-
-
-def npu_grouped_matmul(x: Sequence[Tensor], weight: Sequence[Tensor], output_dtype: int | None = None) -> list[Tensor]:
-    words = 8 if weight[0].dtype == torch.int32 else 1
-    return [_rows(x[0], weight[0].shape[2] * words, dtype=_dtype(output_dtype, x[0].dtype))]
-
-
 def npu_rms_norm(x: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), _rows(x, 1, dtype=torch.float32)
+    return torch.empty_like(x), rows(x, 1, dtype=torch.float32)
 
 
 def npu_add_rms_norm(x1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(x1), _rows(x1, 1, dtype=torch.float32), torch.empty_like(x1)
+    return torch.empty_like(x1), rows(x1, 1, dtype=torch.float32), torch.empty_like(x1)
 
 
 def npu_add_rms_norm_quant(x1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -74,12 +66,12 @@ def npu_add_rms_norm_quant(x1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def npu_add_rms_norm_dynamic_quant(x1: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    scale = _rows(x1, dtype=torch.float32)
+    scale = rows(x1, dtype=torch.float32)
     return _int8(x1), x1.new_empty((0,), dtype=torch.int8), torch.empty_like(x1), scale, scale.new_empty((0,))
 
 
 def npu_dequant_swiglu_quant(x: Tensor) -> tuple[Tensor, Tensor]:
-    return _rows(x, x.shape[-1] // 2, dtype=torch.int8), _rows(x, dtype=torch.float32)
+    return rows(x, x.shape[-1] // 2, dtype=torch.int8), rows(x, dtype=torch.float32)
 
 
 def npu_swiglu(x: Tensor, dim: int = -1) -> Tensor:
@@ -98,7 +90,7 @@ def npu_fused_infer_attention_score(
     """BSND over whole sequences, BNSD over pages."""
     batch, steps, heads, _ = query.shape
     shape = (batch, heads, steps, 1) if softmax_lse_flag else (1,)
-    context = torch.empty_like(query) if block_table is not None else _rows(query, value.shape[-1])
+    context = torch.empty_like(query) if block_table is not None else rows(query, value.shape[-1])
     return context, query.new_empty(shape, dtype=torch.float32)
 
 
@@ -108,7 +100,7 @@ def npu_scatter_pa_kv_cache(key: Tensor) -> None:
 
 def npu_moe_gating_top_k(x: Tensor, k: int, out_flag: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     scores = x.new_empty(x.shape if out_flag else (0,), dtype=torch.float32)
-    return _rows(x, k), _rows(x, k, dtype=torch.int32), scores
+    return rows(x, k), rows(x, k, dtype=torch.int32), scores
 
 
 def npu_moe_init_routing_v2(
@@ -132,8 +124,6 @@ SHAPES: dict[str, Kernel] = {
         npu_dynamic_quant,
         npu_quantize,
         npu_trans_quant_param,
-        npu_quant_matmul,
-        npu_grouped_matmul,
         npu_rms_norm,
         npu_add_rms_norm,
         npu_add_rms_norm_quant,

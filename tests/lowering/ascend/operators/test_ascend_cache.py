@@ -10,8 +10,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
-from fxquant.lowering.ascend.operators import KERNELS
-from fxquant.lowering.ascend.operators.shapes import SHAPES
+from fxquant.lowering.ascend.operators import KERNELS, SHAPES
 
 RANK, ROPE, SIZE = 6, 2, 4
 LENS = [5, 0, 12]
