@@ -85,7 +85,11 @@ class _Channel:
     def __init__(self, rows: Tensor, recipe: Recipe) -> None:
         self.rows, self.dtype = rows, recipe.scale_dtype
         self.high = highest_code(recipe)
-        self.widest = self._rounded(rows.abs().amax(1) / self.high)
+        self.widest = self.of(rows.abs().amax(1))
+
+    def of(self, magnitude: Tensor) -> Tensor:
+        """Scales whose highest code stands for these magnitudes [n]."""
+        return self._rounded(magnitude / self.high)
 
     def on_grid(self, place: Tensor) -> Tensor:
         return self._rounded(self.widest * ((64 - place).float() / 64))
@@ -117,7 +121,11 @@ class _TwoLevel:
     def __init__(self, rows: Tensor, group_size: int) -> None:
         self.rows, self.groups = rows, rows.unflatten(1, (-1, group_size))
         self.peaks = self.groups.abs().amax(-1)
-        self.widest = rows.abs().amax(1) / 119
+        self.widest = self.of(rows.abs().amax(1))
+
+    def of(self, magnitude: Tensor) -> Tensor:
+        """First-level scales whose largest product of code and second scale stands for these magnitudes [n]."""
+        return magnitude / 119
 
     def on_grid(self, place: Tensor) -> Tensor:
         return self.widest * ((24 - place).float() / 24)
