@@ -17,6 +17,7 @@ from fxquant.engine_readers.linear_loader import MixedLinear
 from fxquant.engine_readers.ranks import total_bound
 from fxquant.errors import FxquantError
 from fxquant.ops.quantized import GROUPED, LINEAR_FORMS, decode_deq_scale, expand_int4
+from fxquant.program.linears import is_parameter
 from fxquant.program.operands import arguments, item_of, operand_node
 from fxquant.program.program import Program
 from fxquant.schemes.schemes import Recipe
@@ -73,7 +74,8 @@ def sites(program: Program, block: str | None = None) -> Iterator[Site]:
     """Every quantized linear and expert projection of a block, or of all, in graph order."""
     for node in program.graph.graph.nodes:
         if node.op == "call_function" and node.target in READ_CODES and block in (None, node.meta["block"]):
-            recipe = program.recipes.get(str(operand_node(node, "weight").target).removesuffix(".weight"))
+            weight = operand_node(node, "weight")
+            recipe = program.recipes.get(program.parameter(weight).module) if is_parameter(weight) else None
             yield from () if recipe is None else (_site(node, user, recipe) for user in node.users)
 
 
