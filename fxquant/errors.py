@@ -1,7 +1,7 @@
 """What reaches a user when something is wrong: where, what, and the way out."""
 
 MESSAGE_CHARACTERS = 5_000
-"""Of each part of an error: its place, its fact, its remedy."""
+"""Maximum length of each part of an error: place, fact, remedy."""
 
 
 class FxquantError(Exception):
@@ -9,8 +9,8 @@ class FxquantError(Exception):
 
     place  the file, tensor, layer or option at fault
     fact   what is wrong with it, with the numbers
-    remedy what to do about it; a command stands on a line of its own
-    state  what is true of the output now, in one sentence, where one was being written; interrupts have it too
+    remedy what to do about it; a command gets its own line
+    state  one sentence on the state of the output, if one was being written; also set on interrupts
     """
 
     state = ""
@@ -20,28 +20,28 @@ class FxquantError(Exception):
         super().__init__(f"{self.place}: {self.fact}" + (f" {self.remedy}" if remedy else ""))
 
     def __reduce__(self) -> tuple:
-        """Errors come back from other processes."""
+        """Picklable: errors cross process boundaries."""
         return type(self), (self.place, self.fact, self.remedy)
 
 
 def _bounded(text: str) -> str:
-    """Names out of files are part of messages: as text that any stream takes, of a bounded length."""
+    """Messages quote names from files: cut to a bounded length, and escape what UTF-8 cannot encode."""
     if len(text) > MESSAGE_CHARACTERS:
         text = f"{text[:MESSAGE_CHARACTERS]} …"
     return text.encode("utf-8", "backslashreplace").decode()
 
 
 class StoppedError(FxquantError):
-    """The world got in the way: a full disk, a file that changed or could not be read. What is finished stays good."""
+    """The environment failed: a full disk, a file that changed or could not be read. Finished work remains valid."""
 
 
 class InternalError(Exception):
-    """A fault of ours, of a pass or a lowering, that no input is to blame for: `place` is where it was found."""
+    """A bug in fxquant (a pass, a lowering), not in the input; `place` is where it was detected."""
 
     def __init__(self, place: object, fact: str) -> None:
         self.place, self.fact = str(place), fact
         super().__init__(f"{place}: {fact}")
 
     def __reduce__(self) -> tuple:
-        """As above."""
+        """Picklable, like FxquantError."""
         return type(self), (self.place, self.fact)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """No search for garbage inside: imports and graphs make millions of objects, and each search walks all of them."""
+    """Disable the cyclic GC: imports and graphs create millions of objects, and each collection walks all of them."""
     was = gc.isenabled()
     gc.disable()
     try:

@@ -1,4 +1,4 @@
-"""JSON from outside: regular files, bounded in bytes, nesting and digits, UTF-8 that can be written again."""
+"""JSON from untrusted files: regular files only, bounded in bytes, nesting and digits, valid UTF-8 throughout."""
 
 import json
 import re
@@ -16,15 +16,15 @@ BUT_BRACKETS = bytes(code for code in range(256) if chr(code) not in "[]{}")
 
 
 def read_json(path: Path, largest: int, remedy: str = AGAIN, lenient: bool = False) -> Any:
-    """The document of a file of at most `largest` bytes, by `parse_json`. Raises FxquantError for all that is wrong."""
+    """Read a file of at most `largest` bytes and parse it with `parse_json`. Raises FxquantError for any fault."""
     return parse_json(read_bytes(path, largest, remedy), path, remedy, lenient)
 
 
 def read_bytes(path: Path, largest: int, remedy: str = AGAIN) -> bytes:
-    """A file of at most `largest` bytes. Raises FxquantError where it is larger or cannot be read."""
+    """The content of a file of at most `largest` bytes. Raises FxquantError if it is larger or cannot be read."""
     try:
-        if not path.is_file():  # a pipe would wait for ever
-            raise FxquantError(path, "no regular file." if path.exists() else "is missing.", remedy)
+        if not path.is_file():  # opening a pipe would block forever
+            raise FxquantError(path, "not a regular file." if path.exists() else "is missing.", remedy)
         with path.open("rb") as stream:
             data = stream.read(largest + 1)
     except OSError as error:
@@ -37,34 +37,33 @@ def read_bytes(path: Path, largest: int, remedy: str = AGAIN) -> bytes:
 
 
 def read_text(path: Path, largest: int, remedy: str = AGAIN) -> str:
-    """A UTF-8 file of at most `largest` bytes."""
+    """The text of a UTF-8 file of at most `largest` bytes."""
     try:
         return read_bytes(path, largest, remedy).decode("utf-8")
     except UnicodeDecodeError as error:
-        raise FxquantError(path, f"not UTF-8: byte {error.start}.", remedy) from None
+        raise FxquantError(path, f"not valid UTF-8 at byte {error.start}.", remedy) from None
 
 
 def parse_json(
     data: bytes | str, place: object, remedy: str = AGAIN, lenient: bool = False, finite: bool = True
 ) -> Any:
-    """`data` as JSON; `place` is what an error names.
+    """Parse `data` as JSON; errors name `place`.
 
-    Nesting is at most `NESTING`, numbers have at most `NUMBER_DIGITS` characters, commas are at most `VALUES`, and
-    every string can be written as UTF-8. Unless `lenient`, as for files of other tools that only Python reads, keys
-    are unique and numbers finite; without `finite`, keys are unique and NaN and infinities are read, as where a part
-    comes from such a file.
+    Limits: `NESTING` levels, `NUMBER_DIGITS` characters per number, `VALUES` commas; every string must encode as UTF-8.
+    Duplicate keys, NaN and infinities are errors, except: `lenient` accepts all of them (files of other tools, which
+    Python alone reads); `finite=False` accepts NaN and infinities (documents that embed a part of such a file).
     """
     encoded = data if isinstance(data, bytes) else data.encode("utf-8", "surrogatepass")
     if (count := encoded.count(b",")) > VALUES:
         raise FxquantError(place, f"has {count:,} commas, at most {VALUES:,} are read.", remedy)
     hooks: dict[str, Any] = {}
-    if b"0" * (NUMBER_DIGITS + 1) in encoded.translate(OF_NUMBERS):  # else no number is long, and hooks cost time
+    if b"0" * (NUMBER_DIGITS + 1) in encoded.translate(OF_NUMBERS):  # hooks are slow: only if needed
         hooks |= {"parse_int": _integer, "parse_float": _float}
     if not lenient:
         hooks |= {"object_pairs_hook": _unique} | ({"parse_constant": _refuse_constant} if finite else {})
     try:
         text = data if isinstance(data, str) else data.decode("utf-8")
-        text = text.removeprefix("\ufeff") if lenient else text  # editors of Windows put it first
+        text = text.removeprefix("\ufeff") if lenient else text  # byte order mark, written by Windows editors
         with uncollected():
             value = json.loads(text, **hooks)
         if not _shallow(encoded):
@@ -72,18 +71,18 @@ def parse_json(
         if SURROGATE.search(text):
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeDecodeError as error:
-        raise FxquantError(place, f"not UTF-8: byte {error.start}.", remedy) from None
+        raise FxquantError(place, f"not valid UTF-8 at byte {error.start}.", remedy) from None
     except UnicodeEncodeError as error:
-        raise FxquantError(place, f"has a lone surrogate: {error.object[error.start]!a}.", remedy) from None
+        raise FxquantError(place, f"contains a lone surrogate: {error.object[error.start]!a}.", remedy) from None
     except RecursionError:
-        raise FxquantError(place, f"nested more than {NESTING} deep.", remedy) from None
+        raise FxquantError(place, f"nested more than {NESTING} levels deep.", remedy) from None
     except ValueError as error:
         raise FxquantError(place, f"not JSON: {error}.", remedy) from None
     return value
 
 
 def _shallow(text: bytes) -> bool:
-    """Whether brackets alone show that nothing is too deep; brackets in strings may hide it."""
+    """Whether counting brackets proves that nesting is within the limit; brackets inside strings can make it False."""
     brackets = text.translate(None, BUT_BRACKETS)
     for _ in range(NESTING):
         if not brackets:
@@ -93,7 +92,7 @@ def _shallow(text: bytes) -> bool:
 
 
 def _check_nesting(value: Any) -> None:
-    """Raises RecursionError for a document that a recursive reader might not come out of."""
+    """Raises RecursionError for a document nested too deeply for recursive code."""
     level = [value]
     for _ in range(NESTING):
         inner = [list(item.values()) if isinstance(item, dict) else item for item in level]
@@ -118,7 +117,7 @@ def _bounded(text: str) -> str:
 
 
 def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is no number of JSON")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -126,5 +125,5 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(entries) != len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"key {twice!r} twice in one object")
+        raise ValueError(f"duplicate key {twice!r} in one object")
     return entries

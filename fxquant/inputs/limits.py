@@ -1,92 +1,92 @@
-"""What may come in, at most. Readers of what a user hands over ask here, and their errors say the number.
+"""Limits on input: the largest files, counts and sizes that fxquant accepts. Error messages quote these numbers.
 
-The numbers are generous: DeepSeek-V3 has 61 layers, 256 experts, 91 thousand tensors, an index of 9 MB and a graph file
-of some 60 MB. They exist so that a damaged or hostile file costs seconds and megabytes, not hours and the machine.
+The limits are generous: DeepSeek-V3 has 61 layers, 256 experts, 91 thousand tensors, a 9 MB index and a graph file of
+about 60 MB. They ensure that a damaged or hostile file costs seconds and megabytes, not hours and the machine.
 """
 
 MIB = 1 << 20
 
 NESTING = 64
-"""Levels of lists and objects in a JSON or YAML document."""
+"""Nesting levels of a JSON or YAML document."""
 NUMBER_DIGITS = 40
 """Characters of one number in a document."""
 VALUES = 3_000_000
-"""Commas of a JSON document, so that no few bytes become gigabytes of objects. A graph file has one in 32 bytes."""
+"""Commas in a JSON document: caps the number of Python objects. A graph file has one comma per 32 bytes."""
 NAME_LENGTH = 512
-"""Characters of the name of a tensor, module or graph node."""
+"""Characters in the name of a tensor, module or graph node."""
 RANKS = 4096
 """Tensor-parallel ranks that a manifest may name."""
 ONNX_BYTES = 1 << 31
-"""A model.onnx, whose weights are elsewhere; what protobuf takes."""
+"""A model.onnx with external weights; protobuf's own limit."""
 
 NODES = 1 << 20
-"""Nodes, parameters, recipes of a graph file, and tensors that one of them names."""
+"""Nodes, parameters or recipes in a graph file, and tensors named by any one of them."""
 RANK = 16
-"""Dimensions of a tensor of a graph."""
+"""Dimensions of a graph tensor."""
 SIZE = 1 << 40
-"""Any one size, and any number that a graph computes of sizes."""
+"""Any single size, and any number that a graph computes from sizes."""
 PIECES = 4096
-"""Tensors that one call of a graph gives."""
+"""Tensors returned by one graph call."""
 VALUE_BYTES = 1 << 29
-"""What the values of a graph that are alive together may take for two sequences of 12 tokens; or four times the largest
-parameter in float32, if that is more."""
+"""Bytes of all live graph values at any time, for two sequences of 12 tokens; or four times the largest parameter in
+float32, if that is more."""
 BATCH_BYTES = 1 << 45
-"""What one call may take for a million tokens, 1013 to a sequence: no value may grow much faster than their number."""
+"""Bytes of one graph call for a million tokens, 1013 per sequence: values must grow about linearly with tokens."""
 
 CONFIG_BYTES = 16 * MIB
 """A config.json, a tokenizer_config.json, a policy, a chat template."""
 INDEX_BYTES = 128 * MIB
-"""An index or a description: one line a tensor."""
+"""An index or a description: one line per tensor."""
 GRAPH_BYTES = 256 * MIB
-"""A graph, a ledger or a manifest: some lines a tensor."""
+"""A graph, a ledger or a manifest: a few lines per tensor."""
 HEADER_BYTES = 100_000_000
 """The header of a safetensors file; the format's own limit (safetensors, MAX_HEADER_SIZE)."""
 TENSORS = 250_000
-"""Tensors of one safetensors file; the largest public models have some 150 thousand in all their files."""
+"""Tensors in one safetensors file; the largest public models have about 150 thousand in all files together."""
 DIMENSIONS = 16
-"""Of one tensor."""
+"""Dimensions of a stored tensor."""
 CHECKPOINT_TENSORS = 400_000
-"""Tensors of all files of a checkpoint."""
+"""Tensors in all files of a checkpoint together."""
 FILE_NAME_BYTES = 255
-"""Of a file's name, without its folder; what file systems take."""
+"""A file name without its folder; the usual file system limit."""
 
 TEXT_BYTES = 64 * MIB
-"""A .json of texts, and a line of a .jsonl. A .txt and a .jsonl may be larger: no more is read than is needed."""
+"""A .json of texts, or one line of a .jsonl. A .txt or .jsonl file may be larger: only the needed part is read."""
 PIECE_CHARACTERS = 1 << 20
-"""Of a text, what is tokenized at a time."""
+"""Characters tokenized at a time."""
 TOKEN_ID_BYTES = 512 * MIB
 """A .npy or .safetensors of token ids."""
 TOKENIZER_BYTES = 128 * MIB
-"""A tokenizer.json; DeepSeek-V3's has 8 MB."""
+"""A tokenizer.json; DeepSeek-V3's is 8 MB."""
 TOKENIZER_MEMORY = 1920 * MIB
-"""Of the process that runs a tokenizer, whose library takes some 400 bytes a token."""
+"""Memory of the tokenizer process; the library takes about 400 bytes per token."""
 TOKENIZER_SECONDS = 3
-"""To open a small tokenizer, in seconds of computing; one of 8 MiB may take twice as long, and so on."""
+"""CPU seconds to open a small tokenizer, plus the same again per 8 MiB of file."""
 TEXT_SECONDS = 3
-"""To render a chat or to tokenize a short text, in seconds of computing."""
+"""CPU seconds to render a chat or tokenize a short text."""
 WALL = 2
-"""How many times longer than they compute tokenizers and templates may take, on a machine that is busy."""
+"""Wall-clock limit of tokenizers and templates, as a multiple of their CPU limit: the machine may be busy."""
 TEMPLATE_MEMORY = 256 * MIB
-"""Of the process that runs a chat template."""
+"""Memory of the chat template process."""
 
 OUTPUT_BYTES = 64 << 10
-"""Kept of what a model.py, or another process that we start, prints: the end of it."""
+"""Tail of the output that is kept from a model.py or another child process."""
 ANSWER_BYTES = 512 * MIB
-"""What the process of a model.py hands back: its graph as text."""
+"""Result of a model.py process: its graph as text."""
 
 POLICY_BYTES = MIB >> 2
-"""A policy file: thousands of rules."""
+"""A policy file: enough for thousands of rules."""
 POLICY_VALUES = 20_000
-"""Texts, lists and mappings in a policy file; those of an alias count wherever it is used."""
+"""Scalars, lists and mappings in a policy file; an alias counts in full wherever it is used."""
 POLICY_DEPTH = 16
-"""Files that extend one another."""
+"""Policies in one `extends` chain."""
 
 LAYERS = 512
 """Decoder layers."""
 EXPERTS = 8192
-"""Routed experts of a layer."""
+"""Routed experts per layer."""
 ALL_EXPERTS = 1 << 16
-"""Routed experts of all layers together, four times DeepSeek-V3's: each is three tensors that are named and placed."""
+"""Routed experts in all layers together, four times DeepSeek-V3's: each is three tensors to name and place."""
 MTP_LAYERS = 16
 """Multi-token prediction layers."""
 HEADS = 1 << 14
@@ -96,4 +96,4 @@ WIDTH = 1 << 22
 POSITIONS = 1 << 40
 """Positions of a context."""
 PARAMETERS = 10**15
-"""Numbers in all tensors of a model: a thousand times the largest open ones."""
+"""Parameters of a model: a thousand times the largest open ones."""

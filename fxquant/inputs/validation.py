@@ -1,4 +1,4 @@
-"""What pydantic found wrong with a document, in the document's own words: key, value, what belongs there."""
+"""Pydantic validation errors, reworded for the document's author: key, value, expected value."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -26,7 +26,7 @@ WANTED = {
     "mapping": "a mapping",
     "dataclass": "a mapping",
 }
-"""First word of an error's type → what belongs there."""
+"""First word of pydantic's error type → expected value."""
 BOUNDS = {
     "greater_than": ("gt", "is not greater than"),
     "greater_than_equal": ("ge", "is less than"),
@@ -34,12 +34,12 @@ BOUNDS = {
     "less_than_equal": ("le", "is more than"),
     "multiple_of": ("multiple_of", "is not a multiple of"),
 }
-"""Type of an error → where its bound is, and how the value lies to it."""
+"""Pydantic's error type → key of the bound in its context, and how the value relates to it."""
 
 
 @dataclass(frozen=True)
 class WrongValue:
-    """One fault. `fact` names the key and the value, `nearest` the right word that is most like a wrong one, or ""."""
+    """One fault. `fact` names key and value; `nearest` is the most similar valid word, or ""."""
 
     location: Location
     fact: str
@@ -47,19 +47,19 @@ class WrongValue:
 
     @property
     def hint(self) -> str:
-        """The nearest word as a question, or nothing."""
+        """`nearest` as a question, or ""."""
         return f"Did you mean {self.nearest}?" if self.nearest else ""
 
 
 def cut(text: str, length: int) -> str:
-    """At most so many characters of a text, in one line, with what does not print escaped."""
+    """`text` on one line, unprintable characters escaped, cut to `length` characters."""
     text = " ".join(text[: length + 1].split())
     text = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
     return text if len(text) <= length else f"{text[:length]}…"
 
 
 def shown(value: Any, quoted: bool = True) -> str:
-    """A value from outside, short enough for a line; text in quotes where it is not one plain word or `quoted`."""
+    """A user's value, shortened to fit a line; text is in quotes if `quoted` or not a plain word."""
     if isinstance(value, str):
         short = cut(value, 60)
         return short if not quoted and PLAIN.fullmatch(short) else f"'{short}'"
@@ -73,7 +73,7 @@ def shown(value: Any, quoted: bool = True) -> str:
 
 
 def nearest(word: str, words: Sequence[str]) -> str:
-    """The one of `words` that is most like `word`, whatever the case; "" where none is."""
+    """The most similar of `words`, ignoring case; "" if none is similar."""
     by_folded = {one.casefold(): one for one in reversed(words)}
     found = get_close_matches(word[:200].casefold(), list(by_folded), 1, 0.6)
     return by_folded[found[0]] if found else ""
@@ -82,9 +82,9 @@ def nearest(word: str, words: Sequence[str]) -> str:
 def wrong_values(
     error: ValidationError, model: type[BaseModel], document: Any, quoted: bool = True
 ) -> list[WrongValue]:
-    """Every fault that `model` has with `document`, one a place; unknown keys come before missing ones.
+    """Every fault of `document` under `model`, one per location; missing keys come last.
 
-    `quoted`: whether text is shown in quotes, as where the document has numbers too.
+    `quoted`: show text in quotes, for documents where text and numbers differ.
     """
     found: dict[Location, WrongValue] = {}
     choices: dict[Location, list[str]] = {}
@@ -100,11 +100,11 @@ def wrong_values(
 
 MISSING = "required, and missing"
 MOST = 1000
-"""Faults that are looked at: a file of a million wrong lines is told by the first of them."""
+"""Faults examined: the first of them are enough to report a file of a million wrong lines."""
 
 
 def validation_fact(error: ValidationError, model: type[BaseModel], document: Any, most: int = 3) -> str:
-    """The first faults that `model` has with `document`, in one line."""
+    """The first `most` faults of `document` under `model`, on one line."""
     faults = wrong_values(error, model, document)
     facts = [f"{fault.fact}.{' ' * bool(fault.hint)}{fault.hint}" for fault in faults[:most]]
     return " ".join(facts) + (f" And {len(faults) - most} more." if len(faults) > most else "")
@@ -133,7 +133,7 @@ def _wrong(location: Location, fault: dict[str, Any], model: type[BaseModel], qu
 
 
 def _choice(location: Location, value: Any, choices: Sequence[str], quoted: bool) -> WrongValue:
-    is_none = "is none of" if len(choices) > 1 else "is not"
+    is_none = "is not one of" if len(choices) > 1 else "is not"
     fact = f"{_key(location)}{shown(value, quoted)} {is_none} {', '.join(choices)}"
     near = nearest(value, [choice.strip("'") for choice in choices]) if isinstance(value, str) else ""
     return WrongValue(location, fact, near if len(choices) > 1 else "")
@@ -150,13 +150,13 @@ def _key(location: Location) -> str:
 
 
 def _in_document(location: Sequence[str | int], document: Any, model: type[BaseModel], absent: bool) -> Location:
-    """`location` without pydantic's names of the members of unions; `absent`: its last part need not be there."""
+    """`location` without the names that pydantic adds for union members; `absent`: its last part may be missing."""
     found: list[str | int] = []
     for part in location:
         kind = {int: list, str: dict}[type(part)]
         if isinstance(document, kind) and (part in document if kind is dict else int(part) < len(document)):
             document = document[part]
-        elif part in _keys_at(model, tuple(found)):  # what pydantic read under another name, or a default
+        elif part in _keys_at(model, tuple(found)):  # a default, or a key read under an alias
             document = None
         else:
             continue

@@ -1,7 +1,7 @@
-"""YAML from outside: one document, bounded, as text, lists and mappings that know their lines.
+"""YAML from untrusted files: one bounded document of text, lists and mappings, each value with its line.
 
-No value has a type of YAML's own: a plain `no`, `64` or `2024-01-01` is text, and what reads a key says what it wants.
-Only nothing at all, `~` and `null` are None. Aliases and `<<` are followed; tags are refused.
+YAML's implicit types are off: a plain `no`, `64` or `2024-01-01` is text, and the reader of a key decides its type.
+Only an empty value, `~` and `null` are None. Aliases and `<<` are followed; tags are refused.
 """
 
 import re
@@ -21,11 +21,12 @@ TOKEN = re.compile(r"'?<([a-z ]+)>'?")
 
 @dataclass(frozen=True)
 class Located:
-    """A value and where it is.
+    """A value and its location.
 
-    line      of a mapping's value that of its key; the first is 1
+    line      1-based; the line of the key for a value in a mapping
     children  by key or index
-    size      values in it, those of aliases each time; `depth` levels of it
+    size      number of values in it; an alias counts in full each time
+    depth     nesting levels
     """
 
     value: Any
@@ -35,7 +36,7 @@ class Located:
     depth: int = 1
 
     def line_of(self, location: Sequence[str | int]) -> int:
-        """The line of what is at `location`, or of the last on the way to it that is there."""
+        """The line of the value at `location`, or of its deepest existing ancestor."""
         found = self
         for part in location:
             found = found.children.get(part, found)
@@ -49,9 +50,9 @@ class _RefusedError(Exception):
 
 
 def parse_yaml(text: str, place: str, remedy: str) -> Located:
-    """The only document of `text`; its value is None where there is none. `place` is what an error names, with a line.
+    """The single document of `text`; its value is None if the text is empty. Errors name `place` and the line.
 
-    Raises FxquantError for what is not YAML, tags, keys that are no text or come twice, more than `NESTING` levels and
+    Raises FxquantError for invalid YAML, tags, duplicate keys, keys that are not text, more than `NESTING` levels and
     more than `POLICY_VALUES` values.
     """
     try:
@@ -65,16 +66,16 @@ def parse_yaml(text: str, place: str, remedy: str) -> Located:
         mark = error.problem_mark or error.context_mark
         line = mark.line + 1 if mark else 1
         raise FxquantError(f"{place}:{line}", f"not valid YAML: {_problem(error)}.", remedy) from None
-    except (yaml.YAMLError, ValueError, OverflowError) as error:  # numbers of directives and escapes
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # bad numbers in directives and escapes
         raise FxquantError(place, f"not valid YAML: {cut(str(error), 120)}.", remedy) from None
 
 
 def _problem(error: yaml.MarkedYAMLError) -> str:
     problem = str(error.problem or error.context)
     if r"'\t'" in problem:
-        return "a tab where only spaces may be"
+        return "a tab where only spaces are allowed"
     if problem == "mapping values are not allowed here":
-        return "a colon in the middle of a value; a text with “: ” in it needs quotes"
+        return "a colon inside a value; text that contains “: ” needs quotes"
     return cut(TOKEN.sub(r"\1", problem), 120)
 
 
@@ -88,7 +89,7 @@ class _Reader:
         for event in self._events:
             if isinstance(event, yaml.DocumentStartEvent):
                 if found is not None:
-                    raise _RefusedError(_line(event), "a second document begins: a policy is one")
+                    raise _RefusedError(_line(event), "a second document begins, but a policy is a single document")
                 found = self._node(next(self._events), 1)
         return found or Located(None, 1)
 
@@ -99,24 +100,24 @@ class _Reader:
         else:
             if event.tag is not None:
                 tag = cut(event.tag.replace("tag:yaml.org,2002:", "!!"), 40)
-                raise _RefusedError(line, f"tag {tag}: values have none")
+                raise _RefusedError(line, f"tag {tag}: tags are not supported")
             if depth > NESTING:
-                raise _RefusedError(line, f"nested more than {NESTING} deep")
+                raise _RefusedError(line, f"nested more than {NESTING} levels deep")
             if event.anchor is not None:
                 self._anchors[event.anchor] = None
             found = self._value(event, depth, line)
             if event.anchor is not None:
                 self._anchors[event.anchor] = found
-        if depth + found.depth - 1 > NESTING:
-            raise _RefusedError(line, f"nested more than {NESTING} deep")
+        if depth + found.depth - 1 > NESTING:  # an alias brings its own levels
+            raise _RefusedError(line, f"nested more than {NESTING} levels deep")
         if found.size > POLICY_VALUES:
-            raise _RefusedError(line, f"more than {POLICY_VALUES:,} values, those of aliases each time")
+            raise _RefusedError(line, f"more than {POLICY_VALUES:,} values, aliases expanded")
         return found
 
     def _aliased(self, event: Any, line: int) -> Located:
         found = self._anchors.get(event.anchor)
         if found is None:
-            what = "is inside itself" if event.anchor in self._anchors else "has no anchor"
+            what = "refers to itself" if event.anchor in self._anchors else "has no anchor"
             raise _RefusedError(line, f"alias *{cut(event.anchor, 40)} {what}")
         return replace(found, line=line)
 
@@ -147,25 +148,25 @@ class _Reader:
             if key == "<<" and event.style is None:
                 merged |= {name: one for name, one in _merged(value).items() if name not in merged}
             elif key in own:
-                raise _RefusedError(line, f"key {cut(key, 40)} a second time, first in line {own[key].line}")
+                raise _RefusedError(line, f"duplicate key {cut(key, 40)}, first on line {own[key].line}")
             else:
                 own[key] = value
         return merged | own
 
     def _key(self, event: Any) -> str:
         if not isinstance(event, yaml.ScalarEvent):
-            raise _RefusedError(_line(event), "a key that is no text")
+            raise _RefusedError(_line(event), "a key that is not text")
         key = self._node(event, 1).value
         return event.value if key is None else key
 
 
 def _merged(value: Located) -> dict[str | int, Located]:
-    """What `<<: value` merges: a mapping, or a list of them, of which the earlier count first."""
+    """The entries that `<<: value` merges: a mapping, or a list of mappings where earlier ones win."""
     sources = list(value.children.values()) if isinstance(value.value, list) else [value]
     found: dict[str | int, Located] = {}
     for source in sources:
         if not isinstance(source.value, dict):
-            raise _RefusedError(value.line, "<< merges mappings, and this is none")
+            raise _RefusedError(value.line, "<< merges mappings, and this is not a mapping")
         found |= {key: one for key, one in source.children.items() if key not in found}
     return found
 
@@ -178,7 +179,7 @@ def _located(line: int, children: dict[str | int, Located], made: Any) -> Locate
 
 def _bounded(size: int, line: int) -> int:
     if size > POLICY_VALUES:
-        raise _RefusedError(line, f"more than {POLICY_VALUES:,} values, those of aliases each time")
+        raise _RefusedError(line, f"more than {POLICY_VALUES:,} values, aliases expanded")
     return size
 
 

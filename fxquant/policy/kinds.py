@@ -1,10 +1,10 @@
-"""What a module is: the first thing a policy rule matches on."""
+"""Module kinds, the first thing that a policy rule matches on."""
 
 from enum import StrEnum
 
 
 class Kind(StrEnum):
-    """A module declares its own as the class or instance attribute `kind`; its parameters inherit the nearest one."""
+    """A module declares its kind in a class or instance attribute `kind`; parameters inherit the nearest one."""
 
     EMBEDDING = "embedding"
     NORM = "norm"

@@ -1,4 +1,4 @@
-"""Layer policies: ordered rules, the first that matches a module decides its scheme."""
+"""Policy: ordered rules; the first rule that matches a module decides its scheme."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -30,14 +30,14 @@ __all__ = [
 ]  # fmt: skip
 
 PERCENTILE = 99.99
-"""Of a policy that says `activation_statistic: percentile` and no more."""
+"""Default for `activation_statistic: percentile`."""
 
 
 Modules = Callable[[], Sequence[Decided]]
 
 
 class MtpMode(StrEnum):
-    """What a user asks of multi-token prediction layers: absent, as in the checkpoint, or in dynamic int8."""
+    """Treatment of multi-token prediction layers: left out, as in the checkpoint, or in dynamic int8."""
 
     NONE = "none"
     FLOAT = "float"
@@ -46,9 +46,9 @@ class MtpMode(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Policy:
-    """A resolved policy: its own rules, then those of what it extends; of other keys its own, or else those.
+    """A resolved policy: its own rules before the inherited ones; other keys are its own, else inherited.
 
-    lines  where the rules of files are, as `path:line`
+    lines  location of each rule that comes from a file, as `path:line`
     """
 
     name: str
@@ -69,19 +69,19 @@ class Policy:
         return self.own + self.inherited
 
     def rule_for(self, module: str, kind: Kind, quantizable: bool) -> Rule | None:
-        """The first rule for a module. Quantizing rules pass over modules that are not linear."""
+        """The first rule for a module. Quantizing rules skip modules that are not linear."""
         for rule in self.rules:
             if rule.selects(module, kind) and (quantizable or not rule.quantizes):
                 return rule
         return None
 
     def smooth_rule_for(self, pair: PairKind, readers: list[tuple[str, Kind]]) -> SmoothRule | None:
-        """The first smoothing rule for a value that these modules read."""
+        """The first smoothing rule for a value that the modules `readers` read."""
         return next((rule for rule in self.smooth if rule.selects(pair, readers)), None)
 
     def check_smooth_rules(self, used: Iterable[SmoothRule], values: Sequence[SeenValue], modules: Modules) -> None:
-        """Raises FxquantError, which says why, for a smoothing rule that decided none of `values`, unless it is
-        `optional`. `modules` gives all of the model."""
+        """Raises FxquantError for a smoothing rule that decided none of `values`, with the reason, unless the rule is
+        `optional`. `modules` returns all modules of the model."""
         used = set(used)
         for rule in self.smooth:
             if rule not in used and not rule.optional:
@@ -89,11 +89,11 @@ class Policy:
                 raise FxquantError(self.place(rule), f"smoothing rule “{rule}” {fact}", way_out)
 
     def place(self, rule: Rule | SmoothRule) -> str:
-        """Where a rule is, as an error names it."""
+        """The location of a rule, for errors."""
         return self.lines.get(rule, f"policy {self.name}")
 
     def with_mtp(self, mode: MtpMode) -> "Policy":
-        """This policy with its rules for kind mtp replaced by what a user asks."""
+        """This policy with its rules for kind mtp replaced by one for `mode`."""
         schemes: dict[MtpMode, Scheme | Literal["LEAVE_OUT"]] = {
             MtpMode.NONE: LEAVE_OUT,
             MtpMode.FLOAT: Scheme.FLOAT,
@@ -105,7 +105,7 @@ class Policy:
         return replace(self, own=(asked, *own), inherited=tuple(inherited))
 
     def idle_rules(self, used: Iterable[Rule], modules: Sequence[Decided]) -> list[Rule]:
-        """Rules that decided none of `modules`; raises FxquantError, which says why, unless each is `optional` or
+        """Rules that decided none of `modules`. Raises FxquantError with the reason unless each is `optional`, or
         inherited and overridden."""
         used = set(used)
         idle = [rule for rule in self.rules if rule not in used]
@@ -118,16 +118,16 @@ class Policy:
 
 
 def load_policy(name: str) -> Policy:
-    """A shipped policy by name, or the path of a YAML file. Raises FxquantError for unknown names and bad files."""
+    """Load a shipped policy by name or a YAML file by path. Raises FxquantError for unknown names and bad files."""
     chain = [open_policy(name, Path())]
     while (parent := chain[-1].parent()) is not None:
         names = [document.place for document in (*chain, parent)]
         if _file(parent) in map(_file, chain):
             fact = f"extends itself: {' → '.join(names)}."
-            raise FxquantError(chain[-1].line("extends"), fact, "Break the circle.")
+            raise FxquantError(chain[-1].line("extends"), fact, "Remove one `extends` of the cycle.")
         if len(chain) == POLICY_DEPTH:
-            fact = f"more than {POLICY_DEPTH} policies extend one another, from {chain[0].place} on."
-            raise FxquantError(chain[-1].line("extends"), fact, "Put their rules into fewer files.")
+            fact = f"more than {POLICY_DEPTH} policies extend one another, starting at {chain[0].place}."
+            raise FxquantError(chain[-1].line("extends"), fact, "Merge them into fewer files.")
         chain.append(parent)
     resolved: Policy | None = None
     for document in reversed(chain):
@@ -137,7 +137,7 @@ def load_policy(name: str) -> Policy:
 
 
 def _file(document: PolicyDocument) -> Path | str:
-    return document.path.resolve() if document.path else document.place
+    return document.path.resolve() if document.path else document.place  # resolved, links cannot hide a cycle
 
 
 def _resolved(document: PolicyDocument, parent: Policy | None) -> Policy:
@@ -151,7 +151,7 @@ def _resolved(document: PolicyDocument, parent: Policy | None) -> Policy:
     )
     sizes = {rule.group_size for rule in says.rules if rule.grouped}
     if len(sizes) > 1:
-        fact = f"group sizes {sorted(sizes)}."
+        fact = f"has group sizes {sorted(sizes)}."
         raise FxquantError(document.line("rules"), fact, "A weight file has one group_size: choose one.")
     return Policy(
         name=document.path.stem if document.path else document.place.removeprefix("policy "),

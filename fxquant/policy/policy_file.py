@@ -1,4 +1,4 @@
-"""Policy files: which one a name means, and what it says, every value in its line."""
+"""Policy files: resolving a name to a YAML file, and reading it with the line of every value."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,12 +24,12 @@ SHOWN_FAULTS = 4
 
 
 class ActivationStatistic(StrEnum):
-    """How the inputs that calibration saw become one range.
+    """How observed calibration inputs are reduced to one range.
 
-    MIN_MAX     smallest minimum and largest maximum, scale formed in float32
-    BATCH_MEAN  mean minimum and mean maximum over batches, everything in the model's dtype
-    PERCENTILE  the values that `percentile` per cent of all values do not pass, on either side
-    HISTOGRAM   the range with the least mean squared error of its int8, over a histogram
+    MIN_MAX     smallest minimum and largest maximum, scale computed in float32
+    BATCH_MEAN  mean minimum and mean maximum over batches, all in the model's dtype
+    PERCENTILE  the `percentile` of all values, on either side
+    HISTOGRAM   the range with the least mean squared int8 error over a histogram
     """
 
     MIN_MAX = "min_max"
@@ -39,7 +39,7 @@ class ActivationStatistic(StrEnum):
 
 
 class UnseenExperts(StrEnum):
-    """What GPTQ does for an expert that no calibration token chose: stop, take all tokens, or least squares instead."""
+    """GPTQ for an expert that no calibration token chose: raise an error, use all tokens, or use least squares."""
 
     ERROR = "error"
     ALL_TOKENS = "all_tokens"
@@ -47,7 +47,7 @@ class UnseenExperts(StrEnum):
 
 
 class CalibrationWeights(StrEnum):
-    """Which weights the calibration forward runs on: the checkpoint's, or those rounded as the recipes round them."""
+    """Weights of the calibration forward: the checkpoint's, or rounded by the recipes."""
 
     FLOAT = "float"
     ROUNDED = "rounded"
@@ -71,7 +71,7 @@ class PolicyFile(BaseModel):
 
 @dataclass(frozen=True)
 class PolicyDocument:
-    """What a file says. `place` is its path or, of a shipped policy, `policy <name>`; `path` is None for these."""
+    """A parsed file. `place` is its path, or `policy <name>` for a shipped policy, whose `path` is None."""
 
     place: str
     path: Path | None
@@ -79,18 +79,18 @@ class PolicyDocument:
     root: Located
 
     def line(self, *location: str | int) -> str:
-        """Where the value at `location` is; a shipped policy is a place without lines."""
+        """The place and line of the value at `location`; shipped policies have no lines."""
         return f"{self.place}:{self.root.line_of(location)}" if self.path else self.place
 
     def rule_lines(self) -> Iterator[tuple[Rule | SmoothRule, str]]:
-        """Every rule, and where it is."""
+        """Every rule with its location."""
         for index, rule in enumerate(self.says.rules):
             yield rule, self.line("rules", index)
         for index, smoothing in enumerate(self.says.smooth or ()):
             yield smoothing, self.line("smooth", index)
 
     def parent(self) -> "PolicyDocument | None":
-        """What it extends: a shipped policy, or a file, relative to this one."""
+        """The policy that it extends: a shipped one, or a file relative to this one."""
         name = self.says.extends
         if name is None:
             return None
@@ -105,19 +105,19 @@ class _UnknownError(FxquantError):
 
 
 def shipped_policies() -> list[str]:
-    """Names of the policies that come with fxquant."""
+    """Names of the policies shipped with fxquant."""
     return sorted(Path(entry.name).stem for entry in _folder().iterdir() if entry.name.endswith(".yaml"))
 
 
 def is_file_name(name: str) -> bool:
-    """Whether a name means a file, not a shipped policy."""
+    """Whether a name denotes a file rather than a shipped policy."""
     return name.endswith(SUFFIXES) or "/" in name
 
 
 def open_policy(name: str, folder: Path) -> PolicyDocument:
-    """The shipped policy or the YAML file, relative to `folder`, that `name` means; it is read and checked.
+    """Read and check the shipped policy or the YAML file (relative to `folder`) called `name`.
 
-    Raises FxquantError for unknown names and for all that is wrong in the file, by its line.
+    Raises FxquantError for unknown names, and for any fault in the file with its line.
     """
     if not is_file_name(name):
         if name not in shipped_policies():
@@ -128,12 +128,12 @@ def open_policy(name: str, folder: Path) -> PolicyDocument:
     try:
         there = path.exists()
     except (OSError, ValueError):
-        there = True  # reading says what is wrong
+        there = True  # reading it will raise the error
     if not there:
         raise _missing(name, path)
     if not name.endswith(SUFFIXES):
-        raise FxquantError(path, "not a policy: its name has no .yaml at its end.", "Rename it, or name another file.")
-    return _parsed(read_text(path, POLICY_BYTES, "Name a YAML file, see docs/policies.md."), str(path), path)
+        raise FxquantError(path, "not a policy: its name does not end in .yaml.", "Rename it, or pass another file.")
+    return _parsed(read_text(path, POLICY_BYTES, "Pass a YAML file, see docs/policies.md."), str(path), path)
 
 
 def _folder() -> Any:
@@ -146,13 +146,13 @@ def _unknown(name: str, folder: Path) -> FxquantError:
     beside = next((f"{name}{suffix}" for suffix in SUFFIXES if name and _is_file(folder / f"{name}{suffix}")), "")
     near = beside or nearest(name, known)
     hint = f"Did you mean {near}? " if near else ""
-    return _UnknownError(place, "unknown.", f"{hint}Name a YAML file or one of: {', '.join(known)}.")
+    return _UnknownError(place, "unknown.", f"{hint}Pass a YAML file or one of: {', '.join(known)}.")
 
 
 def _missing(name: str, path: Path) -> FxquantError:
     shipped = Path(name).stem
     if shipped in shipped_policies():
-        way_out = f"The shipped policy of that name is written without folder and ending: {shipped}."
+        way_out = f"To use the shipped policy of that name, drop folder and suffix: {shipped}."
     else:
         near = nearest(path.name, _beside(path))
         way_out = f"Did you mean {path.with_name(near)}?" if near else "Check the path, or name a shipped policy."
@@ -187,7 +187,7 @@ def _parsed(text: str, place: str, path: Path | None) -> PolicyDocument:
 
 
 def _refused(faults: list[WrongValue], root: Located, place: str) -> FxquantError:
-    """The first fault with its line as the place, some of the others with theirs."""
+    """An error at the line of the first fault; some of the others follow with their lines."""
     first, *others = faults
     more = [f"Line {root.line_of(one.location)}: {one.fact}.{_hint(one)}" for one in others[: SHOWN_FAULTS - 1]]
     if len(others) >= SHOWN_FAULTS:

@@ -1,4 +1,4 @@
-"""A rule of a policy: which modules it selects, and the scheme that it gives them."""
+"""Policy rule: the modules that it selects, and the scheme that it gives them."""
 
 from fnmatch import fnmatchcase
 from typing import Literal
@@ -10,7 +10,7 @@ from fxquant.policy.smooth_rules import checked_pattern, one_as_list
 from fxquant.schemes.schemes import Scheme, WeightAlgorithm
 
 LEAVE_OUT: Literal["LEAVE_OUT"] = "LEAVE_OUT"
-"""Not a scheme: the tensors of the selected modules are left out of the output."""
+"""In place of a scheme: tensors of the selected modules are left out of the output."""
 GROUP_SIZES = (0, 32, 64, 128, 256)
 
 
@@ -33,7 +33,7 @@ class Rule(BaseModel):
     @classmethod
     def _check_group_size(cls, size: int) -> int:
         if size not in GROUP_SIZES:
-            raise ValueError(f"{size} is none of {', '.join(map(str, GROUP_SIZES))}")
+            raise ValueError(f"{size} is not one of {', '.join(map(str, GROUP_SIZES))}")
         return size
 
     @model_validator(mode="after")
@@ -42,25 +42,25 @@ class Rule(BaseModel):
             raise ValueError("a rule needs a kind or a path")
         if self.group_size and not self.grouped:
             named = " or ".join(scheme for scheme in Scheme if scheme.grouped)
-            raise ValueError(f"group_size belongs to {named}, not to {self.scheme}")
+            raise ValueError(f"group_size is for {named}, not for {self.scheme}")
         if self.algorithm is not WeightAlgorithm.MIN_MAX and not self.quantizes:
-            raise ValueError(f"algorithm {self.algorithm} chooses integers, and {self.scheme} has none")
+            raise ValueError(f"algorithm {self.algorithm} needs an integer scheme, and {self.scheme} is not one")
         if self.algorithm is not WeightAlgorithm.MIN_MAX and Kind.MTP in self.kind:
-            raise ValueError(f"algorithm {self.algorithm}: mtp layers are rounded by {WeightAlgorithm.MIN_MAX}")
+            raise ValueError(f"algorithm {self.algorithm}: mtp layers support only {WeightAlgorithm.MIN_MAX}")
         return self
 
     @property
     def quantizes(self) -> bool:
-        """Whether its weights become integers."""
+        """Whether it quantizes weights to integers."""
         return isinstance(self.scheme, Scheme) and self.scheme.weight_bits is not None
 
     @property
     def grouped(self) -> bool:
-        """Whether its linears may have groups with second scales."""
+        """Whether its scheme supports groups with second scales."""
         return isinstance(self.scheme, Scheme) and self.scheme.grouped
 
     def selects(self, module: str, kind: Kind) -> bool:
-        """Whether the rule's patterns hold for a module, whatever comes before it in the list."""
+        """Whether the rule's patterns match a module, regardless of earlier rules."""
         return (not self.kind or kind in self.kind) and (self.path is None or fnmatchcase(module, self.path))
 
     def __str__(self) -> str:

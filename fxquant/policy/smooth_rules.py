@@ -1,4 +1,4 @@
-"""What a policy says of anti-outlier smoothing: ordered rules, the first that matches a pair decides its method."""
+"""Smoothing rules of a policy: ordered; the first rule that matches a pair decides its method."""
 
 import re
 from enum import StrEnum
@@ -15,24 +15,24 @@ PATTERN = r"[\w.*?\[\]!\-]+"
 
 
 def one_as_list(kind: Any) -> Any:
-    """A file may say one kind without a list around it."""
+    """Allow a single kind without a list."""
     return [kind] if isinstance(kind, str) else kind
 
 
 def checked_pattern(path: str | None) -> str | None:
-    """`path`, where a module path may match it. Raises ValueError."""
+    """`path`, if it is a valid shell pattern. Raises ValueError."""
     if path is not None and (len(path) > NAME_LENGTH or not re.fullmatch(PATTERN, path, re.ASCII)):
         raise ValueError(f"{shown(path)} is not a shell pattern of a module path")
     return path
 
 
 class SmoothMethod(StrEnum):
-    """How a pair's scales are found. With a the largest magnitude of an input channel, w that of its weights:
+    """How the scales of a pair are computed. With a the largest magnitude of an input channel, w that of its weights:
 
-    NONE         not at all
+    NONE         no smoothing
     SMOOTHQUANT  `s = a**alpha / w**(1 - alpha)` (Xiao et al. 2022, arXiv:2211.10438)
-    M4           the same, and norms are shifted too: `z = (max + min) / 2` (Wei et al. 2023, arXiv:2304.09145)
-    FLEX         `s = a**alpha / w**beta`, alpha and beta searched for the least error of the linears' outputs
+    M4           the same, and norms are also shifted: `z = (max + min) / 2` (Wei et al. 2023, arXiv:2304.09145)
+    FLEX         `s = a**alpha / w**beta`, alpha and beta minimize the error of the linears' outputs
     """
 
     NONE = "none"
@@ -42,15 +42,15 @@ class SmoothMethod(StrEnum):
 
 
 class PairKind(StrEnum):
-    """What makes the smoothed value: a norm, or a linear through the attention."""
+    """The producer of the smoothed value: a norm, or a linear through the attention."""
 
     NORM = "norm"
     LINEAR = "linear"
 
 
 class SmoothRule(BaseModel):
-    """`kind` and `path` (a shell pattern on the module path) select by the linears that read the value, `pair` by what
-    makes it; all that are given must hold."""
+    """`kind` and `path` (a shell pattern on the module path) match linears that read the value, `pair` its producer;
+    all given keys must match."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     kind: tuple[Kind, ...] = ()
@@ -67,11 +67,11 @@ class SmoothRule(BaseModel):
     @model_validator(mode="after")
     def _check(self) -> "SmoothRule":
         if "alpha" in self.model_fields_set and self.method in (SmoothMethod.NONE, SmoothMethod.FLEX):
-            raise ValueError(f"alpha is not a matter of method {self.method}")
+            raise ValueError(f"alpha does not apply to method {self.method}")
         return self
 
     def selects(self, pair: PairKind, readers: list[tuple[str, Kind]]) -> bool:
-        """Whether the rule's patterns hold for a pair whose value these modules read."""
+        """Whether the rule's patterns match a pair whose value the modules `readers` read."""
         named = (
             (not self.kind or kind in self.kind) and (self.path is None or fnmatchcase(module, self.path))
             for module, kind in readers
@@ -87,4 +87,4 @@ class SmoothRule(BaseModel):
 
 
 NormBias = Literal["shifted", "every"]
-"""Which norms have a bias in the output: those that a shift gives one, or, as the reference tool has it, all."""
+"""Which norms have a bias in the output: the shifted ones, or every norm, as the reference tool writes it."""

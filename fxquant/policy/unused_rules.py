@@ -1,4 +1,4 @@
-"""Why a rule of a policy decides nothing: which of the usual mistakes it is, with the paths that are near."""
+"""Unused policy rules: why a rule decides nothing, by common mistake, with similar paths."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,11 +16,11 @@ SHOWN = 4
 
 @dataclass(frozen=True)
 class Decided:
-    """A module of the model as rules see it.
+    """A module of the model as seen by rules.
 
     linear   whether a quantizing rule may decide it
-    rule     that decided it
-    members  weights in the checkpoint that are one module in the graph: those of the experts of a layer
+    rule     the rule that decided it
+    members  checkpoint weights that form one module in the graph: the experts of a layer
     """
 
     path: str
@@ -31,7 +31,7 @@ class Decided:
 
 
 def why_idle(rule: Rule, modules: Sequence[Decided]) -> tuple[str, str]:
-    """Why `rule`, which decided none of `modules`, did not; and the way out."""
+    """The reason why `rule` decided none of `modules`, and the remedy."""
     at_path = [module for module in modules if rule.path is None or fnmatchcase(module.path, rule.path)]
     if not at_path:
         return why_no_path(rule.path or ANYTHING, modules)
@@ -41,35 +41,35 @@ def why_idle(rule: Rule, modules: Sequence[Decided]) -> tuple[str, str]:
     quantizing = rule.quantizes
     if quantizing and not any(module.linear for module in selected):
         kinds = ", ".join(sorted({module.kind.value for module in selected}))
-        fact = f"selects {some(selected)} ({kinds}), no linears, and {rule.scheme} is for linears."
-        return fact, "Select linears, or say scheme: FLOAT."
+        fact = f"selects {some(selected)} ({kinds}), but {rule.scheme} is for linears only."
+        return fact, "Select linears, or use scheme: FLOAT."
     fitting = [module for module in selected if module.linear or not quantizing]
     takers = dict.fromkeys(module.rule for module in fitting)
-    fact = f"selects {some(fitting)}, which earlier rules have taken: {quoted(takers)}."
-    return fact, "Put it before them, delete it, or mark it optional: true."
+    fact = f"selects {some(fitting)}, but earlier rules match first: {quoted(takers)}."
+    return fact, "Move it before them, delete it, or mark it optional: true."
 
 
 def why_no_path(pattern: str, modules: Sequence[Decided]) -> tuple[str, str]:
-    """Why a path matches none of `modules`; and the way out."""
+    """The reason why a path matches none of `modules`, and the remedy."""
     experts = next((one for one in modules if _names_one_of(one.members, pattern)), None)
     if experts is not None:
-        fact = "names single experts; those of a layer are one module and have one rule."
+        fact = "names single experts; the experts of a layer are one module and share one rule."
         return fact, f"Write path: {experts.path}, or {_parent(experts.path)}.* for all projections."
     inside = [module for module in modules if any(fnmatchcase(above, pattern) for above in _above(module.path))]
     if inside:
-        fact = f"matches what holds {inside[0].path}, not the modules in it."
+        fact = f"matches a parent of {inside[0].path}, not the modules in it."
         return fact, f"Write path: {pattern}.*"
     if any(fnmatchcase(f"{module.path}.{tensor}", pattern) for module in modules for tensor in ("weight", "bias")):
-        return "names tensors; a rule names modules.", f"Write path: {pattern.rpartition('.')[0]}"
+        return "matches tensors; a rule must match modules.", f"Write path: {pattern.rpartition('.')[0]}"
     ended = next((module for module in modules if fnmatchcase(module.path, f"*.{pattern}")), None)
     if ended is not None:
-        fact = f"matches no path from its beginning; {ended.path} ends so."
+        fact = f"matches no whole path, only the end of {ended.path}."
         return fact, f"Write path: '*.{pattern}'"
     return _far(pattern, [module.path for module in modules])
 
 
 def _names_one_of(members: Iterable[str], pattern: str) -> bool:
-    """Whether it matches an expert, or a projection of one."""
+    """Whether `pattern` matches a single expert or a projection of one."""
     paths = (_parent(name) for name in members)
     return any(fnmatchcase(path, pattern) or fnmatchcase(_parent(path), pattern) for path in paths)
 
@@ -77,16 +77,16 @@ def _names_one_of(members: Iterable[str], pattern: str) -> bool:
 def _far(pattern: str, paths: list[str]) -> tuple[str, str]:
     near = list(dict.fromkeys(_near(pattern, paths)))[:SHOWN]
     if near:
-        return "matches no path of the model.", f"Near: {', '.join(near)}. {OPTIONAL}"
+        return "matches no path of the model.", f"Similar: {', '.join(near)}. {OPTIONAL}"
     found, follows = _beginning(pattern, paths)
     if not found:
         tops = _listed(sorted({path.split(".")[0] for path in paths}))
         return "matches no path of the model.", f"Paths begin with {tops}; fxquant show prints them. {OPTIONAL}"
-    return f"matches no path of the model: after {found} come {_listed(follows)}.", OPTIONAL
+    return f"matches no path of the model: {found} is followed by {_listed(follows)}.", OPTIONAL
 
 
 def _near(pattern: str, paths: list[str]) -> Iterator[str]:
-    """Patterns that match something, with one part in place of a similar one; then similar paths."""
+    """Matching patterns with one part replaced by a similar one, then similar paths."""
     parts = pattern.split(".")
     known = sorted({part for path in paths for part in path.split(".") if not part.isdecimal()})
     for index, part in enumerate(parts):
@@ -99,7 +99,7 @@ def _near(pattern: str, paths: list[str]) -> Iterator[str]:
 
 
 def _beginning(pattern: str, paths: list[str]) -> tuple[str, list[str]]:
-    """The longest beginning of `pattern` that begins paths, and the parts that follow it there."""
+    """The longest prefix of `pattern` that matches the beginning of paths, and the parts that follow it there."""
     parts = pattern.split(".")
     for end in range(len(parts) - 1, 0, -1):
         begin = ".".join(parts[:end])
@@ -115,18 +115,18 @@ def _other_kind(rule: Rule, at_path: Sequence[Decided], modules: Sequence[Decide
     kinds = sorted({module.kind.value for module in at_path})
     if rule.path is not None:
         fact = f"its path matches {some(at_path)}, of kind {', '.join(kinds)}."
-        return fact, "Correct the kind, or leave it out."
+        return fact, "Correct the kind, or omit it."
     there = ", ".join(sorted({module.kind.value for module in modules}))
     return f"the model has no module of that kind; it has {there}.", OPTIONAL
 
 
 def some(modules: Sequence[Decided]) -> str:
-    """The first path, and how many more there are."""
+    """The first path, and the number of the others."""
     return modules[0].path + (f" and {len(modules) - 1:,} more" if len(modules) > 1 else "")
 
 
 def quoted(rules: Iterable[object]) -> str:
-    """Some of the rules, in quotes."""
+    """The first few rules, in quotes."""
     names = [f"“{rule}”" for rule in rules]
     return ", ".join(names[:SHOWN]) + (" and others" if len(names) > SHOWN else "")
 
@@ -143,7 +143,7 @@ def _parent(path: str) -> str:
 
 
 def _cuts(path: str) -> Iterator[tuple[str, str]]:
-    """Every module above `path`, and the next part after it."""
+    """Every parent of `path`, with the part that follows it."""
     parts = path.split(".")
     for end in range(1, len(parts)):
         yield ".".join(parts[:end]), parts[end]

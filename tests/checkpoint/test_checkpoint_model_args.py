@@ -81,7 +81,7 @@ def test_yarn_beyond_the_original_length(length: int, there: bool) -> None:
     ("changes", "message"),
     [
         ({"score_func": "softmax"}, "score_func: .*'sigmoid'"),
-        ({"dtype": "fp16"}, "dtype: 'fp16' is none of 'bf16', 'fp8'"),
+        ({"dtype": "fp16"}, "dtype: 'fp16' is not one of 'bf16', 'fp8'"),
         ({"dim": "many"}, "dim: .*integer"),
         ({"max_seq_len": None}, "max_seq_len: .*integer"),
         ({"rope_factor": 0.5}, "rope_factor: 0.5 is less than 1"),

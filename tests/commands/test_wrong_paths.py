@@ -29,13 +29,13 @@ def places(tmp_path: Path, tiny_folder: Callable[..., Path]) -> dict[str, Path]:
 @pytest.mark.parametrize(
     "kind, words",
     [
-        ("missing", ["no such folder.", "Name a compiled folder. Beside it: out"]),
-        ("link", ["a link to gone, which is not there."]),
+        ("missing", ["no such folder.", "Pass a compiled folder. Similar names there: out"]),
+        ("link", ["a link to gone, which does not exist."]),
         ("file", ["a file, not a folder."]),
-        ("inside", ["a file, not a folder.", "Name its folder: {parent}"]),
+        ("inside", ["a file, not a folder.", "Pass its folder: {parent}"]),
         ("model", ["a model, not an output of fxquant", "Compile it first: fxquant compile {path}"]),
         ("empty", ["not an output of fxquant: it is empty."]),
-        ("out.partial", ["unfinished work, not an output", "Run its command again."]),
+        ("out.partial", ["unfinished work, not an output", "Run its command again to finish it."]),
     ],
 )
 def test_no_compiled_folder(
@@ -52,8 +52,14 @@ def test_no_compiled_folder(
 @pytest.mark.parametrize(
     "kind, words",
     [
-        ("missing", ["no such file or folder.", "Name a Hugging Face checkpoint folder or a model.py. Beside it: out"]),
-        ("link", ["a link to gone, which is not there."]),
+        (
+            "missing",
+            [
+                "no such file or folder.",
+                "Pass a Hugging Face checkpoint folder or a model.py. Similar names there: out",
+            ],
+        ),
+        ("link", ["a link to gone, which does not exist."]),
         ("out", ["a compiled folder, not a model."]),
         ("empty", ["config.json"]),
     ],
@@ -68,14 +74,14 @@ def test_no_model(
 @pytest.mark.parametrize("verb", [one for one in MODELS if one[0] != "plan"], ids=lambda verb: verb[0])
 def test_a_file_of_a_model(fxquant_: Fxquant, places: dict[str, Path], verb: tuple[str, ...]) -> None:
     code, _, text = fxquant_(verb[0], places["file"], *verb[1:])
-    assert code == 1 and f"→ Name its folder: {places['model']}" in text
+    assert code == 1 and f"→ Pass its folder: {places['model']}" in text
 
 
 @pytest.mark.parametrize("text", ["missing", "empty"])
 def test_no_text(fxquant_: Fxquant, places: dict[str, Path], text: str) -> None:
     code, out, told = fxquant_("compare", places["model"], "--text", places[text])
     assert code == 1 and out == ""
-    assert ("no such file." if text == "missing" else "no file but a folder") in told
+    assert ("no such file." if text == "missing" else "not a regular file") in told
 
 
 def test_a_block_that_is_not_there(fxquant_: Fxquant, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -73,7 +73,8 @@ def test_bytes_are_bounded(tmp_path):
 
 def test_what_cannot_be_read(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    facts = {".": "no regular file", "absent": "is missing", "pipe": "no regular file", "x" * 300: "cannot be read"}
+    folder = "not a regular file"
+    facts = {".": folder, "absent": "is missing", "pipe": folder, "x" * 300: "cannot be read"}
     for name, fact in facts.items():
         with pytest.raises(FxquantError, match=fact):
             read_text(tmp_path / name, 10)

@@ -226,9 +226,12 @@ def test_a_rule_names_its_algorithm() -> None:
 @pytest.mark.parametrize(
     ("fields", "fact"),
     [
-        ({"path": "*", "scheme": "FLOAT", "algorithm": "clip"}, "clip chooses integers, and FLOAT has none"),
-        ({"kind": "mtp", "scheme": "LEAVE_OUT", "algorithm": "gptq"}, "gptq chooses integers, and LEAVE_OUT has none"),
-        ({"kind": "mtp", "scheme": "W8A8_DYNAMIC", "algorithm": "clip"}, "mtp layers are rounded by min_max"),
+        ({"path": "*", "scheme": "FLOAT", "algorithm": "clip"}, "clip needs an integer scheme, and FLOAT is not one"),
+        (
+            {"kind": "mtp", "scheme": "LEAVE_OUT", "algorithm": "gptq"},
+            "gptq needs an integer scheme, and LEAVE_OUT is not one",
+        ),
+        ({"kind": "mtp", "scheme": "W8A8_DYNAMIC", "algorithm": "clip"}, "mtp layers support only min_max"),
         ({"path": "*", "scheme": "W8A8", "algorithm": "best"}, "algorithm"),
     ],
 )

@@ -14,7 +14,7 @@ from fxquant.policy.policy import load_policy
 
 MLP = "model.layers.1.mlp"
 EXPERTS = f"{MLP}.experts"
-TAKEN = "which earlier rules have taken"
+TAKEN = "but earlier rules match first"
 
 
 @pytest.fixture
@@ -33,12 +33,12 @@ def policy(tmp_path: Path) -> Callable[[str], str]:
 
 CASES = [
     # no such path
-    ("path: '*.q_c_proj', scheme: FLOAT", "matches no path", "Near: *.q_b_proj, *.q_a_proj"),
+    ("path: '*.q_c_proj', scheme: FLOAT", "matches no path", "Similar: *.q_b_proj, *.q_a_proj"),
     ("path: model.layers.0.self_attn.qa_proj, scheme: W8A8", "matches no path", "model.layers.0.self_attn.q_a_proj"),
-    ("path: mdel.layers.1.mlp.*, scheme: W8A8", "matches no path", "Near: model.layers.1.mlp.*"),
-    ("path: '*.Experts.*', scheme: W8A8", "matches no path", "Near: *.experts.*"),
-    ("path: model.layers.7.*, scheme: W8A8", "after model.layers come 0, 1.", "optional: true"),
-    ("path: model.layers.0.mlp.z.*, scheme: W8A8", "after model.layers.0.mlp come gate_proj, up_proj", ""),
+    ("path: mdel.layers.1.mlp.*, scheme: W8A8", "matches no path", "Similar: model.layers.1.mlp.*"),
+    ("path: '*.Experts.*', scheme: W8A8", "matches no path", "Similar: *.experts.*"),
+    ("path: model.layers.7.*, scheme: W8A8", "model.layers is followed by 0, 1.", "optional: true"),
+    ("path: model.layers.0.mlp.z.*, scheme: W8A8", "model.layers.0.mlp is followed by gate_proj, up_proj", ""),
     ("path: zzz, scheme: FLOAT", "matches no path", "Paths begin with lm_head, model"),
     # single experts
     (f"path: {EXPERTS}.3.*, scheme: W8A8_DYNAMIC", "names single experts", f"Write path: {EXPERTS}.gate_proj, or"),
@@ -46,15 +46,15 @@ CASES = [
     ("path: '*.experts.[0-3].up_proj', scheme: FLOAT", "names single experts", f"{EXPERTS}.up_proj"),
     # a missing .*
     ("path: model.layers.1, scheme: FLOAT", "not the modules in it", "Write path: model.layers.1.*"),
-    (f"path: {EXPERTS}, scheme: W8A8_DYNAMIC", f"matches what holds {EXPERTS}.gate_proj", f"Write path: {EXPERTS}.*"),
+    (f"path: {EXPERTS}, scheme: W8A8_DYNAMIC", f"matches a parent of {EXPERTS}.gate_proj", f"Write path: {EXPERTS}.*"),
     ("path: '*.mlp', scheme: W8A8_DYNAMIC", "not the modules in it", "Write path: *.mlp.*"),
     # other ways to name what is there
-    ("path: self_attn.o_proj, scheme: W8A8_DYNAMIC", "from its beginning", "Write path: '*.self_attn.o_proj'"),
-    ("path: '*.o_proj.weight', scheme: W8A8_DYNAMIC", "names tensors", "Write path: *.o_proj"),
+    ("path: self_attn.o_proj, scheme: W8A8_DYNAMIC", "matches no whole path", "Write path: '*.self_attn.o_proj'"),
+    ("path: '*.o_proj.weight', scheme: W8A8_DYNAMIC", "matches tensors", "Write path: *.o_proj"),
     # no linears
-    ("kind: norm, scheme: W8A8", "and 8 more (norm), no linears, and W8A8 is for linears", "scheme: FLOAT"),
-    ("path: model.embed_tokens, scheme: W8A8_DYNAMIC", "selects model.embed_tokens (embedding), no linears", "FLOAT"),
-    ("path: '*.mlp.gate', scheme: W8A8_DYNAMIC", "(gate), no linears", "FLOAT"),
+    ("kind: norm, scheme: W8A8", "and 8 more (norm), but W8A8 is for linears only", "scheme: FLOAT"),
+    ("path: model.embed_tokens, scheme: W8A8_DYNAMIC", "selects model.embed_tokens (embedding), but W8A8", "FLOAT"),
+    ("path: '*.mlp.gate', scheme: W8A8_DYNAMIC", "(gate), but W8A8_DYNAMIC is for", "FLOAT"),
     # kinds
     ("kind: mtp, path: '*', scheme: FLOAT", "of kind attention, dense_mlp", "Correct the kind"),
     ("kind: norm, path: '*.o_proj', scheme: FLOAT", "model.layers.0.self_attn.o_proj and 1 more, of kind att", ""),
@@ -77,7 +77,7 @@ def test_an_earlier_rule_is_named(assign: Assign, policy: Callable[[str], str]) 
     )
     with pytest.raises(FxquantError, match=rf"selects {EXPERTS}\.gate_proj and 2 more, {TAKEN}") as caught:
         assign(policy(text))
-    assert "“routed_expert → FLOAT”" in caught.value.fact and "Put it before" in caught.value.remedy
+    assert "“routed_expert → FLOAT”" in caught.value.fact and "Move it before" in caught.value.remedy
     assert caught.value.place.endswith(":4")
 
 
@@ -95,12 +95,12 @@ def test_only_what_it_may_decide_counts_as_taken(assign: Assign, policy: Callabl
         ("path: '*.q_c_proj', method: flex", "matches no path", "*.q_b_proj"),
         ("path: model.layers.1, method: flex", "not the modules in it", "model.layers.1.*"),
         (f"path: {EXPERTS}.0.*, method: flex", "names single experts", ""),
-        ("kind: embedding, method: flex", "a norm or an attention makes is what model.embed_tokens multiplies", ""),
-        ("kind: norm, path: '*.o_proj', method: flex", "path and kind together select nothing", ""),
-        ("path: '*.kv_b_proj', method: flex", "kv_b_proj and 1 more multiplies", ""),
-        ("path: lm_head, method: flex", "of what lm_head reads, what reads it stays in float", ""),
-        ("kind: routed_expert, pair: linear, method: flex", "a norm makes what", "Say pair: norm"),
-        ("kind: gate, method: flex", "what it names stays in float", ""),
+        ("kind: embedding, method: flex", "model.embed_tokens reads no output of a norm or an attention", ""),
+        ("kind: norm, path: '*.o_proj', method: flex", "path and kind exclude each other", ""),
+        ("path: '*.kv_b_proj', method: flex", "kv_b_proj and 1 more reads no output", ""),
+        ("path: lm_head, method: flex", "for the input of lm_head, what reads it stays in float", ""),
+        ("kind: routed_expert, pair: linear, method: flex", "reads from a norm, not from a linear", "Use pair: norm"),
+        ("kind: gate, method: flex", "the selected ones stay in float", ""),
     ],
     ids=lambda text: text[:45],
 )
@@ -119,5 +119,5 @@ def test_an_earlier_smoothing_rule_is_named(tiny: Callable[..., Checkpoint], pol
     text = "extends: deepseek_w4a8\nsmooth:\n- {method: flex}\n- {kind: attention, method: smoothquant}"
     loaded, program = load_policy(policy(text)), float_program(tiny())
     AssignSchemes(loaded)(program)
-    with pytest.raises(FxquantError, match="earlier rules have not taken: “everything → flex”"):
+    with pytest.raises(FxquantError, match="earlier rules match first: “everything → flex”"):
         PairSmoothing(loaded)(program)

@@ -139,7 +139,7 @@ def test_a_rule_that_matches_nothing_is_refused() -> None:
 
 def test_an_own_rule_behind_another_is_refused() -> None:
     with pytest.raises(
-        FxquantError, match=r"“norm → FLOAT” selects a\.norm, which earlier rules have taken: “\* → FLOAT”"
+        FxquantError, match=r"“norm → FLOAT” selects a\.norm, but earlier rules match first: “\* → FLOAT”"
     ):
         policy_of(rule(path="*"), rule(kind="norm")).idle_rules([rule(path="*")], MODULES)
 

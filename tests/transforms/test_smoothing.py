@@ -81,7 +81,7 @@ def test_what_is_no_pair_says_why(tiny: Callable[..., Checkpoint], tmp_path: Pat
     [
         ("smooth: [{kind: embedding, method: smoothquant}]", "matches no pair"),
         ("smooth: [{method: m4}]", "has no bias to make up for it"),
-        ("smooth: [{method: flex, alpha: 0.5}]", "alpha is not a matter of method flex"),
+        ("smooth: [{method: flex, alpha: 0.5}]", "alpha does not apply to method flex"),
         ("smooth: [{method: awq}]", "smooth.0.method"),
     ],
 )
