@@ -1,4 +1,4 @@
-"""Foreign text code, chat templates and tokenizers, in a process of its own with bounded time and memory."""
+"""Worker process for untrusted text code (chat templates, tokenizers), with bounded time and memory."""
 
 import json
 import os
@@ -14,18 +14,19 @@ from typing import Any
 from fxquant.inputs.limits import MIB, WALL
 
 QUIET = {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "RUST_BACKTRACE": "0"}
-"""A worker has one thread, whose memory is counted, and prints no panic."""
+"""One thread, as the stack of every thread counts toward the memory limit; no Rust backtraces."""
 
 
 class WorkerError(Exception):
-    """What the foreign code did wrong, as a part of a sentence."""
+    """The failure of the untrusted code, as a clause of an error message."""
 
 
 class BoundedWorker:
-    """One `text_worker` process, started when first asked, and anew after one that had to be ended.
+    """One `text_worker` process, started on first use and again after it had to be killed.
 
-    what     "template" or "tokenizer", with what it is opened from
-    memory   bytes that the process may have, itself included
+    what     "template" or "tokenizer"; `source` holds the template's text or the tokenizer's file
+    memory   limit in bytes of the whole process
+    seconds  CPU limit for opening the source
     """
 
     def __init__(self, what: str, memory: int, seconds: float, **source: str) -> None:
@@ -35,18 +36,18 @@ class BoundedWorker:
         self._owner = os.getpid()
 
     def ask(self, seconds: float, **request: Any) -> Any:
-        """Its answer after at most `seconds` of computing. Raises WorkerError."""
+        """The answer to a request, within `seconds` of CPU time. Raises WorkerError."""
         with self._lock:
             self._start()
             return self._exchange({"seconds": seconds, **request}, seconds)
 
     def open(self) -> None:
-        """Start it, if it is not there. Raises WorkerError where what it is to open is none."""
+        """Start the process if it is not running. Raises WorkerError if its source cannot be opened."""
         with self._lock:
             self._start()
 
     def _start(self) -> None:
-        if self._owner != os.getpid():  # after a fork the pipes are those of two: answers would go astray
+        if self._owner != os.getpid():  # forked: two processes on one pipe would take each other's answers
             self._process, self._owner = None, os.getpid()
         if self._process is not None:
             return
@@ -70,7 +71,7 @@ class BoundedWorker:
             line = process.stdout.readline()
         except BrokenPipeError:
             line = b""
-        except BaseException:  # an interrupt: what it would still answer belongs to no later question
+        except BaseException:  # interrupted: a late answer must not be taken for that of the next request
             self._stop()
             raise
         if not line.endswith(b"\n"):
@@ -81,12 +82,12 @@ class BoundedWorker:
         raise WorkerError(answer.get("error") or self._too_much())
 
     def _ended(self, seconds: float) -> str:
-        code = self._stop(patience=10)  # it is ending already
+        code = self._stop(patience=10)  # it is exiting already: wait for its exit code
         if code == -SIGPROF:
-            return f"it computes for more than {seconds:g} s"
+            return f"it exceeds {seconds:g} s of CPU time"
         if code == -SIGALRM:
-            return f"it takes more than {WALL * seconds:g} s"
-        return f"it ends its process ({code}), or needs more than {self._memory // MIB} MiB"
+            return f"it exceeds {WALL * seconds:g} s"
+        return f"its process ended ({code}), possibly for lack of memory (limit {self._memory // MIB} MiB)"
 
     def _too_much(self) -> str:
         return f"it needs more than {self._memory // MIB} MiB"
@@ -97,10 +98,10 @@ class BoundedWorker:
 
 
 def _end(process: subprocess.Popen[bytes], patience: float = 0.2) -> int:
-    """Wait `patience` seconds for its end, then end it; its exit code."""
+    """Wait up to `patience` seconds for the process to exit, then kill it; its exit code."""
     for stream in (process.stdin, process.stdout):
         if stream is not None:
-            with suppress(OSError):  # what was not sent is not wanted any more
+            with suppress(OSError):  # closing flushes, and the reader may be gone
                 stream.close()
     try:
         return process.wait(patience)

@@ -1,4 +1,4 @@
-"""Commands in processes of their own: bounded in time and kept output, ended together with all that they started."""
+"""Child commands under a supervisor: bounded in time and output, killed together with all their descendants."""
 
 import ctypes
 import os
@@ -20,10 +20,10 @@ SUPERVISOR = Path(__file__).with_name("supervisor.py")
 
 @dataclass(frozen=True)
 class Ended:
-    """How a command ended.
+    """The result of a command.
 
-    status  exit status; the signal that ended it, negative
-    output  the last `OUTPUT_BYTES` of what it and those that it started printed, standard error included
+    status  exit status, or the negative number of the signal that killed it
+    output  the last `OUTPUT_BYTES` of stdout and stderr, of the command and its descendants
     """
 
     status: int
@@ -31,7 +31,7 @@ class Ended:
 
     @property
     def last_line(self) -> str:
-        """Of the output, the last that is not empty; "" where there is none."""
+        """The last non-empty line of the output, or ""."""
         lines = self.output.decode(errors="replace").splitlines()
         return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
@@ -39,10 +39,10 @@ class Ended:
 def run_to_end(
     command: Sequence[str], seconds: float, handles: Sequence[int] = (), environment: Mapping[str, str] | None = None
 ) -> Ended:
-    """Run `command` for at most `seconds`, with no input and no file descriptor but `handles`. Raises TimeoutError.
+    """Run `command` for at most `seconds`, without input, inheriting only `handles`. Raises TimeoutError.
 
-    When it ends, times out, or this process ends in whatever way, everything that it started ends, in other sessions
-    too. Its output is read all the time, and never waited for. Its memory is not bounded.
+    When it exits or times out, or when this process dies for any reason, all its descendants are killed, even those in
+    other sessions. Output is drained continuously and never waited for. Memory is not bounded.
     """
     process = subprocess.Popen(
         [sys.executable, "-I", "-S", str(SUPERVISOR), str(os.getpid()), ",".join(map(str, handles)), *command],
@@ -55,10 +55,10 @@ def run_to_end(
         reader.start()
         process.wait(seconds)
     except subprocess.TimeoutExpired:
-        raise TimeoutError(f"not ended within {seconds:g} seconds") from None
+        raise TimeoutError(f"still running after {seconds:g} seconds") from None
     finally:
         _end(process)
-    reader.join(1.0)  # what could not be killed might hold the output open
+    reader.join(1.0)  # a process that could not be killed may hold the pipe open
     return Ended(process.returncode, bytes(tail))
 
 
@@ -70,7 +70,7 @@ def _read(stream: IO[bytes], tail: bytearray) -> None:
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:
-    """The end of its input tells the supervisor to end the command."""
+    """Closing its stdin tells the supervisor to kill the command."""
     if process.stdin:
         with suppress(OSError):
             process.stdin.close()
@@ -82,7 +82,7 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
 
 
 def end_with(parent: int) -> None:
-    """Have this process killed when `parent`, which started it, is gone; at once where it is gone already."""
+    """Have the kernel kill this process when its parent `parent` dies; kill it now if the parent is already dead."""
     ctypes.CDLL(None).prctl(SET_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:
+    if os.getppid() != parent:  # it died before prctl, which reports later deaths only
         os.kill(os.getpid(), signal.SIGKILL)

@@ -1,10 +1,10 @@
-"""Runs a command, and when it is over ends every process that came from it, whatever session they are in.
+"""Supervisor process: runs a command, then kills every descendant of it, in any session.
 
 python -I -S supervisor.py PARENT HANDLES COMMAND …
 
-PARENT is the process that started this one, HANDLES the file descriptors that the command inherits, with commas. The
-exit status is the command's. Nothing is ever written to standard input: when PARENT closes it, or is gone, the command
-is ended. Linux only; imports nothing of fxquant.
+PARENT is the id of the process that started this one, HANDLES a comma-separated list of file descriptors that the
+command inherits. The exit status is the command's. Standard input carries no data: when PARENT closes it or dies, the
+command is killed. Linux only; imports nothing from fxquant.
 """
 
 import ctypes
@@ -19,13 +19,13 @@ from contextlib import suppress
 from pathlib import Path
 
 SET_DEATH_SIGNAL, SET_CHILD_SUBREAPER = 1, 36
-"""Options of prctl(2): the signal that the end of the parent sends; whose children orphans become."""
+"""prctl(2) options: the signal sent when the parent dies; become the parent of orphaned descendants."""
 PATIENCE = 10.0
-"""Seconds for processes to be gone that were killed."""
+"""Seconds to wait for killed processes to disappear."""
 
 
 def main(parent: int, handles: list[int], command: list[str]) -> None:
-    """Run `command` to its end, or PARENT's, and end as it did."""
+    """Run `command` until it exits or PARENT dies, then exit with the same status or signal."""
     prctl = ctypes.CDLL(None).prctl
     prctl(SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     prctl(SET_DEATH_SIGNAL, signal.SIGTERM, 0, 0, 0)
@@ -33,19 +33,20 @@ def main(parent: int, handles: list[int], command: list[str]) -> None:
     for end in (waking, woken):
         os.set_blocking(end, False)
     signal.set_wakeup_fd(woken)
+    # only a signal with a handler is written to the wakeup pipe; the default action of SIGCHLD is to ignore it
     for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda *_: None)
     started = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=handles)
-    status = _wait(started.pid, parent, waking)  # `started` stays: without it, subprocess would ask for the status
+    status = _wait(started.pid, parent, waking)  # keep `started` alive: its finalizer would reap the child
     end_descendants()
     _end_as(status)
 
 
 def _wait(started: int, parent: int, waking: int) -> int | None:
-    """How `started` ended, as waitpid says it; None where nobody wants to know any more."""
+    """The waitpid status of `started`; None if PARENT closed stdin or died."""
     while os.getppid() == parent:
         pid = -1
-        while pid:  # 0: none has ended since
+        while pid:  # 0: no further child has exited
             pid, status = os.waitpid(-1, os.WNOHANG)
             if pid == started:
                 return status
@@ -57,7 +58,7 @@ def _wait(started: int, parent: int, waking: int) -> int | None:
 
 
 def end_descendants() -> None:
-    """Kill all that came from this process: orphans become its children, so it is over when there are none."""
+    """Kill all descendants. Orphans become children of this process, so it is done once it has no children."""
     end = time.monotonic() + PATIENCE
     while time.monotonic() < end:
         for pid in _descendants():
@@ -75,7 +76,7 @@ def _descendants() -> set[int]:
     parents: dict[int, int] = {}
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError, ValueError):
-            fields = (folder / "stat").read_bytes().rpartition(b")")[2].split()  # a name may hold all else
+            fields = (folder / "stat").read_bytes().rpartition(b")")[2].split()  # a name may hold spaces and )
             parents[int(folder.name)] = int(fields[1])
     found = {os.getpid()}
     while more := {pid for pid, parent in parents.items() if parent in found} - found:
@@ -85,7 +86,7 @@ def _descendants() -> set[int]:
 
 def _end_as(status: int | None) -> None:
     if status is not None and os.WIFSIGNALED(status):
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # it is not this process that should leave a core
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # the command may dump core, not this process as well
         with suppress(OSError):  # SIGKILL has no handler
             signal.signal(os.WTERMSIG(status), signal.SIG_DFL)
         os.kill(os.getpid(), os.WTERMSIG(status))

@@ -1,8 +1,8 @@
-"""The process in which chat templates and tokenizers run: foreign code, under limits that the system enforces.
+"""Sandbox process for chat templates and tokenizers: untrusted code under limits that the kernel enforces.
 
-Run as a script, without fxquant; `fxquant.processes.bounded_worker` has the other end of the pipe. Each line of
-standard input is a JSON request, each line of standard output its answer. A request that computes too long ends the
-process by a signal; too much memory is a MemoryError, or ends it too.
+Runs as a script, without importing fxquant; `fxquant.processes.bounded_worker` holds the other end of the pipe. Each
+line of stdin is a JSON request, each line of stdout its answer. A request that exceeds its CPU time is killed by a
+signal; exceeding the memory limit raises MemoryError or kills the process.
 """
 
 import json
@@ -21,11 +21,11 @@ Answer = Callable[[dict[str, Any]], Any]
 
 
 def main() -> None:
-    """Answer until the other end closes the pipe. What it opens is in the first request, with the limits of all."""
+    """Answer requests until the pipe closes. The first request says what to open and sets the memory limit."""
     answers = os.fdopen(os.dup(1), "w", encoding="ascii")
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # nothing that is printed may be an answer
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the terminal: the other end decides
-    for alarm in (signal.SIGALRM, signal.SIGPROF):  # whoever started us may have ignored or blocked them
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # prints of untrusted code must not reach the answer pipe
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal group; the parent decides
+    for alarm in (signal.SIGALRM, signal.SIGPROF):  # ignored and blocked signals are inherited
         signal.signal(alarm, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGALRM, signal.SIGPROF))
     limits = {resource.RLIMIT_CORE: 0, resource.RLIMIT_FSIZE: 0}
@@ -33,7 +33,7 @@ def main() -> None:
     for line in sys.stdin.buffer:
         request = json.loads(line)
         if answer is None:
-            import_module(LIBRARIES[request["open"]])  # which is not what time and memory are for
+            import_module(LIBRARIES[request["open"]])  # before the limits: import cost is not the document's fault
             for kind, most in (limits | {resource.RLIMIT_DATA: request["memory"]}).items():
                 _limit(kind, most)
         _limit_time(request["seconds"], request["wall"])
@@ -45,7 +45,7 @@ def main() -> None:
             written = json.dumps({"answer": text})
         except MemoryError:
             written = json.dumps({"memory": True})
-        except BaseException as error:  # whatever foreign code may raise; panics of Rust are no Exception
+        except BaseException as error:  # Rust panics are not subclasses of Exception
             written = json.dumps({"error": short(error)})
         _limit_time(0, 0)
         answers.write(written + "\n")
@@ -53,20 +53,20 @@ def main() -> None:
 
 
 def _limit(kind: int, most: int) -> None:
-    """For good; a limit that is lower already stays."""
+    """Lower soft and hard limit for good; a lower existing limit stays."""
     hard = resource.getrlimit(kind)[1]
     most = most if hard == resource.RLIM_INFINITY else min(most, hard)
     resource.setrlimit(kind, (most, most))
 
 
 def _limit_time(seconds: float, wall: float) -> None:
-    """The system ends the process after so many seconds of computing, or by the clock; 0: no more."""
+    """Have the kernel kill the process after `seconds` of CPU time or `wall` seconds; 0 disarms."""
     signal.setitimer(signal.ITIMER_PROF, seconds)
     signal.setitimer(signal.ITIMER_REAL, wall)
 
 
 def open_template(request: dict[str, Any]) -> Answer:
-    """As transformers compiles it, but without a clock: the same chat is the same text on any day."""
+    """Compile as transformers does, but without `strftime_now`: a chat must give the same text on any day."""
     from jinja2.ext import loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -84,12 +84,12 @@ def _raise(message: str) -> None:
 
 
 def _to_json(value: Any, indent: int | None = None, ensure_ascii: bool = False, sort_keys: bool = False) -> str:
-    """Jinja's own would escape <, > and & for HTML."""
+    """Jinja's own filter would escape <, > and & for HTML."""
     return json.dumps(value, indent=indent, ensure_ascii=ensure_ascii, sort_keys=sort_keys)
 
 
 def open_tokenizer(request: dict[str, Any]) -> Answer:
-    """A tokenizer.json, without what would change the length of a text or is drawn by chance."""
+    """A tokenizer.json with padding, truncation and random BPE dropout switched off."""
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_buffer(Path(request["file"]).read_bytes())
@@ -107,7 +107,7 @@ def open_tokenizer(request: dict[str, Any]) -> Answer:
 
 
 def short(error: BaseException) -> str:
-    """Its message on one line, of at most `LONGEST_FACT` characters."""
+    """The error message on one line, cut to `LONGEST_FACT` characters."""
     text = " ".join((str(error) or type(error).__name__).split()).rstrip(".")
     return text if len(text) <= LONGEST_FACT else text[:LONGEST_FACT] + "…"
 

@@ -85,7 +85,7 @@ def test_a_session_of_its_own_ends_with_the_command(note: Path, then: str, statu
 
 
 def test_a_session_of_its_own_does_not_outlive_the_time(note: Path) -> None:
-    with pytest.raises(TimeoutError, match="not ended within 2 seconds"):
+    with pytest.raises(TimeoutError, match="still running after 2 seconds"):
         run_to_end(python(SESSION + THEN_SLEEP, note), 2)
     assert not running(number(note))
 
