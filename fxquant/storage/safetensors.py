@@ -1,4 +1,4 @@
-"""The safetensors container: validated headers in, byte-stable headers out.
+"""Safetensors headers: read and validated, or written byte-stable.
 
 Layout: u64 little-endian header length, JSON header padded with spaces, tensor bytes without gaps.
 """
@@ -39,7 +39,7 @@ quoted = json.encoder.encode_basestring
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """Where one tensor lies: absolute byte range [start, end) of `file`."""
+    """Location of one tensor: absolute byte range [start, end) of `file`."""
 
     name: str
     dtype: torch.dtype
@@ -54,21 +54,21 @@ class TensorInfo:
 
     @property
     def parts(self) -> tuple["TensorInfo", ...]:
-        """Itself: the one place where its bytes lie."""
+        """The file ranges that hold its bytes: itself."""
         return (self,)
 
     def ranges(self, offset: int, length: int) -> Iterator[tuple["TensorInfo", int, int]]:
-        """Where `length` bytes from `offset` within the tensor lie: part, offset in it, bytes."""
+        """Location of `length` bytes from `offset` within the tensor: (part, offset in it, bytes) each."""
         yield self, offset, length
 
     def read(self) -> torch.Tensor:
-        """The whole tensor, by pread."""
+        """Read the whole tensor."""
         if not self.nbytes:
             return torch.empty(self.shape, dtype=self.dtype)
         return torch.frombuffer(self.read_bytes(0, self.nbytes), dtype=self.dtype).view(self.shape)
 
     def read_bytes(self, offset: int, length: int) -> bytearray:
-        """`length` bytes from `offset` within the tensor."""
+        """Read `length` bytes from `offset` within the tensor."""
         data = bytearray(length)
         handle = os.open(self.file, os.O_RDONLY)
         try:
@@ -79,7 +79,7 @@ class TensorInfo:
 
 
 def pread(handle: int, view: memoryview, start: int, tensor: TensorInfo) -> None:
-    """Fill `view` from byte `start` of the open file of `tensor`. Raises StoppedError where it can't."""
+    """Fill `view` from byte `start` of the open file of `tensor`. Raises StoppedError on failure."""
     done = 0
     while done < len(view):
         try:
@@ -88,14 +88,14 @@ def pread(handle: int, view: memoryview, start: int, tensor: TensorInfo) -> None
             fact = f"tensor {tensor.name} cannot be read: {error.strerror}."
             raise StoppedError(tensor.file, fact, "Repair the disk, or copy the file again.") from None
         if not part:
-            raise StoppedError(tensor.file, f"ends inside tensor {tensor.name}.", AGAIN)
+            raise StoppedError(tensor.file, f"file ends inside tensor {tensor.name}.", AGAIN)
         done += part
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:
-    """Every tensor of `file`, sorted by name; refuses headers that do not describe the file exactly.
+    """Every tensor of `file`, sorted by name. Raises FxquantError unless the header describes the file exactly.
 
-    A header has at most `HEADER_BYTES`, `TENSORS` tensors of `DIMENSIONS` dimensions, and printable names.
+    Limits: `HEADER_BYTES`, `TENSORS` tensors of up to `DIMENSIONS` dimensions; names must be printable.
     """
     header, length, size = _parsed(file)
     header.pop("__metadata__", None)
@@ -109,7 +109,7 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
 
 
 def _parsed(file: Path) -> tuple[dict[str, Any], int, int]:
-    """The header of `file`, its bytes, and the file's."""
+    """The header of `file`, the header's length and the file's size in bytes."""
     whole = header_bytes(file)
     size, length = file.stat().st_size, struct.unpack("<Q", whole[:8])[0] if len(whole) >= 8 else -1
     if HEADER_BYTES < length <= size - 8:
@@ -117,12 +117,12 @@ def _parsed(file: Path) -> tuple[dict[str, Any], int, int]:
             file, f"header of {length:,} bytes, at most {HEADER_BYTES:,} are read.", "Split it into shards."
         )
     if whole.startswith(LFS):
-        raise FxquantError(file, "a pointer of Git LFS, not the file itself.", "Fetch it: git lfs pull.")
+        raise FxquantError(file, "a Git LFS pointer, not the file itself.", "Fetch the file:\ngit lfs pull")
     if length != len(whole) - 8 or length < 2:
         header = f", header of {length:,}" if length >= 0 else ""
-        raise FxquantError(file, f"not a whole safetensors file: {size:,} bytes{header}.", AGAIN)
-    if whole.count(b'"data_offsets"') > TENSORS:  # before they are parsed
-        raise FxquantError(file, f"more than {TENSORS:,} tensors, at most as many are read.", "Split it into shards.")
+        raise FxquantError(file, f"not a complete safetensors file: {size:,} bytes{header}.", AGAIN)
+    if whole.count(b'"data_offsets"') > TENSORS:  # before parsing spends memory on them
+        raise FxquantError(file, f"more than {TENSORS:,} tensors, the limit of one file.", "Split it into shards.")
     try:
         header = parse_json(whole[8:], file)
     except FxquantError as error:
@@ -133,11 +133,11 @@ def _parsed(file: Path) -> tuple[dict[str, Any], int, int]:
 
 
 def header_bytes(file: Path) -> bytes:
-    """The header of `file` as it lies there, its length before it; at most `HEADER_BYTES`. Raises StoppedError where
-    it can't be read."""
+    """The raw header of `file`, with the 8 length bytes before it; at most `HEADER_BYTES`. Raises StoppedError if it
+    cannot be read."""
     try:
-        if not file.is_file():  # a pipe would wait for ever
-            raise StoppedError(file, "no regular file." if file.exists() else "is missing.", AGAIN)
+        if not file.is_file():  # opening a pipe would block forever
+            raise StoppedError(file, "not a regular file." if file.exists() else "is missing.", AGAIN)
         with file.open("rb") as stream:
             prefix = stream.read(8)
             length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
@@ -147,21 +147,20 @@ def header_bytes(file: Path) -> bytes:
 
 
 def read_metadata(file: Path) -> dict[str, str]:
-    """The header's `__metadata__`; empty where it has none. `read_header` says whether the file is sound."""
+    """The header's `__metadata__`, or an empty dict. Does not validate the tensors: `read_header` does."""
     metadata = _parsed(file)[0].get("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise FxquantError(file, "its __metadata__ is not texts.", AGAIN)
+        raise FxquantError(file, "its __metadata__ has values that are not strings.", AGAIN)
     return metadata
 
 
 def check_names(file: Path, names: Collection[str]) -> None:
-    """Raises FxquantError for the name of a tensor that nobody gave in good faith: empty, endless, or one that would
-    steer a terminal."""
+    """Raises FxquantError for hostile tensor names: empty, overlong, or with characters that control a terminal."""
     if "".join(names).isprintable() and all(0 < length <= NAME_LENGTH for length in set(map(len, names))):
         return
     for name in names:
         if not 0 < len(name) <= NAME_LENGTH:
-            fact = f"a tensor name of {len(name):,} characters, {name[:40]!a}, not of 1 to {NAME_LENGTH}."
+            fact = f"a tensor name of {len(name):,} characters, {name[:40]!a}; the limit is {NAME_LENGTH}."
             raise FxquantError(file, fact, "Do not use this file.")
         if not name.isprintable():
             raise FxquantError(file, f"a tensor name with control characters, {name!a}.", "Do not use this file.")
@@ -180,12 +179,12 @@ def _entry(file: Path, name: str, entry: Any, base: int) -> TensorInfo:
         raise FxquantError(file, f"tensor {name}: malformed header entry.", AGAIN)
     if dtype not in DTYPES:
         remedy = f"fxquant reads {', '.join(sorted(DTYPES))}."
-        raise FxquantError(file, f"tensor {name}: dtype {dtype[:40]}.", remedy)
+        raise FxquantError(file, f"tensor {name}: unsupported dtype {dtype[:40]}.", remedy)
     itemsize = DTYPES[dtype].itemsize
     if math.prod(shape) * itemsize != end - start:
         raise FxquantError(file, f"tensor {name}: {dtype}{list(shape)} does not fill {end - start} bytes.", AGAIN)
     if start == end and math.prod(size or 1 for size in shape) >= 1 << 60:
-        raise FxquantError(file, f"tensor {name}: {dtype}{list(shape)} is no shape of an empty tensor.", AGAIN)
+        raise FxquantError(file, f"tensor {name}: {dtype}{list(shape)} is not a valid empty tensor.", AGAIN)
     return TensorInfo(name, DTYPES[dtype], shape, file, base + start, base + end)
 
 
@@ -209,10 +208,10 @@ OPENING = '{"__metadata__":' + json.dumps(METADATA, separators=(",", ":"))
 def build_header(
     entries: Sequence[Entry], pad: int = PAD, metadata: dict[str, str] | None = None
 ) -> tuple[bytes, list[int]]:
-    """Header bytes for tensors stored in this order, and each one's absolute offset.
+    """Header bytes for tensors stored in this order, and the absolute offset of each tensor.
 
-    Order by descending item size keeps every tensor aligned; the header is padded so that data starts at a multiple
-    of `pad` bytes.
+    Entries in order of descending item size keep every tensor aligned; the header is padded with spaces so that data
+    starts at a multiple of `pad` bytes.
     """
     opening = '{"__metadata__":' + json.dumps(METADATA | (metadata or {}), separators=(",", ":"), ensure_ascii=False)
     parts, offsets, position, describe = [opening], [], 0, cache(_described)
@@ -227,30 +226,30 @@ def build_header(
 
 
 def header_length(names: int, forms: Iterable[tuple[torch.dtype, tuple[int, ...], int]], ends: list[int]) -> int:
-    """Bytes of the header that `build_header` gives, counted without writing it.
+    """Length in bytes of the header that `build_header` returns, computed without building it.
 
-    `names`: bytes of all names as JSON strings; `forms`: dtype, shape and how many tensors have them; `ends`: bytes of
-    data up to each tensor's end.
+    `names`: bytes of all names as JSON strings; `forms`: dtype, shape and number of tensors; `ends`: the end of each
+    tensor within the data.
     """
-    numbers = 2 * _digits(ends) - len(str(ends[-1])) + 1 if ends else 0  # a tensor begins where the last one ended
+    numbers = 2 * _digits(ends) - len(str(ends[-1])) + 1 if ends else 0  # an end is also the next start
     described = sum(len(_described(dtype, shape)[0]) * count for dtype, shape, count in forms)
     length = 8 + len(OPENING) + names + described + numbers + len(ends) * len(",:,]}") + len("}")
     return length + -length % PAD
 
 
 def quoted_size(names: Collection[str]) -> int:
-    """Bytes of all `names` as JSON strings: what is escaped is escaped letter by letter."""
+    """Bytes of all `names` as JSON strings. They are escaped as one string: escaping works character by character."""
     return len(quoted("".join(names)).encode()) - 2 + 2 * len(names)
 
 
 def _described(dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[str, int]:
-    """A header entry up to its offsets, and the tensor's bytes."""
+    """The text of a header entry up to its offsets, and the tensor's size in bytes."""
     sizes = ",".join(map(str, shape))
     text = f'{{"dtype":"{NAMES[dtype]}","shape":[{sizes}],"data_offsets":['
     return text, math.prod(shape) * dtype.itemsize
 
 
 def _digits(rising: list[int]) -> int:
-    """Decimal digits of all `rising` numbers together."""
+    """Total number of decimal digits of the sorted numbers `rising`."""
     powers = (10**power for power in range(1, len(str(rising[-1]))))
     return len(rising) + sum(len(rising) - bisect_left(rising, power) for power in powers)

@@ -1,17 +1,17 @@
-"""Reads and writes of the operating system, again and again until all is done: one call may do a part."""
+"""pread and pwrite in full: repeated until every byte is done, since one system call may transfer only a part."""
 
 import os
 
 
 def write_at(handle: int, data: bytes | memoryview, offset: int) -> None:
-    """All of `data`, from byte `offset` of the file on. Raises OSError."""
+    """Write all of `data` at byte `offset`. Raises OSError."""
     view, done = memoryview(data), 0
     while done < len(view):
         done += os.pwrite(handle, view[done:], offset + done)
 
 
 def read_at(handle: int, length: int, offset: int) -> bytes:
-    """`length` bytes from `offset`, fewer only where the file ends. Raises OSError."""
+    """Read `length` bytes at `offset`, fewer only at the end of the file. Raises OSError."""
     parts, done = [], 0
     while done < length and (part := os.pread(handle, length - done, offset + done)):
         parts.append(part)

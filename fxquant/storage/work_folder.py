@@ -1,8 +1,8 @@
-"""A folder of unfinished work beside an output: ours by a marker in it, for one process at a time.
+"""Work folder: unfinished work beside an output, owned through a marker file and locked by one process at a time.
 
-The marker is written, and on the disk, before anything else is put there. A folder without it is somebody else's:
-nothing in it is read, written or deleted. An empty folder is nobody's and is used, also one that holds nothing but a
-marker that was cut off: that is what a kill between the two leaves.
+The marker is written and synced to disk before anything else. A folder without a marker belongs to somebody else:
+nothing in it is read, written or deleted. An empty folder may be used, as may one with nothing but a truncated marker,
+which is what a kill while writing it leaves behind.
 """
 
 import errno
@@ -27,11 +27,11 @@ ABOUT = "Unfinished work of fxquant, which deletes this folder and all that is i
 MOVE = "Move it elsewhere, or choose another -o."
 NOT_OURS = b"?"
 NAMED = 4
-"""So many names stand in an error."""
+"""File names quoted in an error."""
 
 
 class Kind(StrEnum):
-    """What a work folder is for, and how its name ends."""
+    """Purpose of a work folder, and the suffix of its name."""
 
     PARTIAL = "partial"
     CALIBRATING = "calibrating"
@@ -41,12 +41,12 @@ CONTENTS = {
     Kind.PARTIAL: {"files", "journal.jsonl", "journal.jsonl.new", "replaced"},
     Kind.CALIBRATING: {"state.safetensors", "state.safetensors.new", "codes"},
 }
-"""All that such a folder ever holds beside the marker."""
+"""Everything that such a folder may hold besides the marker."""
 
 
 @dataclass(frozen=True)
 class WorkFolder:
-    """`<out>.<kind>`, whether it is there or not. `out` is no link."""
+    """`<out>.<kind>`, which need not exist. `out` must not be a link."""
 
     out: Path
     kind: Kind
@@ -57,25 +57,25 @@ class WorkFolder:
 
     @property
     def marker(self) -> bytes:
-        """What the marker file holds: a folder that was renamed is no longer this output's."""
+        """Content of the marker file. It names the output, so a renamed folder no longer belongs to it."""
         document = {"about": ABOUT, "format": FORMAT, "kind": self.kind.value, "out": self.out.name}
         return (json.dumps(document, indent=2) + "\n").encode("ascii")
 
     def check(self, deep: bool = False) -> bool:
-        """Whether it is there. Raises FxquantError for what is not ours, or holds what we did not put there.
+        """Whether it exists. Raises FxquantError if it is not ours, or holds files that we did not write.
 
-        `deep`: look for links at any depth, while nobody else is at work in it.
+        `deep`: also look for links at any depth; needs the lock, so that no other process changes it meanwhile.
         """
         path = self.path
-        with stopping(path, "cannot be looked at"):
+        with stopping(path, "cannot be examined"):
             try:
                 folder = is_folder(path)
             except FileNotFoundError:
                 return False
             if not folder:
-                raise FxquantError(path, "is not the work folder of this name: a file or a link.", MOVE)
+                raise FxquantError(path, "is a file or a link where a work folder is expected.", MOVE)
             if os.path.ismount(path):
-                raise FxquantError(path, "is a mount point, and no work folder of fxquant.", MOVE)
+                raise FxquantError(path, "is a mount point, not a work folder of fxquant.", MOVE)
             names = names_in(path)
             if self._fresh(names):
                 return True
@@ -86,36 +86,36 @@ class WorkFolder:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Make it, lock it, and mark it as ours. Raises FxquantError as `check` does."""
-        with stopping(self.path, "cannot be made"), suppress(FileExistsError):
+        """Create it, lock it, and mark it as ours. Raises FxquantError as `check` does."""
+        with stopping(self.path, "cannot be created"), suppress(FileExistsError):
             self.path.mkdir(parents=True)
-        self.check()
+        self.check()  # before the lock: a foreign folder is left alone
         with locked(self.path):
-            self.check(deep=True)
+            self.check(deep=True)  # again: it may have changed before the lock was ours
             self._mark()
             yield
 
     def clear(self) -> None:
-        """Remove all that is in it but the marker. Raises StoppedError."""
+        """Remove everything in it except the marker. Raises StoppedError."""
         with stopping(self.path, "cannot be cleared"):
             names = sorted(names_in(self.path) - {MARKER})
         for name in names:
             remove_tree(self.path / name)
 
     def remove(self) -> None:
-        """Remove it, the marker last: until then it is known as ours. Raises StoppedError."""
+        """Remove it, the marker last, so that after a kill it is still ours. Raises StoppedError."""
         self.clear()
         with stopping(self.path, "cannot be removed"):
             (self.path / MARKER).unlink(missing_ok=True)
             self.path.rmdir()
 
     def release(self) -> None:
-        """Remove it if there is nothing but the marker in it."""
+        """Remove it if it holds nothing but the marker."""
         if self.path.is_dir() and self._marked() and names_in(self.path) == {MARKER}:
             self.remove()
 
     def _fresh(self, names: set[str]) -> bool:
-        """Whether nobody has anything in it."""
+        """Whether it is empty, or holds nothing but a (possibly truncated) marker of ours."""
         return not names or (names == {MARKER} and self.marker.startswith(self._marker_found() or b""))
 
     def _marked(self) -> bool:
@@ -123,6 +123,7 @@ class WorkFolder:
 
     def _marker_found(self) -> bytes | None:
         try:
+            # O_NONBLOCK: a FIFO of this name would block the open
             handle = os.open(self.path / MARKER, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         except FileNotFoundError:
             return None
@@ -147,7 +148,7 @@ class WorkFolder:
                 os.fsync(handle)
             finally:
                 os.close(handle)
-            sync_folder(self.path)
+            sync_folder(self.path)  # fsync of a file does not cover its directory entry
         except OSError as error:
             with suppress(OSError):
                 (self.path / MARKER).unlink(missing_ok=True)
@@ -159,21 +160,21 @@ class WorkFolder:
         links = (path for path in inner if path.is_symlink() or not (path.is_file() or path.is_dir()))
         names |= {path.relative_to(self.path).as_posix() for path in links}
         if names:
-            raise FxquantError(self.path, f"holds what fxquant did not put there: {listed(names)}.", MOVE)
+            raise FxquantError(self.path, f"holds files that fxquant did not write: {listed(names)}.", MOVE)
 
 
 def is_folder(path: Path) -> bool:
-    """Whether it is a folder, and no link to one."""
+    """Whether it is a folder, not a link to one."""
     return stat.S_ISDIR(os.lstat(path).st_mode)
 
 
 def names_in(folder: Path) -> set[str]:
-    """Names of all that is in it. Raises OSError."""
+    """Names of its entries. Raises OSError."""
     return {path.name for path in folder.iterdir()}
 
 
 def walk(folder: Path) -> Iterator[Path]:
-    """Everything under `folder`, links not followed; raises OSError for what cannot be listed."""
+    """Everything under `folder`, without following links. Raises OSError if a folder cannot be listed."""
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         yield folder / entry.name
         if entry.is_dir(follow_symlinks=False):
@@ -181,13 +182,13 @@ def walk(folder: Path) -> Iterator[Path]:
 
 
 def listed(names: set[str]) -> str:
-    """The first few of them."""
+    """The first few names, and the number of the others."""
     first = ", ".join(sorted(names)[:NAMED])
     return first + (f" and {len(names) - NAMED:,} more" if len(names) > NAMED else "")
 
 
 def remove_tree(path: Path) -> None:
-    """Remove a file, a link itself, or a folder with all that is in it. Raises StoppedError."""
+    """Remove a file, a link (not its target), or a folder with its content. Raises StoppedError."""
     try:
         if is_folder(path):
             shutil.rmtree(path)
@@ -199,7 +200,7 @@ def remove_tree(path: Path) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Have the names in it on the disk."""
+    """Flush the directory entries of `path` to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

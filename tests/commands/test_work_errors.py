@@ -113,7 +113,7 @@ def test_a_folder_that_another_removed_while_we_waited(tmp_path: Path, monkeypat
         shutil.rmtree(work.path)
 
     monkeypatch.setattr("fcntl.flock", flock)
-    with pytest.raises(FxquantError, match="another fxquant is at work in it"):
+    with pytest.raises(FxquantError, match="another fxquant process is using it"):
         work.held().__enter__()
 
 
@@ -147,7 +147,7 @@ def test_codes_that_are_damaged_or_cannot_be_kept(tmp_path: Path, monkeypatch: p
     assert solved("module").sum() == 16
     (file,) = (tmp_path / "codes").iterdir()
     file.write_bytes(file.read_bytes()[:-1] + b"\0")
-    with pytest.raises(StoppedError, match="codes that are damaged"):
+    with pytest.raises(StoppedError, match="its codes are damaged"):
         solved("module")
 
     def write_bytes(path: Path, data: bytes) -> int:
@@ -165,7 +165,7 @@ def test_a_calibration_folder_that_cannot_be_made(tmp_path: Path, monkeypatch: p
         raise system(errno.EDQUOT, path)
 
     monkeypatch.setattr(Path, "mkdir", mkdir)
-    with pytest.raises(StoppedError, match="cannot be made: Disk quota exceeded"):
+    with pytest.raises(StoppedError, match="cannot be created: Disk quota exceeded"):
         folder.begin({})
 
 

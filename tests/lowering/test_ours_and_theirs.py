@@ -76,7 +76,7 @@ def test_what_was_put_into_our_work_folder_is_named(tmp_path: Path, untouched: U
     with work.held():
         (work.path / "notes.txt").write_text("mine")
     untouched()
-    refused(tmp_path / "out", "notes.txt", "fxquant did not put there")
+    refused(tmp_path / "out", "notes.txt", "fxquant did not write")
 
 
 def test_a_link_deep_in_our_work_folder_is_named_and_not_written_through(tmp_path: Path) -> None:

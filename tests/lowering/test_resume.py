@@ -156,7 +156,7 @@ def test_two_at_once_are_refused(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with open_workspace(open_destination(out, False, []), False) as space:
         space.clear()
-        with pytest.raises(FxquantError, match="another fxquant is at work"):
+        with pytest.raises(FxquantError, match="another fxquant process is using it"):
             compile_weights(model, out)
         assert space.folder.is_dir()
         space.owned = False
@@ -173,7 +173,7 @@ def test_what_the_world_stops_can_go_on(
     assert same_files(compile_weights(model, out), whole)
 
 
-@pytest.mark.parametrize(("when", "reason"), [("gone", "cannot be opened any more"), ("touched", "changed while")])
+@pytest.mark.parametrize(("when", "reason"), [("gone", "cannot be opened again"), ("touched", "changed while")])
 def test_a_source_that_changes_meanwhile_stops_it(
     when: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

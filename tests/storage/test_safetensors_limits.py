@@ -37,7 +37,7 @@ def test_too_many_tensors(tmp_path: Path) -> None:
 def test_more_tensors_than_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Counted before they are parsed, or after that where their keys are escaped."""
     monkeypatch.setattr(safetensors_file, "TENSORS", 2)
-    with pytest.raises(FxquantError, match=r"more than 2 tensors, at most as many are read\. Split it into shards"):
+    with pytest.raises(FxquantError, match=r"more than 2 tensors, the limit of one file\. Split it into shards"):
         read_header(write(tmp_path / "t.safetensors", {name: entry(shape=[0], offsets=[0, 0]) for name in "abc"}))
     entries = (f'"{index}":{{"dtype":"F32","shape":[0],"data\\u005foffsets":[0,0]}}' for index in range(3))
     with pytest.raises(FxquantError, match="3 tensors, at most 2 are read"):
@@ -69,7 +69,7 @@ def test_names_that_nobody_gives(tmp_path: Path, name: str, message: str) -> Non
 
 def test_a_name_twice(tmp_path: Path) -> None:
     one = json.dumps(entry(offsets=[0, 4]))
-    with pytest.raises(FxquantError, match="key 'a' twice"):
+    with pytest.raises(FxquantError, match="duplicate key 'a'"):
         read_header(write(tmp_path / "t.safetensors", f'{{"a":{one},"a":{one}}}'.encode(), bytes(4)))
 
 
@@ -81,7 +81,7 @@ def test_a_lone_surrogate_in_a_name(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("shape", [[0, 1 << 62], [1 << 31, 0, 1 << 31]], ids=str)
 def test_an_empty_tensor_that_torch_could_not_make(tmp_path: Path, shape: list[int]) -> None:
-    with pytest.raises(FxquantError, match="no shape of an empty tensor"):
+    with pytest.raises(FxquantError, match="not a valid empty tensor"):
         read_header(write(tmp_path / "t.safetensors", {"a": entry(shape=shape, offsets=[0, 0])}))
 
 
@@ -91,7 +91,7 @@ def test_unreadable_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     (tmp_path / "device.safetensors").symlink_to("/dev/zero")
     (tmp_path / "loop.safetensors").symlink_to("loop.safetensors")
     for name in ("pipe", "folder", "device"):
-        with pytest.raises(FxquantError, match=f"{name}.safetensors: no regular file"):
+        with pytest.raises(FxquantError, match=f"{name}.safetensors: not a regular file"):
             read_header(tmp_path / f"{name}.safetensors")
     for name in ("loop", "absent"):
         with pytest.raises(FxquantError, match=f"{name}.safetensors: (is missing|cannot be read)"):
@@ -111,12 +111,12 @@ def raising(error: Exception) -> Any:
 
 @pytest.mark.parametrize("metadata", [[], "text", {"a": 1}, {"a": {}}], ids=str)
 def test_metadata_that_is_not_texts(tmp_path: Path, metadata: Any) -> None:
-    with pytest.raises(FxquantError, match="__metadata__ is not texts"):
+    with pytest.raises(FxquantError, match="__metadata__ has values that are not strings"):
         read_metadata(write(tmp_path / "t.safetensors", {"__metadata__": metadata}))
 
 
 def test_a_pointer_of_git_lfs_is_named(tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
-    with pytest.raises(FxquantError, match="Git LFS.*git lfs pull"):
+    with pytest.raises(FxquantError, match="Git LFS pointer.*:\ngit lfs pull"):
         read_header(file)
