@@ -1,4 +1,4 @@
-"""Static activation parameters: per tensor, asymmetric int8."""
+"""Static activation parameters: scale and offset per tensor, asymmetric int8."""
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ SMALLEST_SCALE = torch.finfo(torch.float32).eps
 
 
 def static_parameters(observed: ActivationRange) -> tuple[Tensor, Tensor]:
-    """input_scale and input_offset, 0-d, in `observed.arithmetic`.
+    """input_scale and input_offset, 0-d, computed in `observed.arithmetic`.
 
     lo = min(low, 0), hi = max(high, 0); scale = (hi - lo) / 255, at least float32's eps;
     offset = rne(-lo / scale) - 128. The offset is an integer in [-128, 127], kept as a float.
@@ -23,9 +23,9 @@ def static_parameters(observed: ActivationRange) -> tuple[Tensor, Tensor]:
 def fused_parameters(
     sums: Tensor, weight_scale: Tensor, input_scale: Tensor, input_offset: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """deq_scale float32 [n] and quant_bias [n], integers in float64, of a static linear, from the parameters as stored.
+    """deq_scale float32 [n] and quant_bias [n] (integers in float64) of a static linear, from parameters as stored.
 
-    sums int64 [n], of q over k. deq_scale = input_scale * weight_scale; quant_bias = rne(bias / deq_scale -
+    sums int64 [n] are the sums of q over k. deq_scale = input_scale * weight_scale; quant_bias = rne(bias / deq_scale -
     input_offset * sums).
     """
     deq_scale = input_scale.float() * weight_scale.flatten()

@@ -1,8 +1,8 @@
-"""Compiled kernels, kept in the user's cache folder from one process to the next. Needs numpy and numba only.
+"""Kernel cache: compiled numba code in the user's cache folder, reused across processes. Needs numpy and numba only.
 
-`$XDG_CACHE_HOME/fxquant/kernels/KEY/`, or `~/.cache/…`: KEY is made of what decides the code, a file is one kernel for
-one signature. Files are written whole or not at all, and no process waits for another. Kept code only saves the seconds
-of compiling: where nothing can be kept, or what is kept is damaged, kernels are compiled anew.
+`$XDG_CACHE_HOME/fxquant/kernels/KEY/`, or `~/.cache/…`: KEY hashes everything that determines the code; a file holds
+one kernel for one signature. Writes are atomic, and no process waits for another. The cache only saves compile time: if
+it cannot be written, or an entry is damaged, kernels are compiled again.
 """
 
 import os
@@ -25,9 +25,9 @@ SOURCES = Path(__file__).parent
 
 
 class KeptCode:
-    """The code of one kernel by signature: what a numba dispatcher asks in place of numba's own cache.
+    """Cache of one kernel by signature, in place of the cache of a numba dispatcher.
 
-    numba's keeps files beside the sources and reads a damaged one without a check.
+    numba's own cache writes files beside the sources and loads damaged ones without a check.
     """
 
     def __init__(self, function: Any) -> None:
@@ -35,7 +35,7 @@ class KeptCode:
 
     @property
     def cache_path(self) -> str | None:
-        """The folder, None where nothing is kept."""
+        """The folder, or None if there is no cache."""
         folder = code_folder()
         return str(folder) if folder else None
 
@@ -45,20 +45,20 @@ class KeptCode:
         if folder is None:
             return None
         target.refresh()
-        with suppress(Exception):  # whatever is wrong with it, the kernel can be compiled
+        with suppress(Exception):  # any failure just means compiling the kernel
             known, reduced = pickle.loads(_read(folder / self._file(signature)))
             return numba.core.compiler.CompileResult._rebuild(target, *reduced) if known == signature else None
         return None
 
     def save_overload(self, signature: Any, result: Any) -> None:
-        """Keep a compiled kernel for other processes, if there is a place for it."""
+        """Store a compiled kernel for other processes, if there is a cache."""
         folder = code_folder()
-        with suppress(Exception):  # as on the way back
-            if folder and not result.lifted and not result.library.has_dynamic_globals:  # the latter hold addresses
+        with suppress(Exception):  # as in load_overload
+            if folder and not result.lifted and not result.library.has_dynamic_globals:  # those hold addresses
                 _write(folder / self._file(signature), numba.core.serialize.dumps((signature, result._reduce())))
 
     def flush(self) -> None:
-        """Nothing is forgotten: kept code is that of the sources."""
+        """Nothing to do: the key covers the sources."""
 
     def _file(self, signature: Any) -> str:
         return sha256(f"{self._name} {signature}".encode()).hexdigest()[:32] + ENDING
@@ -66,14 +66,14 @@ class KeptCode:
 
 @cache
 def code_folder() -> Path | None:
-    """The folder of this process, made if need be; None where none can be trusted."""
+    """The cache folder for this process, created if needed; None if no folder can be trusted."""
     from numba.core.registry import cpu_target
 
     try:
         files = {file.name: file.read_bytes() for file in sorted(SOURCES.glob("*.py"))}
     except OSError:
         return None
-    if not files:  # a package of compiled modules only: nothing would say when kernels change
+    if not files:  # without sources nothing would show that a kernel changed
         return None
     content = sha256(repr(files).encode()).hexdigest()
     versions = (sys.implementation.cache_tag, sys.abiflags, numba.__version__, llvmlite.__version__)
@@ -83,7 +83,7 @@ def code_folder() -> Path | None:
 
 
 def _read(path: Path) -> bytes:
-    """What was kept, after its digest. Raises OSError, also where it isn't as it was written."""
+    """An entry, checked against its digest and owner, as unpickling runs code. Raises OSError if it is not intact."""
     with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as stream:
         about = os.fstat(stream.fileno())
         if not stat.S_ISREG(about.st_mode) or not belongs_to_user(about):
@@ -99,7 +99,7 @@ def _write(path: Path, data: bytes) -> None:
     try:
         with os.fdopen(handle, "wb") as stream:
             stream.write(sha256(data).digest() + data)
-        Path(partial).rename(path)
+        Path(partial).rename(path)  # atomic: others see all of it or nothing
     except BaseException:
         Path(partial).unlink(missing_ok=True)
         raise

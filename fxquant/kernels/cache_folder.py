@@ -1,7 +1,7 @@
-"""The folder of compiled kernels: whose it must be, and which folders of other versions stay.
+"""Kernel cache folder: who must own it, and how many folders of other versions are kept.
 
-Who can write a file there runs code here: our folders are this user's and closed to others, those above are this user's
-or root's, and not open to all unless only owners may rename in them.
+Anyone who can write a file there can run code in our process. So our folders must belong to this user and be closed to
+others; folders above must belong to this user or root, and must not be world-writable unless sticky.
 """
 
 import os
@@ -14,14 +14,14 @@ from pathlib import Path
 KEY_LETTERS, MARKER, ENDING = 24, "README.txt", ".code"
 MARKER_TEXT = "Compiled code of fxquant's kernels. This folder may be deleted at any time.\n"
 KEPT_KEYS = 8
-"""Folders that stay, those used last: versions, environments and processors that share a home."""
+"""Most recently used folders to keep: versions, environments and processors that share a home."""
 DAY = 86_400.0
 
 
 def folder_of(*decides: object) -> Path | None:
-    """The folder for what decides the code, made if need be. None where it cannot be made or others could write in it.
+    """The folder keyed by `decides`, created if needed. None if it cannot be created or others could write to it.
 
-    What decides must print alike in every process.
+    The repr of `decides` must be the same in every process.
     """
     try:
         root = _cache_root()
@@ -52,7 +52,7 @@ def _is_trusted(path: Path) -> bool:
 
 
 def _is_made(path: Path) -> bool:
-    """Whether the folder had to be made. Raises PermissionError where it is not this user's alone."""
+    """Create the folder; whether it is new. Raises PermissionError unless only this user can write to it."""
     made = False
     with suppress(FileExistsError):
         path.mkdir(0o700)
@@ -64,14 +64,14 @@ def _is_made(path: Path) -> bool:
 
 
 def belongs_to_user(about: os.stat_result) -> bool:
-    """And nobody else can write to it."""
+    """Whether the file is this user's and nobody else can write to it."""
     return about.st_uid == os.geteuid() and not about.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
 def _mark(folder: Path) -> None:
-    """Say what the folder is, and that it was used today."""
+    """Write the marker file; its mtime records the last day of use."""
     marker = folder / MARKER
-    with suppress(OSError):  # code can be read where nothing can be written
+    with suppress(OSError):  # a read-only cache still works
         if not marker.exists():
             marker.write_text(MARKER_TEXT, encoding="ascii")
         elif time.time() - marker.stat().st_mtime > DAY:
@@ -79,7 +79,7 @@ def _mark(folder: Path) -> None:
 
 
 def _clean(new: Path) -> None:
-    """Remove what we wrote in all but the folders used last; other processes then compile anew."""
+    """Remove our files from all but the most recently used folders; their processes then compile again."""
     marked = [marker for marker in new.parent.glob(f"*/{MARKER}") if _is_ours(marker)]
     ages: dict[Path, float] = {}
     for marker in marked:

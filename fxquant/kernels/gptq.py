@@ -1,16 +1,16 @@
-"""Codes that make up for each other's rounding errors, on inputs that calibration saw: GPTQ.
+"""GPTQ: integer codes that compensate each other's rounding errors on calibration inputs.
 
-Frantar et al. 2022, arXiv:2210.17323. Scales stand; what is left of a column's rounding error is carried into the
-columns that are not rounded yet, so that the outputs on these inputs stay near.
+Frantar et al. 2022, arXiv:2210.17323. Scales are fixed; the rounding error of each column is propagated into the
+columns that are not rounded yet, which keeps the outputs on these inputs close.
 """
 
 import torch
 from torch import Tensor
 
 DAMPING = 0.01
-"""Of the mean of the Hessian's diagonal, added to it."""
+"""Fraction of the mean diagonal of the Hessian that is added to its diagonal."""
 BLOCK = 128
-"""Columns between two updates of all later ones."""
+"""Columns per lazy update: all later columns are updated by one matrix product per block."""
 
 
 def hessian(inputs: Tensor) -> Tensor:
@@ -20,12 +20,16 @@ def hessian(inputs: Tensor) -> Tensor:
 
 
 def carry_matrix(hessian: Tensor) -> tuple[Tensor, Tensor]:
-    """The order of columns, int64 [k], largest diagonal first, and in this order the upper Cholesky factor of the
-    damped inverse, float32 [k, k]."""
+    """Column order int64 [k], largest diagonal first, and in this order the upper Cholesky factor of the inverse of
+    the damped Hessian, float32 [k, k]."""
+    # columns with the largest inputs first (act-order): most others are then left to absorb their error;
+    # stable, so that equal diagonals give the same codes everywhere
     order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
     damped = hessian[order][:, order].clone()
     mean = damped.diagonal().mean()
+    # with fewer tokens than columns, or a channel that is always 0, the Hessian is singular without damping
     damped.diagonal().add_(DAMPING * (mean if mean > 0 else 1.0))
+    # in float64 up to here: the damped Hessian may still be too ill-conditioned for float32
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
     return order, torch.linalg.cholesky(inverse, upper=True).float()
 
@@ -33,14 +37,15 @@ def carry_matrix(hessian: Tensor) -> tuple[Tensor, Tensor]:
 def feedback_codes(
     weight: Tensor, steps: Tensor, lowest: Tensor, highest: Tensor, carry: tuple[Tensor, Tensor]
 ) -> Tensor:
-    """int8 [n, k], `clamp(rne(W / step), lowest, highest)` column by column, with errors carried on by `carry_matrix`.
+    """int8 [n, k], `clamp(rne(W / step), lowest, highest)` column by column, with errors propagated by `carry_matrix`.
 
     weight  float32 [n, k]
-    steps   float32 [n, k]: what one of a code stands for; 0 leaves 0
-    lowest, highest  float32 [n, k]: codes that the form can hold
+    steps   float32 [n, k]: the weight per unit of code; 0 gives code 0
+    lowest, highest  float32 [n, k]: range of codes of the format
     """
     order, factor = carry
-    left, steps, lowest, highest = (one.T[order].contiguous() for one in (weight, steps, lowest, highest))  # [k, n]
+    left, steps, lowest, highest = (one.T[order].contiguous() for one in (weight, steps, lowest, highest))
+    # [k, n]: the loop works on single columns of the weight, which are contiguous this way
     divisors, codes = torch.where(steps > 0, steps, 1.0), torch.empty_like(left)
     for start in range(0, len(order), BLOCK):
         end = min(start + BLOCK, len(order))

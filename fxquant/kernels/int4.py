@@ -1,4 +1,4 @@
-"""Four bits: one scale per output channel, or a second, integer one per group. Needs numpy and numba only."""
+"""Int4 weights: one scale per output channel, or also an integer scale per group. Needs numpy and numba only."""
 
 from math import gcd
 
@@ -14,9 +14,9 @@ TWO_LEVEL_MAXIMUM = INT4_MAXIMUM * 17
 
 @kernel
 def first_level(values: np.ndarray, divisor: np.float32, codes: np.ndarray) -> np.int32:
-    """A group, float32 → int8 `clamp(rne(W / s), -119, 119)`, and the largest magnitude of these.
+    """A group, float32 → int8 `clamp(rne(W / s), -119, 119)`; returns the largest magnitude of these.
 
-    Only a rounded subnormal scale reaches the clamp.
+    The clamp only matters for subnormal scales, whose rounding is coarse.
     """
     limit, largest = np.float32(TWO_LEVEL_MAXIMUM), np.int32(0)
     for j in range(values.shape[0]):
@@ -28,7 +28,7 @@ def first_level(values: np.ndarray, divisor: np.float32, codes: np.ndarray) -> n
 
 @kernel
 def second_level(first: np.ndarray, second: np.float32, codes: np.ndarray) -> np.int32:
-    """Part of a group, int8 → int8 `clamp(rne(q8 / second), -8, 7)`, and the sum of these."""
+    """Part of a group, int8 → int8 `clamp(rne(q8 / second), -8, 7)`; returns the sum of these."""
     total = np.int32(0)
     for j in range(first.shape[0]):
         code = np.int32(min(max(np.rint(np.float32(first[j]) / second), np.float32(-8)), np.float32(7)))
@@ -43,7 +43,8 @@ def two_level(
 ) -> None:
     """A row, float32 [k] → codes int8 [k], second float32 [G] of integers 1 … 17, sums of `q4 * second` [chunks].
 
-    second = max(1, rne(max|q8| over the group / 7)). Runs of one group and one chunk keep the inner loops plain.
+    second = max(1, rne(max|q8| over the group / 7)). Inner loops cover gcd(group, chunk) columns, within one group and
+    one chunk.
     """
     divisor = scale if scale > 0 else np.float32(1)
     group, chunk = first.shape[0] // second.shape[0], first.shape[0] // sums.shape[0]
@@ -61,7 +62,7 @@ def two_level(
 
 @kernel
 def per_channel(values: np.ndarray, scale: np.float32, codes: np.ndarray, sums: np.ndarray) -> None:
-    """A row, float32 [k] → codes int8 [k], `clamp(rne(W / s), -8, 7)`, and their sums int32 [chunks]."""
+    """A row, float32 [k] → codes int8 [k], `clamp(rne(W / s), -8, 7)`, and sums of codes int32 [chunks]."""
     chunk = values.shape[0] // sums.shape[0]
     for c in range(sums.shape[0]):
         run = slice(c * chunk, (c + 1) * chunk)
@@ -70,7 +71,7 @@ def per_channel(values: np.ndarray, scale: np.float32, codes: np.ndarray, sums: 
 
 @kernel
 def pack_rows(even: np.ndarray, odd: np.ndarray, packed: np.ndarray) -> None:
-    """Two rows int8 [k] → one of bytes, the even row in the low nibble."""
+    """Two rows int8 [k] → one row of bytes, the even row in the low nibble."""
     for j in range(packed.shape[0]):
         packed[j] = (even[j] & np.int8(15)) | (odd[j] << np.int8(4))
 
@@ -79,14 +80,14 @@ def pack_rows(even: np.ndarray, odd: np.ndarray, packed: np.ndarray) -> None:
 def int4_rows(
     rows: EncodedRows, scale_dtype: int, codes: np.ndarray, scale: np.ndarray, second: np.ndarray, bias: np.ndarray
 ) -> int:
-    """Rows [n, k] → the tensors of an int4 linear; which row is not finite, or -1.
+    """Rows [n, k] → the tensors of an int4 linear. Returns the first row that is not finite, or -1.
 
-    codes   int8 [n / 2, k], two rows a byte, n even; or [n, k], one code a byte
+    codes   int8 [n / 2, k], two rows per byte, n even; or [n, k], one code per byte
     scale   float32 [n]: `max|W| / 119`, or without second scales `max|W| / 7` rounded to `scale_dtype`
     second  float32 [n, G], or [n, 0] for one scale per channel
-    bias    float32 [n, chunks], `8 * scale * sum of q4 * second` over each of equal runs of k; or [n, 0]
-    A progressive scheme as in QServe (Lin et al. 2024, arXiv:2405.04532). With second scales, the engines' reference
-    rounds `scale` to bfloat16 before it makes the bias; the sum is exact.
+    bias    float32 [n, chunks], `8 * scale * sum of q4 * second` over each of the equal chunks of k; or [n, 0]
+    A progressive scheme as in QServe (Lin et al. 2024, arXiv:2405.04532). With second scales, `bias` is computed from
+    `scale` rounded to bfloat16; the sum is exact.
     """
     n, k, packed, grouped = scale.shape[0], codes.shape[1], codes.shape[0] < scale.shape[0], second.shape[1] > 0
     values, first, pair = np.empty(k, np.float32), np.empty(k, np.int8), np.empty((2, k), np.int8)
@@ -99,10 +100,12 @@ def int4_rows(
         row = pair[i & 1] if packed else codes[i]
         if grouped:
             two_level(values, exact, first, row, second[i], sums)
+            # as in the engines' reference, only the bias uses bfloat16(s); codes and the stored scale use s
             exact = row_scale(largest, TWO_LEVEL_MAXIMUM, BFLOAT16)
         else:
             per_channel(values, exact, row, sums)
         for c in range(bias.shape[1]):
+            # in float64 the product is exact, so storing it is the only rounding
             bias[i, c] = 8 * np.float64(exact) * sums[c]
         if packed and i & 1:
             pack_rows(pair[0], pair[1], codes[i >> 1])

@@ -1,4 +1,4 @@
-"""One scale per output channel, eight bits. Needs numpy and numba only."""
+"""Int8 weights: one scale per output channel. Needs numpy and numba only."""
 
 import numpy as np
 
@@ -10,7 +10,8 @@ INT8_MAXIMUM = 127
 
 @kernel
 def int8_rows(rows: EncodedRows, scale_dtype: int, codes: np.ndarray, scale: np.ndarray, sums: np.ndarray) -> int:
-    """Rows [n, k] → codes int8 [n, k], scale float32 [n], sums of the codes int64 [n]; which row is not finite, or -1.
+    """Rows [n, k] → codes int8 [n, k], scale float32 [n], sums of codes int64 [n]. Returns the first row that is not
+    finite, or -1.
 
     `s = max|W| / 127`, rounded to `scale_dtype`; `q = clamp(rne(W / s), -128, 127)`; a row of zeros has s = 0, q = 0.
     """

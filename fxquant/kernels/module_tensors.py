@@ -1,4 +1,4 @@
-"""Recipe and float weight → every tensor that the linear owns in the weight file."""
+"""Module tensors: recipe and float weight → every tensor that the linear owns in the weight file."""
 
 from dataclasses import dataclass
 
@@ -17,7 +17,7 @@ from fxquant.schemes.schemes import ActivationRange, Recipe, tensor_specs
 
 @dataclass(frozen=True)
 class _Rows:
-    """Room for what the kernels make of some rows: `int8_rows` and `int4_rows` say what."""
+    """Output buffers of the kernels for a number of rows; see `int8_rows` and `int4_rows`."""
 
     codes: np.ndarray
     scale: np.ndarray
@@ -40,7 +40,7 @@ class _Rows:
         )
 
     def make(self, recipe: Recipe, source: SourceRows) -> int:
-        """Fill it from as many rows. Which of them is the first with NaN or infinity, or -1."""
+        """Fill the buffers from as many rows. Returns the first row with NaN or infinity, or -1."""
         if (source.rows, source.in_features) != (len(self.scale), self.codes.shape[1]):
             raise ValueError(f"{source.rows} rows of {source.in_features} in room for {len(self.scale)} of {recipe}")
         rows = source.encoded()
@@ -53,7 +53,7 @@ class _Rows:
         return bad
 
     def take(self, recipe: Recipe, codes: Tensor) -> None:
-        """Put `codes` int8 [n, k] in the place of those made, with all that follows from codes."""
+        """Replace the codes by `codes` int8 [n, k], and recompute the sums and bias that follow from them."""
         if codes.shape != (len(self.scale), self.codes.shape[1]) or codes.dtype is not torch.int8:
             raise ValueError(f"{codes.dtype}{list(codes.shape)} codes for {len(self.scale)} rows of {recipe}")
         self.sums[:] = codes.sum(1, dtype=torch.int64).numpy()
@@ -66,9 +66,9 @@ class _Rows:
 
 
 class ModuleMaker:
-    """Makes the tensors of one module from its rows, in order, block by block. One thread at a time may use it.
+    """Makes the tensors of one module from its rows, in order, block by block. Not thread-safe.
 
-    `place` names the weight in errors; bias [n] comes in the model's dtype.
+    Errors name `place`; bias [n] has the model's dtype.
     """
 
     def __init__(self, recipe: Recipe, place: str, bias: Tensor | None = None) -> None:
@@ -84,10 +84,10 @@ class ModuleMaker:
     def rows(self, source: SourceRows, codes: Tensor | None = None) -> dict[str, Tensor]:
         """Name suffix → these rows of every tensor that has rows, with the dtypes of `schemes.tensor_specs`.
 
-        `codes`: int8 [rows, k] in the place of the kernel's, for GPTQ.
+        `codes`: int8 [rows, k] that replace the kernel's, for GPTQ.
 
-        The tensors are valid until the next call, which uses their memory again. Two rows share a byte where int4 is
-        packed: there, blocks have an even number of rows. Raises FxquantError for NaN or infinite weights.
+        The tensors are valid until the next call, which reuses their memory. Packed int4 needs an even number of rows
+        per call, as two rows share a byte. Raises FxquantError for NaN or infinite weights.
         """
         n = source.rows
         if self._packed and n % 2:
@@ -107,7 +107,7 @@ class ModuleMaker:
         return dict(self._tensors)
 
     def rest(self) -> dict[str, Tensor]:
-        """After the last row: the tensors that have no row of their own for each row of the weight."""
+        """After the last row: the tensors that need all rows."""
         tensors = {}
         if self._static is not None:
             scale, sums = torch.cat(self._scales), torch.cat(self._sums)
@@ -134,8 +134,8 @@ def make_tensors(
 ) -> dict[str, Tensor]:
     """Name suffix → tensor, with the dtypes and shapes of `schemes.tensor_specs`.
 
-    weight [n, k] and bias [n] come in the model's dtype; `place` names the weight in errors; `codes` as in
-    `ModuleMaker.rows`. Raises FxquantError for NaN or infinite weights.
+    weight [n, k] and bias [n] have the model's dtype; errors name `place`; `codes` as in `ModuleMaker.rows`.
+    Raises FxquantError for NaN or infinite weights.
     """
     maker = ModuleMaker(recipe, place, bias)
     tensors = maker.rows(rows_of(weight), codes) | maker.rest()
@@ -143,7 +143,7 @@ def make_tensors(
 
 
 def int4_tensors(recipe: Recipe, q: Tensor, scale: Tensor, second: Tensor | None) -> dict[str, Tensor]:
-    """The tensors of an int4 linear in the form of the recipe's weight_format, but its offset and bias.
+    """The tensors of an int4 linear in the recipe's weight_format, except offset and bias.
 
     q int8 [n, k] in [-8, 7], scale float32 [n, 1], second float32 [n, G] or None.
     """
@@ -159,8 +159,8 @@ def int4_tensors(recipe: Recipe, q: Tensor, scale: Tensor, second: Tensor | None
 
 
 def fitted(recipe: Recipe, weight: Tensor, place: str) -> tuple[Tensor, Tensor, Tensor]:
-    """codes int8 [n, k], scale float32 [n], second scales float32 [n, G] (or [n, 0]) that the kernels find for a weight
-    [n, k] in the model's dtype. Raises FxquantError for NaN or infinite weights."""
+    """codes int8 [n, k], scale float32 [n], second scales float32 [n, G] (or [n, 0]) of a weight [n, k] in the model's
+    dtype. Raises FxquantError for NaN or infinite weights."""
     room = _Rows.empty(recipe, len(weight), packed=False)
     bad = room.make(recipe, rows_of(weight))
     if bad >= 0:
@@ -171,14 +171,14 @@ def fitted(recipe: Recipe, weight: Tensor, place: str) -> tuple[Tensor, Tensor, 
 
 
 def code_limits(recipe: Recipe, second: Tensor) -> tuple[Tensor, Tensor]:
-    """Lowest and highest code beside second scales [n, k]; of two levels, `|q4 * second|` stays within 119."""
+    """Lowest and highest code for second scales [n, k]; with two levels, `|q4 * second|` stays within 119."""
     highest = recipe.highest_code
     within = TWO_LEVEL_MAXIMUM // second if recipe.group_size else torch.full_like(second, highest + 1)
     return -within.clamp(max=highest + 1), within.clamp(max=highest)
 
 
 def rounded_weight(recipe: Recipe, weight: Tensor) -> Tensor:
-    """float32 [n, k]: what the integers of the recipe's scheme stand for, `q * scale` (`* second scale`).
+    """float32 [n, k]: the weight rounded by the recipe and dequantized, `q * scale` (`* second scale`).
 
     Rows with NaN or infinity become NaN.
     """
@@ -193,7 +193,7 @@ def rounded_weight(recipe: Recipe, weight: Tensor) -> Tensor:
 
 def _observed(recipe: Recipe) -> ActivationRange:
     if recipe.activation is None:
-        raise FxquantError(recipe.module, "static, but its input was never observed.", "Calibrate first.")
+        raise FxquantError(recipe.module, "has a static scheme, but no observed input range.", "Calibrate first.")
     return recipe.activation
 
 
@@ -204,8 +204,8 @@ def _static(
     input_scale, input_offset = (value.to(recipe.dtype).view(1) for value in static_parameters(observed))
     deq_scale, quant_bias = fused_parameters(sums, scale, input_scale, input_offset, bias)
     if quant_bias.abs().max() > torch.iinfo(torch.int32).max:
-        fact = f"its bias is {quant_bias.abs().max():.3g} steps of input_scale * weight_scale, no int32."
-        raise FxquantError(recipe.module, fact, "Use W8A8_DYNAMIC for it, or calibrate on text that reaches it.")
+        fact = f"its bias is {quant_bias.abs().max():.3g} steps of input_scale * weight_scale, more than int32 holds."
+        raise FxquantError(recipe.module, fact, "Use W8A8_DYNAMIC for it, or calibrate on text that activates it.")
     return {
         "input_scale": input_scale.to(stored),
         "input_offset": input_offset.to(stored),

@@ -1,4 +1,4 @@
-"""The packed form of int4 codes that exist already: `int4.py` makes codes, packed, from a weight."""
+"""Packing of existing int4 codes, and their scale_bias; `int4.py` makes packed codes from a weight."""
 
 import torch
 from torch import Tensor
@@ -10,10 +10,10 @@ def pack_int4(q4: Tensor) -> Tensor:
 
 
 def scale_bias(q4: Tensor, scale: Tensor, second: Tensor | None, chunks: int) -> Tensor:
-    """float32 [n, chunks]: `8 * scale * sum of q4 * second` over each of `chunks` equal runs of k.
+    """float32 [n, chunks]: `8 * scale * sum of q4 * second` over each of `chunks` equal chunks of k.
 
-    Integer kernels split an int8 activation into two signed nibbles, `x = 16 hi + lo + 8`; this is what the 8 adds.
-    With a second scale, the engines' reference rounds `scale` to bfloat16 first; the sum itself is exact.
+    Int4 matmul kernels split an int8 activation into two signed nibbles, `x = 16 hi + lo + 8`; this is the term of the
+    8. With a second scale, the format rounds `scale` to bfloat16 first; the sum itself is exact.
     """
     codes = q4.to(torch.int32)
     if second is not None:

@@ -1,7 +1,7 @@
-"""Rounding on the bits of float32: to shorter floats, to row scales, to integers. Needs numpy and numba only.
+"""Rounding of float32 values to bfloat16, float16, row scales and integers. Needs numpy and numba only.
 
-Largest magnitudes are unsigned integers, `bits & 0x7fffffff`: their order is that of the magnitudes, and infinity and
-NaN come out on top, at INFINITY or above.
+Largest magnitudes are the unsigned integers `bits & 0x7fffffff`: they sort like the magnitudes, with infinity and NaN
+at the top, at INFINITY or above.
 """
 
 from collections.abc import Callable
@@ -15,9 +15,9 @@ from fxquant.kernels.cache import KeptCode
 
 
 def kernel(function: Any) -> Any:
-    """Compile with IEEE arithmetic as written, without the interpreter's lock.
+    """Compile with IEEE arithmetic as written (no fast-math), releasing the GIL.
 
-    The code of a function of this folder is kept for other processes, which find it by the sources of the folder.
+    Functions of this package are cached for other processes, keyed by the sources of the package.
     """
     compiled: Any = njit(function, nogil=True, error_model="numpy", boundscheck=False)
     if function.__module__.startswith(f"{__package__}."):
@@ -26,12 +26,12 @@ def kernel(function: Any) -> Any:
 
 
 FLOAT32, BFLOAT16, FLOAT16, FLOAT8 = 0, 1, 2, 3
-"""dtypes as kernels see them."""
+"""dtype codes of the kernels."""
 SIGN, MAGNITUDE, INFINITY = np.uint32(0x80000000), np.uint32(0x7FFFFFFF), np.uint32(0x7F800000)
 FLOAT16_NORMAL = np.uint32(0x38800000)
 """2**-14, the smallest normal float16."""
 FLOAT16_OVERFLOW = np.uint32(0x47800000)
-"""2**16: what exceeds float16 rounds to this."""
+"""2**16: magnitudes beyond float16 round to this or more."""
 
 
 def _float_of(context: Any, bits: Any) -> tuple[Any, Callable]:
@@ -58,17 +58,17 @@ bits_of: Any = intrinsic(_bits_of)
 
 @kernel
 def to_bfloat16(magnitude: np.uint32) -> np.uint32:
-    """Bits without sign → bits of the nearest bfloat16, halves to even; NaN becomes infinity."""
-    kept = magnitude >> np.uint32(16) & np.uint32(1)
+    """Bits without sign → bits of the nearest bfloat16, ties to even; NaN becomes infinity."""
+    kept = magnitude >> np.uint32(16) & np.uint32(1)  # added to 0x7fff it makes ties round to even
     rounded = np.uint32(magnitude + np.uint32(0x7FFF) + kept) & np.uint32(0xFFFF0000)
     return np.uint32(min(rounded, INFINITY))
 
 
 @kernel
 def to_float16(magnitude: np.uint32) -> np.uint32:
-    """Bits without sign → float32 bits of the nearest float16, halves to even; overflow and NaN become infinity.
+    """Bits without sign → float32 bits of the nearest float16, ties to even; overflow and NaN become infinity.
 
-    Below 2**-14 the step is 2**-24, which is float32's own between 0.5 and 1: adding 0.5 rounds to it.
+    Below 2**-14 float16 has a step of 2**-24, which is float32's step between 0.5 and 1: adding 0.5 rounds to it.
     """
     kept = magnitude >> np.uint32(13) & np.uint32(1)
     normal = np.uint32(magnitude + np.uint32(0xFFF) + kept) & np.uint32(0xFFFFE000)
@@ -80,7 +80,7 @@ def to_float16(magnitude: np.uint32) -> np.uint32:
 
 @kernel
 def round_row(values: np.ndarray, dtype: int) -> np.uint32:
-    """Round float32 [k] in place to `dtype`, and give its largest magnitude."""
+    """Round float32 [k] in place to `dtype`; returns the largest magnitude."""
     largest = np.uint32(0)
     if dtype == BFLOAT16:
         for j in range(values.shape[0]):
@@ -102,13 +102,13 @@ def round_row(values: np.ndarray, dtype: int) -> np.uint32:
 
 @kernel
 def row_scale(largest: np.uint32, maximum: int, dtype: int) -> np.float32:
-    """`max|W| / maximum`, rounded to `dtype`; what is divided by it is `divisor`."""
+    """`max|W| / maximum`, rounded to `dtype`."""
     return scale_in(float_of(largest) / np.float32(maximum), dtype)
 
 
 @kernel
 def scale_in(scale: np.float32, dtype: int) -> np.float32:
-    """A scale, rounded to `dtype`; no scale is negative."""
+    """A non-negative scale, rounded to `dtype`."""
     if dtype == BFLOAT16:
         return float_of(to_bfloat16(bits_of(scale)))
     if dtype == FLOAT16:
@@ -118,9 +118,9 @@ def scale_in(scale: np.float32, dtype: int) -> np.float32:
 
 @kernel
 def round_run(values: np.ndarray, scale: np.float32, low: int, high: int, codes: np.ndarray) -> np.int32:
-    """float32 [k] → int8 [k], `clamp(rne(W / s), low, high)`, and the sum of these. A scale of 0 leaves zeros.
+    """float32 [k] → int8 [k], `clamp(rne(W / s), low, high)`; returns the sum of these. A scale of 0 gives zeros.
 
-    Slices that begin at 0 and true division: what the compiler can vectorize, and what the format asks for.
+    Callers pass slices, as LLVM vectorizes loops that start at 0. The format requires a division, not a product.
     """
     divisor = scale if scale > 0 else np.float32(1)
     lowest, highest, total = np.float32(low), np.float32(high), np.int32(0)

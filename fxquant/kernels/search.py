@@ -22,7 +22,7 @@ CLIP, LEAST_SQUARES = 0, 1
 def searched_scale(
     values: np.ndarray, scale: np.float32, dtype: int, maximum: int, search: int, lanes: np.ndarray
 ) -> np.float32:
-    """The scale of a channel of codes from `-maximum - 1` to `maximum`; that of a row of zeros stays 0."""
+    """The best scale of a channel with codes from `-maximum - 1` to `maximum`; a row of zeros keeps 0."""
     if not scale > 0:
         return scale
     if search == LEAST_SQUARES:
@@ -78,7 +78,7 @@ def searched_int4_rows(
             exact = searched_scale(values, exact, scale_dtype, INT4_MAXIMUM, search, lanes)
             per_channel(values, exact, row, sums)
         scale[i] = exact
-        if grouped:
+        if grouped:  # for the bias alone, as in `int4_rows`
             exact = scale_in(exact, BFLOAT16)
         for c in range(bias.shape[1]):
             bias[i, c] = 8 * np.float64(exact) * sums[c]

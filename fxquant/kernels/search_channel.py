@@ -1,4 +1,4 @@
-"""The scale of an output channel with the least squared error. Needs numpy and numba only."""
+"""Scale search of one output channel: the least squared error. Needs numpy and numba only."""
 
 import numpy as np
 
@@ -6,16 +6,16 @@ from fxquant.kernels.rounding import kernel, scale_in
 from fxquant.kernels.squared_error import products, squared_error
 
 GRID, GRID_STEPS = 40, 64
-"""Scales of the grid: `(1 - i / 64) s`, i below 40, from s down to 0.39 s."""
+"""Scales of the grid: `(1 - i / 64) s` for i < 40, from s down to 0.39 s."""
 ROUNDS = 20
-"""Of least squares, from each start."""
+"""Maximum least-squares iterations per start."""
 
 
 @kernel
 def clip_scale(
     values: np.ndarray, scale: np.float32, dtype: int, low: int, high: int, lanes: np.ndarray
 ) -> tuple[np.float32, np.float64, int]:
-    """Scale of the grid, rounded to `dtype`, its error, its place; `scale` > 0 is the first. Ties: the larger one."""
+    """The best scale of the grid, rounded to `dtype`, its error and index; starts at `scale` > 0. Ties: the larger."""
     best, least, place = scale, squared_error(values, np.float64(scale), low, high, lanes), 0
     for i in range(1, GRID):
         tried = scale_in(scale * np.float32((GRID_STEPS - i) / GRID_STEPS), dtype)
@@ -30,12 +30,12 @@ def clip_scale(
 def least_squares_scale(
     values: np.ndarray, scale: np.float32, dtype: int, low: int, high: int, lanes: np.ndarray
 ) -> np.float32:
-    """The best that was seen on the grid, and on the way from some of its scales by `s = <W, q> / <q, q>`.
+    """The best scale seen on the grid and in the iterations `s = <W, q> / <q, q>` from some of its scales.
 
-    Starts are the largest scale, the best and its neighbors. A scale that its own codes ask for ends the way.
+    Starts are the largest scale, the best and its neighbors. An iteration ends at a fixed point.
     """
     best, least, place = clip_scale(values, scale, dtype, low, high, lanes)
-    for offset in range(-2, 2):
+    for offset in range(-2, 2):  # -2: the largest scale; -1 to 1: the best and its neighbors
         start = 0 if offset == -2 else place + offset
         if offset > -2 and not 0 < start < GRID:
             continue

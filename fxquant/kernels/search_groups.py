@@ -1,4 +1,4 @@
-"""Both scales of the two-level form with the least squared error. Needs numpy and numba only."""
+"""Scale search of two-level int4 groups: both scales, the least squared error. Needs numpy and numba only."""
 
 from math import gcd
 
@@ -9,15 +9,15 @@ from fxquant.kernels.rounding import MAGNITUDE, bits_of, float_of, kernel, round
 from fxquant.kernels.squared_error import products, squared_error
 
 GRID, GRID_STEPS = 8, 24
-"""First-level scales of the grid: `(1 - i / 24) s`, i below 8; second scales cut further."""
+"""First-level scales of the grid: `(1 - i / 24) s` for i < 8; second scales clip further."""
 ROUNDS = 6
-"""Of least squares, from each start."""
+"""Maximum least-squares iterations per start."""
 LARGEST_SECOND = TWO_LEVEL_MAXIMUM // INT4_MAXIMUM
 
 
 @kernel
 def lowest_code(second: np.float32) -> int:
-    """-8, or what keeps `q4 * second` within 119."""
+    """-8, or the lowest code that keeps `q4 * second` within 119."""
     return -min(INT4_MAXIMUM + 1, TWO_LEVEL_MAXIMUM // int(second))
 
 
@@ -36,9 +36,9 @@ def group_peaks(values: np.ndarray, peaks: np.ndarray) -> None:
 def choose_seconds(
     values: np.ndarray, scale: np.float32, peaks: np.ndarray, limit: np.float64, second: np.ndarray, lanes: np.ndarray
 ) -> np.float64:
-    """The best second scale of each group beside `scale` > 0, and the error of the row: above `limit`, of part of it.
+    """The best second scale of each group for `scale` > 0. Returns the row's error, or a partial sum above `limit`.
 
-    Tried, from the largest: the least m of 1 … 17 that cuts no weight of the group (17 where each does), down to half.
+    Candidates, from the largest: the least m of 1 … 17 that clips no weight of the group (17 if all clip), to half.
     """
     width, total = values.shape[0] // peaks.shape[0], np.float64(0)
     for g in range(peaks.shape[0]):
@@ -51,7 +51,7 @@ def choose_seconds(
             if error < least:
                 least, second[g] = error, np.float32(factor)
         total += least
-        if total > limit:
+        if total > limit:  # already worse than the best scale: the other groups cannot matter
             return total
     return total
 
@@ -76,9 +76,9 @@ def two_level_scales(
 ) -> np.float32:
     """A row, float32 [k] → its first-level scale, and `second` float32 [G]; `scale` > 0 is the largest tried.
 
-    First the grid, ties to the larger scale. Then, for least squares, from the largest, the best and its neighbors,
-    `fitted_scale` and `choose_seconds` in turns.
-    room  float32 [2, G], overwritten
+    First the grid, ties to the larger scale. Then, for least squares, `fitted_scale` and `choose_seconds` alternate,
+    starting from the largest scale, the best and its neighbors.
+    room  float32 [2, G], scratch
     """
     peaks, tried_second = room[0], room[1]
     group_peaks(values, peaks)
@@ -93,7 +93,7 @@ def two_level_scales(
                 second[:] = tried_second
     if not least_squares:
         return best
-    for offset in range(-2, 2):
+    for offset in range(-2, 2):  # -2: the largest scale; -1 to 1: the best and its neighbors
         start = 0 if offset == -2 else place + offset
         if offset > -2 and not 0 < start < GRID:
             continue

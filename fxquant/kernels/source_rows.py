@@ -1,4 +1,4 @@
-"""Rows of a weight as a checkpoint stores them, before anything is decoded."""
+"""Source rows: rows of a weight as a checkpoint stores them, not decoded."""
 
 from dataclasses import dataclass
 
@@ -19,16 +19,16 @@ KERNEL_DTYPES = {
 
 @dataclass(frozen=True)
 class SourceRows:
-    """Some rows of a weight [n, k], as they lie on disk.
+    """Some rows of a weight [n, k], as stored.
 
     raw          uint8, C-contiguous, the little-endian bytes of the rows; any shape
     dtype        as stored: bfloat16, float16, float32 or float8_e4m3fn
     in_features  k
-    start        index of the first row in the weight: which block scales apply
-    model_dtype  what decoded FP8, and smoothed values, are rounded to
+    start        index of the first row in the weight; selects the block scales
+    model_dtype  dtype that decoded FP8 and smoothed values are rounded to
     scale_inv    float32 [ceil(n / block[0]), ceil(k / block[1])] of the whole weight, for FP8
     smooth       float32 [k] or None: `W' = model_dtype(W * smooth)`
-    divided      float32 [n] of the whole weight, or None: after that `W' = model_dtype(W / divided)`, row by row
+    divided      float32 [n] of the whole weight, or None: then `W' = model_dtype(W / divided)`, row by row
     """
 
     raw: np.ndarray
@@ -43,11 +43,11 @@ class SourceRows:
 
     @property
     def rows(self) -> int:
-        """How many rows there are."""
+        """Number of rows."""
         return self.raw.size // (self.in_features * self.dtype.itemsize)
 
     def encoded(self) -> EncodedRows:
-        """The same for kernels; no row is copied."""
+        """The rows in the form of the kernels; nothing is copied."""
         if (self.dtype is torch.float8_e4m3fn) is (self.scale_inv is None):
             raise ValueError(f"{self.dtype} rows {'without' if self.scale_inv is None else 'with'} block scales")
         scales = np.empty((0, 0), np.float32) if self.scale_inv is None else self.scale_inv
@@ -73,13 +73,13 @@ class SourceRows:
 
 
 def rows_of(weight: Tensor) -> SourceRows:
-    """All rows of a tensor [n, k] of float32, bfloat16 or float16, over its own memory."""
+    """All rows of a tensor [n, k] of float32, bfloat16 or float16, sharing its memory."""
     raw = weight.detach().contiguous().view(torch.uint8).numpy()
     return SourceRows(raw, weight.dtype, weight.shape[1], model_dtype=weight.dtype)
 
 
 def _read_only(array: np.ndarray) -> np.ndarray:
-    """A view that cannot be written: kernels are compiled for one kind of array, and mapped files are of this kind."""
+    """A read-only view, as of a mapped file: numba compiles a kernel again for every array type, writable or not."""
     view = np.ascontiguousarray(array).view()
     view.flags.writeable = False
     return view

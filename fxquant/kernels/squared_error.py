@@ -1,7 +1,7 @@
-"""What a step costs a run of weights, and what would fit its codes better. Needs numpy and numba only.
+"""Squared error of rounding weights with a step, and the step that fits their codes. Needs numpy and numba only.
 
-Sums are float64, in an order that vectors keep too: column j is added to lane j mod LANES, columns in order, and then
-the upper half of the lanes to the lower half, until one is left.
+Sums are float64, in an order that holds at any vector width: column j is added to lane j mod LANES, columns in order;
+then the upper half of the lanes is added to the lower half until one is left.
 """
 
 import numpy as np
@@ -26,7 +26,7 @@ def folded(lanes: np.ndarray) -> np.float64:
 def squared_error(values: np.ndarray, step: np.float64, low: int, high: int, lanes: np.ndarray) -> np.float64:
     """`Σ (W - t q)²` over float32 [k], with `q = clamp(rne(W / float32(t)), low, high)`; t > 0.
 
-    lanes  float64 [3, LANES], overwritten
+    lanes  float64 [3, LANES], scratch
     """
     divisor, lowest, highest, sums = np.float32(step), np.float32(low), np.float32(high), lanes[0]
     for lane in range(LANES):

@@ -1,4 +1,4 @@
-"""The version of the kernels' bytes, apart from the kernels: who asks for it need not load a compiler."""
+"""Kernel version, in a module of its own so that reading it does not load numba."""
 
 KERNEL_VERSION = 1
-"""Rises when a kernel gives other bytes for the same weight."""
+"""Increases when a kernel writes other bytes for the same weight."""
