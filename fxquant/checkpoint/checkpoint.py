@@ -1,4 +1,4 @@
-"""Checkpoints in: folders of safetensors, read tensor by tensor under Hugging Face's names, FP8 blocks decoded."""
+"""Checkpoint folders: safetensors read tensor by tensor under Hugging Face names, FP8 blocks decoded."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -18,15 +18,15 @@ from fxquant.storage.safetensors import read_header
 from fxquant.transforms.weight_transforms import Smoothing
 
 SCALES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e8m0fnu)
-"""What block scales are stored in; each value is a float32. F8_E8M0 is `2 ** (byte - 127)`, and 255 is NaN."""
+"""dtypes of stored block scales; all decode to float32. F8_E8M0 is `2 ** (byte - 127)`, and 255 is NaN."""
 LARGEST_BLOCK = 1 << 20
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder's config and tensors. `tensors` holds what a model asks for; `scales` the FP8 block scales behind it.
+    """A folder's config and tensors. `tensors` holds the model's tensors, `scales` the block scales of FP8 ones.
 
-    Keys and names are Hugging Face's, whatever the folder's convention. `smoothing`: what is changed as it is read.
+    Keys and names are Hugging Face's, whatever the folder uses. `smoothing` is applied as tensors are read.
     """
 
     folder: Path
@@ -38,7 +38,7 @@ class Checkpoint:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The model's dtype: config's `torch_dtype` (or `dtype`), what FP8 weights are decoded to."""
+        """The model's dtype: config's `torch_dtype` (or `dtype`). FP8 weights are decoded to it."""
         return model_dtype(self.config, self.folder / "config.json")
 
     @property
@@ -47,17 +47,17 @@ class Checkpoint:
         return sum(info.nbytes for info in (*self.tensors.values(), *self.scales.values()))
 
     def smoothed(self, smoothing: Smoothing) -> "Checkpoint":
-        """The checkpoint with these changes, and with the biases that they add."""
+        """The checkpoint with these transforms, and with the biases that they add."""
         added = {name: HeldTensor(name, value) for name, value in smoothing.tensors.items() if name not in self.tensors}
         return replace(self, tensors={**self.tensors, **added}, smoothing=smoothing)
 
     def stored_dtype(self, name: str) -> torch.dtype:
-        """What `read(name)` gives."""
+        """The dtype of `read(name)`."""
         dtype = self.tensors[name].dtype
         return self.dtype if dtype is torch.float8_e4m3fn else dtype
 
     def read(self, name: str) -> Tensor:
-        """One tensor, smoothed. FP8 E4M3 [n, k] comes decoded: `dtype(float32(w) * scale_inv[i // 128, j // 128])`."""
+        """One tensor, smoothed. FP8 E4M3 [n, k] is decoded: `dtype(float32(w) * scale_inv[i // 128, j // 128])`."""
         if name in self.smoothing.tensors:
             return self.smoothing.tensors[name]
         tensor = self.tensors[name].read()
@@ -74,7 +74,7 @@ def decode_fp8(weight: Tensor, scale_inv: Tensor, block: tuple[int, int]) -> Ten
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """Read config.json and every safetensors header of `folder`; no tensor is read."""
+    """Read config.json and every safetensors header of `folder`, but no tensor."""
     config = read_config(folder)
     infos = _tensors(folder)
     scales, tensors = {}, {}
@@ -91,7 +91,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 
 def open_config(folder: Path) -> Checkpoint:
-    """The checkpoint in `folder`, or its config.json with no tensors where it has no weights."""
+    """The checkpoint in `folder`; without weights, its config.json and no tensors."""
     if any(folder.glob("*.safetensors")):
         return open_checkpoint(folder)
     config = read_config(folder)
@@ -102,7 +102,7 @@ def open_config(folder: Path) -> Checkpoint:
 def _tensors(folder: Path) -> Mapping[str, SourceTensor]:
     indexes = sorted(folder.glob("*.safetensors.index.json"))
     if len(indexes) > 1:
-        raise FxquantError(folder, f"{len(indexes)} index files.", "Keep the one that belongs to the checkpoint.")
+        raise FxquantError(folder, f"{len(indexes)} index files.", "Keep only the checkpoint's own.")
     if indexes:
         return official_tensors(indexed_tensors(folder, indexes[0]))
     if parts := part_files(folder):
@@ -110,7 +110,7 @@ def _tensors(folder: Path) -> Mapping[str, SourceTensor]:
     files = sorted(folder.glob("*.safetensors"))
     if len(files) != 1:
         found = f"{len(files)} safetensors files and no index" if files else "no safetensors file"
-        raise FxquantError(folder, f"not a checkpoint: {found}.", "Name a folder with the weights and their index.")
+        raise FxquantError(folder, f"not a checkpoint: {found}.", "Pass a folder with the weights and their index.")
     return official_tensors(read_header(files[0]))
 
 
@@ -126,8 +126,8 @@ def block_size(place: Path, config: dict[str, Any]) -> tuple[int, int]:
     size = quantization.get("weight_block_size", [128, 128])
     numbers = isinstance(size, list) and len(size) == 2 and all(type(edge) is int for edge in size)
     if not (numbers and all(0 < edge <= LARGEST_BLOCK for edge in size)):
-        way_out = f"It is two positive numbers, at most {LARGEST_BLOCK:,}."
-        raise FxquantError(place, f"weight_block_size {str(size)[:80]}.", way_out)
+        way_out = f"It must be two positive integers, at most {LARGEST_BLOCK:,}."
+        raise FxquantError(place, f"weight_block_size is {str(size)[:80]}.", way_out)
     return size[0], size[1]
 
 
@@ -140,7 +140,7 @@ def _check_scale(info: SourceTensor, scale: SourceTensor | None, block: tuple[in
         raise FxquantError(info.file, f"FP8 tensor {info.name} has no {SCALE_SUFFIX[1:]}.", AGAIN)
     expected = tuple(-(-edge // size) for edge, size in zip(info.shape, block, strict=True))
     if scale.shape != expected:
-        fact = f"{scale.name}: {list(scale.shape)}, not {list(expected)}, one a block of {block[0]} x {block[1]}."
+        fact = f"{scale.name}: {list(scale.shape)}, not {list(expected)}, one per block of {block[0]} x {block[1]}."
         raise FxquantError(scale.file, fact, "Check weight_block_size in config.json.")
     if scale.dtype not in SCALES:
         names = ", ".join(str(dtype) for dtype in SCALES)

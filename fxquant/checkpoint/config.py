@@ -35,7 +35,7 @@ __all__ = [
 ]  # fmt: skip
 
 SUPPORTED = "DeepSeek-V3, DeepSeek-R1 and their family (model_type deepseek_v3)"
-DENSE = "are dense, without latent attention or experts, so there is nothing for this compiler"
+DENSE = "are dense, without latent attention or experts, so there is nothing to compile"
 THIS = f"fxquant compiles {SUPPORTED}."
 QUANTIZER = f"Use a general quantizer; {THIS}"
 NEIGHBOURS = {
@@ -49,11 +49,11 @@ NEIGHBOURS = {
     "qwen3": (f"Qwen3 models, DeepSeek-R1-0528-Qwen3 among them, {DENSE}", QUANTIZER),
     "llama": (f"Llama models, DeepSeek-R1-Distill-Llama among them, {DENSE}", QUANTIZER),
 }
-"""model_type that is taken for DeepSeek-V3's → why it is none, and the way out."""
+"""model_type that may be mistaken for DeepSeek-V3 → the difference, and the remedy."""
 
 
 class RopeScaling(BaseModel):
-    """YaRN parameters, DeepSeek's names and defaults (arXiv:2309.00071)."""
+    """YaRN parameters with DeepSeek's names and defaults (arXiv:2309.00071)."""
 
     model_config = ConfigDict(extra="ignore", frozen=True, strict=True, allow_inf_nan=False)
     type: Literal["yarn"]
@@ -71,9 +71,9 @@ class RopeScaling(BaseModel):
 
 
 class DeepseekV3Config(BaseModel):
-    """The keys that shape the model; absent ones take DeepSeek-V3's published values, unknown ones are ignored.
+    """The keys that define the model. Absent keys take DeepSeek-V3's published values; unknown keys are ignored.
 
-    Numbers are numbers, not text or truth values, and no larger than `fxquant.inputs.limits` says.
+    Numbers must not be strings or booleans, and are bounded by `fxquant.inputs.limits`.
     """
 
     model_config = ConfigDict(extra="ignore", frozen=True, strict=True, allow_inf_nan=False)
@@ -119,7 +119,7 @@ class DeepseekV3Config(BaseModel):
         if self.n_routed_experts % groups or kept > groups:
             raise ValueError(f"{said}: {self.n_routed_experts} experts do not form {groups} groups, {kept} kept")
         if chosen > kept * (self.n_routed_experts // groups):
-            fact = f"{chosen} experts a token do not fit into {kept} groups"
+            fact = f"{chosen} experts per token do not fit into {kept} groups"
             raise ValueError(f"{said}, num_experts_per_tok {chosen}: {fact}")
         _check_size(self)
         return self
@@ -170,24 +170,24 @@ def yarn_mscale(factor: float, mscale: float) -> float:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The parsed config.json of `folder` in Hugging Face's keys; refuses what is not a checkpoint."""
+    """The parsed config.json of `folder` in Hugging Face's keys. Raises FxquantError if there is none."""
     path = folder / "config.json"
     if not path.is_file():
-        way_out = "Name a Hugging Face checkpoint folder, or put the model's config.json beside its weights."
+        way_out = "Pass a Hugging Face checkpoint folder, or put the model's config.json beside its weights."
         raise FxquantError(folder, "not a checkpoint: it has no config.json.", way_out)
     return read_config_file(path)
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
-    """A parsed config.json in Hugging Face's keys. NaN, infinities and keys that come twice are as in Python."""
-    config = read_json(path, CONFIG_BYTES, "Copy the file again from where the model came.", lenient=True)
+    """A parsed config.json in Hugging Face's keys. NaN, infinities and duplicate keys are read as Python reads them."""
+    config = read_json(path, CONFIG_BYTES, "Copy the file again from the model's source.", lenient=True)
     if not isinstance(config, dict):
         raise FxquantError(path, f"holds a {type(config).__name__}, not an object.", "Copy the file again.")
     return model_args_to_hf(config, path) if is_model_args(config) else config
 
 
 def parse_config(config: dict[str, Any], place: object) -> DeepseekV3Config:
-    """Validate `config`; the error names the architecture and what is supported."""
+    """Validate `config`. Errors name the architecture and the supported ones."""
     model_type = config.get("model_type")
     if str(model_type) in NEIGHBOURS:
         reason, way_out = NEIGHBOURS[str(model_type)]
@@ -202,7 +202,7 @@ def parse_config(config: dict[str, Any], place: object) -> DeepseekV3Config:
 
 
 def _modern_rope(config: dict[str, Any]) -> dict[str, Any]:
-    """transformers 5 writes `rope_parameters` in place of `rope_theta` and `rope_scaling`."""
+    """transformers 5 writes `rope_parameters` instead of `rope_theta` and `rope_scaling`."""
     rope = config.get("rope_parameters")
     if not isinstance(rope, dict):
         return config

@@ -1,4 +1,4 @@
-"""How large each number of a config may be."""
+"""Config number types: the range that each number of a config may have."""
 
 from typing import Annotated
 
@@ -18,8 +18,8 @@ TokenId = Annotated[int, Field(ge=-(2**31), lt=2**31)]
 NormEps = Annotated[float, Field(ge=0, le=1)]
 RouteScale = Annotated[float, Field(gt=0, le=1e6)]
 RopeTheta = Annotated[float, Field(gt=1, le=1e12)]
-"""YaRN divides by its logarithm."""
+"""Above 1, as YaRN divides by its logarithm."""
 YarnFactor = Annotated[float, Field(ge=1e-3, le=1e6)]
 YarnBeta = Annotated[float, Field(ge=1e-6, le=1e6)]
-"""Turns, divided by and their logarithm taken: a smaller one overflows."""
+"""Number of rotations. YaRN divides by it and takes its logarithm: a smaller one overflows."""
 YarnScale = Annotated[float, Field(ge=0, le=100)]

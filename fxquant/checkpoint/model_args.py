@@ -1,4 +1,4 @@
-"""The ModelArgs of DeepSeek's inference code: a config.json in its keys, to Hugging Face's keys."""
+"""ModelArgs of DeepSeek's inference code: a config.json in its keys, converted to Hugging Face's keys."""
 
 from typing import Annotated, Any, Literal
 
@@ -23,7 +23,7 @@ from fxquant.inputs.validation import validation_fact
 
 
 class ModelArgs(BaseModel):
-    """The published dataclass and its defaults; as there, an unknown key is an error."""
+    """The published dataclass with its defaults; as there, an unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
     max_batch_size: int = 8
@@ -91,7 +91,7 @@ YARN_KEYS = {
 }
 
 UNSAID = {"norm_topk_prob": True, "rms_norm_eps": 1e-6, "attention_bias": False}
-"""What DeepSeek's inference code does without an argument for it, in Hugging Face's keys."""
+"""Behavior that DeepSeek's inference code hard-codes, in Hugging Face's keys."""
 
 IMPLIED = UNSAID | {
     "architectures": ["DeepseekV3ForCausalLM"],
@@ -109,20 +109,20 @@ FP8 = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "we
 
 
 def is_model_args(config: dict[str, Any]) -> bool:
-    """Whether a config.json has the keys of ModelArgs, not Hugging Face's."""
+    """Whether a config.json uses the keys of ModelArgs rather than Hugging Face's."""
     return "dim" in config and "n_layers" in config and "model_type" not in config
 
 
 def model_args_to_hf(args: dict[str, Any], place: object = "config.json") -> dict[str, Any]:
     """The Hugging Face config of a model of these ModelArgs; absent keys take the published defaults.
 
-    YaRN is there if `max_seq_len` exceeds `original_seq_len`, a quantization_config if `dtype` is fp8. Raises
-    FxquantError for unknown keys, for values that ModelArgs does not have, and for a softmax router.
+    YaRN is present if `max_seq_len` exceeds `original_seq_len`, a quantization_config if `dtype` is fp8. Raises
+    FxquantError for unknown keys, invalid values and a softmax router.
     """
     try:
         given = ModelArgs.model_validate(args)
     except ValidationError as error:
-        way_out = "It has the keys of DeepSeek's inference ModelArgs; fxquant compiles those of DeepSeek-V3 and R1."
+        way_out = "Its keys are ModelArgs of DeepSeek's inference code; fxquant compiles those of DeepSeek-V3 and R1."
         raise FxquantError(place, validation_fact(error, ModelArgs, args), way_out) from None
     config = IMPLIED | {official: getattr(given, key) for key, official in KEYS.items()}
     config |= {"num_key_value_heads": given.n_heads, "q_lora_rank": given.q_lora_rank or None, "rope_scaling": None}

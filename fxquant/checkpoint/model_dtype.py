@@ -1,4 +1,4 @@
-"""The dtype of a model whose config.json may not say it."""
+"""Model dtype, also for a config.json that does not state it."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,14 +12,14 @@ from fxquant.inputs.validation import shown
 
 MODEL_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 KEYS = ("torch_dtype", "dtype")
-"""transformers 5 writes the second."""
+"""transformers 5 writes the second key."""
 
 
 def with_dtype(config: dict[str, Any], tensors: Iterable[SourceTensor], place: Path) -> dict[str, Any]:
-    """`config`, and where it says no dtype, as `torch_dtype` the one that has most bytes of `tensors`.
+    """`config`; if it states no dtype, `torch_dtype` is set to the dtype with the most bytes in `tensors`.
 
-    That is what transformers loads them in. FP8 tensors do not count; without any, it is bfloat16. Raises FxquantError
-    for a dtype that models are not run in; `place` is the config's file.
+    FP8 tensors do not count; without others it is bfloat16. Raises FxquantError for an unsupported dtype; `place` is
+    the config's file.
     """
     given = next((key for key in KEYS if config.get(key) is not None), None)
     if given is not None:
@@ -34,7 +34,7 @@ def with_dtype(config: dict[str, Any], tensors: Iterable[SourceTensor], place: P
 
 
 def model_dtype(config: dict[str, Any], place: Path) -> torch.dtype:
-    """What `config` says, bfloat16 where it says nothing."""
+    """The dtype in `config`, or bfloat16 if it states none."""
     key = next((key for key in KEYS if config.get(key) is not None), KEYS[0])
     name = config.get(key, "bfloat16")
     if not isinstance(name, str) or name not in MODEL_DTYPES:

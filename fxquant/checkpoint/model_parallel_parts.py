@@ -1,7 +1,7 @@
-"""Folders of `model{i}-mp{n}.safetensors`, n parts of one model: tensors split over the files joined back.
+"""Model-parallel checkpoints, `model{i}-mp{n}.safetensors`: tensors split over n files, joined back.
 
-DeepSeek's inference code writes them. A routed expert is whole in one file; a tensor with a split dimension is cut in
-n equal parts along it; every other tensor is the same in all files.
+DeepSeek's inference code writes them. A routed expert is whole in one file; a tensor with a split dimension is cut into
+n equal parts along it; every other tensor is repeated in all files.
 """
 
 import math
@@ -22,7 +22,7 @@ AGAIN = "Convert or copy the checkpoint again."
 
 @dataclass(frozen=True)
 class JoinedTensor:
-    """A tensor in parts of one shape and dtype, concatenated along `dim` in order. Reads as a TensorInfo does."""
+    """A tensor in parts of equal shape and dtype, concatenated along `dim` in order. Reads like a TensorInfo."""
 
     name: str
     parts: tuple[TensorInfo, ...]
@@ -39,7 +39,7 @@ class JoinedTensor:
 
     @property
     def file(self) -> Path:
-        """The first part's."""
+        """The file of the first part."""
         return self.parts[0].file
 
     @property
@@ -47,14 +47,14 @@ class JoinedTensor:
         return sum(part.nbytes for part in self.parts)
 
     def read(self) -> torch.Tensor:
-        """The whole tensor; one part more is in memory meanwhile."""
+        """Read the whole tensor; memory peaks at the tensor and one part."""
         joined = torch.empty(self.shape, dtype=self.dtype)
         for place, part in zip(joined.tensor_split(len(self.parts), self.dim), self.parts, strict=True):
             place.copy_(part.read())
         return joined
 
     def ranges(self, offset: int, length: int) -> Iterator[tuple[TensorInfo, int, int]]:
-        """Where `length` bytes from `offset` within the joined tensor lie: runs of the parts in turn."""
+        """Location of `length` bytes from `offset` within the joined tensor: runs of the parts in turn."""
         run = math.prod(self.parts[0].shape[self.dim :]) * self.dtype.itemsize
         done = 0
         while done < length:
@@ -65,7 +65,7 @@ class JoinedTensor:
             done += size
 
     def read_bytes(self, offset: int, length: int) -> bytearray:
-        """`length` bytes from `offset` within the joined tensor."""
+        """Read `length` bytes from `offset` within the joined tensor."""
         data = bytearray()
         for part, start, size in self.ranges(offset, length):
             data += part.read_bytes(start, size)
@@ -73,12 +73,12 @@ class JoinedTensor:
 
 
 HELD = Path("smoothing")
-"""The `file` of tensors that are in memory."""
+"""The `file` of tensors held in memory."""
 
 
 @dataclass(frozen=True)
 class HeldTensor:
-    """A tensor that smoothing added to a checkpoint; reads as those in files do, and lies in none."""
+    """A tensor that smoothing added to a checkpoint: held in memory, read like a stored one."""
 
     name: str
     value: torch.Tensor
@@ -97,7 +97,7 @@ class HeldTensor:
 
     @property
     def parts(self) -> tuple[()]:
-        """No bytes of it lie in files."""
+        """None: it is not stored in a file."""
         return ()
 
     @property
@@ -109,15 +109,15 @@ class HeldTensor:
         return self.value
 
     def ranges(self, offset: int, length: int) -> Iterator[tuple[TensorInfo, int, int]]:
-        """It lies in no file: an error."""
-        raise TypeError(f"{self.name} is in no file")
+        """Raises TypeError: it is not stored in a file."""
+        raise TypeError(f"{self.name} is not stored in a file")
 
 
 SourceTensor = TensorInfo | JoinedTensor | HeldTensor
 
 
 def part_files(folder: Path) -> list[Path]:
-    """The n parts in `folder`, in order; none if it has no such file. Raises FxquantError unless they are all there."""
+    """The n parts in `folder`, in order, or an empty list. Raises FxquantError if only some of them are there."""
     found = {file.name for file in folder.glob("*.safetensors")}
     counts = [int(match[1]) for name in found if (match := PART.fullmatch(name))]
     if not counts:
@@ -126,14 +126,14 @@ def part_files(folder: Path) -> list[Path]:
     for index in range(count):
         files.append(folder / f"model{index}-mp{count}.safetensors")
         if files[-1].name not in found:
-            raise FxquantError(files[-1], f"missing: the checkpoint is in {count} parts.", AGAIN)
+            raise FxquantError(files[-1], f"missing: the checkpoint has {count} parts.", AGAIN)
     for name in sorted(found - {file.name for file in files}):
-        raise FxquantError(folder / name, f"is none of the {count} parts beside it.", "Keep one conversion.")
+        raise FxquantError(folder / name, f"is not one of the {count} parts beside it.", "Keep one conversion only.")
     return files
 
 
 def join_parts(files: list[Path]) -> dict[str, SourceTensor]:
-    """Every tensor of the model by its official name, sorted; from headers alone. Raises FxquantError."""
+    """Every tensor of the model by official name, sorted, from headers alone. Raises FxquantError."""
     found: dict[str, list[TensorInfo]] = {}
     for file in files:
         for name, info in official_tensors(read_header(file)).items():
@@ -150,15 +150,15 @@ def join_parts(files: list[Path]) -> dict[str, SourceTensor]:
 
 
 def _check_holders(name: str, holders: list[TensorInfo], files: list[Path]) -> None:
-    """One file for a routed expert; for any other tensor all of them, with one shape and dtype."""
+    """Raises FxquantError unless a routed expert is in one file, any other tensor in all with one shape and dtype."""
     first, last = holders[0], holders[-1]
     if is_routed_expert(name):
         if len(holders) > 1:
-            raise FxquantError(last.file, f"tensor {name} is in {first.file.name} too.", AGAIN)
+            raise FxquantError(last.file, f"tensor {name} is also in {first.file.name}.", AGAIN)
         return
     for file in sorted(set(files) - {info.file for info in holders}):
         raise FxquantError(file, f"tensor {name} of {first.file.name} is missing.", AGAIN)
     for info in holders:
         if (info.dtype, info.shape) != (first.dtype, first.shape):
-            fact = f"tensor {name} is {info.dtype}{list(info.shape)}, {first.dtype}{list(first.shape)} in the first."
+            fact = f"tensor {name} is {info.dtype}{list(info.shape)}, but {first.dtype}{list(first.shape)} in part 0."
             raise FxquantError(info.file, fact, AGAIN)

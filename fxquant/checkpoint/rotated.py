@@ -1,4 +1,4 @@
-"""A program's rotation over the tensors of a checkpoint."""
+"""Rotation of a program, applied to the vectors of a checkpoint."""
 
 import torch
 
@@ -8,8 +8,8 @@ from fxquant.transforms.weight_transforms import Smoothing
 
 
 def rotation(turns: dict[str, Turn], checkpoint: Checkpoint) -> Smoothing:
-    """What `turns` change: norms become all ones, where turned weights take theirs over, and biases turn with the rows
-    of their weights. Reads only these vectors."""
+    """The transforms of `turns`: norms become all ones where rotated weights absorb them, and biases rotate with the
+    rows of their weights. Reads only these vectors."""
     found = Smoothing(turns=dict(turns))
     for norm in sorted({turn.norm for turn in turns.values()} - {""}):
         found.norms[norm] = checkpoint.read(norm)

@@ -1,4 +1,4 @@
-"""Checkpoint bytes by pread, from files that must still be what they were when the work began."""
+"""Stamped reader: checkpoint bytes by pread, from files that must not change while work is in progress."""
 
 import os
 from collections.abc import Iterable, Mapping
@@ -12,18 +12,18 @@ from fxquant.errors import StoppedError
 from fxquant.storage.hashing import hash_bytes
 from fxquant.storage.safetensors import header_bytes, pread
 
-AGAIN = "Put the file back as it was."
+AGAIN = "Restore the original file."
 PREFETCH = 32 << 20
-"""Bytes of a tensor that are asked for ahead of their time."""
+"""Bytes of a tensor requested ahead of use."""
 
 
 @dataclass(frozen=True)
 class FileStamp:
-    """One state of a file, told without reading its tensors.
+    """The state of a file, obtained without reading its tensors.
 
     header    XXH3-128 of its safetensors header, in hex
     size      bytes
-    mtime_ns  time of its last change, as this machine's file system has it
+    mtime_ns  modification time reported by the file system
     """
 
     header: str
@@ -48,21 +48,21 @@ def _stamp(file: Path) -> FileStamp:
 
 
 def checkpoint_files(checkpoint: Checkpoint) -> set[Path]:
-    """Every file that a tensor or a block scale of the checkpoint lies in."""
+    """Every file that holds a tensor or block scale of the checkpoint."""
     tensors = [*checkpoint.tensors.values(), *checkpoint.scales.values()]
     return {part.file for tensor in tensors for part in tensor.parts}
 
 
 class SourceReader:
-    """Reads byte ranges of tensors into a caller's buffer; safe in threads, and travels to other processes, whose
-    working folder may be another."""
+    """Reads byte ranges of tensors into a caller's buffer. Thread-safe and picklable: it remembers the working folder,
+    which may differ in another process."""
 
     def __init__(self, stamps: Stamps) -> None:
         self._stamps, self._folder = stamps, Path.cwd()
 
     def read_into(self, tensor: SourceTensor, offset: int, buffer: memoryview) -> None:
-        """Fill `buffer` with the bytes from `offset` within `tensor`. Raises StoppedError where a file can't be read,
-        or is not the one that was stamped."""
+        """Fill `buffer` with the bytes from `offset` within `tensor`. Raises StoppedError if a file cannot be read or
+        has changed since it was stamped."""
         done = 0
         with ExitStack() as stack:
             handles: dict[Path, int] = {}
@@ -74,9 +74,9 @@ class SourceReader:
                 done += length
 
     def prefetch(self, tensor: SourceTensor) -> None:
-        """Have the system begin to read the tensor, so that it is there when it is asked for."""
+        """Ask the kernel to read the tensor ahead into its page cache."""
         for part in tensor.parts:
-            with suppress(OSError):  # who reads it will say what is wrong
+            with suppress(OSError):  # only a hint: the read itself reports errors
                 handle = os.open(self._folder / part.file, os.O_RDONLY)
                 try:
                     os.posix_fadvise(handle, part.start, min(part.nbytes, PREFETCH), os.POSIX_FADV_WILLNEED)
@@ -84,7 +84,7 @@ class SourceReader:
                     os.close(handle)
 
     def read(self, tensor: SourceTensor) -> bytearray:
-        """All bytes of a small tensor."""
+        """Read all bytes of a small tensor."""
         data = bytearray(tensor.nbytes)
         self.read_into(tensor, 0, memoryview(data))
         return data
@@ -94,9 +94,9 @@ class SourceReader:
         try:
             handle = os.open(self._folder / file, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
         except OSError as error:
-            raise StoppedError(file, f"cannot be opened any more: {error.strerror}.", AGAIN) from None
+            raise StoppedError(file, f"cannot be opened again: {error.strerror}.", AGAIN) from None
         status = os.fstat(handle)
         if (status.st_size, status.st_mtime_ns) != (stamp.size, stamp.mtime_ns):
             os.close(handle)
-            raise StoppedError(file, "changed while it was being read.", "Begin anew with --restart.")
+            raise StoppedError(file, "changed while it was being read.", "Start over with --restart.")
         return handle

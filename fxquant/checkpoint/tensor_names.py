@@ -1,7 +1,7 @@
-"""Other conventions of naming tensors, to Hugging Face's: one tensor an expert, `model.layers.3.mlp.experts.0.…`.
+"""Tensor names: other conventions to Hugging Face's, one tensor per expert, `model.layers.3.mlp.experts.0.…`.
 
-Two are known: the names of DeepSeek's inference code, `layers.3.ffn.experts.0.w1.weight`, and the experts that
-transformers 5 has in memory, one tensor a layer. Only headers are touched.
+Two are supported: the names of DeepSeek's inference code, `layers.3.ffn.experts.0.w1.weight`, and the fused experts of
+transformers 5, one tensor per layer. Only headers are read.
 """
 
 from collections.abc import Iterator
@@ -48,20 +48,20 @@ OFFICIAL = {theirs: official for official, (theirs, _) in MODULES.items()} | {
 PARAMETERS = {"weight": "weight", "scale": "weight_scale_inv", "bias": "bias"}
 GATE_PARAMETERS = {"weight": "weight", "bias": "e_score_correction_bias"}
 FUSED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
-"""transformers' tensor of all experts → the projections stacked in the rows of each."""
+"""transformers' tensor of all experts → the projections stacked in the rows of each expert."""
 
 
 def official_tensors(infos: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
-    """The tensors of a file or an index under official names, sorted. Raises FxquantError for a name of no convention.
+    """The tensors of a file or an index under official names, sorted. Raises FxquantError for other names.
 
-    Names that begin with `layers.` mean that all are DeepSeek's. A tensor of fused experts becomes byte ranges of it.
+    If any name begins with `layers.`, all are taken for DeepSeek's. Fused experts are split into byte ranges.
     """
     deepseek = any(name.startswith("layers.") for name in infos)
     official: dict[str, TensorInfo] = {}
     for info in infos.values():
         for tensor in _experts(_renamed(info) if deepseek else info):
             if tensor.name in official:
-                raise FxquantError(info.file, f"tensor {tensor.name} is there fused and by itself.", "Keep one.")
+                raise FxquantError(info.file, f"tensor {tensor.name} is stored both fused and separate.", "Keep one.")
             official[tensor.name] = tensor
     return dict(sorted(official.items()))
 
@@ -78,33 +78,33 @@ def official_name(name: str) -> str | None:
 
 
 def split_dimension(name: str) -> int | None:
-    """The dimension along which model parallelism splits a tensor of this official name; None if it does not."""
+    """The dimension along which model parallelism splits a tensor of this official name, or None."""
     module = name.split(".")[-2:-1]
     return MODULES[module[0]][1] if module and module[0] in MODULES else None
 
 
 def is_routed_expert(name: str) -> bool:
-    """Whether a tensor of this official name is one routed expert's."""
+    """Whether a tensor of this official name belongs to a routed expert."""
     return "experts" in name.split(".")
 
 
 def _renamed(info: TensorInfo) -> TensorInfo:
     name = official_name(info.name)
     if name is None:
-        fact = f"tensor {info.name} has a name neither of Hugging Face's DeepSeek-V3 nor of DeepSeek's inference code."
+        fact = f"tensor {info.name} has a name of neither Hugging Face's DeepSeek-V3 nor DeepSeek's inference code."
         raise FxquantError(info.file, fact, "Convert the checkpoint to Hugging Face's names.")
     return replace(info, name=name)
 
 
 def _experts(info: TensorInfo) -> Iterator[TensorInfo]:
-    """[experts, rows, columns] → [rows / projections, columns] a projection of an expert; any other tensor as it is."""
+    """[experts, rows, columns] → [rows / projections, columns] per expert and projection; other tensors unchanged."""
     prefix, _, stacked = info.name.rpartition(".")
     if stacked not in FUSED or prefix.rpartition(".")[2] != "experts":
         yield info
         return
     projections = FUSED[stacked]
     if info.dtype is torch.float8_e4m3fn:
-        raise FxquantError(info.file, f"{info.name}: fused experts in FP8.", "Save the model with its experts apart.")
+        raise FxquantError(info.file, f"{info.name}: fused experts in FP8.", "Save the model with separate experts.")
     if len(info.shape) != 3 or info.shape[1] % len(projections):
         fact = f"{info.name}: {list(info.shape)}, not [experts, {len(projections)} x rows, columns]."
         raise FxquantError(info.file, fact, "Save the model again.")

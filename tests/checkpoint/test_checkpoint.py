@@ -192,7 +192,7 @@ def test_index_that_names_a_path_outside(tmp_path: Path, file: str) -> None:
 def test_index_that_is_none(tmp_path: Path, text: str) -> None:
     folder = sharded(tmp_path)
     (folder / INDEX).write_bytes(text.encode(errors="surrogateescape"))
-    with pytest.raises(FxquantError, match="not a safetensors index|not JSON|not UTF-8"):
+    with pytest.raises(FxquantError, match="not a safetensors index|not JSON|not valid UTF-8"):
         open_checkpoint(folder)
 
 
@@ -246,7 +246,7 @@ def test_fp8_without_scale(tmp_path: Path, shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize(
     ("scale", "message"),
     [
-        (torch.ones(2, 1), r"\[2, 1\], not \[1, 2\], one a block of 128 x 128"),
+        (torch.ones(2, 1), r"\[2, 1\], not \[1, 2\], one per block of 128 x 128"),
         (torch.ones(1), r"\[1\], not \[1, 2\]"),
         (torch.ones(1, 2).to(torch.int8), "block scales in torch.int8. fxquant reads torch.float32, torch.bfloat16"),
     ],
@@ -269,7 +269,7 @@ def test_already_quantized(tmp_path: Path, method: Any) -> None:
 @pytest.mark.parametrize("size", [[128], [128, 0], 128, None, [128.0, 128.0]], ids=str)
 def test_block_size_that_is_none(tmp_path: Path, size: Any) -> None:
     folder = folder_of(tmp_path, {}, quantization_config={"quant_method": "fp8", "weight_block_size": size})
-    with pytest.raises(FxquantError, match="weight_block_size .* two positive numbers"):
+    with pytest.raises(FxquantError, match="weight_block_size .* two positive integers"):
         open_checkpoint(folder)
 
 
@@ -289,7 +289,7 @@ def test_token_ids_are_the_single_tensor(tmp_path: Path) -> None:
 
 def test_token_ids_of_two_tensors(tmp_path: Path) -> None:
     save_file({"a": torch.arange(2), "b": torch.arange(2)}, tmp_path / "ids.safetensors")
-    with pytest.raises(FxquantError, match=r"holds 2 tensors\. Give one int64 tensor"):
+    with pytest.raises(FxquantError, match=r"holds 2 tensors\. It must hold one int64 tensor"):
         token_ids_from(tmp_path / "ids.safetensors")
 
 

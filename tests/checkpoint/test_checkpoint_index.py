@@ -35,15 +35,15 @@ def write_index(folder: Path, **weight_map: Any) -> None:
 @pytest.mark.parametrize(
     ("file", "message"),
     [
-        ("w" * 300 + ".safetensors", "names wwww.*312 bytes, a file name has"),
+        ("w" * 300 + ".safetensors", "names wwww.*312 bytes, the limit is"),
         ("\0.safetensors", r"outside the folder, such as '\\x00.safetensors'"),
         ("\x1b[2J.safetensors", r"outside the folder, such as '\\x1b"),
         ("", "outside the folder, such as ''"),
         ("..", "outside the folder, such as '..'"),
         ("\ud800.safetensors", "lone surrogate"),
-        ("pytorch_model.bin", "pytorch_model.bin, which is no .safetensors file"),
-        (None, "not a safetensors index with a weight_map of names"),
-        (["a"], "not a safetensors index with a weight_map of names"),
+        ("pytorch_model.bin", "pytorch_model.bin, which is not a .safetensors file"),
+        (None, "not a safetensors index: it has no weight_map of file names"),
+        (["a"], "not a safetensors index: it has no weight_map of file names"),
     ],
     ids=["300 letters", "zero byte", "escape", "empty", "parent", "surrogate", "format", "null", "list"],
 )
@@ -89,19 +89,19 @@ def test_a_million_entries(folder: Path) -> None:
 def test_an_index_that_waits_for_ever(folder: Path) -> None:
     (folder / INDEX).unlink()
     os.mkfifo(folder / INDEX)
-    with pytest.raises(FxquantError, match="no regular file"):
+    with pytest.raises(FxquantError, match="not a regular file"):
         open_checkpoint(folder)
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda file: file.symlink_to(file.name), "a link to no file"),
-        (lambda file: file.symlink_to("absent"), "a link to no file"),
-        (os.mkfifo, "no file"),
-        (Path.mkdir, "no file"),
-        (lambda file: file.symlink_to("/dev/zero"), "a link to no file"),
-        (lambda file: file.touch(), "not a whole safetensors file: 0 bytes"),
+        (lambda file: file.symlink_to(file.name), "not a link to a file"),
+        (lambda file: file.symlink_to("absent"), "not a link to a file"),
+        (os.mkfifo, "not a file"),
+        (Path.mkdir, "not a file"),
+        (lambda file: file.symlink_to("/dev/zero"), "not a link to a file"),
+        (lambda file: file.touch(), "not a complete safetensors file: 0 bytes"),
     ],
     ids=["cycle of links", "dangling link", "pipe", "folder", "device", "empty"],
 )
@@ -118,10 +118,10 @@ def test_an_index_from_before_a_cast_is_stale(tmp_path: Path) -> None:
     weights = [name for name in index["weight_map"] if name.endswith("_proj.weight")]
     index["weight_map"] |= {f"{name}_scale_inv": index["weight_map"][name] for name in weights}
     (folder / INDEX).write_text(json.dumps(index))
-    fact = rf"lists {len(weights)} block scales that are in no file, such as .*; their weights are not FP8. The checkp"
+    fact = rf"lists {len(weights)} block scales that no file holds, such as .*; their weights are not FP8. The checkp"
     with pytest.raises(FxquantError, match=fact) as caught:
         open_checkpoint(folder)
-    assert caught.value.remedy == "Take the names of scales out of its weight_map. No weight is missing."
+    assert caught.value.remedy == "Remove the names of scales from its weight_map. No weight is missing."
 
 
 def test_a_stale_index_hides_no_missing_weight(folder: Path) -> None:
@@ -144,5 +144,5 @@ def test_a_shard_of_another_version(folder: Path) -> None:
     index = json.loads((folder / INDEX).read_text())
     del index["weight_map"]["c"]
     (folder / INDEX).write_text(json.dumps(index))
-    with pytest.raises(FxquantError, match=f"tensor c is in a shard but not in the index: {FIRST} is of another"):
+    with pytest.raises(FxquantError, match=f"tensor c is in a shard but not in the index: {FIRST} belongs to another"):
         open_checkpoint(folder)

@@ -118,7 +118,7 @@ def test_experts_fused_and_apart(tmp_path: Path) -> None:
     folder = folder_of(tmp_path, {DOWN: torch.ones(2, 4, 4)})
     twice = DOWN.replace("down_proj", "1.down_proj.weight")
     edit(folder / "model.safetensors", **{twice: torch.ones(4, 4)})
-    with pytest.raises(FxquantError, match=f"tensor {twice} is there fused and by itself"):
+    with pytest.raises(FxquantError, match=f"tensor {twice} is stored both fused and separate"):
         open_checkpoint(folder)
 
 

@@ -159,14 +159,14 @@ def test_joins_parts_that_are_empty(tmp_path: Path, dim: int) -> None:
 @pytest.mark.parametrize("index", [0, 1])
 def test_missing_part(parts: Path, index: int) -> None:
     (parts / f"model{index}-mp2.safetensors").unlink()
-    with pytest.raises(FxquantError, match=rf"model{index}-mp2\.safetensors: missing: .* in 2 parts"):
+    with pytest.raises(FxquantError, match=rf"model{index}-mp2\.safetensors: missing: .* has 2 parts"):
         open_checkpoint(parts)
 
 
 @pytest.mark.parametrize("name", ["model0-mp1", "model2-mp2", "model00-mp2", "other"])
 def test_file_that_is_none_of_the_parts(parts: Path, name: str) -> None:
     shutil.copy(parts / "model0-mp2.safetensors", parts / f"{name}.safetensors")
-    with pytest.raises(FxquantError, match=rf"{name}\.safetensors: is none of the 2 parts"):
+    with pytest.raises(FxquantError, match=rf"{name}\.safetensors: is not one of the 2 parts"):
         open_checkpoint(parts)
 
 
@@ -189,8 +189,8 @@ def test_tensor_that_a_part_lacks(parts: Path, name: str, index: int) -> None:
     ("name", "tensor", "message"),
     [
         (EMBED, torch.ones(63, 256).bfloat16(), r"model\.embed_tokens\.weight is torch\.bfloat16\[63, 256\], .*\[64, "),
-        (NORM, torch.ones(64).bfloat16(), r"model\.norm\.weight is torch\.bfloat16\[64\], torch\.bfloat16\[256\]"),
-        (NORM, torch.ones(256), r"model\.norm\.weight is torch\.float32\[256\], torch\.bfloat16\[256\]"),
+        (NORM, torch.ones(64).bfloat16(), r"model\.norm\.weight is torch\.bfloat16\[64\], but torch\.bfloat16\[256\]"),
+        (NORM, torch.ones(256), r"model\.norm\.weight is torch\.float32\[256\], but torch\.bfloat16\[256\]"),
     ],
     ids=["split", "shape", "dtype"],
 )
@@ -202,7 +202,7 @@ def test_parts_that_differ(parts: Path, name: str, tensor: Tensor, message: str)
 
 def test_expert_in_two_parts(parts: Path) -> None:
     edit(parts / "model1-mp2.safetensors", **{"layers.1.ffn.experts.0.w1.weight": torch.ones(512, 256).bfloat16()})
-    with pytest.raises(FxquantError, match=r"model1-mp2.*experts\.0\.gate_proj\.weight is in model0-mp2\.safe.* too"):
+    with pytest.raises(FxquantError, match=r"model1-mp2.*experts\.0\.gate_proj\.weight is also in model0-mp2\.safe"):
         open_checkpoint(parts)
 
 

@@ -116,7 +116,7 @@ def test_absent_model_type_is_refused() -> None:
         ({"rope_scaling": "yarn"}, r"rope_scaling: .*"),
         ({"n_routed_experts": 7}, "7 experts do not form 4 groups"),
         ({"topk_group": 5}, "8 experts do not form 4 groups, 5 kept"),
-        ({"num_experts_per_tok": 5}, "5 experts a token do not fit into 2 groups"),
+        ({"num_experts_per_tok": 5}, "5 experts per token do not fit into 2 groups"),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -231,7 +231,7 @@ def test_yarn_temperature_is_one_without_extension() -> None:
 
 
 def test_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(FxquantError, match=r"it has no config\.json\. Name a Hugging Face checkpoint folder"):
+    with pytest.raises(FxquantError, match=r"it has no config\.json\. Pass a Hugging Face checkpoint folder"):
         read_config(tmp_path)
 
 
@@ -240,8 +240,8 @@ def test_missing_file(tmp_path: Path) -> None:
     [
         (b"{", "not JSON"),
         (b"", "not JSON"),
-        (b"\xff", "not UTF-8: byte 0"),
-        (b"[" * 100_000, "nested more than 64 deep"),
+        (b"\xff", "not valid UTF-8 at byte 0"),
+        (b"[" * 100_000, "nested more than 64 levels deep"),
         (b'{"a": ' + b"9" * 6000 + b"}", "a number of 6,000 characters"),
         (b'{"a": "\\ud800"}', "lone surrogate"),
     ],

@@ -45,7 +45,7 @@ def parse(**changes: Any) -> DeepseekV3Config:
         ({"n_group": 0}, "n_group: 0 is not greater than 0"),
         ({"n_group": 3}, "n_routed_experts 8, n_group 3, topk_group 2: 8 experts do not form 3 groups"),
         ({"topk_group": 9}, "topk_group 9: 8 experts do not form 4 groups, 9 kept"),
-        ({"num_experts_per_tok": 9}, "num_experts_per_tok 9: 9 experts a token do not fit into 2 groups"),
+        ({"num_experts_per_tok": 9}, "num_experts_per_tok 9: 9 experts per token do not fit into 2 groups"),
         ({"qk_rope_head_dim": 2**40}, "qk_rope_head_dim: "),
         ({"num_hidden_layers": 512, "n_routed_experts": 4096}, "n_routed_experts 4,096 in each of 511 layers are 2,09"),
         ({"hidden_size": 2**22, "moe_intermediate_size": 2**22, "num_hidden_layers": 9}, "parameters, at most 1e+15"),

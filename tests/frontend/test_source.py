@@ -145,7 +145,7 @@ def compiled(x, BLOCK: tl.constexpr): ...
 
 
 def test_no_such_path(tmp_path: Path) -> None:
-    with pytest.raises(FxquantError, match=r"nowhere: no such file or folder\. Name a Hugging Face checkpoint folder"):
+    with pytest.raises(FxquantError, match=r"nowhere: no such file or folder\. Pass a Hugging Face checkpoint folder"):
         open_source(tmp_path / "nowhere")
 
 
