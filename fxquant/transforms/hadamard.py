@@ -1,8 +1,8 @@
-"""Orthogonal matrices of ±1 / √n, and vectors turned by them in n log n additions, always in the same order.
+"""Hadamard matrices, ±1 / √n, and rotation of vectors by them in n log n additions, always in the same order.
 
-Sylvester's construction doubles an order. Where n is no power of two it starts from an order m of one of Paley's (R.
-Paley, On orthogonal matrices, 1933): m = p + 1 for a prime p of the form 4j + 3, m = 2p + 2 for one of the form 4j + 1.
-So 7168 is 28 = 2·13 + 2, doubled eight times.
+Sylvester's construction doubles the order. If n is not a power of two it starts from an order m of Paley's (R. Paley,
+On orthogonal matrices, 1933): m = p + 1 for a prime p of the form 4j + 3, m = 2p + 2 for one of the form 4j + 1. For
+example, 7168 is 28 = 2·13 + 2, doubled eight times.
 """
 
 import random
@@ -13,13 +13,13 @@ from torch import Tensor
 
 
 class NoHadamardError(ValueError):
-    """No matrix of such an order is known here."""
+    """No Hadamard matrix of this order can be constructed here."""
 
 
 def turned(x: Tensor) -> Tensor:
     """`x @ Q` for x float32 [r, n] with Q = diag(signs) H / √n. Raises NoHadamardError.
 
-    The signs keep what all values have in common, such as a mean, from gathering in one of the results.
+    Without the random signs a common component of all values, such as their mean, would end up in one single result.
     """
     rows, n = x.shape
     start = base_order(n)
@@ -35,8 +35,8 @@ def turned(x: Tensor) -> Tensor:
 
 
 def _times(x: Tensor, matrix: Tensor) -> Tensor:
-    """x [r, m, w] by ±1 [m, m] over its middle axis, terms added in order."""
-    total = torch.zeros_like(x)
+    """x [r, m, w] times ±1 [m, m] along the middle axis, terms added in order."""
+    total = torch.zeros_like(x)  # no matmul: its order of summation, and so the last bits, vary between machines
     for index, row in enumerate(matrix):
         total += x[:, index : index + 1] * row.view(1, -1, 1)
     return total
@@ -44,13 +44,13 @@ def _times(x: Tensor, matrix: Tensor) -> Tensor:
 
 @cache
 def signs(n: int) -> Tensor:
-    """float32 [n] of ±1, the same always."""
+    """float32 [n] of ±1, the same in every run."""
     bits = random.Random(n).getrandbits(n)
     return torch.tensor([1.0 if bits >> index & 1 else -1.0 for index in range(n)])
 
 
 def base_order(n: int) -> int:
-    """The order that doubling starts from to reach n: 1, or the smallest of Paley's. Raises NoHadamardError."""
+    """The order from which doubling reaches n: 1, or the smallest of Paley's. Raises NoHadamardError."""
     odd = n // (n & -n)
     if odd == 1:
         return 1
@@ -59,12 +59,12 @@ def base_order(n: int) -> int:
         if _first_prime(start) or _second_prime(start):
             return start
         start *= 2
-    raise NoHadamardError(f"no Hadamard matrix of order {n} is known here")
+    raise NoHadamardError(f"no Hadamard matrix of order {n} can be constructed")
 
 
 @cache
 def hadamard(m: int) -> Tensor:
-    """float32 ±1 [m, m], `H @ H.T = m I`, for an m that `base_order` gives."""
+    """float32 ±1 [m, m], `H @ H.T = m I`, for an m returned by `base_order`."""
     if m == 1:
         return torch.ones(1, 1)
     if p := _first_prime(m):
@@ -76,7 +76,7 @@ def hadamard(m: int) -> Tensor:
 
 
 def _bordered(p: int, left: int) -> Tensor:
-    """Jacobsthal's matrix of p, which has χ(i - j) at i, j, under a row of ones and beside a column of `left`."""
+    """Jacobsthal's matrix of p, χ(i - j) at i, j, with a row of ones above it and a column of `left` at its left."""
     squares = {i * i % p for i in range(1, p)}
     rows = [[0.0] + [1.0] * p]
     rows += [[float(left)] + [_character((i - j) % p, squares) for j in range(p)] for i in range(p)]

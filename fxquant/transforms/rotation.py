@@ -1,8 +1,8 @@
-"""Weights turned by an orthogonal matrix, the same function: QuaRot's offline rotations (Ashkboos et al. 2024,
-arXiv:2404.00456), which leave no operator in the graph.
+"""Rotation of weights by an orthogonal matrix that leaves the model's function unchanged: QuaRot's offline rotations
+(Ashkboos et al. 2024, arXiv:2404.00456), which add no operator to the graph.
 
-A value x becomes x Q. What reads it takes W Q, what makes it Qᵀ W. A norm between them commutes with Q once its weight
-is in the weights that read it: W diag(g) Q, and the norm's own is all ones.
+A value x becomes x Q. Its consumers use W Q, its producers Qᵀ W. A norm between them commutes with Q once its weight is
+moved into its consumers: W diag(g) Q, and the norm's own weight is all ones.
 """
 
 from dataclasses import dataclass
@@ -14,11 +14,11 @@ from torch import Tensor
 from fxquant.transforms.hadamard import turned
 
 SLAB = 1 << 18
-"""Numbers that are float32 at one time."""
+"""Values converted to float32 at a time."""
 
 
 class Rotate(StrEnum):
-    """Which values: the residual stream, or those of each head between kv_b and o_proj."""
+    """The rotated values: the residual stream, or the values of each head between kv_b and o_proj."""
 
     HIDDEN = "hidden"
     HEADS = "heads"
@@ -26,11 +26,11 @@ class Rotate(StrEnum):
 
 @dataclass(frozen=True)
 class Turn:
-    """How one weight [n, k] is turned, Q as `fxquant.transforms.hadamard.turned` has it.
+    """Rotation of one weight [n, k], with Q as in `fxquant.transforms.hadamard.turned`.
 
-    columns  of so many equal parts of in_features each by its own Q, `W Q`; 0: none
-    norm     checkpoint name of the norm's weight g that goes into the columns before, `W diag(g)`; "": none
-    heads    of so many equal parts of out_features the last `values` rows of each, `Qᵀ W`; 0: none
+    columns  number of equal parts of in_features, each rotated by its own Q, `W Q`; 0: none
+    norm     checkpoint name of the norm's weight g that is multiplied into the columns first, `W diag(g)`; "": none
+    heads    number of equal parts of out_features, of which the last `values` rows are rotated, `Qᵀ W`; 0: none
     """
 
     columns: int = 0
@@ -39,7 +39,7 @@ class Turn:
     values: int = 0
 
     def apply(self, weight: Tensor, norm: Tensor | None) -> Tensor:
-        """Some rows of the weight, all of them where `heads`, turned in float32 and rounded once to their dtype."""
+        """Some rows of the weight (all of them if `heads`), rotated in float32 and rounded once to their dtype."""
         out, width = torch.empty_like(weight), weight.shape[1]
         part = width // self.columns if self.columns else 1
         tall, wide = (len(weight), max(1, SLAB // len(weight) // part) * part) if self.heads else (_rows(width), width)
@@ -53,7 +53,7 @@ class Turn:
         return out
 
     def vector(self, bias: Tensor) -> Tensor:
-        """The bias [n] beside it, of what it makes."""
+        """The bias [n] of the rotated linear."""
         return Turn(heads=self.heads, values=self.values).apply(bias.view(-1, 1), None).view(-1)
 
     def _turned(self, slab: Tensor, part: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""A `Smoothing` in a safetensors file: vectors under prefixed names, and in the metadata which weight takes which."""
+"""Transforms file: a `Smoothing` in safetensors, vectors under prefixed names, their assignment in the metadata."""
 
 import json
 from collections.abc import Mapping
@@ -20,13 +20,13 @@ AGAIN = "Calibrate again: pass --calib TEXT instead."
 
 
 def smoothing_tensors(smoothing: Smoothing) -> dict[str, Tensor]:
-    """Every vector, by its name in the file."""
+    """Name in the file → vector."""
     groups = {SCALES: smoothing.scales, SHIFTS: smoothing.shifts, TENSORS: smoothing.tensors, NORMS: smoothing.norms}
     return {prefix + name: tensor for prefix, tensors in groups.items() for name, tensor in tensors.items()}
 
 
 def smoothing_metadata(smoothing: Smoothing) -> dict[str, str]:
-    """`columns`, `rows` and `turns` as JSON; nothing where nothing was smoothed, or turned."""
+    """`columns`, `rows` and `turns` as JSON; empty without transforms."""
     if not smoothing:
         return {}
     turns = {name: asdict(turn) for name, turn in smoothing.turns.items()}
@@ -39,7 +39,7 @@ def _json(names: Mapping[str, Any]) -> str:
 
 
 def read_smoothing(path: Path, infos: Mapping[str, TensorInfo], metadata: dict[str, str]) -> Smoothing:
-    """What the file at `path` holds of it. Raises FxquantError where it is none."""
+    """The `Smoothing` in the file at `path`. Raises FxquantError if it is not valid."""
     found = [
         {name.removeprefix(prefix): info.read() for name, info in infos.items() if name.startswith(prefix)}
         for prefix in (SCALES, SHIFTS, TENSORS, NORMS)
@@ -53,7 +53,7 @@ def read_smoothing(path: Path, infos: Mapping[str, TensorInfo], metadata: dict[s
             raise TypeError
         smoothing = Smoothing(found[0], dict(columns), dict(rows), found[1], found[2], made, found[3])
     except (ValueError, TypeError, AttributeError):
-        raise FxquantError(path, "its smoothing is not JSON.", AGAIN) from None
+        raise FxquantError(path, "its metadata of smoothing is not valid.", AGAIN) from None
     _check(path, smoothing)
     return smoothing
 
@@ -61,17 +61,17 @@ def read_smoothing(path: Path, infos: Mapping[str, TensorInfo], metadata: dict[s
 def _check(path: Path, smoothing: Smoothing) -> None:
     for name, scale in smoothing.scales.items():
         if scale.dtype is not torch.float32 or scale.ndim != 1 or not bool((scale > 0).all() & scale.isfinite().all()):
-            raise FxquantError(path, f"smoothing scale of {name} is not positive numbers.", AGAIN)
+            raise FxquantError(path, f"smoothing scale of {name} is not a vector of positive float32 numbers.", AGAIN)
     for key in {*smoothing.columns.values(), *smoothing.rows}:
         if key not in smoothing.scales:
-            raise FxquantError(path, f"it has no smoothing scale {key}.", AGAIN)
+            raise FxquantError(path, f"has no smoothing scale {key}.", AGAIN)
     for key, heads in smoothing.rows.items():
         if type(heads) is not int or heads < 1 or len(smoothing.scales[key]) % heads:
-            raise FxquantError(path, f"smoothing scale of {key} is not one of {heads} heads.", AGAIN)
+            raise FxquantError(path, f"smoothing scale of {key} does not split into {heads} heads.", AGAIN)
     for name, turn in smoothing.turns.items():
         sizes = (turn.columns, turn.heads, turn.values)
         if not all(type(size) is int and size >= 0 for size in sizes) or turn.norm not in {"", *smoothing.norms}:
-            raise FxquantError(path, f"it cannot turn {name}: {turn}.", AGAIN)
+            raise FxquantError(path, f"invalid rotation of {name}: {turn}.", AGAIN)
     for name, tensor in (smoothing.tensors | smoothing.norms).items():
         if tensor.ndim != 1 or not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
-            raise FxquantError(path, f"smoothed {name} is not a vector of numbers.", AGAIN)
+            raise FxquantError(path, f"smoothed {name} is not a vector of finite floats.", AGAIN)

@@ -1,14 +1,13 @@
-"""Smoothed tensors of a checkpoint: the same function, other numbers.
+"""Smoothing and rotation of checkpoint tensors: the same function with other weights.
 
-A value x that a norm or a linear makes, and that linears read, becomes `(x - shift) / scale`; what makes it is divided,
-what reads it multiplied:
+A value x from a norm or a linear becomes `(x - shift) / scale`: the weights that produce it are divided, the linears
+that read it multiplied:
 
 norm.weight' = norm.weight / scale       norm.bias' = -shift / scale (float32)
 W' = W * scale over in_features          bias' = bias + W @ shift
-W' = W / scale over out_features, for a linear that makes the value
+W' = W / scale over out_features, for a linear that produces the value
 
-Before all that, weights may be turned, as `fxquant.transforms.rotation` says. Each result is rounded to the model's
-dtype.
+Before that, weights may be rotated, see `fxquant.transforms.rotation`. Each result is rounded to the model's dtype.
 SmoothQuant (arXiv:2211.10438), Outlier Suppression+ (arXiv:2304.09145).
 """
 
@@ -24,15 +23,15 @@ from fxquant.transforms.rotation import Turn
 
 @dataclass
 class Smoothing:
-    """Every change, by checkpoint tensor. Grows while pairs are smoothed, in the order of the graph.
+    """All transforms by checkpoint tensor. Grows while pairs are smoothed, in graph order.
 
-    scales   float32 vectors, each value one of the model's dtype, by the norm's or linear's weight that makes the value
+    scales   weight of the norm or linear that produces the value → float32 scale, exact in the model's dtype
     columns  weight [n, k] that reads the value → key of its scale [k]
-    rows     weight [n, k] that makes it → heads: of the rows of each head the last ones have a scale, the others stay
-    shifts   norm's weight → its shift, float32 [k]
-    tensors  vectors that stand in the place of the checkpoint's, or beside them: norm weights and biases, linear biases
-    turns    weight → how it is turned, before anything else
-    norms    norm's weight → the checkpoint's, which turned weights have taken over
+    rows     weight [n, k] that produces it → number of heads; the scale covers the last rows of each head
+    shifts   norm weight → its shift, float32 [k]
+    tensors  vectors that replace or extend the checkpoint's: norm weights and biases, linear biases
+    turns    weight → its rotation, applied first
+    norms    norm weight → its original value, which rotated weights have absorbed
     """
 
     scales: dict[str, Tensor] = field(default_factory=dict)
@@ -47,11 +46,11 @@ class Smoothing:
         return bool(self.scales or self.tensors or self.turns)
 
     def column_scale(self, name: str) -> Tensor | None:
-        """float32 [k] that weight `name` is multiplied by."""
+        """The float32 [k] that weight `name` is multiplied by, or None."""
         return self.scales[self.columns[name]] if name in self.columns else None
 
     def row_scale(self, name: str, out_features: int) -> Tensor | None:
-        """float32 [n] that weight `name` is divided by."""
+        """The float32 [n] that weight `name` is divided by, or None."""
         if name not in self.rows:
             return None
         scale = self.scales[name].view(self.rows[name], -1)
@@ -60,14 +59,14 @@ class Smoothing:
         return rows.flatten()
 
     def apply(self, name: str, tensor: Tensor, out_features: int, start: int = 0) -> Tensor:
-        """`tensor`, the rows from `start` of weight `name` in its own dtype, smoothed; all rows where it is `mixed`.
+        """Smooth `tensor`, the rows of weight `name` from `start` on, in its own dtype; all rows if it is `mixed`.
 
-        Raises FxquantError where what was smoothed had another shape.
+        Raises FxquantError if the transforms are for another shape.
         """
         try:
             return self._applied(name, tensor, out_features, start)
         except (RuntimeError, ArithmeticError, ValueError, IndexError) as error:
-            fact = f"its smoothing does not fit {list(tensor.shape)}: {str(error)[:200]}."
+            fact = f"its smoothing does not fit shape {list(tensor.shape)}: {str(error)[:200]}."
             raise FxquantError(f"tensor {name}", fact, "Calibrate again: pass --calib TEXT.") from None
 
     def _applied(self, name: str, tensor: Tensor, out_features: int, start: int) -> Tensor:
@@ -81,15 +80,15 @@ class Smoothing:
         return tensor
 
     def changes(self, name: str) -> bool:
-        """Whether tensor `name` is another than the checkpoint's."""
+        """Whether tensor `name` differs from the checkpoint's."""
         return any(name in changed for changed in (self.columns, self.rows, self.tensors, self.turns))
 
     def mixed(self, name: str) -> bool:
-        """Whether each row of weight `name` takes from other rows."""
+        """Whether rows of weight `name` depend on one another."""
         return name in self.turns and self.turns[name].heads > 0
 
     def key(self, names: list[str]) -> str | None:
-        """What the smoothed `names` depend on besides the checkpoint, in hex; None if nothing."""
+        """Hash in hex of everything but the checkpoint that determines the tensors `names`; None if unchanged."""
         digest = blake2b(digest_size=16)
         for name in filter(self.changes, names):
             turn = self.turns.get(name)
