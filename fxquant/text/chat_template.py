@@ -1,4 +1,4 @@
-"""Chats to text, by the template that comes with a tokenizer.
+"""Chat templates: chats to text, by the template of a tokenizer.
 
 Templates are untrusted: they run in jinja2's sandbox, in a process with bounded time and memory.
 """
@@ -19,33 +19,33 @@ Message = dict[str, Any]
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """source: the text of the template, from `file`; tokens: name → text of special tokens, such as bos_token."""
+    """source: the template text, from `file`; tokens: name → text of special tokens, such as bos_token."""
 
     file: Path
     source: str
     tokens: dict[str, str]
 
     def render(self, messages: list[Message], place: str, answer: bool = False) -> str:
-        """The chat as the model was trained to see it, special tokens as text. `place` is where the chat is from.
+        """Render the chat in the model's training format, special tokens as text. Errors name `place`, its origin.
 
-        `answer`: with the beginning of the model's answer after it.
+        `answer`: append the opening of the model's answer.
         """
         variables = {**self.tokens, "messages": messages, "add_generation_prompt": answer}
         try:
             return self._worker.ask(TEXT_SECONDS, variables=variables)
         except WorkerError as fault:
             fact = f"the chat template fails on {place}: {fault}."
-            raise FxquantError(self.file, fact, "Give messages that it knows, or text.") from None
+            raise FxquantError(self.file, fact, "Use messages that it accepts, or plain text.") from None
 
     @cached_property
     def _worker(self) -> BoundedWorker:
-        """One for all chats."""
+        """One worker for all chats."""
         return BoundedWorker("template", TEMPLATE_MEMORY, TEXT_SECONDS, source=self.source)
 
 
 def open_chat_template(folder: Path) -> ChatTemplate:
-    """The template of a tokenizer's folder: chat_template.jinja, else `chat_template` of tokenizer_config.json, of
-    several the one named "default". Raises FxquantError where there is none."""
+    """The template in a tokenizer's folder: chat_template.jinja, else `chat_template` of tokenizer_config.json; of
+    several, the one named "default". Raises FxquantError if there is none."""
     config = _read_config(folder / CONFIG)
     values = {name: value for name, value in config.items() if name.endswith("_token")}
     texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in values.items()}
@@ -60,11 +60,11 @@ def _default(template: Any, folder: Path) -> str:
         named = {one.get("name"): one.get("template") for one in template}
         names = ", ".join(sorted(str(name) for name in named))
         if "default" not in named:
-            raise FxquantError(folder / CONFIG, f"has chat templates {names}.", f"Put one in {TEMPLATE}.")
+            raise FxquantError(folder / CONFIG, f"has chat templates {names}, no default.", f"Put one in {TEMPLATE}.")
         template = named["default"]
     if not isinstance(template, str):
-        fact = "no chat template, and the text has chats."
-        raise FxquantError(folder, fact, f"Put the model's {TEMPLATE} there, or give text instead of messages.")
+        fact = "has no chat template, and the text contains chats."
+        raise FxquantError(folder, fact, f"Put the model's {TEMPLATE} there, or use text instead of messages.")
     return template
 
 

@@ -1,4 +1,4 @@
-"""Calibration and evaluation documents of .json and .jsonl files: texts, chats and token ids."""
+"""Documents in .json and .jsonl files for calibration and evaluation: texts, chats and token ids."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,12 +12,12 @@ from fxquant.text.chat_template import Message
 
 KINDS = "a string, an object with text or messages, a list of messages, or a list of token ids"
 
-REMEDY = f"Save documents as UTF-8; one is {KINDS}."
+REMEDY = f"Save documents as UTF-8; each is {KINDS}."
 
 
 @dataclass(frozen=True)
 class Chat:
-    """Messages, each with role and content."""
+    """A list of messages, each with role and content."""
 
     messages: list[Message]
 
@@ -26,7 +26,7 @@ Document = str | Chat | list[int]
 
 
 def read_documents(file: Path) -> Iterator[tuple[str, Document]]:
-    """Each document that is not empty, with its place; a .jsonl is read line by line as they are asked for."""
+    """Each non-empty document with its place; a .jsonl file is read lazily, line by line."""
     for place, value in _lines(file) if file.suffix == ".jsonl" else _entries(file):
         document = _document(place, value)
         if document:
@@ -41,7 +41,7 @@ def _lines(file: Path) -> Iterator[tuple[str, Any]]:
             place = f"{file}:{number}"
             if len(line) > TEXT_BYTES:
                 fact = f"a line of more than {TEXT_BYTES:,} bytes."
-                raise FxquantError(place, fact, "A .jsonl has one document a line.")
+                raise FxquantError(place, fact, "A .jsonl file has one document per line.")
             if line.strip():
                 yield place, parse_json(line, place, REMEDY, lenient=True)
 
@@ -49,7 +49,7 @@ def _lines(file: Path) -> Iterator[tuple[str, Any]]:
 def _entries(file: Path) -> Iterator[tuple[str, Any]]:
     entries = read_json(file, TEXT_BYTES, REMEDY, lenient=True)
     if not isinstance(entries, list):
-        raise FxquantError(file, "not a list of documents.", f"Give a list; a document is {KINDS}.")
+        raise FxquantError(file, "not a list of documents.", f"Use a list; a document is {KINDS}.")
     yield from ((f"{file}[{index}]", entry) for index, entry in enumerate(entries))
 
 
@@ -66,8 +66,8 @@ def _document(place: str, value: Any) -> Document:
 def _of_object(place: str, value: dict[str, Any]) -> Document:
     text, messages = value.get("text"), value.get("messages")
     facts = {
-        "is an object with neither text nor messages": not {"text", "messages"} & set(value),
-        "has text and messages both": {"text", "messages"} <= set(value),
+        "is an object without text or messages": not {"text", "messages"} & set(value),
+        "has both text and messages": {"text", "messages"} <= set(value),
         "text is not a string": "text" in value and not isinstance(text, str),
         "messages are not a list": "messages" in value and not isinstance(messages, list),
         "has a message without role or content": isinstance(messages, list) and not _are_messages(messages),

@@ -1,4 +1,4 @@
-"""Calibration and evaluation text: files to token ids."""
+"""Text loading: calibration and evaluation files to token ids."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -21,60 +21,60 @@ FORMATS = ".txt, .json or .jsonl of texts, chats or token ids, .npy or .safetens
 
 
 def load_batches(file: Path, checkpoint: Checkpoint, samples: int, seq_len: int) -> list[Tensor]:
-    """Token ids int64 [1, ≤ seq_len], at most `samples` of them.
+    """At most `samples` batches of token ids, int64 [1, ≤ seq_len].
 
-    Text is tokenized and each piece starts with the model's BOS, once: a .txt is one running text cut into windows, a
-    .json or .jsonl one piece a document, chats by the tokenizer's chat template. Token ids are taken as they are; rows
-    of .npy and .safetensors, one a batch, are never cut. No more of a text is read than is asked for.
+    Text is tokenized, and each piece starts with one BOS of the model: a .txt file is one text cut into windows, a
+    .json or .jsonl file has one piece per document; chats use the tokenizer's chat template. Token ids are not changed;
+    rows of .npy and .safetensors files, one per batch, are never cut. Only the needed part of a text is read.
     """
     try:
         return _load(file, checkpoint, samples, seq_len)
     except UnicodeDecodeError as error:
-        raise FxquantError(file, f"not UTF-8: {error}.", "Save it as UTF-8.") from None
+        raise FxquantError(file, f"not valid UTF-8: {error}.", "Save it as UTF-8.") from None
     except OSError as error:
-        raise FxquantError(file, f"cannot be read: {error.strerror}.", f"Give {FORMATS}.") from None
+        raise FxquantError(file, f"cannot be read: {error.strerror}.", f"Pass {FORMATS}.") from None
 
 
 def _load(file: Path, checkpoint: Checkpoint, samples: int, seq_len: int) -> list[Tensor]:
     if not file.is_file():
-        fact = "no file but a folder or a device." if file.exists() else "no such file."
-        raise FxquantError(file, fact, f"Give {FORMATS}.")
+        fact = "not a regular file." if file.exists() else "no such file."
+        raise FxquantError(file, fact, f"Pass {FORMATS}.")
     if file.suffix in (".npy", ".safetensors"):
         return list(read_token_ids(file, checkpoint)[:samples].split(1))
     encoder = Encoder(checkpoint.folder, bos_ids(checkpoint))
     if seq_len <= len(encoder.bos):
-        raise FxquantError(file, f"length {seq_len} leaves no room for text.", "Take at least 2 tokens a batch.")
+        raise FxquantError(file, f"length {seq_len} leaves no room for text.", "Use at least 2 tokens per batch.")
     batches = [torch.tensor([ids]) for ids in islice(_pieces(file, encoder, seq_len), samples)]
     if not batches:
-        raise FxquantError(file, "holds no text.", f"Give {FORMATS}.")
+        raise FxquantError(file, "holds no text.", f"Pass {FORMATS}.")
     check_vocabulary(file, batches, checkpoint)
     return batches
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """Documents to token ids, by the tokenizer and the chat template of `folder`: each is read when first needed.
+    """Documents to token ids, by the tokenizer and chat template of `folder`, which are loaded on first use.
 
-    bos  what a text starts with, [BOS] or nothing
+    bos  prefix of every text: [BOS], or empty
     """
 
     folder: Path
     bos: list[int]
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text` alone. A BOS that is written at its start, as chat templates do, is left out."""
+        """Ids of `text` without a leading BOS, which chat templates write themselves."""
         return list(self.without_bos(self.tokenizer.encode(text)))
 
     def encode_pieces(self, pieces: Iterable[str]) -> Iterator[int]:
-        """The same of a text in pieces, each tokenized when its first id is asked for."""
+        """Ids of a text in pieces, without a leading BOS; each piece is tokenized when it is needed."""
         return self.without_bos(chain.from_iterable(self.tokenizer.encode(piece) for piece in pieces))
 
     def without_bos(self, ids: Iterable[int]) -> Iterator[int]:
-        """`ids` from the first on that is no BOS."""
+        """`ids` without leading BOS."""
         return dropwhile(lambda token: [token] == self.bos, ids)
 
     def encode_document(self, place: str, document: Document, seq_len: int) -> list[int]:
-        """At most `seq_len` ids, BOS first; token ids as they are; nothing for a document without a token."""
+        """At most `seq_len` ids, BOS first; token ids unchanged; empty for a document without tokens."""
         if isinstance(document, list):
             return document[:seq_len]
         text = self.template.render(document.messages, place) if isinstance(document, Chat) else document
@@ -83,28 +83,28 @@ class Encoder:
 
     @cached_property
     def tokenizer(self) -> BoundedTokenizer:
-        """Of the folder."""
+        """The folder's tokenizer."""
         return open_tokenizer(self.folder)
 
     @cached_property
     def template(self) -> ChatTemplate:
-        """Of the folder."""
+        """The folder's chat template."""
         return open_chat_template(self.folder)
 
 
 def bos_ids(checkpoint: Checkpoint) -> list[int]:
-    """[BOS] of the model, or nothing if it has none. Raises FxquantError for one that is none of its vocabulary."""
+    """[BOS] of the model, or empty if it has none. Raises FxquantError if BOS is outside the vocabulary."""
     bos, size = checkpoint.config.get("bos_token_id"), checkpoint.config.get("vocab_size", 0)
     if type(bos) is not int:
         return []
     if not 0 <= bos < size:
-        fact = f"bos_token_id {str(bos)[:40]}, the vocabulary has {size}."
+        fact = f"bos_token_id is {str(bos)[:40]}, but the vocabulary has {size} tokens."
         raise FxquantError(checkpoint.folder / "config.json", fact, "Correct it, or set it to null.")
     return [bos]
 
 
 def pad_id(checkpoint: Checkpoint) -> int:
-    """The id to fill up with: the config's, or 0 where that is none of the vocabulary."""
+    """The padding id: the config's, or 0 if that is outside the vocabulary."""
     pad = checkpoint.config.get("pad_token_id")
     return pad if isinstance(pad, int) and 0 <= pad < checkpoint.config.get("vocab_size", 0) else 0
 
@@ -118,19 +118,19 @@ def _pieces(file: Path, encoder: Encoder, seq_len: int) -> Iterator[list[int]]:
         while window := list(islice(ids, length)):
             yield encoder.bos + window
     else:
-        raise FxquantError(file, f"a {file.suffix or 'file without suffix'}.", f"Give {FORMATS}.")
+        raise FxquantError(file, f"unsupported suffix {file.suffix or '(none)'}.", f"Pass {FORMATS}.")
 
 
 def _read(file: Path) -> Iterator[str]:
-    """The text of `file`, some of it at a time."""
+    """The text of `file`, in parts."""
     with file.open(encoding="utf-8") as text:
         while part := text.read(PIECE_CHARACTERS):
             yield part
 
 
 def in_pieces(parts: Iterable[str]) -> Iterator[str]:
-    """A text, given in parts, in pieces of at most `PIECE_CHARACTERS`: a shorter text is one, a longer one is cut after
-    the last line of a piece, or its last word, so that a tokenizer's memory does not grow with it."""
+    """A text, given in parts, as pieces of at most `PIECE_CHARACTERS`, so that a tokenizer's memory stays bounded. Cuts
+    are after the last line of a piece, else its last word."""
     rest = ""
     for part in parts:
         rest += part

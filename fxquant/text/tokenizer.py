@@ -1,4 +1,4 @@
-"""The tokenizer.json of a folder. What it says is untrusted: it runs in a process with bounded time and memory."""
+"""Tokenizer: the tokenizer.json of a folder. It is untrusted and runs in a process with bounded time and memory."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,10 +18,10 @@ AGAIN = "Copy the file again."
 
 
 class BoundedTokenizer:
-    """Text to ids and back, without special tokens that the text does not have, padding, truncation and dropout."""
+    """Text to ids and back, without added special tokens, padding, truncation or dropout."""
 
     def __init__(self, file: Path) -> None:
-        """Raises FxquantError where `file` is no tokenizer."""
+        """Raises FxquantError if `file` is not a tokenizer."""
         self._file = file
         seconds = TOKENIZER_SECONDS * (1 + file.stat().st_size / (8 * MIB))
         self._worker = BoundedWorker("tokenizer", TOKENIZER_MEMORY, seconds, file=str(file.resolve()))
@@ -31,12 +31,12 @@ class BoundedTokenizer:
             raise FxquantError(file, f"cannot be read: {fault}.", AGAIN) from None
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`. A long one takes longer: `TEXT_SECONDS`, and as many again each 200,000 characters."""
+        """Token ids of `text`. CPU limit: `TEXT_SECONDS`, plus the same again per 200,000 characters."""
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            fact = f"the text has half a character, {error.object[error.start]!a}."
-            raise FxquantError(self._file, fact, "Give text as UTF-8.") from None
+            fact = f"the text contains a lone surrogate, {error.object[error.start]!a}."
+            raise FxquantError(self._file, fact, "Use valid UTF-8 text.") from None
         return self._ask("a text", TEXT_SECONDS * (1 + len(text) / 200_000), text=text)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -48,7 +48,7 @@ class BoundedTokenizer:
             return self._worker.ask(seconds, **request)
         except WorkerError as fault:
             raise FxquantError(
-                self._file, f"the tokenizer fails on {what}: {fault}.", f"{AGAIN} Or give token ids."
+                self._file, f"the tokenizer fails on {what}: {fault}.", f"{AGAIN} Or use token ids."
             ) from None
 
 
@@ -56,7 +56,7 @@ def open_tokenizer(folder: Path) -> BoundedTokenizer:
     """The folder's tokenizer.json."""
     file = folder / "tokenizer.json"
     if not file.is_file():
-        raise FxquantError(folder, "has no tokenizer.json.", "Put it there, or give token ids (.npy, .safetensors).")
+        raise FxquantError(folder, "has no tokenizer.json.", "Put it there, or use token ids (.npy, .safetensors).")
     if (size := file.stat().st_size) > TOKENIZER_BYTES:
         raise FxquantError(file, f"{size:,} bytes, at most {TOKENIZER_BYTES:,} are read.", AGAIN)
     return BoundedTokenizer(file)

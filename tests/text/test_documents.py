@@ -49,9 +49,9 @@ FAULTS = {
     "not json": "not JSON",
     '{"text": "a"': "not JSON",
     "[" * 100_000: "nested more than",
-    '{"content": "a"}': "an object with neither text nor messages",
-    '{"role": "user", "content": "a"}': "an object with neither text nor messages",
-    '{"text": "a", "messages": []}': "text and messages both",
+    '{"content": "a"}': "an object without text or messages",
+    '{"role": "user", "content": "a"}': "an object without text or messages",
+    '{"text": "a", "messages": []}': "both text and messages",
     '{"text": 3}': "text is not a string",
     '{"text": null}': "text is not a string",
     '{"messages": "a"}': "messages are not a list",
@@ -77,7 +77,7 @@ def test_a_bad_line_is_named_by_number(line: str, fact: str, tmp_path: Path) -> 
 
 
 def test_a_bad_entry_is_named_by_its_index(tmp_path: Path) -> None:
-    with pytest.raises(FxquantError, match="neither text nor messages") as caught:
+    with pytest.raises(FxquantError, match="without text or messages") as caught:
         read(tmp_path, '["a", {"content": "b"}]', "d.json")
     assert caught.value.place == f"{tmp_path / 'd.json'}[1]"
 

@@ -29,30 +29,30 @@ def described(descr: str = "'<i8'", order: str = "False", shape: str = "(1, 2)")
 
 IDS = np.array([[1, 2]]).tobytes()
 HOSTILE = {
-    "a huge shape": (npy(described(shape="(1000000000, 1000000000)"), IDS), "bytes; 16 are there"),
+    "a huge shape": (npy(described(shape="(1000000000, 1000000000)"), IDS), "bytes; the file has 16"),
     "sizes of thousands of digits": (
         npy(described(shape=f"({'9' * 4000}, 1)"), IDS),
-        "none of an array|bytes; 16 are there",
+        "not that of an array|bytes; the file has 16",
     ),
-    "sizes of forty digits": (npy(described(shape=f"({'9' * 40}, 1)"), IDS), "bytes; 16 are there"),
-    "fewer bytes than it says": (npy(described(), IDS[:-1]), "16 bytes; 15 are there"),
-    "more bytes than it says": (npy(described(), IDS + b"0"), "16 bytes; 17 are there"),
+    "sizes of forty digits": (npy(described(shape=f"({'9' * 40}, 1)"), IDS), "bytes; the file has 16"),
+    "fewer bytes than it says": (npy(described(), IDS[:-1]), "16 bytes; the file has 15"),
+    "more bytes than it says": (npy(described(), IDS + b"0"), "16 bytes; the file has 17"),
     "a negative size": (npy(described(shape="(-1, -2)"), IDS), r"torch.int64\["),
     "a truth value for a size": (npy(described(shape="(True, 2)"), IDS), r"torch.int64\["),
     "an empty shape": (npy(described(shape="()"), IDS[:8]), r"torch.int64\[\]"),
     "a thousand dimensions": (npy(described(shape="(" + "1," * 1000 + ")"), IDS[:8]), r"torch.int64\[1, 1"),
-    "brackets": (npy("[" * 5000), "none of an array"),
-    "parentheses": (npy("(" * 5000), "none of an array"),
-    "minus signs": (npy("-" * 9900 + "1"), "none of an array"),
-    "a long header": (npy(described() + " " * 60_000, IDS), "none of an array: Header info length"),
-    "four gigabytes of header": (b"\x93NUMPY\x02\x00\xff\xff\xff\xff", "none of an array"),
-    "version 9": (npy(described(), IDS, b"\x09\x00"), "none of an array"),
+    "brackets": (npy("[" * 5000), "not that of an array"),
+    "parentheses": (npy("(" * 5000), "not that of an array"),
+    "minus signs": (npy("-" * 9900 + "1"), "not that of an array"),
+    "a long header": (npy(described() + " " * 60_000, IDS), "not that of an array: Header info length"),
+    "four gigabytes of header": (b"\x93NUMPY\x02\x00\xff\xff\xff\xff", "not that of an array"),
+    "version 9": (npy(described(), IDS, b"\x09\x00"), "not that of an array"),
     "objects": (npy(described("'|O'"), b"cos\nsystem\n(S'echo'\ntR."), "torch.object"),
     "a structure": (npy(described("[('a', '<i8')]"), IDS), "torch.void64"),
     "floats": (npy(described("'<f8'"), IDS), "torch.float64"),
-    "code": (npy("__import__('os').system('true')"), "none of an array"),
-    "a zip archive": (b"PK\x03\x04" + bytes(100), "none of an array"),
-    "a pickle": (b"\x80\x04\x95" + bytes(50), "none of an array"),
+    "code": (npy("__import__('os').system('true')"), "not that of an array"),
+    "a zip archive": (b"PK\x03\x04" + bytes(100), "not that of an array"),
+    "a pickle": (b"\x80\x04\x95" + bytes(50), "not that of an array"),
 }
 
 
@@ -67,7 +67,7 @@ def test_a_hostile_npy_is_refused(content: bytes, message: str, tmp_path: Path) 
 def test_an_archive_of_arrays_is_refused(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "ids.npy", "w") as archive:
         archive.writestr("ids.npy", npy(described(), IDS))
-    with pytest.raises(FxquantError, match="none of an array"):
+    with pytest.raises(FxquantError, match="not that of an array"):
         load_batches(tmp_path / "ids.npy", MODEL, 8, 8)
 
 
@@ -90,10 +90,10 @@ def test_a_large_file_is_refused_before_it_is_read(name: str, tmp_path: Path, mo
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (os.mkfifo, "no file but a folder or a device"),
-        (Path.mkdir, "no file but a folder or a device"),
+        (os.mkfifo, "not a regular file"),
+        (Path.mkdir, "not a regular file"),
         (lambda file: file.symlink_to(file.name), "no such file"),
-        (lambda file: file.symlink_to("/dev/zero"), "no file but a folder or a device"),
+        (lambda file: file.symlink_to("/dev/zero"), "not a regular file"),
         (Path.touch, "text|array|safetensors|JSON"),
     ],
     ids=["pipe", "folder", "cycle of links", "device", "empty"],
