@@ -1,7 +1,7 @@
 """The `fxq::` dialect: importing this package defines its operators with torch.
 
-Float operators are in `dense`, `attention` and `moe`; quantize, integer matmul and dequantize in `quantized`; what
-engines do in one piece in `fused`.
+Float operators are in `dense`, `attention` and `moe`; quantize, integer matmul and dequantize in `quantized`; operators
+that engines run as one kernel in `fused`; attention over a paged cache in `latent_cache`.
 """
 
 from fxquant.ops.attention import mla_attention, rope, rope_table

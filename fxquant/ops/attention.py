@@ -17,9 +17,9 @@ def _rope_table_shape(position_ids: Tensor, inv_freq: list[float], scale: float)
 
 @define("rope_table(Tensor position_ids, float[] inv_freq, float scale) -> (Tensor, Tensor)", _rope_table_shape)
 def rope_table(position_ids: Tensor, inv_freq: list[float], scale: float) -> tuple[Tensor, Tensor]:
-    """position_ids int64 [B, S] → cos, sin float32 [B, S, 2·len(inv_freq)], both halves alike, times `scale`.
+    """position_ids int64 [B, S] → cos, sin float32 [B, S, 2·len(inv_freq)], both halves equal, times `scale`.
 
-    Angles are `position * inv_freq` in float32; `scale` is YaRN's attention factor (arXiv:2309.00071), 1 without.
+    Angles are `position * inv_freq` in float32; `scale` is YaRN's attention factor (arXiv:2309.00071), or 1.
     """
     frequency = torch.tensor(inv_freq, dtype=torch.float32, device=position_ids.device)
     angle = position_ids[..., None].float() * frequency
@@ -35,11 +35,11 @@ def _rope_shape(x: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> Tensor:
 
 @define("rope(Tensor x, Tensor cos, Tensor sin, int num_heads) -> Tensor", _rope_shape)
 def rope(x: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> Tensor:
-    """Rotate the last `cos.shape[-1]` features of each head; the features before them pass unchanged.
+    """Rotate the last `cos.shape[-1]` features of each head; the features before them are unchanged.
 
-    x [B, S, num_heads·D]. DeepSeek stores the rotated pairs interleaved (x0, y0, x1, y1, …): they are first brought
-    to halves (x0, x1, …, y0, y1, …) and then `halves * cos + rotate_half(halves) * sin`. The result stays in halves;
-    queries and keys both do, so their products are those of DeepSeek's own order.
+    x [B, S, num_heads·D]. DeepSeek stores the rotated pairs interleaved (x0, y0, x1, y1, …): they are first
+    de-interleaved to halves (x0, x1, …, y0, y1, …), then `halves * cos + rotate_half(halves) * sin`. The result stays
+    in halves. Queries and keys use the same order, so their dot products equal those in DeepSeek's order.
     """
     heads = x.unflatten(-1, (num_heads, -1))
     width = cos.shape[-1]
@@ -55,7 +55,7 @@ def _mla_attention_shape(
 ) -> Tensor:
     expect(
         q.shape[-1] // num_heads - k_rope.shape[-1] == kv.shape[-1] // num_heads - v_head_dim,
-        f"fxq::mla_attention: queries of {q.shape[-1]} do not meet keys of {kv.shape[-1]} and {k_rope.shape[-1]}",
+        f"fxq::mla_attention: queries of {q.shape[-1]} do not match keys of {kv.shape[-1]} and {k_rope.shape[-1]}",
     )
     return q.new_empty((*q.shape[:-1], num_heads * v_head_dim))
 
@@ -68,11 +68,11 @@ def _mla_attention_shape(
 def mla_attention(
     q: Tensor, kv: Tensor, k_rope: Tensor, attention_mask: Tensor, num_heads: int, v_head_dim: int, softmax_scale: float
 ) -> Tensor:
-    """Causal attention over S queries at the end of T keys; the softmax is in float32.
+    """Causal attention of S queries, the last of T positions; the softmax is in float32.
 
     q [B, S, H·(nope + rope)], per head (nope, rope); kv [B, T, H·(nope + v_head_dim)], per head (key nope, value);
-    k_rope [B, T, rope], one for all heads; attention_mask int64 [B, T], 0 where a position is padding.
-    Query i sees key j when j <= T - S + i and the mask is 1; a query that sees none gets the mean of all values.
+    k_rope [B, T, rope], shared by all heads; attention_mask int64 [B, T], 0 where a position is padding.
+    Query i sees key j when j <= T - S + i and the mask is 1; a query that sees no key gets the mean of all values.
     → [B, S, H·v_head_dim].
     """
     queries = q.unflatten(-1, (num_heads, -1)).transpose(1, 2)
@@ -85,12 +85,13 @@ def mla_attention(
     scores = queries[..., :-width] @ nope.transpose(-1, -2)
     scores = scores + queries[..., -width:] @ k_rope.unsqueeze(1).transpose(-1, -2)
     hidden = ~_visible(attention_mask, queries.shape[-2]).unsqueeze(1)
+    # finfo.min, not -inf: a query that sees no key would get NaN
     scores = (scores * softmax_scale).float().masked_fill(hidden, torch.finfo(torch.float32).min)
     return (scores.softmax(-1).to(q.dtype) @ value).transpose(1, 2).flatten(-2)
 
 
 def _visible(attention_mask: Tensor, queries: int) -> Tensor:
-    """Bool [B, S, T]: which keys a query may see."""
+    """Bool [B, S, T]: whether a query may see a key."""
     total = attention_mask.shape[1]
     keys = torch.arange(total, device=attention_mask.device)
     last = torch.arange(total - queries, total, device=attention_mask.device)

@@ -1,7 +1,7 @@
-"""Float operators of a decoder block that are not attention and not routing.
+"""Dense float operators of a decoder block: embedding, linear, RMSNorm and SwiGLU.
 
-All take any leading dimensions; the last one is the feature dimension. Arithmetic is in the dtype of `x` unless a
-line says float32.
+All take any leading dimensions; the last one is the feature dimension. Arithmetic is in the dtype of `x` unless float32
+is stated.
 """
 
 import torch
@@ -41,7 +41,7 @@ def _rms_norm_shape(x: Tensor, weight: Tensor, eps: float, bias: Tensor | None =
 
 @define("rms_norm(Tensor x, Tensor weight, float eps, Tensor? bias=None) -> Tensor", _rms_norm_shape)
 def rms_norm(x: Tensor, weight: Tensor, eps: float, bias: Tensor | None = None) -> Tensor:
-    """`x / sqrt(mean(x²) + eps)` in float32, back to x's dtype, times `weight`, plus `bias` (float32) if any."""
+    """`x / sqrt(mean(x²) + eps)` in float32, cast to x's dtype, times `weight`, plus `bias` (in float32) if any."""
     wide = x.float()
     normed = (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
     return normed if bias is None else (normed.float() + bias.float()).to(x.dtype)

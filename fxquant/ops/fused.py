@@ -1,6 +1,6 @@
-"""Operators that engines have in one piece: each is a sequence of the operators it stands for, bit for bit.
+"""Fused operators, one kernel in engines: each equals the sequence of operators that it replaces, bit for bit.
 
-Fusion passes make them for a deployment graph; the graph that is stored has the sequences.
+Fusion passes create them in deployment graphs; the stored graph keeps the sequences.
 """
 
 import torch

@@ -1,8 +1,8 @@
-"""Latents of several sequences in pages, and attention that reads them there (DeepSeek-V2, arXiv:2405.04434).
+"""Paged latent cache of several sequences, and attention that reads from it (DeepSeek-V2, arXiv:2405.04434).
 
-Shapes: B sequences, S new positions, H heads; a cache is [num_blocks, block_size, width], block_table int32
-[B, blocks] the pages of each sequence in order, slot_mapping int32 [B, S] where each new position goes: slot s is row
-`s % block_size` of page `s // block_size`, -1 goes nowhere. A contiguous cache is the one whose pages lie in order.
+Shapes: B sequences, S new positions, H heads; a cache is [num_blocks, block_size, width]; block_table int32
+[B, blocks] lists the pages of each sequence in order; slot_mapping int32 [B, S] gives the slot of each new position:
+slot s is row `s % block_size` of page `s // block_size`, -1 is not stored. A contiguous cache has its pages in order.
 """
 
 import torch
@@ -20,7 +20,7 @@ def _write_latents_shape(cache: Tensor, latents: Tensor, slot_mapping: Tensor) -
 
 @define("write_latents(Tensor cache, Tensor latents, Tensor slot_mapping) -> Tensor", _write_latents_shape)
 def write_latents(cache: Tensor, latents: Tensor, slot_mapping: Tensor) -> Tensor:
-    """The cache with the last S positions of latents [B, T >= S, width] at their slots."""
+    """The cache with the last S positions of latents [B, T >= S, width] written to their slots."""
     written = cache.clone()
     new = latents[:, latents.shape[1] - slot_mapping.shape[1] :]
     kept = slot_mapping >= 0
@@ -29,13 +29,13 @@ def write_latents(cache: Tensor, latents: Tensor, slot_mapping: Tensor) -> Tenso
 
 
 def _gather_latents_shape(cache: Tensor, block_table: Tensor) -> Tensor:
-    expect(cache.dim() == 3 and block_table.dim() == 2, "fxq::gather_latents: no cache of pages or no block_table")
+    expect(cache.dim() == 3 and block_table.dim() == 2, "fxq::gather_latents: wrong rank of cache or block_table")
     return cache.new_empty((block_table.shape[0], block_table.shape[1] * cache.shape[1], cache.shape[2]))
 
 
 @define("gather_latents(Tensor cache, Tensor block_table) -> Tensor", _gather_latents_shape)
 def gather_latents(cache: Tensor, block_table: Tensor) -> Tensor:
-    """Every page of every sequence one after the other: [B, blocks · block_size, width]."""
+    """All pages of each sequence, concatenated: [B, blocks · block_size, width]."""
     return cache[block_table.long()].flatten(1, 2)
 
 
@@ -49,7 +49,9 @@ def _latent_attention_shape(
         q.shape[-1] == num_heads * (nope + rope),
         f"fxq::latent_attention: queries of {q.shape[-1]} are not {num_heads} heads of {nope} and {rope}",
     )
-    expect(block_table.dim() == 2 and seq_lens.dim() == 1, "fxq::latent_attention: block_table or seq_lens misshapen")
+    expect(
+        block_table.dim() == 2 and seq_lens.dim() == 1, "fxq::latent_attention: wrong rank of block_table or seq_lens"
+    )
     return q.new_empty((*q.shape[:-1], num_heads * v_head_dim))
 
 
@@ -62,13 +64,13 @@ def latent_attention(
     q: Tensor, kv_b_weight: Tensor, cache: Tensor, block_table: Tensor, seq_lens: Tensor, num_heads: int,
     v_head_dim: int, softmax_scale: float,
 ) -> Tensor:  # fmt: skip
-    """`fxq::mla_attention` over cached latents, with the weight of kv_b_proj on the side of the queries.
+    """`fxq::mla_attention` over cached latents, with the weight of kv_b_proj absorbed into the queries.
 
     q [B, S, H·(nope + rope)]; kv_b_weight [H·(nope + v_head_dim), kv_lora_rank], per head W_UK and W_UV; the cache
     holds c_kv [kv_lora_rank] and k_rope of each position; seq_lens int32 [B] counts the positions of each sequence,
-    the S new ones included, which are its last. With c a latent:
-    `q · (W_UK c) = (q W_UK) · c` and `Σ p W_UV c = W_UV Σ p c`, so keys and values are never formed.
-    Query i sees position j when j < seq_len - S + i + 1; one that sees none gives zeros. → [B, S, H·v_head_dim].
+    including the S new ones at its end. With c a latent:
+    `q · (W_UK c) = (q W_UK) · c` and `Σ p W_UV c = W_UV Σ p c`, so keys and values are never materialized.
+    Query i sees position j when j < seq_len - S + i + 1; a query that sees none gives zeros. → [B, S, H·v_head_dim].
     """
     rank, queries = kv_b_weight.shape[1], q.unflatten(-1, (num_heads, -1)).transpose(1, 2)
     w_uk, w_uv = kv_b_weight.unflatten(0, (num_heads, -1)).tensor_split((-v_head_dim,), 1)
@@ -85,6 +87,6 @@ def latent_attention(
 
 
 def _visible(seq_lens: Tensor, queries: int, keys: int) -> Tensor:
-    """Bool [B, S, T]: which positions a query may see."""
+    """Bool [B, S, T]: whether a query may see a position."""
     own = seq_lens[:, None].long() - queries + torch.arange(queries, device=seq_lens.device)
     return torch.arange(keys, device=seq_lens.device) <= own.unsqueeze(-1)

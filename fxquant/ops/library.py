@@ -1,4 +1,4 @@
-"""How an operator of the `fxq::` dialect is defined: schema, exact CPU reference and shape rule side by side."""
+"""Definition of `fxq::` operators: schema, exact CPU reference and shape rule side by side."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,14 +9,14 @@ _LIBRARY = torch.library.Library("fxq", "DEF")
 
 Function = Callable[..., Any]
 REFERENCES: dict[torch._ops.OpOverload, Function] = {}
-"""Operator → the Python function that defines it, for callers with lazily read weights (`fxquant.runtime.execute`)."""
+"""Operator → its Python reference, for callers that read weights lazily (`fxquant.runtime.execute`)."""
 
 
 def define(schema: str, shape_rule: Function) -> Callable[[Function], torch._ops.OpOverload]:
-    """Decorate the CPU reference of operator `fxq::<schema>`; the name is bound to the operator itself.
+    """Decorate the CPU reference of operator `fxq::<schema>`; the decorated name becomes the operator.
 
     `shape_rule` takes the same arguments (fake or meta tensors), checks dtypes and shapes with `torch._check` and
-    returns empty tensors of the result's shape and dtype.
+    returns empty tensors with the result's shape and dtype.
     """
     name = schema.split("(")[0]
 
@@ -32,5 +32,5 @@ def define(schema: str, shape_rule: Function) -> Callable[[Function], torch._ops
 
 
 def expect(condition: Any, message: str) -> None:
-    """Shape-rule assertion; the message names the operator and the fact."""
+    """Assertion of a shape rule; the message names the operator and the fact."""
     torch._check(condition, lambda: message)

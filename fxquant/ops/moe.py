@@ -1,6 +1,6 @@
-"""Routing (DeepSeek-V3, arXiv:2412.19437, section 2.1.2) and routed experts.
+"""MoE routing (DeepSeek-V3, arXiv:2412.19437, section 2.1.2) and routed experts.
 
-Shapes: N tokens (all leading dimensions flattened), K chosen experts a token, E experts, H hidden, I intermediate.
+Shapes: N tokens (all leading dimensions flattened), K experts per token, E experts, H hidden, I intermediate.
 """
 
 from collections.abc import Sequence
@@ -43,10 +43,10 @@ def moe_gate(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """logits float32 [..., E] → expert ids int64 [..., K], weights float32 [..., K], best expert first.
 
-    Scores are sigmoids. The bias helps to choose and never weighs: a group's score is the sum of its two best biased
-    scores, experts outside the `topk_group` best groups are out, the `top_k` best biased scores win, and their plain
-    scores are the weights: divided by their sum + 1e-20 if `norm_topk_prob`, then times `routed_scaling_factor`.
-    Of equal scores the lower index is better.
+    Scores are sigmoids. The bias affects the choice, not the weights: a group's score is the sum of its two best biased
+    scores, experts outside the `topk_group` best groups are excluded, the `top_k` best biased scores win, and their
+    unbiased scores are the weights: divided by their sum + 1e-20 if `norm_topk_prob`, then times
+    `routed_scaling_factor`. Ties go to the lower index.
     """
     scores = logits.sigmoid()
     groups = (scores + correction_bias.float()).unflatten(-1, (n_group, -1))
@@ -61,7 +61,7 @@ def moe_gate(
 
 
 def _best(values: Tensor, count: int) -> Tensor:
-    """Indices of the `count` largest values; torch.topk would order equal ones at will."""
+    """Indices of the `count` largest values; torch.topk gives no order for equal ones."""
     return values.sort(dim=-1, descending=True, stable=True).indices[..., :count].contiguous()
 
 
@@ -72,7 +72,7 @@ def _moe_experts_shape(
     expect(
         x.shape[-1] == gate_proj.shape[2], f"fxq::moe_experts: x has {x.shape[-1]} features, not {gate_proj.shape[2]}"
     )
-    expect(down_proj.shape[2] == gate_proj.shape[1], "fxq::moe_experts: down_proj does not take what gate_proj gives")
+    expect(down_proj.shape[2] == gate_proj.shape[1], "fxq::moe_experts: down_proj and gate_proj differ in width")
     return x.new_empty(x.shape)
 
 
@@ -84,7 +84,7 @@ def moe_experts(
     x: Tensor, ids: Tensor, weights: Tensor, gate_proj: Sequence[Tensor], up_proj: Sequence[Tensor],
     down_proj: Sequence[Tensor],
 ) -> Tensor:  # fmt: skip
-    """Per token the weighted sum of `down(silu(gate x) * up x)` over its experts.
+    """Weighted sum of `down(silu(gate x) * up x)` over the experts of each token.
 
     x [..., H]; ids int64, weights float32 [..., K]; gate_proj, up_proj [E, I, H], down_proj [E, H, I].
     """
@@ -92,7 +92,7 @@ def moe_experts(
     for expert, block in enumerate(rows.split(counts.tolist())):
         if len(block):
             hidden = torch.nn.functional.silu(block @ gate_proj[expert].T) * (block @ up_proj[expert].T)
-            block.copy_(hidden @ down_proj[expert].T)  # rows are copies of tokens: K times x is enough memory
+            block.copy_(hidden @ down_proj[expert].T)  # in place: rows are our copies, already K times x
     return _weighted_sum(rows, row_index, weights, x)
 
 
@@ -106,10 +106,10 @@ def _moe_init_routing_shape(x: Tensor, ids: Tensor, num_experts: int) -> tuple[T
 
 @define("moe_init_routing(Tensor x, Tensor ids, int num_experts) -> (Tensor, Tensor, Tensor)", _moe_init_routing_shape)
 def moe_init_routing(x: Tensor, ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Copy each token to its experts and sort the copies by expert, earlier tokens first.
+    """Copy each token once per expert and sort the copies by expert, earlier tokens first.
 
     x [..., H], ids int64 [..., K] → rows [N·K, H]; row_index int64 [N·K], the row of copy `token * K + slot`;
-    counts int64 [E], rows an expert.
+    counts int64 [E], rows per expert.
     """
     return _sort_by_expert(x, ids, num_experts)
 
@@ -120,7 +120,7 @@ def _moe_finalize_routing_shape(rows: Tensor, row_index: Tensor, weights: Tensor
 
 @define("moe_finalize_routing(Tensor rows, Tensor row_index, Tensor weights) -> Tensor", _moe_finalize_routing_shape)
 def moe_finalize_routing(rows: Tensor, row_index: Tensor, weights: Tensor) -> Tensor:
-    """Undo `moe_init_routing` and sum a token's rows by `weights`: rows [N·K, H], weights [..., K] → [..., H]."""
+    """Undo `moe_init_routing` and sum the rows of each token, weighted: rows [N·K, H], weights [..., K] → [..., H]."""
     return _weighted_sum(rows, row_index, weights, rows)
 
 

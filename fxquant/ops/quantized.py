@@ -1,7 +1,7 @@
-"""Quantize → integer matmul → dequantize. Integers are exact: every product is summed in int32.
+"""Quantized operators: quantize → integer matmul → dequantize. Integers are exact: products are summed in int32.
 
 Notation: k in_features, n out_features, M rows, E experts, G = k / group_size, rne = round half to even.
-Floats are float32 whatever the model's dtype.
+Floats are float32 regardless of the model's dtype.
 """
 
 from collections.abc import Sequence
@@ -14,10 +14,10 @@ from fxquant.ops.linear_forms import Form, Step
 from fxquant.schemes.schemes import Activation
 
 SMALLEST_ROW_MAXIMUM = 1e-30
-"""Below it a row counts as zero: 127 / 1e-30 is finite in float32, and such a row quantizes to zeros."""
+"""A row with a smaller maximum counts as zero and quantizes to zeros; 127 / 1e-30 is still finite in float32."""
 
 EXACT_FEATURES = 1024
-"""So many products of two int8 sum up to at most 2**24: float32 holds that and every partial sum, in any order."""
+"""Sums of this many int8 products are at most 2**24, so float32 holds every partial sum exactly, in any order."""
 
 
 def _quantize_static_shape(x: Tensor, input_scale: Tensor, input_offset: Tensor) -> Tensor:
@@ -27,7 +27,7 @@ def _quantize_static_shape(x: Tensor, input_scale: Tensor, input_offset: Tensor)
 
 @define("quantize_static(Tensor x, Tensor input_scale, Tensor input_offset) -> Tensor", _quantize_static_shape)
 def quantize_static(x: Tensor, input_scale: Tensor, input_offset: Tensor) -> Tensor:
-    """`clamp(rne(x / input_scale + input_offset), -128, 127)` as int8; both parameters [1], of any float dtype."""
+    """`clamp(rne(x / input_scale + input_offset), -128, 127)` as int8; both parameters [1], in any float dtype."""
     return torch.round(x.float() / input_scale.float() + input_offset.float()).clamp(-128, 127).to(torch.int8)
 
 
@@ -37,7 +37,7 @@ def _quantize_per_token_shape(x: Tensor) -> tuple[Tensor, Tensor]:
 
 @define("quantize_per_token(Tensor x) -> (Tensor, Tensor)", _quantize_per_token_shape)
 def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
-    """With m the largest magnitude of a row: int8 `rne(x * (127 / m))` and float32 scale `m / 127` [..., 1].
+    """int8 `rne(x * (127 / m))` and float32 scale `m / 127` [..., 1], with m the largest magnitude of the row.
 
     A row of zeros gives zeros and scale 0. The integers lie in [-127, 127].
     """
@@ -45,7 +45,7 @@ def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
     maximum = wide.abs().amax(-1, keepdim=True)
     step = torch.where(
         maximum < SMALLEST_ROW_MAXIMUM, 0.0, torch.tensor(127.0) / maximum
-    )  # 127 / maximum would round twice
+    )  # torch computes 127 / maximum as reciprocal() * 127, which rounds twice
     return torch.round(wide * step).to(torch.int8), maximum / 127
 
 
@@ -65,7 +65,7 @@ def int_matmul(x: Tensor, weight: Tensor) -> Tensor:
     """int8 x [..., k], int8 weight [n, k] → int32 [..., n] = `x @ weight.T`, exact while k ≤ 131,000."""
     result = torch.zeros((*x.shape[:-1], weight.shape[0]), dtype=torch.int32, device=x.device)
     for part, columns in zip(x.split(EXACT_FEATURES, -1), weight.split(EXACT_FEATURES, -1), strict=True):
-        result += (part.float() @ columns.float().T).int()  # torch._int_mm takes twenty times as long without VNNI
+        result += (part.float() @ columns.float().T).int()  # torch._int_mm is twenty times slower without VNNI
     return result
 
 
@@ -76,7 +76,7 @@ def _int4_matmul_shape(x: Tensor, weight: Tensor, weight_scale_second: Tensor | 
 
 @define("int4_matmul(Tensor x, Tensor weight, Tensor? weight_scale_second=None) -> Tensor", _int4_matmul_shape)
 def int4_matmul(x: Tensor, weight: Tensor, weight_scale_second: Tensor | None = None) -> Tensor:
-    """int8 x [..., k] times the int8 weight that `expand_int4` gives → int32 [..., n], exact."""
+    """int8 x [..., k] times the int8 weight from `expand_int4` → int32 [..., n], exact."""
     return int_matmul(x, expand_int4(weight, weight_scale_second))
 
 
@@ -103,7 +103,7 @@ def _dequantize_static_shape(acc: Tensor, deq_scale: Tensor, quant_bias: Tensor)
 def dequantize_static(acc: Tensor, deq_scale: Tensor, quant_bias: Tensor) -> Tensor:
     """`float32(acc + quant_bias) * deq_scale`: acc int32 [..., n], quant_bias int32 [n], deq_scale [n].
 
-    deq_scale is float32, or int64 that carries float32 bits in its low word (float16 models).
+    deq_scale is float32, or int64 with the float32 bits in its low word (float16 models).
     """
     return (acc + quant_bias).float() * decode_deq_scale(deq_scale)
 
@@ -151,7 +151,7 @@ def _grouped_int4_matmul_shape(x: Tensor, weight: Tensor, counts: Tensor, second
 def grouped_int4_matmul(
     x: Tensor, weight: Sequence[Tensor], counts: Tensor, weight_scale_second: Sequence[Tensor] | None = None
 ) -> Tensor:
-    """As `grouped_int_matmul`, with packed int4 [E, n/2, k] and group scales [E, n, G] expanded expert by expert."""
+    """As `grouped_int_matmul`, with packed int4 [E, n/2, k] and group scales [E, n, G], expanded per expert."""
     parts = []
     for expert, rows in _blocks(x, counts):
         second = None if weight_scale_second is None else weight_scale_second[expert]
@@ -177,7 +177,7 @@ def grouped_dequantize(acc: Tensor, x_scale: Tensor, weight_scale: Sequence[Tens
 
 
 def _blocks(rows: Tensor, counts: Tensor) -> list[tuple[int, Tensor]]:
-    """(expert, its rows) for each expert that has any; one empty block when there are no rows at all."""
+    """(expert, its rows) for each expert with rows; one empty block if there are no rows at all."""
     blocks = [(expert, block) for expert, block in enumerate(rows.split(counts.tolist())) if len(block)]
     return blocks or [(0, rows)]
 
