@@ -1,4 +1,4 @@
-"""Documents run together: padded on the right, with what is padding known to every statistic."""
+"""Batches of documents, padded on the right, with a mask that excludes padding from every statistic."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,33 +23,33 @@ class Batch:
 
     @property
     def tokens(self) -> int:
-        """How many are no padding."""
+        """Number of tokens that are not padding."""
         return int(self.mask.sum())
 
 
 def batched(documents: Sequence[Tensor], size: int, pad: int) -> list[Batch]:
-    """`size` documents, int64 [1, L] each, a batch, in their order; shorter ones are filled up with the id `pad`."""
+    """Batches of `size` documents, int64 [1, L] each, in order; shorter ones are padded with the id `pad`."""
     return [_batch(documents[start : start + size], pad) for start in range(0, len(documents), size)]
 
 
 def real_tokens(value: Tensor, mask: Tensor) -> Tensor:
-    """Rows of `value` [B, S, k], or [B·S, k], that are no padding: [tokens, k], on its device."""
+    """Rows of `value` [B, S, k] or [B·S, k] that are not padding: [tokens, k], on its device."""
     rows = value.flatten(0, -2)
     if mask.all():
         return rows
     if len(rows) != mask.numel():
-        fact = f"a layer has {len(rows)} rows of input for {mask.numel()} positions: padding can't be told apart."
-        raise FxquantError("--batch-size", fact, "Take --batch-size 1.")
+        fact = f"a layer has {len(rows)} input rows for {mask.numel()} positions: padding cannot be identified."
+        raise FxquantError("--batch-size", fact, "Use --batch-size 1.")
     return rows[mask.flatten().to(rows.device) != 0]
 
 
 def count_experts(
     counts: dict[str, Tensor], gate: fx.Node, values: Sequence[tuple[Tensor, Tensor]], batches: Sequence[Batch]
 ) -> None:
-    """Add to `counts`, module → int64 [E], how many tokens chose each expert of a `fxq::moe_gate`.
+    """Add to `counts` (module → int64 [E]) the number of tokens that chose each expert of a `fxq::moe_gate`.
 
-    `values` are what the gate gave for each batch: expert ids int64 [B, S, K] or [B·S, K], and their weights. Padding
-    chooses none.
+    `values` are the gate's results per batch: expert ids int64 [B, S, K] or [B·S, K], and weights. Padding does not
+    count.
     """
     experts = operand_node(gate, "logits").meta["val"].shape[-1]
     module = gate.meta["module"]

@@ -1,7 +1,7 @@
-"""calibration.safetensors: what static linears saw, before any policy made a range of it, and how pairs were smoothed.
+"""calibration.safetensors: observed input ranges of static linears, before any statistic, and smoothing transforms.
 
-The one part of an output that depends on the order in which floats were summed. With the file at hand everything else
-is the same on any machine.
+The only part of an output that depends on the order of floating-point sums. Given this file, everything else is the
+same on any machine.
 """
 
 from collections.abc import Iterable
@@ -26,20 +26,20 @@ from fxquant.transforms.transforms_file import read_smoothing, smoothing_metadat
 from fxquant.transforms.weight_transforms import Smoothing
 
 CALIBRATION = "optional/calibration.safetensors"
-"""Within an output. The format keeps what no engine loads in `optional/`: engines take every weight file beside it."""
+"""Path within an output. Files that no engine loads are in `optional/`, as engines load every weight file beside it."""
 TOKENS, LOW, HIGH, EXPERTS = "tokens", ".input_low", ".input_high", ".expert_tokens"
 AGAIN = "Calibrate again: pass --calib TEXT instead."
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What ranges were observed on.
+    """Provenance of observed ranges.
 
     graph    structural hash of the float graph
-    weights  "float", or "rounded" and the hash of the recipes that rounded them
+    weights  "float", or "rounded" and the hash of the recipes
     text     XXH3-128 of the batches of token ids
-    smooth   hash of what was smoothed, turned and how, "" for nothing
-    kept     what was kept of each input: "extremes", "percentile 99.99" or "histogram"
+    smooth   hash of smoothing and rotation, "" for none
+    kept     the statistic of each input: "extremes", "percentile 99.99" or "histogram"
     """
 
     graph: str
@@ -51,12 +51,12 @@ class Seen:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Raw ranges.
+    """Observed ranges.
 
-    tokens     int64 [batches]: tokens in each batch, padding not counted
-    ranges     module → smallest and largest input in each batch, float32 [batches] each, or one of each for all
-    experts    module that routes → int64 [E]: tokens that went to each expert, over all batches
-    smoothing  what was smoothed before they were observed
+    tokens     int64 [batches]: tokens per batch, without padding
+    ranges     module → smallest and largest input per batch, float32 [batches] each, or [1] for all batches
+    experts    routing module → int64 [E]: tokens routed to each expert, over all batches
+    smoothing  transforms that were applied before observing
     """
 
     seen: Seen
@@ -66,7 +66,7 @@ class Calibration:
     smoothing: Smoothing = field(default_factory=Smoothing)
 
     def save(self, path: Path) -> None:
-        """Write the file; the same calibration gives the same bytes."""
+        """Write the file; equal calibrations give equal bytes."""
         tensors = {TOKENS: self.tokens}
         for module, (low, high) in sorted(self.ranges.items()):
             tensors |= {module + LOW: low, module + HIGH: high}
@@ -79,13 +79,13 @@ class Calibration:
         path.parent.mkdir(exist_ok=True)
         whole = path.with_name(path.name + ".new")
         whole.write_bytes(header + data)
-        whole.replace(path)  # a kill leaves all of it or nothing
+        whole.replace(path)  # atomic: a kill leaves all of it or nothing
 
 
 def load_calibration(path: Path) -> Calibration:
-    """Raises FxquantError for a file that `Calibration.save` did not write."""
+    """Load a file written by `Calibration.save`. Raises FxquantError for any other."""
     if not path.is_file():
-        raise FxquantError(path, "no such file.", "Name the calibration.safetensors of an output.")
+        raise FxquantError(path, "no such file.", "Pass the calibration.safetensors of an output.")
     infos, metadata = read_header(path), read_metadata(path)
     try:
         seen = Seen(*(metadata[key] for key in ("graph", "weights", "text", "smooth", "kept")))
@@ -105,18 +105,18 @@ def load_calibration(path: Path) -> Calibration:
         or tokens.ndim != 1
         or (ranges and not len(tokens))
     ):
-        raise FxquantError(path, "not a calibration file: its tensors are not one value a batch.", AGAIN)
+        raise FxquantError(path, "not a calibration file: its tensors do not have one value per batch.", AGAIN)
     if not all(torch.isfinite(tensor).all() for pair in ranges.values() for tensor in pair):
         raise FxquantError(path, "holds NaN or infinity.", AGAIN)
     if not all((low <= high).all() for low, high in ranges.values()):
-        raise FxquantError(path, "not a calibration file: a smallest input is above its largest.", AGAIN)
+        raise FxquantError(path, "not a calibration file: a minimum is above its maximum.", AGAIN)
     if not all(counts.dtype is torch.int64 and counts.ndim == 1 and (counts >= 0).all() for counts in experts.values()):
-        raise FxquantError(path, "not a calibration file: its tokens of experts are no counts.", AGAIN)
+        raise FxquantError(path, "not a calibration file: its expert tokens are not counts.", AGAIN)
     return Calibration(seen, tokens, ranges, experts, smoothing)
 
 
 def earlier_calibrations(folders: Iterable[Path]) -> list[Calibration]:
-    """Those of output folders that have one. One that cannot be read saves nothing, and is no fault of this work."""
+    """The calibrations in output folders; missing and unreadable ones are skipped."""
     found = []
     for path in (folder / CALIBRATION for folder in folders):
         with suppress(FxquantError):
@@ -125,7 +125,7 @@ def earlier_calibrations(folders: Iterable[Path]) -> list[Calibration]:
 
 
 def text_hash(batches: Iterable[Batch]) -> str:
-    """XXH3-128 over shape, ids and mask of each batch, in hex; the id of padding counts as 0, whatever it is."""
+    """XXH3-128 over shape, ids and mask of each batch, in hex; padding ids count as 0."""
     digest = xxhash.xxh3_128()
     for batch in batches:
         ids, mask = batch.ids * batch.mask, batch.mask.contiguous()
@@ -134,7 +134,7 @@ def text_hash(batches: Iterable[Batch]) -> str:
 
 
 def pairs_hash(program: Program) -> str:
-    """The `smooth` of a program's pairs and turns, and of the schemes that the scales of a pair are found for."""
+    """The value of `Seen.smooth`: a hash of a program's pairs and turns, and of schemes that a scale search uses."""
     pairs = [(pair.kind.value, pair.maker, _readers(program, pair), _rule(pair)) for pair in program.pairs]
     what: list[Any] = [pairs, sorted(program.added)] if pairs or program.added else []
     what += [sorted(program.turns.items())] if program.turns else []
@@ -142,7 +142,7 @@ def pairs_hash(program: Program) -> str:
 
 
 def _readers(program: Program, pair: Pair) -> list[tuple[str, Any]]:
-    """Which weights a pair's scales look at, and, where they are searched, how these are quantized."""
+    """The weights that determine a pair's scales, with their schemes if the scales are searched."""
     recipes = ((target, program.recipes.get(program.parameters[target].module)) for target in pair.readers)
     searched = pair.rule.method is SmoothMethod.FLEX
     return [(target, _scheme(recipe) if recipe and searched else recipe is not None) for target, recipe in recipes]
@@ -157,6 +157,6 @@ def _rule(pair: Pair) -> tuple[str, float]:
 
 
 def rounded_by(recipes: dict[str, Recipe]) -> str:
-    """The `weights` of ranges that were observed on rounded weights."""
+    """The value of `Seen.weights` for ranges observed on rounded weights."""
     arguments = [(module, recipe_arguments(recipe)) for module, recipe in sorted(recipes.items())]
     return f"rounded {hash_text(repr(arguments))}"

@@ -1,4 +1,4 @@
-"""Codes by GPTQ while calibration text runs: of each linear when its inputs are there, of each expert on its tokens."""
+"""GPTQ during the calibration run: codes of each linear from its inputs, of each expert from its own tokens."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -23,15 +23,15 @@ from fxquant.storage.hashing import hash_text
 
 Live = Mapping[fx.Node, Sequence[Any]]
 Rows = Callable[[Sequence[Tensor]], Tensor]
-"""A value [batch, length, k] of each batch → [tokens, k] without padding."""
+"""Values [batch, length, k] per batch → [tokens, k] without padding."""
 Carry = tuple[Tensor, Tensor]
 
 
 class Solver:
-    """Observes a run, and writes to `solved` the codes of every linear whose recipe asks for GPTQ.
+    """Observes a run and writes the GPTQ codes of every linear whose recipe uses GPTQ to `solved`.
 
-    `key` says what the run is made of: codes that are there under it are not found again. `checkpoint` is the smoothed
-    one, whose weights are final by the time that a linear reads them.
+    `key` identifies the inputs of the run: codes stored under the same key are reused. `checkpoint` is the smoothed
+    one; its weights are final by the time a linear reads them.
     """
 
     def __init__(
@@ -42,13 +42,13 @@ class Solver:
         self._carry: tuple[fx.Node, Carry] | None = None
 
     def sites(self) -> Iterator[fx.Node]:
-        """The calls at which codes are found."""
+        """The calls at which codes are computed."""
         for node in self._program.graph.graph.nodes:
             if any(self._recipe(operand_node(node, name)) for name in WEIGHTS.get(node.target, ())):
                 yield node
 
     def observe(self, node: fx.Node, live: Live) -> None:
-        """`live` has the values of the inputs of `node`, a list of one a batch each."""
+        """`live` maps the inputs of `node` to their values, one per batch."""
         if node.target == ops.linear:
             recipe = self._recipe(operand_node(node, "weight"))
             if recipe is not None and not self._has(recipe, recipe.module):
@@ -65,7 +65,7 @@ class Solver:
         return recipe if recipe is not None and recipe.algorithm.from_inputs else None
 
     def _shared_carry(self, value: fx.Node, live: Live) -> Carry:
-        """Of the inputs of a linear; those that read the same value, one after the other, share it."""
+        """The carry matrix for the inputs of a linear, shared by consecutive linears that read the same value."""
         if self._carry is None or self._carry[0] is not value:
             self._carry = value, carry_matrix(hessian(self._rows(live[value])))
         return self._carry[1]
@@ -83,15 +83,15 @@ class Solver:
         rows = x[chose]
         if not len(rows):
             if self._unseen is UnseenExperts.ERROR:
-                fact = "no token of the calibration text went to it, and GPTQ needs some."
-                way_out = "Calibrate on more text, or say unseen_experts: all_tokens or least_squares in the policy."
+                fact = "no token of the calibration text was routed to it, and GPTQ needs tokens."
+                way_out = "Calibrate on more text, or set unseen_experts: all_tokens or least_squares in the policy."
                 raise FxquantError(f"layer {modules['gate_proj'].rpartition('.')[0]}", fact, way_out)
             rows = x if self._unseen is UnseenExperts.ALL_TOKENS else rows
         inputs = {"gate_proj": rows, "up_proj": rows}
         if "down_proj" in recipes:
             gate, up = (self._weight(modules[name]).float().to(x.device) for name in ("gate_proj", "up_proj"))
             inputs["down_proj"] = torch.nn.functional.silu(rows @ gate.T) * (rows @ up.T)
-        carries: dict[int, Carry] = {}
+        carries: dict[int, Carry] = {}  # gate_proj and up_proj read the same rows: one factorization for both
         for name, recipe in recipes.items():
             seen = inputs[name]
             if len(seen) and id(seen) not in carries:
@@ -99,7 +99,7 @@ class Solver:
             self._solve(recipe, modules[name], carries.get(id(seen)))
 
     def _solve(self, recipe: Recipe, module: str, carry: Carry | None) -> None:
-        """Without inputs the codes are those of least squares."""
+        """Store the codes of a module; without inputs (`carry` None) they are those of least squares."""
         weight = self._weight(module)
         codes, scale, second = fitted(recipe, weight, tensor_name(module, "weight"))
         if carry is not None:
@@ -125,7 +125,7 @@ def spread(second: Tensor, recipe: Recipe) -> Tensor:
 
 
 def solved_modules(program: Program) -> Iterator[str]:
-    """Every module whose codes a run must find."""
+    """Every module whose codes a run must compute."""
     for recipe in program.recipes.values():
         if recipe.algorithm.from_inputs:
             yield from recipe.modules

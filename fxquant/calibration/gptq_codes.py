@@ -1,4 +1,4 @@
-"""Codes that were found on calibration's inputs, one file a module, until the weight files have them."""
+"""GPTQ codes on disk, one file per module, kept until the weight files are written."""
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,7 +15,7 @@ CODES, KEY, DIGEST = "codes", "key", "digest"
 
 
 class SolvedCodes:
-    """A folder of them. It travels to other processes, whose working folder may be another."""
+    """A folder of GPTQ codes. Picklable: the path is absolute, as other processes may have another working folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder.resolve()
@@ -23,12 +23,12 @@ class SolvedCodes:
 
     @classmethod
     def temporary(cls) -> "SolvedCodes":
-        """In a folder that goes with the object. Raises FxquantError where no temporary folder can be made."""
+        """Codes in a temporary folder that is deleted with the object. Raises FxquantError if it cannot be created."""
         try:
             made = TemporaryDirectory(prefix="fxquant-codes-")
         except OSError as error:
-            fact = f"cannot be made: {error.strerror}."
-            raise FxquantError("temporary folder", fact, "Set TMPDIR to a folder that can be written.") from None
+            fact = f"cannot be created: {error.strerror}."
+            raise FxquantError("temporary folder", fact, "Set TMPDIR to a writable folder.") from None
         solved = cls(Path(made.name))
         solved._temporary = made
         return solved
@@ -41,11 +41,11 @@ class SolvedCodes:
         with stopping(file, "cannot be read"):
             codes = read_header(file)[CODES].read()
         if hash_bytes(codes.numpy().tobytes()) != self.digest(module):
-            raise StoppedError(file, "codes that are damaged.", "Begin anew with --restart.")
+            raise StoppedError(file, "its codes are damaged.", "Start over with --restart.")
         return codes
 
     def has(self, module: str, key: str) -> bool:
-        """Whether the module's codes are there, found under the same `key`."""
+        """Whether codes of the module are stored under the same `key`."""
         file = self._file(module)
         return file.is_file() and read_metadata(file).get(KEY) == key
 
@@ -53,11 +53,11 @@ class SolvedCodes:
         """XXH3-128 of the module's codes, in hex."""
         digest = read_metadata(self._file(module)).get(DIGEST)
         if digest is None:
-            raise FxquantError(self._file(module), "holds no codes.", "Begin anew with --restart.")
+            raise FxquantError(self._file(module), "holds no codes.", "Start over with --restart.")
         return digest
 
     def write(self, module: str, key: str, codes: Tensor) -> None:
-        """Keep `codes` int8 [n, k]; a kill leaves all of them or none."""
+        """Store `codes` int8 [n, k]; a kill leaves all of them or none."""
         data = codes.contiguous().view(torch.uint8).numpy().tobytes()
         metadata = {KEY: key, DIGEST: hash_bytes(data)}
         header, _ = build_header([(CODES, torch.int8, tuple(codes.shape))], metadata=metadata)

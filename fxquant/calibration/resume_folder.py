@@ -1,8 +1,8 @@
-"""`<out>.calibrating`: where a calibration keeps what it needs to go on, after each block of the graph.
+"""Resume folder `<out>.calibrating`: the state that a calibration needs to resume, saved after each graph block.
 
-<out>.calibrating/fxquant_work.json   says that the folder is ours
-<out>.calibrating/state.safetensors   the last one alone
-<out>.calibrating/codes/              what GPTQ found, one file a module
+<out>.calibrating/fxquant_work.json   marker: the folder is ours
+<out>.calibrating/state.safetensors   the latest state only
+<out>.calibrating/codes/              GPTQ codes, one file per module
 """
 
 from collections.abc import Iterator
@@ -26,12 +26,12 @@ STATE = "state.safetensors"
 
 @dataclass
 class CalibrationFolder:
-    """The folder while its calibration goes on.
+    """The folder during its calibration.
 
-    restart  what lies there is discarded
+    restart  discard an existing state
     origin   the part of the key that the calibration itself does not know
-    owned    this process made what is in it, or goes on with it
-    running  the calibration has begun and not ended
+    owned    this process created or resumed its content
+    running  the calibration has started and not finished
     """
 
     work: WorkFolder
@@ -47,9 +47,9 @@ class CalibrationFolder:
         return self.work.path
 
     def begin(self, key: Key) -> tuple[State | None, str]:
-        """The state of a killed calibration with this key, if there is one; else what another's differs in.
+        """The state of an interrupted calibration with this key, or None and the name of a key entry that differs.
 
-        Raises FxquantError for a file that holds no state, and leaves it there.
+        Raises FxquantError for a file that is not a state, and leaves it in place.
         """
         self.locks.enter_context(self.work.held())
         if self.restart:
@@ -67,19 +67,19 @@ class CalibrationFolder:
         return found, other
 
     def save(self, state: State) -> None:
-        """Put it in the place of the last one. Raises StoppedError where the disk does not take it.
+        """Replace the previous state. Raises StoppedError if it cannot be written.
 
-        Where the file format has no name for a value's dtype, the last one stays: a kill costs one block more.
+        If the file format lacks a value's dtype, the previous state stays: a kill then costs one more block.
         """
         save_state(state, self.folder / STATE, self._key)
 
     def damaged(self) -> FxquantError:
-        """What to raise for a state that is not one of this graph."""
+        """The error for a state that does not match this graph."""
         self.owned = self.running = False
-        return FxquantError(self.folder / STATE, "unfinished calibration that is damaged.", DISCARD)
+        return FxquantError(self.folder / STATE, "unfinished calibration is damaged.", DISCARD)
 
     def remove(self) -> None:
-        """Forget it, whoever left it there, unless another process is at work in it."""
+        """Delete the folder, whoever left it there, unless another process is using it."""
         if not self.folder.is_dir():
             return
         if self.owned:
@@ -90,7 +90,7 @@ class CalibrationFolder:
             self.work.remove()
 
     def leave(self) -> None:
-        """A folder with no state in it is of no use to anybody."""
+        """Delete the folder if it holds no state."""
         if self.owned and not (self.folder / STATE).is_file():
             with suppress(FxquantError):
                 self.work.remove()
@@ -98,10 +98,10 @@ class CalibrationFolder:
 
 @contextmanager
 def calibration_folder(out: Path, restart: bool, checkpoint: Checkpoint) -> Iterator[CalibrationFolder]:
-    """The folder of the work on `out`; it is made when a calibration begins.
+    """The resume folder of `out`; it is created when a calibration starts.
 
-    What the world stopped stays there, for the same command to go on with. It is removed when the work is done, and
-    after a fault of the input: the same command would find it again.
+    After a StoppedError or an interrupt the folder stays, and the same command resumes. It is deleted when the work is
+    done, and after an input error: the same command would fail in the same way.
     """
     with ExitStack() as locks:
         folder = CalibrationFolder(WorkFolder(out, Kind.CALIBRATING), restart, _origin(checkpoint), locks)
@@ -113,14 +113,14 @@ def calibration_folder(out: Path, restart: bool, checkpoint: Checkpoint) -> Iter
                     folder.remove()
             folder.leave()
             if isinstance(error, StoppedError) and folder.running and folder.folder.is_dir():
-                kept = f"What is finished is kept in {folder.folder}: the same command goes on with it."
+                kept = f"Finished work is kept in {folder.folder}: the same command resumes it."
                 raise StoppedError(error.place, error.fact, f"{error.remedy} {kept}") from None
             raise
         folder.remove()
 
 
 def _origin(checkpoint: Checkpoint) -> Key:
-    """Whose sums they are, and the states of the files that weights are read from."""
+    """Versions that determine the sums, and the state of the files that weights are read from."""
     stamps = stamp_files(checkpoint_files(checkpoint))
     sources = [(file.name, stamp.header, stamp.size, stamp.mtime_ns) for file, stamp in sorted(stamps.items())]
     return {"fxquant": __version__, "torch": torch.__version__, "source": hash_text(repr(sources))}

@@ -1,4 +1,4 @@
-"""state.safetensors: all that a calibration needs to go on after a block, with a digest over it."""
+"""state.safetensors: everything that a calibration needs to resume after a block, with a digest."""
 
 import os
 from collections.abc import Iterator
@@ -18,17 +18,17 @@ from fxquant.transforms.weight_transforms import Smoothing
 VALUE, LOW, HIGH, EXPERTS = "value/", "low/", "high/", "experts/"
 DISCARD = "Pass --restart to discard it."
 Key = dict[str, str]
-"""What a state depends on; nothing in it is of use under another key."""
+"""The inputs that determine a state; it is useless under any other key."""
 
 
 @dataclass(frozen=True)
 class State:
     """A calibration after its first `blocks` blocks.
 
-    values     node → its value for each batch: a tensor, or a tuple of tensors
-    ranges     node → smallest and largest value in each batch, float32 [batches] each
-    experts    module that routes → int64 [E]: tokens that went to each expert
-    smoothing  what was smoothed so far
+    values     live node → its value per batch: a tensor, or a tuple of tensors
+    ranges     node → smallest and largest value per batch, float32 [batches] each
+    experts    routing module → int64 [E]: tokens routed to each expert
+    smoothing  transforms so far
     """
 
     blocks: int
@@ -38,7 +38,7 @@ class State:
     smoothing: Smoothing
 
     def tensors(self) -> dict[str, Tensor]:
-        """Name in the file → tensor. A value is `value/<node>/<batch>`; of a tuple, `value/<node>/<batch>/<item>`."""
+        """Name in the file → tensor. Values: `value/<node>/<batch>`, tuple items `value/<node>/<batch>/<item>`."""
         found = {f"{VALUE}{node}/{name}": one for node, values in self.values.items() for name, one in _flat(values)}
         for node, (low, high) in self.ranges.items():
             found |= {LOW + node: low, HIGH + node: high}
@@ -47,7 +47,7 @@ class State:
 
 
 def save_state(state: State, path: Path, key: Key) -> bool:
-    """Put the file, whole, in the place of the last one. False where a value's dtype has no name in such a file."""
+    """Replace the previous file atomically. False if the format lacks the dtype of a value."""
     tensors = dict(sorted(state.tensors().items(), key=lambda item: (-item[1].dtype.itemsize, item[0])))
     if any(tensor.dtype not in NAMES for tensor in tensors.values()):
         return False
@@ -61,38 +61,38 @@ def save_state(state: State, path: Path, key: Key) -> bool:
             for tensor in tensors.values():
                 file.write(_bytes(tensor))
             file.flush()
-            os.fsync(file.fileno())
-        new.replace(path)  # a kill leaves the last one or this one
+            os.fsync(file.fileno())  # before the rename, or a power cut could leave the name without the data
+        new.replace(path)  # atomic: a kill leaves the previous state or this one
     except OSError as error:
         raise StoppedError(new, f"{error.strerror or error}.", "Free space or repair the disk.") from None
     return True
 
 
 def load_key(path: Path) -> Key:
-    """The key of a state, and what else its metadata says. Raises FxquantError for a file that is none."""
+    """The key and other metadata of a state. Raises FxquantError if the file is not a state."""
     try:
         read_header(path)
         return read_metadata(path)
     except (FxquantError, OSError) as error:
         fact = error.fact if isinstance(error, FxquantError) else f"{error.strerror}."
-        raise FxquantError(path, f"unfinished calibration that can't be read: {fact}", DISCARD) from None
+        raise FxquantError(path, f"unfinished calibration cannot be read: {fact}", DISCARD) from None
 
 
 def load_state(path: Path) -> State:
-    """What `save_state` wrote. Raises FxquantError where a bit of it is another."""
+    """The state written by `save_state`. Raises FxquantError if a single bit differs."""
     metadata, infos = load_key(path), read_header(path)
     found = {name: info.read().clone() for name, info in infos.items()}
-    # cloned, they are aligned like every tensor that torch makes: sums may follow the alignment
+    # cloned, tensors get torch's own alignment, which may change the order of sums
     written = {name: value for name, value in metadata.items() if name not in ("digest", "format")}
     if metadata.get("digest") != _digest(found, written):
-        raise FxquantError(path, "unfinished calibration that is damaged.", DISCARD)
+        raise FxquantError(path, "unfinished calibration is damaged.", DISCARD)
     smoothing = read_smoothing(path, infos, metadata)
     try:
         blocks = int(metadata["blocks"])
         ranges = {name: (low, found[HIGH + name]) for name, low in _under(found, LOW).items()}
         values = _values(found)
     except (KeyError, ValueError) as error:
-        raise FxquantError(path, f"unfinished calibration that is none: {error!r:.200}.", DISCARD) from None
+        raise FxquantError(path, f"not an unfinished calibration: {error!r:.200}.", DISCARD) from None
     return State(blocks, values, ranges, _under(found, EXPERTS), smoothing)
 
 
@@ -118,7 +118,7 @@ def _flat(values: list[Any]) -> Iterator[tuple[str, Tensor]]:
 
 
 def _values(found: dict[str, Tensor]) -> dict[str, list[Any]]:
-    """Node → value for each batch, put together from tensors."""
+    """Node → value per batch, reassembled from tensors."""
     parts: dict[str, dict[int, dict[int, Tensor]]] = {}
     for name, tensor in _under(found, VALUE).items():
         node, batch, *item = name.split("/")

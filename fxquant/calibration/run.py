@@ -1,4 +1,4 @@
-"""One run of the float graph over calibration text, block by block, and all that is seen on the way."""
+"""Calibration run: the float graph over calibration text, block by block, with all observers."""
 
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -26,12 +26,12 @@ from fxquant.storage.hashing import hash_text
 
 
 class CalibrationRun:
-    """Smooths `program.pairs` as their values come, and observes inputs of linears. Padding counts in nothing.
+    """Smooths `program.pairs` as their values are computed, and observes inputs of linears. Padding is excluded.
 
-    Only what these values depend on runs, on `device`; everything below comes back to the CPU.
+    Only nodes that these values depend on run, on `device`; all results are on the CPU.
 
-    ranges   node → what the observer keeps of its values: lows and highs, float32 [batches] or [1] each
-    experts  module that routes → int64 [E]: tokens that went to each expert
+    ranges   node → lows and highs from the observer, float32 [batches] or [1] each
+    experts  routing module → int64 [E]: tokens routed to each expert
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class CalibrationRun:
         self._solver: Solver | None = None
 
     def solve(self, solved: SolvedCodes, key: str, unseen: UnseenExperts) -> None:
-        """Have the run find the codes of GPTQ too, under this key."""
+        """Let the run compute GPTQ codes as well, stored under `key`."""
         self._solver = Solver(self._program, self.smoother.checkpoint, solved, key, self._rows, unseen)
 
     def observe(
@@ -61,9 +61,9 @@ class CalibrationRun:
         folder: CalibrationFolder | None = None,
         key: Key | None = None,
     ) -> None:
-        """Run, and see the range of each of `wanted`. Raises FxquantError for NaN and infinity.
+        """Run, and observe the range of each of `wanted`. Raises FxquantError for NaN and infinity.
 
-        After each block `folder` gets what a run with the same `key` needs to go on there.
+        After each block a state is saved to `folder`, from which a run with the same `key` resumes.
         """
         stream, stage, done = self._stream(wanted), "calibrate", 0
         if folder is not None:
@@ -71,9 +71,9 @@ class CalibrationRun:
             state, other = folder.begin({**(key or {}), **own})
             if state is not None:
                 self._go_on(stream, state, folder)
-                stage, done = f"go on: block {state.blocks}", state.blocks
+                stage, done = f"resume: block {state.blocks}", state.blocks
             elif other:
-                stage = f"calibrate anew: {other} changed"
+                stage = f"calibrate again: {other} changed"
         sizes = [len(block.nodes) for block in stream.blocks]
         with report(stage, sum(sizes), "nodes") as advance:
             advance(sum(sizes[:done]))
@@ -85,7 +85,7 @@ class CalibrationRun:
             folder.running = False
 
     def extremes(self, nodes: Sequence[fx.Node]) -> tuple[Tensor, Tensor]:
-        """Of a linear that is called on each of `nodes`: the lower of their lows, the higher of their highs."""
+        """The lowest lows and highest highs of a linear that reads each of `nodes`."""
         lows, highs = zip(*(self.ranges[node] for node in nodes), strict=True)
         return torch.stack(lows).amin(0), torch.stack(highs).amax(0)
 
@@ -104,7 +104,7 @@ class CalibrationRun:
             low, high = (torch.stack(ends).float().cpu() for ends in self._observer(self._real(values)))
             self.ranges[node] = low, high
             if not (low.isfinite() & high.isfinite()).all():
-                fact = "calibration gave NaN or infinity."
+                fact = "calibration produced NaN or infinity."
                 raise FxquantError(node.name, fact, "Check the checkpoint's weights.")
         elif node.target == ops.moe_gate:
             count_experts(self.experts, node, values, self._batches)
@@ -134,6 +134,6 @@ class CalibrationRun:
 
 
 def observed_hash(program: Program, wanted: Collection[fx.Node]) -> str:
-    """Of the names of what is observed, and of the recipes that the search for a pair's scales may ask."""
+    """Hash of the observed nodes, and of the recipes that scale search and GPTQ use."""
     recipes = sorted(program.recipes.items()) if program.pairs or any(solved_modules(program)) else []
     return hash_text(repr((sorted(node.name for node in wanted), recipes)))

@@ -1,4 +1,4 @@
-"""The scale of each channel of a smoothed value, from what calibration saw of it and from the weights that read it."""
+"""Smoothing scales per channel, from the observed values and the weights that read them."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,16 +13,16 @@ from fxquant.policy.smooth_rules import SmoothMethod, SmoothRule
 from fxquant.schemes.schemes import ActivationRange, Recipe
 
 SMALLEST = 1e-5
-"""Scales are no smaller; as are the magnitudes that they are made of, where no reference says otherwise."""
+"""Lower bound of scales, and of the magnitudes they are computed from, except in M4, which follows its reference."""
 COARSE, FINE = 10, 20
-"""Steps of a search from 0 to 1: all of the coarse ones, then the two fine ones beside the best."""
+"""Steps of the search from 0 to 1: every coarse step, then the two fine steps beside the best."""
 SEARCH_TOKENS = 128
-"""Rows that a search looks at, at most."""
+"""Maximum number of rows in the search."""
 
 
 @dataclass(frozen=True)
 class Reader:
-    """A weight [n, k] that reads a smoothed value, in the model's dtype, and how a search quantizes it: by min_max."""
+    """A weight [n, k] that reads a smoothed value, in the model's dtype; the search quantizes it by min_max."""
 
     recipe: Recipe
     weight: Tensor
@@ -31,11 +31,11 @@ class Reader:
 def channel_scales(
     rule: SmoothRule, largest: Tensor, weight_largest: Tensor, rows: Tensor, readers: Sequence[Reader]
 ) -> Tensor:
-    """float32 [k] by the rule's method; see `SmoothMethod`.
+    """Scales float32 [k] by the rule's method; see `SmoothMethod`.
 
     largest         float32 [k]: a, the largest magnitude of each channel over all tokens
     weight_largest  float32 [k]: w, that of each column over all quantized weights that read it
-    rows, readers   values [tokens, k] and some of these weights, for methods that search
+    rows, readers   values [tokens, k] and some of these weights, for search methods
     """
     if rule.method is SmoothMethod.M4:
         return (largest**rule.alpha / weight_largest ** (1 - rule.alpha)).clamp(min=SMALLEST)
@@ -43,14 +43,15 @@ def channel_scales(
     alpha, beta = (rule.alpha, 1 - rule.alpha)
     if rule.method is SmoothMethod.FLEX:
         alpha, beta = _search(a, w, rows, readers)
+    # a channel that is always 0, in the values or in the weights, keeps scale 1
     return torch.where((largest > 0) & (weight_largest > 0), (a**alpha / w**beta).clamp(min=SMALLEST), 1.0)
 
 
 def _search(a: Tensor, w: Tensor, rows: Tensor, readers: Sequence[Reader]) -> tuple[float, float]:
     """alpha and beta in twentieths: the best alpha with beta = 1 - alpha, then the best beta with that alpha.
 
-    Least is the sum over the readers of `|x W - q(x / s) q(W s)|² / |x W|²`, q as the recipe quantizes: the search of
-    the reference quantizer's flex method, with the schemes of the policy in place of its symmetric int8.
+    The loss is the sum over the readers of `|x W - q(x / s) q(W s)|² / |x W|²`, with q the recipe's quantization: the
+    search of the reference quantizer's flex method, with the policy's schemes instead of its symmetric int8.
     """
     wanted = [rows @ reader.weight.float().T for reader in readers]
 
@@ -65,7 +66,7 @@ def _search(a: Tensor, w: Tensor, rows: Tensor, readers: Sequence[Reader]) -> tu
 
 
 def _least(loss: Callable[[float], float]) -> float:
-    """Where from 0 to 1 the loss is least, on the grid; of equal losses the first tried."""
+    """The grid point in [0, 1] with the least loss; ties go to the first one tried."""
     losses = {step / COARSE: loss(step / COARSE) for step in range(COARSE + 1)}
     best = min(losses, key=losses.__getitem__)
     beside = (round(best * FINE) + side for side in (-1, 1))
@@ -82,7 +83,7 @@ def _error(found: Tensor, wanted: Tensor) -> float:
 
 
 def _quantized(x: Tensor, static: bool) -> Tensor:
-    """What the int8 of x [tokens, k] stand for."""
+    """x [tokens, k] quantized to int8 and dequantized."""
     if static:
         scale, offset = static_parameters(ActivationRange(x.min().item(), x.max().item()))
         return (quantize_static(x, scale.view(1), offset.view(1)) - offset) * scale

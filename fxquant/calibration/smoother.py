@@ -1,5 +1,5 @@
-"""Smoothing while calibration text runs: each pair, when its value is there, gets its scales, and from then on the
-graph runs on the smoothed weights."""
+"""Smoothing during the calibration run: each pair gets its scales when its value is computed, and the graph continues
+on the smoothed weights."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -23,20 +23,21 @@ from fxquant.schemes.schemes import Recipe, WeightAlgorithm
 from fxquant.transforms.weight_transforms import Smoothing
 
 SEARCH_EXPERTS = 2
-"""Of a stack of experts a search looks at so many, evenly spaced."""
+"""Experts of a stack that a search looks at, evenly spaced."""
 RealTokens = Callable[[list[Tensor]], Tensor]
-"""A value [batch, length, k] of each batch → float32 [tokens, k] without padding."""
+"""Values [batch, length, k] per batch → float32 [tokens, k] without padding."""
 
 
 class Smoother:
-    """Observes a run of `program` on the weights of `checkpoint`, its own view of the given one: turned, and smoothed.
+    """Observes a run of `program` on the weights of `checkpoint`, its own rotated and smoothed view of the given one.
 
-    Weights are read one by one: once for their largest magnitudes, besides what the run itself reads.
+    Weights are read one at a time: once for their largest magnitudes, besides the reads of the run itself.
     """
 
     def __init__(self, program: Program, checkpoint: Checkpoint, tokens: RealTokens) -> None:
         self._source = checkpoint.smoothed(rotation(program.turns, checkpoint))
         self.smoothing = rotation(program.turns, checkpoint)
+        # placeholders of added biases: their names must be in the checkpoint before a pair sets the values
         self.smoothing.tensors |= {
             name: torch.zeros(value.shape, dtype=value.dtype) for name, value in program.added.items()
         }
@@ -45,11 +46,12 @@ class Smoother:
         self._pairs = {pair.value: pair for pair in program.pairs}
 
     def restore(self, smoothing: Smoothing) -> None:
-        """Go on where another run had smoothed so much."""
+        """Resume from the transforms of another run."""
+        # in place: `self.checkpoint` holds this object
         vars(self.smoothing).update(vars(smoothing))
 
     def observe(self, node: fx.Node, values: list[Any], inputs: Values) -> None:
-        """Smooth the pair whose value has come, and replace `values` by what the smoothed graph has there."""
+        """If `node` is the value of a pair, smooth the pair and replace `values` by those of the smoothed graph."""
         pair = self._pairs.get(node)
         if pair is None:
             return
@@ -60,7 +62,7 @@ class Smoother:
         scale = channel_scales(pair.rule, largest, weights, chosen, readers).to(self._program.dtype).float()
         if not bool((torch.isfinite(scale) & (scale > 0)).all()):
             fact = f"smoothing scales {scale.min():g} … {scale.max():g} do not fit {self._program.dtype}."
-            raise FxquantError(pair.value.name, fact, "Use method none for it.")
+            raise FxquantError(pair.value.name, fact, "Use method: none for it.")
         if pair.kind is PairKind.NORM:
             self._smooth_norm(pair, scale, rows, values, inputs[operand_node(node, "x")])
         else:
@@ -88,7 +90,7 @@ class Smoother:
         return new
 
     def _shift_readers(self, pair: Pair, shift: Tensor) -> None:
-        """bias' = bias + W @ shift, summed in float64 so that its rounding is the only one."""
+        """bias' = bias + W @ shift, summed in float64 so that storing it is the only rounding."""
         for target in pair.readers:
             parameter = self._program.parameters[target]
             (name,), (module,) = parameter.names, parameter.modules
@@ -98,7 +100,7 @@ class Smoother:
             self.smoothing.tensors[bias] = (old + weight.double() @ shift.double()).to(weight.dtype)
 
     def _smooth_linear(self, pair: Pair, scale: Tensor, values: list[Tensor]) -> None:
-        """The rows of the weight that make the attention's values; those that make keys stay."""
+        """Scale the rows of the weight that produce the attention's values; rows for keys stay."""
         (name,) = self._program.parameters[pair.maker].names
         self.smoothing.scales[name] = scale
         self.smoothing.rows[name] = operand(pair.value, "num_heads")

@@ -71,9 +71,9 @@ def test_real_tokens_are_those_of_the_mask() -> None:
 def test_rows_that_are_no_positions_are_refused_with_padding_only() -> None:
     last, mask = torch.zeros(2, 1, 4), torch.tensor([[1, 1], [1, 0]])
     assert real_tokens(last, torch.ones_like(mask)).shape == (2, 4)
-    with pytest.raises(FxquantError, match="2 rows of input for 4 positions") as caught:
+    with pytest.raises(FxquantError, match="2 input rows for 4 positions") as caught:
         real_tokens(last, mask)
-    assert caught.value.remedy == "Take --batch-size 1."
+    assert caught.value.remedy == "Use --batch-size 1."
 
 
 @pytest.mark.parametrize(("config", "expected"), [(5, 5), (None, 0), (-1, 0), (128, 0), ("<pad>", 0)])

@@ -198,7 +198,7 @@ def test_weights_that_make_nan_are_refused(value: float, policy: str, batches: l
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.0.self_attn.o_proj.weight"][3, 5] = value
     write_shards(folder, tensors)
-    with pytest.raises(FxquantError, match="calibration gave NaN or infinity") as caught:
+    with pytest.raises(FxquantError, match="calibration produced NaN or infinity") as caught:
         calibrated(open_checkpoint(folder), policy_of(tmp_path, policy), lambda: batches)
     assert caught.value.place == "layers_1_input_layernorm"
 

@@ -236,12 +236,12 @@ FAULTS: dict[str, tuple[Change, str]] = {
     "no text": (lambda t, m: m.pop("text"), "it has no text"),
     "nan": (lambda t, m: t[LOW].fill_(torch.nan), "holds NaN or infinity"),
     "infinity": (lambda t, m: t[HIGH].fill_(torch.inf), "holds NaN or infinity"),
-    "a batch less": (lambda t, m: t.update({LOW: t[LOW][1:].contiguous()}), "not one value a batch"),
+    "a batch less": (lambda t, m: t.update({LOW: t[LOW][1:].contiguous()}), "do not have one value per batch"),
     "dtype": (lambda t, m: t.update({LOW: t[LOW].double()}), "F64"),
     "part of a token": (lambda t, m: t.update({GATE: t[GATE].double()}), "F64"),
-    "no count": (lambda t, m: t[GATE].neg_(), "tokens of experts are no counts"),
-    "counts of another shape": (lambda t, m: t.update({GATE: t[GATE][None]}), "tokens of experts are no counts"),
-    "upside down": (lambda t, m: t[LOW].copy_(t[HIGH] + 1), "smallest input is above"),
+    "no count": (lambda t, m: t[GATE].neg_(), "expert tokens are not counts"),
+    "counts of another shape": (lambda t, m: t.update({GATE: t[GATE][None]}), "expert tokens are not counts"),
+    "upside down": (lambda t, m: t[LOW].copy_(t[HIGH] + 1), "a minimum is above its maximum"),
 }
 
 

@@ -110,7 +110,7 @@ class Stages:
 
     @property
     def calibrate(self) -> list[str]:
-        return [stage for stage in self.opened if stage.startswith(("calibrate", "go on"))]
+        return [stage for stage in self.opened if stage.startswith(("calibrate", "resume"))]
 
 
 # going on
@@ -131,7 +131,7 @@ def test_killed_in_some_block_it_ends_with_the_same_bytes(
     compile(model, CompileOptions(policy=policy, out=out, calib=ids, verify=False, export=False, batch_size=2), stages)
     assert len(ran) == BLOCKS and len(set(ran)) == BLOCKS
     assert same_files(out, expected) and [path.name for path in tmp_path.iterdir()] == ["out"]
-    assert stages.calibrate == [f"go on: block {finished}"] and sum(stages.opened[stages.calibrate[0]]) == 0
+    assert stages.calibrate == [f"resume: block {finished}"] and sum(stages.opened[stages.calibrate[0]]) == 0
 
 
 def test_killed_after_calibration_nothing_runs_again(
@@ -178,7 +178,7 @@ def test_what_the_world_stops_is_kept_and_said_to_be(
     with monkeypatch.context() as patch, pytest.raises(StoppedError, match="No space left") as caught:
         patch.setattr(os, "fsync", fsync)
         compiled(model, out, ids)
-    assert f"kept in {state_of(out).parent}: the same command goes on" in caught.value.remedy
+    assert f"kept in {state_of(out).parent}: the same command resumes it" in caught.value.remedy
     assert load_state(state_of(out)).blocks == 2
     assert same_files(compiled(model, out, ids), whole(M4)) and [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -216,7 +216,7 @@ def test_what_needs_no_calibration_leaves_none_behind(model: Path, ids: Path, tm
 def test_two_at_once_are_refused(model: Path, ids: Path, tmp_path: Path) -> None:
     folder = state_of(tmp_path / "out").parent
     folder.mkdir()
-    with locked(folder), pytest.raises(FxquantError, match="another fxquant is at work"):
+    with locked(folder), pytest.raises(FxquantError, match="another fxquant process is using it"):
         compiled(model, tmp_path / "out", ids)
     assert folder.is_dir()
 

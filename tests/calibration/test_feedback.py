@@ -176,7 +176,7 @@ def test_an_expert_without_tokens_is_named(tiny_folder: Callable[..., Path], tmp
     """One token goes to two of eight experts."""
     text = tmp_path / "one.safetensors"
     save_file({"ids": torch.tensor([[5]])}, text)
-    with pytest.raises(FxquantError, match=r"experts\.\d.*no token of the calibration text went to it"):
+    with pytest.raises(FxquantError, match=r"experts\.\d.*no token of the calibration text was routed to it"):
         compile(tiny_folder(), CompileOptions(policy=policy_of(tmp_path, 256, ""), out=tmp_path / "out", calib=text))
     for way in ("all_tokens", "least_squares"):
         policy = policy_of(tmp_path, 256, f"unseen_experts: {way}\n")
@@ -193,5 +193,5 @@ def test_codes_need_text(tiny_folder: Callable[..., Path], tmp_path: Path) -> No
 def test_without_a_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Asked for only where no output folder keeps them."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
-    with pytest.raises(FxquantError, match="temporary folder: cannot be made: No such file.* Set TMPDIR to"):
+    with pytest.raises(FxquantError, match="temporary folder: cannot be created: No such file.* Set TMPDIR to"):
         SolvedCodes.temporary()
