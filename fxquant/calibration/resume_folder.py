@@ -51,7 +51,7 @@ class CalibrationFolder:
 
         Raises FxquantError for a file that is not a state, and leaves it in place.
         """
-        self.locks.enter_context(self.work.held())
+        self.locks.enter_context(self.work.held())  # until the calibration ends, not just this call
         if self.restart:
             self.work.clear()
         path, found, other = self.folder / STATE, None, ""
@@ -75,7 +75,7 @@ class CalibrationFolder:
 
     def damaged(self) -> FxquantError:
         """The error for a state that does not match this graph."""
-        self.owned = self.running = False
+        self.owned = self.running = False  # so that it is not deleted: --restart is the user's decision
         return FxquantError(self.folder / STATE, "unfinished calibration is damaged.", DISCARD)
 
     def remove(self) -> None:

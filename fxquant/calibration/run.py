@@ -97,7 +97,7 @@ class CalibrationRun:
         return Stream(program, RoundedReader(program, read) if self._rounded else read, inputs, seen, self._device)
 
     def _see(self, wanted: Collection[fx.Node], node: fx.Node, values: list[Any], inputs: Values) -> None:
-        self.smoother.observe(node, values, inputs)
+        self.smoother.observe(node, values, inputs)  # first: it replaces `values` by the smoothed ones
         if self._solver is not None:
             self._solver.observe(node, inputs)
         if node in wanted:

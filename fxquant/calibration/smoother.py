@@ -36,7 +36,7 @@ class Smoother:
 
     def __init__(self, program: Program, checkpoint: Checkpoint, tokens: RealTokens) -> None:
         self._source = checkpoint.smoothed(rotation(program.turns, checkpoint))
-        self.smoothing = rotation(program.turns, checkpoint)
+        self.smoothing = rotation(program.turns, checkpoint)  # a second one: `_source` must stay unsmoothed
         # placeholders of added biases: their names must be in the checkpoint before a pair sets the values
         self.smoothing.tensors |= {
             name: torch.zeros(value.shape, dtype=value.dtype) for name, value in program.added.items()
@@ -81,6 +81,7 @@ class Smoother:
         smoothed = smoothing.tensors[name] = (weight.float() / scale).to(weight.dtype)
         eps, device = operand(pair.value, "eps"), values[0].device
         weight, bias = smoothed.float().to(device), None if bias is None else bias.to(device)
+        # recomputed, not divided: the rest of the run must see the roundings of the smoothed norm
         values[:] = [ops.rms_norm(x, weight, eps, bias) for x in before]
 
     def _shifted_norm_bias(self, pair: Pair, shift: Tensor, scale: Tensor) -> Tensor:

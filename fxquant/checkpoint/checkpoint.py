@@ -69,6 +69,7 @@ class Checkpoint:
 def decode_fp8(weight: Tensor, scale_inv: Tensor, block: tuple[int, int]) -> Tensor:
     """FP8 [n, k] times its block scales [ceil(n / block[0]), ceil(k / block[1])], of `SCALES`, as float32."""
     rows, columns = weight.shape
+    # cut after repeating: blocks at the edges may be partial
     wide = scale_inv.float().repeat_interleave(block[0], 0)[:rows].repeat_interleave(block[1], 1)[:, :columns]
     return weight.float() * wide
 
@@ -80,7 +81,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     scales, tensors = {}, {}
     for name, info in infos.items():
         weight = name.removesuffix(SCALE_SUFFIX)
-        if weight != name and weight in infos:
+        if weight != name and weight in infos:  # a scale without its weight stays a tensor, which the ledger reports
             scales[weight] = info
         else:
             tensors[name] = info

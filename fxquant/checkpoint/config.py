@@ -208,4 +208,5 @@ def _modern_rope(config: dict[str, Any]) -> dict[str, Any]:
         return config
     scaled = rope if rope.get("rope_type", "default") != "default" else None
     given = {key: value for key, value in config.items() if key != "rope_scaling" or value is not None}
+    # keys at the top level win over those of rope_parameters
     return {"rope_theta": rope.get("rope_theta", 10000.0), "rope_scaling": scaled, **given}

@@ -53,6 +53,7 @@ def _check_count(index: Path, count: int) -> None:
 
 def _check_files(folder: Path, index: Path, files: list[str]) -> None:
     for file in files:
+        # plain names only: a path could lead outside the folder
         plain = Path(file).name == file and file not in ("", "..") and file.isprintable()
         if plain and len(os.fsencode(file)) > FILE_NAME_BYTES:
             fact = f"weight_map names {file[:40]}…: {len(os.fsencode(file))} bytes, the limit is {FILE_NAME_BYTES}."

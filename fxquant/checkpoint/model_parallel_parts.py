@@ -56,7 +56,7 @@ class JoinedTensor:
     def ranges(self, offset: int, length: int) -> Iterator[tuple[TensorInfo, int, int]]:
         """Location of `length` bytes from `offset` within the joined tensor: runs of the parts in turn."""
         run = math.prod(self.parts[0].shape[self.dim :]) * self.dtype.itemsize
-        done = 0
+        done = 0  # along a dimension above 0 the parts alternate: one run of each per index of the leading dimensions
         while done < length:
             index, start = divmod(offset + done, run)
             row, part = divmod(index, len(self.parts))
@@ -122,7 +122,7 @@ def part_files(folder: Path) -> list[Path]:
     counts = [int(match[1]) for name in found if (match := PART.fullmatch(name))]
     if not counts:
         return []
-    files, count = [], max(counts)
+    files, count = [], max(counts)  # parts of another conversion may be mixed in: they are refused below
     for index in range(count):
         files.append(folder / f"model{index}-mp{count}.safetensors")
         if files[-1].name not in found:
@@ -142,6 +142,7 @@ def join_parts(files: list[Path]) -> dict[str, SourceTensor]:
     for name, holders in sorted(found.items()):
         _check_holders(name, holders, files)
         dim = split_dimension(name)
+        # a vector has no dimension 1: beside a weight split along it, it is repeated
         if len(holders) > 1 and dim is not None and dim < len(holders[0].shape):
             joined[name] = JoinedTensor(name, tuple(holders), dim)
         else:

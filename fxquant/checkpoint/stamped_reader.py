@@ -95,7 +95,7 @@ class SourceReader:
             handle = os.open(self._folder / file, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
         except OSError as error:
             raise StoppedError(file, f"cannot be opened again: {error.strerror}.", AGAIN) from None
-        status = os.fstat(handle)
+        status = os.fstat(handle)  # of the open file: its path may be replaced at any time
         if (status.st_size, status.st_mtime_ns) != (stamp.size, stamp.mtime_ns):
             os.close(handle)
             raise StoppedError(file, "changed while it was being read.", "Start over with --restart.")

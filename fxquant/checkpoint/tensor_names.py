@@ -74,6 +74,7 @@ def official_name(name: str) -> str | None:
     if not path or parameter not in kinds or None in segments:
         return None
     official = ".".join([str(segment) for segment in segments] + [kinds[parameter]])
+    # lm_head is the only module outside `model`
     return official if path == ["head"] else f"model.{official}"
 
 

@@ -66,9 +66,9 @@ def parse_json(
         text = text.removeprefix("\ufeff") if lenient else text  # byte order mark, written by Windows editors
         with uncollected():
             value = json.loads(text, **hooks)
-        if not _shallow(encoded):
+        if not _shallow(encoded):  # walking the document is slow, counting brackets is not
             _check_nesting(value)
-        if SURROGATE.search(text):
+        if SURROGATE.search(text):  # such escapes may give strings that UTF-8 cannot encode
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeDecodeError as error:
         raise FxquantError(place, f"not valid UTF-8 at byte {error.start}.", remedy) from None

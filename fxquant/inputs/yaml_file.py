@@ -104,7 +104,7 @@ class _Reader:
             if depth > NESTING:
                 raise _RefusedError(line, f"nested more than {NESTING} levels deep")
             if event.anchor is not None:
-                self._anchors[event.anchor] = None
+                self._anchors[event.anchor] = None  # until its node is complete: an alias inside it is a cycle
             found = self._value(event, depth, line)
             if event.anchor is not None:
                 self._anchors[event.anchor] = found

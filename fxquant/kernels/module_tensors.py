@@ -102,6 +102,7 @@ class ModuleMaker:
         if codes is not None:
             self._room.take(self._recipe, codes)
         if self._static is not None:
+            # copies: the next call reuses the buffers
             self._scales.append(torch.from_numpy(self._room.scale.copy()))
             self._sums.append(torch.from_numpy(self._room.sums.copy()))
         return dict(self._tensors)

@@ -160,6 +160,7 @@ def _resolved(document: PolicyDocument, parent: Policy | None) -> Policy:
         calibration_weights=says.calibration_weights or inherited.calibration_weights,
         own=tuple(says.rules),
         inherited=inherited.rules,
+        # not `or`: an empty list switches inherited smoothing off
         smooth=inherited.smooth if says.smooth is None else tuple(says.smooth),
         norm_bias=says.norm_bias or inherited.norm_bias,
         percentile=says.percentile or inherited.percentile,

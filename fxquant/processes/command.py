@@ -44,6 +44,7 @@ def run_to_end(
     When it exits or times out, or when this process dies for any reason, all its descendants are killed, even those in
     other sessions. Output is drained continuously and never waited for. Memory is not bounded.
     """
+    # a session of its own: Ctrl-C in the terminal reaches this process alone, which then ends the command
     process = subprocess.Popen(
         [sys.executable, "-I", "-S", str(SUPERVISOR), str(os.getpid()), ",".join(map(str, handles)), *command],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, pass_fds=handles, env=environment,

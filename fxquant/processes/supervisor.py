@@ -46,7 +46,7 @@ def _wait(started: int, parent: int, waking: int) -> int | None:
     """The waitpid status of `started`; None if PARENT closed stdin or died."""
     while os.getppid() == parent:
         pid = -1
-        while pid:  # 0: no further child has exited
+        while pid:  # until no further child has exited: one SIGCHLD may stand for several
             pid, status = os.waitpid(-1, os.WNOHANG)
             if pid == started:
                 return status

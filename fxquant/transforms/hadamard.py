@@ -54,7 +54,7 @@ def base_order(n: int) -> int:
     odd = n // (n & -n)
     if odd == 1:
         return 1
-    start = 4 * odd
+    start = 4 * odd  # Hadamard matrices above order 2 exist for multiples of 4 only
     while n % start == 0:
         if _first_prime(start) or _second_prime(start):
             return start

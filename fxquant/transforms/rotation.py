@@ -42,6 +42,7 @@ class Turn:
         """Some rows of the weight (all of them if `heads`), rotated in float32 and rounded once to their dtype."""
         out, width = torch.empty_like(weight), weight.shape[1]
         part = width // self.columns if self.columns else 1
+        # heads combine rows, columns combine columns: slabs are whole in the direction that is combined
         tall, wide = (len(weight), max(1, SLAB // len(weight) // part) * part) if self.heads else (_rows(width), width)
         for row in range(0, len(weight), tall):
             for column in range(0, width, wide):

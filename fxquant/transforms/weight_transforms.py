@@ -65,13 +65,13 @@ class Smoothing:
         """
         try:
             return self._applied(name, tensor, out_features, start)
-        except (RuntimeError, ArithmeticError, ValueError, IndexError) as error:
+        except (RuntimeError, ArithmeticError, ValueError, IndexError) as error:  # a calibration file of another model
             fact = f"its smoothing does not fit shape {list(tensor.shape)}: {str(error)[:200]}."
             raise FxquantError(f"tensor {name}", fact, "Calibrate again: pass --calib TEXT.") from None
 
     def _applied(self, name: str, tensor: Tensor, out_features: int, start: int) -> Tensor:
         dtype, columns, rows = tensor.dtype, self.column_scale(name), self.row_scale(name, out_features)
-        if name in self.turns:
+        if name in self.turns:  # first: scales are computed on the rotated model
             tensor = self.turns[name].apply(tensor, self.norms.get(self.turns[name].norm))
         if columns is not None:
             tensor = (tensor.float() * columns).to(dtype)
@@ -96,5 +96,6 @@ class Smoothing:
             norm = self.norms.get(turn.norm) if turn else None
             for tensor in (self.column_scale(name), self.scales.get(name), self.tensors.get(name), norm):
                 data = b"" if tensor is None else tensor.contiguous().view(torch.uint8).numpy().tobytes()
+                # with the length, or different splits of the same bytes would have one digest
                 digest.update(len(data).to_bytes(8, "little") + data)
         return digest.hexdigest() if any(map(self.changes, names)) else None
