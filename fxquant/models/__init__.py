@@ -1,4 +1,4 @@
-"""Our own DeepSeek-V3 in the `fxq::` dialect, to trace as it is or to subclass."""
+"""Model definition: our DeepSeek-V3 in the `fxq::` dialect, to trace as it is or to subclass."""
 
 from fxquant.models.deepseek_v3 import MLA, MLP, DecoderLayer, DeepseekV3, MoE
 from fxquant.models.layers import Linear, RMSNorm

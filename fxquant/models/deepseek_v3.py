@@ -1,7 +1,7 @@
 """DeepSeek-V3 (arXiv:2412.19437) with the parameter names of its Hugging Face checkpoints.
 
-Blocks are plain modules: subclass one, hand it to `DeepseekV3(config, layer=MyLayer)`, and what its forward does is
-what every output of the compiler does. B batch, S new positions, T = past + S positions.
+Blocks are plain modules: subclass one and pass it to `DeepseekV3(config, layer=MyLayer)`; every output of the compiler
+then computes what its forward does. B batch, S new positions, T = past + S positions.
 """
 
 import torch
@@ -51,7 +51,7 @@ class MoE(nn.Module):
 
 
 class MLA(nn.Module):
-    """Multi-head latent attention; its cache is one latent tensor [B, past, kv_lora_rank + qk_rope_head_dim]."""
+    """Multi-head latent attention (MLA); its cache is one latent tensor [B, past, kv_lora_rank + qk_rope_head_dim]."""
 
     kind = Kind.ATTENTION
 
@@ -154,7 +154,7 @@ class DeepseekV3(nn.Module):
         self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: list[Tensor]
     ) -> tuple[Tensor, list[Tensor]]:
         """input_ids, position_ids int64 [B, S]; attention_mask int64 [B, T], 0 on (left) padding; past: one latent
-        [B, T - S, kv_lora_rank + qk_rope_head_dim] a layer → logits [B, S, vocabulary] and the grown latents."""
+        [B, T - S, kv_lora_rank + qk_rope_head_dim] per layer → logits [B, S, vocabulary] and the grown latents."""
         x, presents = self.model(input_ids, attention_mask, position_ids, past)
         return self.lm_head(x), presents
 
@@ -163,7 +163,7 @@ class DeepseekV3(nn.Module):
         return mtp_paths(self.config)
 
     def empty_cache(self, batch: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-        """`past` of a first call."""
+        """`past` for the first call."""
         width = self.config.kv_lora_rank + self.config.qk_rope_head_dim
         return [torch.empty(batch, 0, width, dtype=dtype) for _ in self.model.layers]
 

@@ -1,4 +1,4 @@
-"""The parameter-holding leaves of the model, each one dialect operator."""
+"""Leaf modules: those that hold the model's parameters, each one dialect operator."""
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +48,7 @@ class Embedding(nn.Module):
 
 
 class Gate(nn.Module):
-    """Chooses the experts of a token: weight [experts, hidden], e_score_correction_bias float32 [experts]."""
+    """Router: chooses experts per token; weight [experts, hidden], e_score_correction_bias float32 [experts]."""
 
     kind = Kind.GATE
 
@@ -72,7 +72,7 @@ class Gate(nn.Module):
 
 
 class RoutedExperts(nn.Module):
-    """All experts of a layer as one node; each stacked parameter is made of one checkpoint tensor an expert."""
+    """All experts of a layer as one node; each stacked parameter is made of one checkpoint tensor per expert."""
 
     kind = Kind.ROUTED_EXPERT
 

@@ -1,6 +1,6 @@
-"""A multi-token prediction layer (DeepSeek-V3, arXiv:2412.19437, section 2.2) as its checkpoints hold it.
+"""Multi-token prediction (MTP) layer of a checkpoint (DeepSeek-V3, arXiv:2412.19437, section 2.2).
 
-No graph runs it: engines do, as a draft model. It says which tensors there are and what each of them is.
+No graph runs it: engines do, as a draft model. It defines which tensors there are and the kind of each.
 """
 
 from collections.abc import Iterator
@@ -42,7 +42,7 @@ class MtpLinear:
     """A quantizable weight of such a layer.
 
     module   its path: `model.layers.61.self_attn.o_proj`, or `model.layers.61.mlp.experts.up_proj` for all experts
-    modules  paths in the checkpoint, one an expert, or just `module`
+    modules  paths in the checkpoint, one per expert, or just `module`
     """
 
     module: str
@@ -68,7 +68,7 @@ def mtp_linears(config: DeepseekV3Config, path: str) -> Iterator[MtpLinear]:
 
 
 def mtp_tensors(config: DeepseekV3Config, path: str) -> Iterator[tuple[tuple[str, ...], tuple[int, ...]]]:
-    """Every tensor of the layer at `path` in a checkpoint, those of a stack together, and the shape of each."""
+    """Tensor names of the layer at `path` in a checkpoint, those of a stack together, and the shape of each tensor."""
     for name, module in _on_meta(config, path).named_modules():
         place = f"{path}.{name}"
         for parameter, tensor in module.named_parameters(recurse=False):
@@ -91,7 +91,7 @@ def _on_meta(config: DeepseekV3Config, path: str) -> MtpLayer:
 
 
 def _kind(layer: nn.Module, name: str) -> Kind:
-    """That of the nearest module that has one; MTP for what is of the layer itself."""
+    """The kind of the nearest module that has one; MTP for modules of the layer itself."""
     while name:
         kind = getattr(layer.get_submodule(name), "kind", None)
         if kind is not None:

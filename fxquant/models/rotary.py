@@ -1,4 +1,4 @@
-"""Rotary frequencies, plain and YaRN (Peng et al. 2023, arXiv:2309.00071, section 3)."""
+"""Rotary position frequencies, plain and YaRN (Peng et al. 2023, arXiv:2309.00071, section 3)."""
 
 import math
 
@@ -9,7 +9,7 @@ from fxquant.checkpoint.config import DeepseekV3Config, RopeScaling, yarn_mscale
 
 
 def frequencies(config: DeepseekV3Config) -> list[float]:
-    """`theta ** (-2i / width)` for i < width/2 in float32, interpolated per frequency when the config has YaRN."""
+    """`theta ** (-2i / width)` for i < width/2 in float32, interpolated per frequency if the config has YaRN."""
     width = config.qk_rope_head_dim
     powers = config.rope_theta ** (torch.arange(0, width, 2, dtype=torch.float32, device="cpu") / width)
     inv_freq = 1.0 / powers
@@ -20,7 +20,7 @@ def frequencies(config: DeepseekV3Config) -> list[float]:
 
 
 def attention_factor(config: DeepseekV3Config) -> float:
-    """What cos and sin are multiplied by: `mscale(factor, mscale) / mscale(factor, mscale_all_dim)`, 1 without YaRN."""
+    """Factor of cos and sin: `mscale(factor, mscale) / mscale(factor, mscale_all_dim)`, 1 without YaRN."""
     scaling = config.rope_scaling
     if scaling is None:
         return 1.0

@@ -1,1 +1,1 @@
-"""A program run on tensors: node by node, or block by block with weights that are read once."""
+"""Program execution on tensors: node by node, or block by block with each weight read once."""

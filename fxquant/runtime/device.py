@@ -1,4 +1,4 @@
-"""Where calibration runs the float graph."""
+"""Device on which calibration runs the float graph."""
 
 from importlib.util import find_spec
 
@@ -10,7 +10,7 @@ DEVICES = ("cpu", "cuda", "npu")
 
 
 def open_device(name: str) -> torch.device:
-    """The device of that name. Raises FxquantError where torch has none."""
+    """The device of that name. Raises FxquantError if torch does not have it."""
     place = f"--device {name}"
     if name not in DEVICES:
         raise FxquantError(place, "unknown.", f"Choose one of: {', '.join(DEVICES)}.")
@@ -19,7 +19,7 @@ def open_device(name: str) -> torch.device:
     if name == "npu":
         if find_spec("torch_npu") is None:
             raise FxquantError(place, "torch_npu is not installed.", "Install it beside CANN, or leave out --device.")
-        import torch_npu  # noqa: F401  # makes torch know the device
+        import torch_npu  # noqa: F401  # registers the device with torch
 
         if not torch.npu.is_available():  # type: ignore[attr-defined]
             raise FxquantError(place, "torch_npu finds no NPU.", "Check npu-smi info, or leave out --device.")

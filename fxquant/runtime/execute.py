@@ -1,4 +1,4 @@
-"""Run a program on CPU, node by node over all batches at once, with one node's weights in memory."""
+"""Node-wise runner: a program on CPU, node by node over all batches at once, with one node's weights in memory."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -14,9 +14,9 @@ from fxquant.runtime.weight_readers import LazyStack, Read, load
 
 WAY_OUT = "The graph does not fit its weights or inputs: check them, or compile again."
 Values = Mapping[fx.Node, list[Any]]
-"""Node → its value for each batch; a parameter's value, or its `LazyStack`, stands there for each."""
+"""Node → its value for each batch; a parameter's value, or its `LazyStack`, is repeated for each batch."""
 Observer = Callable[[fx.Node, list[Any], Values], None]
-"""Called with a call node, its values, which it may replace, and all that is alive: the node's inputs at least."""
+"""Called with a call node, its values, which it may replace, and all live values: at least the node's inputs."""
 
 
 @torch.no_grad()
@@ -33,7 +33,7 @@ def execute(
 
     Each weight is read once for all batches and dropped after its last use; a stack of experts is read expert by
     expert. `observe` sees every call with its value for each batch. `dtype` is that of the float weights and caches.
-    `known` gives the values of some calls for each batch: these and what only they need do not run.
+    `known` gives the values of some calls for each batch: these, and calls that only they need, do not run.
     """
     values: dict[fx.Node, list[Any]] = dict(known or {})
     placeholders = 0
@@ -60,8 +60,9 @@ def execute(
 
 
 def call(node: fx.Node, value: Callable[[fx.Node], Any]) -> Any:
-    """The result of one call node, with `value` giving its inputs. Raises FxquantError where they do not fit."""
+    """The result of one call node, with `value` giving its inputs. Raises FxquantError if they do not fit."""
     args, kwargs = fx.map_arg(node.args, value), fx.map_arg(node.kwargs, value)
+    # torch's dispatcher takes tensors only: a lazy stack goes to the operator's Python function
     lazy = any(isinstance(arg, LazyStack) for arg in args)
     try:
         function: Any = ops.REFERENCES[node.target] if lazy else node.target  # type: ignore[index]
@@ -72,12 +73,12 @@ def call(node: fx.Node, value: Callable[[fx.Node], Any]) -> Any:
 
 
 def of_batch(values: Values, index: int) -> Callable[[fx.Node], Any]:
-    """What `call` takes its inputs from."""
+    """Node → its value for one batch, as `call` takes it."""
     return lambda node: values[node][index]
 
 
 def _needed(graph: fx.Graph, known: Mapping[fx.Node, Any]) -> list[fx.Node]:
-    """Inputs, output, and the calls on the way to it that do not lie behind `known`, in graph order."""
+    """Inputs, output, and the calls that the output needs beyond `known`, in graph order."""
     wanted: set[fx.Node] = set()
     for node in reversed(graph.nodes):
         if node.op == "output" or (node in wanted and node not in known):
@@ -87,7 +88,7 @@ def _needed(graph: fx.Graph, known: Mapping[fx.Node, Any]) -> list[fx.Node]:
 
 
 def last_uses(nodes: Iterable[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
-    """Node → those whose value is not needed after it, where only `nodes` run, in this order."""
+    """Node → nodes whose value is not needed after it, if only `nodes` run, in this order."""
     nodes = list(nodes)
     last: dict[fx.Node, fx.Node] = {}
     for node in nodes:
@@ -107,7 +108,7 @@ def prefill_inputs(
 ) -> list[Tensor]:
     """Flat inputs for `ids` int64 [batch, length] and empty caches.
 
-    `mask` int64 [batch, length] is 0 on padding, which comes after the tokens; None: there is none.
+    `mask` int64 [batch, length] is 0 on padding, which comes after the tokens; None: no padding.
     """
     batch, length = ids.shape
     caches = [node.meta["val"] for node in cache_inputs(program)]

@@ -1,4 +1,4 @@
-"""Run what some nodes of a program need, block by block over all batches, with what the next block reads in memory."""
+"""Block-wise runner: runs the nodes that some nodes need, block by block over all batches; only live values stay."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -20,21 +20,21 @@ from fxquant.runtime.weight_readers import CPU, LazyStack, Read, load
 
 @dataclass(frozen=True)
 class Block:
-    """Calls that follow each other in one block of the graph, those that run."""
+    """Consecutive calls of one block of the graph, of those that run."""
 
     name: str
     nodes: tuple[fx.Node, ...]
 
 
 class Stream:
-    """A run of the nodes that `wanted` ones depend on, and of no others.
+    """A run of only the nodes that `wanted` depends on.
 
     Each weight is loaded to `device` as float32, once for all batches, and dropped after its last use; the experts of a
-    layer run over the tokens of all batches together, each read once. Other values live as long as something that runs
-    needs them: between blocks, the hidden states. `batches` are flat inputs in the order of the placeholders.
+    layer run over the tokens of all batches together, each read once. Other values live until their last use: between
+    blocks, these are the hidden states. `batches` are flat inputs in the order of the placeholders.
 
     blocks  what runs, in order
-    values  node → value for each batch, of all calls and placeholders that are alive
+    values  node → value for each batch, of all live calls and placeholders
     """
 
     def __init__(
@@ -71,15 +71,15 @@ class Stream:
             for dead in self._dead.get(node, ()):
                 values.pop(dead, None)
             advance(1)
-        for node in self.kept():
+        for node in self.kept():  # a resumed run reads these from a file: both must sum in the same order
             values[node] = [settled(value) for value in values[node]]
 
     def kept(self) -> list[fx.Node]:
-        """The calls whose values are alive: with the batches, all that the blocks to come depend on."""
+        """The calls whose values are live: with the batches, all that later blocks depend on."""
         return [node for node in self.values if node.op == "call_function"]
 
     def skip(self, blocks: int) -> list[fx.Node]:
-        """Go on after so many blocks that ran elsewhere; the calls whose values `restore` then takes."""
+        """Resume after a number of blocks that ran earlier; returns the calls that `restore` must then give values."""
         for block in self.blocks[:blocks]:
             for node in block.nodes:
                 self.values |= {source: [] for source in node.all_input_nodes if source.op == "get_attr"}
@@ -108,7 +108,7 @@ def needed_nodes(graph: fx.Graph, wanted: Collection[fx.Node]) -> dict[fx.Node, 
 
 
 def experts_together(node: fx.Node, values: Values) -> list[Tensor]:
-    """A `fxq::moe_experts` in one call over the tokens of all batches, in their order; the value for each."""
+    """Run `fxq::moe_experts` once over the tokens of all batches, in their order; returns the value of each batch."""
     tokens = [values[operand_node(node, name)] for name in ("x", "ids", "weights")]
     stacks = [values[operand_node(node, name)][0] for name in PROJECTIONS]
     rows = [torch.cat([value.flatten(0, -2) for value in one]) for one in tokens]
@@ -118,7 +118,7 @@ def experts_together(node: fx.Node, values: Values) -> list[Tensor]:
 
 
 def settled(value: Any) -> Any:
-    """The same numbers laid out as they are when read from a file: sums may follow the layout of what they sum."""
+    """The same numbers in the memory layout of a tensor read from a file: sums may depend on the layout."""
     if isinstance(value, list | tuple):
         return type(value)(map(settled, value))
     return value.contiguous() if isinstance(value, Tensor) else value

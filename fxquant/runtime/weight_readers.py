@@ -1,7 +1,7 @@
-"""Readers: disk name → tensor, from a checkpoint, from recipes over it, or from a written weight file.
+"""Weight readers: disk name → tensor, from a checkpoint, from recipes over it, or from a written weight file.
 
 A graph parameter is loaded through one of them; a stack of experts stays on disk and yields one expert at a time.
-Kernels, and with them numba, are imported when a tensor is made: what looks at graphs alone does without.
+Kernels, and with them numba, are imported when a tensor is made: code that only reads graphs does not need them.
 """
 
 from collections import OrderedDict
@@ -22,7 +22,7 @@ Read = Callable[[str], Tensor]
 
 
 class Stack(Protocol):
-    """What operators ask of a stacked parameter: its length and one expert's tensor."""
+    """What operators use of a stacked parameter: its length and one expert's tensor."""
 
     def __len__(self) -> int: ...
 
@@ -30,7 +30,7 @@ class Stack(Protocol):
 
 
 class Codes(Protocol):
-    """Where the codes of a module come from."""
+    """Source of the GPTQ codes of a module."""
 
     def __call__(self, module: str) -> Tensor:
         """int8 [n, k]."""
@@ -40,7 +40,7 @@ class Codes(Protocol):
 
 
 class LazyStack:
-    """The tensors of all experts of a layer, each read when asked for."""
+    """The tensors of all experts of a layer, each read on access."""
 
     def __init__(self, names: tuple[str, ...], read: Read) -> None:
         self._names, self._read = names, read
@@ -61,7 +61,7 @@ CPU = torch.device("cpu")
 def load(
     program: Program, target: str, read: Read, dtype: torch.dtype = torch.float32, device: torch.device = CPU
 ) -> Tensor | LazyStack:
-    """The value of a graph parameter on `device`; floating tensors come as `dtype`, int4 codes packed."""
+    """The value of a graph parameter on `device`; floating-point tensors as `dtype`, int4 codes packed."""
     parameter = program.parameters[target]
     recipe = program.recipes.get(parameter.module)
     unpacked = parameter.role == "weight" and recipe is not None and recipe.int4 and not recipe.weight_format.packed
@@ -79,7 +79,7 @@ def load(
 class RecipeReader:
     """Makes the tensors of the weight file from the checkpoint, module by module, without writing them.
 
-    `codes`: where those that calibration found come from.
+    `codes`: source of the codes that calibration found.
     """
 
     def __init__(self, program: Program, checkpoint: Checkpoint, codes: Codes | None = None) -> None:
@@ -96,7 +96,7 @@ class RecipeReader:
         if name not in self._owners:
             return self._checkpoint.read(name)
         recipe, module, role = self._owners[name]
-        if self._last[0] != module:
+        if self._last[0] != module:  # a module's tensors are made together and read one after the other
             self._last = (module, make_module(recipe, module, self._checkpoint.read, self._codes))
         return self._last[1][role]
 
@@ -111,16 +111,16 @@ def make_module(recipe: Recipe, module: str, read: Read, codes: Codes | None = N
 
 
 def codes_of(recipe: Recipe, module: str, codes: Codes | None) -> Tensor | None:
-    """Those that calibration found for a module, where the recipe takes them."""
+    """The codes that calibration found for a module; None if the recipe does not use them."""
     if not recipe.algorithm.from_inputs:
         return None
     if codes is None:
-        raise FxquantError(f"layer {module}", "its codes come from calibration, and none ran.", "Pass --calib TEXT.")
+        raise FxquantError(f"layer {module}", "its codes come from calibration, but none ran.", "Pass --calib TEXT.")
     return codes(module)
 
 
 class RoundedReader:
-    """The checkpoint with every weight that has a recipe rounded to what its integers stand for."""
+    """Reads the checkpoint, with every weight that has a recipe rounded to the values of its integers."""
 
     def __init__(self, program: Program, read: Read) -> None:
         self._read = read
@@ -151,6 +151,6 @@ class Cached:
             tensor = tensor.float()
         self._kept[name] = tensor
         self._bytes += tensor.nbytes
-        while self._bytes > self._limit and len(self._kept) > 1:
+        while self._bytes > self._limit and len(self._kept) > 1:  # one tensor may exceed the limit alone
             self._bytes -= self._kept.popitem(last=False)[1].nbytes
         return tensor

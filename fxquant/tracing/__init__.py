@@ -1,13 +1,13 @@
-"""A module on the meta device → a float program, in the order of the work.
+"""Tracing: a module on the meta device → a float program. Files in the order of the work:
 
-inputs.py      what it is run on
-calls.py       runs it and writes down every call
+inputs.py      example inputs and their dynamic sizes
+calls.py       runs the module and records every call
 layers.py      which layers make the same calls, so that one of each is exported
-export.py      torch.export of that model; where it fails, undeclared.py says what to declare
-canonical.py   one spelling for one meaning
+export.py      torch.export of that model; if it fails, undeclared.py says what to declare
+canonical.py   torch's own calls → `fxq::` operators
 stamp.py       the graph of all layers from that of one of each
 annotate.py    module, kind and block of each node
-parameters.py  the tensors behind it
+parameters.py  the checkpoint tensors behind each parameter
 """
 
 from fxquant.tracing.export import trace

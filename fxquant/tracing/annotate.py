@@ -1,4 +1,4 @@
-"""What every node of a trace carries: the module that made it, that module's kind, and the block it belongs to."""
+"""Node annotation: the module that made each node, that module's kind, and its block."""
 
 from collections.abc import Callable
 from functools import cache
@@ -12,7 +12,7 @@ from fxquant.schemes.roles import module_and_role
 from fxquant.tracing.calls import layer_paths
 
 TORCH_KINDS = {nn.RMSNorm: Kind.NORM, nn.LayerNorm: Kind.NORM, nn.Embedding: Kind.EMBEDDING}
-"""What torch's own modules are."""
+"""Kinds of torch's own modules."""
 
 
 def name_modules(graph: fx.Graph, model: nn.Module) -> None:
@@ -38,7 +38,7 @@ def annotate(graph: fx.Graph, model: nn.Module) -> None:
 
 
 def kinds(modules: dict[str, nn.Module]) -> Callable[[str], Kind]:
-    """What the module at a path is: its own `kind` or the nearest ancestor's."""
+    """Path of a module → its kind: its own `kind` or the nearest ancestor's."""
 
     @cache
     def kind(path: str) -> Kind:
@@ -52,12 +52,12 @@ def kinds(modules: dict[str, nn.Module]) -> Callable[[str], Kind]:
 
 
 def _block(module: str, layers: set[str]) -> str:
-    """The layer at or above a module path, "" if none is."""
+    """The layer at or above a module path, "" outside of layers."""
     return next((path for path in accumulate(module.split("."), "{}.{}".format) if path in layers), "")
 
 
 def _name_outside_blocks(calls: list[fx.Node]) -> None:
-    """Each run of calls outside the layers is a block of its own: before, between, between_1, …, after."""
+    """Each run of calls outside the layers is a separate block: before, between_0, between_1, …, after."""
     runs = [list(run) for _, run in groupby(calls, key=lambda node: node.meta["block"])]
     between = 0
     for index, run in enumerate(runs):
@@ -70,6 +70,6 @@ def _name_outside_blocks(calls: list[fx.Node]) -> None:
 
 
 def _module_path(meta: dict[str, Any], modules: set[str]) -> str:
-    """The innermost module of the stack that is a module of the model; some nodes carry placeholders of torch's."""
+    """The innermost module of the stack that belongs to the model; some entries are torch's placeholders."""
     stack = [path for path, _ in (meta.get("nn_module_stack") or {}).values()]
     return next((path for path in reversed(stack) if path in modules), "")

@@ -1,4 +1,4 @@
-"""What a forward calls, written down so that runs and layers can be compared: functions, arguments, who made them."""
+"""Call log: the functions and arguments that a forward calls, so that runs and layers can be compared."""
 
 import sys
 from collections.abc import Iterator
@@ -38,12 +38,12 @@ class Held:
 
 
 class Unknown:
-    """What no call made, or no plain value: equal to itself only."""
+    """A tensor that no call made, or an argument that is not a plain value: equal only to itself."""
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One call of a torch function, as `module` runs; `results` are the shapes and dtypes of the tensors it gave."""
+    """One call of a torch function while `module` runs; `results` are shapes and dtypes of the tensors it returned."""
 
     function: Any
     module: str
@@ -68,7 +68,7 @@ class Log:
 
 
 class Recorder(TorchFunctionMode):
-    """Runs a model and writes a log; the members of its outermost module lists are its layers."""
+    """Runs a model and records a log; the members of its outermost module lists are its layers."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -76,10 +76,11 @@ class Recorder(TorchFunctionMode):
         self.failed_in: str | None = None
         """Path of the innermost module that ran when the last run failed."""
         self._paths = {id(module): path for path, module in model.named_modules()}
+        # reversed: of the paths of a shared tensor, the first one stays
         self._held = {id(tensor): _held(path, tensor) for path, tensor in reversed(model_state(model).items())}
 
     def record(self, arguments: tuple[Any, ...]) -> Log:
-        """One run on `arguments`."""
+        """Run once on `arguments`."""
         self.failed_in = None
         self._log, self._stack, self._alive = Log(), [""], list(tensors(arguments))
         self._starts: list[int] = []
@@ -100,14 +101,14 @@ class Recorder(TorchFunctionMode):
         return self._log
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Call `func` and write it down."""
+        """Call `func` and record it."""
         kwargs = kwargs or {}
         arguments = (self._plain(args), self._plain(kwargs))
         result = func(*args, **kwargs)
         made = list(tensors(result))
-        for index, tensor in enumerate(made):
+        for index, tensor in enumerate(made):  # setdefault: an in-place call returns a tensor that is known already
             self._made.setdefault(id(tensor), Made(len(self._log.calls), index))
-        self._alive += made  # an id must not be given to another tensor before the run ends
+        self._alive += made  # an id must not be reused for another tensor before the run ends
         results = tuple((tuple(tensor.shape), tensor.dtype) for tensor in made)
         self._log.calls.append(Call(func, self._stack[-1], arguments, results))
         return result
@@ -125,7 +126,7 @@ class Recorder(TorchFunctionMode):
             self._log.spans.append((path, start, len(self._log.calls)))
 
     def _plain(self, value: Any) -> Any:
-        """An argument as a value that compares and hashes: tensors by their origin, numbers with their type."""
+        """An argument as a comparable, hashable value: tensors by their origin, numbers with their type."""
         if isinstance(value, Tensor):
             return self._made.get(id(value)) or self._strange(value)
         if isinstance(value, list | tuple):
@@ -149,7 +150,7 @@ def _held(path: str, tensor: Tensor) -> Held:
 
 
 def outermost_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
-    """The module lists that are in no other, in order."""
+    """The module lists that are not inside another one, in order."""
     lists = {path: module for path, module in model.named_modules() if isinstance(module, nn.ModuleList)}
     return {path: lists[path] for path in lists if not any(path.startswith(other + ".") for other in lists)}
 

@@ -1,4 +1,4 @@
-"""One spelling for one meaning: torch's own linear, norm and embedding calls become `fxq::` operators."""
+"""Canonicalization: torch's own linear, norm and embedding calls become `fxq::` operators."""
 
 from collections.abc import Callable
 
@@ -11,14 +11,14 @@ from fxquant.program.operands import arguments, operand
 
 ATEN = torch.ops.aten
 PLACEMENT = ("device", "layout", "pin_memory")
-"""Arguments that say where a tensor lies: meta while tracing, and the caller's business afterwards."""
+"""Arguments for the placement of a tensor: meta while tracing, the caller's choice afterwards."""
 
 
 def canonicalize(graph: fx.Graph) -> None:
-    """Rewrite known aten calls, drop what does nothing in inference, and remove dead nodes.
+    """Rewrite known aten calls, drop calls that do nothing in inference, and remove dead nodes.
 
-    Sizes are read from the first input that has them, each once; of two tensors that are added or multiplied, the one
-    made earlier comes first, a parameter last.
+    Each size is read once, from the first input that has it. Of two tensors that are added or multiplied, the one made
+    earlier comes first, and a parameter last.
     """
     for node in list(graph.nodes):
         if node.op == "call_function":
@@ -32,12 +32,12 @@ def canonicalize(graph: fx.Graph) -> None:
 
 
 def _has_effect(node: fx.Node) -> bool:
-    """Inputs and outputs stay; shape assertions of torch.export go, the dialect's own verifier repeats them."""
+    """Inputs and outputs stay. Shape assertions of torch.export are dropped: the dialect's verifier repeats them."""
     return node.op in ("placeholder", "output")
 
 
 def _share_sizes(graph: fx.Graph) -> None:
-    """Calls that give the same number become one, the first; torch.export takes sizes from any input that has them."""
+    """Merge calls that give the same size into the first; torch.export reads a size from any input that has it."""
     sources: dict[str, tuple[fx.Node, int]] = {}
     for node in graph.find_nodes(op="placeholder"):
         for dimension, size in enumerate(node.meta["val"].shape):
@@ -56,6 +56,7 @@ def _share_sizes(graph: fx.Graph) -> None:
 
 
 def _order_operands(graph: fx.Graph) -> None:
+    # models write x + y and y + x for the same sum: their structural hashes must be equal
     position = {node: index for index, node in enumerate(graph.nodes)}
     for node in graph.nodes:
         if node.target in COMMUTATIVE and not node.kwargs and all(map(_is_tensor, node.args)):
@@ -65,7 +66,7 @@ def _order_operands(graph: fx.Graph) -> None:
 
 
 def order_parameters(graph: fx.Graph) -> None:
-    """Parameters in front, in the order in which calls first read them, however the model lists them."""
+    """Move parameters to the front, in the order in which calls first read them, however the model lists them."""
     read = dict.fromkeys(source for node in graph.nodes for source in node.all_input_nodes if source.op == "get_attr")
     for node in reversed(read):
         next(iter(graph.nodes)).prepend(node)
@@ -88,7 +89,7 @@ def _embedding(graph: fx.Graph, node: fx.Node) -> None:
 
 
 def _rms_norm(graph: fx.Graph, node: fx.Node) -> None:
-    """Only the form that normalizes the last dimension and has a weight; torch's default eps is that of float32."""
+    """Only the form that normalizes the last dimension and has a weight; torch's default eps is float32's."""
     given = arguments(node)
     weight, eps = given["weight"], given["eps"]
     if len(given["normalized_shape"]) == 1 and weight is not None:
@@ -97,7 +98,8 @@ def _rms_norm(graph: fx.Graph, node: fx.Node) -> None:
 
 def _read_value(graph: fx.Graph, node: fx.Node) -> None:
     place = node.meta.get("module") or "the model"
-    raise FxquantError(place, "its forward reads a tensor's value (item()).", "Keep control flow free of values.")
+    fact = "its forward reads a tensor's value (item())."
+    raise FxquantError(place, fact, "Keep control flow free of tensor values.")
 
 
 def _identity(graph: fx.Graph, node: fx.Node) -> None:

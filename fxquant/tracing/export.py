@@ -1,6 +1,6 @@
-"""Module on meta → torch.fx graph in the `fxq::` dialect, by running its forward once under torch.export.
+"""Graph export: a module on meta → a torch.fx graph in the `fxq::` dialect, by torch.export of its forward.
 
-Layers that are the same are traced once: the graph of a model with one layer of each sort is stamped to full depth.
+Equal layers are traced once: the graph of a model with one layer of each kind is stamped to full depth.
 """
 
 from collections.abc import Iterator
@@ -36,9 +36,9 @@ def trace(
 ) -> Program:
     """Trace prefill and cached decode as one graph with dynamic batch, sequence and past.
 
-    Nothing is read but headers: parameters stay on meta, and `Program.parameters` says which checkpoint tensors each
-    one is. `inputs` are the arguments to trace with, by default those of `DeepseekV3`; `checkpoint_name` gives the name
-    of a parameter where that is not its path. Raises FxquantError where the forward cannot be traced.
+    Only headers are read: parameters stay on meta, and `Program.parameters` says which checkpoint tensors each one is.
+    `inputs` are the arguments to trace with, by default those of `DeepseekV3`; `checkpoint_name` maps the path of a
+    parameter to its checkpoint name if they differ. Raises FxquantError if the forward cannot be traced.
     """
     with uncollected():
         return _traced(model, checkpoint, inputs, checkpoint_name)
@@ -61,7 +61,7 @@ def _traced(model: nn.Module, checkpoint: Checkpoint, inputs: Inputs | None, che
 
 @contextmanager
 def _traceable(model: nn.Module) -> Iterator[None]:
-    """Runs the model without memory for values; whatever goes wrong is why it cannot be traced."""
+    """Run the model without memory for values; any exception becomes the reason why it cannot be traced."""
     try:
         with torch.no_grad(), torch.device("meta"):
             yield
@@ -77,13 +77,13 @@ def _first_line(error: Exception) -> str:
 
 
 def _runs(model: nn.Module, inputs: Inputs) -> list[Log]:
-    """One log a run of `inputs`. torch.export takes sizes for two or more, so a branch on an empty cache or a single
-    token would leave no trace."""
+    """One log per run of `inputs`. torch.export assumes sizes of two or more, so a branch on an empty cache or a single
+    token would go unnoticed."""
     recorder, logs = Recorder(model), []  # type: Recorder, list[Log]
     for arguments in inputs.runs:
         logs.append(_run(recorder, model, arguments))
         if logs[-1].functions != logs[0].functions:
-            raise ValueError("it takes another path for a single token, an empty cache or long inputs")
+            raise ValueError("it takes a different path for a single token, an empty cache or long inputs")
     return logs
 
 
@@ -108,7 +108,7 @@ def _config(model: nn.Module) -> DeepseekV3Config:
 
 
 def _stamped(model: nn.Module, logs: list[Log]) -> fx.Graph | None:
-    """The graph from that of one layer of each sort; None where only the whole model tells."""
+    """The graph stamped from one layer of each kind; None if the whole model must be traced."""
     try:
         with _traceable(model):
             return _from_representatives(model, logs)
@@ -153,7 +153,7 @@ def _writes(exported: ExportedProgram) -> bool:
 
 
 def _without_writes(exported: ExportedProgram, model: nn.Module) -> ExportedProgram:
-    """In-place calls on tensors of its own as out-of-place ones."""
+    """Replace in-place calls on the forward's own tensors by out-of-place ones."""
     exported = exported.run_decompositions({})
     for spec in exported.graph_signature.output_specs:
         if spec.kind == OutputKind.BUFFER_MUTATION:
@@ -167,7 +167,7 @@ def _without_writes(exported: ExportedProgram, model: nn.Module) -> ExportedProg
 def _graph(exported: ExportedProgram, model: nn.Module) -> fx.Graph:
     """The exported graph in the dialect, with a parameter as a `get_attr` node whose target is its path."""
     graph = exported.graph
-    graph.owning_module = None  # whose parameters have other names
+    graph.owning_module = None  # its parameters have other names
     specs = {spec.arg.name: spec for spec in exported.graph_signature.input_specs}
     state = model_state(model)
     first = {id(tensor): path for path, tensor in reversed(state.items())}
@@ -176,9 +176,9 @@ def _graph(exported: ExportedProgram, model: nn.Module) -> fx.Graph:
             continue
         target = str(specs[node.name].target)
         if target not in state:
-            fact = "a constant tensor made in the forward or in __init__."
+            fact = "is a constant tensor made in the forward or in __init__."
             raise FxquantError(target, fact, "Make it a parameter.")
-        path = first[id(state[target])]  # a module that several layers share has one name in the checkpoint
+        path = first[id(state[target])]  # a module shared by several layers has one name in the checkpoint
         with graph.inserting_before(node):
             attribute = graph.create_node("get_attr", path, name=node.name)
         attribute.meta = {"val": node.meta["val"]}

@@ -1,4 +1,4 @@
-"""What a forward is run on to be traced: example tensors on meta, and which of their sizes are free."""
+"""Trace inputs: example tensors on meta, and which of their sizes are dynamic."""
 
 import inspect
 from collections.abc import Callable
@@ -15,13 +15,13 @@ from fxquant.errors import FxquantError
 
 SIZES = ((2, 3, 5), (1, 1, 7), (3, 2, 0), (7, 1_000_003, 1_000_033))
 """Example batch, sequence and past. The first are traced: distinct and above one, so that none is taken for a constant.
-All are run, to compare: a single token, an empty cache, and inputs longer than any threshold in a forward."""
+All are run and compared: a single token, an empty cache, and inputs longer than any threshold in a forward."""
 PHASES = ("decode", "prefill")
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Arguments of one call a run, all of which must take one path; the first is traced with `dynamic_shapes`."""
+    """Arguments of one call per run; all must take the same path, and the first is traced with `dynamic_shapes`."""
 
     runs: tuple[tuple[Any, ...], ...]
     dynamic_shapes: Any
@@ -37,7 +37,7 @@ def declared_inputs(
     example_inputs: Callable[[nn.Module, str], Any],
     dynamic_shapes: Callable[[str], Any] | None,
 ) -> Inputs:
-    """Those of a model file. Raises FxquantError for what is not `(args, kwargs)` of the model's forward."""
+    """The inputs that a model file declares. Raises FxquantError unless they are `(args, kwargs)` of the forward."""
     signature, runs = inspect.signature(model.forward), []
     for phase in PHASES:
         try:
@@ -47,14 +47,14 @@ def declared_inputs(
             runs.append(tree_map_only(Tensor, torch.empty_like, signature.bind(*args, **kwargs).args))
         except (TypeError, ValueError) as error:
             place = f"example_inputs(model, {phase!r})"
-            fact = f"gives no (args, kwargs) for {type(model).__name__}.forward: {error}."
+            fact = f"returned no valid (args, kwargs) for {type(model).__name__}.forward: {error}."
             raise FxquantError(place, fact, "Return a tuple and a dict.") from error
     shapes = dynamic_shapes(PHASES[0]) if dynamic_shapes else _shapes(len(runs[0][3]))
     return Inputs(tuple(runs), shapes)
 
 
 def check_dynamic(graph: fx.Graph) -> None:
-    """Raise FxquantError for an input whose first two sizes are not both free: the graph serves any request."""
+    """Raise FxquantError for an input whose first two sizes are not both dynamic: the graph serves any request."""
     for node in graph.find_nodes(op="placeholder"):
         for name, size in zip(("rows", "positions"), node.meta["val"].shape, strict=False):
             if not isinstance(size, torch.SymInt):

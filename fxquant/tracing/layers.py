@@ -1,8 +1,8 @@
-"""Which layers of a model make the same calls: a log is cut at its layers, and each part named relative to itself.
+"""Layer comparison: which layers make the same calls. A log is cut at its layers, each part named relative to itself.
 
-Two layers are the same when their modules are of the same classes and their calls are the same: functions, modules,
-results and arguments, where a tensor is what the layer made itself, what the layer before it handed on, the layer's own
-latent cache or parameter, an input of the model, or made before all layers.
+Two layers are the same if their modules have the same classes and their calls are the same: functions, modules, results
+and arguments. A tensor argument is a result of the layer itself, the output of the layer before, the layer's own latent
+cache or parameter, an input of the model, or a result of the calls before all layers.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,7 +21,7 @@ HANDED_ON, OWN_PAST = "handed on", "own past"
 
 
 class NotRepeatedError(Exception):
-    """Why the graph of one layer does not stand for those of others."""
+    """The reason why the graph of one layer does not represent those of others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class Before:
 class Parts:
     """One log, cut at its layers.
 
-    layers   each layer's calls, and the one of their results that the next part reads
+    layers   each layer's calls, and the one result that the next part reads
     outputs  of the model: (layer, its result), or (None, a result of the calls before or after all layers)
     """
 
@@ -50,7 +50,7 @@ class Parts:
 class Plan:
     """Which members of the module list at `path` to trace, and what the others are copies of.
 
-    representatives  layers to trace, in order; layer 0 is one of its own, as no layer hands anything on to it
+    representatives  layers to trace, in order; layer 0 is always one, as no layer precedes it
     positions        layer → the position of its representative among them
     outputs          of the model: (layer or None, place among the outputs of a model of representatives)
     """
@@ -62,7 +62,7 @@ class Plan:
 
 
 def plan_layers(layers: nn.ModuleList, path: str, parts: Sequence[Parts]) -> Plan:
-    """Group layers that are the same in every run; raises NotRepeatedError where no two are."""
+    """Group layers that are the same in every run; raises NotRepeatedError if no two are."""
     positions, found = [0], {}  # type: list[int], dict[Any, int]
     representatives = [0]
     for index in range(1, len(layers)):
@@ -77,17 +77,17 @@ def plan_layers(layers: nn.ModuleList, path: str, parts: Sequence[Parts]) -> Pla
 
 
 def confirm(plan: Plan, full: Sequence[Parts], short: Sequence[Parts]) -> Plan:
-    """`plan` with its outputs, after a model of its representatives ran as the full model says it must."""
+    """`plan` with its outputs, if a model of its representatives ran exactly as the full model predicts."""
     for whole, part in zip(full, short, strict=True):
         expected = tuple(whole.layers[index] for index in plan.representatives)
         if (part.before, part.layers, part.after) != (whole.before, expected, whole.after):
-            raise NotRepeatedError("fewer layers make other calls")
+            raise NotRepeatedError("with fewer layers the calls differ")
     places = {output: place for place, output in enumerate(short[0].outputs)}
     outputs = []
     for layer, made in full[0].outputs:
         place = places.get((None if layer is None else plan.positions[layer], made))
         if place is None:
-            raise NotRepeatedError("layers that are the same give other outputs")
+            raise NotRepeatedError("equal layers give different outputs")
         outputs.append((layer, place))
     return replace(plan, outputs=tuple(outputs))
 
@@ -116,7 +116,7 @@ def _code(module: nn.Module) -> Any:
 
 
 def split(log: Log, path: str, count: int) -> Parts:
-    """Cut the log of a model whose `count` layers are the list at `path`; raises NotRepeatedError where it does not."""
+    """Cut the log of a model whose `count` layers are the list at `path`; raises NotRepeatedError if it is not."""
     spans = [(start, stop) for _, start, stop in log.spans]
     if [layer for layer, *_ in log.spans] != [f"{path}.{index}" for index in range(count)]:
         raise NotRepeatedError("the layers do not run in order, once each")
@@ -126,14 +126,14 @@ def split(log: Log, path: str, count: int) -> Parts:
     views = [_View(path, edges, place) for place in range(len(edges))]
     calls = [tuple(view.calls(log.calls)) for view in views]
     if any(len(view.handed_on) != 1 for view in views[2:]):
-        raise NotRepeatedError("a layer hands on no tensor or several")
+        raise NotRepeatedError("a layer passes on no tensor or several")
     handed_on = [next(iter(view.handed_on)) for view in views[2:]]
     layers = tuple(zip(calls[1:-1], handed_on, strict=True))
     return Parts(calls[0], layers, calls[-1], tuple(_output(reference, edges) for reference in log.outputs))
 
 
 class _View:
-    """How part `place` of a log sees its tensors: 0 is before the layers, place - 1 the layer, the last one after."""
+    """Part `place` of a log, its tensors named relative to it: 0 before the layers, n layer n - 1, the last after."""
 
     def __init__(self, path: str, edges: list[tuple[int, int]], place: int) -> None:
         self.handed_on: set[Made] = set()
@@ -157,7 +157,7 @@ class _View:
                 raise NotRepeatedError("the cache of another layer is read")
             return OWN_PAST
         if isinstance(value, Unknown):
-            raise NotRepeatedError("a constant tensor is read, or an argument is no plain value")
+            raise NotRepeatedError("a constant tensor is read, or an argument is not a plain value")
         return value
 
     def _made(self, made: Made) -> Any:
@@ -168,12 +168,12 @@ class _View:
             return Before(made.call, made.index)
         start, stop = self._edges[self._place - 1]
         if not start <= made.call < stop:
-            raise NotRepeatedError("a layer reads what an earlier one than the last made")
+            raise NotRepeatedError("a layer reads a result of a layer before the previous one")
         self.handed_on.add(Made(made.call - start, made.index))
         return HANDED_ON
 
     def _inside(self, path: str) -> str:
-        """A path relative to the part's own layer; paths outside of all layers stay."""
+        """A path relative to the part's own layer; paths outside of all layers are unchanged."""
         if not path.startswith(self._path + "."):
             return path
         index, _, rest = path.removeprefix(self._path + ".").partition(".")
@@ -184,7 +184,7 @@ class _View:
 
 def _output(reference: Any, edges: list[tuple[int, int]]) -> tuple[int | None, Any]:
     if not isinstance(reference, Made):
-        raise NotRepeatedError("an output is no result of a call")
+        raise NotRepeatedError("an output is not the result of a call")
     place = next(place for place, (_, stop) in enumerate(edges) if reference.call < stop)
     made = Made(reference.call - edges[place][0], reference.index)
     if place == 0:

@@ -1,4 +1,4 @@
-"""The parameters of a traced graph: a tensor on meta for each, and the checkpoint tensors behind it."""
+"""Graph parameters: a meta tensor for each, and the checkpoint tensors behind it."""
 
 from collections.abc import Callable
 
@@ -19,7 +19,7 @@ Names = Callable[[str], str]
 def attach_parameters(
     root: ProgramGraph, model: nn.Module, checkpoint_name: Names | None = None
 ) -> dict[str, Parameter]:
-    """Give `root` what the graph reads. Targets, and the modules of calls, take the names of the checkpoint."""
+    """Give `root` the tensors that the graph reads. Targets, and modules of calls, get their checkpoint names."""
     modules, state = dict(model.named_modules(remove_duplicate=False)), model_state(model)
     kind, renamed = kinds(modules), {}  # type: Callable, dict[str, str]
     parameters: dict[str, Parameter] = {}

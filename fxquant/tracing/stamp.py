@@ -1,4 +1,4 @@
-"""The graph of a model from that of its representative layers: each other layer is a copy of its representative's."""
+"""Layer stamping: the graph of a model from that of its representative layers, copied for each other layer."""
 
 from collections import ChainMap
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ Nodes = dict[fx.Node, fx.Node]
 def stamp(short: fx.Graph, plan: Plan) -> fx.Graph:
     """`short`, whose calls carry `meta["module"]`, with one copy of a representative's calls for each layer.
 
-    Raises NotRepeatedError where layers depend on each other in another way than by one tensor that each hands on.
+    Raises NotRepeatedError if layers depend on each other by more than the one tensor that each passes on.
     """
     return _Stamp(short, plan).full()
 
@@ -32,7 +32,7 @@ class _Stamp:
         self.handed_on = [_handed_on(calls) for calls in self.places[1:-1]]
         self.shared: Nodes = {}
         self.own: list[Nodes] = [{} for _ in plan.positions]
-        """Layer → what of its representative's became what of its own."""
+        """Layer → node of its representative → its copy in this layer."""
 
     def full(self) -> fx.Graph:
         self._copy_parameters()
@@ -62,14 +62,14 @@ class _Stamp:
         first, last = inside[0], inside[-1] + 1
         places = [-1] * first + [-1 if layer is None else layer for layer in layers[first:last]]
         if any(later < earlier for earlier, later in pairwise(places)):
-            raise NotRepeatedError("calls of layers are mixed")
+            raise NotRepeatedError("calls of different layers are mixed")
         places += [count] * (len(calls) - last)
         return [
             [node for node, own in zip(calls, places, strict=True) if own == place] for place in range(-1, count + 1)
         ]
 
     def _layer(self, path: str) -> int | None:
-        """The representative at whose path, or below it, `path` is."""
+        """The representative that `path` lies in."""
         if not path.startswith(self.plan.path + "."):
             return None
         return int(path.removeprefix(self.plan.path + ".").partition(".")[0])
@@ -102,12 +102,12 @@ class _Stamp:
         self.shared[first] = self.own[0][first]  # for sizes, which are read from the first input that has them
 
     def _copy_layer(self, layer: int, position: int, handed: Nodes) -> fx.Node:
-        """Copies the calls of one layer; returns what it hands on."""
+        """Copy the calls of one layer; returns the node that it passes on."""
         own, first = self.own[layer], layer == self.plan.representatives[position]
         known = ChainMap(own, handed, self.shared)
         for node in self.places[position + 1]:
             size = isinstance(node.meta.get("val"), SIZES)
-            if first or not size:
+            if first or not size:  # sizes are those of the first layer in all its copies
                 copied = self._copy(node, known)
                 copied.meta["module"] = self._moved(node.meta["module"], layer)
                 (self.shared if size else own)[node] = copied
@@ -133,7 +133,7 @@ class _Stamp:
 
 def _known(known: Mapping[fx.Node, fx.Node], argument: Any) -> fx.Node:
     if argument not in known:
-        raise NotRepeatedError(f"{argument} is of another layer")
+        raise NotRepeatedError(f"{argument} belongs to another layer")
     return known[argument]
 
 
@@ -147,5 +147,5 @@ def _handed_on(calls: list[fx.Node]) -> fx.Node:
         and any(user.op == "call_function" and user not in inside for user in node.users)
     ]
     if len(found) != 1:
-        raise NotRepeatedError("a layer hands on no tensor or several")
+        raise NotRepeatedError("a layer passes on no tensor or several")
     return found[0]

@@ -1,4 +1,4 @@
-"""The error for a class that needs an adapter, with one to paste."""
+"""Adapter request: the error for a class that needs an adapter, with an adapter to paste."""
 
 import inspect
 
@@ -12,7 +12,7 @@ def forward_owner(module: nn.Module) -> type[nn.Module]:
     return next(cls for cls in type(module).__mro__ if "forward" in vars(cls))
 
 
-RULE = "A forward keeps shapes and control flow free of tensor values, and writes into nothing it was given. "
+RULE = "A forward keeps shapes and control flow free of tensor values, and does not write into its inputs. "
 
 
 def undeclared(path: str, module: nn.Module, what: str, rule: str = RULE) -> FxquantError:
@@ -23,8 +23,8 @@ def undeclared(path: str, module: nn.Module, what: str, rule: str = RULE) -> Fxq
 
 
 def skeleton(module: nn.Module) -> str:
-    """LEAVES with an adapter for the class of `module`: that of an attention if it projects down to latents, of an MoE
-    if it holds a list of modules, else a function that gives a module in its place."""
+    """LEAVES with an adapter for the class of `module`: attention if it projects to latents, MoE if it holds a list of
+    modules, else a function that returns a replacement."""
     name = type(module).__name__
     if "kv_a_proj_with_mqa" in module._modules:
         return f"    from fxquant import adapters\n    LEAVES = {{{name}: adapters.Attention()}}"

@@ -178,7 +178,7 @@ def test_dynamic_shapes_of_the_file_are_used(tmp_path: Path, tiny_folder: Callab
 
 def test_example_inputs_that_do_not_fit_the_forward(tmp_path: Path, tiny_folder: Callable[..., Path]) -> None:
     text = OWN + "Layer.change = lambda self, config: None\ndef example_inputs(model, phase): return (1,), {'x': 2}\n"
-    with pytest.raises(FxquantError, match=r"example_inputs\(model, 'decode'\): gives no \(args, kwargs\)"):
+    with pytest.raises(FxquantError, match=r"example_inputs\(model, 'decode'\): returned no valid \(args, kwargs\)"):
         trace_file(write(tmp_path, text), tiny_folder())
 
 
