@@ -1,1 +1,1 @@
-"""The front half of compile: options, the program prepared for lowering, and the ledger of source tensors."""
+"""Compile, front half: options, the program prepared for lowering, and the ledger of source tensors."""

@@ -1,4 +1,4 @@
-"""Program × checkpoint: every parameter has its tensors, every tensor ends in one bucket."""
+"""Ledger of source tensors: every parameter has its tensors in the checkpoint, every tensor ends in one bucket."""
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -20,7 +20,7 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn)
 
 
 class Bucket(StrEnum):
-    """Where a checkpoint tensor ended."""
+    """What became of a checkpoint tensor."""
 
     REWRITTEN = "rewritten"
     KEPT = "kept"
@@ -45,7 +45,7 @@ class Ledger:
     entries: tuple[Entry, ...]
 
     def totals(self) -> dict[tuple[str, str], tuple[int, int]]:
-        """(bucket, why) → (tensors, bytes); what a scale was consumed into is left out of the key."""
+        """(bucket, why) → (tensors, bytes); all consumed scales share one key."""
         totals: dict[tuple[str, str], tuple[int, int]] = {}
         for entry in self.entries:
             why = "FP8 block scales, into their weights" if entry.bucket is Bucket.CONSUMED else entry.why
@@ -54,7 +54,7 @@ class Ledger:
         return totals
 
     def as_json(self) -> dict[str, Any]:
-        """Totals a bucket, and every entry."""
+        """Totals per bucket, and every entry."""
         totals = [
             {"bucket": bucket, "why": why, "tensors": count, "bytes": nbytes}
             for (bucket, why), (count, nbytes) in sorted(self.totals().items())
@@ -65,7 +65,7 @@ class Ledger:
 def check_parameters(program: Program, checkpoint: Checkpoint) -> None:
     """Raise FxquantError unless the checkpoint has every tensor that the graph or a recipe needs, in shape and float.
 
-    Holds for a program before and after its rewrite.
+    Works for a program before and after its rewrite.
     """
     for name, shape in _needed(program):
         info = checkpoint.tensors.get(name)
@@ -90,12 +90,12 @@ def _needed(program: Program) -> Iterator[tuple[str, tuple[int, ...]]]:
     made = {target for recipe in program.recipes.values() for target in made_parameters(recipe)}
     for target, parameter in program.parameters.items():
         shape = tuple(program.graph.tensor(target).shape)
-        for name in parameter.names if target not in made else ():
+        for name in parameter.names if target not in made else ():  # recipes make the others from source tensors
             yield name, shape[1:] if parameter.stacked else shape
 
 
 def mtp_modules(checkpoint: Checkpoint, modules: tuple[str, ...]) -> tuple[str, ...]:
-    """Those of the model's multi-token prediction `modules` that the checkpoint has tensors for."""
+    """Those of the model's multi-token prediction `modules` for which the checkpoint has tensors."""
     return tuple(m for m in modules if any(name.startswith(m + ".") for name in checkpoint.tensors))
 
 
@@ -141,12 +141,12 @@ def _homeless(name: str, config: dict[str, Any]) -> str:
     layers, announced = config.get("num_hidden_layers"), config.get("num_nextn_predict_layers", 1)
     if isinstance(layers, int) and any(name.startswith(f"model.layers.{layers + more}.") for more in range(MTP_LAYERS)):
         said = f"config.json says num_hidden_layers: {layers} and num_nextn_predict_layers: {announced}"
-        return f"{said}. If it is of a prediction layer, raise the latter; else check the former."
+        return f"{said}. If the tensor is part of a prediction layer, raise the latter; else check the former."
     return "Check config.json, or add it to the model's forward."
 
 
 def _kept_of_mtp(rule: Rule) -> str:
-    return str(rule) if rule.scheme == Scheme.FLOAT else f"{rule}, what is no linear of a decoder layer"
+    return str(rule) if rule.scheme == Scheme.FLOAT else f"{rule}, not a linear of a decoder layer"
 
 
 def _mtp_of(name: str, mtp: tuple[str, ...]) -> str:

@@ -1,4 +1,4 @@
-"""Multi-token prediction layers that config.json announces, against those that the checkpoint has tensors of."""
+"""Multi-token prediction (MTP) layers: those that config.json announces, and those that the checkpoint has."""
 
 import re
 
@@ -11,13 +11,13 @@ LAYER = re.compile(r"model\.layers\.([0-9]{1,6})\.")
 
 
 def held_layers(checkpoint: Checkpoint, first: int) -> list[int]:
-    """Layers from `first` on that the checkpoint has tensors of."""
+    """Layers from `first` on for which the checkpoint has tensors."""
     found = {int(match[1]) for name in checkpoint.tensors if (match := LAYER.match(name))}
     return sorted(layer for layer in found if layer >= first)
 
 
 def why_no_mtp(checkpoint: Checkpoint, config: DeepseekV3Config, layers: tuple[str, ...]) -> tuple[str, str]:
-    """Why the announced prediction layers are not those of the checkpoint, `layers` or none; and the way out."""
+    """Why the announced prediction layers are not `layers`, those of the checkpoint; and the remedy."""
     announced, held = config.num_nextn_predict_layers, held_layers(checkpoint, config.num_hidden_layers)
     paths = ", ".join(f"model.layers.{layer}" for layer in held[:3]) + (", …" if len(held) > 3 else "")
     if held and len(held) > announced:

@@ -1,4 +1,4 @@
-"""The options of `compile`, a class a stage: a stage takes those that it needs, `CompileOptions` are all of them."""
+"""Compile options, one class per stage: a stage takes those that it needs, `CompileOptions` has all of them."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,12 +31,12 @@ class SourceOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationOptions:
-    """Text that runs through the float model, or what an earlier run saw.
+    """Text to run through the float model, or the calibration of an earlier output.
 
-    calib        calibration text or token ids; None: the file that lies beside the model, if any
+    calib        calibration text or token ids; None: the file beside the model, if any
     calibration  calibration.safetensors of an output, in place of text
     samples      documents to calibrate on, each of at most `seq_len` tokens
-    batch_size   documents that are calibrated on together; `batch_mean` means over such batches
+    batch_size   documents per calibration batch; `batch_mean` averages over such batches
     device       where calibration runs the model: cpu, cuda or npu
     """
 
@@ -50,10 +50,10 @@ class CalibrationOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class WorkOptions:
-    """Who makes the weights, and what need not be made.
+    """Where weights are quantized, and what is reused.
 
     workers  how many workers fill the weight files, and where
-    reuse    earlier output to take equal tensors from; None: with `force` the one that is replaced
+    reuse    earlier output to reuse unchanged tensors from; None: with `force` the one that is replaced
     restart  discard unfinished work in `<out>.partial`
     """
 
@@ -69,9 +69,9 @@ class OutputOptions:
     out             output folder; None: `./<name>-<policy>-<target>`
     target          the engine that will load it
     max_shard_size  bytes of tensor data a weight file may hold
-    export          write the NPU graph as torch.export programs (.pt2) too
+    export          also write the NPU graph as torch.export programs (.pt2)
     force           replace an earlier output of fxquant at `out`
-    verify          read it back before it gets its name
+    verify          check it against the source before it gets its name
     """
 
     out: Name = None
@@ -100,15 +100,15 @@ class CompileOptions(SourceOptions, CalibrationOptions, WorkOptions, OutputOptio
     kv_cache: str | None = None
 
     def earlier_output(self, out: Path) -> Path | None:
-        """The folder to take equal tensors from."""
+        """The folder to reuse unchanged tensors from."""
         replaced = out if self.force and (out / MANIFEST).is_file() else None
         return as_path(self.reuse) or replaced
 
     def inputs(self, model: Path) -> list[Input]:
-        """Every file and folder that the options and MODEL name. What is reused may be the output that is replaced."""
+        """Every file and folder that the options and MODEL name. The reused output may be the one that is replaced."""
         named = {"--checkpoint": self.checkpoint, "--calib": self.calib, "--calibration": self.calibration}
         own = self.policy is not None and self.policy.endswith((".yaml", ".yml"))
-        policy = self.policy if own and Path(str(self.policy)).exists() else None  # of a missing one its reader tells
+        policy = self.policy if own and Path(str(self.policy)).exists() else None  # its reader reports a missing file
         named |= {"--policy": policy, REUSE: self.reuse}
         given = [Input(label, Path(path), label == REUSE) for label, path in named.items() if path is not None]
         return [Input("the checkpoint" if model.is_dir() else "the model", model), *given]
@@ -120,13 +120,13 @@ def as_path(path: Name) -> Path | None:
 
 
 def refuse_kv_cache(kv_cache: str | None) -> None:
-    """Raises FxquantError for all but float."""
+    """Raise FxquantError for anything but float."""
     if kv_cache in (None, "float"):
         return
     if kv_cache == "int8":
         fact = (
-            "the engines' W4A8 path takes no int8 KV cache: its scales exclude mixed int4 experts, and quantizing the "
+            "the engines' W4A8 path has no int8 KV cache: its scales exclude mixed int4 experts, and quantizing the "
             "latent costs two to three points of accuracy."
         )
-        raise FxquantError("--kv-cache int8", fact, "Leave the cache in float: it is already latent, 71 times smaller.")
+        raise FxquantError("--kv-cache int8", fact, "Keep the cache in float: it is latent, already 71 times smaller.")
     raise FxquantError(f"--kv-cache {kv_cache}", "unknown.", "Only float is supported.")

@@ -1,4 +1,4 @@
-"""MODEL and options → the rewritten program, with nothing written yet."""
+"""Compile preparation: MODEL and options → the rewritten program; nothing is written yet."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -66,7 +66,7 @@ class Prepared:
 
     @property
     def checkpoint(self) -> Checkpoint:
-        """What the program's weights are made from: the source's, smoothed."""
+        """The checkpoint that the program's weights are made from: the source's, smoothed."""
         return smoothed_source(self.source.checkpoint, self.calibration)
 
 
@@ -79,10 +79,10 @@ def prepare(
     known: Sequence[Path] = (),
     folder: CalibrationFolder | None = None,
 ) -> Prepared:
-    """Trace, check against the checkpoint, and run the pass pipeline; `for_engine` with the target's contract.
+    """Trace, check against the checkpoint, and run the pass pipeline; `for_engine`: with the target's contract.
 
-    `known`: folders that may hold a calibration of the same files on the same text, which need not be repeated then.
-    `folder`: where one that is killed leaves what it has seen.
+    `known`: folders that may hold a calibration of the same files on the same text, to be used instead of a new one.
+    `folder`: where an interrupted calibration leaves its state.
     """
     layers = mtp_modules(source.checkpoint, mtp_paths(source.config))
     policy = policy if options.mtp is None else with_mtp(policy, options.mtp, source, layers)
@@ -91,7 +91,7 @@ def prepare(
         program = source.program()
         advance(1)
     check_parameters(program, source.checkpoint)
-    float_graph, digest = dump_program(program), structural_hash(program)
+    float_graph, digest = dump_program(program), structural_hash(program)  # passes rewrite the program in place
     results = run_passes(program, passes_for(source, policy, options, layers, calibrate, for_engine))
     ledger = build_ledger(program, source.checkpoint)
     return Prepared(
@@ -108,19 +108,19 @@ def prepare(
 
 
 def named_policy(options: CompileOptions, source: Source) -> str:
-    """The policy that was asked for; else the one that a model.py names, else the default. An empty name is none."""
+    """The requested policy; else the one that a model.py names, else the default. An empty name is no policy."""
     asked = options.policy if options.policy is not None else source.policy
     return DEFAULT_POLICY if asked is None else asked
 
 
 def smoothed_source(checkpoint: Checkpoint, calibration: Calibration | None) -> Checkpoint:
-    """`checkpoint` as a calibration smoothed it."""
+    """`checkpoint` with the smoothing of a calibration applied."""
     return checkpoint.smoothed(calibration.smoothing) if calibration and calibration.smoothing else checkpoint
 
 
 def with_mtp(policy: Policy, mode: MtpMode, source: Source, layers: tuple[str, ...]) -> Policy:
-    """`policy` with what `--mtp` asks of the checkpoint's `layers`. Raises FxquantError unless they are those that the
-    config announces, and some."""
+    """`policy` with `--mtp` applied to the checkpoint's `layers`. Raises FxquantError unless there are as many as the
+    config announces, and at least one."""
     announced = source.config.num_nextn_predict_layers
     if mode is not MtpMode.NONE and (not layers or len(layers) != announced):
         fact, way_out = why_no_mtp(source.checkpoint, source.config, layers)
@@ -159,7 +159,7 @@ def _calibrate(
 ) -> Calibrate:
     given = as_path(options.calibration)
     if given is not None and options.calib is not None:
-        fact = "ranges and text to make ranges of, both given."
+        fact = "is given together with calibration text."
         raise FxquantError(f"--calibration {given}", fact, "Leave out one of --calibration and --calib.")
     if given is not None:
         return Calibrate(policy, source.checkpoint, lambda: None, report, load_calibration(given))
@@ -190,7 +190,7 @@ def calibration(source: Source, options: CalibrationOptions) -> list[Tensor] | N
 
 
 def open_model(model: str | Path, options: SourceOptions, report: Reporter) -> Source:
-    """MODEL, opened; a model.py is run meanwhile."""
+    """Open MODEL; a model.py is run for that."""
     with report(f"open {model}", 1, "model") as advance:
         source = open_source(Path(model), as_path(options.checkpoint), options.trace_timeout)
         advance(1)
@@ -198,6 +198,6 @@ def open_model(model: str | Path, options: SourceOptions, report: Reporter) -> S
 
 
 def source_inputs(source: Source) -> list[Input]:
-    """The checkpoint's folder, and its files, wherever links lead."""
+    """The checkpoint's folder and its files, links followed."""
     files = [Input("a weight file", file) for file in sorted(checkpoint_files(source.checkpoint))]
     return [Input("the checkpoint", source.checkpoint.folder), *files]

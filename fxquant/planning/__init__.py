@@ -1,1 +1,1 @@
-"""What compile would cost: sizes to the byte, time and memory from a benchmark of the host."""
+"""Compile plan: output sizes to the byte, time and memory estimated from a benchmark of the host."""

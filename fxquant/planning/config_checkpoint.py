@@ -1,4 +1,4 @@
-"""The checkpoint that a config.json alone describes: names, dtypes and shapes as official ones have them."""
+"""Config-only checkpoint: the tensors that a config.json describes, with names, dtypes and shapes of official ones."""
 
 import math
 from collections.abc import Iterator
@@ -20,15 +20,15 @@ from fxquant.schemes.roles import tensor_name
 from fxquant.storage.safetensors import TensorInfo
 
 IN_MODEL_DTYPE = (Kind.HEAD, Kind.MTP)
-"""Linears that official FP8 checkpoints keep: the head, and what joins the inputs of a prediction layer."""
+"""Linears that official FP8 checkpoints keep in the model's dtype: the head, and `eh_proj` of a prediction layer."""
 
 
 def config_checkpoint(checkpoint: Checkpoint, program: Program, config: DeepseekV3Config) -> Checkpoint:
     """`checkpoint`, which is a config.json, with the tensors that its float `program` and its prediction layers need.
 
-    All are in the model's dtype and correction biases in float32. Where the config says FP8, weights [n, k] of linears
-    are FP8 E4M3 with float32 scales [ceil(n / rows), ceil(k / columns)] of `checkpoint.block`. There is nothing to
-    read: the tensors of one stack are one `TensorInfo`, which has the first one's name and no place in a file.
+    All are in the model's dtype, correction biases in float32. If the config says FP8, weights [n, k] of linears are
+    FP8 E4M3 with float32 scales [ceil(n / rows), ceil(k / columns)] of `checkpoint.block`. Nothing can be read: the
+    tensors of a stack share one `TensorInfo`, which has the first one's name and no place in a file.
     """
     fp8 = set(_fp8_weights(program, config)) if checkpoint.config.get("quantization_config") else set()
     biases = set(_gate_biases(program, config))
@@ -51,7 +51,7 @@ def _info(checkpoint: Checkpoint, name: str, dtype: torch.dtype, shape: tuple[in
 
 
 def _traced(program: Program) -> Iterator[tuple[tuple[str, ...], tuple[int, ...]]]:
-    """Checkpoint tensors and the shape of each, of every parameter of the graph."""
+    """For each parameter of the graph, its checkpoint tensors and their common shape."""
     for target, parameter in program.parameters.items():
         shape = tuple(program.graph.tensor(target).shape)
         yield parameter.names, shape[1:] if parameter.stacked else shape

@@ -1,4 +1,4 @@
-"""What a compile would write, file by file, and what it reads for that."""
+"""Plan contents: what a compile would read, and what it would write, file by file."""
 
 import math
 from dataclasses import dataclass, replace
@@ -30,8 +30,8 @@ class PlanContents:
     files       weight file → its bytes, header included
     documents   description, index where there is one, and config.json → bytes
     operators   calls in the float graph, and in the rewritten one
-    unverified  what nobody has shown to work on the target
-    whole       what a worker has in memory while rotation mixes the rows of the largest weight, twice that weight
+    unverified  what has not been shown to work on the target
+    whole       memory of a worker while rotation mixes the rows of the largest weight: twice that weight
     """
 
     rows: list[PlanRow]
@@ -44,7 +44,7 @@ class PlanContents:
 
     @property
     def bytes_in(self) -> int:
-        """What is read of the checkpoint."""
+        """Bytes read from the checkpoint."""
         return sum(row.bytes_in for row in self.rows if row.scheme != LEAVE_OUT)
 
     @property
@@ -54,7 +54,7 @@ class PlanContents:
 
 
 class RangesLater(Pass):
-    """In the place of calibration: what a static scheme stores has one size whatever the ranges are."""
+    """Replaces calibration in a plan: the sizes that a static scheme stores do not depend on the ranges."""
 
     name = "calibrate"
 
@@ -63,10 +63,10 @@ class RangesLater(Pass):
 
 
 def planned(source: Source, policy: Policy, options: CompileOptions) -> PlanContents:
-    """Trace, run the passes, and lay the files out. Raises FxquantError as `prepare` does."""
+    """Trace, run the passes, and lay out the files. Raises FxquantError as `prepare` does."""
     program = source.program()
     described = not source.checkpoint.tensors
-    if described:
+    if described:  # it has by construction what the program needs: nothing to check
         source = replace(source, checkpoint=config_checkpoint(source.checkpoint, program, source.config))
     else:
         check_parameters(program, source.checkpoint)
@@ -92,7 +92,7 @@ def planned(source: Source, policy: Policy, options: CompileOptions) -> PlanCont
 
 
 def _numbers(checkpoint: Checkpoint, name: str) -> int:
-    """Bytes of a weight in the dtype that it is turned in."""
+    """Bytes of a weight in the dtype in which it is rotated."""
     return math.prod(checkpoint.tensors[name].shape) * checkpoint.stored_dtype(name).itemsize
 
 
@@ -101,7 +101,7 @@ def _calls(program: Program) -> int:
 
 
 def _documents(program: Program, files: list[FileLayout], engine: Engine) -> dict[str, int]:
-    """As `lowering.output` writes them."""
+    """Document → its bytes, as `lowering.output` writes it."""
     sizes = {engine.description: description_size(program, files, engine)}
     if len(files) > 1 or engine.numbered:
         sizes[engine.index] = index_size(files)

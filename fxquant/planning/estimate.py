@@ -1,4 +1,4 @@
-"""How long `compile` takes and how much memory, with the arithmetic that says so.
+"""Time and memory estimate of `compile`:
 
 seconds = max(bytes in / disk read + bytes out / disk write, sum of work / rate / workers) + fixed
 memory  = base + kernels + workers × (PER_WORKER_BYTES + what is whole in memory)
@@ -9,16 +9,16 @@ from dataclasses import dataclass
 from fxquant.planning.host_benchmark import Machine
 
 PER_WORKER_BYTES = 16 << 20
-"""Buffers of one worker: a row block of about 2 MiB of source, what is made of it, and the allocator's share. No tensor
-is in memory whole, but one that rotation turns over its rows."""
+"""Buffers of one worker: a row block of about 2 MiB of source, its results, and the allocator's share. No tensor is in
+memory whole, except one whose rows rotation mixes."""
 
 
 @dataclass(frozen=True)
 class Memory:
     """Bytes.
 
-    base     of this process when the graph is rewritten and the files are laid out
-    kernels  what compiled kernels and their compiler take, as measured
+    base     this process after rewriting the graph and laying out the files
+    kernels  compiled kernels and their compiler, as measured
     """
 
     base: int
@@ -35,9 +35,9 @@ class Memory:
 class Estimate:
     """Seconds.
 
-    read, write  of all bytes, None where the disk is not known
-    compute      kernel → seconds of all workers together, None where its rate is not known
-    fixed        opening, tracing, passes and layout, as they took now
+    read, write  of all bytes, None if the disk's rate is unknown
+    compute      kernel → seconds of all workers together, None if its rate is unknown
+    fixed        opening, tracing, passes and layout, as measured in this run
     """
 
     workers: int
@@ -52,23 +52,24 @@ class Estimate:
 
     @property
     def computing(self) -> float:
-        """What is known of it."""
+        """Sum over the kernels whose rate is known."""
         return sum(seconds or 0.0 for seconds in self.compute.values())
 
     @property
     def complete(self) -> bool:
-        """Whether all rates were known; if not, `total` is the least that it takes."""
+        """Whether all rates were known; if not, `total` is a lower bound."""
         return self.disk is not None and None not in self.compute.values()
 
     @property
     def total(self) -> float:
+        # max, not sum: while one worker waits for the disk, others compute
         return max(self.disk or 0.0, self.computing) + self.fixed
 
 
 def estimate(
     bytes_in: int, bytes_out: int, work: dict[str, int], machine: Machine, jobs: int | None, fixed: float
 ) -> Estimate:
-    """`work`: kernel → weights it quantizes, or bytes it copies; more workers than cores are no faster."""
+    """`work`: kernel → weights it quantizes, or bytes it copies; more workers than cores do not help."""
     workers = min(jobs or machine.cores, machine.cores)
     return Estimate(
         workers=workers,
@@ -80,5 +81,5 @@ def estimate(
 
 
 def _seconds(amount: int, rate: float | None, workers: int = 1) -> float | None:
-    """`rate` in 10**9 a second."""
+    """`rate` in 10**9 per second."""
     return None if rate is None else amount / rate / 1e9 / workers

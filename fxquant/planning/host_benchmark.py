@@ -24,17 +24,17 @@ if TYPE_CHECKING:
 
 DISK_BYTES = 64 << 20
 DISK_SECONDS = 0.5
-"""Bytes to write and read, and when to stop before them."""
+"""Bytes to write and read, and seconds after which either stops early."""
 BLOCK = (1024, 7168)
-"""Rows and columns of the weight that kernels are timed on: more than caches hold."""
+"""Rows and columns of the weight that kernels are timed on: larger than caches."""
 SEARCHED_ROWS = 128
-"""Rows that kernels which search for scales are timed on: they are slow, and stay in cache."""
+"""Rows for kernels that search for scales: these are slow, and their rows stay in cache in any case."""
 GROUP_SIZE, FP8_BLOCK = 256, 128
 MIN_MAX = "min_max"
 """The weight algorithm (`fxquant.schemes.schemes`) whose kernels have no name of their own."""
 KERNEL_SECONDS = 0.08
 SECONDS, LAST_WAIT = 4.0, 0.25
-"""How long to measure: enough unless kernels are compiled for the first time, which takes ten seconds."""
+"""Seconds to measure: enough unless kernels are compiled for the first time, which takes ten seconds."""
 COPY, COPY_BYTES = "copy", 64 << 20
 GPTQ_INVERSE, GPTQ_FEEDBACK = "inverses for gptq", "codes by gptq"
 GPTQ = {GPTQ_INVERSE, GPTQ_FEEDBACK}
@@ -45,13 +45,13 @@ PACKAGE = str(Path(__file__).parents[2])
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """Disk rates are in GB/s, 10**9 bytes a second.
+    """Disk rates are in GB/s, 10**9 bytes per second.
 
     cores         that a process may use
-    kernels       as `kernel_rates` gives them, of one core; those that were not measured in time are not there
-    disk_read     of the folder measured, past the page cache where the system lets go of it; None: not measured
+    kernels       rates of one core, as from `kernel_rates`; kernels that were not measured in time are absent
+    disk_read     of the measured folder, without the page cache if the system drops it; None: not measured
     disk_write    with fsync
-    disk_unknown  why there is no disk rate, "" where there is
+    disk_unknown  why there is no disk rate, "" if there is
     kernel_bytes  memory that importing and compiling the kernels takes
     peak_bytes    resident memory of the measuring process at its largest
     """
@@ -72,13 +72,13 @@ def kernel_name(int4: bool, group_size: int, fp8: bool, algorithm: str = MIN_MAX
 
 
 def kernel_rates(kernels: dict[str, Callable[[], object]], rows: int = BLOCK[0]) -> Iterator[tuple[str, float]]:
-    """Kernel and 10**9 weights a second on one core; each call takes `rows` rows."""
+    """Kernel and 10**9 weights per second on one core; each call takes `rows` rows."""
     for name, work in kernels.items():
         yield name, rows * BLOCK[1] / best_seconds(work) / 1e9
 
 
 def copy_rate() -> float:
-    """GB/s that one core copies, from memory to memory."""
+    """GB/s that one core copies from memory to memory."""
     import numpy as np
 
     source = np.ones(COPY_BYTES, np.uint8)
@@ -87,7 +87,7 @@ def copy_rate() -> float:
 
 
 def block_sources(n: int) -> "dict[bool, EncodedRows]":
-    """Whether FP8 → n random rows, with the types that `compile` has."""
+    """Whether FP8 → n random rows, with the types that `compile` uses."""
     import numpy as np
 
     from fxquant.kernels.decode import EncodedRows
@@ -99,6 +99,7 @@ def block_sources(n: int) -> "dict[bool, EncodedRows]":
     fp8 = generator.integers(0, 0x78, (n, k), np.uint8)
     scales = np.full((-(-n // FP8_BLOCK), k // FP8_BLOCK), 0.01, np.float32)
     nothing = np.empty((0, 0), np.float32), np.empty(0, np.float32)
+    # numba compiles a variant for read-only arrays: the one that `compile` runs
     for array in (bf16, fp8, scales, *nothing):
         array.flags.writeable = False
     return {
@@ -142,7 +143,7 @@ def _calls(n: int, searches: bool) -> dict[str, Callable[[], object]]:
 
 def best_seconds(work: Callable[[], object], limit: float = KERNEL_SECONDS) -> float:
     """The shortest of the runs that fit in `limit` seconds, after one that does not count."""
-    work()
+    work()  # compiles the kernel, if it is not yet
     best, end = float("inf"), time.perf_counter() + limit
     while best == float("inf") or time.perf_counter() < end:
         start = time.perf_counter()
@@ -152,9 +153,9 @@ def best_seconds(work: Callable[[], object], limit: float = KERNEL_SECONDS) -> f
 
 
 def disk_rates(folder: Path) -> tuple[float, float]:
-    """GB/s of reading and of writing in `folder`, or above it where it is not there yet. Raises OSError."""
+    """GB/s of reading and of writing in `folder`, or in the nearest existing folder above it. Raises OSError."""
     place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
-    block = os.urandom(1 << 20) * 4
+    block = os.urandom(1 << 20) * 4  # a file system may compress or skip zeros
     with tempfile.TemporaryFile(dir=place, prefix=".fxquant-") as file:
         handle, written, start = file.fileno(), 0, time.perf_counter()
         while written < DISK_BYTES and (not written or time.perf_counter() - start < DISK_SECONDS):
@@ -169,9 +170,9 @@ def disk_rates(folder: Path) -> tuple[float, float]:
 
 
 def measure(folder: Path, wanted: Callable[[], list[str]] = list) -> Iterator[Machine]:
-    """What is known of this machine, and of the disk of `folder`, after each step.
+    """Yield what is known of this machine, and of the disk of `folder`, after each step.
 
-    `wanted`, asked last: which kernels are needed; those that search for scales are measured only then.
+    `wanted`, called last: which kernels are needed; those that search for scales are measured only if they are.
     """
     machine = Machine(cores=len(os.sched_getaffinity(0)))
     try:
@@ -214,15 +215,16 @@ def resident_bytes() -> int:
 
 
 def peak_bytes() -> int:
-    """The most that it ever was; `ru_maxrss` would count the process that started this one."""
+    """Its maximum so far; `ru_maxrss` would count the process that started this one."""
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
     return int(line.split()[1]) * 1024
 
 
 class Measuring:
-    """`measure(folder)` in a process of its own, beside what is done inside the `with`; it ends with it."""
+    """`measure(folder)` in a separate process, while the body of the `with` runs; it ends with it."""
 
     def __init__(self, folder: Path, seconds: float = SECONDS) -> None:
+        # -P keeps out the current folder, from which fxquant may run without being installed
         path = os.pathsep.join(filter(None, (PACKAGE, os.environ.get("PYTHONPATH"))))
         self._end = time.monotonic() + seconds
         self._process = subprocess.Popen(
@@ -239,13 +241,13 @@ class Measuring:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._process.kill()
-        self._process.communicate()
+        self._process.communicate()  # reaps it and closes its pipes
 
     def result(self, kernels: Iterable[str] = ()) -> Machine:
-        """What was found out in `seconds` from the start, of which some wait is left however late this is asked.
+        """What was measured within `seconds` from the start; waits at least `LAST_WAIT` however late it is called.
 
-        `kernels` are needed: those that search for scales are measured only where they are. Raises RuntimeError with
-        what the process said if it failed.
+        `kernels`: those needed; kernels that search for scales are measured only if they are. Raises RuntimeError with
+        the output of the process if it failed.
         """
         wanted = list(kernels)
         left = self._end + (0 if GPTQ.isdisjoint(wanted) else GPTQ_SECONDS) - time.monotonic()
@@ -256,6 +258,7 @@ class Measuring:
             answer, errors = self._process.communicate()
         if self._process.returncode > 0:
             raise RuntimeError(f"measuring this machine failed:\n{errors}")
+        # a process killed in a write leaves half a line
         lines = [line for line in answer.splitlines(keepends=True) if line.endswith("\n")]
         return Machine(**json.loads(lines[-1])) if lines else Machine(cores=len(os.sched_getaffinity(0)))
 

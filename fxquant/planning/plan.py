@@ -1,4 +1,4 @@
-"""MODEL and options → what a compile would write, take and cost, without weights and with nothing written."""
+"""Compile plan: MODEL and options → what a compile would write and cost; reads no weights and writes nothing."""
 
 import time
 from collections.abc import Callable
@@ -22,8 +22,8 @@ from fxquant.policy.policy import load_policy
 class Plan(PlanContents):
     """What `compile` would do.
 
-    way_in   the kind of MODEL; "config.json" where the checkpoint is the one that the config describes
-    machine  what was measured, or assumed where the caller said so
+    way_in   the kind of MODEL; "config.json" if the checkpoint is only described by its config
+    machine  as measured, or as `assume` changed it
     """
 
     model: Path
@@ -35,7 +35,7 @@ class Plan(PlanContents):
     memory: Memory
 
     def as_json(self) -> dict[str, Any]:
-        """Everything, with the sums."""
+        """All fields, and their sums."""
         document = asdict(self) | {"model": str(self.model), "operators": list(self.operators)}
         document["time"] |= {key: getattr(self.time, key) for key in ("disk", "computing", "complete", "total")}
         document["memory"]["peak"] = self.memory.peak
@@ -52,14 +52,15 @@ def plan(
 ) -> Plan:
     """What `compile(model, options)` would do. MODEL may also be a config.json, or a folder with nothing else.
 
-    `jobs`: workers that quantize, by default one a core. `assume`: the measured machine → the one to estimate for.
-    `measuring`: one that runs already, and that the caller ends. Raises FxquantError as `compile` does.
+    `jobs`: workers that quantize, by default one per core. `assume`: the measured machine → the one to estimate for.
+    `measuring`: a benchmark that is already running, and that the caller ends. Raises FxquantError as `compile` does.
     """
     start = time.perf_counter()
     options = options or CompileOptions()
     options = replace(options, target=Target(options.target))
     refuse_kv_cache(options.kv_cache)
     with ExitStack() as stack, uncollected():
+        # first: it measures while this process traces
         measuring = measuring or stack.enter_context(Measuring(as_path(options.out) or Path.cwd()))
         source = open_source(Path(model), as_path(options.checkpoint), options.trace_timeout, config_only=True)
         policy = load_policy(named_policy(options, source))

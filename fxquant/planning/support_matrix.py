@@ -1,4 +1,4 @@
-"""Policy × target × number of ranks: what an engine would say, known from a config.json alone."""
+"""Support matrix: the verdict on policy × target × number of ranks, known from a config.json alone."""
 
 import json
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ RANKS = (1, 2, 4, 8, 16)
 
 @dataclass(frozen=True)
 class Deployment:
-    """One policy on one target with so many ranks; `words` are the refusal's, or what is unverified."""
+    """One policy on one target with N ranks; `words` say why it is refused, or what is unverified."""
 
     policy: str
     target: Target
@@ -40,7 +40,7 @@ class Deployment:
 
 
 def float_program(model: Path | None = None, report: Reporter = silent) -> Program:
-    """The float graph of a MODEL, a config.json too, or of the published DeepSeek-V3; no weight need be there."""
+    """The float graph of a MODEL or config.json, or of the published DeepSeek-V3; weights are not needed."""
     make = _published_program if model is None else open_source(model, config_only=True).program
     with report("trace", 1, "graph") as advance:
         program = make()
@@ -66,7 +66,7 @@ def deployments(
     ranks: Sequence[int] = RANKS,
     report: Reporter = silent,
 ) -> list[Deployment]:
-    """Every combination, in the order given. `program` is a float graph, and stays one."""
+    """Every combination, in the order given. `program` is a float graph, and is not changed."""
     pairs = [(policy, target) for policy in [load_policy(name) for name in policies] for target in targets]
     found = []
     with report("check", len(pairs), "policies on targets") as advance:
@@ -80,7 +80,7 @@ def _of(program: Program, policy: Policy, target: Target, ranks: Sequence[int]) 
     assigned = replace(program, recipes={}, rules={}, idle_rules=[], mtp=MtpLayers())
     try:
         AssignSchemes(policy, (), ENGINES[target].weight_format).apply(assigned)
-    except FxquantError as error:
+    except FxquantError as error:  # the policy does not fit the model or format, whatever the number of ranks
         words = f"{error.place}: {error.fact}"
         return [Deployment(policy.name, target, count, Verdict.REFUSED, words) for count in ranks]
     found, contract = linears(assigned), load_contract(target)

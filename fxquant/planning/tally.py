@@ -1,4 +1,4 @@
-"""What a rewritten program reads and writes, added up by kind and scheme: from shapes, not from tensors."""
+"""Plan tally: what a rewritten program reads and writes, by kind and scheme, from shapes alone."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -19,8 +19,8 @@ from fxquant.schemes.schemes import Recipe, Scheme, tensor_specs
 class PlanRow:
     """Modules of one kind under one scheme.
 
-    modules     in the checkpoint: each expert's projections are three
-    parameters  numbers in their tensors, FP8 scales not counted
+    modules     in the checkpoint: each projection of each expert counts
+    parameters  elements of their tensors, without FP8 scales
     bytes_in    in the checkpoint, FP8 scales included; what is left out is not read
     bytes_out   tensor data in the weight files
     """
@@ -80,10 +80,10 @@ def tally(program: Program, checkpoint: Checkpoint, stored: list[StoredTensor]) 
 
 
 def _distinct_inputs(program: Program) -> Iterator[Recipe]:
-    """One recipe of those whose codes are found on the same input: in one block, equally wide, on one side of it."""
+    """One of the recipes whose codes are found on the same input: in one block, equally wide, on one side of it."""
     asking = [recipe for recipe in program.recipes.values() if recipe.algorithm.from_inputs]
     blocks = {(one.module.rpartition(".")[0], one.in_features, one.row_parallel): one for one in asking}
-    yield from blocks.values()
+    yield from blocks.values()  # calibration inverts one Hessian per input, for all modules that read it
 
 
 def _recipe(found: Tally, kind: Kind, recipe: Recipe, checkpoint: Checkpoint) -> None:

@@ -158,7 +158,7 @@ def test_unannounced_layers_are_named_without_the_option(tmp_path: Path) -> None
     options = CompileOptions(policy="deepseek_w4a8_dynamic", out=tmp_path / "out")
     with pytest.raises(FxquantError, match=r"tensor model\.layers\.2\.\S+ belongs to no parameter") as caught:
         compile(folder, options)
-    assert "num_nextn_predict_layers: 0. If it is of a prediction layer, raise the latter" in caught.value.remedy
+    assert "_predict_layers: 0. If the tensor is part of a prediction layer, raise the latter" in caught.value.remedy
 
 
 def test_layers_that_config_json_does_not_speak_of_are_announced(tmp_path: Path) -> None:

@@ -274,7 +274,7 @@ def test_the_estimate_is_its_arithmetic() -> None:
     assert found.total == 60.0 + 5.0 and found.complete
     faster = replace(MACHINE, disk_read=100.0, disk_write=100.0)
     assert estimate(60 * 10**9, 30 * 10**9, work, faster, 1, 5.0).total == 42.0 + 5.0
-    assert estimate(0, 0, work, faster, 64, 0.0).workers == 2, "more workers than cores are no faster"
+    assert estimate(0, 0, work, faster, 64, 0.0).workers == 2, "more workers than cores do not help"
     unknown = replace(MACHINE, disk_read=None, disk_write=None, disk_unknown="why")
     found = estimate(60 * 10**9, 30 * 10**9, work, unknown, None, 5.0)
     assert found.total == 21.0 + 5.0 and not found.complete
