@@ -4,7 +4,7 @@ from fxquant.tools.signals import Signals
 
 
 def run() -> None:
-    """Listens to Ctrl-C before anything that takes time to import is imported, and until the process is gone."""
+    """Handle Ctrl-C from before the slow imports until the process ends."""
     signals = Signals(working=False)
     signals.listen()
     from fxquant.tools.main import run as run_command

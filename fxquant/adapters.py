@@ -1,4 +1,4 @@
-"""What a model file declares its own classes with, in LEAVES; see docs/model-file.md."""
+"""Adapters with which a model file declares its own classes, in LEAVES; see docs/model-file.md."""
 
 from fxquant.frontend.adapters import MLP, Adapter, Attention, Embedding, Linear, MoE, RMSNorm
 

@@ -1,4 +1,4 @@
-"""The verbs of the command line as functions: compile, plan, convert, verify, run, evaluate, sensitivity, compare."""
+"""Python API, the verbs as functions: compile, plan, convert, verify, run, evaluate, sensitivity, compare."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,7 +39,7 @@ class CompileReport:
 
     way_in           the kind of MODEL: a folder, or a model.py of some family
     structural_hash  of the float graph, equal for graphs that compute the same
-    calibration      what static linears and experts saw, None where nothing is static
+    calibration      what static linears and experts saw, None if nothing is static
     """
 
     out: Path
@@ -56,7 +56,7 @@ class CompileReport:
 
     @property
     def notes(self) -> list[str]:
-        """What happened on the way and was not asked for: folders made, damaged units made anew."""
+        """Unrequested events: folders created, damaged units quantized again."""
         return self.output.notes
 
     @property
@@ -71,7 +71,7 @@ class CompileReport:
 
     @property
     def unverified(self) -> list[str]:
-        """What nobody has shown to work or to fail on the target, each with its source."""
+        """What has been shown neither to work nor to fail on the target, each with its source."""
         return findings(self.passes)
 
 
@@ -79,7 +79,7 @@ def compile(model: str | Path, options: CompileOptions | None = None, report: Re
     """Trace MODEL, rewrite it under the policy, write weights and graph for the target, verify, and name it `out`.
 
     Work happens in `<out>.calibrating` and `<out>.partial`; `out` appears by rename when all of it is complete and
-    verified. Raises FxquantError for anything wrong with the input, before a weight is read where headers tell.
+    verified. Raises FxquantError for any wrong input, before weights are read if headers show it.
     """
     options = options or CompileOptions()
     options = replace(options, target=Target(options.target))
@@ -139,12 +139,12 @@ def _written(
 
 
 def refuse_unverified(output: Output, destination: Destination, verification: VerifyReport) -> None:
-    """Raise FxquantError where verification found something."""
+    """Raise FxquantError if verification found a difference."""
     if verification.ok:
         return
     if output.folder == destination.named:
-        fact = "is complete, and not as it was written: " + first_miss(verification)
-        raise FxquantError(destination.named, fact, "Pass --force to make it anew.")
+        fact = "is complete, but is not as it was written: " + first_miss(verification)
+        raise FxquantError(destination.named, fact, "Pass --force to write it again.")
     fact = "verification failed, nothing was kept: " + first_miss(verification)
     raise FxquantError(destination.named, fact, "Report it.")
 
@@ -183,7 +183,7 @@ class ConvertReport:
 
     @property
     def notes(self) -> list[str]:
-        """What happened on the way and was not asked for."""
+        """Unrequested events."""
         return self.output.notes
 
 
@@ -199,9 +199,9 @@ def convert(
     workers: Workers | None = None,
     restart: bool = False,
 ) -> ConvertReport:
-    """Write the weights of `out` in the form of another target, integers untouched, and the graph that goes with them.
+    """Write the weights of `out` in another target's format, integers unchanged, and the matching graph.
 
-    Raises FxquantError where the other form has no place for them, with the command that quantizes anew.
+    Raises FxquantError if that format cannot hold them, with the command that quantizes again.
     """
     folder, target = Path(out), Target(target)
     new = Path(into) if into else Path(f"{folder.resolve().name}-{target}")
@@ -227,11 +227,11 @@ def verify(
     target: Target | None = None,
     rebuild: Rebuild | None = None,
 ) -> VerifyReport:
-    """Re-read `out` and hold it against MODEL (default: the manifest's source), its own graph, and its engine's reader.
+    """Check `out` against MODEL (default: the manifest's source), its own graph, and its engine's reader.
 
     `tp`: ranks that the reader splits over; None: as many as `out` was compiled for.
-    `target`: where the manifest is gone; None: what the files show. `against` must then be given.
-    `rebuild`: derive so many weights anew from the source with the kernels, and compare bytes.
+    `target`: for a folder without a manifest; None: as the files show. `against` must then be given.
+    `rebuild`: quantize that many units again from the source with the kernels, and compare bytes.
     """
     folder = Path(out)
     manifest = find_manifest(folder)
@@ -243,7 +243,7 @@ def verify(
     elif manifest.checkpoint_path(folder).is_dir():
         checkpoint = open_checkpoint(manifest.checkpoint_path(folder))
     if rebuild is not None and checkpoint is None:
-        raise FxquantError(folder, "its source is not there to rebuild from.", "Pass --against MODEL.")
+        raise FxquantError(folder, "the source to rebuild it from is missing.", "Pass --against MODEL.")
     return verify_output(folder, checkpoint, full, report, tp, target, rebuild)
 
 
@@ -256,7 +256,7 @@ def open_graph(model: str | Path, checkpoint: Path | None = None, trace_timeout:
 
 
 def first_miss(verification: VerifyReport) -> str:
-    """The first thing verification found, with its check."""
+    """The first difference that verification found, with its check."""
     return next(f"{check.name}: {check.misses[0]}" for check in verification.checks if check.misses)
 
 

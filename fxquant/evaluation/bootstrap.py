@@ -1,4 +1,4 @@
-"""Confidence intervals over documents: tokens of one document are not independent, documents are.
+"""Bootstrap confidence intervals over documents: tokens of one document are not independent, documents are.
 
 The percentile bootstrap: documents are drawn with replacement, as many as there are, and a statistic's interval spans
 the middle 95 % of its values over all draws. Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13.
@@ -14,7 +14,8 @@ Interval = tuple[float, float]
 
 
 def draw_documents(documents: int, draws: int = DRAWS) -> Tensor:
-    """How often each document is in each draw, float64 [draws, documents]; the same whenever it is asked."""
+    """How often each document is in each draw, float64 [draws, documents]; the same in every call."""
+    # multinomial: drawing with replacement, of which only the counts are needed
     return torch.from_numpy(
         np.random.default_rng(0).multinomial(documents, [1 / documents] * documents, draws)
     ).double()

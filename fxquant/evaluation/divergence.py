@@ -14,17 +14,17 @@ from fxquant.runtime.execute import execute, prefill_inputs
 from fxquant.runtime.weight_readers import Read
 
 CHUNK = 8
-"""Batches run together: their logits are in memory at once, and each weight is read once a chunk."""
+"""Batches run together: their logits are in memory at once, and each weight is read once per chunk."""
 TAIL_PERCENT = 99
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Over all scored tokens; KL(float ‖ quantized) in nats a token.
+    """Over all scored tokens; KL(float ‖ quantized) in nats per token.
 
     perplexity_ratio  quantized / float. Its interval is much narrower than those of the two: both read the same text
     kl_p99            the KL that 99 % of the tokens do not exceed
-    intervals         field → its 95 % interval over documents; one document has none
+    intervals         field → its 95 % interval over documents; none for a single document
     """
 
     float_perplexity: float
@@ -59,9 +59,9 @@ def evaluate_programs(
     report: Reporter = silent,
     names: Sequence[str] = (),
 ) -> list[Evaluation]:
-    """Score every next token of `batches`, documents int64 [1, length], under the float program and each other one.
+    """Score every next token of `batches`, documents int64 [1, length], under the float program and each quantized one.
 
-    `names`: what progress calls the others.
+    `names` of the quantized programs, for progress.
     """
     scores: list[list[Tensor]] = [[] for _ in quantized]
     with report("evaluate", len(batches) * len(quantized), "batches") as advance:
@@ -85,7 +85,7 @@ def logits(program: Program, read: Read, batches: list[Tensor]) -> list[Tensor]:
 
 
 def log_probabilities(scores: Tensor) -> Tensor:
-    """float64 [1, length - 1, vocabulary] of the next token, from logits; what follows the last one is not known."""
+    """float64 [1, length - 1, vocabulary] of the next token, from logits; the last position has no next token."""
     return scores[:, :-1].double().log_softmax(-1)
 
 
@@ -126,7 +126,7 @@ def summary(scores: list[Tensor]) -> Evaluation:
 
 
 def _figures(counts: Tensor, tokens: Tensor, sums: Tensor, divergence: Tensor, owners: Tensor) -> dict[str, Tensor]:
-    """Each figure [draws] where documents count as often as `counts` [draws, documents] says."""
+    """Each figure [draws], with documents weighted by `counts` [draws, documents]."""
     means = counts @ sums / (counts @ tokens.double())[:, None]
     float_loss, quantized_loss, kl, agreement = means.unbind(1)
     return {

@@ -1,4 +1,4 @@
-"""Run the graph with the arithmetic of an engine: every quantized linear is what a reader of the weight files makes."""
+"""Engine perplexity: the graph run with an engine's arithmetic; a reader of the weight files computes each linear."""
 
 import math
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from fxquant.verification.engine_check import Site, sites
 
 
 class Replacement:
-    """Observes an execution, and puts the reader's results in place of the graph's at every dequantize node."""
+    """Observes an execution, and replaces the graph's results by the reader's at every dequantize node."""
 
     def __init__(self, program: Program, reader: EngineReader, arithmetic: Arithmetic) -> None:
         self._reader, self._arithmetic = reader, arithmetic
@@ -62,7 +62,7 @@ def run_through_reader(
     arithmetic: Arithmetic,
     advance: Advance | None = None,
 ) -> list:
-    """Outputs of each batch of flat inputs, as `execute`, quantized linears computed by the reader.
+    """Outputs of each batch of flat inputs, as from `execute`, with quantized linears computed by the reader.
 
     Everything else is the graph's float32 on the tensors of `read`.
     """

@@ -1,4 +1,4 @@
-"""Greedy text from an output folder, token by token with the latent cache."""
+"""Greedy generation from an output folder, token by token with the latent cache."""
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -15,16 +15,16 @@ from fxquant.text.tokenizer import BoundedTokenizer, open_tokenizer
 
 
 def greedy_text(folder: Path, program: Program, read: Read, prompt: str, max_new_tokens: int) -> Iterator[str]:
-    """What follows `prompt`, piece by piece, until an end token. At once: FxquantError for an empty prompt."""
+    """The continuation of `prompt`, piece by piece, until an end token. An empty prompt raises FxquantError at once."""
     try:
         prompt.encode()
     except UnicodeEncodeError as error:
-        fact = f"no text: {error.object[error.start]!a} is half a character."
-        raise FxquantError("--prompt", fact, "Give it as UTF-8.") from None
+        fact = f"not valid text: {error.object[error.start]!a} is half a character."
+        raise FxquantError("--prompt", fact, "Pass it as UTF-8.") from None
     tokenizer = open_tokenizer(folder)
     ids = bos_ids(Checkpoint(folder, program.config, {})) + tokenizer.encode(prompt)
     if not ids:
-        raise FxquantError("--prompt", "holds no token.", "Give some text.")
+        raise FxquantError("--prompt", "contains no tokens.", "Pass some text.")
     return text_pieces(tokenizer, step_logits(folder, program, read, ids, max_new_tokens), end_ids(program))
 
 
@@ -43,13 +43,13 @@ def text_pieces(tokenizer: BoundedTokenizer, steps: Iterable[Tensor], stops: set
             return
         new.append(token)
         text = tokenizer.decode(new)
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # else the character continues in the next token
             yield text[len(written) :]
             written = text
 
 
 def step_logits(folder: Path, program: Program, read: Read, ids: list[int], steps: int) -> Iterator[Tensor]:
-    """float32 [vocabulary] a step, decoding greedily with the cache."""
+    """float32 [vocabulary] per step of greedy decoding with the cache."""
     if (folder / "model.onnx").is_file():
         from fxquant.lowering.onnx.required import require_emitted
         from fxquant.lowering.onnx.runner import OnnxRunner

@@ -1,4 +1,4 @@
-"""The rewritten graph of an output folder as a model of lm-evaluation-harness. Needs the extra `eval`."""
+"""lm-eval adapter: the rewritten graph of an output folder as a model of lm-evaluation-harness. Needs extra `eval`."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -20,7 +20,7 @@ try:
     from tqdm import tqdm
 except ImportError as error:
     raise FxquantError(
-        "fxquant.evaluation.lm_eval", f"needs lm-eval: {error}.", "pip install 'fxquant[eval]'"
+        "fxquant.evaluation.lm_eval", f"needs lm-eval: {error}.", "Run pip install 'fxquant[eval]'."
     ) from None
 
 Pair = tuple[list[int], list[int]]
@@ -51,15 +51,15 @@ class FxquantLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text: BOS, or where the model has none an end token."""
+        """The token before a text: BOS, or an end token if the model has no BOS."""
         first = self.encoder.bos or sorted(end_ids(self.program))
         if not first:
-            raise FxquantError(self.out, "neither bos_token_id nor eos_token_id.", "Put one into its config.json.")
+            raise FxquantError(self.out, "has neither bos_token_id nor eos_token_id.", "Add one to its config.json.")
         return first[0]
 
     @property
     def tokenizer_name(self) -> str:
-        """Tells caches of requests apart."""
+        """Key of lm-eval's cache of requests."""
         return str(self.out.resolve()).replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
@@ -67,7 +67,7 @@ class FxquantLM(TemplateLM):
         return self.encoder.encode(string)
 
     def apply_chat_template(self, chat_history: list[dict[str, Any]], add_generation_prompt: bool = True) -> str:
-        """By the chat template of the folder."""
+        """Render the chat with the folder's template."""
         return self.encoder.template.render(chat_history, "a request", add_generation_prompt)
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
@@ -97,7 +97,7 @@ class FxquantLM(TemplateLM):
         return scores
 
     def _scores(self, pairs: list[Pair], quiet: bool) -> list[tuple[float, bool]]:
-        """log p of what follows each context, and whether it is what greedy decoding gives."""
+        """log p of the text after each context, and whether greedy decoding gives the same text."""
         scores = []
         for start in tqdm(range(0, len(pairs), self.batch_size), disable=quiet, desc="score"):
             chunk = [self._row(*pair) for pair in pairs[start : start + self.batch_size]]
@@ -109,9 +109,10 @@ class FxquantLM(TemplateLM):
     def _row(self, context: list[int], new: list[int]) -> tuple[Tensor, int]:
         """int64 [1, ≤ max_length + 1] of both, and how many of its last ids are new."""
         if len(new) > self.max_length:
-            fact = f"{len(new)} tokens to score, {self.max_length} positions."
-            raise FxquantError(self.out, fact, "Take a larger max_length, or a task of shorter texts.")
+            fact = f"{len(new)} tokens to score exceed {self.max_length} positions."
+            raise FxquantError(self.out, fact, "Raise max_length, or choose a task with shorter texts.")
         bos = self.encoder.bos if context[:1] != self.encoder.bos else []
+        # one more than max_length: the last id is only a target, and needs no position
         return torch.tensor([(bos + context + new)[-(self.max_length + 1) :]]), len(new)
 
     def _windows(self, text: str) -> list[Pair]:
@@ -120,12 +121,13 @@ class FxquantLM(TemplateLM):
 
     def _continued(self, context: str, options: dict[str, Any]) -> str:
         if options.get("do_sample") and options.get("temperature", 1.0) > 0:
-            raise FxquantError("generate_until", f"sampling is asked for: {options}.", "Decoding is greedy only.")
+            raise FxquantError("generate_until", f"sampling is not supported: {options}.", "Use do_sample: false.")
         until = options.get("until") or []
         new = int(options.get("max_gen_toks", MAX_NEW_TOKENS))
         room = self.max_length - new - len(self.encoder.bos)
         if room < 1:
-            raise FxquantError("generate_until", f"max_gen_toks {new} of {self.max_length} positions.", "Take fewer.")
+            raise FxquantError("generate_until", f"max_gen_toks {new} of {self.max_length} positions.", "Lower it.")
+        # without BOS an empty context would leave nothing to run on
         ids = self.encoder.bos + self.tok_encode(context)[-room:] or [self.prefix_token_id]
         steps = generate(self.program, self.read, ids, new)
         pieces = text_pieces(self.encoder.tokenizer, steps, end_ids(self.program))
@@ -139,7 +141,7 @@ def _score(row: Tensor, new: int, logits: Tensor) -> tuple[float, bool]:
 
 
 def _until(pieces: Iterable[str], stops: list[str]) -> str:
-    """Text up to the first of `stops`; nothing after it is asked for."""
+    """Text up to the first of `stops`; nothing after it is generated."""
     text = ""
     for piece in pieces:
         text += piece

@@ -1,7 +1,7 @@
-"""What each quantized module costs alone: the noise in its own output, and the KL divergence of the whole model.
+"""Sensitivity: the cost of each quantized module alone, as noise in its own output and KL divergence of the model.
 
-The float graph runs once for a few documents at a time. At each module the run goes on from there a second time, with
-that module in the integers of the output and everything else in float: what lies before it is not computed again.
+The float graph runs once for a few documents at a time. At each module the run continues from there a second time, with
+that module in the output's integers and everything else in float: nothing before it is computed again.
 """
 
 import copy
@@ -32,7 +32,7 @@ from fxquant.schemes.schemes import Recipe, tensor_specs
 class _Module:
     """A module of the float graph that has recipes: one, or three where it is the routed experts of a layer.
 
-    site           the call that it is, the first of them where the graph calls it again
+    site           its call, the first one if the graph calls it more than once
     signal, noise  Σ y² and Σ (y − ŷ)² so far
     kl             sum over the tokens of each document so far
     """
@@ -47,14 +47,14 @@ class _Module:
 
     def alone(self, program: Program, rewritten: Program) -> Program:
         """A copy of the float `program` with only this module rewritten."""
-        partial = copy.deepcopy(program)
+        partial = copy.deepcopy(program)  # passes rewrite a program in place
         partial.recipes, partial.rules = self.recipes, rewritten.rules
         for one in (QuantizeLinear(), QuantizeExperts()):
             one.apply(partial)
         return partial
 
     def reader(self, original: Read, made: Read) -> Read:
-        """What the recipes make comes from `made`, all else from `original`: names alone do not tell them apart."""
+        """Tensors of the recipes come from `made`, all others from `original`: a weight has the same name in both."""
         made_by = self.recipes.values()
         owned = {tensor_name(module, role) for one in made_by for module in one.modules for role in tensor_specs(one)}
         return lambda name: made(name) if name in owned else original(name)
@@ -75,10 +75,10 @@ def measure_sensitivity(
 ) -> Sensitivity:
     """Quantize one module at a time and score `batches`, documents int64 [1, length].
 
-    original   the float graph with its weights: what kept tensors and all modules but one come from
+    original   the float graph with its weights, for kept tensors and all modules but one
     quantized  the rewritten graph with its weights, on the same model
 
-    Of a chunk of documents the logits and all values that are needed later are in memory.
+    For one chunk of documents, the logits and all values that are needed later are in memory.
     """
     (program, read), (rewritten, made) = original, quantized
     modules = list(_modules(program, rewritten.recipes))
@@ -104,7 +104,7 @@ def _modules(program: Program, recipes: dict[str, Recipe]) -> Iterator[_Module]:
             found.setdefault(name, _Module(name, site.kind, site.node)).recipes[site.module] = recipes[site.module]
     missing = set(recipes).difference(*(module.recipes for module in found.values()))
     if missing:
-        fact = "is quantized, and the float graph does not multiply by it."
+        fact = "is quantized, but the float graph does not multiply by it."
         raise FxquantError(min(missing), fact, "Compare with the model that was compiled.")
     if not found:
         raise FxquantError("--sensitivity", "nothing is quantized.", "Compile with a policy that quantizes.")
@@ -117,7 +117,7 @@ def _divergence(expected: list[Tensor], found: list[Tensor]) -> list[Tensor]:
 
 
 class _Along:
-    """Observes the float run, holds what later calls need, and branches off where a module is."""
+    """Observes the float run, keeps values that later calls need, and branches off at each module."""
 
     def __init__(
         self,
@@ -134,7 +134,7 @@ class _Along:
         self.inputs = [prefill_inputs(original[0], ids) for ids in batches]
 
     def __call__(self, node: fx.Node, values: list[Any], live: object) -> None:
-        if node in self._modules:
+        if node in self._modules:  # before its float value is known, which the branch would take over
             self._branch(self._modules[node], values)
         self._live[node] = list(values)
         done = [one for one in node.all_input_nodes if all(user <= node for user in one.users)]

@@ -1,4 +1,4 @@
-"""What quantization costs by module, by layer and by kind, as data."""
+"""Sensitivity report: the cost of quantization by module, by layer and by kind, as data."""
 
 import math
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from fxquant.policy.kinds import Kind
 
 @dataclass(frozen=True)
 class Divergence:
-    """Mean KL(float ‖ quantized) in nats a token, and its 95 % interval over documents; one document has none."""
+    """Mean KL(float ‖ quantized) in nats per token, and its 95 % interval over documents; None for one document."""
 
     mean: float
     interval: Interval | None
@@ -37,8 +37,8 @@ class ModuleLoss:
     """A model in which one module is quantized.
 
     module  graph path of a linear, or of the routed experts of a layer
-    scheme  its own; those of the projections of experts, where they differ, with slashes
-    sqnr    10·log10(Σ y² / Σ (y − ŷ)²) in dB: y its output in float, ŷ quantized on the same input; inf for none
+    scheme  its own; different ones of experts' projections are joined with slashes
+    sqnr    10·log10(Σ y² / Σ (y − ŷ)²) in dB: y its output in float, ŷ quantized on the same input; inf without noise
     sums    KL of each document, summed over its tokens, float64 [documents]
     """
 
@@ -82,7 +82,7 @@ class GroupLoss:
 class Sensitivity:
     """Every module alone, in the order of the graph; sums by layer, by kind and over all.
 
-    together  KL with all of them quantized, measured: `total` is what it would be if their errors did not interact
+    together  measured KL with all of them quantized; `total` is what it would be if their errors did not interact
     """
 
     modules: tuple[ModuleLoss, ...]
@@ -113,7 +113,7 @@ class Sensitivity:
 
     @property
     def worst_first(self) -> list[ModuleLoss]:
-        """By KL."""
+        """Modules by KL, highest first."""
         return sorted(self.modules, key=lambda one: -one.kl.mean)
 
     def as_json(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a compiled folder is worth: its text, its perplexity, its distance from the float model; policies compared."""
+"""Evaluation verbs: run, evaluate, sensitivity and engine perplexity of a compiled folder; compare of policies."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,7 +28,7 @@ from fxquant.runtime.weight_readers import Cached, Read, RecipeReader
 from fxquant.text.load import load_batches
 
 COMPARE_CACHE = 1 << 28
-"""Bytes of made weights that `compare` keeps for each policy between chunks of text."""
+"""Bytes of quantized weights that `compare` keeps for each policy between chunks of text."""
 
 
 def run(out: str | Path, prompt: str, max_new_tokens: int = 64) -> Iterator[str]:
@@ -59,7 +59,7 @@ def evaluate(
 ) -> Evaluation:
     """Perplexity of the float model and of the rewritten graph of `out`, and the KL divergence between them.
 
-    Without `against` the float graph is the one that `out` carries, on the checkpoint that the manifest names: no code
+    Without `against` the float graph is the one stored in `out`, on the checkpoint that the manifest names: no code
     of a model file runs.
     """
     program, checkpoint = _original(Path(out), against)
@@ -76,9 +76,9 @@ def sensitivity(
     seq_len: int = 256,
     report: Reporter = silent,
 ) -> Sensitivity:
-    """What each quantized module of `out` costs alone: the SQNR of its output, and the KL divergence of the model.
+    """The cost of each quantized module of `out` alone: the SQNR of its output, and the KL divergence of the model.
 
-    The integers are those of the weight files, the float model is that of `evaluate`, smoothed where `out` is.
+    The integers are those of the weight files, the float model is that of `evaluate`, smoothed if `out` is.
     """
     program, checkpoint = _original(Path(out), against)
     if (Path(out) / CALIBRATION).is_file():
@@ -103,7 +103,7 @@ def engine_perplexities(
     out: str | Path, text: str | Path, samples: int = 64, seq_len: int = 256, report: Reporter = silent
 ) -> dict[str, float]:
     """Perplexity of `out` as its engine computes it: "<reader>, exact" with the formats' own arithmetic, and
-    "<reader>, device" with the rounding of the NPU's kernels. Raises FxquantError where no engine reads `out`."""
+    "<reader>, device" with the rounding of the NPU's kernels. Raises FxquantError if no engine reads `out`."""
     from fxquant.engine_readers import Arithmetic
     from fxquant.evaluation.engine_perplexity import reader_perplexity
 
@@ -130,7 +130,7 @@ def compare(
     seq_len: int = 256,
     report: Reporter = silent,
 ) -> dict[str, tuple[Evaluation, int]]:
-    """Policy → its evaluation and the bytes of its weights. Nothing is written; integers are made as needed."""
+    """Policy → its evaluation and the bytes of its weights. Nothing is written; weights are quantized on the fly."""
     options = options or CompileOptions()
     open_device(options.device)
     source = open_model(model, options, report)

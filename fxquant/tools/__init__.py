@@ -1,1 +1,1 @@
-"""The command line: one file a verb. Imports everything, imported by nothing."""
+"""Command line: one file per verb. Imports everything, imported by nothing."""

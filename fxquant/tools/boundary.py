@@ -1,4 +1,4 @@
-"""The one boundary for errors: whatever ends a command becomes one screen and an exit code. docs/command-line.md"""
+"""Error boundary: whatever ends a command becomes one screen and an exit code; see docs/command-line.md."""
 
 import sys
 from collections.abc import Callable
@@ -11,14 +11,14 @@ from fxquant.tools.faults import show_fault, words
 from fxquant.tools.signals import WORDS, Signals, exit_code
 
 DONE, REFUSED, FAULT, INTERRUPTED, PIPE_CLOSED = 0, 1, 70, 130, 141
-NOTHING_YET = "Nothing had been begun at its output."
+NOTHING_YET = "Nothing had been written to its output."
 RESUMED = ("compile", "convert")
-"""Verbs that leave work to go on with."""
-LOWER = "Use a machine with more, or lower what is there: --jobs, --batch-size, --samples, --seq-len."
+"""Verbs that leave work to resume."""
+LOWER = "Use a machine with more, or lower one of --jobs, --batch-size, --samples, --seq-len."
 
 
 class Ended(BaseException):
-    """Carries an interrupt or a closed pipe past typer, which has endings of its own for them.
+    """Carries an interrupt or a closed pipe past typer, which would handle them itself.
 
     verb  the command that it ended
     """
@@ -29,17 +29,17 @@ class Ended(BaseException):
 
 
 def guarded(action: Callable[[], object], signals: Signals) -> int:
-    """Run `action`: the exit code, with what is to be said on stderr. Never raises."""
+    """Run `action` and return the exit code; errors are printed on stderr. Never raises."""
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a locale without our signs, a path that is no text
+        if hasattr(stream, "reconfigure"):  # a locale without our symbols, a path that is not valid text
             stream.reconfigure(errors="backslashreplace")
     try:
         code = _code(action)
         if sys.stdout is not None:
             sys.stdout.flush()
         return code
-    except BaseException as error:  # panics of Rust are no Exception
-        with suppress(OSError):  # stderr is closed, or full: the code is all there is to say
+    except BaseException as error:  # a panic in Rust is not an Exception
+        with suppress(OSError):  # stderr is closed or full: only the exit code is left
             return _ended(error, signals)
         return exit_code(signals.received) if signals.received else REFUSED
 
@@ -48,7 +48,7 @@ def _code(action: Callable[[], object]) -> int:
     try:
         action()
     except SystemExit as stop:
-        if stop.code == INTERRUPTED:
+        if stop.code == INTERRUPTED:  # typer turns an interrupt into this exit code
             raise KeyboardInterrupt from stop
         return stop.code if isinstance(stop.code, int) else REFUSED if stop.code else DONE
     return DONE
@@ -58,7 +58,7 @@ def _ended(error: BaseException, signals: Signals) -> int:
     verb = ""
     if isinstance(error, Ended):
         verb, error = error.verb, error.error
-    if signals.received or isinstance(error, KeyboardInterrupt):  # whatever else it became on its way here
+    if signals.received or isinstance(error, KeyboardInterrupt):  # even if other code turned it into another error
         return _interrupted(error, verb, signals)
     if isinstance(error, BrokenPipeError):
         exit_quietly_on_stdout()
@@ -67,7 +67,7 @@ def _ended(error: BaseException, signals: Signals) -> int:
     if told is None:
         show_fault(error)
         return FAULT
-    if isinstance(error, OSError) and error.filename is None:
+    if isinstance(error, OSError) and error.filename is None:  # may be stdout: a flush at exit would fail again
         exit_quietly_on_stdout()
     show_error(told)
     return REFUSED
@@ -81,7 +81,7 @@ def _interrupted(error: BaseException, verb: str, signals: Signals) -> int:
 
 
 def as_told(error: BaseException) -> FxquantError | None:
-    """The error as one that names place, fact and way out; None where it is a fault of ours."""
+    """The error as place, fact and remedy; None if it is a fault of fxquant."""
     if isinstance(error, FxquantError):
         return error
     if _lacks_memory(error):
@@ -89,9 +89,7 @@ def as_told(error: BaseException) -> FxquantError | None:
     if isinstance(error, OSError):
         return stopped(error, _name(error.filename2 or error.filename))
     if isinstance(error, ImportError) and not (error.name or "fxquant").startswith("fxquant"):
-        return FxquantError(
-            "the installation", f"{words(error)}.", "Install fxquant anew, in an environment of its own."
-        )
+        return FxquantError("the installation", f"{words(error)}.", "Reinstall fxquant in its own environment.")
     return None
 
 
@@ -102,7 +100,7 @@ def _name(place: object) -> str:
 
 
 def _lacks_memory(error: BaseException) -> bool:
-    """Python's and numpy's error, and those that torch makes of its allocators' failures."""
+    """Whether it is Python's or numpy's error, or one that torch raises when its allocators fail."""
     if isinstance(error, MemoryError):
         return True
     text = str(error)

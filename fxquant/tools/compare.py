@@ -14,7 +14,7 @@ from fxquant.tools.tables import NamedTable
 if TYPE_CHECKING:
     from fxquant.evaluation.divergence import Evaluation
 
-HEADINGS = ("policy", "weights", "float ppl", "quantized ppl", "KL per token", "95 % of it", "top-1 agreement")
+HEADINGS = ("policy", "weights", "float ppl", "quantized ppl", "KL per token", "95 % interval", "top-1 agreement")
 
 
 def command(
@@ -55,7 +55,7 @@ def command(
 
 
 def comparison_table(model: str, text: str, results: "dict[str, tuple[Evaluation, int]]") -> NamedTable:
-    """A row a policy."""
+    """One row per policy."""
     from fxquant.tools.figures import interval
 
     tokens = next(iter(results.values()))[0].tokens

@@ -1,4 +1,4 @@
-"""Options that `compile` shares with other verbs, and how their texts are read."""
+"""Command-line options that `compile` shares with other verbs, and their parsers."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -143,16 +143,16 @@ def parse_target(name: str) -> Target:
 
 
 def parse_workers(kind: str, jobs: int | None, address: str | None) -> "Workers":
-    """So many workers of that kind."""
+    """`jobs` workers of that kind, by default one per core."""
     from fxquant.lowering.weights import WorkerKind, Workers
     from fxquant.lowering.weights.work import cores
 
     if kind not in list(WorkerKind):
         raise FxquantError(f"--workers {kind}", "unknown.", f"Choose one of: {', '.join(WorkerKind)}.")
     if address is not None and kind != WorkerKind.RAY:
-        raise FxquantError(f"--address {address}", "of a Ray cluster.", "Pass --workers ray with it.")
+        raise FxquantError(f"--address {address}", "applies only to a Ray cluster.", "Pass --workers ray as well.")
     if address is not None and jobs is not None:
-        fact = "says how many workers are started here; a cluster has as many as it has cores."
+        fact = "sets how many workers start on this machine; a cluster has one per core."
         raise FxquantError(f"--jobs {jobs}", fact, "Leave out --jobs or --address.")
     return Workers(WorkerKind(kind), jobs or cores(), address)
 

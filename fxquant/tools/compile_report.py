@@ -1,4 +1,4 @@
-"""What `fxquant compile` says when it is done."""
+"""Compile report: what `fxquant compile` prints at its end."""
 
 import shlex
 from dataclasses import asdict
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 UNSEEN_NAMED = 4
 FEW_TOKENS = 512
-"""Calibration tokens below which ranges are guesses; `--samples` times `--seq-len` are 8,192."""
+"""Calibration tokens below which ranges are guesses; the defaults of `--samples` × `--seq-len` are 8,192."""
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
@@ -42,12 +42,12 @@ def as_document(report: "CompileReport") -> dict:
 
 
 def routed(report: "CompileReport") -> "dict[str, Tensor]":
-    """Module that routes → int64 [E]: how many calibration tokens each expert saw."""
+    """Router → int64 [E]: how many calibration tokens each expert saw."""
     return report.calibration.experts if report.calibration else {}
 
 
 def unseen_line(report: "CompileReport") -> str:
-    """How many experts no calibration token went to, and the first of them; nothing where there is none."""
+    """Warning with the number of experts that no calibration token was routed to, and the first of them; else ""."""
     counts = routed(report)
     names = [f"{module}: {i}" for module, seen in counts.items() for i in (seen == 0).nonzero().flatten().tolist()]
     if not names:
@@ -59,23 +59,23 @@ def unseen_line(report: "CompileReport") -> str:
 
 
 def written_line(report: "CompileReport") -> str:
-    """How the bytes of the weights came there: `13.4 MB quantized, 2 MB copied`."""
+    """Where the bytes of the weights came from: `13.4 MB quantized, 2 MB copied`."""
     parts = asdict(report.output.work)
     return ", ".join(f"{size(nbytes)} {how}" for how, nbytes in parts.items() if nbytes)
 
 
 def few_tokens_line(report: "CompileReport") -> str:
-    """That calibration saw next to nothing; nothing where it saw enough, or was not needed."""
+    """Warning about too little calibration text; "" if it was enough, or not needed."""
     tokens = int(report.calibration.tokens.sum()) if report.calibration else FEW_TOKENS
     if tokens >= FEW_TOKENS:
         return ""
     return (
-        f"calibrated on {tokens:,} tokens, ranges of fewer than {FEW_TOKENS} are guesses: give more text with --calib"
+        f"calibrated on {tokens:,} tokens: ranges from fewer than {FEW_TOKENS} are guesses; pass more text with --calib"
     )
 
 
 def ledger_table(report: "CompileReport") -> NamedTable:
-    """A row a bucket and what put tensors there."""
+    """One row per bucket and reason."""
     headings = ("bucket", "by", "tensors", "bytes")
     table = NamedTable("where every tensor of the checkpoint went", headings, names=2)
     for (bucket, why), (count, nbytes) in sorted(report.ledger.totals().items()):
@@ -87,7 +87,7 @@ def ledger_table(report: "CompileReport") -> NamedTable:
 
 
 def print_report(report: "CompileReport", console: Console = console) -> None:
-    """Ledger, optional rules that matched nothing, verification, and where it is."""
+    """Print the ledger, rules that decided nothing, warnings, verification, and the output folder."""
     from fxquant.tools.verify import verification_table
 
     console.print(ledger_table(report))

@@ -1,4 +1,4 @@
-"""What a shell offers for an option. Nothing here imports torch: it would be a second a keystroke."""
+"""Shell completion of option values. Nothing here imports torch: it would take a second per keystroke."""
 
 from collections.abc import Callable
 from importlib import resources
@@ -7,7 +7,7 @@ from fxquant.engines.table import Target
 
 
 def policies(incomplete: str) -> list[str]:
-    """Shipped policies; nothing for the beginning of a path, which shells complete themselves."""
+    """Shipped policies; none for the beginning of a path, which shells complete themselves."""
     folder = resources.files("fxquant.policy") / "shipped"
     names = sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
     return [name for name in names if name.startswith(incomplete)]

@@ -1,4 +1,4 @@
-"""What all verbs share: consoles that print text from outside as text, and errors on one screen."""
+"""Console output: consoles that print text from outside as plain text, and errors on one screen."""
 
 import errno
 import json
@@ -24,33 +24,33 @@ LONGEST_FACT = 1500
 
 
 class Terminal(Console):
-    """A console on which no text from outside does anything, and nothing is cut.
+    """A console on which text from outside has no side effects, and nothing is cut.
 
-    There is no markup, so that brackets are brackets: what has a style is a `Text`. Control characters are written out.
-    Lines are wrapped between words, and a word that is too long for a line stays whole.
+    There is no markup, so brackets are brackets; styled text is a `Text`. Control characters are escaped. Lines are
+    wrapped between words, and a word that is too long for a line stays whole.
     """
 
     def __init__(self, **options: Any) -> None:
         super().__init__(markup=False, emoji=False, highlight=False, **options)
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """Before the layout, so that what is written out has its place."""
+        """Escape before the layout, which needs the width of escapes."""
         return super().render_str(self._shown(text), **options)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        """Whatever the text came in."""
+        """Escape text of any renderable."""
         for segment in super().render(renderable, options):
             yield segment if segment.control else Segment(self._shown(segment.text), segment.style)
 
     def print(self, *objects: Any, **options: Any) -> None:
-        """Lines of text are wrapped at `width`, or where the terminal ends."""
+        """Wrap lines of text at `width`, or at the terminal's width."""
         width = options.pop("width", None) or self.width
         if not options.get("soft_wrap"):
             objects = tuple(self._wrapped(one, width) if isinstance(one, str | Text) else one for one in objects)
         super().print(*objects, **{"overflow": "ignore", "crop": False, **options})
 
     def on_broken_pipe(self) -> None:
-        """For the boundary to find, not an end of the process from here."""
+        """Raise for the boundary; rich would end the process here."""
         raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
 
     def _wrapped(self, text: str | Text, width: int) -> Text:
@@ -62,7 +62,7 @@ class Terminal(Console):
 
 
 def wrapped(line: Text, width: int) -> list[Text]:
-    """Lines of whole words, each at most `width` wide where its words are."""
+    """Lines of whole words, each at most `width` wide unless one word is wider."""
     breaks, used = [], 0
     for word in re.finditer(r"\s*\S+", line.plain):
         bare = word[0].lstrip()
@@ -86,35 +86,37 @@ console, errors = _terminal(stderr=False), _terminal(stderr=True)
 
 
 def print_line(*parts: str | tuple[str, str], to: Console = console) -> None:
-    """Texts, each alone or with its style, as one line; it is wrapped between words."""
+    """Print texts, each alone or with its style, as one line, wrapped between words."""
     to.print(Text.assemble(*(visible(one) if isinstance(one, str) else (visible(one[0]), one[1]) for one in parts)))
 
 
 def print_whole(text: str, style: str = "", to: Console = console) -> None:
-    """One line to copy: a newline stands only at its end."""
+    """Print one line to copy: its only newline is at the end."""
     to.print(Text(one_line(text), style), soft_wrap=True)
 
 
 def print_text(text: str, to: Console = console) -> None:
-    """Lines as they are."""
+    """Print lines as they are, unwrapped."""
     to.print(Text(visible(text)), soft_wrap=True)
 
 
 def print_json(document: Any) -> None:
-    """The document alone on stdout, in ASCII where stdout has no more."""
+    """Print only the document on stdout, in ASCII unless stdout's encoding is UTF."""
     text = json.dumps(document, indent=2, ensure_ascii=not console.encoding.startswith("utf"))
+    # json leaves C1 controls and direction overrides as they are
     console.file.write(UNSAFE.sub(lambda found: f"\\u{ord(found[0]):04x}", text) + "\n")
 
 
 def show_error(error: FxquantError, to: Console = errors) -> None:
-    """Place, fact and way out, on one screen, and what the output is now where that is more than nothing."""
+    """Show place, fact and remedy on one screen, and the state of the output if anything is left there."""
     state = "" if error.state.startswith("Nothing was left") else error.state
+    # the remedy may end with the same advice
     told = state.rpartition(". ")[2] in error.remedy
     screen("error", error.place, error.fact + (f"\n\n{state}" if state and not told else ""), error.remedy, to)
 
 
 def screen(title: str, place: str, fact: str, remedy: str = "", to: Console = errors) -> None:
-    """Between two rules. The lines of `remedy` after its first are commands, each a line to copy."""
+    """Print between two rules. The lines of `remedy` after its first are commands, each a line to copy."""
     width = min(to.width, SCREEN_WIDTH)
     fact = fact if len(fact) <= LONGEST_FACT else fact[:LONGEST_FACT] + " …"
     print_line(("─ ", "red"), (title, "red bold"), (" " + "─" * (width - len(title) - 3), "red"), to=to)
@@ -131,12 +133,12 @@ def screen(title: str, place: str, fact: str, remedy: str = "", to: Console = er
 
 
 def prose(text: str, to: Console = errors) -> None:
-    """Wrapped between words on a terminal, at most `SCREEN_WIDTH` wide; not at all in a log."""
+    """Print wrapped between words on a terminal, at most `SCREEN_WIDTH` wide; unwrapped in a log."""
     to.print(Text(visible(text)), width=to.width if to.width == LOG_WIDTH else min(to.width, SCREEN_WIDTH))
 
 
 def size(nbytes: int) -> str:
-    """Bytes for people: 13.5 MB."""
+    """Human-readable bytes: 13.5 MB."""
     value = float(nbytes)
     for unit in ("B", "kB", "MB", "GB"):
         if value < 1000:
@@ -146,8 +148,8 @@ def size(nbytes: int) -> str:
 
 
 def exit_quietly_on_stdout() -> None:
-    """Nothing more can be written to stdout: what is still held back goes nowhere, without a word."""
+    """Discard what stdout still buffers: it cannot be written, and flushing it at exit would raise."""
     try:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (OSError, ValueError, AttributeError):  # no file behind it
+    except (OSError, ValueError, AttributeError):  # stdout is not a file
         return

@@ -1,4 +1,4 @@
-"""A picture of what each module costs alone. Needs matplotlib, which is imported here and nowhere else."""
+"""Sensitivity plot: the cost of each module alone. Needs matplotlib, which is imported only here."""
 
 from pathlib import Path
 
@@ -7,15 +7,15 @@ from fxquant.evaluation.sensitivity_report import ModuleLoss, Sensitivity
 
 SUFFIXES = (".png", ".svg")
 ROW = 0.22
-"""Inches of height that a module takes."""
+"""Inches of height per module."""
 
 
 def check_file(path: Path) -> None:
-    """Raises FxquantError where `draw` would fail after the work was done."""
+    """Raise FxquantError if `draw` would fail after all the work."""
     if path.suffix not in SUFFIXES:
-        raise FxquantError(f"--plot {path}", "neither .png nor .svg.", "Name a file with one of these suffixes.")
+        raise FxquantError(f"--plot {path}", "is neither .png nor .svg.", "Name a file with one of these suffixes.")
     if not path.absolute().parent.is_dir():
-        raise FxquantError(f"--plot {path}", "its folder is not there.", "Make it first.")
+        raise FxquantError(f"--plot {path}", "its folder does not exist.", "Create it first.")
     try:
         import matplotlib  # noqa: F401
     except ImportError:
@@ -23,7 +23,7 @@ def check_file(path: Path) -> None:
 
 
 def draw(result: Sensitivity, path: Path) -> None:
-    """One row a module, worst first: KL with its interval, and SQNR beside it, coloured by kind.
+    """One row per module, worst first: KL with its interval, and SQNR beside it, coloured by kind.
 
     The same result gives the same bytes of SVG.
     """
@@ -52,7 +52,7 @@ def draw(result: Sensitivity, path: Path) -> None:
 
 
 def _arms(modules: list[ModuleLoss]) -> list[list[float]] | None:
-    """How far the intervals reach below and above the means; none where one document was scored."""
+    """How far the intervals reach below and above the means; None for a single document."""
     spans = [(one.kl.mean, one.kl.interval) for one in modules]
     known = [(mean, interval) for mean, interval in spans if interval is not None]
     if len(known) < len(spans):

@@ -65,7 +65,7 @@ def command(
 
 
 def evaluation_table(text: str, result: "Evaluation", engines: dict[str, float]) -> NamedTable:
-    """Float, quantized, its intervals, and what the engine's arithmetic gives."""
+    """Rows for float, quantized, its intervals, and the engine's arithmetic."""
     from fxquant.tools.figures import FIGURES, figures, intervals
 
     title = f"{result.tokens:,} tokens in {result.documents} documents of {text}"

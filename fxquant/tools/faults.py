@@ -1,4 +1,4 @@
-"""What a user sees of a fault that is ours: one screen, and a file with the rest."""
+"""Fault report of an internal error: one screen for the user, and a file with the rest."""
 
 import os
 import platform
@@ -15,14 +15,14 @@ from fxquant.tools.console import errors, screen
 from fxquant.tools.visible import one_line
 
 LAST_LINES = 12
-"""Of the traceback, where it cannot be saved."""
+"""Lines of the traceback on the screen, if it cannot be saved."""
 LONGEST = 300
 """Characters of the error on the screen."""
 PACKAGES = ("torch", "numpy", "numba", "safetensors", "tokenizers", "pydantic", "typer", "rich", "onnxruntime")
 
 
 def show_fault(error: BaseException, to: Console = errors) -> None:
-    """The error in one line, where its traceback is, and what to send."""
+    """Show the error in one line, the file of its traceback, and what to send."""
     text = report_text(error)
     saved = _save(text)
     state = getattr(error, "state", "")
@@ -32,9 +32,9 @@ def show_fault(error: BaseException, to: Console = errors) -> None:
         way_out = "Report it with these lines and the command."
     else:
         facts.append(
-            "The traceback is saved in the file below, with the command and the versions of what is installed."
+            "The traceback is saved in the file below, with the command and the versions of installed packages."
         )
-        way_out = f"Report it with this file. Paths of yours are in it: read it before.\n{saved}"
+        way_out = f"Report it with this file. It contains paths of yours: read it first.\n{saved}"
     screen("fault of fxquant", words(error), "\n".join(facts), way_out, to)
 
 

@@ -1,4 +1,4 @@
-"""Figures of an evaluation as cells of a table."""
+"""Evaluation figures as table cells."""
 
 from typing import NamedTuple
 
@@ -23,15 +23,15 @@ FIGURES = {
 
 
 def figures(result: Evaluation) -> list[str]:
-    """All of them."""
+    """The cells of all figures."""
     return [f"{getattr(result, name):{figure.form}}" for name, figure in FIGURES.items()]
 
 
 def interval(result: Evaluation, name: str) -> str:
-    """One interval, or nothing where a single document gives none."""
+    """The cell of one interval; "" if a single document gives none."""
     return "–".join(f"{end:{FIGURES[name].form}}" for end in result.intervals.get(name, ()))
 
 
 def intervals(result: Evaluation) -> list[str]:
-    """Those of all figures."""
+    """The cells of all intervals."""
     return [interval(result, name) for name in FIGURES]

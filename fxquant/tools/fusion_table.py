@@ -1,4 +1,4 @@
-"""What fusing made of a graph, as a table."""
+"""Fusion table: what each fusion pass did to a graph."""
 
 from collections import Counter
 
@@ -7,7 +7,7 @@ from fxquant.tools.tables import NamedTable
 
 
 def fusion_table(deployed: Deployment) -> NamedTable:
-    """A line a pass: operators before and after, how many it rewrote, and why it kept the others."""
+    """One row per pass: operators before and after, how many it rewrote, and why it kept the others."""
     headings = ("pass", "rewritten", "operators before", "after", "kept")
     table = NamedTable("Fused for deployment", headings, prose=("kept",))
     for step in deployed.steps:
@@ -22,5 +22,5 @@ def fusion_table(deployed: Deployment) -> NamedTable:
 
 
 def kept_reasons(step: Step) -> str:
-    """`4 × its sum stays in float32`, one line a reason, the most frequent first."""
+    """`4 × its sum stays in float32`, one line per reason, the most frequent first."""
     return "\n".join(f"{count:,} × {reason}" for reason, count in Counter(step.result.skipped.values()).most_common())

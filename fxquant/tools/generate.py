@@ -16,7 +16,7 @@ def command(
     """Continue a prompt greedily: by ONNX Runtime where OUT has an ONNX graph, else by its fx graph on CPU."""
     from fxquant.api import run
 
-    pieces = run(out, prompt, max_new_tokens)  # looks at the folder and at the prompt
+    pieces = run(out, prompt, max_new_tokens)  # checks folder and prompt before anything is printed
     console.print(prompt, end="", soft_wrap=True)
     for piece in pieces:
         console.print(piece, end="", soft_wrap=True)

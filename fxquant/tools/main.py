@@ -47,7 +47,7 @@ app.command("targets", cls=Verb)(targets.command)
 
 
 def run(signals: Signals | None = None) -> None:
-    """The command line of this process, to its exit code. `signals`: those that are listened to already."""
+    """Run the command line of this process and exit with its code. `signals`: those whose handlers are installed."""
     if signals is not None:
         signals.working = True
         code = guarded(lambda: app(prog_name="fxquant"), signals)

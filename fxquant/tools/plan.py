@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 SHOWN_FILES = 4
 MOST = 100_000
-"""Cores, and GB/s, that a machine may be thought to have."""
+"""Maximum cores, and GB/s, of an assumed machine."""
 
 
 def command(
@@ -92,7 +92,7 @@ def _assumed(machine: "Machine", cores: int | None, disk: float | None) -> "Mach
 
 
 def print_plan(plan: "Plan", console: Console = console) -> None:
-    """Rows, files, time, memory, totals."""
+    """Print rows, files, time, memory and totals."""
     title = f"{plan.model}: {plan.policy} for {plan.target}, from a {plan.way_in}"
     headings = ("kind", "scheme", "modules", "parameters", "bytes in", "bytes out")
     table = NamedTable(title, headings, names=2)
@@ -143,7 +143,7 @@ def _time(plan: "Plan") -> list[str]:
     compute = f"({' + '.join(parts)}) / {time.workers} workers = {time.computing:,.1f} s"
     unknown = ", ".join(kernel for kernel in time.compute if kernel not in known)
     if unknown:
-        compute += f", and {unknown}: not measured in time; kernels compile once, in seconds: plan again"
+        compute += f", and {unknown}: not measured in time, as kernels compile once, in seconds; run plan again"
     total = f"max of both + {time.fixed:.1f} s of tracing, passes and layout = {_total(plan)}"
     return [f"disk     {disk}", f"compute  {compute}", f"time     {total}"]
 

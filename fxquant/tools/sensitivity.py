@@ -10,7 +10,7 @@ from fxquant.tools.tables import NamedTable
 
 
 def check_plot(plot: Path | None, sensitivity: bool, engine: bool) -> None:
-    """Before anything runs: raises FxquantError for options that do not go together, or no matplotlib."""
+    """Raise FxquantError, before anything runs, for options that exclude each other or missing matplotlib."""
     if sensitivity and engine:
         raise FxquantError("--sensitivity", "no engine runs one module alone.", "Leave out --as-engine.")
     if plot is None:
@@ -39,7 +39,7 @@ def show_sensitivity(
     if as_json:
         print_json(result.as_json())
     else:
-        title = f"{result.tokens:,} tokens in {result.documents} documents of {text.name}, one module quantized"
+        title = f"{result.tokens:,} tokens in {result.documents} documents of {text.name}, each module quantized alone"
         console.print(modules_table(result, title))
         console.print(groups_table(result))
     if plot is not None:
@@ -57,8 +57,8 @@ def modules_table(result: Sensitivity, title: str) -> NamedTable:
 
 
 def groups_table(result: Sensitivity) -> NamedTable:
-    """By layer, by kind, and in all."""
-    table = _table("sums of what each costs alone, and the lowest SQNR", ("", "modules"))
+    """Rows by layer, by kind, and in total."""
+    table = _table("sums over modules quantized alone, and the lowest SQNR", ("", "modules"))
     for groups in (result.layers, result.kinds):
         for group in groups:
             _add(table, group)
@@ -69,7 +69,7 @@ def groups_table(result: Sensitivity) -> NamedTable:
 
 
 def _table(title: str, names: tuple[str, ...]) -> NamedTable:
-    return NamedTable(title, (*names, "SQNR dB", "KL per token", "95 % of it"), left=("scheme",))
+    return NamedTable(title, (*names, "SQNR dB", "KL per token", "95 % interval"), left=("scheme",))
 
 
 def _add(table: NamedTable, group: GroupLoss) -> None:

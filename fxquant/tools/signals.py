@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the first ends the work in order, the second the process at once. Nothing slow is imported."""
+"""Signals, Ctrl-C and SIGTERM: the first ends the work in order, the second the process at once. No slow imports."""
 
 import _thread
 import atexit
@@ -12,7 +12,7 @@ from typing import Any
 
 DEFAULTS: dict[int, Any] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
 SOON = 0.02
-"""Seconds after which an interrupt that was dropped comes again."""
+"""Seconds after which a dropped interrupt is raised again."""
 WORDS: dict[int, str] = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 
 
@@ -24,8 +24,8 @@ def exit_code(number: int) -> int:
 def leave(code: int) -> None:
     """End the process with this code after an interrupt.
 
-    An interrupt that met Python in `exec` of a text, as in the import of many a package, would make Python end with the
-    signal in place of the code, although it was caught.
+    After an interrupt during `exec` of source text, which many packages do on import, Python would exit with the signal
+    instead of this code, although the interrupt was caught.
     """
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
@@ -35,7 +35,7 @@ def leave(code: int) -> None:
 
 
 class Signals:
-    """Listens while it is open, in the main thread, to what nobody else listens to and nobody ignores.
+    """While open, handles in the main thread those signals that nobody else handles or ignores.
 
     received  the number of the first signal, 0 for none
     working   whether there is work to end in order; before, a signal ends the process at once
@@ -52,7 +52,7 @@ class Signals:
         return self
 
     def listen(self) -> None:
-        """For as long as the process lives."""
+        """Install the handlers, for as long as the process lives."""
         if threading.current_thread() is threading.main_thread():
             self._own = [number for number, default in DEFAULTS.items() if signal.getsignal(number) == default]
         for number in self._own:
@@ -65,7 +65,7 @@ class Signals:
         sys.unraisablehook = self._hook
 
     def _swallowed(self, unraisable: Any) -> None:
-        """An interrupt that met Python where it drops exceptions, as in what is called after a fork, comes again."""
+        """Raise an interrupt again that came where Python drops exceptions, such as callbacks after a fork."""
         if self.received and isinstance(unraisable.exc_value, KeyboardInterrupt):
             self._again = True
             later = threading.Timer(SOON, _thread.interrupt_main, (self.received,))  # here it would be dropped too
@@ -80,6 +80,7 @@ class Signals:
             raise KeyboardInterrupt
         if self.received or not self.working:
             cursor = "\x1b[?25h" if os.isatty(2) else ""  # a progress bar hides it
+            # print could wait for a lock that the interrupted code holds
             os.write(2, f"{cursor}\n{WORDS[number]}\n".encode())
             os._exit(exit_code(self.received or number))
         self.received = number

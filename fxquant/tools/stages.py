@@ -1,4 +1,4 @@
-"""How far work is: bars on a terminal, lines in a log."""
+"""Progress: bars on a terminal, lines in a log."""
 
 import time
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ STAGE_WIDTH = 16
 
 
 def reporter(quiet: bool) -> Reporter:
-    """Bars with rate and time left on a terminal; lines in a log, more while a stage lasts; nothing when quiet."""
+    """Bars with rate and time left on a terminal; lines in a log, repeated while a stage lasts; nothing when quiet."""
     if quiet:
         return silent
     return _bar if errors.is_terminal else _line
@@ -72,7 +72,7 @@ def amount(number: int, unit: str) -> str:
 
 
 def rate(speed: float, unit: str) -> str:
-    """The same a second."""
+    """The same per second."""
     return f"{size(int(speed))}/s" if unit == "bytes" else f"{speed:.3g} {unit}/s"
 
 
@@ -94,7 +94,7 @@ def _line(stage: str, total: int, unit: str) -> Iterator[Advance]:
 
 
 class Lines:
-    """`stage, at model.layers.3: 4.5 MB of 13.4 MB, 1.2 MB/s, 7.4 s left`, every half a minute."""
+    """`stage, at model.layers.3: 4.5 MB of 13.4 MB, 1.2 MB/s, 7.4 s left`, every 30 seconds."""
 
     def __init__(self, stage: str, total: int, unit: str, to: Console = errors) -> None:
         self._stage, self._total, self._unit, self._to = stage, total, unit, to

@@ -12,7 +12,7 @@ from fxquant.tools.console import wrapped
 from fxquant.tools.visible import one_line, spelled, visible
 
 PROSE_WIDTH = 24
-"""Columns of the screen that a column of sentences must have to be one."""
+"""Minimum width of a column of sentences."""
 Cell = str | tuple[str, str]
 """A text, or a text and its style."""
 
@@ -23,8 +23,8 @@ class NamedTable:
 
     left, prose  headings of columns that are not right-aligned, and of those that hold sentences, which may be wrapped
 
-    Where it fits it is a table: as it is, with headings on several lines, with sentences wrapped, or with the few there
-    are below it. Else each row is its name on a line of its own, and `heading value` pairs below.
+    If it fits it is a table: as it is, with headings on several lines, with sentences wrapped, or with a few sentences
+    below it. Else each row is its name on a separate line, with `heading value` pairs below.
     """
 
     title: Cell
@@ -38,7 +38,7 @@ class NamedTable:
     sections: set[int] = field(default_factory=set)
 
     def add_row(self, *cells: Cell, style: str = "") -> None:
-        """One cell a heading; missing ones are empty."""
+        """One cell per heading; missing ones are empty."""
         self.rows.append((*cells, *[""] * (len(self.headings) - len(cells))))
         self.styles.append(style)
 
@@ -65,7 +65,7 @@ class NamedTable:
 
 
 class _Shown:
-    """The table in the letters that a console has."""
+    """The table in the characters that a console's encoding has."""
 
     def __init__(self, table: NamedTable, encoding: str) -> None:
         self._table, self._encoding = table, encoding
@@ -85,14 +85,14 @@ class _Shown:
         return [index for index in range(len(headings)) if not (without and headings[index] in self._table.prose)]
 
     def few_sentences(self) -> bool:
-        """At most every second row has one."""
+        """Whether at most every second row has a sentence."""
         return 2 * sum(any(row[index].plain for index in self._prose()) for row in self._rows) <= len(self._rows)
 
     def _prose(self) -> list[int]:
         return [index for index, heading in enumerate(self._table.headings) if heading in self._table.prose]
 
     def sentences(self, width: int) -> Iterator[Text]:
-        """`name: sentence`, a line each."""
+        """`name: sentence`, one per line."""
         for row in self._rows:
             for index in self._prose():
                 if row[index].plain:
@@ -106,7 +106,7 @@ class _Shown:
         return max(width, *map(cell_len, heading.split(" ") if words else [heading]))
 
     def _longest_word(self, index: int) -> int:
-        """Of a column of sentences, which name modules."""
+        """Width of the longest word in a column of sentences: module names are long, and stay whole."""
         return max((cell_len(word) for row in self._rows for word in row[index].plain.split()), default=0)
 
     def grid(self, words: bool, prose: bool, without: bool = False) -> Table:
@@ -119,6 +119,7 @@ class _Shown:
             wraps = prose and heading in table.prose
             width = self._column(index, words, prose)
             shown = Text("\n").join(wrapped(Text(heading), width))
+            # min_width: rich would make a column narrower than the longest name in its sentences
             grid.add_column(
                 shown, justify="right" if right else "left", no_wrap=not wraps, min_width=width, overflow="fold"
             )
@@ -137,7 +138,7 @@ class _Shown:
             yield from self._pairs(row, width)
 
     def _pairs(self, row: list[Text], width: int) -> Iterator[Text]:
-        """`  heading value  heading value`: as many a line as there is room for, one below the other in all rows."""
+        """`  heading value  heading value`: as many per line as fit, aligned in all rows."""
         line = Text()
         sentences = []
         for index in range(self._table.names, len(row)):

@@ -99,20 +99,20 @@ def _print_contracts(targets: list["Target"], as_json: bool) -> None:
         print_line(f"tensor parallel {sizes}; description: {', '.join(contract.header)}")
         for release in contract.releases:
             until = f" to {release.until}" if release.until else " on"
-            span = f" from {release.since}{until}" if release.since else ", since when is not known,"
+            span = f" from {release.since}{until}" if release.since else " (first version unknown)"
             print_line((f"{release.engine}{span} loads {release.loads} ({release.source})", "dim"))
         print_whole(serve[target], "dim")
         console.print()
 
 
 def footnotes(found: list["Deployment"]) -> dict[str, int]:
-    """Words of refusals and doubts → their numbers, from 1."""
+    """Words of refused and unverified deployments → their numbers, from 1."""
     words = dict.fromkeys(one.words for one in found if one.words)
     return {text: number for number, text in enumerate(words, 1)}
 
 
 def rows(found: list["Deployment"], ranks: list[int]) -> list[tuple[str, str, list["Deployment"]]]:
-    """Policy, target, and one deployment a rank count."""
+    """Policy, target, and one deployment per rank count."""
     step = len(ranks)
     groups = [found[start : start + step] for start in range(0, len(found), step)]
     return [(group[0].policy, group[0].target.value, group) for group in groups]
@@ -140,7 +140,7 @@ def _mark(one: "Deployment", notes: dict[str, int]) -> tuple[str, str]:
 
 
 def markdown_table(found: list["Deployment"], ranks: list[int]) -> str:
-    """The same for a document."""
+    """The same table as Markdown."""
     notes = footnotes(found)
     lines = ["| policy | target | " + " | ".join(f"TP {count}" for count in ranks) + " |"]
     lines.append("|---" * (2 + len(ranks)) + "|")

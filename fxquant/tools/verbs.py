@@ -1,4 +1,4 @@
-"""How typer treats our commands: help without names of Python types, endings left to the boundary."""
+"""typer command classes: help without names of Python types, and errors left to the boundary."""
 
 from collections.abc import Iterable
 from typing import Any, TypeVar
@@ -12,35 +12,35 @@ Parameter = TypeVar("Parameter")
 
 
 class Verb(TyperCommand):
-    """A command."""
+    """One verb."""
 
     def get_params(self, ctx: Any) -> Any:
-        """Of its help."""
+        """Parameters, as its help shows them."""
         return _without_flag_types(super().get_params(ctx))
 
     def invoke(self, ctx: Any) -> Any:
-        """Runs it, with numpy: torch would import that from C, where an interrupt is dropped."""
+        """Import numpy, then run: torch would import numpy from C, where an interrupt is dropped."""
         import numpy  # noqa: F401
 
         return super().invoke(ctx)
 
 
 class Verbs(TyperGroup):
-    """All of them."""
+    """The group of all verbs."""
 
     def get_params(self, ctx: Any) -> Any:
-        """Of the help of `fxquant` itself."""
+        """Parameters, as the help of `fxquant` itself shows them."""
         return _without_flag_types(super().get_params(ctx))
 
     def make_context(self, *arguments: Any, **options: Any) -> Any:
-        """Reads the command line up to the verb."""
+        """Read the command line up to the verb."""
         try:
             return super().make_context(*arguments, **options)
         except Exception as error:
             raise _visible_usage(error) from None
 
     def invoke(self, ctx: Any) -> Any:
-        """Reads the rest of it, and runs the verb."""
+        """Read the rest of it, and run the verb."""
         try:
             return super().invoke(ctx)
         except (KeyboardInterrupt, BrokenPipeError) as error:
@@ -59,7 +59,7 @@ def _without_flag_types(parameters: Iterable[Parameter]) -> list[Parameter]:
 
 
 def _visible_usage(error: Exception) -> Exception:
-    """What the user typed comes back in errors of usage, which typer prints itself."""
+    """Escape what the user typed in usage errors, which typer prints itself."""
     if hasattr(error, "format_message"):
         for name, value in list(vars(error).items()):
             if isinstance(value, str):

@@ -58,7 +58,7 @@ def command(
     from fxquant.verification import Rebuild
 
     if sample is not None and not rebuild:
-        raise FxquantError(f"--sample {sample}", "of what to rebuild.", "Pass --rebuild with it.")
+        raise FxquantError(f"--sample {sample}", "applies only to --rebuild.", "Pass --rebuild as well.")
     anew = Rebuild(sample) if rebuild else None
     engine = None if target is None else parse_target(target)
     report = verify(out, against, full, reporter(quiet or as_json), tp, engine, anew)
@@ -74,7 +74,7 @@ def command(
 
 
 def verification_table(report: "VerifyReport") -> NamedTable:
-    """One row a check."""
+    """One row per check."""
     colour = {"verified": "green", "sample verified": "green", "structure only": "yellow"}.get(report.verdict, "red")
     headings = ("check", "checked", "misses", "largest error")
     table = NamedTable((report.verdict, colour), headings, prose=("largest error",))

@@ -1,14 +1,14 @@
-"""Text from outside, made so that a terminal only shows it."""
+"""Escaping of text from outside, so that a terminal only shows it."""
 
 import re
 
 UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-"""Control characters but tab and newline, separators of lines, overrides of the direction, halves of characters."""
+"""Control characters except tab and newline, line separators, direction overrides, lone surrogates."""
 SPELLED = {
     "→": "->", "─": "-", "‹": "<", "›": ">", "×": "x", "…": "...", "✓": "+", "✗": "x", "“": '"', "”": '"', "–": "-",
     "·": "*", "‖": "||", "≈": "~", "≥": ">=",
 }  # fmt: skip
-"""How signs of our own are written where the encoding has none."""
+"""ASCII spelling of our own symbols, for encodings without them."""
 
 
 def visible(text: str) -> str:
@@ -27,7 +27,7 @@ def escaped(character: str) -> str:
 
 
 def spelled(text: str, encoding: str) -> str:
-    """`text` with our own signs spelled where `encoding` has none; others are left to the stream."""
+    """`text` with our own symbols in ASCII if `encoding` lacks them; other characters are left to the stream."""
     if text.isascii() or _has(text, encoding):
         return text
     return "".join(SPELLED.get(one, one) if not _has(one, encoding) else one for one in text)

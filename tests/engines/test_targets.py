@@ -73,7 +73,7 @@ def test_contracts_name_cells_releases_and_how_to_serve() -> None:
         contract = load_contract(target)
         assert ENGINES[target].serve(Serving("OUT")) in words and " ".join(contract.title.split()) in words
         for release in contract.releases:
-            when = f" from {release.since}" if release.since else ", since when is not known, loads"
+            when = f" from {release.since}" if release.since else " (first version unknown) loads"
             assert release.engine + when in words
 
 

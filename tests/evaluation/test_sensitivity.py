@@ -158,7 +158,7 @@ def test_the_command_shows_them(
         (["--plot", "a.png"], "Add --sensitivity"),
         (["--sensitivity", "--as-engine"], "Leave out --as-engine"),
         (["--sensitivity", "--plot", "a.pdf"], "neither .png nor .svg"),
-        (["--sensitivity", "--plot", "nowhere/a.svg"], "its folder is not there"),
+        (["--sensitivity", "--plot", "nowhere/a.svg"], "its folder does not exist"),
     ],
 )
 def test_options_that_do_not_go_together(

@@ -83,5 +83,5 @@ def test_a_bos_that_is_no_number_is_none(bos: Any, words: Words) -> None:
 
 def test_a_prompt_of_half_a_character(words: Words) -> None:
     """As the command line has one that was no UTF-8."""
-    with pytest.raises(FxquantError, match=r"--prompt: no text: '\\udcff' is half a character"):
+    with pytest.raises(FxquantError, match=r"--prompt: not valid text: '\\udcff' is half a character"):
         list(greedy_text(words().folder, None, None, "a \udcff", 1))  # type: ignore[arg-type]

@@ -66,7 +66,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
         (MemoryError(), ["memory", "--jobs, --batch-size"]),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"), ["--seq-len"]),
         (OutOfMemoryError("CUDA out of memory"), ["--batch-size"]),
-        (ImportError("libtorch.so: cannot open", name="torch._C"), ["the installation", "Install fxquant anew"]),
+        (ImportError("libtorch.so: cannot open", name="torch._C"), ["the installation", "Reinstall fxquant"]),
     ],
 )
 def test_of_the_input_or_the_machine(command: Command, error: BaseException, words: list[str]) -> None:
@@ -123,7 +123,7 @@ def test_of_ours_with_the_state_of_the_output(command: Command) -> None:
 @pytest.mark.parametrize("verb", ["compile", "show", "run", "verify", "eval"])
 def test_an_interrupt_promises_what_is_true(command: Command, verb: str) -> None:
     code, text = command(verb, KeyboardInterrupt())
-    assert code == 130 and ("Nothing had been begun" in text) is (verb == "compile")
+    assert code == 130 and ("Nothing had been written" in text) is (verb == "compile")
     assert text.startswith("interrupted.") and text.count("\n") == 1
 
 

@@ -249,7 +249,5 @@ class VectorInForward(DecoderLayer):
 
 @pytest.mark.parametrize("layer", [ConstantInForward, VectorInForward, ConstantInInit])
 def test_constant_tensors_are_refused(checkpoint: Checkpoint, layer: type[DecoderLayer]) -> None:
-    with pytest.raises(
-        FxquantError, match=r"layers\.0\..*: is a constant tensor made in .* Make it a parameter"
-    ):
+    with pytest.raises(FxquantError, match=r"layers\.0\..*: is a constant tensor made in .* Make it a parameter"):
         traced(checkpoint, layer)

@@ -177,7 +177,7 @@ def test_a_sample_is_told_as_one(out: Path) -> None:
 def test_without_its_source_it_is_refused_with_the_way_out(out: Path, tiny_folder: Callable[..., Path]) -> None:
     source = str(read_manifest(out).checkpoint_path(out))
     edit(out, lambda manifest: manifest.update(checkpoint="gone", source="gone"))
-    with pytest.raises(FxquantError, match="its source is not there to rebuild from") as caught:
+    with pytest.raises(FxquantError, match="the source to rebuild it from is missing") as caught:
         verify(out, rebuild=Rebuild())
     assert caught.value.remedy == "Pass --against MODEL."
     assert verify(out, source, rebuild=Rebuild()).verdict == "verified"
@@ -189,5 +189,5 @@ def test_another_source_gives_other_bytes(out: Path, tiny_folder: Callable[..., 
 
 
 def test_a_sample_of_nothing_is_refused(out: Path) -> None:
-    with pytest.raises(FxquantError, match="--sample 3: of what to rebuild"):
+    with pytest.raises(FxquantError, match="--sample 3: applies only to --rebuild"):
         CliRunner().invoke(app, ["verify", str(out), "--sample", "3"], catch_exceptions=False)
