@@ -129,7 +129,7 @@ class Adaptation:
         def forward(x: Tensor, cos: Tensor, sin: Tensor, attention_mask: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
             slot.cos, slot.sin, slot.attention_mask, slot.past, slot.present = cos, sin, attention_mask, past, None
             x = family.call_layer(inner, x, (cos, sin))
-            if slot.present is None:
+            if slot.present is None:  # no adapted attention ran in this layer
                 attention = layer._modules.get("self_attn")
                 place = f"{path}.self_attn" if attention is not None else path
                 raise undeclared(place, attention or layer, "is not an attention module with an adapter", rule="")

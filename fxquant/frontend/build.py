@@ -58,7 +58,7 @@ def build_program(file: UserFile, checkpoint: Checkpoint) -> Built:
     config = parse_config(checkpoint.config, checkpoint.folder / "config.json")
     model = build_model(file, config, "meta")
     family = family_of(model)
-    needed = family is not None or bool(file.leaves)
+    needed = family is not None or bool(file.leaves)  # without adapters there is nothing to prove
     probed = needed and probe(file, config, lambda small, device: build_model(file, small, device))
     with adapted(model, config, file.leaves) as root:
         inputs = file.example_inputs and declared_inputs(root, file.example_inputs, file.dynamic_shapes)

@@ -54,7 +54,7 @@ def probe(file: UserFile, config: DeepseekV3Config, build: Build) -> bool:
     installed transformers: then it is not checked.
     """
     config = small_config(config) if file.takes_config else config
-    meta = build(config, "meta")
+    meta = build(config, "meta")  # its size must be known before it takes memory
     if _size(meta) > LARGEST:
         if type(meta).__module__.startswith("transformers."):
             return False
@@ -92,7 +92,7 @@ def named_tensors(root: nn.Module) -> Iterator[tuple[str, Tensor]]:
     generator = _generator()
     for path, module in root.named_modules(remove_duplicate=False):
         if isinstance(module, Gate):
-            bias = module.e_score_correction_bias
+            bias = module.e_score_correction_bias  # shares memory with the gate that the model's own forward reads
             bias.copy_(torch.randn(bias.shape, generator=generator) / 10)
         for name, tensor in module._parameters.items():
             if isinstance(module, RoutedExperts) and tensor is not None:

@@ -60,5 +60,6 @@ def accelerator_stubs(folder: Path) -> Iterator[None]:
         yield
     finally:
         sys.meta_path.remove(finder)
+        # a stub left here would be found by imports from elsewhere, torch's search for Triton too
         for name in [name for name, module in sys.modules.items() if isinstance(module, Stub)]:
             del sys.modules[name]

@@ -11,6 +11,7 @@ from fxquant.checkpoint.config import DeepseekV3Config, RopeScaling, yarn_mscale
 def frequencies(config: DeepseekV3Config) -> list[float]:
     """`theta ** (-2i / width)` for i < width/2 in float32, interpolated per frequency if the config has YaRN."""
     width = config.qk_rope_head_dim
+    # device: the model is built on meta, where nothing has a value
     powers = config.rope_theta ** (torch.arange(0, width, 2, dtype=torch.float32, device="cpu") / width)
     inv_freq = 1.0 / powers
     if config.rope_scaling:
@@ -38,5 +39,6 @@ def _ramp(scaling: RopeScaling, theta: float, width: int) -> Tensor:
 
     low = max(math.floor(dimension(scaling.beta_fast)), 0)
     high = min(math.ceil(dimension(scaling.beta_slow)), width - 1)
+    # 0.001 as in DeepSeek's code, against a division by zero
     steps = torch.arange(width // 2, dtype=torch.float32, device="cpu")
     return ((steps - low) / (high - low if high != low else 0.001)).clamp(0, 1)

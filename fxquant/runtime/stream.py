@@ -82,6 +82,7 @@ class Stream:
         """Resume after a number of blocks that ran earlier; returns the calls that `restore` must then give values."""
         for block in self.blocks[:blocks]:
             for node in block.nodes:
+                # without values: only which ones are live after these blocks matters
                 self.values |= {source: [] for source in node.all_input_nodes if source.op == "get_attr"}
                 self.values[node] = []
                 for dead in self._dead.get(node, ()):

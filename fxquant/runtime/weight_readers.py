@@ -68,7 +68,7 @@ def load(
 
     def converted(name: str) -> Tensor:
         tensor = read(name)
-        if unpacked and tensor.dtype is torch.int8:
+        if unpacked and tensor.dtype is torch.int8:  # some engines store a code per byte; operators take packed codes
             return pack_int4(tensor).to(device)
         tensor = tensor.to(device)
         return tensor.to(dtype) if tensor.is_floating_point() else tensor

@@ -48,6 +48,7 @@ def _traced(model: nn.Module, checkpoint: Checkpoint, inputs: Inputs | None, che
     given = inputs or standard_inputs(_config(model), _config(model).num_hidden_layers)
     with _traceable(model):
         logs = _runs(model, given)
+    # declared inputs have a cache for each layer, so they fit only the full depth
     graph = (None if inputs else _stamped(model, logs)) or _whole(model, given)
     check_dynamic(graph)
     order_parameters(graph)
@@ -128,6 +129,7 @@ def _from_representatives(model: nn.Module, logs: list[Log]) -> fx.Graph:
     depth = len(plan.representatives)
     inputs = standard_inputs(_config(model), depth)
     with shortened(layers, plan.representatives):
+        # a forward may depend on its depth: the short model must make the calls that the full one made
         plan = confirm(plan, full, [split(log, path, depth) for log in _runs(model, inputs)])
         exported = _export(model, inputs)
         if _writes(exported):

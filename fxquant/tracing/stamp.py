@@ -42,6 +42,7 @@ class _Stamp:
         handed: Nodes = {}
         for layer, position in enumerate(self.plan.positions):
             value = self._copy_layer(layer, position, handed)
+            # in the short graph the next layer reads the representative before its own, whichever layer that was
             handed = {self.handed_on[self._reader(layer + 1) - 1]: value}
         after = ChainMap({}, handed, self.shared)
         for node in self.places[-1]:
