@@ -1,0 +1,66 @@
+"""docs/page_outputs.py: what counts as the same output, and what does not. docs/page_blocks.py: what a page has."""
+
+from pathlib import Path
+
+import pytest
+from page_blocks import blocks, fxquant_arguments
+from page_outputs import difference
+
+PRINTED = "verified\n┃ check ┃ checked ┃\n│ files │ 128 │\n│ kept │ 32 │\nperplexity 15.8922\n3.6 s, 614 MB of memory\n"
+
+
+@pytest.mark.parametrize(
+    "shown",
+    [
+        PRINTED,
+        "verified\n…\nkept   32\n…",
+        "…\nperplexity 15.9\n…",
+        "verified\ncheck checked\nfiles 128\nkept 32\nperplexity 15.8\n4.0 s, 600 MB of memory",
+    ],
+)
+def test_the_same(shown: str) -> None:
+    assert not difference(shown, PRINTED)
+
+
+@pytest.mark.parametrize(
+    "shown",
+    [
+        "verified",  # more is printed
+        PRINTED + "and more",
+        PRINTED.replace("128", "129"),
+        PRINTED.replace("15.8922", "18.1"),
+        "verified\n…\nfiles 127\n…",
+        "…\nkept 32\n…\nfiles 128\n…",  # another order
+    ],
+)
+def test_another(shown: str) -> None:
+    assert difference(shown, PRINTED)
+
+
+def test_blocks_of_a_page(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(
+        "## One\n\n```sh\na \\\n    b\n# no\nc\n```\n\n```text\nout\n```\n\ntext\n\n"
+        '```sh title="not run: needs an NPU"\nd\n```\n```yaml title="my.yaml"\ne: 1\n```\n'
+        '```sh title="exit code 1"\nf\n```\n'
+    )
+    import page_blocks
+
+    found = blocks(page)
+    page_blocks_root, page_blocks.ROOT = page_blocks.ROOT, tmp_path
+    try:
+        assert found[0].commands == ["a b", "c"]
+        assert [one.follows for one in found] == [False, True, False, True, True]
+        assert [one.why_not_run for one in found] == ["", "", "needs an NPU", "", ""]
+        assert [one.file_name for one in found] == ["", "", "", "my.yaml", ""]
+        assert [one.exit_code for one in found] == [0, 0, 0, 0, 1]
+        assert found[0].section == "One"
+    finally:
+        page_blocks.ROOT = page_blocks_root
+
+
+def test_fxquant_arguments() -> None:
+    assert fxquant_arguments("A=1 fxquant show 'a b' | head; python -m fxquant plan x && ls") == [
+        ["show", "a b"],
+        ["plan", "x"],
+    ]
