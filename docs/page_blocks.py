@@ -17,6 +17,12 @@ INSTALLS = {
     ("README.zh.md", "测试"),
 }
 """Sections whose block makes an environment and installs into it: .ci/run runs them."""
+TRANSLATED = {
+    "README.zh.md": "README.md",
+    "docs/zh/ascend.md": "docs/tutorials/ascend.md",
+    "docs/zh/onnx.md": "docs/tutorials/onnx.md",
+}
+"""Pages whose blocks are those of a page in English, where they are run."""
 BY_GATE = "installs packages: .ci/run runs it"
 
 

@@ -1,8 +1,8 @@
 """Output that a page shows beside a command, compared with the real one.
 
 A line `…` stands for any lines. Frames of tables and runs of spaces do not count. Integers must be equal; numbers with
-a point may differ by 5 %, which is more than processors differ by. Times, rates, memory, and the largest float error of
-a check with its place are not compared.
+a point may differ by a tenth, more than processors differ by. Times, rates, memory, and the largest float error
+of a check with its place are not compared.
 """
 
 import re
@@ -13,7 +13,7 @@ MEASURED = re.compile(r"\d[\d,]*(?:\.\d+)?(?: s| ms| min| h| GB/s| G/s)\b|\d[\d,
 LARGEST = re.compile(r"[\d.e+-]+ of (?:the bound|the largest value|[\d.e+-]+) at\b.*|^model\.layers\.\S+$")
 MEASURED_LINES = ("disk ", "compute ", "time ", "memory ", "last-bit noise ")
 ANY = "…"
-TOLERANCE = 0.05
+TOLERANCE = 0.1
 
 
 def difference(shown: str, real: str) -> str:

@@ -2,7 +2,8 @@
 
 Each page has a folder of its own with a copy of `examples/`. From top to bottom its `sh` blocks are run line by line
 and blocks whose title is a file name are saved; then its `python` blocks run, in one process. A ```text block right
-behind one of them is its output. `--write` puts the real output there, except where a line `…` leaves something out.
+behind one of them is its output. `--write` puts the real output there, except where a line `…` leaves something out;
+pages in Chinese get the blocks of the page in English.
 
 Titles: `not run: REASON` leaves a block out, `exit code N` says how its last command ends.
 """
@@ -17,13 +18,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from page_blocks import ROOT, Block, blocks, pages
+from page_blocks import ROOT, TRANSLATED, Block, blocks, pages
 from page_outputs import ANY, difference
 
 LINKED = ("fxquant", "benchmarks", "tests", "pyproject.toml")
 """What commands name besides `examples/`."""
 SEPARATOR = "\x1e"
 COLUMNS = "100"
+"""What fits a page of the site; the READMEs show tables as wide as they are."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,10 @@ class Session:
         for name in LINKED:
             (folder / name).symlink_to(ROOT / name)
         scripts = str(Path(sys.executable).parent)
-        self.environment = {**os.environ, "COLUMNS": COLUMNS, "PATH": f"{scripts}:{os.environ['PATH']}"}
+        self.environment = {**os.environ, "PATH": f"{scripts}:{os.environ['PATH']}"}
+        self.environment.pop("COLUMNS", None)
+        if page.parent != ROOT:
+            self.environment["COLUMNS"] = COLUMNS
 
     def run(self) -> Iterator[Ran]:
         """Every block that runs, in order."""
@@ -142,6 +147,15 @@ def write(page: Path, folder: Path) -> None:
             print(f"{ran.block.place}: {ran.failure}")
 
 
+def translate(page: Path, english: Path) -> None:
+    """Put the blocks of the page in English into its translation, one for one."""
+    lines = page.read_text(encoding="utf-8").splitlines()
+    for old, new in reversed(list(zip(blocks(page), blocks(english), strict=True))):
+        start = old.line - 1
+        lines[start : start + len(old.text.splitlines())] = new.text.splitlines()
+    page.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
 def main() -> None:
     """Run or write the pages that are named, or all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -150,6 +164,10 @@ def main() -> None:
     given = parser.parse_args()
     wrong = False
     for page in [one.resolve() for one in given.page] or pages():
+        english = TRANSLATED.get(str(page.relative_to(ROOT)))
+        if english:
+            translate(page, ROOT / english) if given.write else None
+            continue
         with tempfile.TemporaryDirectory() as folder:
             if given.write:
                 write(page, Path(folder))
