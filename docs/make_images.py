@@ -6,6 +6,7 @@ SVG and in a log as text, to look at.
 
 import argparse
 import io
+import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -41,7 +42,7 @@ def main() -> None:
         )
         report.out = Path("out/tiny_w4a8")
         print_report(report, screen)
-        screen.save_svg(str(HERE / "images" / "compile.svg"), title="fxquant compile")
+        _save(screen, "compile.svg", "fxquant compile")
         lines = list(format_program(open_graph(out), "model.layers.3"))
         first = next(index for index, line in enumerate(lines) if "router_logits" in line)
         last = next(index for index, line in enumerate(lines) if "finalize_routing(" in line)
@@ -49,14 +50,14 @@ def main() -> None:
         screen.print("$ fxquant show out/tiny_w4a8 --block model.layers.3", style="bold")
         for line in lines[first : last + 1]:
             screen.print(line, highlight=False, markup=False)
-        screen.save_svg(str(HERE / "images" / "expert_layer.svg"), title="fxquant show: an expert layer in integers")
+        _save(screen, "expert_layer.svg", "fxquant show: an expert layer in integers")
         draw(sensitivity(out, TEXT), HERE / "images" / "sensitivity.svg")
 
     policies = ["deepseek_w4a8", "deepseek_w4a8_per_channel", "deepseek_w4a8_shared_w4", "deepseek_w8a8_mix"]
     screen = _screen(110)
     screen.print("$ fxquant targets --table " + " ".join(f"-p {name}" for name in policies), style="bold")
     targets.print_table(deployments(float_program(), policies, list(Target)), list(RANKS), screen)
-    screen.save_svg(str(HERE / "images" / "targets.svg"), title="fxquant targets: DeepSeek-V3 671B")
+    _save(screen, "targets.svg", "fxquant targets: DeepSeek-V3 671B")
 
 
 def widths(folder: Path) -> None:
@@ -80,6 +81,12 @@ def widths(folder: Path) -> None:
     with (folder / "log.txt").open("w", encoding="utf-8") as file:
         for show in shown.values():
             show(Terminal(width=LOG_WIDTH, file=file))
+
+
+def _save(screen: Terminal, name: str, title: str) -> None:
+    """As SVG, without the fonts that rich names on a server: a picture that is viewed loads nothing."""
+    svg = re.sub(r"\s*@font-face \{.*?\}\n", "", screen.export_svg(title=title), flags=re.DOTALL)
+    (HERE / "images" / name).write_text(svg.replace("Fira Code", "ui-monospace, Menlo, Consolas"), encoding="utf-8")
 
 
 def _screen(width: int) -> Terminal:

@@ -23,6 +23,8 @@ from page_outputs import ANY, difference
 
 LINKED = ("fxquant", "benchmarks", "tests", "pyproject.toml")
 """What commands name besides `examples/`."""
+HERE = "/path/to"
+"""What stands on a page for the folder that the commands run in."""
 SEPARATOR = "\x1e"
 COLUMNS = "100"
 """What fits a page of the site; the READMEs show tables as wide as they are."""
@@ -97,7 +99,7 @@ class Session:
             yield Ran(one, printed, done.stderr[-4000:] if failed else "")
 
     def _call(self, arguments: list[str], text: str | None = None) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
+        done = subprocess.run(
             arguments,
             input=text or "",
             cwd=self.folder,
@@ -106,6 +108,8 @@ class Session:
             text=True,
             check=False,
         )
+        done.stdout, done.stderr = (text.replace(str(self.folder), HERE) for text in (done.stdout, done.stderr))
+        return done
 
 
 def _error(text: str) -> str:

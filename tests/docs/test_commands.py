@@ -27,6 +27,7 @@ REASONS = {
     "needs several machines": "test_ray.py runs a cluster on one",
     "needs the 671B checkpoint": "",
     "run there": "on the page that the line before names",
+    "the README runs it": "",
     "takes hours": "",
     "takes minutes": "",
     "test_ray.py runs it": "",
