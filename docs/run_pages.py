@@ -20,6 +20,7 @@ from pathlib import Path
 
 from page_blocks import ROOT, TRANSLATED, Block, blocks, pages
 from page_outputs import ANY, difference
+from warm_fxquant import warm_folder
 
 LINKED = ("fxquant", "benchmarks", "tests", "pyproject.toml")
 """What commands name besides `examples/`."""
@@ -49,7 +50,7 @@ class Session:
         for name in LINKED:
             (folder / name).symlink_to(ROOT / name)
         scripts = str(Path(sys.executable).parent)
-        self.environment = {**os.environ, "PATH": f"{scripts}:{os.environ['PATH']}"}
+        self.environment = {**os.environ, "PATH": f"{warm_folder()}:{scripts}:{os.environ['PATH']}"}
         self.environment.pop("COLUMNS", None)
         if page.parent != ROOT:
             self.environment["COLUMNS"] = COLUMNS

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import typer
-from page_blocks import ROOT, TRANSLATED, Block, blocks, fxquant_arguments, pages
+from page_blocks import BY_GATE, ROOT, TRANSLATED, Block, blocks, fxquant_arguments, pages
 from run_pages import failures
 
 from fxquant.tools.main import app
@@ -38,9 +38,8 @@ ALL = [block for page in pages() for block in blocks(page)]
 SHELL = [block for block in ALL if block.language == "sh"]
 LEFT_OUT = [block for block in ALL if block.why_not_run]
 NAMES = [str(page.relative_to(ROOT)) for page in pages()]
-RUN = sorted(
-    {str(block.page.relative_to(ROOT)) for block in ALL if block.language in ("sh", "python")} - set(TRANSLATED)
-)
+STARTED = [block for block in ALL if block.language in ("sh", "python") and block.why_not_run in ("", BY_GATE)]
+RUN = sorted({str(block.page.relative_to(ROOT)) for block in STARTED} - set(TRANSLATED))
 
 
 @pytest.mark.slow

@@ -1,0 +1,110 @@
+"""`fxquant` for the commands of pages, without the seconds that each start takes: a process that has imported torch and
+the package, and forks for every command.
+
+The `fxquant` in `warm_folder()` hands its arguments, folder, environment and open streams to it, and ends with the exit
+code of the command.
+"""
+
+import atexit
+import functools
+import json
+import os
+import select
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+
+CLIENT = """#!{python} -IS
+import json, os, socket, sys
+with socket.socket(socket.AF_UNIX) as server:
+    server.connect({address!r})
+    call = json.dumps([sys.argv[1:], os.getcwd(), dict(os.environ)]).encode()
+    socket.send_fds(server, [len(call).to_bytes(8, "big")], [0, 1, 2])
+    server.sendall(call)
+    sys.exit(int(server.recv(16) or b"70"))
+"""
+
+
+@functools.cache
+def warm_folder() -> Path:
+    """The folder of a `fxquant` whose process is warm; both end with this process."""
+    folder = Path(tempfile.mkdtemp())
+    address = str(folder / "socket")
+    client = folder / "fxquant"
+    client.write_text(CLIENT.format(python=sys.executable, address=address), encoding="utf-8")
+    client.chmod(0o755)
+    server = subprocess.Popen(
+        [sys.executable, __file__, address], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+    )
+    assert server.stdout is not None
+    server.stdout.readline()  # until it listens
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    atexit.register(server.communicate)
+    return folder
+
+
+def serve(address: str) -> None:
+    """Answer calls until the standard input ends, which is when the process that asked for this one is gone."""
+    import fxquant.api  # noqa: F401
+
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(address)
+        listener.listen()
+        os.write(1, b"ready\n")
+        while True:
+            ready, _, _ = select.select([listener, 0], [], [], 1)
+            while _reaped():
+                pass
+            if 0 in ready:
+                return
+            if listener in ready:
+                call, _ = listener.accept()
+                if os.fork() == 0:
+                    _answer(call)
+                call.close()
+
+
+def _reaped() -> bool:
+    try:
+        return os.waitpid(-1, os.WNOHANG)[0] != 0
+    except ChildProcessError:
+        return False
+
+
+def _answer(call: socket.socket) -> None:
+    """In a process of its own: the command."""
+    code = 70
+    try:
+        size, streams, _, _ = socket.recv_fds(call, 8, 3)
+        text = b""
+        while len(text) < int.from_bytes(size, "big"):
+            text += call.recv(1 << 16)
+        arguments, folder, environment = json.loads(text)
+        for number, stream in enumerate(streams):
+            os.dup2(stream, number)
+            os.close(stream)
+        sys.stdin, sys.stdout, sys.stderr = (os.fdopen(number, mode) for number, mode in enumerate("rww"))
+        os.chdir(folder)
+        os.environ.clear()
+        os.environ.update(environment)
+        sys.argv = ["fxquant", *arguments]
+        from fxquant.__main__ import run
+
+        run()
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        call.sendall(str(code).encode())
+        os._exit(0)
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1])
