@@ -133,5 +133,7 @@ def test_help_contracts_and_refusals_name_it(patched: Command) -> None:
 @pytest.mark.slow
 def test_what_holds_of_every_engine_holds_of_it(patched: Command) -> None:
     """The table, and that nothing outside of the packages names an engine."""
-    printed = patched("-m", "pytest", "-o", "addopts=", "-q", "-p", "no:cacheprovider", "tests/test_engine_table.py")
+    printed = patched(
+        "-m", "pytest", "-o", "addopts=", "-q", "-p", "no:cacheprovider", "tests/engines/test_engine_table.py"
+    )
     assert " passed" in printed.stdout
