@@ -265,7 +265,7 @@ def test_files_of_another_sort(model: Path, whole: Path, tmp_path: Path) -> None
 
 def test_ranges_and_text_do_not_go_together(model: Path, whole: Path, ids: Path, tmp_path: Path) -> None:
     command = ["compile", str(model), "-o", str(tmp_path / "out"), "--calib", str(ids), "--calibration"]
-    with pytest.raises(FxquantError, match="both given") as caught:
+    with pytest.raises(FxquantError, match="is given together with calibration text") as caught:
         CliRunner().invoke(app, [*command, str(whole / CALIBRATION)], catch_exceptions=False)
     assert "Leave out one" in caught.value.remedy and not list(tmp_path.iterdir())
 

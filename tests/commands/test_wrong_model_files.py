@@ -48,7 +48,7 @@ WRONG: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "CUDA at import": (
         "import torch\nscale = torch.ones(1).cuda()\n",
-        ("model.py", "line 2: scale = torch.ones(1).cuda()", "meta device", "leave devices to whoever runs"),
+        ("model.py", "line 2: scale = torch.ones(1).cuda()", "meta device", "must not choose a device"),
     ),
     "loop over values": (
         WITH_MLP.format(

@@ -261,7 +261,7 @@ class WritesInOne(Indexed):
     [
         (ByDecode, "a different path"),
         (ConstantInForward, "model.layers.0.*constant tensor"),
-        (ConstantInInit, "model.layers.0.factor: a constant tensor"),
+        (ConstantInInit, "model.layers.0.factor: is a constant tensor"),
         (LongInOne, "cannot be traced"),
         (ByDecodeInOne, "a different path"),
         (ReadsAValueInOne, "cannot be traced"),
