@@ -116,7 +116,7 @@ def policies(options: argparse.Namespace, folder: Path) -> Iterator[tuple[str, s
     for name in shipped_policies() if options.policies is None else options.policies:
         yield name, name
     changes = yaml.safe_load(options.changes.read_text(encoding="utf-8")) if options.changes else CHANGES
-    varied = [one for base in options.vary for one in variations(base, changes)]
+    varied = [variation for base in options.vary for variation in variations(base, changes)]
     for index, (label, text) in enumerate(varied):
         file = folder / f"variation_{index}.yaml"
         file.write_text(text, encoding="utf-8")
@@ -126,25 +126,25 @@ def policies(options: argparse.Namespace, folder: Path) -> Iterator[tuple[str, s
 def variations(base: str, changes: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
     """(label, text of a policy file) of each change."""
     extends = str(Path(base).absolute()) if base.endswith((".yaml", ".yml")) else base
-    found = []
+    texts = []
     for label, change in changes.items():
         document = {"extends": extends} | {key: value for key, value in change.items() if key != "each_rule"}
         if "each_rule" in change:
             document["rules"] = document.get("rules", []) + _rules_with(load_policy(base), change["each_rule"])
-        found.append((f"{base}, {label}", yaml.safe_dump(document, sort_keys=False)))
-    return found
+        texts.append((f"{base}, {label}", yaml.safe_dump(document, sort_keys=False)))
+    return texts
 
 
 def _rules_with(policy: Policy, keys: dict[str, Any]) -> list[dict[str, Any]]:
     """The rules of a policy in order, without those that earlier ones override; `keys` go to all that quantize."""
-    found: list[dict[str, Any]] = []
+    rules: list[dict[str, Any]] = []
     covered: set[Kind] = set()
     for rule in policy.rules:
         if not rule.kind or not covered.issuperset(rule.kind):
             more = {} if rule.scheme in (Scheme.FLOAT, LEAVE_OUT) else keys
-            found.append(rule.model_dump(mode="json", exclude_defaults=True) | more)
+            rules.append(rule.model_dump(mode="json", exclude_defaults=True) | more)
         covered |= set() if rule.path else set(rule.kind)
-    return found
+    return rules
 
 
 def known_rows(file: Path) -> dict[tuple[Any, ...], dict[str, Any]]:
@@ -219,7 +219,7 @@ class Scorer:
                 if room <= 0:
                     break
                 self._kept[start] = logits(*self._original, chunk)
-                room -= sum(one.nbytes for one in self._kept[start])
+                room -= sum(tensor.nbytes for tensor in self._kept[start])
                 advance(len(chunk))
 
     def _expected(self, start: int, chunk: list[Tensor]) -> list[Tensor]:
@@ -242,8 +242,8 @@ def show(rows: list[dict[str, Any]], markdown: Path | None) -> None:
     table = Table(padding=(0, 0))
     for index, heading in enumerate(HEADINGS):
         table.add_column(heading, justify="right" if index else "left", overflow="fold")
-    for one in cells:
-        table.add_row(*one)
+    for texts in cells:
+        table.add_row(*texts)
     console.print(table)
     if markdown is not None:
         lines = [HEADINGS, ("---", *("---:" for _ in HEADINGS[1:])), *cells]

@@ -48,12 +48,12 @@ def main() -> None:
         print(json.dumps(measure(Path(options.measure), options.policy)))
         return
     table = Table("layers", "source MB", "latents of all layers MB", "peak MB", "state MB", "seconds")
-    found = [run(layers, options.policy) for layers in options.layers]
-    for layers, (kept, latents, one) in zip(options.layers, found, strict=True):
-        numbers = (kept / 1e6, latents / 1e6, one["peak"] / 1e6, one["state"] / 1e6)
-        table.add_row(str(layers), *(f"{number:.0f}" for number in numbers), f"{one['seconds']:.1f}")
-    first, last = found[0][2], found[-1][2]
-    paces = [one["seconds"] / layers for layers, (_, _, one) in zip(options.layers, found, strict=True)]
+    runs = [run(layers, options.policy) for layers in options.layers]
+    for layers, (state, latents, calibration) in zip(options.layers, runs, strict=True):
+        numbers = (state / 1e6, latents / 1e6, calibration["peak"] / 1e6, calibration["state"] / 1e6)
+        table.add_row(str(layers), *(f"{number:.0f}" for number in numbers), f"{calibration['seconds']:.1f}")
+    first, last = runs[0][2], runs[-1][2]
+    paces = [calibration["seconds"] / layers for layers, (_, _, calibration) in zip(options.layers, runs, strict=True)]
     table.caption = f"last / first: peak {last['peak'] / first['peak']:.2f}, seconds a layer {paces[-1] / paces[0]:.2f}"
     Console(width=110).print(table)
 
@@ -75,7 +75,7 @@ def run(layers: int, policy: str) -> tuple[int, int, dict[str, float]]:
 def measure(place: Path, policy: str) -> dict[str, float]:
     """Peak bytes, bytes of the largest state, and seconds of calibration alone."""
     torch.set_num_threads(1)  # at these sizes threads wait for each other, for long where the machine is busy
-    found: dict[str, float] = {"state": 0}
+    figures: dict[str, float] = {"state": 0}
 
     @contextmanager
     def report(stage: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
@@ -84,13 +84,13 @@ def measure(place: Path, policy: str) -> dict[str, float]:
             return
         before, began = memory("VmRSS"), time.perf_counter()
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
-        yield lambda amount: found.update(state=max(found["state"], state_bytes(place)))
-        found.update(peak=memory("VmHWM") - before, seconds=time.perf_counter() - began)
+        yield lambda amount: figures.update(state=max(figures["state"], state_bytes(place)))
+        figures.update(peak=memory("VmHWM") - before, seconds=time.perf_counter() - began)
 
     source, options = open_source(place / "model"), CompileOptions(calib=place / "ids.safetensors")
     with calibration_folder(place / "out", False, source.checkpoint) as folder:
         prepare(source, load_policy(policy), options, report, folder=folder)
-    return found
+    return figures
 
 
 def state_bytes(place: Path) -> int:

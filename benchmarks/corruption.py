@@ -49,11 +49,11 @@ def main() -> int:
     base = Path(tempfile.mkdtemp(prefix="fxquant-damage-", dir=SHARED_MEMORY if SHARED_MEMORY.is_dir() else None))
     try:
         source = make_source(base)
-        made = [make_output(name, source) for name in options.output or OUTPUTS]
+        outputs = [make_output(name, source) for name in options.output or OUTPUTS]
         with traced_once():
-            for one in made[:1]:  # what it imports and compiles, every child has
-                outcome(one, "config.json", "one byte more", False, base / "warm")
-            rows = run_trials(trials(made, options.damage or list(DAMAGES)), base, options.jobs)
+            for output in outputs[:1]:  # what it imports and compiles, every child has
+                outcome(output, "config.json", "one byte more", False, base / "warm")
+            rows = run_trials(trials(outputs, options.damage or list(DAMAGES)), base, options.jobs)
     finally:
         shutil.rmtree(base)
     wrong = [row for row in rows if row["kind"] not in expected(row["file"], row["manifest"] == "with")]
@@ -63,12 +63,12 @@ def main() -> int:
     return 1 if wrong else 0
 
 
-def trials(made: list[Made], damages: list[str]) -> list[Trial]:
+def trials(outputs: list[Made], damages: list[str]) -> list[Trial]:
     """Every file, damage, and presence of the manifest."""
     return [
-        (one, file, damage, manifest)
-        for one in made
-        for file in one.files()
+        (output, file, damage, manifest)
+        for output in outputs
+        for file in output.files()
         for damage in damages
         for manifest in (True, False)
         if manifest or file != "fxquant_manifest.json"
@@ -92,11 +92,11 @@ def _worker(chosen: list[Trial], file: Path, base: Path) -> None:
     status = 1
     try:
         with file.open("w") as stream:
-            for made, name, damage, manifest in chosen:
-                kind, fact = outcome(made, name, damage, manifest, base / f"trial-{os.getpid()}")
+            for output, name, damage, manifest in chosen:
+                kind, fact = outcome(output, name, damage, manifest, base / f"trial-{os.getpid()}")
                 with_ = "with" if manifest else "without"
                 row = {
-                    "output": made.name,
+                    "output": output.name,
                     "file": name,
                     "damage": damage,
                     "manifest": with_,

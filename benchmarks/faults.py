@@ -65,14 +65,14 @@ def main() -> int:
 
 
 def _rounds(base: Path, options: argparse.Namespace) -> list:
-    chosen = [one for one in scenarios() if not options.command or one.name in options.command]
+    chosen = [scenario for scenario in scenarios() if not options.command or scenario.name in options.command]
     ready = prepared(chosen, base) if _warm(base) else []
-    total = sum(one.share for one in ready)
-    rounds = [item for one in ready for item in plan(one, -(-options.rounds * one.share // total))]
-    wanted = set(map(Fault, options.fault)) or set(Fault)
-    rounds = [item for item in rounds if item[1] in wanted]
+    total = sum(scenario.share for scenario in ready)
+    rounds = [item for scenario in ready for item in plan(scenario, -(-options.rounds * scenario.share // total))]
+    faults = set(map(Fault, options.fault)) or set(Fault)
+    rounds = [item for item in rounds if item[1] in faults]
     if options.at is not None:
-        rounds = [(one, fault, options.at) for one in ready for fault in wanted]
+        rounds = [(scenario, fault, options.at) for scenario in ready for fault in faults]
     return run_rounds(rounds, base, options.jobs)
 
 

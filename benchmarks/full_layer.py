@@ -84,7 +84,7 @@ def measured(place: Path, experts: int, jobs: int, rounds: int) -> dict[str, Any
     results = [one_round(place, model, experts, jobs) for _ in range(1 + rounds)][1:]
     shutil.rmtree(model)
     line: dict[str, Any] = {
-        key: statistics.median(one[key] for one in results) for key in results[0] if key != "stages"
+        key: statistics.median(result[key] for result in results) for key in results[0] if key != "stages"
     }
     line |= {"experts": experts, "source": size, "stages": results[-1]["stages"]}
     line["limit"] = max(line["read"] + line["write"], line["kernels"])

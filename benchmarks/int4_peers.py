@@ -62,22 +62,22 @@ def compare_text(options: argparse.Namespace) -> None:
     source, report = open_source(options.model), reporter(quiet=not errors.is_terminal)
     batches = load_batches(options.text, source.checkpoint, options.samples, 256)
     program, compiled = source.program(), CompileOptions(calib=options.calib)
-    experts = {name for one in program.parameters.values() if one.stacked for name in one.names}
+    experts = {name for parameter in program.parameters.values() if parameter.stacked for name in parameter.names}
     rows = {"torchao, groups of 128, float activations": (program, Cached(torchao_experts(source.checkpoint, experts)))}
     with tempfile.TemporaryDirectory() as folder:
         for algorithm in WeightAlgorithm:
             path = Path(folder) / f"{algorithm}.yaml"
             path.write_text(EXPERTS.format(size=GROUP_SIZE, algorithm=algorithm))
-            made = prepare(source, load_policy(str(path)), compiled, report, for_engine=False)
-            read = RecipeReader(made.program, made.checkpoint, made.solved)
-            rows[f"fxquant {algorithm}, groups of 128, int8 activations"] = (made.program, Cached(read))
-    found = evaluate_programs((program, Cached(source.checkpoint.read)), list(rows.values()), batches, report)
+            prepared = prepare(source, load_policy(str(path)), compiled, report, for_engine=False)
+            read = RecipeReader(prepared.program, prepared.checkpoint, prepared.solved)
+            rows[f"fxquant {algorithm}, groups of 128, int8 activations"] = (prepared.program, Cached(read))
+    evaluations = evaluate_programs((program, Cached(source.checkpoint.read)), list(rows.values()), batches, report)
     table = Table(title=f"int4 experts alone, {options.model.name} on {options.text.name}", title_justify="left")
     for heading in ("experts", "/ float", "KL per token", "95 %"):
         table.add_column(heading)
-    for label, one in zip(rows, found, strict=True):
-        low, high = one.intervals["kl_mean"]
-        table.add_row(label, f"{one.perplexity_ratio:.5f}", f"{one.kl_mean:.5f}", f"{low:.5f}–{high:.5f}")
+    for label, evaluation in zip(rows, evaluations, strict=True):
+        low, high = evaluation.intervals["kl_mean"]
+        table.add_row(label, f"{evaluation.perplexity_ratio:.5f}", f"{evaluation.kl_mean:.5f}", f"{low:.5f}–{high:.5f}")
     console.print(table)
 
 
@@ -116,7 +116,8 @@ def compare_weights(model: Path, output: Path) -> None:
         )  # fmt: skip
         wide = weight.float()
         other, ours = (
-            float((one - wide).square().sum() / wide.square().sum()) for one in (theirs, rounded_weight(recipe, weight))
+            float((rounded - wide).square().sum() / wide.square().sum())
+            for rounded in (theirs, rounded_weight(recipe, weight))
         )
         ratios.append(ours / other)
         worse += ours > other

@@ -36,8 +36,8 @@ def tensors_of(document: dict[str, Any]) -> dict[str, SourceTensor]:
     described = Checkpoint(Path("config.json"), document, {})
     with torch.device("meta"):
         program = trace(DeepseekV3(parsed), described)
-    found = config_checkpoint(described, program, parsed)
-    return {**found.tensors, **{f"{name}_scale_inv": scale for name, scale in found.scales.items()}}
+    checkpoint = config_checkpoint(described, program, parsed)
+    return {**checkpoint.tensors, **{f"{name}_scale_inv": scale for name, scale in checkpoint.scales.items()}}
 
 
 def source_bytes(document: dict[str, Any]) -> int:

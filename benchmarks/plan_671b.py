@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print numbers instead of text")
     options = parser.parse_args()
     runs = [measured(options.config, options.policy) for _ in range(options.rounds)]
-    best = min(runs, key=lambda one: one["seconds"])
+    best = min(runs, key=lambda run: run["seconds"])
     best["what if"] = measured(options.config, options.policy, "--cores", str(CORES), "--disk", str(DISK))["plan"]
     print(json.dumps(best, indent=2)) if options.json else print("\n".join(lines(best)))
 

@@ -85,8 +85,8 @@ def main() -> None:
     torch.set_num_threads(1)
     results = []
     for shape in options.shape or SHAPES:
-        found = [*cases(tuple(shape)), *searches((min(options.searched, shape[0]), shape[1]))]
-        results += measure(found, options.rounds)
+        benchmarked = [*cases(tuple(shape)), *searches((min(options.searched, shape[0]), shape[1]))]
+        results += measure(benchmarked, options.rounds)
     if options.json:
         print(json.dumps([asdict(result) for result in results], indent=1))
     else:
@@ -175,17 +175,17 @@ def in_onnxruntime(weight: Tensor, bits: int) -> Callable[[], object]:
     return partial(quantize, packed, turned, scales, zeros, GROUP, n, k, True)
 
 
-def measure(found: list[Case], rounds: int) -> list[Result]:
+def measure(benchmarked: list[Case], rounds: int) -> list[Result]:
     """One round to warm up, and to compile; then `rounds`, interleaved."""
-    seconds: list[list[float]] = [[] for _ in found]
+    seconds: list[list[float]] = [[] for _ in benchmarked]
     for turn in range(rounds + 1):
-        for case, times in zip(found, seconds, strict=True):
+        for case, times in zip(benchmarked, seconds, strict=True):
             start = time.perf_counter()
             case.run()
             if turn:
                 times.append(time.perf_counter() - start)
     results = []
-    for case, times in zip(found, seconds, strict=True):
+    for case, times in zip(benchmarked, seconds, strict=True):
         median, best = statistics.median(times), min(times)
         rates = [case.nbytes / median / 1e9, case.nbytes / best / 1e9, 2e-9 * math.prod(case.shape) / median]
         results.append(Result(case.shape, case.source, case.scheme, case.way, median, best, *rates))
@@ -194,23 +194,23 @@ def measure(found: list[Case], rounds: int) -> list[Result]:
 
 def table(results: list[Result]) -> Table:
     """GB/s of the source's bytes, medians but for `best`, and how many times as long the others take as the kernel."""
-    found = {(r.shape, r.source, r.scheme, r.way): r for r in results}
-    made = Table(title="GB/s of source, one core; right: seconds as multiples of the kernel's")
+    by_case = {(r.shape, r.source, r.scheme, r.way): r for r in results}
+    speeds = Table(title="GB/s of source, one core; right: seconds as multiples of the kernel's")
     columns = ("kernel", "best", "memcpy", "torch", "by rows", "onnxruntime")
     for name in ("weight", "source", "scheme", *columns, "/ memcpy", "torch", "by rows", "onnxruntime"):
-        made.add_column(name, justify="left" if len(made.columns) < 3 else "right")
-    for (shape, source, scheme, way), kernel in found.items():
+        speeds.add_column(name, justify="left" if len(speeds.columns) < 3 else "right")
+    for (shape, source, scheme, way), kernel in by_case.items():
         if way != "kernel":
             continue
-        copy = found[shape, source, "", "memcpy"]
-        torch_, rows = (found.get((shape, source, scheme, way)) for way in ("torch", "torch by rows"))
-        other = found.get((shape, "float32", scheme, "onnxruntime"))
+        copy = by_case[shape, source, "", "memcpy"]
+        torch_, rows = (by_case.get((shape, source, scheme, way)) for way in ("torch", "torch by rows"))
+        other = by_case.get((shape, "float32", scheme, "onnxruntime"))
         rates = [kernel.median_gb_s, kernel.best_gb_s, copy.median_gb_s]
         rates += [r.median_gb_s if r else None for r in (torch_, rows)]
         shown = {"float32": "{0.median_gb_s:.2f}", "bfloat16": "({0.bfloat16_gb_s:.2f})"}.get(source, "")
         ratios = [kernel.median_s / copy.median_s]
         ratios += [r.median_s / kernel.median_s if r else None for r in (torch_, rows)]
-        made.add_row(
+        speeds.add_row(
             f"{shape[0]} x {shape[1]}",
             source,
             scheme,
@@ -219,7 +219,7 @@ def table(results: list[Result]) -> Table:
             *("" if ratio is None else f"{ratio:.1f}" for ratio in ratios),
             f"{other.median_s / kernel.median_s:.1f}" if other and shown else "",
         )
-    return made
+    return speeds
 
 
 if __name__ == "__main__":

@@ -41,11 +41,11 @@ def main() -> None:
         return
     check_space(options.memory, source_bytes(shape(1, options.experts)) * 2)
     check_space(options.folder, source_bytes(shape(max(options.layers), options.experts)) * 2)
-    found = {
+    report = {
         "workers": workers(options.memory, options.experts, options.rounds),
         "layers": layers(options.folder, options.experts, options.layers, options.rounds),
     }
-    print(json.dumps(found, indent=2)) if options.json else show(found)
+    print(json.dumps(report, indent=2)) if options.json else show(report)
 
 
 def shape(count: int, experts: int) -> dict[str, Any]:
@@ -144,23 +144,23 @@ def let_go(processes: list[subprocess.Popen]) -> list[dict[str, float]]:
 
 def workers(memory: Path, experts: int, rounds: int) -> dict[str, float]:
     """Medians over rounds of seconds, and of the ratios of each round: its three runs follow one another closely."""
-    found: list[dict[str, float]] = []
+    results: list[dict[str, float]] = []
     with tempfile.TemporaryDirectory(dir=memory, prefix="scaling-") as place:
         model, outs = Path(place) / "model", [Path(place) / "a", Path(place) / "b"]
         size = write_model(model, shape(1, experts))
         for _ in range(rounds):
-            (one,) = let_go([started(model, outs[0], 1)])
+            (alone,) = let_go([started(model, outs[0], 1)])
             (two,) = let_go([started(model, outs[0], 2)])
             both = let_go([started(model, out, 1) for out in outs])
             shutil.rmtree(outs[1])
-            found.append(round_of(one, two, both))
-    return {key: statistics.median(one[key] for one in found) for key in found[0]} | {"source": size}
+            results.append(round_of(alone, two, both))
+    return {key: statistics.median(result[key] for result in results) for key in results[0]} | {"source": size}
 
 
-def round_of(one: dict[str, float], two: dict[str, float], both: list[dict[str, float]]) -> dict[str, float]:
+def round_of(alone: dict[str, float], two: dict[str, float], both: list[dict[str, float]]) -> dict[str, float]:
     """What one round says: seconds, processor seconds, and how they compare."""
-    line = {"one": one["seconds"], "two": two["seconds"], "control": max(b["seconds"] for b in both)}
-    line |= {"cpu one": one["cpu"], "cpu two": two["cpu"], "cpu control": sum(b["cpu"] for b in both) / 2}
+    line = {"one": alone["seconds"], "two": two["seconds"], "control": max(b["seconds"] for b in both)}
+    line |= {"cpu one": alone["cpu"], "cpu two": two["cpu"], "cpu control": sum(b["cpu"] for b in both) / 2}
     line |= {"speed-up": line["one"] / line["two"], "control speed-up": 2 * line["one"] / line["control"]}
     line |= {key + " ratio": line[key] / line["cpu one"] for key in ("cpu two", "cpu control")}
     return line | {"of control": line["speed-up"] / line["control speed-up"]}
@@ -169,24 +169,24 @@ def round_of(one: dict[str, float], two: dict[str, float], both: list[dict[str, 
 def layers(folder: Path, experts: int, counts: list[int], rounds: int) -> list[dict[str, float]]:
     """For each number of layers, medians over half the rounds; the counts take turns in each, so that a disk that gets
     faster or slower meanwhile does so for all of them."""
-    found: dict[int, list[dict[str, float]]] = {count: [] for count in counts}
+    by_count: dict[int, list[dict[str, float]]] = {count: [] for count in counts}
     for _ in range(max(1, rounds // 2)):
         for count in counts:
             with tempfile.TemporaryDirectory(dir=folder, prefix="scaling-") as place:
                 size = write_model(Path(place) / "model", shape(count, experts))
                 os.sync()
-                (one,) = let_go([started(Path(place) / "model", Path(place) / "out", 2, "disk")])
-                found[count].append(one | {"source": size})
+                (run,) = let_go([started(Path(place) / "model", Path(place) / "out", 2, "disk")])
+                by_count[count].append(run | {"source": size})
     lines = []
-    for count, results in found.items():
-        line = {key: statistics.median(one[key] for one in results) for key in results[0]}
+    for count, results in by_count.items():
+        line = {key: statistics.median(result[key] for result in results) for key in results[0]}
         lines.append(line | {"layers": count, "ns a byte": line["seconds"] / line["source"] * 1e9})
     return lines
 
 
-def show(found: dict[str, Any]) -> None:
+def show(report: dict[str, Any]) -> None:
     """Two tables."""
-    console, line = Console(width=120), found["workers"]
+    console, line = Console(width=120), report["workers"]
     table = Table(title=f"weights of one layer, {line['source'] / 1e9:.2f} GB of source in memory")
     for heading in ("", "seconds", "processor seconds", "speed-up"):
         table.add_column(heading, justify="left" if not heading else "right")
@@ -204,12 +204,12 @@ def show(found: dict[str, Any]) -> None:
     table = Table(title="layers on the disk, until all bytes are on it")
     for heading in ("layers", "source GB", "output GB", "seconds", "ns a source byte", "processor seconds"):
         table.add_column(heading, justify="right")
-    for one in found["layers"]:
-        sizes = (f"{one['source'] / 1e9:.2f}", f"{one['out'] / 1e9:.2f}")
+    for row in report["layers"]:
+        sizes = (f"{row['source'] / 1e9:.2f}", f"{row['out'] / 1e9:.2f}")
         table.add_row(
-            str(one["layers"]), *sizes, f"{one['seconds']:.2f}", f"{one['ns a byte']:.2f}", f"{one['cpu']:.2f}"
+            str(row["layers"]), *sizes, f"{row['seconds']:.2f}", f"{row['ns a byte']:.2f}", f"{row['cpu']:.2f}"
         )
-    first, last = found["layers"][0], found["layers"][-1]
+    first, last = report["layers"][0], report["layers"][-1]
     table.caption = f"ns a byte, last / first: {last['ns a byte'] / first['ns a byte']:.2f}"
     console.print(table)
 

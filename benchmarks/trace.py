@@ -80,14 +80,14 @@ def main() -> None:
 
 def rows(way: str, depths: list[int], config_file: Path | None, rounds: int) -> list[dict[str, Any]]:
     """Medians for each depth; `ms/layer` is what trace and passes took for each layer more than in the row above."""
-    found: list[dict[str, Any]] = []
+    table: list[dict[str, Any]] = []
     for layers in depths:
         row = {"way in": way, "layers": layers} | medians([in_process(way, layers, config_file) for _ in range(rounds)])
-        if found:
-            seconds = sum(row[stage] - found[-1][stage] for stage in ("trace", "passes"))
-            row["ms/layer"] = 1000 * seconds / (layers - found[-1]["layers"])
-        found.append(row)
-    return found
+        if table:
+            seconds = sum(row[stage] - table[-1][stage] for stage in ("trace", "passes"))
+            row["ms/layer"] = 1000 * seconds / (layers - table[-1]["layers"])
+        table.append(row)
+    return table
 
 
 def measure(way: str, layers: int, config_file: Path | None) -> dict[str, float]:
@@ -127,8 +127,8 @@ def in_process(way: str, layers: int, config_file: Path | None) -> dict[str, flo
 
 def medians(rounds: list[dict[str, float]]) -> dict[str, float]:
     """The median of each number, and the sum of the stages'."""
-    found = {key: statistics.median(one[key] for one in rounds) for key in rounds[0]}
-    return found | {"total": sum(found[stage] for stage in STAGES)}
+    result = {key: statistics.median(run[key] for run in rounds) for key in rounds[0]}
+    return result | {"total": sum(result[stage] for stage in STAGES)}
 
 
 def table(lines: list[dict[str, Any]]) -> Table:

@@ -28,9 +28,9 @@ def main() -> None:
     browser = parser.parse_args().browser
     sources = [text for page in pages() for text in MERMAID.findall(page.read_text(encoding="utf-8"))]
     with tempfile.TemporaryDirectory() as folder:
-        for source in (one for one in sources if not picture(one).is_file()):
+        for source in (drawing for drawing in sources if not picture(drawing).is_file()):
             picture(source).write_text(draw(source, browser, Path(folder)), encoding="utf-8")
-    for stale in set(IMAGES.glob("diagram_*.svg")) - {picture(one) for one in sources}:
+    for stale in set(IMAGES.glob("diagram_*.svg")) - {picture(drawing) for drawing in sources}:
         stale.unlink()
 
 
@@ -39,7 +39,7 @@ def draw(source: str, browser: str, folder: Path) -> str:
     script = folder / "package" / "dist" / "mermaid.tiny.js"
     if not script.is_file():
         subprocess.run(["npm", "pack", "--silent", PACKAGE], cwd=folder, check=True, capture_output=True)
-        subprocess.run(["tar", "xzf", *(one.name for one in folder.glob("*.tgz"))], cwd=folder, check=True)
+        subprocess.run(["tar", "xzf", *(archive.name for archive in folder.glob("*.tgz"))], cwd=folder, check=True)
     page = folder / "page.html"
     page.write_text(
         f"<meta charset=utf-8><body></body><script src={script.as_uri()}></script><script>"
@@ -50,10 +50,10 @@ def draw(source: str, browser: str, folder: Path) -> str:
     )
     arguments = [browser, *QUIET, f"--user-data-dir={folder}/profile", "--virtual-time-budget=10000", "--dump-dom"]
     dom = subprocess.run([*arguments, page.as_uri()], check=True, capture_output=True, text=True).stdout
-    found = re.search(r"<pre>(.*)</pre>", dom, re.DOTALL)
-    if found is None:
+    match = re.search(r"<pre>(.*)</pre>", dom, re.DOTALL)
+    if match is None:
         raise RuntimeError(f"mermaid drew nothing of:\n{source}")
-    return html.unescape(found[1]).replace("<br>", "<br/>") + "\n"
+    return html.unescape(match[1]).replace("<br>", "<br/>") + "\n"
 
 
 if __name__ == "__main__":

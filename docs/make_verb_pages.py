@@ -35,18 +35,18 @@ def verb_pages() -> dict[str, str]:
 def _page(name: str, command: Any, parent: Any) -> str:
     context = command.context_class(command, info_name=name, parent=parent)
     usage = " ".join(["fxquant", name, *command.collect_usage_pieces(context)]).replace("{", "").replace("}", "")
-    arguments = [one for one in command.get_params(context) if one.param_type_name == "argument"]
-    options = [one for one in command.get_params(context) if one.param_type_name == "option"]
+    arguments = [entry for entry in command.get_params(context) if entry.param_type_name == "argument"]
+    options = [entry for entry in command.get_params(context) if entry.param_type_name == "option"]
     parts = [
         f"# fxquant {name}\n\n{_paragraphs(command.help)}",
         f"```text\n{usage}\n```",
     ]
     if arguments:
-        rows = [f"| `{one.metavar}` | {_text(one.help)} | {_default(one)} |" for one in arguments]
+        rows = [f"| `{entry.metavar}` | {_text(entry.help)} | {_default(entry)} |" for entry in arguments]
         parts.append("\n".join(["## Arguments\n", "| argument | meaning | default |", "|---|---|---|", *rows]))
     rows = [
-        f"| {_names(one)} | {_text(one.help)}{' Repeatable.' if one.multiple else ''} | {_default(one)} |"
-        for one in options
+        f"| {_names(entry)} | {_text(entry.help)}{' Repeatable.' if entry.multiple else ''} | {_default(entry)} |"
+        for entry in options
     ]
     parts.append("\n".join(["## Options\n", "| option | meaning | default |", "|---|---|---|", *rows]))
     parts += _examples(name)
@@ -89,22 +89,24 @@ def _default(parameter: Any) -> str:
 
 
 def _examples(verb: str) -> list[str]:
-    found = []
+    examples = []
     for tutorial in TUTORIALS:
         page = ROOT / "docs" / "tutorials" / f"{tutorial}.md"
         title = page.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
         run = [block for block in blocks(page) if block.language == "sh" and not block.why_not_run]
         runs = [command for block in run for command in _shown(block.text)]
-        calls = [one for one in runs if any(words[:1] == [verb] for words in fxquant_arguments(one))][:EXAMPLES]
+        calls = [command for command in runs if any(words[:1] == [verb] for words in fxquant_arguments(command))][
+            :EXAMPLES
+        ]
         if calls:
             code = "\n".join(['```sh title="not run: run there"', *calls, "```"])
-            found.append(f"From [{title}](../tutorials/{tutorial}.md):\n\n{code}")
-    return ["## Examples", *found] if found else []
+            examples.append(f"From [{title}](../tutorials/{tutorial}.md):\n\n{code}")
+    return ["## Examples", *examples] if examples else []
 
 
 def _shown(text: str) -> list[str]:
     """Commands as they stand on the page, continued lines and all."""
-    return [one for one in re.findall(r"(?:.*\\\n)*.+", text) if not one.startswith("#")]
+    return [command for command in re.findall(r"(?:.*\\\n)*.+", text) if not command.startswith("#")]
 
 
 if __name__ == "__main__":

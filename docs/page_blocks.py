@@ -75,7 +75,7 @@ def pages() -> list[Path]:
 
 def blocks(page: Path) -> list[Block]:
     """The fenced code of a page, from top to bottom."""
-    found: list[Block] = []
+    result: list[Block] = []
     section, opened, between = "", None, "text"
     text: list[str] = []
     for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
@@ -84,9 +84,9 @@ def blocks(page: Path) -> list[Block]:
             opened, start, text = fence, number + 1, []
         elif opened is not None and line.strip() == "```":
             title = TITLE.search(opened["options"])
-            shown = "".join(f"{one}\n" for one in text)
+            shown = "".join(f"{content}\n" for content in text)
             follows = not between.strip()
-            found.append(
+            result.append(
                 Block(page, start, opened["language"], title["title"] if title else "", section, shown, follows)
             )
             opened, between = None, ""
@@ -95,7 +95,7 @@ def blocks(page: Path) -> list[Block]:
         else:
             between += line
             section = line.removeprefix("## ") if line.startswith("## ") else section
-    return found
+    return result
 
 
 def fxquant_arguments(command: str) -> list[list[str]]:
@@ -108,11 +108,11 @@ def fxquant_arguments(command: str) -> list[list[str]]:
             parts.append([])
         else:
             parts[-1].append(word)
-    found = []
+    calls = []
     for part in parts:
         words = [word for word in part if not re.fullmatch(r"[A-Z_]+=.*|\$", word)]
         if words[:1] == ["fxquant"]:
-            found.append(words[1:])
+            calls.append(words[1:])
         elif words[:3] == ["python", "-m", "fxquant"]:
-            found.append(words[3:])
-    return found
+            calls.append(words[3:])
+    return calls

@@ -44,8 +44,8 @@ def same(shown: str, real: str) -> bool:
 def _near(shown: str, real: str) -> bool:
     if "." not in shown:
         return shown == real
-    one, other = (float(text.replace(",", "")) for text in (shown, real))
-    return abs(one - other) <= TOLERANCE * max(abs(one), abs(other))
+    left, right = (float(text.replace(",", "")) for text in (shown, real))
+    return abs(left - right) <= TOLERANCE * max(abs(left), abs(right))
 
 
 def _plain(line: str) -> str:

@@ -90,14 +90,16 @@ class Session:
             yield Ran(block, done.stdout, done.stderr if done.returncode else "")
 
     def _python(self) -> Iterator[Ran]:
-        code = [one for one in self.blocks if one.language == "python" and not (one.file_name or one.why_not_run)]
+        code = [
+            block for block in self.blocks if block.language == "python" and not (block.file_name or block.why_not_run)
+        ]
         if not code:
             return
-        texts = [f"\n{'#' * 79}\n{one.text}\nprint({SEPARATOR!r}, flush=True)\n" for one in code]
+        texts = [f"\n{'#' * 79}\n{block.text}\nprint({SEPARATOR!r}, flush=True)\n" for block in code]
         done = self._call([sys.executable, "-"], "".join(texts))
-        for index, (one, printed) in enumerate(zip(code, done.stdout.split(f"{SEPARATOR}\n"), strict=False)):
+        for index, (block, printed) in enumerate(zip(code, done.stdout.split(f"{SEPARATOR}\n"), strict=False)):
             failed = done.returncode and index == done.stdout.count(SEPARATOR)
-            yield Ran(one, printed, done.stderr[-4000:] if failed else "")
+            yield Ran(block, printed, done.stderr[-4000:] if failed else "")
 
     def _call(self, arguments: list[str], text: str | None = None) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
@@ -127,13 +129,13 @@ def output_of(block: Block, every: list[Block]) -> Block | None:
 def failures(page: Path, folder: Path) -> list[str]:
     """What is wrong on a page: commands that fail, and output that is another."""
     session = Session(page, folder)
-    found = []
+    wrong = []
     for ran in session.run():
         shown = output_of(ran.block, session.blocks)
         other = difference(shown.text, ran.printed) if shown and not ran.failure else ""
         if ran.failure or other:
-            found.append(f"{ran.block.place}: {ran.failure or other}")
-    return found
+            wrong.append(f"{ran.block.place}: {ran.failure or other}")
+    return wrong
 
 
 def write(page: Path, folder: Path) -> None:
@@ -168,7 +170,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true")
     given = parser.parse_args()
     wrong = False
-    for page in [one.resolve() for one in given.page] or pages():
+    for page in [path.resolve() for path in given.page] or pages():
         english = TRANSLATED.get(str(page.relative_to(ROOT)))
         if english:
             translate(page, ROOT / english) if given.write else None
@@ -176,9 +178,9 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             if given.write:
                 write(page, Path(folder))
-            found = [] if given.write else failures(page, Path(folder))
-            print(f"{page.relative_to(ROOT)}: {len(found)} wrong", *found, sep="\n")
-            wrong = wrong or bool(found)
+            faults = [] if given.write else failures(page, Path(folder))
+            print(f"{page.relative_to(ROOT)}: {len(faults)} wrong", *faults, sep="\n")
+            wrong = wrong or bool(faults)
     sys.exit(wrong)
 
 

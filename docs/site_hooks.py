@@ -21,8 +21,8 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """mkdocs: the text of a page before it is rendered."""
     up = "../" * page.file.src_uri.count("/")
 
-    def drawn(found: re.Match[str]) -> str:
-        path = picture(found[1])
+    def drawn(match: re.Match[str]) -> str:
+        path = picture(match[1])
         if not path.is_file():
             raise FileNotFoundError(f"{page.file.src_uri}: a diagram changed. Draw it: python docs/make_diagrams.py")
         return f"![diagram]({up}images/{path.name}){{ .diagram }}"

@@ -117,11 +117,11 @@ def load_calibration(path: Path) -> Calibration:
 
 def earlier_calibrations(folders: Iterable[Path]) -> list[Calibration]:
     """The calibrations in output folders; missing and unreadable ones are skipped."""
-    found = []
+    calibrations = []
     for path in (folder / CALIBRATION for folder in folders):
         with suppress(FxquantError):
-            found.append(load_calibration(path))
-    return found
+            calibrations.append(load_calibration(path))
+    return calibrations
 
 
 def text_hash(batches: Iterable[Batch]) -> str:

@@ -75,7 +75,9 @@ class Solver:
         paths = {name: self._program.parameter(operand_node(node, name)).modules for name in PROJECTIONS}
         for expert in range(len(paths["gate_proj"])):
             modules = {name: paths[name][expert] for name in PROJECTIONS}
-            asked = {name: one for name, one in recipes.items() if one and not self._has(one, modules[name])}
+            asked = {
+                name: recipe for name, recipe in recipes.items() if recipe and not self._has(recipe, modules[name])
+            }
             if asked:
                 self._expert(asked, modules, x, (ids == expert).any(-1))
 

@@ -25,12 +25,12 @@ class SolvedCodes:
     def temporary(cls) -> "SolvedCodes":
         """Codes in a temporary folder that is deleted with the object. Raises FxquantError if it cannot be created."""
         try:
-            made = TemporaryDirectory(prefix="fxquant-codes-")
+            folder = TemporaryDirectory(prefix="fxquant-codes-")
         except OSError as error:
             fact = f"cannot be created: {error.strerror}."
             raise FxquantError("temporary folder", fact, "Set TMPDIR to a writable folder.") from None
-        solved = cls(Path(made.name))
-        solved._temporary = made
+        solved = cls(Path(folder.name))
+        solved._temporary = folder
         return solved
 
     def __getstate__(self) -> dict[str, object]:

@@ -54,17 +54,17 @@ class CalibrationFolder:
         self.locks.enter_context(self.work.held())  # until the calibration ends, not just this call
         if self.restart:
             self.work.clear()
-        path, found, other = self.folder / STATE, None, ""
+        path, state, other = self.folder / STATE, None, ""
         self._key = self.origin | key
         if path.is_file():
-            kept = load_key(path)
-            other = next((name for name, value in self._key.items() if kept.get(name) != value), "")
-            found = None if other else load_state(path)
-        if found is None:
+            earlier = load_key(path)
+            other = next((name for name, value in self._key.items() if earlier.get(name) != value), "")
+            state = None if other else load_state(path)
+        if state is None:
             with stopping(path, "cannot be removed"):
                 path.unlink(missing_ok=True)
         self.owned = self.running = True
-        return found, other
+        return state, other
 
     def save(self, state: State) -> None:
         """Replace the previous state. Raises StoppedError if it cannot be written.
@@ -113,8 +113,8 @@ def calibration_folder(out: Path, restart: bool, checkpoint: Checkpoint) -> Iter
                     folder.remove()
             folder.leave()
             if isinstance(error, StoppedError) and folder.running and folder.folder.is_dir():
-                kept = f"Finished work is kept in {folder.folder}: the same command resumes it."
-                raise StoppedError(error.place, error.fact, f"{error.remedy} {kept}") from None
+                resumable = f"Finished work is kept in {folder.folder}: the same command resumes it."
+                raise StoppedError(error.place, error.fact, f"{error.remedy} {resumable}") from None
             raise
         folder.remove()
 

@@ -39,11 +39,13 @@ class State:
 
     def tensors(self) -> dict[str, Tensor]:
         """Name in the file → tensor. Values: `value/<node>/<batch>`, tuple items `value/<node>/<batch>/<item>`."""
-        found = {f"{VALUE}{node}/{name}": one for node, values in self.values.items() for name, one in _flat(values)}
+        tensors = {
+            f"{VALUE}{node}/{name}": tensor for node, values in self.values.items() for name, tensor in _flat(values)
+        }
         for node, (low, high) in self.ranges.items():
-            found |= {LOW + node: low, HIGH + node: high}
-        found |= {EXPERTS + module: counts for module, counts in self.experts.items()}
-        return found | smoothing_tensors(self.smoothing)
+            tensors |= {LOW + node: low, HIGH + node: high}
+        tensors |= {EXPERTS + module: counts for module, counts in self.experts.items()}
+        return tensors | smoothing_tensors(self.smoothing)
 
 
 def save_state(state: State, path: Path, key: Key) -> bool:
@@ -81,19 +83,19 @@ def load_key(path: Path) -> Key:
 def load_state(path: Path) -> State:
     """The state written by `save_state`. Raises FxquantError if a single bit differs."""
     metadata, infos = load_key(path), read_header(path)
-    found = {name: info.read().clone() for name, info in infos.items()}
+    tensors = {name: info.read().clone() for name, info in infos.items()}
     # cloned, tensors get torch's own alignment, which may change the order of sums
     written = {name: value for name, value in metadata.items() if name not in ("digest", "format")}
-    if metadata.get("digest") != _digest(found, written):
+    if metadata.get("digest") != _digest(tensors, written):
         raise FxquantError(path, "unfinished calibration is damaged.", DISCARD)
     smoothing = read_smoothing(path, infos, metadata)
     try:
         blocks = int(metadata["blocks"])
-        ranges = {name: (low, found[HIGH + name]) for name, low in _under(found, LOW).items()}
-        values = _values(found)
+        ranges = {name: (low, tensors[HIGH + name]) for name, low in _under(tensors, LOW).items()}
+        values = _values(tensors)
     except (KeyError, ValueError) as error:
         raise FxquantError(path, f"not an unfinished calibration: {error!r:.200}.", DISCARD) from None
-    return State(blocks, values, ranges, _under(found, EXPERTS), smoothing)
+    return State(blocks, values, ranges, _under(tensors, EXPERTS), smoothing)
 
 
 def _digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
@@ -114,18 +116,21 @@ def _flat(values: list[Any]) -> Iterator[tuple[str, Tensor]]:
         if isinstance(value, Tensor):
             yield str(batch), value
         else:
-            yield from ((f"{batch}/{item}", one) for item, one in enumerate(value))
+            yield from ((f"{batch}/{item}", tensor) for item, tensor in enumerate(value))
 
 
-def _values(found: dict[str, Tensor]) -> dict[str, list[Any]]:
+def _values(tensors: dict[str, Tensor]) -> dict[str, list[Any]]:
     """Node → value per batch, reassembled from tensors."""
     parts: dict[str, dict[int, dict[int, Tensor]]] = {}
-    for name, tensor in _under(found, VALUE).items():
+    for name, tensor in _under(tensors, VALUE).items():
         node, batch, *item = name.split("/")
         parts.setdefault(node, {}).setdefault(int(batch), {})[int(item[0]) if item else -1] = tensor
     return {
-        node: [items[-1] if -1 in items else tuple(items[i] for i in sorted(items)) for _, items in sorted(one.items())]
-        for node, one in parts.items()
+        node: [
+            items[-1] if -1 in items else tuple(items[i] for i in sorted(items))
+            for _, items in sorted(items_of.items())
+        ]
+        for node, items_of in parts.items()
     }
 
 

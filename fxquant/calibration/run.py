@@ -56,18 +56,18 @@ class CalibrationRun:
 
     def observe(
         self,
-        wanted: Collection[fx.Node],
+        observed: Collection[fx.Node],
         report: Reporter,
         folder: CalibrationFolder | None = None,
         key: Key | None = None,
     ) -> None:
-        """Run, and observe the range of each of `wanted`. Raises FxquantError for NaN and infinity.
+        """Run, and observe the range of each of `observed`. Raises FxquantError for NaN and infinity.
 
         After each block a state is saved to `folder`, from which a run with the same `key` resumes.
         """
-        stream, stage, done = self._stream(wanted), "calibrate", 0
+        stream, stage, done = self._stream(observed), "calibrate", 0
         if folder is not None:
-            own = {"policy": observed_hash(self._program, wanted), "device": self._device.type}
+            own = {"policy": observed_hash(self._program, observed), "device": self._device.type}
             state, other = folder.begin({**(key or {}), **own})
             if state is not None:
                 self._go_on(stream, state, folder)
@@ -78,7 +78,7 @@ class CalibrationRun:
         with report(stage, sum(sizes), "nodes") as advance:
             advance(sum(sizes[:done]))
             for index, block in enumerate(stream.blocks[done:], done):
-                stream.run(block, lambda node, values, inputs: self._see(wanted, node, values, inputs), advance)
+                stream.run(block, lambda node, values, inputs: self._see(observed, node, values, inputs), advance)
                 if folder is not None:
                     folder.save(self._state(stream, index + 1))
         if folder is not None:
@@ -89,18 +89,18 @@ class CalibrationRun:
         lows, highs = zip(*(self.ranges[node] for node in nodes), strict=True)
         return torch.stack(lows).amin(0), torch.stack(highs).amax(0)
 
-    def _stream(self, wanted: Collection[fx.Node]) -> Stream:
+    def _stream(self, observed: Collection[fx.Node]) -> Stream:
         program, read = self._program, self.smoother.checkpoint.read
         inputs = [prefill_inputs(program, batch.ids, mask=batch.mask) for batch in self._batches]
-        seen = {*wanted, *(pair.value for pair in program.pairs), *program.nodes(ops.moe_gate)}
+        seen = {*observed, *(pair.value for pair in program.pairs), *program.nodes(ops.moe_gate)}
         seen |= set(self._solver.sites()) if self._solver else set()
         return Stream(program, RoundedReader(program, read) if self._rounded else read, inputs, seen, self._device)
 
-    def _see(self, wanted: Collection[fx.Node], node: fx.Node, values: list[Any], inputs: Values) -> None:
+    def _see(self, observed: Collection[fx.Node], node: fx.Node, values: list[Any], inputs: Values) -> None:
         self.smoother.observe(node, values, inputs)  # first: it replaces `values` by the smoothed ones
         if self._solver is not None:
             self._solver.observe(node, inputs)
-        if node in wanted:
+        if node in observed:
             low, high = (torch.stack(ends).float().cpu() for ends in self._observer(self._real(values)))
             self.ranges[node] = low, high
             if not (low.isfinite() & high.isfinite()).all():
@@ -111,17 +111,17 @@ class CalibrationRun:
 
     def _state(self, stream: Stream, blocks: int) -> State:
         values = {node.name: stream.values[node] for node in stream.kept()}
-        ranges = {node.name: found for node, found in self.ranges.items()}
+        ranges = {node.name: extremes for node, extremes in self.ranges.items()}
         return State(blocks, values, ranges, self.experts, self.smoother.smoothing)
 
     def _go_on(self, stream: Stream, state: State, folder: CalibrationFolder) -> None:
-        kept = stream.skip(state.blocks)
-        if {node.name for node in kept} != set(state.values):
+        live = stream.skip(state.blocks)
+        if {node.name for node in live} != set(state.values):
             raise folder.damaged()
-        for node in kept:
+        for node in live:
             stream.restore(node, state.values[node.name])
         nodes = {node.name: node for node in self._program.graph.graph.nodes}
-        self.ranges = {nodes[name]: found for name, found in state.ranges.items()}
+        self.ranges = {nodes[name]: extremes for name, extremes in state.ranges.items()}
         self.experts = dict(state.experts)
         self.smoother.restore(state.smoothing)
 
@@ -133,7 +133,7 @@ class CalibrationRun:
         return torch.cat([value.flatten(0, -2) for value in self._real(values)])
 
 
-def observed_hash(program: Program, wanted: Collection[fx.Node]) -> str:
+def observed_hash(program: Program, observed: Collection[fx.Node]) -> str:
     """Hash of the observed nodes, and of the recipes that scale search and GPTQ use."""
     recipes = sorted(program.recipes.items()) if program.pairs or any(solved_modules(program)) else []
-    return hash_text(repr((sorted(node.name for node in wanted), recipes)))
+    return hash_text(repr((sorted(node.name for node in observed), recipes)))

@@ -53,16 +53,19 @@ def _search(a: Tensor, w: Tensor, rows: Tensor, readers: Sequence[Reader]) -> tu
     The loss is the sum over the readers of `|x W - q(x / s) q(W s)|² / |x W|²`, with q the recipe's quantization: the
     search of the reference quantizer's flex method, with the policy's schemes instead of its symmetric int8.
     """
-    wanted = [rows @ reader.weight.float().T for reader in readers]
+    exact = [rows @ reader.weight.float().T for reader in readers]
 
     def loss(alpha: float, beta: float) -> float:
         scale = (a**alpha / w**beta).clamp(min=SMALLEST)
-        inputs = {static: _quantized(rows / scale, static) for static in {one.recipe.scheme.static for one in readers}}
-        found = [inputs[one.recipe.scheme.static] @ _rounded(one, scale).T for one in readers]
-        return sum(map(_error, found, wanted))
+        inputs = {
+            static: _quantized(rows / scale, static)
+            for static in {consumer.recipe.scheme.static for consumer in readers}
+        }
+        products = [inputs[consumer.recipe.scheme.static] @ _rounded(consumer, scale).T for consumer in readers]
+        return sum(map(_error, products, exact))
 
-    alpha = _least(lambda one: loss(one, 1 - one))
-    return alpha, _least(lambda one: loss(alpha, one))
+    alpha = _least(lambda exponent: loss(exponent, 1 - exponent))
+    return alpha, _least(lambda exponent: loss(alpha, exponent))
 
 
 def _least(loss: Callable[[float], float]) -> float:
@@ -78,8 +81,8 @@ def _rounded(reader: Reader, scale: Tensor) -> Tensor:
     return rounded_weight(reader.recipe, (reader.weight.float() * scale).to(reader.weight.dtype))
 
 
-def _error(found: Tensor, wanted: Tensor) -> float:
-    return float(((found - wanted).square().sum() / wanted.square().sum().clamp(min=1e-30)).double())
+def _error(product: Tensor, exact: Tensor) -> float:
+    return float(((product - exact).square().sum() / exact.square().sum().clamp(min=1e-30)).double())
 
 
 def _quantized(x: Tensor, static: bool) -> Tensor:

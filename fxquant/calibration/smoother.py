@@ -110,12 +110,12 @@ class Smoother:
 
     def _largest_weights(self, pair: Pair) -> Tensor:
         """float32 [k]: the largest magnitude of each column over all quantized weights that read the value."""
-        found = None
+        largest = None
         for _, name in self._quantized(pair):
             columns = self._source.read(name).abs().amax(0).float()
-            found = columns if found is None else torch.maximum(found, columns)
-        assert found is not None
-        return found
+            largest = columns if largest is None else torch.maximum(largest, columns)
+        assert largest is not None
+        return largest
 
     def _quantized(self, pair: Pair) -> Iterator[tuple[Recipe, str]]:
         for target in pair.readers:

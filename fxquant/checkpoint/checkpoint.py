@@ -110,8 +110,8 @@ def _tensors(folder: Path) -> Mapping[str, SourceTensor]:
         return join_parts(parts)
     files = sorted(folder.glob("*.safetensors"))
     if len(files) != 1:
-        found = f"{len(files)} safetensors files and no index" if files else "no safetensors file"
-        raise FxquantError(folder, f"not a checkpoint: {found}.", "Pass a folder with the weights and their index.")
+        content = f"{len(files)} safetensors files and no index" if files else "no safetensors file"
+        raise FxquantError(folder, f"not a checkpoint: {content}.", "Pass a folder with the weights and their index.")
     return official_tensors(read_header(files[0]))
 
 

@@ -114,13 +114,15 @@ class DeepseekV3Config(BaseModel):
 
     @model_validator(mode="after")
     def _experts_fit_their_groups(self) -> "DeepseekV3Config":
-        groups, kept, chosen = self.n_group, self.topk_group, self.num_experts_per_tok
-        said = f"n_routed_experts {self.n_routed_experts}, n_group {groups}, topk_group {kept}"
-        if self.n_routed_experts % groups or kept > groups:
-            raise ValueError(f"{said}: {self.n_routed_experts} experts do not form {groups} groups, {kept} kept")
-        if chosen > kept * (self.n_routed_experts // groups):
-            fact = f"{chosen} experts per token do not fit into {kept} groups"
-            raise ValueError(f"{said}, num_experts_per_tok {chosen}: {fact}")
+        groups, selected_groups, selected = self.n_group, self.topk_group, self.num_experts_per_tok
+        said = f"n_routed_experts {self.n_routed_experts}, n_group {groups}, topk_group {selected_groups}"
+        if self.n_routed_experts % groups or selected_groups > groups:
+            raise ValueError(
+                f"{said}: {self.n_routed_experts} experts do not form {groups} groups, {selected_groups} kept"
+            )
+        if selected > selected_groups * (self.n_routed_experts // groups):
+            fact = f"{selected} experts per token do not fit into {selected_groups} groups"
+            raise ValueError(f"{said}, num_experts_per_tok {selected}: {fact}")
         _check_size(self)
         return self
 

@@ -22,15 +22,15 @@ def indexed_tensors(folder: Path, index: Path) -> dict[str, TensorInfo]:
     weight_map = _read_map(index)
     files = sorted(set(weight_map.values()))
     _check_files(folder, index, files)
-    found: dict[str, TensorInfo] = {}
+    tensors: dict[str, TensorInfo] = {}
     for file in files:
         infos = read_header(folder / file)
-        for name in sorted(infos.keys() & found.keys()):
-            raise FxquantError(index, f"tensor {name} is in {found[name].file.name} and in {file}.", AGAIN)
-        found.update(infos)
-        _check_count(index, len(found))
-    _check_names(index, weight_map, found)
-    return dict(sorted(found.items()))
+        for name in sorted(infos.keys() & tensors.keys()):
+            raise FxquantError(index, f"tensor {name} is in {tensors[name].file.name} and in {file}.", AGAIN)
+        tensors.update(infos)
+        _check_count(index, len(tensors))
+    _check_names(index, weight_map, tensors)
+    return dict(sorted(tensors.items()))
 
 
 def _read_map(index: Path) -> dict[str, str]:
@@ -71,26 +71,28 @@ def _check_files(folder: Path, index: Path, files: list[str]) -> None:
         raise FxquantError(first, f"{fact} ({len(missing)} of {len(files)}).", AGAIN)
 
 
-def _check_names(index: Path, weight_map: Mapping[str, str], found: Mapping[str, TensorInfo]) -> None:
-    absent = sorted(set(weight_map) - set(found))
-    stale = [name for name in absent if _scales_a_float(name, found)]
+def _check_names(index: Path, weight_map: Mapping[str, str], tensors: Mapping[str, TensorInfo]) -> None:
+    absent = sorted(set(weight_map) - set(tensors))
+    stale = [name for name in absent if _scales_a_float(name, tensors)]
     if absent and stale == absent:
         fact = (
             f"lists {len(stale)} block scales that no file holds, such as {stale[0]}; their weights are not FP8. "
             "The checkpoint was cast to another dtype, but its index is still the old one."
         )
         raise FxquantError(index, fact, "Remove the names of scales from its weight_map. No weight is missing.")
-    for name in sorted(set(found) - set(weight_map)):
-        fact = f"tensor {name} is in a shard but not in the index: {found[name].file.name} belongs to another version."
+    for name in sorted(set(tensors) - set(weight_map)):
+        fact = (
+            f"tensor {name} is in a shard but not in the index: {tensors[name].file.name} belongs to another version."
+        )
         raise FxquantError(index, fact, AGAIN)
     for name in absent if not stale else [name for name in absent if name not in stale]:
         raise FxquantError(index, f"tensor {name} is not in {weight_map[name]}.", AGAIN)
-    for name, info in found.items():
+    for name, info in tensors.items():
         if info.file.name != weight_map[name]:
             raise FxquantError(index, f"tensor {name} is in {info.file.name}, not {weight_map[name]}.", AGAIN)
 
 
-def _scales_a_float(name: str, found: Mapping[str, TensorInfo]) -> bool:
+def _scales_a_float(name: str, tensors: Mapping[str, TensorInfo]) -> bool:
     """Whether `name` names block scales of a stored weight that is not FP8."""
-    weights = (found.get(name.removesuffix(end) + weight) for end, weight in SCALES.items() if name.endswith(end))
+    weights = (tensors.get(name.removesuffix(end) + weight) for end, weight in SCALES.items() if name.endswith(end))
     return any(weight is not None and weight.dtype is not torch.float8_e4m3fn for weight in weights)

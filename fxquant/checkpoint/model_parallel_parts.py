@@ -118,28 +118,28 @@ SourceTensor = TensorInfo | JoinedTensor | HeldTensor
 
 def part_files(folder: Path) -> list[Path]:
     """The n parts in `folder`, in order, or an empty list. Raises FxquantError if only some of them are there."""
-    found = {file.name for file in folder.glob("*.safetensors")}
-    counts = [int(match[1]) for name in found if (match := PART.fullmatch(name))]
+    names = {file.name for file in folder.glob("*.safetensors")}
+    counts = [int(match[1]) for name in names if (match := PART.fullmatch(name))]
     if not counts:
         return []
     files, count = [], max(counts)  # parts of another conversion may be mixed in: they are refused below
     for index in range(count):
         files.append(folder / f"model{index}-mp{count}.safetensors")
-        if files[-1].name not in found:
+        if files[-1].name not in names:
             raise FxquantError(files[-1], f"missing: the checkpoint has {count} parts.", AGAIN)
-    for name in sorted(found - {file.name for file in files}):
+    for name in sorted(names - {file.name for file in files}):
         raise FxquantError(folder / name, f"is not one of the {count} parts beside it.", "Keep one conversion only.")
     return files
 
 
 def join_parts(files: list[Path]) -> dict[str, SourceTensor]:
     """Every tensor of the model by official name, sorted, from headers alone. Raises FxquantError."""
-    found: dict[str, list[TensorInfo]] = {}
+    parts: dict[str, list[TensorInfo]] = {}
     for file in files:
         for name, info in official_tensors(read_header(file)).items():
-            found.setdefault(name, []).append(info)
+            parts.setdefault(name, []).append(info)
     joined: dict[str, SourceTensor] = {}
-    for name, holders in sorted(found.items()):
+    for name, holders in sorted(parts.items()):
         _check_holders(name, holders, files)
         dim = split_dimension(name)
         # a vector has no dimension 1: beside a weight split along it, it is repeated

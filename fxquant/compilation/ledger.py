@@ -87,10 +87,10 @@ def _needed(program: Program) -> Iterator[tuple[str, tuple[int, ...]]]:
             yield tensor_name(module, "weight"), (recipe.out_features, recipe.in_features)
             if recipe.bias:
                 yield tensor_name(module, "bias"), (recipe.out_features,)
-    made = {target for recipe in program.recipes.values() for target in made_parameters(recipe)}
+    quantized = {target for recipe in program.recipes.values() for target in made_parameters(recipe)}
     for target, parameter in program.parameters.items():
         shape = tuple(program.graph.tensor(target).shape)
-        for name in parameter.names if target not in made else ():  # recipes make the others from source tensors
+        for name in parameter.names if target not in quantized else ():  # recipes make the others from source tensors
             yield name, shape[1:] if parameter.stacked else shape
 
 

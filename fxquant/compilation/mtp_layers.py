@@ -12,8 +12,8 @@ LAYER = re.compile(r"model\.layers\.([0-9]{1,6})\.")
 
 def held_layers(checkpoint: Checkpoint, first: int) -> list[int]:
     """Layers from `first` on for which the checkpoint has tensors."""
-    found = {int(match[1]) for name in checkpoint.tensors if (match := LAYER.match(name))}
-    return sorted(layer for layer in found if layer >= first)
+    layers = {int(match[1]) for name in checkpoint.tensors if (match := LAYER.match(name))}
+    return sorted(layer for layer in layers if layer >= first)
 
 
 def why_no_mtp(checkpoint: Checkpoint, config: DeepseekV3Config, layers: tuple[str, ...]) -> tuple[str, str]:

@@ -83,18 +83,18 @@ class WeightFolder:
         self._slice(name)
         return self._handles[self._files[name]].get_tensor(name)
 
-    def load(self, module: str, wanted: Mapping[str, Wanted]) -> dict[str, Tensor]:
+    def load(self, module: str, expected: Mapping[str, Wanted]) -> dict[str, Tensor]:
         """Suffix → tensor, for the suffixes that are stored.
 
         Raises FxquantError for a missing required tensor, one that the engine has no parameter for, and any other
         shape or dtype than wanted: engines of today copy a smaller tensor into part of a parameter unnoticed.
         """
         for suffix in self.suffixes(module):
-            if suffix not in wanted:
-                fact = f"the engine has no parameter for it; it takes {', '.join(wanted)}."
+            if suffix not in expected:
+                fact = f"the engine has no parameter for it; it takes {', '.join(expected)}."
                 raise FxquantError(f"{module}.{suffix}", fact, "Leave it out.")
         loaded = {}
-        for suffix, want in wanted.items():
+        for suffix, want in expected.items():
             name = f"{module}.{suffix}"
             if suffix in self.suffixes(module):
                 self._check(name, want)

@@ -64,19 +64,19 @@ def _wanted(kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, 
     if kind == FLOAT:
         return {"weight": Wanted(shape, (torch.bfloat16, torch.float16, torch.float32))} | bias
     used = kind != W8A8
-    wanted = {
+    parameters = {
         "weight": Wanted(shape, (torch.int8,)),
         "weight_scale": Wanted((n, 1), (torch.float32,), used),
         "weight_offset": Wanted((n, 1), (torch.float32,), used),
     }
     if kind != W8A8_DYNAMIC:
-        wanted |= {
+        parameters |= {
             "input_scale": Wanted((1,), (dtype, torch.float32)),
             "input_offset": Wanted((1,), (dtype, torch.float32)),
             "quant_bias": Wanted((n,), (torch.int32,)),
             "deq_scale": Wanted((n,), (torch.int64 if dtype is torch.float16 else torch.float32,)),
         }
-    return wanted | bias
+    return parameters | bias
 
 
 def _static(folder: WeightFolder, rules: LinearRules, module: str, tensors: dict[str, Tensor], split: Split) -> Ranks:

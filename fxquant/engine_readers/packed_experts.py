@@ -93,16 +93,16 @@ class PackedExperts:
 
 def _wanted(n: int, k: int, group_size: int, columns: int) -> dict[str, Wanted]:
     """What a ModelSlim expert has. Its weight_offset is allocated and loaded, but no operator reads it."""
-    wanted = {
+    parameters = {
         "weight": Wanted((n // 2, k), (torch.int8,)),
         "weight_scale": Wanted((n, 1), (torch.float32,)),
         "weight_offset": Wanted((n, 1), (torch.float32,)),
         "scale_bias": Wanted((n, columns), (torch.float32,)),
     }
     if group_size:
-        wanted["weight_scale_second"] = Wanted((n, k // group_size), (torch.float32,))
-        wanted["weight_offset_second"] = Wanted((n, k // group_size), (torch.float32, torch.int64))
-    return wanted
+        parameters["weight_scale_second"] = Wanted((n, k // group_size), (torch.float32,))
+        parameters["weight_offset_second"] = Wanted((n, k // group_size), (torch.float32, torch.int64))
+    return parameters
 
 
 def _stack(first: TwoLevel, second: TwoLevel) -> TwoLevel:

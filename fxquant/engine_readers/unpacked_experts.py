@@ -39,12 +39,12 @@ def load_unpacked(folder: WeightFolder, path: ExpertPath, ranks: int, group_size
 
 
 def _wanted(n: int, k: int, group_size: int) -> dict[str, Wanted]:
-    wanted = {
+    parameters = {
         "weight": Wanted((n, k), (torch.int8,)),
         "weight_scale": Wanted((n, 1), (torch.float32,)),
         "weight_offset": Wanted((n, 1), (torch.float32,)),
     }
     if group_size:
-        wanted["weight_scale_second"] = Wanted((n, k // group_size), (torch.float32,))
-        wanted["weight_offset_second"] = Wanted((n, k // group_size), (torch.int64,))
-    return wanted
+        parameters["weight_scale_second"] = Wanted((n, k // group_size), (torch.float32,))
+        parameters["weight_offset_second"] = Wanted((n, k // group_size), (torch.int64,))
+    return parameters

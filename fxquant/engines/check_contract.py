@@ -145,9 +145,9 @@ def _fused(contract: Contract, linears: list[Linear]) -> Iterator[Finding]:
                     yield Finding(module, Verdict.REFUSED, fact + rule.name, way_out, rule.source)
 
 
-def _alike(one: Recipe, other: Recipe) -> bool:
-    same = (one.scheme, one.group_size) == (other.scheme, other.group_size)
-    return same and one.activation == other.activation
+def _alike(recipe: Recipe, other: Recipe) -> bool:
+    same = (recipe.scheme, recipe.group_size) == (other.scheme, other.group_size)
+    return same and recipe.activation == other.activation
 
 
 def _says(recipe: Recipe) -> str:

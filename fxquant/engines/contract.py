@@ -135,8 +135,8 @@ class Contract(_Data):
 
     def cell(self, kind: Kind, recipe: Recipe) -> Cell:
         """The verdict on a linear; what the contract does not mention is refused."""
-        found = (cell for cell in self.cells if cell.matches(kind, recipe))
-        return next(found, _unknown(kind, recipe.scheme))
+        matching = (cell for cell in self.cells if cell.matches(kind, recipe))
+        return next(matching, _unknown(kind, recipe.scheme))
 
 
 def _unknown(kind: Kind, scheme: Scheme) -> Cell:

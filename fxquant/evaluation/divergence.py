@@ -68,13 +68,13 @@ def evaluate_programs(
         for start in range(0, len(batches), CHUNK):
             chunk = batches[start : start + CHUNK]
             expected = logits(*original, chunk)
-            for found, program, name in zip(scores, quantized, names or [""] * len(quantized), strict=True):
-                found.extend(document_scores(chunk, expected, logits(*program, chunk)))
+            for documents, program, name in zip(scores, quantized, names or [""] * len(quantized), strict=True):
+                documents.extend(document_scores(chunk, expected, logits(*program, chunk)))
                 advance(len(chunk), at=name)
     results = []
     with report("intervals", len(scores), "graphs") as advance:
-        for found in scores:
-            results.append(summary(found))
+        for documents in scores:
+            results.append(summary(documents))
             advance(1)
     return results
 
@@ -89,9 +89,9 @@ def log_probabilities(scores: Tensor) -> Tensor:
     return scores[:, :-1].double().log_softmax(-1)
 
 
-def document_scores(batches: list[Tensor], expected: list[Tensor], found: list[Tensor]) -> list[Tensor]:
+def document_scores(batches: list[Tensor], expected: list[Tensor], quantized: list[Tensor]) -> list[Tensor]:
     """`token_scores` of each document from its logits under both programs."""
-    pairs = zip(batches, expected, found, strict=True)
+    pairs = zip(batches, expected, quantized, strict=True)
     return [token_scores(ids, log_probabilities(p), log_probabilities(q)) for ids, p, q in pairs]
 
 
@@ -111,9 +111,9 @@ def divergences(p: Tensor, q: Tensor) -> Tensor:
 
 def summary(scores: list[Tensor]) -> Evaluation:
     """All figures from the `token_scores` of each document."""
-    tokens = torch.tensor([one.shape[1] for one in scores])
-    sums = torch.stack([one.sum(1) for one in scores])
-    divergence = torch.cat([one[2] for one in scores])
+    tokens = torch.tensor([document.shape[1] for document in scores])
+    sums = torch.stack([document.sum(1) for document in scores])
+    divergence = torch.cat([document[2] for document in scores])
     owners = torch.arange(len(scores)).repeat_interleave(tokens)
     figures = _figures(torch.ones(1, len(scores), dtype=torch.float64), tokens, sums, divergence, owners)
     drawn = _figures(draw_documents(len(scores)), tokens, sums, divergence, owners) if len(scores) > 1 else {}

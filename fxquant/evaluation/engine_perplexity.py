@@ -29,7 +29,7 @@ class Replacement:
         """`values` of the batches are replaced in place; inputs of later sites are kept until their last use."""
         if node in self._sites:
             values[:] = self._results(self._sites[node], values)
-            for dead in [one for one, last in self._last_use.items() if last is node]:
+            for dead in [argument for argument, last in self._last_use.items() if last is node]:
                 self._kept.pop(dead, None)
         if node in self._last_use:
             self._kept[node] = list(values)
@@ -37,13 +37,13 @@ class Replacement:
     def _results(self, site: Site, graph: list[Tensor]) -> list[Tensor]:
         """float32 of each batch. An expert is loaded once for all batches, and not at all if it has no rows."""
         inputs = self._kept[site.x]
-        results = [torch.empty_like(one, dtype=torch.float32) for one in graph]
+        results = [torch.empty_like(value, dtype=torch.float32) for value in graph]
         counts = [None] * len(graph) if site.counts is None else self._kept[site.counts]
-        rows = [site.rows(one) for one in counts]
+        rows = [site.rows(count) for count in counts]
         for expert in range(len(site.recipe.modules)):
-            wanted = [batch for batch in range(len(graph)) if expert in rows[batch]]
-            loaded = site.load(self._reader, expert) if wanted else None
-            for batch in wanted:
+            routed = [batch for batch in range(len(graph)) if expert in rows[batch]]
+            loaded = site.load(self._reader, expert) if routed else None
+            for batch in routed:
                 place = rows[batch][expert]
                 assert loaded is not None
                 results[batch][place] = loaded(inputs[batch][place], self._arithmetic)

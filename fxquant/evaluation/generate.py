@@ -31,7 +31,7 @@ def greedy_text(folder: Path, program: Program, read: Read, prompt: str, max_new
 def end_ids(program: Program) -> set[int]:
     """The tokens that end a text."""
     stop = program.config.get("eos_token_id")
-    return {one for one in (stop if isinstance(stop, list) else [stop]) if isinstance(one, int)}
+    return {token for token in (stop if isinstance(stop, list) else [stop]) if isinstance(token, int)}
 
 
 def text_pieces(tokenizer: BoundedTokenizer, steps: Iterable[Tensor], stops: set[int]) -> Iterator[str]:

@@ -73,8 +73,8 @@ class FxquantLM(TemplateLM):
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """log p of each whole text; a longer one in windows of `max_length`, each token scored once."""
         windows = [self._windows(*request.args) for request in requests]
-        scores = iter(self._scores([pair for one in windows for pair in one], disable_tqdm))
-        totals = [sum(next(scores)[0] for _ in one) for one in windows]
+        scores = iter(self._scores([pair for text in windows for pair in text], disable_tqdm))
+        totals = [sum(next(scores)[0] for _ in text) for text in windows]
         for request, total in zip(requests, totals, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return totals
@@ -136,8 +136,10 @@ class FxquantLM(TemplateLM):
 
 def _score(row: Tensor, new: int, logits: Tensor) -> tuple[float, bool]:
     targets = row[0, -new:] if new else row[0, :0]
-    found = logits[0, len(logits[0]) - new :].double().log_softmax(-1)
-    return found.gather(-1, targets[:, None]).sum().item(), bool((found.argmax(-1) == targets).all())
+    log_probabilities = logits[0, len(logits[0]) - new :].double().log_softmax(-1)
+    return log_probabilities.gather(-1, targets[:, None]).sum().item(), bool(
+        (log_probabilities.argmax(-1) == targets).all()
+    )
 
 
 def _until(pieces: Iterable[str], stops: list[str]) -> str:

@@ -49,15 +49,20 @@ class _Module:
         """A copy of the float `program` with only this module rewritten."""
         partial = copy.deepcopy(program)  # passes rewrite a program in place
         partial.recipes, partial.rules = self.recipes, rewritten.rules
-        for one in (QuantizeLinear(), QuantizeExperts()):
-            one.apply(partial)
+        for rewrite in (QuantizeLinear(), QuantizeExperts()):
+            rewrite.apply(partial)
         return partial
 
-    def reader(self, original: Read, made: Read) -> Read:
-        """Tensors of the recipes come from `made`, all others from `original`: a weight has the same name in both."""
+    def reader(self, original: Read, rounded: Read) -> Read:
+        """Tensors of the recipes come from `rounded`, all others from `original`: a weight has the same name in both."""
         made_by = self.recipes.values()
-        owned = {tensor_name(module, role) for one in made_by for module in one.modules for role in tensor_specs(one)}
-        return lambda name: made(name) if name in owned else original(name)
+        owned = {
+            tensor_name(module, role)
+            for recipe in made_by
+            for module in recipe.modules
+            for role in tensor_specs(recipe)
+        }
+        return lambda name: rounded(name) if name in owned else original(name)
 
     def loss(self, tokens: Tensor) -> ModuleLoss:
         """With `tokens` int64 [documents]."""
@@ -80,14 +85,14 @@ def measure_sensitivity(
 
     For one chunk of documents, the logits and all values that are needed later are in memory.
     """
-    (program, read), (rewritten, made) = original, quantized
+    (program, read), (rewritten, quantized_read) = original, quantized
     modules = list(_modules(program, rewritten.recipes))
     together: list[Tensor] = []
     with report("sensitivity", len(batches) * (len(modules) + 1), "documents") as advance:
         for start in range(0, len(batches), CHUNK):
             chunk = batches[start : start + CHUNK]
-            expected = [log_probabilities(one) for one in logits(program, read, chunk)]
-            together += _divergence(expected, logits(rewritten, made, chunk))
+            expected = [log_probabilities(document) for document in logits(program, read, chunk)]
+            together += _divergence(expected, logits(rewritten, quantized_read, chunk))
             advance(len(chunk))
             along = _Along(original, quantized, modules, chunk, expected, advance)
             execute(program, read, along.inputs, along)
@@ -96,24 +101,24 @@ def measure_sensitivity(
 
 
 def _modules(program: Program, recipes: dict[str, Recipe]) -> Iterator[_Module]:
-    found: dict[str, _Module] = {}
+    modules: dict[str, _Module] = {}
     for site in linear_sites(program):
         if site.module in recipes:
             experts = site.node.target is ops.moe_experts
             name = site.module.rpartition(".")[0] if experts else site.module
-            found.setdefault(name, _Module(name, site.kind, site.node)).recipes[site.module] = recipes[site.module]
-    missing = set(recipes).difference(*(module.recipes for module in found.values()))
+            modules.setdefault(name, _Module(name, site.kind, site.node)).recipes[site.module] = recipes[site.module]
+    missing = set(recipes).difference(*(module.recipes for module in modules.values()))
     if missing:
         fact = "is quantized, but the float graph does not multiply by it."
         raise FxquantError(min(missing), fact, "Compare with the model that was compiled.")
-    if not found:
+    if not modules:
         raise FxquantError("--sensitivity", "nothing is quantized.", "Compile with a policy that quantizes.")
-    yield from found.values()
+    yield from modules.values()
 
 
-def _divergence(expected: list[Tensor], found: list[Tensor]) -> list[Tensor]:
+def _divergence(expected: list[Tensor], quantized: list[Tensor]) -> list[Tensor]:
     """Sum over the tokens of each document."""
-    return [divergences(p, log_probabilities(q)).sum() for p, q in zip(expected, found, strict=True)]
+    return [divergences(p, log_probabilities(q)).sum() for p, q in zip(expected, quantized, strict=True)]
 
 
 class _Along:
@@ -137,9 +142,9 @@ class _Along:
         if node in self._modules:  # before its float value is known, which the branch would take over
             self._branch(self._modules[node], values)
         self._live[node] = list(values)
-        done = [one for one in node.all_input_nodes if all(user <= node for user in one.users)]
-        for one in done if node.users else [*done, node]:
-            self._live.pop(one, None)
+        done = [argument for argument in node.all_input_nodes if all(user <= node for user in argument.users)]
+        for argument in done if node.users else [*done, node]:
+            self._live.pop(argument, None)
 
     def _branch(self, module: _Module, exact: list[Tensor]) -> None:
         partial = module.alone(self._original[0], self._quantized[0])
@@ -156,8 +161,8 @@ def _noise(module: _Module, exact: list[Tensor]) -> Observer:
 
     def observe(node: fx.Node, values: list[Any], live: object) -> None:
         if node.name == module.site.name:
-            for y, found in zip(exact, values, strict=True):
+            for y, rounded in zip(exact, values, strict=True):
                 module.signal += float(y.double().square().sum())
-                module.noise += float((y.double() - found.double()).square().sum())
+                module.noise += float((y.double() - rounded.double()).square().sum())
 
     return observe

@@ -99,12 +99,12 @@ class Sensitivity:
 
         def groups(key: Callable[[ModuleLoss], str]) -> tuple[GroupLoss, ...]:
             names = dict.fromkeys(key(module) for module in modules)
-            return tuple(_group(name, [one for one in modules if key(one) == name], tokens) for name in names)
+            return tuple(_group(name, [module for module in modules if key(module) == name], tokens) for name in names)
 
         return cls(
             tuple(modules),
-            layers=groups(lambda one: one.block),
-            kinds=groups(lambda one: one.kind.value),
+            layers=groups(lambda module: module.block),
+            kinds=groups(lambda module: module.kind.value),
             total=_group("total", modules, tokens),
             together=Divergence.of(together, tokens),
             tokens=int(tokens.sum()),
@@ -114,14 +114,14 @@ class Sensitivity:
     @property
     def worst_first(self) -> list[ModuleLoss]:
         """Modules by KL, highest first."""
-        return sorted(self.modules, key=lambda one: -one.kl.mean)
+        return sorted(self.modules, key=lambda module: -module.kl.mean)
 
     def as_json(self) -> dict[str, Any]:
         """For scripts, modules by KL, worst first."""
         return {
-            "modules": [one.as_json() for one in self.worst_first],
-            "layers": [one.as_json() for one in self.layers],
-            "kinds": [one.as_json() for one in self.kinds],
+            "modules": [module.as_json() for module in self.worst_first],
+            "layers": [group.as_json() for group in self.layers],
+            "kinds": [group.as_json() for group in self.kinds],
             "total": self.total.as_json(),
             "together": self.together.as_json(),
             "tokens": self.tokens,
@@ -130,5 +130,5 @@ class Sensitivity:
 
 
 def _group(name: str, members: list[ModuleLoss], tokens: Tensor) -> GroupLoss:
-    sums = sum((one.sums for one in members), start=members[0].sums * 0)
-    return GroupLoss(name, len(members), min(one.sqnr for one in members), Divergence.of(sums, tokens))
+    sums = sum((module.sums for module in members), start=members[0].sums * 0)
+    return GroupLoss(name, len(members), min(module.sqnr for module in members), Divergence.of(sums, tokens))

@@ -136,10 +136,19 @@ def compare(
     source = open_model(model, options, report)
     batches = load_batches(Path(text), source.checkpoint, samples, seq_len)
     original = (source.program(), Cached(source.checkpoint.read))
-    made = [prepare(source, load_policy(name), options, within(name, report), for_engine=False) for name in policies]
-    sizes = [sum(tensor.nbytes for tensor in stored_tensors(one.program, one.checkpoint)) for one in made]
+    prepared = [
+        prepare(source, load_policy(name), options, within(name, report), for_engine=False) for name in policies
+    ]
+    sizes = [
+        sum(tensor.nbytes for tensor in stored_tensors(candidate.program, candidate.checkpoint))
+        for candidate in prepared
+    ]
     quantized = [
-        (one.program, Cached(RecipeReader(one.program, one.checkpoint, one.solved), COMPARE_CACHE)) for one in made
+        (
+            candidate.program,
+            Cached(RecipeReader(candidate.program, candidate.checkpoint, candidate.solved), COMPARE_CACHE),
+        )
+        for candidate in prepared
     ]
     results = evaluate_programs(original, quantized, batches, report, policies)
     return dict(zip(policies, zip(results, sizes, strict=True), strict=True))

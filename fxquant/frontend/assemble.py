@@ -21,14 +21,14 @@ def assemble(cls: type[Module], **parts: Any) -> Module:
 
 def fetch(module: nn.Module, path: str) -> Any:
     """The attribute at dotted `path`; raises FxquantError where the module has none."""
-    found: Any = module
+    value: Any = module
     for name in path.split("."):
-        if not hasattr(found, name):
+        if not hasattr(value, name):
             fact = f"an adapter looks for {path!r}, but there is no {name!r}."
             names = sorted({*module._modules, *module._parameters, *module._buffers})
             raise FxquantError(type(module).__name__, fact, f"It has: {', '.join(names)}. Name one of these.")
-        found = getattr(found, name)
-    return found
+        value = getattr(value, name)
+    return value
 
 
 def parameter(tensor: Tensor) -> nn.Parameter:

@@ -31,7 +31,7 @@ LARGEST = 1 << 26
 
 def small_config(config: DeepseekV3Config) -> DeepseekV3Config:
     """A copy that runs in a second: hidden_size, groups, the presence of a low rank and rotary scaling stay."""
-    groups, kept = config.n_group, config.topk_group
+    groups, selected = config.n_group, config.topk_group
     # two experts per group: a group's score is the sum of its two best
     experts = groups * max(2, -(-8 // groups)) if groups <= 8 else 2 * groups
     dense = min(config.first_k_dense_replace, 1)
@@ -39,7 +39,7 @@ def small_config(config: DeepseekV3Config) -> DeepseekV3Config:
         update={
             "vocab_size": 64, "num_hidden_layers": 2, "first_k_dense_replace": dense, "num_attention_heads": 2,
             "intermediate_size": 48, "moe_intermediate_size": 32, "n_routed_experts": experts,
-            "num_experts_per_tok": min(config.num_experts_per_tok, kept * experts // groups, 4),
+            "num_experts_per_tok": min(config.num_experts_per_tok, selected * experts // groups, 4),
             "q_lora_rank": None if config.q_lora_rank is None else 24, "kv_lora_rank": 16,
             "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 12, "num_nextn_predict_layers": 0,
         }
@@ -74,8 +74,8 @@ def probe(file: UserFile, config: DeepseekV3Config, build: Build) -> bool:
         raise FxquantError(
             file.path, fact, "It must run on CPU, with a cache, at any sizes given by config."
         ) from error
-    found = graph_logits(program, tensors, ids)
-    _compare(file, type(meta).__name__, expected, found, config)
+    traced = graph_logits(program, tensors, ids)
+    _compare(file, type(meta).__name__, expected, traced, config)
     return True
 
 
@@ -107,11 +107,11 @@ def eager_logits(model: nn.Module, family: Family | None, ids: Tensor) -> Tensor
     for row, length in zip(ids, LENGTHS, strict=True):
         tokens = row[LENGTHS[0] - length :]
         logits, state = step(model, tokens[None, :length], None)
-        found = [logits]
+        steps = [logits]
         for token in tokens[length:]:
             logits, state = step(model, token.view(1, 1), state)
-            found.append(logits)
-        rows.append(torch.cat(found))
+            steps.append(logits)
+        rows.append(torch.cat(steps))
     return torch.stack(rows).float()
 
 
@@ -134,13 +134,13 @@ def graph_logits(program: Program, tensors: dict[str, Tensor], ids: Tensor) -> T
         mask[row, : longest - length] = 0
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     widths = [node.meta["val"].shape[2] for node in cache_inputs(program)]
-    past, found, start = [torch.zeros(len(ids), 0, width) for width in widths], [], 0
+    past, steps, start = [torch.zeros(len(ids), 0, width) for width in widths], [], 0
     for stop in range(longest, total + 1):
         inputs = [ids[:, start:stop], mask[:, :stop], positions[:, start:stop], *past]
         logits, *past = execute(program, tensors.__getitem__, [inputs])[0]
-        found.append(logits[:, -1:])
+        steps.append(logits[:, -1:])
         start = stop
-    return torch.cat(found, 1)
+    return torch.cat(steps, 1)
 
 
 def rounding_bound(config: DeepseekV3Config, logits: Tensor) -> float:
@@ -150,8 +150,8 @@ def rounding_bound(config: DeepseekV3Config, logits: Tensor) -> float:
     return 2 * 2 * config.num_hidden_layers * width**0.5 * 2.0**-24 * float(logits.abs().max())
 
 
-def _compare(file: UserFile, name: str, expected: Tensor, found: Tensor, config: DeepseekV3Config) -> None:
-    error, bound = float((expected - found).abs().max()), rounding_bound(config, expected)
+def _compare(file: UserFile, name: str, expected: Tensor, traced: Tensor, config: DeepseekV3Config) -> None:
+    error, bound = float((expected - traced).abs().max()), rounding_bound(config, expected)
     if not error <= bound:  # not `>`: NaN must fail
         fact = f"a small copy of {name} gives logits that differ from the traced graph's by {error:.2g}"
         fact += f" (rounding explains {bound:.2g})."

@@ -30,29 +30,29 @@ def not_compiled(path: Path, for_engine: bool = False) -> FxquantError:
     return FxquantError(path, f"not an output of fxquant: {what}.", COMPILED)
 
 
-def not_a_model(path: Path, wanted: str = MODEL) -> FxquantError | None:
+def not_a_model(path: Path, remedy: str = MODEL) -> FxquantError | None:
     """The error for a path that is not a model; None if it may be one."""
     if not path.exists():
-        return _missing(path, "no such file or folder.", wanted)
+        return _missing(path, "no such file or folder.", remedy)
     if (path / MANIFEST).is_file():
         return FxquantError(path, "a compiled folder, not a model.", "Pass the model that it was compiled from.")
     if path.is_dir() or (path.suffix == ".py" and path.is_file()):
         return None
     fact = "neither a folder nor a .py file."
     inside = path.is_file() and (path.parent / "config.json").is_file()
-    return FxquantError(path, fact, f"Pass its folder: {path.parent}" if inside else wanted)
+    return FxquantError(path, fact, f"Pass its folder: {path.parent}" if inside else remedy)
 
 
-def _missing(path: Path, fact: str, wanted: str) -> FxquantError:
+def _missing(path: Path, fact: str, remedy: str) -> FxquantError:
     if path.is_symlink():
-        return FxquantError(path, f"a link to {path.readlink()}, which does not exist.", wanted)
+        return FxquantError(path, f"a link to {path.readlink()}, which does not exist.", remedy)
     near = difflib.get_close_matches(path.name, _names(path.parent), n=3)
     beside = f" Similar names there: {', '.join(near)}." if near else ""
-    return FxquantError(path, fact, wanted + beside)
+    return FxquantError(path, fact, remedy + beside)
 
 
 def _names(folder: Path) -> list[str]:
     try:
-        return [one.name for one in islice(folder.iterdir(), SIBLINGS)]
+        return [path.name for path in islice(folder.iterdir(), SIBLINGS)]
     except OSError:
         return []

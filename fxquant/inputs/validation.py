@@ -74,9 +74,9 @@ def shown(value: Any, quoted: bool = True) -> str:
 
 def nearest(word: str, words: Sequence[str]) -> str:
     """The most similar of `words`, ignoring case; "" if none is similar."""
-    by_folded = {one.casefold(): one for one in reversed(words)}
-    found = get_close_matches(word[:200].casefold(), list(by_folded), 1, 0.6)
-    return by_folded[found[0]] if found else ""
+    by_folded = {candidate.casefold(): candidate for candidate in reversed(words)}
+    matches = get_close_matches(word[:200].casefold(), list(by_folded), 1, 0.6)
+    return by_folded[matches[0]] if matches else ""
 
 
 def wrong_values(
@@ -86,16 +86,16 @@ def wrong_values(
 
     `quoted`: show text in quotes, for documents where text and numbers differ.
     """
-    found: dict[Location, WrongValue] = {}
+    values: dict[Location, WrongValue] = {}
     choices: dict[Location, list[str]] = {}
     for fault in error.errors(include_url=False)[:MOST]:
         location = _in_document(fault["loc"], document, model, fault["type"] in ("missing", "extra_forbidden"))
         if "expected" in fault.get("ctx", {}) and fault["type"] in ("enum", "literal_error"):
             choices.setdefault(location, []).extend(_expected(fault["ctx"]["expected"], quoted))
-            found[location] = _choice(location, fault["input"], choices[location], quoted)
+            values[location] = _choice(location, fault["input"], choices[location], quoted)
         elif location not in choices:
-            found.setdefault(location, _wrong(location, dict(fault), model, quoted))
-    return sorted(found.values(), key=lambda one: (one.fact.endswith(MISSING), len(one.location) == 0))
+            values.setdefault(location, _wrong(location, dict(fault), model, quoted))
+    return sorted(values.values(), key=lambda value: (value.fact.endswith(MISSING), len(value.location) == 0))
 
 
 MISSING = "required, and missing"
@@ -126,10 +126,10 @@ def _wrong(location: Location, fault: dict[str, Any], model: type[BaseModel], qu
         return WrongValue(location, f"{key}{value} {relation} {bound:{',' if abs(bound) >= 10000 else ''}}")
     if kind == "int_parsing_size":
         return WrongValue(location, f"{key}{value} has too many digits")
-    wanted = WANTED.get(kind.split("_")[0])
-    if wanted is None:
+    type_name = WANTED.get(kind.split("_")[0])
+    if type_name is None:
         return WrongValue(location, f"{key}{value} does not fit")
-    return WrongValue(location, f"{key}{'empty' if fault['input'] is None else value}, not {wanted}")
+    return WrongValue(location, f"{key}{'empty' if fault['input'] is None else value}, not {type_name}")
 
 
 def _choice(location: Location, value: Any, choices: Sequence[str], quoted: bool) -> WrongValue:
@@ -151,19 +151,19 @@ def _key(location: Location) -> str:
 
 def _in_document(location: Sequence[str | int], document: Any, model: type[BaseModel], absent: bool) -> Location:
     """`location` without the names that pydantic adds for union members; `absent`: its last part may be missing."""
-    found: list[str | int] = []
+    parts: list[str | int] = []
     for part in location:
         kind = {int: list, str: dict}[type(part)]
         if isinstance(document, kind) and (part in document if kind is dict else int(part) < len(document)):
             document = document[part]
-        elif part in _keys_at(model, tuple(found)):  # a default, or a key read under an alias
+        elif part in _keys_at(model, tuple(parts)):  # a default, or a key read under an alias
             document = None
         else:
             continue
-        found.append(part)
-    if absent and found != list(location) and location:
-        found.append(location[-1])
-    return tuple(found)
+        parts.append(part)
+    if absent and parts != list(location) and location:
+        parts.append(location[-1])
+    return tuple(parts)
 
 
 def _keys_at(model: type[BaseModel], location: Location) -> list[str]:
@@ -180,4 +180,4 @@ def _model_in(annotation: Any) -> type[BaseModel] | None:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     inner: Callable[[Any], tuple[Any, ...]] = get_args
-    return next((found for one in inner(annotation) if (found := _model_in(one)) is not None), None)
+    return next((model for argument in inner(annotation) if (model := _model_in(argument)) is not None), None)

@@ -37,10 +37,10 @@ class Located:
 
     def line_of(self, location: Sequence[str | int]) -> int:
         """The line of the value at `location`, or of its deepest existing ancestor."""
-        found = self
+        located = self
         for part in location:
-            found = found.children.get(part, found)
-        return found.line
+            located = located.children.get(part, located)
+        return located.line
 
 
 class _RefusedError(Exception):
@@ -85,18 +85,18 @@ class _Reader:
         self._anchors: dict[str, Located | None] = {}
 
     def document(self) -> Located:
-        found: Located | None = None
+        root: Located | None = None
         for event in self._events:
             if isinstance(event, yaml.DocumentStartEvent):
-                if found is not None:
+                if root is not None:
                     raise _RefusedError(_line(event), "a second document begins, but a policy is a single document")
-                found = self._node(next(self._events), 1)
-        return found or Located(None, 1)
+                root = self._node(next(self._events), 1)
+        return root or Located(None, 1)
 
     def _node(self, event: Any, depth: int) -> Located:
         line = _line(event)
         if isinstance(event, yaml.AliasEvent):
-            found = self._aliased(event, line)
+            located = self._aliased(event, line)
         else:
             if event.tag is not None:
                 tag = cut(event.tag.replace("tag:yaml.org,2002:", "!!"), 40)
@@ -105,25 +105,25 @@ class _Reader:
                 raise _RefusedError(line, f"nested more than {NESTING} levels deep")
             if event.anchor is not None:
                 self._anchors[event.anchor] = None  # until its node is complete: an alias inside it is a cycle
-            found = self._value(event, depth, line)
+            located = self._value(event, depth, line)
             if event.anchor is not None:
-                self._anchors[event.anchor] = found
-        if depth + found.depth - 1 > NESTING:  # an alias brings its own levels
+                self._anchors[event.anchor] = located
+        if depth + located.depth - 1 > NESTING:  # an alias brings its own levels
             raise _RefusedError(line, f"nested more than {NESTING} levels deep")
-        if found.size > POLICY_VALUES:
+        if located.size > POLICY_VALUES:
             raise _RefusedError(line, f"more than {POLICY_VALUES:,} values, aliases expanded")
-        return found
+        return located
 
     def _aliased(self, event: Any, line: int) -> Located:
-        found = self._anchors.get(event.anchor)
-        if found is None:
+        anchored = self._anchors.get(event.anchor)
+        if anchored is None:
             what = "refers to itself" if event.anchor in self._anchors else "has no anchor"
             raise _RefusedError(line, f"alias *{cut(event.anchor, 40)} {what}")
-        return replace(found, line=line)
+        return replace(anchored, line=line)
 
     def _value(self, event: Any, depth: int, line: int) -> Located:
         if isinstance(event, yaml.SequenceStartEvent):
-            return _located(line, dict(enumerate(self._items(depth))), lambda found: list(found.values()))
+            return _located(line, dict(enumerate(self._items(depth))), lambda items: list(items.values()))
         if isinstance(event, yaml.MappingStartEvent):
             return _located(line, self._entries(depth), dict)
         if not event.value.isascii():
@@ -146,7 +146,7 @@ class _Reader:
             value = replace(self._node(next(self._events), depth + 1), line=line)
             size = _bounded(size + value.size, line)
             if key == "<<" and event.style is None:
-                merged |= {name: one for name, one in _merged(value).items() if name not in merged}
+                merged |= {name: entry for name, entry in _merged(value).items() if name not in merged}
             elif key in own:
                 raise _RefusedError(line, f"duplicate key {cut(key, 40)}, first on line {own[key].line}")
             else:
@@ -163,18 +163,18 @@ class _Reader:
 def _merged(value: Located) -> dict[str | int, Located]:
     """The entries that `<<: value` merges: a mapping, or a list of mappings where earlier ones win."""
     sources = list(value.children.values()) if isinstance(value.value, list) else [value]
-    found: dict[str | int, Located] = {}
+    entries: dict[str | int, Located] = {}
     for source in sources:
         if not isinstance(source.value, dict):
             raise _RefusedError(value.line, "<< merges mappings, and this is not a mapping")
-        found |= {key: one for key, one in source.children.items() if key not in found}
-    return found
+        entries |= {key: entry for key, entry in source.children.items() if key not in entries}
+    return entries
 
 
-def _located(line: int, children: dict[str | int, Located], made: Any) -> Located:
+def _located(line: int, children: dict[str | int, Located], constructor: Any) -> Located:
     size = 1 + sum(child.size for child in children.values())
     depth = 1 + max((child.depth for child in children.values()), default=0)
-    return Located(made({key: child.value for key, child in children.items()}), line, children, size, depth)
+    return Located(constructor({key: child.value for key, child in children.items()}), line, children, size, depth)
 
 
 def _bounded(size: int, line: int) -> int:

@@ -30,9 +30,9 @@ def folder_of(*decides: object) -> Path | None:
         if not all(map(_is_trusted, (root, *root.parents))):
             return None
         folder = root / "fxquant" / "kernels" / sha256(repr(decides).encode()).hexdigest()[:KEY_LETTERS]
-        made = [_is_made(path) for path in (folder.parents[1], folder.parent, folder)]
+        created = [_is_made(path) for path in (folder.parents[1], folder.parent, folder)]
         _mark(folder)
-        if made[-1]:
+        if created[-1]:
             _clean(folder)
     except (OSError, RuntimeError):  # RuntimeError: a user without a home
         return None
@@ -53,14 +53,14 @@ def _is_trusted(path: Path) -> bool:
 
 def _is_made(path: Path) -> bool:
     """Create the folder; whether it is new. Raises PermissionError unless only this user can write to it."""
-    made = False
+    created = False
     with suppress(FileExistsError):
         path.mkdir(0o700)
-        made = True
+        created = True
     about = path.lstat()
     if not stat.S_ISDIR(about.st_mode) or not belongs_to_user(about):
         raise PermissionError(path)
-    return made
+    return created
 
 
 def belongs_to_user(about: os.stat_result) -> bool:

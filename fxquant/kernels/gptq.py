@@ -44,7 +44,7 @@ def feedback_codes(
     lowest, highest  float32 [n, k]: range of codes of the format
     """
     order, factor = carry
-    left, steps, lowest, highest = (one.T[order].contiguous() for one in (weight, steps, lowest, highest))
+    left, steps, lowest, highest = (matrix.T[order].contiguous() for matrix in (weight, steps, lowest, highest))
     # [k, n]: the loop works on single columns of the weight, which are contiguous this way
     divisors, codes = torch.where(steps > 0, steps, 1.0), torch.empty_like(left)
     for start in range(0, len(order), BLOCK):
@@ -56,6 +56,6 @@ def feedback_codes(
             errors[j - start] = (left[j] - codes[j] * steps[j]) / factor[j, j]
             left[j:end] -= factor[j, j:end, None] * errors[j - start]
         left[end:] -= factor[start:end, end:].T @ errors
-    made = torch.empty_like(codes)
-    made[order] = codes
-    return made.T.to(torch.int8).contiguous()
+    ordered = torch.empty_like(codes)
+    ordered[order] = codes
+    return ordered.T.to(torch.int8).contiguous()

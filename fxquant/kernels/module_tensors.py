@@ -167,7 +167,7 @@ def fitted(recipe: Recipe, weight: Tensor, place: str) -> tuple[Tensor, Tensor, 
     if bad >= 0:
         fact = f"holds NaN or infinity (row {bad})."
         raise FxquantError(place, fact, "Repair the checkpoint: no scale can represent it.")
-    codes, scale, second = (torch.from_numpy(made) for made in (room.codes, room.scale, room.second))
+    codes, scale, second = (torch.from_numpy(array) for array in (room.codes, room.scale, room.second))
     return codes, scale, second
 
 
@@ -187,7 +187,7 @@ def rounded_weight(recipe: Recipe, weight: Tensor) -> Tensor:
     if room.make(recipe, rows_of(weight)) >= 0:
         finite = torch.isfinite(weight).all(1, keepdim=True)
         return torch.where(finite, rounded_weight(recipe, torch.where(finite, weight, 0)), torch.nan)
-    q, scale, second = (torch.from_numpy(made) for made in (room.codes, room.scale, room.second))
+    q, scale, second = (torch.from_numpy(array) for array in (room.codes, room.scale, room.second))
     codes = q * second.repeat_interleave(recipe.group_size, 1) if second.shape[1] else q
     return codes * scale.unsqueeze(1)
 

@@ -59,8 +59,8 @@ bits_of: Any = intrinsic(_bits_of)
 @kernel
 def to_bfloat16(magnitude: np.uint32) -> np.uint32:
     """Bits without sign → bits of the nearest bfloat16, ties to even; NaN becomes infinity."""
-    kept = magnitude >> np.uint32(16) & np.uint32(1)  # added to 0x7fff it makes ties round to even
-    rounded = np.uint32(magnitude + np.uint32(0x7FFF) + kept) & np.uint32(0xFFFF0000)
+    last_bit = magnitude >> np.uint32(16) & np.uint32(1)  # added to 0x7fff it makes ties round to even
+    rounded = np.uint32(magnitude + np.uint32(0x7FFF) + last_bit) & np.uint32(0xFFFF0000)
     return np.uint32(min(rounded, INFINITY))
 
 
@@ -70,8 +70,8 @@ def to_float16(magnitude: np.uint32) -> np.uint32:
 
     Below 2**-14 float16 has a step of 2**-24, which is float32's step between 0.5 and 1: adding 0.5 rounds to it.
     """
-    kept = magnitude >> np.uint32(13) & np.uint32(1)
-    normal = np.uint32(magnitude + np.uint32(0xFFF) + kept) & np.uint32(0xFFFFE000)
+    last_bit = magnitude >> np.uint32(13) & np.uint32(1)
+    normal = np.uint32(magnitude + np.uint32(0xFFF) + last_bit) & np.uint32(0xFFFFE000)
     normal = normal if normal < FLOAT16_OVERFLOW else INFINITY
     half = np.float32(0.5)
     subnormal = bits_of(float_of(magnitude) + half - half)

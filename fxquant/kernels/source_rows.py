@@ -51,7 +51,9 @@ class SourceRows:
         if (self.dtype is torch.float8_e4m3fn) is (self.scale_inv is None):
             raise ValueError(f"{self.dtype} rows {'without' if self.scale_inv is None else 'with'} block scales")
         scales = np.empty((0, 0), np.float32) if self.scale_inv is None else self.scale_inv
-        smooth, divided = (np.empty(0, np.float32) if one is None else one for one in (self.smooth, self.divided))
+        smooth, divided = (
+            np.empty(0, np.float32) if vector is None else vector for vector in (self.smooth, self.divided)
+        )
         edges = (self.start + self.rows, self.in_features)
         blocks = tuple(-(-edge // size) for edge, size in zip(edges, self.block, strict=True))
         if self.scale_inv is not None and (scales.shape[0] < blocks[0] or scales.shape[1:] != blocks[1:]):

@@ -149,13 +149,13 @@ class Converter:
             yield from self._kept(unit)
             return
         before, recipe = self._old[unit.recipe.module], unit.recipe
-        made = set()
+        suffixes = set()
         if recipe.int4 and before.weight_format.packed is not recipe.weight_format.packed:
             for suffix, tensor in self._repacked(unit.name, before, recipe):
-                made.add(suffix)
+                suffixes.add(suffix)
                 yield suffix, tensor_bytes(tensor)
         for suffix, spec in tensor_specs(recipe).items():
-            if suffix not in made:
+            if suffix not in suffixes:
                 stored = self._checkpoint.tensors[unit.tensor_name(suffix)]
                 for block in self._blocks(unit.name, suffix, BLOCK_BYTES):
                     yield suffix, tensor_bytes(block.view(stored.dtype).to(spec.dtype))
@@ -178,8 +178,8 @@ class Converter:
             codes = expand_int4(stored, None) if before.weight_format.packed else stored
             rows = slice(first, first + len(codes))
             second = scales["weight_scale_second"][rows] if recipe.group_size else None
-            made = int4_tensors(recipe, codes, scales["weight_scale"][rows], second)
-            yield from ((suffix, made[suffix]) for suffix in ("weight", "scale_bias") if suffix in made)
+            tensors = int4_tensors(recipe, codes, scales["weight_scale"][rows], second)
+            yield from ((suffix, tensors[suffix]) for suffix in ("weight", "scale_bias") if suffix in tensors)
             first = rows.stop
 
     def _read(self, module: str, suffix: str) -> Tensor:

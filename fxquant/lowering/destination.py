@@ -59,20 +59,26 @@ class Destination:
     def refuse_inputs(self, inputs: Sequence[Input]) -> None:
         """Raise FxquantError where replacing `out`, or clearing a work folder, would delete an input, and where these
         would come to lie in a folder that is read."""
-        for one in inputs:
-            if one.label.startswith("--") and not os.path.lexists(one.path):
-                raise FxquantError(one.path, f"no such file or folder, and {one.label} names it.", "Correct the path.")
-            real = Path(os.path.realpath(one.path))
+        for input_ in inputs:
+            if input_.label.startswith("--") and not os.path.lexists(input_.path):
+                raise FxquantError(
+                    input_.path, f"no such file or folder, and {input_.label} names it.", "Correct the path."
+                )
+            real = Path(os.path.realpath(input_.path))
             for folder in (self.out, *(work.path for work in self.work_folders)):
                 goal = Path(os.path.realpath(folder))
                 if real == goal:
-                    if one.replaced and folder == self.out:
+                    if input_.replaced and folder == self.out:
                         continue
-                    raise FxquantError(folder, f"is {one.label} itself.", OTHER)
+                    raise FxquantError(folder, f"is {input_.label} itself.", OTHER)
                 if goal in real.parents:
-                    raise FxquantError(folder, f"contains {one.label} ({one.path}).", f"Move that, or {_lower(OTHER)}")
+                    raise FxquantError(
+                        folder, f"contains {input_.label} ({input_.path}).", f"Move that, or {_lower(OTHER)}"
+                    )
                 if real in goal.parents and real.is_dir():
-                    raise FxquantError(folder, f"lies in {one.label} ({one.path}).", "Choose an -o outside of it.")
+                    raise FxquantError(
+                        folder, f"lies in {input_.label} ({input_.path}).", "Choose an -o outside of it."
+                    )
 
     @contextmanager
     def telling(self) -> Iterator[None]:

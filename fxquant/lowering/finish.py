@@ -135,9 +135,9 @@ def sentence(places: Places) -> str:
         case State.ASIDE:
             return f"Nothing has the name {out} yet; the earlier output is {places.replaced}. The same command ends it."
         case State.UNFINISHED:
-            kept = f"What is finished is kept in {partial}: the same command goes on with it."
+            unfinished = f"What is finished is kept in {partial}: the same command goes on with it."
         case State.NONE:
             calibrating = WorkFolder(out, Kind.CALIBRATING).path
-            kept = f"What is finished is kept in {calibrating}: the same command goes on with it."
-            kept = kept if calibrating.is_dir() else "The same command begins anew."
-    return (f"{out} is as it was. " if filled(out) else f"Nothing was left at {out}. ") + kept
+            unfinished = f"What is finished is kept in {calibrating}: the same command goes on with it."
+            unfinished = unfinished if calibrating.is_dir() else "The same command begins anew."
+    return (f"{out} is as it was. " if filled(out) else f"Nothing was left at {out}. ") + unfinished

@@ -194,8 +194,8 @@ def _journal(contents: Contents, plan: WeightPlan, space: Workspace, print_: Fin
 
 def _clear_documents(plan: WeightPlan, folder: Path) -> None:
     """They are written anew: the earlier run may have been asked for others."""
-    kept = {file.name for file in plan.files} | {CALIBRATION}
-    for name in set(file_sizes(folder)) - kept:
+    weight_files = {file.name for file in plan.files} | {CALIBRATION}
+    for name in set(file_sizes(folder)) - weight_files:
         (folder / name).unlink()
 
 
@@ -264,7 +264,10 @@ def _write_manifest(contents: Contents, plan: WeightPlan, journal: Journal, spac
         save_stamps(contents.stamps, folder)
     sizes, weights = file_sizes(folder), {file.name: hash_bytes(file.header) for file in plan.files}
     done = sorted(journal.done.values(), key=lambda filled: filled.name)
-    units = {one.name: UnitRecord(key=plan.keys[one.name], digests=dict(sorted(one.digests.items()))) for one in done}
+    units = {
+        filled.name: UnitRecord(key=plan.keys[filled.name], digests=dict(sorted(filled.digests.items())))
+        for filled in done
+    }
     manifest = Manifest(
         fxquant=__version__,
         kernels=KERNEL_VERSION,

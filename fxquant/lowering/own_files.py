@@ -33,7 +33,7 @@ class Survey:
 def survey(folder: Path) -> Survey:
     """Raises FxquantError where the manifest can't be read or lists a path that is not one within the folder."""
     names = own_names(read_manifest(folder), folder)
-    kept = {parent.as_posix() for name in names for parent in PurePosixPath(name).parents} - {"."}
+    parents = {parent.as_posix() for name in names for parent in PurePosixPath(name).parents} - {"."}
     stems = {PurePosixPath(name).stem for name in names if name.endswith(".py") and "/" not in name}
     own, folders, others = [], [], set()
     with stopping(folder, "cannot be listed"):
@@ -42,7 +42,7 @@ def survey(folder: Path) -> Survey:
             if any(parent.as_posix() in others for parent in PurePosixPath(name).parents):
                 continue
             regular = path.is_file() and not path.is_symlink()
-            if is_folder(path) and (name in kept or (name == CACHE and stems)):
+            if is_folder(path) and (name in parents or (name == CACHE and stems)):
                 folders.append(name)
             elif regular and (name in names or _compiled(name, stems)):
                 own.append(name)
@@ -84,10 +84,10 @@ def remove_output(folder: Path) -> None:
     with stopping(folder, "cannot be removed"):
         if any(folder.iterdir()):
             refuse_others(folder)
-            found = survey(folder)
-            for name in sorted(found.own, key=lambda name: (name == MANIFEST, name)):
+            surveyed = survey(folder)
+            for name in sorted(surveyed.own, key=lambda name: (name == MANIFEST, name)):
                 if name == MANIFEST:
-                    _remove_folders(folder, found.folders)
+                    _remove_folders(folder, surveyed.folders)
                 (folder / name).unlink()
         folder.rmdir()
 

@@ -48,16 +48,16 @@ def known_folders(destination: Destination) -> list[Path]:
 def made_of(folder: Path, stamps: Stamps) -> bool:
     """Whether an output, or the files of unfinished work, was made from checkpoint files in just these states, and has
     its calibration as it was written."""
-    wanted = {file.name: [stamp.header, stamp.size, stamp.mtime_ns] for file, stamp in stamps.items()}
+    expected = {file.name: [stamp.header, stamp.size, stamp.mtime_ns] for file, stamp in stamps.items()}
     journal = folder.with_name("journal.jsonl")
     try:
         if (folder / MANIFEST).is_file():
             document, written = read_json(folder / STAMPS, INDEX_BYTES), read_manifest(folder).digests.get(CALIBRATION)
-            found: Any = {name: list(stamp.values()) for name, stamp in document.items()}
+            written_stamps: Any = {name: list(stamp.values()) for name, stamp in document.items()}
         else:
             fingerprint = read_fingerprint(journal) or {}
-            found, written = fingerprint.get("sources"), fingerprint.get("calibration")
-        return found == wanted and written == file_digest(folder / CALIBRATION)
+            written_stamps, written = fingerprint.get("sources"), fingerprint.get("calibration")
+        return written_stamps == expected and written == file_digest(folder / CALIBRATION)
     except (OSError, AttributeError, FxquantError):
         return False
 
@@ -92,11 +92,11 @@ class Workspace:
 
         Raises FxquantError, with the reason, for a journal of other work.
         """
-        found = read_fingerprint(self.places.journal)
-        if found is None or self.places.state is State.NONE:
+        earlier = read_fingerprint(self.places.journal)
+        if earlier is None or self.places.state is State.NONE:
             self.clear()
             return None
-        reason = _difference(found, fingerprint)
+        reason = _difference(earlier, fingerprint)
         if reason is not None:
             raise FxquantError(self.places.work.path, f"holds unfinished {reason}.", RESTART)
         journal = go_on(self.places.journal)
@@ -134,8 +134,8 @@ class Workspace:
 
     def completed(self, fingerprint: Fingerprint, identity: str) -> bool:
         """Whether the output that has its name already is what this command would make."""
-        found = read_fingerprint(self.places.journal)
-        if found is None or _difference(found, fingerprint) is not None:
+        earlier = read_fingerprint(self.places.journal)
+        if earlier is None or _difference(earlier, fingerprint) is not None:
             return False
         journal = go_on(self.places.journal)
         journal.stream.close()
@@ -161,8 +161,8 @@ def open_workspace(destination: Destination, restart: bool) -> Iterator[Workspac
             fault = isinstance(error, FxquantError) and not isinstance(error, StoppedError)
             _leave(work, fault)
             if work.owned and work.resumable and isinstance(error, StoppedError):
-                kept = f"What is finished is kept in {partial}: the same command goes on with it."
-                raise StoppedError(error.place, error.fact, f"{error.remedy} {kept}") from None
+                resumable = f"What is finished is kept in {partial}: the same command goes on with it."
+                raise StoppedError(error.place, error.fact, f"{error.remedy} {resumable}") from None
             if error is raised:
                 raise
             raise error from None

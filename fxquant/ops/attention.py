@@ -43,11 +43,11 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> Tensor:
     """
     heads = x.unflatten(-1, (num_heads, -1))
     width = cos.shape[-1]
-    kept, turned = heads[..., :-width], heads[..., -width:]
-    first, second = turned[..., 0::2], turned[..., 1::2]
+    unrotated, features = heads[..., :-width], heads[..., -width:]
+    first, second = features[..., 0::2], features[..., 1::2]
     halves, rotated = torch.cat((first, second), -1), torch.cat((-second, first), -1)
     cos, sin = cos.to(x.dtype).unsqueeze(-2), sin.to(x.dtype).unsqueeze(-2)
-    return torch.cat((kept, halves * cos + rotated * sin), -1).flatten(-2)
+    return torch.cat((unrotated, halves * cos + rotated * sin), -1).flatten(-2)
 
 
 def _mla_attention_shape(

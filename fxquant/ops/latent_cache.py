@@ -23,8 +23,8 @@ def write_latents(cache: Tensor, latents: Tensor, slot_mapping: Tensor) -> Tenso
     """The cache with the last S positions of latents [B, T >= S, width] written to their slots."""
     written = cache.clone()
     new = latents[:, latents.shape[1] - slot_mapping.shape[1] :]
-    kept = slot_mapping >= 0
-    written.flatten(0, 1)[slot_mapping[kept].long()] = new[kept]
+    valid = slot_mapping >= 0
+    written.flatten(0, 1)[slot_mapping[valid].long()] = new[valid]
     return written
 
 

@@ -51,8 +51,8 @@ def moe_gate(
     scores = logits.sigmoid()
     groups = (scores + correction_bias.float()).unflatten(-1, (n_group, -1))
     group_scores = groups.topk(min(2, groups.shape[-1]), -1).values.sum(-1)
-    kept = torch.zeros_like(group_scores, dtype=torch.bool).scatter(-1, _best(group_scores, topk_group), True)
-    choice = groups.masked_fill(~kept.unsqueeze(-1), float("-inf")).flatten(-2)
+    in_best_groups = torch.zeros_like(group_scores, dtype=torch.bool).scatter(-1, _best(group_scores, topk_group), True)
+    choice = groups.masked_fill(~in_best_groups.unsqueeze(-1), float("-inf")).flatten(-2)
     ids = _best(choice, top_k)
     weights = scores.gather(-1, ids)
     if norm_topk_prob:

@@ -67,10 +67,10 @@ class AssignMtp(Pass):
 
     def _keep(self, mtp: MtpLayers, path: str) -> None:
         """Every tensor of the layer that no recipe consumes and no config.json gives."""
-        made = {name for recipe in mtp.recipes.values() for name in recipe.source_names}
-        made.add(frequency_name_of_layer(path))
+        quantized = {name for recipe in mtp.recipes.values() for name in recipe.source_names}
+        quantized.add(frequency_name_of_layer(path))
         names = sorted(name for name in self.checkpoint.tensors if name.startswith(f"{path}."))
-        mtp.kept |= {name: module_and_role(name)[0] for name in names if name not in made}
+        mtp.kept |= {name: module_and_role(name)[0] for name in names if name not in quantized}
         biases = (name for name in mtp_gate_biases(self.config, path) if name in mtp.kept)
         mtp.gate_biases = (*mtp.gate_biases, *biases)
 

@@ -68,16 +68,16 @@ class RewritePass(Pass):
 def run_passes(program: Program, passes: Sequence[Pass]) -> list[PassResult]:
     """Apply `passes` in order. Raises InternalError, with the pass, for a program that does not hold together."""
     check, results = ProgramCheck(), []
-    for one in passes:
-        results.append(one.apply(program))
-        check(program, one.name)
+    for program_pass in passes:
+        results.append(program_pass.apply(program))
+        check(program, program_pass.name)
     return results
 
 
 def findings(results: Sequence[PassResult]) -> list[str]:
     """What nobody has shown to work or to fail on the target, each with its source, once."""
-    found = (item for one in results for item in one.findings.items())
-    return list(dict.fromkeys(f"{fact} ({source})" for fact, source in found))
+    items = (item for result in results for item in result.findings.items())
+    return list(dict.fromkeys(f"{fact} ({source})" for fact, source in items))
 
 
 def _has_effect(node: fx.Node) -> bool:

@@ -78,13 +78,13 @@ class Calibrate(Pass):
         """The calibration handed in, if it is of this graph, of such weights, and has every module."""
         assert self.given is not None
         graph, weights = structural_hash(program), self._weights(program)
-        kept, _ = observer_of(self.policy)
+        statistic, _ = observer_of(self.policy)
         seen, missing = self.given.seen, sorted(set(inputs) - set(self.given.ranges))
         facts = {
             f"graph {seen.graph[:12]}, the model's is {graph[:12]}": seen.graph == graph,
             f"{seen.weights} weights, policy {self.policy.name} wants {weights}": seen.weights == weights,
             f"smoothed otherwise than policy {self.policy.name} says": seen.smooth == pairs_hash(program),
-            f"{seen.kept} of each input, policy {self.policy.name} wants {kept}": seen.kept == kept,
+            f"{seen.kept} of each input, policy {self.policy.name} wants {statistic}": seen.kept == statistic,
             f"no range of {missing[0] if missing else ''}": not missing,
         }
         facts["no codes of GPTQ"] = not any(solved_modules(program))
@@ -99,8 +99,10 @@ class Calibrate(Pass):
             what = "smoothing needs" if program.pairs else "static schemes need" if inputs else "GPTQ needs"
             raise FxquantError(f"policy {self.policy.name}", f"{what} calibration text, none given.", WAY_OUT)
         batches = batched(documents, self.batch_size, self.pad)
-        kept, observer = observer_of(self.policy)
-        seen = Seen(structural_hash(program), self._weights(program), text_hash(batches), pairs_hash(program), kept)
+        statistic, observer = observer_of(self.policy)
+        seen = Seen(
+            structural_hash(program), self._weights(program), text_hash(batches), pairs_hash(program), statistic
+        )
         for known in self.earlier if not any(solved_modules(program)) else ():
             if known.seen == seen and set(inputs) <= set(known.ranges):
                 return known

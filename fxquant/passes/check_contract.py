@@ -55,12 +55,12 @@ def linears(program: Program) -> list[Linear]:
     for site in linear_sites(program):
         if site.module not in recipes:
             recipes[site.module] = _float(program, site)
-    found = []
+    described = []
     for recipe in recipes.values():
         weight = program.parameters.get(recipe.weight_target)
         kind = Kind.OTHER if weight is None else weight.kind
-        found.append(Linear(recipe, kind, heads if kind is Kind.ATTENTION else 0))
-    return found + [Linear(recipe, Kind.MTP) for recipe in program.mtp.recipes.values()]
+        described.append(Linear(recipe, kind, heads if kind is Kind.ATTENTION else 0))
+    return described + [Linear(recipe, Kind.MTP) for recipe in program.mtp.recipes.values()]
 
 
 def _float(program: Program, site: LinearSite) -> Recipe:

@@ -15,12 +15,12 @@ class CheckCoverage(Pass):
     name = "check-coverage"
 
     def apply(self, program: Program) -> PassResult:
-        made = {target for recipe in program.recipes.values() for target in made_parameters(recipe)}
+        quantized = {target for recipe in program.recipes.values() for target in made_parameters(recipe)}
         for module, recipe in program.recipes.items():
             if recipe.weight_target not in program.parameters:
                 raise InternalError(module, "has a recipe but no node reads its integers.")
         for target, parameter in program.parameters.items():
-            if target not in made and parameter.module not in program.rules:
+            if target not in quantized and parameter.module not in program.rules:
                 raise FxquantError(target, "is neither rewritten nor kept by a rule.", "Add a rule to the policy.")
         for node in program.graph.graph.nodes:
             self._check(node, program)

@@ -69,7 +69,7 @@ def _turn(program: Program, turns: dict[str, Turn], weight: fx.Node, turn: Turn)
     """Beside what is there: o_proj is turned over its columns for the heads, and over its rows for the stream."""
     for name in program.parameters[str(weight.target)].names:
         before = turns.setdefault(name, turn)
-        columns, rows = sorted((before, turn), key=lambda one: one.heads)
+        columns, rows = sorted((before, turn), key=lambda part: part.heads)
         if before is not turn and (columns.heads or rows.columns):
             raise NotTurnedError(f"{name} would be turned twice")
         turns[name] = replace(rows, columns=columns.columns, norm=columns.norm)
@@ -77,14 +77,14 @@ def _turn(program: Program, turns: dict[str, Turn], weight: fx.Node, turn: Turn)
 
 def _heads(program: Program, uses: Counter[str]) -> Iterator[tuple[fx.Node, Turn]]:
     for attention in program.nodes(ops.mla_attention):
-        made, heads = operand_node(attention, "kv"), operand(attention, "num_heads")
-        reason = not_scalable(attention, made, uses)
+        maker, heads = operand_node(attention, "kv"), operand(attention, "num_heads")
+        reason = not_scalable(attention, maker, uses)
         if reason is not None:
             raise NotTurnedError(f"the values of heads, {attention.name}: {reason}")
         readers = [operand_node(user, name) for user in attention.users for name in READS[user.target]]
         values = _shape(program, readers[0])[1] // heads
         base_order(values)
-        yield operand_node(made, "weight"), Turn(heads=heads, values=values)
+        yield operand_node(maker, "weight"), Turn(heads=heads, values=values)
         yield from ((reader, Turn(columns=heads)) for reader in readers)
 
 
@@ -116,12 +116,12 @@ def _stream(program: Program) -> list[fx.Node]:
     if not stream:
         raise NotTurnedError("no embedding begins the residual stream")
     for node in stream:  # it grows meanwhile
-        found = [user for user in node.users if user.target == ADD]
+        additions = [user for user in node.users if user.target == ADD]
         if node.target not in WRITES:
-            found += _summands(node)
+            additions += _summands(node)
         elif not is_parameter(operand(node, WRITES[node.target])):
             raise NotTurnedError(f"{node.name} adds to the residual stream, and its weight is computed")
-        stream += (one for one in dict.fromkeys(found) if one not in stream)
+        stream += (addition for addition in dict.fromkeys(additions) if addition not in stream)
         for user in node.users:
             if user.target not in (ADD, ops.rms_norm):
                 raise NotTurnedError(f"{user.name} reads the residual stream, and is no norm")
@@ -131,7 +131,11 @@ def _stream(program: Program) -> list[fx.Node]:
 def _summands(node: fx.Node) -> list[fx.Node]:
     given = arguments(node)
     plain = given.pop("alpha") == 1
-    known = [one for one in given.values() if isinstance(one, fx.Node) and (one.target == ADD or one.target in WRITES)]
+    known = [
+        value
+        for value in given.values()
+        if isinstance(value, fx.Node) and (value.target == ADD or value.target in WRITES)
+    ]
     if not plain or len(known) != len(given):
         raise NotTurnedError(f"{node.name} is no sum of what linears and experts make")
     return known

@@ -39,27 +39,27 @@ class PairSmoothing(Pass):
     name = "pair-smoothing"
 
     def apply(self, program: Program) -> PassResult:
-        kept: dict[str, str] = {}
+        skipped: dict[str, str] = {}
         weights = weight_uses(program)
         for node in list(program.graph.graph.nodes):
             if node.target in (ops.rms_norm, ops.mla_attention):
                 reason = self._pair(program, node, weights)
-                kept |= {node.name: reason} if reason else {}
+                skipped |= {node.name: reason} if reason else {}
         if self.policy.norm_bias == "every":
             for node in program.nodes(ops.rms_norm):
                 _give_norm_bias(program, node)
         self.policy.check_smooth_rules(self.used, self.values, lambda: decided_modules(program))
-        return PassResult(self.name, tuple(pair.value.name for pair in program.pairs), kept)
+        return PassResult(self.name, tuple(pair.value.name for pair in program.pairs), skipped)
 
     def _pair(self, program: Program, node: fx.Node, weights: Counter[str]) -> str | None:
         kind = PairKind.NORM if node.target == ops.rms_norm else PairKind.LINEAR
-        made = node if kind is PairKind.NORM else operand_node(node, "kv")
+        maker = node if kind is PairKind.NORM else operand_node(node, "kv")
         readers = [
             (user, str(operand_node(user, name).target)) for user in node.users for name in READS.get(user.target, ())
         ]
         modules = _modules(program, [name for _, name in readers])
         quantized = [(module, kind) for module, kind in modules if module in program.recipes]
-        reason = not_scalable(node, made, weights)
+        reason = not_scalable(node, maker, weights)
         if reason is None and not quantized:
             reason = "what reads it stays in float"
         rule = None if reason else self.policy.smooth_rule_for(kind, quantized)
@@ -70,7 +70,7 @@ class PairSmoothing(Pass):
             self.used.add(rule)
         if rule is None or rule.method is SmoothMethod.NONE:
             return "no rule smooths it" if rule is None else f"policy: {rule}"
-        pair = Pair(kind, node, str(operand_node(made, "weight").target), tuple(name for _, name in readers), rule)
+        pair = Pair(kind, node, str(operand_node(maker, "weight").target), tuple(name for _, name in readers), rule)
         if kind is PairKind.NORM and rule.method is SmoothMethod.M4:
             self._shift(program, pair, [user for user, _ in readers])
         program.pairs.append(pair)

@@ -41,7 +41,7 @@ def pipeline(
         QuantizeExperts(),
         CheckCoverage(),
     ]
-    return [one for one in passes if one is not None]
+    return [program_pass for program_pass in passes if program_pass is not None]
 
 
 def npu_fusions(float32: frozenset[fx.Node], widest_swiglu: int) -> list[Pass]:

@@ -80,5 +80,5 @@ def _arguments(surgery: Surgery, recipe: Recipe, step: Step, values: dict[str, f
 
 def _results(surgery: Surgery, step: Step, node: fx.Node, name: str) -> dict[str, fx.Node]:
     several = len(step.gives) > 1
-    nodes = surgery.outputs(node, [f"{name}_{one}" for one in step.names[1:]]) if several else [node]
+    nodes = surgery.outputs(node, [f"{name}_{part}" for part in step.names[1:]]) if several else [node]
     return dict(zip(step.gives, nodes, strict=True))

@@ -79,15 +79,15 @@ def planned(source: Source, policy: Policy, options: CompileOptions) -> PlanCont
     checkpoint = source.checkpoint.smoothed(Smoothing(tensors=program.added))
     stored, engine = stored_tensors(program, checkpoint), ENGINES[options.target]
     files = plan_files(stored, options.max_shard_size, engine)
-    found = tally(program, checkpoint, stored)
+    totals = tally(program, checkpoint, stored)
     return PlanContents(
-        rows=list(found.rows.values()),
-        work=found.work,
+        rows=list(totals.rows.values()),
+        work=totals.work,
         files={file.name: file.nbytes for file in files},
         documents=_documents(program, files, engine),
         operators=(before, _calls(program)),
         unverified=findings(results),
-        whole=2 * max((_numbers(checkpoint, one) for one, turn in program.turns.items() if turn.heads), default=0),
+        whole=2 * max((_numbers(checkpoint, name) for name, turn in program.turns.items() if turn.heads), default=0),
     )
 
 

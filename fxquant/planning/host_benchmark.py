@@ -169,10 +169,10 @@ def disk_rates(folder: Path) -> tuple[float, float]:
         return done / (time.perf_counter() - start) / 1e9, write / 1e9
 
 
-def measure(folder: Path, wanted: Callable[[], list[str]] = list) -> Iterator[Machine]:
+def measure(folder: Path, asked: Callable[[], list[str]] = list) -> Iterator[Machine]:
     """Yield what is known of this machine, and of the disk of `folder`, after each step.
 
-    `wanted`, called last: which kernels are needed; those that search for scales are measured only if they are.
+    `asked`, called last: which kernels are needed; those that search for scales are measured only if they are.
     """
     machine = Machine(cores=len(os.sched_getaffinity(0)))
     try:
@@ -188,7 +188,7 @@ def measure(folder: Path, wanted: Callable[[], list[str]] = list) -> Iterator[Ma
     for name, rate in kernel_rates(block_kernels()):
         machine = _learned(machine, name, rate, before)
         yield machine
-    names = [name for name in wanted() if name not in machine.kernels]
+    names = [name for name in asked() if name not in machine.kernels]
     searched = searched_kernels() if names else {}
     for name, rate in kernel_rates({name: searched[name] for name in names if name in searched}, SEARCHED_ROWS):
         machine = _learned(machine, name, rate, before)
@@ -249,10 +249,10 @@ class Measuring:
         `kernels`: those needed; kernels that search for scales are measured only if they are. Raises RuntimeError with
         the output of the process if it failed.
         """
-        wanted = list(kernels)
-        left = self._end + (0 if GPTQ.isdisjoint(wanted) else GPTQ_SECONDS) - time.monotonic()
+        names = list(kernels)
+        left = self._end + (0 if GPTQ.isdisjoint(names) else GPTQ_SECONDS) - time.monotonic()
         try:
-            answer, errors = self._process.communicate(json.dumps(wanted), timeout=max(left, LAST_WAIT))
+            answer, errors = self._process.communicate(json.dumps(names), timeout=max(left, LAST_WAIT))
         except subprocess.TimeoutExpired:
             self._process.kill()
             answer, errors = self._process.communicate()

@@ -68,12 +68,12 @@ def deployments(
 ) -> list[Deployment]:
     """Every combination, in the order given. `program` is a float graph, and is not changed."""
     pairs = [(policy, target) for policy in [load_policy(name) for name in policies] for target in targets]
-    found = []
+    verdicts = []
     with report("check", len(pairs), "policies on targets") as advance:
         for policy, target in pairs:
-            found += _of(program, policy, target, ranks)
+            verdicts += _of(program, policy, target, ranks)
             advance(1, at=policy.name)
-    return found
+    return verdicts
 
 
 def _of(program: Program, policy: Policy, target: Target, ranks: Sequence[int]) -> list[Deployment]:
@@ -83,8 +83,8 @@ def _of(program: Program, policy: Policy, target: Target, ranks: Sequence[int]) 
     except FxquantError as error:  # the policy does not fit the model or format, whatever the number of ranks
         words = f"{error.place}: {error.fact}"
         return [Deployment(policy.name, target, count, Verdict.REFUSED, words) for count in ranks]
-    found, contract = linears(assigned), load_contract(target)
-    return [_verdict(policy, target, count, check(contract, found, count)) for count in ranks]
+    described, contract = linears(assigned), load_contract(target)
+    return [_verdict(policy, target, count, check(contract, described, count)) for count in ranks]
 
 
 def _verdict(policy: Policy, target: Target, ranks: int, findings: list[Finding]) -> Deployment:

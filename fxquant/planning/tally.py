@@ -59,48 +59,48 @@ class Tally:
 
 def tally(program: Program, checkpoint: Checkpoint, stored: list[StoredTensor]) -> Tally:
     """Every tensor of the checkpoint in one row, and every tensor of `stored`."""
-    found = Tally()
+    totals = Tally()
     for recipe in program.recipes.values():
-        _recipe(found, program.parameters[recipe.weight_target].kind, recipe, checkpoint)
+        _recipe(totals, program.parameters[recipe.weight_target].kind, recipe, checkpoint)
     for recipe in _distinct_inputs(program):
-        found.do(GPTQ_INVERSE, inverse_work(recipe.in_features) * len(recipe.modules))
+        totals.do(GPTQ_INVERSE, inverse_work(recipe.in_features) * len(recipe.modules))
     for recipe in program.mtp.recipes.values():
-        _recipe(found, Kind.MTP, recipe, checkpoint)
+        _recipe(totals, Kind.MTP, recipe, checkpoint)
     kinds = {name: parameter.kind for name, parameter in program.kept_names().items()}
-    kept: dict[Kind, list[StoredTensor]] = {}
+    floats: dict[Kind, list[StoredTensor]] = {}
     for tensor in stored:
         if tensor.recipe is None:
-            kept.setdefault(kinds.get(tensor.name, Kind.MTP), []).append(tensor)
-    for kind, tensors in kept.items():
-        _kept(found, kind, tensors, checkpoint)
+            floats.setdefault(kinds.get(tensor.name, Kind.MTP), []).append(tensor)
+    for kind, tensors in floats.items():
+        _kept(totals, kind, tensors, checkpoint)
     left = list(_left_out(program, checkpoint))
     if left:
-        found.add(Kind.MTP, LEAVE_OUT, _modules(left), _sizes(left, checkpoint), 0)
-    return found
+        totals.add(Kind.MTP, LEAVE_OUT, _modules(left), _sizes(left, checkpoint), 0)
+    return totals
 
 
 def _distinct_inputs(program: Program) -> Iterator[Recipe]:
     """One of the recipes whose codes are found on the same input: in one block, equally wide, on one side of it."""
     asking = [recipe for recipe in program.recipes.values() if recipe.algorithm.from_inputs]
-    blocks = {(one.module.rpartition(".")[0], one.in_features, one.row_parallel): one for one in asking}
+    blocks = {(recipe.module.rpartition(".")[0], recipe.in_features, recipe.row_parallel): recipe for recipe in asking}
     yield from blocks.values()  # calibration inverts one Hessian per input, for all modules that read it
 
 
-def _recipe(found: Tally, kind: Kind, recipe: Recipe, checkpoint: Checkpoint) -> None:
+def _recipe(totals: Tally, kind: Kind, recipe: Recipe, checkpoint: Checkpoint) -> None:
     sizes, written = _sizes(recipe.source_names, checkpoint), sum(s.nbytes for s in tensor_specs(recipe).values())
-    found.add(kind, recipe.scheme.value, len(recipe.modules), sizes, written * len(recipe.modules))
+    totals.add(kind, recipe.scheme.value, len(recipe.modules), sizes, written * len(recipe.modules))
     fp8 = recipe.weight_names[0] in checkpoint.scales
     weights = recipe.out_features * recipe.in_features * len(recipe.modules)
-    found.do(kernel_name(recipe.int4, recipe.group_size, fp8, recipe.algorithm.scales), weights)
+    totals.do(kernel_name(recipe.int4, recipe.group_size, fp8, recipe.algorithm.scales), weights)
     if recipe.algorithm.from_inputs:
-        found.do(GPTQ_FEEDBACK, feedback_work(recipe.out_features, recipe.in_features) * len(recipe.modules))
+        totals.do(GPTQ_FEEDBACK, feedback_work(recipe.out_features, recipe.in_features) * len(recipe.modules))
 
 
-def _kept(found: Tally, kind: Kind, tensors: list[StoredTensor], checkpoint: Checkpoint) -> None:
+def _kept(totals: Tally, kind: Kind, tensors: list[StoredTensor], checkpoint: Checkpoint) -> None:
     names = [tensor.name for tensor in tensors]
     written = sum(tensor.spec.nbytes for tensor in tensors)
-    found.add(kind, Scheme.FLOAT.value, _modules(names), _sizes(names, checkpoint), written)
-    found.do(COPY, written)
+    totals.add(kind, Scheme.FLOAT.value, _modules(names), _sizes(names, checkpoint), written)
+    totals.do(COPY, written)
 
 
 def _left_out(program: Program, checkpoint: Checkpoint) -> Iterator[str]:

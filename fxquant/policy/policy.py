@@ -110,7 +110,7 @@ class Policy:
         used = set(used)
         idle = [rule for rule in self.rules if rule not in used]
         for rule in idle:
-            overridden = rule in self.inherited and any(rule.selects(one.path, one.kind) for one in modules)
+            overridden = rule in self.inherited and any(rule.selects(module.path, module.kind) for module in modules)
             if not rule.optional and not overridden:
                 fact, way_out = why_idle(rule, modules)
                 raise FxquantError(self.place(rule), f"rule “{rule}” {fact}", way_out)

@@ -183,13 +183,13 @@ def _parsed(text: str, place: str, path: Path | None) -> PolicyDocument:
         return PolicyDocument(place, path, PolicyFile.model_validate(value), root)
     except ValidationError as error:
         faults = wrong_values(error, PolicyFile, value, quoted=False)
-        raise _refused(sorted(faults, key=lambda one: root.line_of(one.location)), root, place) from None
+        raise _refused(sorted(faults, key=lambda fault: root.line_of(fault.location)), root, place) from None
 
 
 def _refused(faults: list[WrongValue], root: Located, place: str) -> FxquantError:
     """An error at the line of the first fault; some of the others follow with their lines."""
     first, *others = faults
-    more = [f"Line {root.line_of(one.location)}: {one.fact}.{_hint(one)}" for one in others[: SHOWN_FAULTS - 1]]
+    more = [f"Line {root.line_of(fault.location)}: {fault.fact}.{_hint(fault)}" for fault in others[: SHOWN_FAULTS - 1]]
     if len(others) >= SHOWN_FAULTS:
         more.append(f"And {len(others) - SHOWN_FAULTS + 1} more.")
     fact = " ".join([f"{first.fact}.{_hint(first)}", *more])

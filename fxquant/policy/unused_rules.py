@@ -51,7 +51,7 @@ def why_idle(rule: Rule, modules: Sequence[Decided]) -> tuple[str, str]:
 
 def why_no_path(pattern: str, modules: Sequence[Decided]) -> tuple[str, str]:
     """The reason why a path matches none of `modules`, and the remedy."""
-    experts = next((one for one in modules if _names_one_of(one.members, pattern)), None)
+    experts = next((module for module in modules if _names_one_of(module.members, pattern)), None)
     if experts is not None:
         fact = "names single experts; the experts of a layer are one module and share one rule."
         return fact, f"Write path: {experts.path}, or {_parent(experts.path)}.* for all projections."
@@ -78,11 +78,11 @@ def _far(pattern: str, paths: list[str]) -> tuple[str, str]:
     near = list(dict.fromkeys(_near(pattern, paths)))[:SHOWN]
     if near:
         return "matches no path of the model.", f"Similar: {', '.join(near)}. {OPTIONAL}"
-    found, follows = _beginning(pattern, paths)
-    if not found:
+    matched, follows = _beginning(pattern, paths)
+    if not matched:
         tops = _listed(sorted({path.split(".")[0] for path in paths}))
         return "matches no path of the model.", f"Paths begin with {tops}; fxquant show prints them. {OPTIONAL}"
-    return f"matches no path of the model: {found} is followed by {_listed(follows)}.", OPTIONAL
+    return f"matches no path of the model: {matched} is followed by {_listed(follows)}.", OPTIONAL
 
 
 def _near(pattern: str, paths: list[str]) -> Iterator[str]:

@@ -36,19 +36,21 @@ def why_idle_smoothing(rule: SmoothRule, values: Sequence[SeenValue], modules: S
         fact = f"matches no pair: path and kind exclude each other, as {some(at_path)} has kind {kinds}."
         return fact, OPTIONAL
     any_pair = _of_any_pair(rule)
-    readers = [one for one in values if any_pair.selects(one.made_by, list(one.readers))]
+    readers = [value for value in values if any_pair.selects(value.made_by, list(value.readers))]
     if not readers:
         fact = f"matches no pair: {some(selected)} reads no output of a norm or an attention."
         return fact, f"Smoothing rules select the modules that read a value. {OPTIONAL}"
-    of_kind = [one for one in readers if rule.pair is None or one.made_by is rule.pair]
+    of_kind = [value for value in readers if rule.pair is None or value.made_by is rule.pair]
     if not of_kind:
         fact = f"matches no pair: {readers[0].readers[0][0]} reads from a {readers[0].made_by}, not from a {rule.pair}."
         return fact, f"Use pair: {readers[0].made_by}, or omit it."
-    taken = [one.outcome for one in of_kind if isinstance(one.outcome, SmoothRule)]
-    if taken and any(rule.selects(one.made_by, list(one.quantized)) for one in of_kind):
+    taken = [value.outcome for value in of_kind if isinstance(value.outcome, SmoothRule)]
+    if taken and any(rule.selects(value.made_by, list(value.quantized)) for value in of_kind):
         fact = f"matches only pairs that earlier rules match first: {quoted(dict.fromkeys(taken))}."
         return fact, "Move it before them, delete it, or mark it optional: true."
-    reason = next((one.outcome for one in of_kind if isinstance(one.outcome, str)), "the selected ones stay in float")
+    reason = next(
+        (value.outcome for value in of_kind if isinstance(value.outcome, str)), "the selected ones stay in float"
+    )
     name = next(path for path, kind in of_kind[0].readers if any_pair.selects(of_kind[0].made_by, [(path, kind)]))
     return f"matches no pair: for the input of {name}, {reason}.", OPTIONAL
 

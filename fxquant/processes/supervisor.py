@@ -78,10 +78,10 @@ def _descendants() -> set[int]:
         with suppress(OSError, ValueError):
             fields = (folder / "stat").read_bytes().rpartition(b")")[2].split()  # a name may hold spaces and )
             parents[int(folder.name)] = int(fields[1])
-    found = {os.getpid()}
-    while more := {pid for pid, parent in parents.items() if parent in found} - found:
-        found |= more
-    return found - {os.getpid()}
+    processes = {os.getpid()}
+    while more := {pid for pid, parent in parents.items() if parent in processes} - processes:
+        processes |= more
+    return processes - {os.getpid()}
 
 
 def _end_as(status: int | None) -> None:

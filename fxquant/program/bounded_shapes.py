@@ -43,10 +43,10 @@ class _Counting(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         _check_pieces(func, args, kwargs or {})  # a tensor in the place of sizes is taken apart on the way to a call
-        given = {storage(one) for one in _tensors((args, kwargs))}
+        given = {storage(tensor) for tensor in _tensors((args, kwargs))}
         result = func(*args, **(kwargs or {}))
-        made = {storage(one): one for one in _tensors(result)}
-        self.taken += sum(one.untyped_storage().nbytes() for key, one in made.items() if key not in given)
+        results = {storage(tensor): tensor for tensor in _tensors(result)}
+        self.taken += sum(tensor.untyped_storage().nbytes() for key, tensor in results.items() if key not in given)
         if self.taken > self.limit:
             raise ValueError(f"takes {self.taken:,} bytes, at most {self.limit:,}")
         return result
@@ -73,11 +73,11 @@ def most_alive(graph: fx.Graph, values: Mapping[fx.Node, Any]) -> int:
 
 def _is_view(node: fx.Node) -> bool:
     schema = getattr(node.target, "_schema", None)
-    return schema is None or any(one.alias_info is not None for one in schema.returns)
+    return schema is None or any(result.alias_info is not None for result in schema.returns)
 
 
 def _bytes(value: Any) -> int:
-    return sum(one.untyped_storage().nbytes() for one in _tensors(value))
+    return sum(tensor.untyped_storage().nbytes() for tensor in _tensors(value))
 
 
 def storage(tensor: Tensor) -> int:
@@ -90,7 +90,7 @@ def _tensors(value: Any) -> list[Tensor]:
         return [value]
     if isinstance(value, dict):
         value = list(value.values())
-    return [one for item in value for one in _tensors(item)] if isinstance(value, list | tuple) else []
+    return [tensor for item in value for tensor in _tensors(item)] if isinstance(value, list | tuple) else []
 
 
 def _check_pieces(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

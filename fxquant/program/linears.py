@@ -80,15 +80,15 @@ def reads(user: fx.Node, value: fx.Node) -> bool:
     return bool(names) and operand(user, "x") is value and all(is_parameter(operand(user, name)) for name in names)
 
 
-def not_scalable(node: fx.Node, made: fx.Node, weights: Counter[str]) -> str | None:
-    """Why the value of `node`, whose scale the weight of `made` sets, cannot be scaled; None if it can."""
+def not_scalable(node: fx.Node, maker: fx.Node, weights: Counter[str]) -> str | None:
+    """Why the value of `node`, whose scale the weight of `maker` sets, cannot be scaled; None if it can."""
     if not node.users or not all(reads(user, node) for user in node.users):
         return "not only linears read it"
-    if made is not node and (made.target != ops.linear or set(made.users) != {node}):
+    if maker is not node and (maker.target != ops.linear or set(maker.users) != {node}):
         return "its values are not those of one linear"
-    if not is_parameter(operand(made, "weight")):
+    if not is_parameter(operand(maker, "weight")):
         return "the weight before it is computed"
-    shared = [str(operand_node(made, "weight").target)]
+    shared = [str(operand_node(maker, "weight").target)]
     for user in node.users:
         shared += [str(operand_node(user, name).target) for name in READS[user.target]]
     return None if all(weights[name] == 1 for name in shared) else "a weight beside it is used elsewhere too"
@@ -102,11 +102,15 @@ def weight_uses(program: Program) -> Counter[str]:
 def decided_modules(program: Program) -> list[Decided]:
     """Every module that a rule decided, in graph order: an entry a parameter, then the prediction layers."""
     linears = {module for site in linear_sites(program) for module in (site.module, _bias_module(program, site))}
-    found = []
-    for one in program.parameters.values():
-        members = one.names if one.stacked else ()
-        found.append(Decided(one.module, one.kind, one.module in linears, program.rules[one.module], members))
-    return found + [Decided(path, Kind.MTP, True, program.rules[path]) for path in program.mtp.layers]
+    modules = []
+    for parameter in program.parameters.values():
+        members = parameter.names if parameter.stacked else ()
+        modules.append(
+            Decided(
+                parameter.module, parameter.kind, parameter.module in linears, program.rules[parameter.module], members
+            )
+        )
+    return modules + [Decided(path, Kind.MTP, True, program.rules[path]) for path in program.mtp.layers]
 
 
 def _bias_module(program: Program, site: LinearSite) -> str:

@@ -52,7 +52,7 @@ def call_python(name: str, function: Callable[..., Any], args: tuple[Any, ...], 
         if not isinstance(items, list | tuple) or type(index) is not int:
             raise ValueError(f"{name} takes the results of a call, and a number")
         return items[index]
-    if not all(type(one) in (int, float) for one in args):
+    if not all(type(arg) in (int, float) for arg in args):
         raise ValueError(f"{name} takes sizes")
     value = function(*args)
     if not abs(value) < SIZE:

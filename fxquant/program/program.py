@@ -113,8 +113,8 @@ class Program:
 
     def kept_names(self) -> dict[str, Parameter]:
         """Checkpoint tensor → parameter, for all parameters that no recipe makes."""
-        made = {name for recipe in self.recipes.values() for name in made_parameters(recipe)}
-        return {name: p for target, p in self.parameters.items() if target not in made for name in p.names}
+        quantized = {name for recipe in self.recipes.values() for name in made_parameters(recipe)}
+        return {name: p for target, p in self.parameters.items() if target not in quantized for name in p.names}
 
     def add_parameter(self, target: str, tensor: torch.Tensor, parameter: Parameter) -> None:
         """Register `tensor` (meta) under the dotted `target`."""

@@ -34,7 +34,7 @@ class ProgramCheck:
         makers = {target: recipe.module for recipe in program.recipes.values() for target in made_parameters(recipe)}
         seen: dict[fx.Node, tuple[Any, ...]] = {}
         for node in program.graph.graph.nodes:
-            read = tuple(one.meta.get("val") for one in node.all_input_nodes)
+            read = tuple(operand.meta.get("val") for operand in node.all_input_nodes)
             seen[node] = (node.target, node.args, node.kwargs, node.meta.get("val"), read)
             if node.op == "get_attr" or not _same(self._seen.get(node), seen[node]):
                 reason = self._value(node, program)
@@ -57,7 +57,7 @@ class ProgramCheck:
             return None
         if "val" not in node.meta:
             return "has no checked shape"
-        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda one: one.meta.get("val"))
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda operand: operand.meta.get("val"))
         try:
             given = self._rules.call(node.target, tuple(args), kwargs)
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
@@ -69,21 +69,21 @@ def _same(old: tuple[Any, ...] | None, new: tuple[Any, ...]) -> bool:
     """Equal arguments, and the same value objects: tensors are not compared."""
     if old is None or old[:3] != new[:3] or old[3] is not new[3] or len(old[4]) != len(new[4]):
         return False
-    return all(one is other for one, other in zip(old[4], new[4], strict=True))
+    return all(before is after for before, after in zip(old[4], new[4], strict=True))
 
 
-def _difference(found: Any, given: Any) -> str | None:
-    """Why `found` is not of the dtype and shape of `given`."""
+def _difference(value: Any, given: Any) -> str | None:
+    """Why `value` is not of the dtype and shape of `given`."""
     if isinstance(given, list | tuple):
-        if not isinstance(found, list | tuple) or len(found) != len(given):
+        if not isinstance(value, list | tuple) or len(value) != len(given):
             return f"gives {len(given)} values"
-        return next((reason for pair in zip(found, given, strict=True) if (reason := _difference(*pair))), None)
+        return next((reason for pair in zip(value, given, strict=True) if (reason := _difference(*pair))), None)
     if not isinstance(given, Tensor):
         return None
-    if not isinstance(found, Tensor):
-        return f"its value is {found!r}, it gives {_said(given)}"
-    same = found.dtype is given.dtype and _sizes(found) == _sizes(given)
-    return None if same else f"its value is {_said(found)}, it gives {_said(given)}"
+    if not isinstance(value, Tensor):
+        return f"its value is {value!r}, it gives {_said(given)}"
+    same = value.dtype is given.dtype and _sizes(value) == _sizes(given)
+    return None if same else f"its value is {_said(value)}, it gives {_said(given)}"
 
 
 def _sizes(tensor: Tensor) -> list[Any]:
@@ -104,7 +104,12 @@ def _ownership(node: fx.Node, program: Program, makers: dict[str, str]) -> str |
         if len(own) > 1:
             return f"multiplies by tensors of {' and '.join(sorted(own))}"
         return _foreign_range(node, next(iter(own)), program, makers)
-    sums = {module for one in node.all_input_nodes if _gives(one, torch.int32) for module in _modules(one, makers)}
+    sums = {
+        module
+        for operand in node.all_input_nodes
+        if _gives(operand, torch.int32)
+        for module in _modules(operand, makers)
+    }
     return (
         f"scales sums of {', '.join(sorted(sums))} by tensors of {', '.join(sorted(own))}"
         if sums and own - sums
@@ -114,8 +119,8 @@ def _ownership(node: fx.Node, program: Program, makers: dict[str, str]) -> str |
 
 def _foreign_range(node: fx.Node, module: str, program: Program, makers: dict[str, str]) -> str | None:
     """Why the integers that `node` multiplies by the weight of `module` are not of its range."""
-    for one in node.all_input_nodes:
-        for other in _modules(one, makers) if _gives(one, torch.int8) else ():
+    for operand in node.all_input_nodes:
+        for other in _modules(operand, makers) if _gives(operand, torch.int8) else ():
             if program.recipes[other].activation != program.recipes[module].activation:
                 return f"multiplies integers of the range of {other} by the weight of {module}"
     return None
@@ -124,7 +129,7 @@ def _foreign_range(node: fx.Node, module: str, program: Program, makers: dict[st
 def _modules(node: fx.Node, makers: dict[str, str]) -> Iterator[str]:
     """Of the quantized tensors that a call reads."""
     if node.op == "call_function":
-        yield from (makers[str(one.target)] for one in node.all_input_nodes if str(one.target) in makers)
+        yield from (makers[str(operand.target)] for operand in node.all_input_nodes if str(operand.target) in makers)
 
 
 def _gives(node: fx.Node, dtype: torch.dtype) -> bool:

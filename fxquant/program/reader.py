@@ -140,22 +140,22 @@ class _Builder:
         target = OPERATORS.get(entry.target)
         if target is None:
             raise ValueError(f"operator {entry.target!r}")
-        args = tuple(decode(one, self.nodes) for one in entry.args)
+        args = tuple(decode(arg, self.nodes) for arg in entry.args)
         kwargs = decode(entry.kwargs, self.nodes, named=True) if entry.kwargs is not None else {}
         node = self._node(entry, target, args, kwargs)
         arguments = node.args, node.kwargs
-        node.meta["val"] = self.batch.named(entry.target, *fx.map_arg(arguments, lambda one: one.meta["val"]))
+        node.meta["val"] = self.batch.named(entry.target, *fx.map_arg(arguments, lambda operand: operand.meta["val"]))
         self.values[node] = self.small.named(entry.target, *fx.map_arg(arguments, self.values.__getitem__))
         return node
 
     def _output(self, entry: NodeFields) -> fx.Node:
         """Logits and, for each `past_i`, the grown latents."""
-        results = [decode(one, self.nodes) for one in entry.args]
+        results = [decode(arg, self.nodes) for arg in entry.args]
         if entry.target != "output" or entry.kwargs is not None or len(results) != 1 or type(results[0]) is not list:
             raise ValueError("its argument is a list of nodes")
-        if not all(isinstance(one, fx.Node) and isinstance(one.meta["val"], Tensor) for one in results[0]):
+        if not all(isinstance(result, fx.Node) and isinstance(result.meta["val"], Tensor) for result in results[0]):
             raise ValueError("its argument is a list of tensors")
-        logits, *grown = (tuple(one.meta["val"].shape) for one in results[0])
+        logits, *grown = (tuple(result.meta["val"].shape) for result in results[0])
         batch, sequence, total = (SYMBOLS[name] for name in ("batch", "sequence", "total"))
         if len(logits) != 3 or logits[:2] != (batch, sequence):
             raise ValueError("its first is not [batch, sequence, vocabulary]")

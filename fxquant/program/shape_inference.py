@@ -41,10 +41,10 @@ class ShapeRules:
     def _signature(self, value: Any) -> Any:
         """All that a shape rule sees of an argument."""
         if isinstance(value, Tensor):
-            found = self._seen.get(id(value))
-            if found is None:
-                found = self._seen[id(value)] = (value, _tensor_signature(value))
-            return found[1]
+            seen = self._seen.get(id(value))
+            if seen is None:
+                seen = self._seen[id(value)] = (value, _tensor_signature(value))
+            return seen[1]
         if isinstance(value, list | tuple):
             return tuple(map(self._signature, value))
         if isinstance(value, dict):

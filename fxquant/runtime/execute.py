@@ -79,12 +79,12 @@ def of_batch(values: Values, index: int) -> Callable[[fx.Node], Any]:
 
 def _needed(graph: fx.Graph, known: Mapping[fx.Node, Any]) -> list[fx.Node]:
     """Inputs, output, and the calls that the output needs beyond `known`, in graph order."""
-    wanted: set[fx.Node] = set()
+    needed: set[fx.Node] = set()
     for node in reversed(graph.nodes):
-        if node.op == "output" or (node in wanted and node not in known):
-            wanted.update(node.all_input_nodes)
-    kept = ("placeholder", "output")
-    return [node for node in graph.nodes if node.op in kept or (node in wanted and node not in known)]
+        if node.op == "output" or (node in needed and node not in known):
+            needed.update(node.all_input_nodes)
+    always = ("placeholder", "output")
+    return [node for node in graph.nodes if node.op in always or (node in needed and node not in known)]
 
 
 def last_uses(nodes: Iterable[fx.Node]) -> dict[fx.Node, list[fx.Node]]:

@@ -42,11 +42,11 @@ class Stream:
         program: Program,
         read: Read,
         batches: Sequence[Sequence[Tensor]],
-        wanted: Collection[fx.Node],
+        results: Collection[fx.Node],
         device: torch.device = CPU,
     ) -> None:
         self._program, self._read, self._count, self._device = program, read, len(batches), device
-        needed = needed_nodes(program.graph.graph, wanted)
+        needed = needed_nodes(program.graph.graph, results)
         calls = [node for node in needed if node.op == "call_function"]
         self._dead = last_uses(calls)
         self.blocks = [Block(name, tuple(nodes)) for name, nodes in groupby(calls, lambda node: node.meta["block"])]
@@ -99,20 +99,20 @@ class Stream:
         return [call(node, of_batch(self.values, i)) for i in range(self._count)]
 
 
-def needed_nodes(graph: fx.Graph, wanted: Collection[fx.Node]) -> dict[fx.Node, None]:
-    """`wanted` and all that they depend on, in graph order."""
-    found = set(wanted)
+def needed_nodes(graph: fx.Graph, results: Collection[fx.Node]) -> dict[fx.Node, None]:
+    """`results` and all that they depend on, in graph order."""
+    needed = set(results)
     for node in reversed(graph.nodes):
-        if node in found:
-            found.update(node.all_input_nodes)
-    return dict.fromkeys(node for node in graph.nodes if node in found)
+        if node in needed:
+            needed.update(node.all_input_nodes)
+    return dict.fromkeys(node for node in graph.nodes if node in needed)
 
 
 def experts_together(node: fx.Node, values: Values) -> list[Tensor]:
     """Run `fxq::moe_experts` once over the tokens of all batches, in their order; returns the value of each batch."""
     tokens = [values[operand_node(node, name)] for name in ("x", "ids", "weights")]
     stacks = [values[operand_node(node, name)][0] for name in PROJECTIONS]
-    rows = [torch.cat([value.flatten(0, -2) for value in one]) for one in tokens]
+    rows = [torch.cat([value.flatten(0, -2) for value in batches]) for batches in tokens]
     shapes = [value.shape for value in tokens[0]]
     parts = REFERENCES[ops.moe_experts](*rows, *stacks).split([shape[:-1].numel() for shape in shapes])
     return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
@@ -127,5 +127,5 @@ def settled(value: Any) -> Any:
 
 def _moved(value: Any, device: torch.device) -> Any:
     if isinstance(value, list | tuple):
-        return type(value)(_moved(one, device) for one in value)
+        return type(value)(_moved(item, device) for item in value)
     return value.to(device) if isinstance(value, Tensor) else value

@@ -106,8 +106,8 @@ def make_module(recipe: Recipe, module: str, read: Read, codes: Codes | None = N
     from fxquant.kernels.module_tensors import make_tensors
 
     weight, bias = tensor_name(module, "weight"), tensor_name(module, "bias")
-    found = codes_of(recipe, module, codes)
-    return make_tensors(recipe, weight, read(weight), read(bias) if recipe.bias else None, found)
+    solved = codes_of(recipe, module, codes)
+    return make_tensors(recipe, weight, read(weight), read(bias) if recipe.bias else None, solved)
 
 
 def codes_of(recipe: Recipe, module: str, codes: Codes | None) -> Tensor | None:

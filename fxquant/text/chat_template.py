@@ -56,8 +56,8 @@ def open_chat_template(folder: Path) -> ChatTemplate:
 
 
 def _default(template: Any, folder: Path) -> str:
-    if isinstance(template, list) and all(isinstance(one, dict) for one in template):
-        named = {one.get("name"): one.get("template") for one in template}
+    if isinstance(template, list) and all(isinstance(entry, dict) for entry in template):
+        named = {entry.get("name"): entry.get("template") for entry in template}
         names = ", ".join(sorted(str(name) for name in named))
         if "default" not in named:
             raise FxquantError(folder / CONFIG, f"has chat templates {names}, no default.", f"Put one in {TEMPLATE}.")

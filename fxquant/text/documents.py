@@ -79,11 +79,14 @@ def _of_object(place: str, value: dict[str, Any]) -> Document:
 
 
 def _are_messages(values: list) -> bool:
-    return all(isinstance(one, dict) and isinstance(one.get("role"), str) and "content" in one for one in values)
+    return all(
+        isinstance(message, dict) and isinstance(message.get("role"), str) and "content" in message
+        for message in values
+    )
 
 
 def _are_ids(values: list) -> bool:
-    return all(type(one) is int and abs(one) < 1 << 63 for one in values)
+    return all(type(token) is int and abs(token) < 1 << 63 for token in values)
 
 
 def _name(value: Any) -> str:

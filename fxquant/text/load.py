@@ -111,7 +111,7 @@ def pad_id(checkpoint: Checkpoint) -> int:
 
 def _pieces(file: Path, encoder: Encoder, seq_len: int) -> Iterator[list[int]]:
     if file.suffix in (".json", ".jsonl"):
-        documents = (encoder.encode_document(place, one, seq_len) for place, one in read_documents(file))
+        documents = (encoder.encode_document(place, document, seq_len) for place, document in read_documents(file))
         yield from filter(None, documents)
     elif file.suffix == ".txt":
         ids, length = encoder.encode_pieces(in_pieces(_read(file))), seq_len - len(encoder.bos)

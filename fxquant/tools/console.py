@@ -46,7 +46,7 @@ class Terminal(Console):
         """Wrap lines of text at `width`, or at the terminal's width."""
         width = options.pop("width", None) or self.width
         if not options.get("soft_wrap"):
-            objects = tuple(self._wrapped(one, width) if isinstance(one, str | Text) else one for one in objects)
+            objects = tuple(self._wrapped(item, width) if isinstance(item, str | Text) else item for item in objects)
         super().print(*objects, **{"overflow": "ignore", "crop": False, **options})
 
     def on_broken_pipe(self) -> None:
@@ -55,7 +55,9 @@ class Terminal(Console):
 
     def _wrapped(self, text: str | Text, width: int) -> Text:
         text = Text(self._shown(text)) if isinstance(text, str) else text
-        return Text("\n").join(line for one in text.split("\n", allow_blank=True) for line in wrapped(one, width))
+        return Text("\n").join(
+            line for paragraph in text.split("\n", allow_blank=True) for line in wrapped(paragraph, width)
+        )
 
     def _shown(self, text: str) -> str:
         return spelled(visible(text), self.encoding)
@@ -72,8 +74,8 @@ def wrapped(line: Text, width: int) -> list[Text]:
         else:
             used += cell_len(word[0])
     lines = line.divide(breaks)
-    for one in lines[:-1]:
-        one.rstrip()
+    for part in lines[:-1]:
+        part.rstrip()
     return list(lines)
 
 
@@ -87,7 +89,9 @@ console, errors = _terminal(stderr=False), _terminal(stderr=True)
 
 def print_line(*parts: str | tuple[str, str], to: Console = console) -> None:
     """Print texts, each alone or with its style, as one line, wrapped between words."""
-    to.print(Text.assemble(*(visible(one) if isinstance(one, str) else (visible(one[0]), one[1]) for one in parts)))
+    to.print(
+        Text.assemble(*(visible(part) if isinstance(part, str) else (visible(part[0]), part[1]) for part in parts))
+    )
 
 
 def print_whole(text: str, style: str = "", to: Console = console) -> None:
@@ -104,7 +108,7 @@ def print_json(document: Any) -> None:
     """Print only the document on stdout, in ASCII unless stdout's encoding is UTF."""
     text = json.dumps(document, indent=2, ensure_ascii=not console.encoding.startswith("utf"))
     # json leaves C1 controls and direction overrides as they are
-    console.file.write(UNSAFE.sub(lambda found: f"\\u{ord(found[0]):04x}", text) + "\n")
+    console.file.write(UNSAFE.sub(lambda match: f"\\u{ord(match[0]):04x}", text) + "\n")
 
 
 def show_error(error: FxquantError, to: Console = errors) -> None:

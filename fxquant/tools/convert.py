@@ -62,8 +62,8 @@ def command(
     verification = report.verification
     if as_json:
         document = {"out": str(report.out), "target": report.target.value, "policy": report.policy}
-        found = {"notes": report.notes, "verification": verification.as_json() if verification else None}
-        print_json(document | found)
+        results = {"notes": report.notes, "verification": verification.as_json() if verification else None}
+        print_json(document | results)
         return
     if quiet:
         return

@@ -39,10 +39,12 @@ def draw(result: Sensitivity, path: Path) -> None:
         for kind, colour in colours.items():
             rows = [place for place in places if modules[place].kind.value == kind]
             chosen = [modules[place] for place in rows]
-            means = [one.kl.mean for one in chosen]
+            means = [module.kl.mean for module in chosen]
             left.errorbar(means, rows, xerr=_arms(chosen), fmt="o", ms=4, lw=1, color=colour, label=kind)
-            right.plot([one.sqnr for one in chosen], rows, "o", ms=4, color=colour)
-        left.set(xscale="log", xlabel="KL per token, nats", yticks=places, yticklabels=[one.module for one in modules])
+            right.plot([module.sqnr for module in chosen], rows, "o", ms=4, color=colour)
+        left.set(
+            xscale="log", xlabel="KL per token, nats", yticks=places, yticklabels=[module.module for module in modules]
+        )
         left.invert_yaxis()
         left.legend(loc="lower right")
         right.set(xlabel="SQNR of its output, dB")
@@ -53,7 +55,7 @@ def draw(result: Sensitivity, path: Path) -> None:
 
 def _arms(modules: list[ModuleLoss]) -> list[list[float]] | None:
     """How far the intervals reach below and above the means; None for a single document."""
-    spans = [(one.kl.mean, one.kl.interval) for one in modules]
+    spans = [(module.kl.mean, module.kl.interval) for module in modules]
     known = [(mean, interval) for mean, interval in spans if interval is not None]
     if len(known) < len(spans):
         return None

@@ -80,8 +80,8 @@ def command(
             policy=policy, out=out, target=parse_target(target), checkpoint=checkpoint, trace_timeout=trace_timeout,
             max_shard_size=parse_size(max_shard_size), tp=tp, mtp=parse_mtp(mtp), mix=mix,
         )  # fmt: skip
-        found = plan(model, options, jobs, lambda machine: _assumed(machine, cores, disk), measuring)
-        print_json(found.as_json()) if as_json else print_plan(found)
+        planned = plan(model, options, jobs, lambda machine: _assumed(machine, cores, disk), measuring)
+        print_json(planned.as_json()) if as_json else print_plan(planned)
         gc.freeze()  # the process ends here: a last search for garbage would take longer than the tables
 
 

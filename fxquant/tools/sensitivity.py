@@ -51,8 +51,8 @@ def show_sensitivity(
 def modules_table(result: Sensitivity, title: str) -> NamedTable:
     """Worst first."""
     table = _table(title, ("module", "scheme"))
-    for one in result.worst_first:
-        table.add_row(one.module, one.scheme, f"{one.sqnr:.1f}", *_divergence(one.kl))
+    for module in result.worst_first:
+        table.add_row(module.module, module.scheme, f"{module.sqnr:.1f}", *_divergence(module.kl))
     return table
 
 

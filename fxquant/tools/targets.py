@@ -63,14 +63,14 @@ def command(
 
     ranks = tp or list(RANKS)
     report = reporter(as_json)
-    found = deployments(float_program(model, report), policy or shipped_policies(), targets, ranks, report)
+    verdicts = deployments(float_program(model, report), policy or shipped_policies(), targets, ranks, report)
     if as_json:
-        print_json([vars(one) for one in found])
+        print_json([vars(deployment) for deployment in verdicts])
     elif markdown:
-        print_text(markdown_table(found, ranks))
+        print_text(markdown_table(verdicts, ranks))
     else:
-        print_table(found, ranks)
-    if policy and tp and not as_json and any(one.verdict == "refused" for one in found):
+        print_table(verdicts, ranks)
+    if policy and tp and not as_json and any(deployment.verdict == "refused" for deployment in verdicts):
         raise typer.Exit(1)
 
 
@@ -82,7 +82,7 @@ def _print_contracts(targets: list["Target"], as_json: bool) -> None:
     contracts = {target: load_contract(target) for target in targets}
     serve = {target: ENGINES[target].serve(Serving("OUT")) for target in targets}
     if as_json:
-        print_json([one.model_dump(mode="json") | {"serve": serve[target]} for target, one in contracts.items()])
+        print_json([loaded.model_dump(mode="json") | {"serve": serve[target]} for target, loaded in contracts.items()])
         return
     for target, contract in contracts.items():
         headings = ("modules", "scheme", "verdict", "source")
@@ -105,28 +105,28 @@ def _print_contracts(targets: list["Target"], as_json: bool) -> None:
         console.print()
 
 
-def footnotes(found: list["Deployment"]) -> dict[str, int]:
+def footnotes(verdicts: list["Deployment"]) -> dict[str, int]:
     """Words of refused and unverified deployments → their numbers, from 1."""
-    words = dict.fromkeys(one.words for one in found if one.words)
+    words = dict.fromkeys(deployment.words for deployment in verdicts if deployment.words)
     return {text: number for number, text in enumerate(words, 1)}
 
 
-def rows(found: list["Deployment"], ranks: list[int]) -> list[tuple[str, str, list["Deployment"]]]:
+def rows(verdicts: list["Deployment"], ranks: list[int]) -> list[tuple[str, str, list["Deployment"]]]:
     """Policy, target, and one deployment per rank count."""
     step = len(ranks)
-    groups = [found[start : start + step] for start in range(0, len(found), step)]
+    groups = [verdicts[start : start + step] for start in range(0, len(verdicts), step)]
     return [(group[0].policy, group[0].target.value, group) for group in groups]
 
 
-def print_table(found: list["Deployment"], ranks: list[int], console: Console = console) -> None:
+def print_table(verdicts: list["Deployment"], ranks: list[int], console: Console = console) -> None:
     """The table and its footnotes."""
     headings = ("policy", "target", *(f"TP {count}" for count in ranks))
     table = NamedTable("policy × target × tensor-parallel ranks", headings, left=headings, names=2)
-    notes, previous = footnotes(found), ""
-    for policy, target, group in rows(found, ranks):
+    notes, previous = footnotes(verdicts), ""
+    for policy, target, group in rows(verdicts, ranks):
         if previous and policy != previous:
             table.add_section()
-        cells = [_mark(one, notes) for one in group]
+        cells = [_mark(deployment, notes) for deployment in group]
         table.add_row(policy if policy != previous else "", target, *cells)
         previous = policy
     console.print(table)
@@ -134,17 +134,20 @@ def print_table(found: list["Deployment"], ranks: list[int], console: Console = 
         print_line((f"{number} ", "dim"), text, to=console)
 
 
-def _mark(one: "Deployment", notes: dict[str, int]) -> tuple[str, str]:
-    mark, style = MARKS[one.verdict]
-    return mark + (f" {notes[one.words]}" if one.words else ""), style
+def _mark(deployment: "Deployment", notes: dict[str, int]) -> tuple[str, str]:
+    mark, style = MARKS[deployment.verdict]
+    return mark + (f" {notes[deployment.words]}" if deployment.words else ""), style
 
 
-def markdown_table(found: list["Deployment"], ranks: list[int]) -> str:
+def markdown_table(verdicts: list["Deployment"], ranks: list[int]) -> str:
     """The same table as Markdown."""
-    notes = footnotes(found)
+    notes = footnotes(verdicts)
     lines = ["| policy | target | " + " | ".join(f"TP {count}" for count in ranks) + " |"]
     lines.append("|---" * (2 + len(ranks)) + "|")
-    for policy, target, group in rows(found, ranks):
-        cells = (one.verdict.value + (f" ({notes[one.words]})" if one.words else "") for one in group)
+    for policy, target, group in rows(verdicts, ranks):
+        cells = (
+            deployment.verdict.value + (f" ({notes[deployment.words]})" if deployment.words else "")
+            for deployment in group
+        )
         lines.append(f"| {policy} | {target} | " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", *(f"{number}. {text}" for text, number in notes.items())])

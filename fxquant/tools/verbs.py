@@ -52,9 +52,9 @@ class Verbs(TyperGroup):
 def _without_flag_types(parameters: Iterable[Parameter]) -> list[Parameter]:
     """`--force`, not `--force <bool>`."""
     listed = list(parameters)
-    for one in listed:
-        if getattr(one, "is_flag", False) and getattr(one, "metavar", None) is None:
-            one.metavar = ""  # type: ignore[attr-defined]
+    for parameter in listed:
+        if getattr(parameter, "is_flag", False) and getattr(parameter, "metavar", None) is None:
+            parameter.metavar = ""  # type: ignore[attr-defined]
     return listed
 
 

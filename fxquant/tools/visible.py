@@ -13,7 +13,7 @@ SPELLED = {
 
 def visible(text: str) -> str:
     """`text` with `\\x1b` and the like in place of what a terminal would act on. Lines stay lines."""
-    return UNSAFE.sub(lambda found: escaped(found[0]), text)
+    return UNSAFE.sub(lambda match: escaped(match[0]), text)
 
 
 def one_line(text: object) -> str:
@@ -30,7 +30,9 @@ def spelled(text: str, encoding: str) -> str:
     """`text` with our own symbols in ASCII if `encoding` lacks them; other characters are left to the stream."""
     if text.isascii() or _has(text, encoding):
         return text
-    return "".join(SPELLED.get(one, one) if not _has(one, encoding) else one for one in text)
+    return "".join(
+        SPELLED.get(character, character) if not _has(character, encoding) else character for character in text
+    )
 
 
 def _has(text: str, encoding: str) -> bool:

@@ -105,11 +105,11 @@ class Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         arguments = (self._plain(args), self._plain(kwargs))
         result = func(*args, **kwargs)
-        made = list(tensors(result))
-        for index, tensor in enumerate(made):  # setdefault: an in-place call returns a tensor that is known already
+        outputs = list(tensors(result))
+        for index, tensor in enumerate(outputs):  # setdefault: an in-place call returns a tensor that is known already
             self._made.setdefault(id(tensor), Made(len(self._log.calls), index))
-        self._alive += made  # an id must not be reused for another tensor before the run ends
-        results = tuple((tuple(tensor.shape), tensor.dtype) for tensor in made)
+        self._alive += outputs  # an id must not be reused for another tensor before the run ends
+        results = tuple((tuple(tensor.shape), tensor.dtype) for tensor in outputs)
         self._log.calls.append(Call(func, self._stack[-1], arguments, results))
         return result
 

@@ -60,9 +60,12 @@ def _order_operands(graph: fx.Graph) -> None:
     position = {node: index for index, node in enumerate(graph.nodes)}
     for node in graph.nodes:
         if node.target in COMMUTATIVE and not node.kwargs and all(map(_is_tensor, node.args)):
-            made = (argument for argument in node.args if argument.op != "get_attr")
+            computed = (argument for argument in node.args if argument.op != "get_attr")
             held = (argument for argument in node.args if argument.op == "get_attr")
-            node.args = (*sorted(made, key=position.__getitem__), *sorted(held, key=lambda one: str(one.target)))
+            node.args = (
+                *sorted(computed, key=position.__getitem__),
+                *sorted(held, key=lambda parameter: str(parameter.target)),
+            )
 
 
 def order_parameters(graph: fx.Graph) -> None:

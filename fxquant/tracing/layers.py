@@ -63,14 +63,14 @@ class Plan:
 
 def plan_layers(layers: nn.ModuleList, path: str, parts: Sequence[Parts]) -> Plan:
     """Group layers that are the same in every run; raises NotRepeatedError if no two are."""
-    positions, found = [0], {}  # type: list[int], dict[Any, int]
+    positions, groups = [0], {}  # type: list[int], dict[Any, int]
     representatives = [0]
     for index in range(1, len(layers)):
         key = (tuple(run.layers[index] for run in parts), _makeup(layers[index]))
-        if key not in found:
-            found[key] = len(representatives)
+        if key not in groups:
+            groups[key] = len(representatives)
             representatives.append(index)
-        positions.append(found[key])
+        positions.append(groups[key])
     if len(representatives) == len(layers):
         raise NotRepeatedError("no two layers are the same")
     return Plan(path, tuple(representatives), tuple(positions))
@@ -84,8 +84,8 @@ def confirm(plan: Plan, full: Sequence[Parts], short: Sequence[Parts]) -> Plan:
             raise NotRepeatedError("with fewer layers the calls differ")
     places = {output: place for place, output in enumerate(short[0].outputs)}
     outputs = []
-    for layer, made in full[0].outputs:
-        place = places.get((None if layer is None else plan.positions[layer], made))
+    for layer, produced in full[0].outputs:
+        place = places.get((None if layer is None else plan.positions[layer], produced))
         if place is None:
             raise NotRepeatedError("equal layers give different outputs")
         outputs.append((layer, place))
@@ -160,16 +160,16 @@ class _View:
             raise NotRepeatedError("a constant tensor is read, or an argument is not a plain value")
         return value
 
-    def _made(self, made: Made) -> Any:
+    def _made(self, reference: Made) -> Any:
         start, stop = self._edges[self._place]
-        if start <= made.call < stop:
-            return Made(made.call - start, made.index)
-        if made.call < self._edges[0][1]:
-            return Before(made.call, made.index)
+        if start <= reference.call < stop:
+            return Made(reference.call - start, reference.index)
+        if reference.call < self._edges[0][1]:
+            return Before(reference.call, reference.index)
         start, stop = self._edges[self._place - 1]
-        if not start <= made.call < stop:
+        if not start <= reference.call < stop:
             raise NotRepeatedError("a layer reads a result of a layer before the previous one")
-        self.handed_on.add(Made(made.call - start, made.index))
+        self.handed_on.add(Made(reference.call - start, reference.index))
         return HANDED_ON
 
     def _inside(self, path: str) -> str:
@@ -186,7 +186,7 @@ def _output(reference: Any, edges: list[tuple[int, int]]) -> tuple[int | None, A
     if not isinstance(reference, Made):
         raise NotRepeatedError("an output is not the result of a call")
     place = next(place for place, (_, stop) in enumerate(edges) if reference.call < stop)
-    made = Made(reference.call - edges[place][0], reference.index)
+    inside = Made(reference.call - edges[place][0], reference.index)
     if place == 0:
-        return None, Before(made.call, made.index)
-    return (None if place == len(edges) - 1 else place - 1), made
+        return None, Before(inside.call, inside.index)
+    return (None if place == len(edges) - 1 else place - 1), inside

@@ -49,4 +49,4 @@ def _stack_path(names: tuple[str, ...]) -> str:
     first, last = names[0].split(".")[:-1], names[-1].split(".")[:-1]
     if first == last:
         return ".".join(part for part in first if not part.isdigit())
-    return ".".join(one for one, other in zip(first, last, strict=True) if one == other)
+    return ".".join(part for part, other in zip(first, last, strict=True) if part == other)

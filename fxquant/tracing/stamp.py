@@ -120,8 +120,8 @@ class _Stamp:
         assert isinstance(values, list | tuple)
         copies = [after if layer is None else self.own[layer] for layer, _ in self.plan.outputs]
         places = [place for _, place in self.plan.outputs]
-        found = [_known(nodes, values[place]) for nodes, place in zip(copies, places, strict=True)]
-        self.graph.output(type(values)(found)).meta = dict(node.meta)
+        results = [_known(nodes, values[place]) for nodes, place in zip(copies, places, strict=True)]
+        self.graph.output(type(values)(results)).meta = dict(node.meta)
 
     def _copy(self, node: fx.Node, known: Mapping[fx.Node, fx.Node]) -> fx.Node:
         return self.graph.node_copy(node, lambda argument: _known(known, argument))
@@ -141,12 +141,12 @@ def _known(known: Mapping[fx.Node, fx.Node], argument: Any) -> fx.Node:
 def _handed_on(calls: list[fx.Node]) -> fx.Node:
     """The one result of a layer's calls that other calls read."""
     inside = set(calls)
-    found = [
+    results = [
         node
         for node in calls
         if not isinstance(node.meta.get("val"), SIZES)
         and any(user.op == "call_function" and user not in inside for user in node.users)
     ]
-    if len(found) != 1:
+    if len(results) != 1:
         raise NotRepeatedError("a layer passes on no tensor or several")
-    return found[0]
+    return results[0]

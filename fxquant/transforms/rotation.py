@@ -62,8 +62,8 @@ class Turn:
             slab = turned(slab.reshape(-1, part)).view(slab.shape)
         if self.heads:
             rows = slab.view(self.heads, -1, slab.shape[1])
-            made = rows[:, -self.values :].mT.reshape(-1, self.values)
-            rows[:, -self.values :] = turned(made).view(self.heads, -1, self.values).mT
+            last_rows = rows[:, -self.values :].mT.reshape(-1, self.values)
+            rows[:, -self.values :] = turned(last_rows).view(self.heads, -1, self.values).mT
         return slab
 
 

@@ -30,8 +30,8 @@ def smoothing_metadata(smoothing: Smoothing) -> dict[str, str]:
     if not smoothing:
         return {}
     turns = {name: asdict(turn) for name, turn in smoothing.turns.items()}
-    found = {"columns": _json(smoothing.columns), "rows": _json(smoothing.rows)}
-    return found | ({"turns": _json(turns)} if turns else {})
+    metadata = {"columns": _json(smoothing.columns), "rows": _json(smoothing.rows)}
+    return metadata | ({"turns": _json(turns)} if turns else {})
 
 
 def _json(names: Mapping[str, Any]) -> str:
@@ -40,7 +40,7 @@ def _json(names: Mapping[str, Any]) -> str:
 
 def read_smoothing(path: Path, infos: Mapping[str, TensorInfo], metadata: dict[str, str]) -> Smoothing:
     """The `Smoothing` in the file at `path`. Raises FxquantError if it is not valid."""
-    found = [
+    groups = [
         {name.removeprefix(prefix): info.read() for name, info in infos.items() if name.startswith(prefix)}
         for prefix in (SCALES, SHIFTS, TENSORS, NORMS)
     ]
@@ -48,10 +48,10 @@ def read_smoothing(path: Path, infos: Mapping[str, TensorInfo], metadata: dict[s
         columns, rows, turns = (
             parse_json(metadata.get(key, "{}"), path, AGAIN) for key in ("columns", "rows", "turns")
         )
-        made = {name: Turn(**turn) for name, turn in turns.items()}
+        rotations = {name: Turn(**turn) for name, turn in turns.items()}
         if not all(isinstance(name, str) for name in columns.values()):
             raise TypeError
-        smoothing = Smoothing(found[0], dict(columns), dict(rows), found[1], found[2], made, found[3])
+        smoothing = Smoothing(groups[0], dict(columns), dict(rows), groups[1], groups[2], rotations, groups[3])
     except (ValueError, TypeError, AttributeError):
         raise FxquantError(path, "its metadata of smoothing is not valid.", AGAIN) from None
     _check(path, smoothing)

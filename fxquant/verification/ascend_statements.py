@@ -78,11 +78,14 @@ class EmittedModule:
         return loaded
 
 
-def _require_equal(path: Path, found: bytes, expected: bytes) -> None:
-    if found == expected:
+def _require_equal(path: Path, stored: bytes, expected: bytes) -> None:
+    if stored == expected:
         return
-    lines = zip(found.split(b"\n"), expected.split(b"\n"), strict=False)
-    first = next((number for number, (one, other) in enumerate(lines, 1) if one != other), "at its end")
+    lines = zip(stored.split(b"\n"), expected.split(b"\n"), strict=False)
+    first = next(
+        (number for number, (stored_line, expected_line) in enumerate(lines, 1) if stored_line != expected_line),
+        "at its end",
+    )
     raise FxquantError(
         path, f"line {first} is not what the graph emits.", "Compile again; the file is not to be edited."
     )

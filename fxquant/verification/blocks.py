@@ -35,7 +35,7 @@ def block_names(program: Program) -> list[str]:
 
 
 @torch.no_grad()
-def walk(program: Program, read: Read, wanted: set[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+def walk(program: Program, read: Read, selected: set[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     """For each wanted block its name and all values that its nodes read or make, by node name.
 
     Blocks that are not wanted do not run: what later ones need of them is replaced by the latest value of the same
@@ -47,7 +47,7 @@ def walk(program: Program, read: Read, wanted: set[str]) -> Iterator[tuple[str, 
     last_use = {source: node for node in nodes for source in node.all_input_nodes}
     for block in block_names(program):
         own = [node for node in nodes if node.op == "call_function" and node.meta["block"] == block]
-        if block in wanted:
+        if block in selected:
             _run(program, read, own, values, inputs)
             reads = {source for node in own for source in node.all_input_nodes}
             yield block, {node.name: values[node] for node in {*own, *reads} if node in values}

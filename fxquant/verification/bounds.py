@@ -41,7 +41,7 @@ def _relative(steps: int) -> Rule:
 
 
 def _linear(call: fx.Node, value: Value, expected: Tensor) -> Tensor:
-    x, weight = (one.double() for one in values_of(call, value, "x", "weight"))
+    x, weight = (tensor.double() for tensor in values_of(call, value, "x", "weight"))
     return 2 * (weight.shape[1] + 2) * U * (x.abs() @ weight.abs().T) + 2 * U * expected.abs()
 
 
@@ -68,7 +68,7 @@ def _swiglu_codes(call: fx.Node, value: Value, expected: Tensor) -> Tensor:
     That float is y * (127 / m): swiglu has 8 roundings in y and as many in m, then quotient and product round on both
     sides.
     """
-    gate, up = (one.double() for one in values_of(call, value, "gate", "up"))
+    gate, up = (tensor.double() for tensor in values_of(call, value, "gate", "up"))
     y = torch.nn.functional.silu(gate) * up
     real = y * (127 / y.abs().amax(-1, keepdim=True).clamp(min=SMALLEST_ROW_MAXIMUM))
     return (((real - real.floor()) - 0.5).abs() <= 20 * U * real.abs()).double()
@@ -80,12 +80,12 @@ def _rope_table(call: fx.Node, value: Value, expected: Tensor) -> Tensor:
 
 def _rope(call: fx.Node, value: Value, expected: Tensor) -> Tensor:
     """Two products and a sum for each turned feature."""
-    x, cos, sin = (one.abs().double() for one in values_of(call, value, "x", "cos", "sin"))
+    x, cos, sin = (tensor.abs().double() for tensor in values_of(call, value, "x", "cos", "sin"))
     heads, width = x.unflatten(-1, (operand(call, "num_heads"), -1)), cos.shape[-1]
-    kept, first, second = heads[..., :-width], heads[..., -width::2], heads[..., 1 - width :: 2]
+    unrotated, first, second = heads[..., :-width], heads[..., -width::2], heads[..., 1 - width :: 2]
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
-    turned = torch.cat((first, second), -1) * cos + torch.cat((second, first), -1) * sin
-    return 4 * U * torch.cat((torch.zeros_like(kept), turned), -1).flatten(-2)
+    rotated = torch.cat((first, second), -1) * cos + torch.cat((second, first), -1) * sin
+    return 4 * U * torch.cat((torch.zeros_like(unrotated), rotated), -1).flatten(-2)
 
 
 def _mla_attention(call: fx.Node, value: Value, expected: Tensor) -> Tensor:
@@ -127,8 +127,8 @@ def _moe_experts(call: fx.Node, value: Value, expected: Tensor) -> Tensor:
     errors = torch.zeros(len(rows), x.shape[-1], dtype=torch.float64)
     outputs = torch.zeros_like(errors)
     for expert, block in blocks(counts):
-        one = rows[block].double()
-        (gate, gate_error), (up, up_error) = (_product(one, w[expert].double()) for w in (gate_proj, up_proj))
+        expert_rows = rows[block].double()
+        (gate, gate_error), (up, up_error) = (_product(expert_rows, w[expert].double()) for w in (gate_proj, up_proj))
         activated = torch.nn.functional.silu(gate)
         hidden = activated * up
         hidden_error = SILU_SLOPE * gate_error * up.abs() + activated.abs() * up_error + 16 * U * hidden.abs()

@@ -41,23 +41,23 @@ class Documents:
         return check
 
     def _check(self, check: Check, file: str) -> None:
-        wanted, who = self.wanted[file]
+        expected, who = self.wanted[file]
         try:
-            found = read_json(self.folder / file, INDEX_BYTES, lenient=file == CONFIG)
+            written = read_json(self.folder / file, INDEX_BYTES, lenient=file == CONFIG)
         except FxquantError as error:
             check.expect(False, f"{file}: {error.fact}")
             return
-        if not isinstance(found, dict):
+        if not isinstance(written, dict):
             check.expect(False, f"{file}: no object")
             return
-        for key, ours, theirs in _entries(wanted, found):
+        for key, ours, theirs in _entries(expected, written):
             miss = f"{file}: {cut(key, 200)}: {theirs!r:.200}, {who} {ours!r:.200}"
             check.expect(ours == theirs or json_text(ours) == json_text(theirs), miss)
 
     def written(self, program: Program) -> Check:
         """These files and the stored graph have the bytes that were written, not only the same entries."""
         check = Check("documents, as written", len(self.wanted) + 1)
-        texts = {file: document_text(wanted) for file, (wanted, _) in self.wanted.items()} | {
+        texts = {file: document_text(document) for file, (document, _) in self.wanted.items()} | {
             GRAPH: dump_program(program)
         }
         for file, text in texts.items():
@@ -75,13 +75,13 @@ def documents(
     """config.json, description, and the index of several weight files, or where it is there."""
     engine = ENGINES[target]
     described = description(program, [FileLayout("", tuple(stored))], engine)
-    found = {CONFIG: (engine_config(program, engine), GRAPH_SAYS), engine.description: (described, GRAPH_SAYS)}
+    expected = {CONFIG: (engine_config(program, engine), GRAPH_SAYS), engine.description: (described, GRAPH_SAYS)}
     several = len({info.file for info in files.infos.values()}) > 1
     if several or engine.numbered or os.path.lexists(folder / engine.index):
         weight_map = {name: info.file.name for name, info in sorted(files.infos.items())}
         total = sum(info.nbytes for info in files.infos.values())
-        found[engine.index] = ({"metadata": {"total_size": total}, "weight_map": weight_map}, "the files say")
-    return Documents(folder, found)
+        expected[engine.index] = ({"metadata": {"total_size": total}, "weight_map": weight_map}, "the files say")
+    return Documents(folder, expected)
 
 
 def json_text(value: Any) -> str:
@@ -89,11 +89,11 @@ def json_text(value: Any) -> str:
     return json.dumps(value, sort_keys=True)
 
 
-def _entries(wanted: dict[str, Any], found: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+def _entries(expected: dict[str, Any], written: dict[str, Any]) -> list[tuple[str, Any, Any]]:
     """Key and its value in both; those of an index's map one by one."""
     entries = []
-    for key in sorted(set(wanted) | set(found)):
-        ours, theirs = wanted.get(key), found.get(key)
+    for key in sorted(set(expected) | set(written)):
+        ours, theirs = expected.get(key), written.get(key)
         if key == "weight_map" and isinstance(ours, dict) and isinstance(theirs, dict):
             entries += [(name, ours.get(name), theirs.get(name)) for name in sorted(set(ours) | set(theirs))]
         else:

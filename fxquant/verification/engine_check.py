@@ -25,7 +25,7 @@ from fxquant.verification.bounds import U, blocks
 from fxquant.verification.report import Check
 
 _READ_CODES = [step.operator for form in LINEAR_FORMS.values() for step in form if "weight" in step.arguments]
-READ_CODES = {*_READ_CODES, *(GROUPED[one] for one in _READ_CODES if one in GROUPED)}
+READ_CODES = {*_READ_CODES, *(GROUPED[operator] for operator in _READ_CODES if operator in GROUPED)}
 """Operators that read the codes of a quantized linear."""
 FLOAT64_STEPS = 16 * 2.0**-53
 
@@ -138,36 +138,38 @@ class EngineChecker:
         everyone = range(len(site.recipe.modules))
         if self._experts is None:
             return list(everyone)
-        return sorted(dict.fromkeys([*with_rows, *everyone]), key=lambda one: one not in with_rows)[: self._experts]
+        return sorted(dict.fromkeys([*with_rows, *everyone]), key=lambda expert: expert not in with_rows)[
+            : self._experts
+        ]
 
     def _check_module(self, site: Site, values: dict[str, Any], expert: int, rows: Any) -> None:
         module = site.recipe.modules[expert]
         if site.counts is None and (group := self._reader.fused_with(module)):
             self._reader.check_fused(group)
         loaded, codes = site.load(self._reader, expert), site.codes(values, expert)
-        found = loaded.codes()
-        _expect(self._codes, torch.equal(found, codes), f"{module}: {_difference(found, codes)}")
-        if rows is not None and site.x8 is not None and found.shape == codes.shape:
+        loaded_codes = loaded.codes()
+        _expect(self._codes, torch.equal(loaded_codes, codes), f"{module}: {_difference(loaded_codes, codes)}")
+        if rows is not None and site.x8 is not None and loaded_codes.shape == codes.shape:
             self._check_rows(site, values, expert, rows, loaded)
 
     def _check_rows(self, site: Site, values: dict[str, Any], expert: int, rows: Any, loaded: Loaded) -> None:
         assert site.x8 is not None
         module, x = site.recipe.modules[expert], values[site.x.name][rows]
         x8, expected = values[site.x8.name][rows], values[site.node.name][rows]
-        found = loaded.quantize(x, Arithmetic.EXACT)[0]
-        _expect(self._inputs, torch.equal(found, x8), f"{module}: input: {_difference(found, x8)}")
-        one = _Operands.of(site, values, expert, rows)
+        quantized = loaded.quantize(x, Arithmetic.EXACT)[0]
+        _expect(self._inputs, torch.equal(quantized, x8), f"{module}: input: {_difference(quantized, x8)}")
+        operands = _Operands.of(site, values, expert, rows)
         partials, bounds = loaded.partials(x, Arithmetic.EXACT), loaded.partial_bounds(x)
-        bound = total_bound(partials, bounds) + 4 * U * (expected.double().abs() + 2 * one.bias_magnitude())
+        bound = total_bound(partials, bounds) + 4 * U * (expected.double().abs() + 2 * operands.bias_magnitude())
         self._check_close(module, partials.sum(0).float(), expected, bound)
         if len(partials) > 1:
-            ideal = one.partials(x8, site.codes(values, expert), len(partials))
+            ideal = operands.partials(x8, site.codes(values, expert), len(partials))
             for rank, (part, want, off) in enumerate(zip(partials, ideal, bounds, strict=True)):
                 self._check_close(f"{module} on rank {rank}", part, want, off + FLOAT64_STEPS * want.abs())
         self._tell_device(module, loaded(x, Arithmetic.KERNEL), expected, values[site.node.name])
 
-    def _check_close(self, place: str, found: Tensor, expected: Tensor, bound: Tensor) -> None:
-        error = (found.double() - expected.double()).abs()
+    def _check_close(self, place: str, result: Tensor, expected: Tensor, bound: Tensor) -> None:
+        error = (result.double() - expected.double()).abs()
         ok = bool((error <= bound).all())  # false for NaN
         largest = float((error / bound.clamp(min=2.0**-149)).nan_to_num(nan=torch.inf).max())
         fact = f"off by {float(error.max()):.3g}, {largest:.3g} times the bound"
@@ -175,11 +177,11 @@ class EngineChecker:
         if largest >= self._worst:
             self._worst, self._outputs.worst = largest, f"{largest:.2g} of the bound at {place}"
 
-    def _tell_device(self, module: str, found: Tensor, expected: Tensor, whole: Tensor) -> None:
+    def _tell_device(self, module: str, result: Tensor, expected: Tensor, whole: Tensor) -> None:
         """Relative to the largest value of the whole tensor, of which `expected` may be one expert's rows."""
-        _expect(self._device, torch.isfinite(found).all(), f"{module}: not finite on the device")
+        _expect(self._device, torch.isfinite(result).all(), f"{module}: not finite on the device")
         largest = float(whole.abs().max())
-        distance = float((found - expected).abs().max()) / largest if largest else 0.0
+        distance = float((result - expected).abs().max()) / largest if largest else 0.0
         if distance >= self._furthest:
             self._furthest, self._device.worst = distance, f"{distance:.2g} of the largest value at {module}"
 
@@ -195,7 +197,7 @@ class _Operands:
 
     @classmethod
     def of(cls, site: Site, values: dict[str, Any], expert: int, rows: Any) -> "_Operands":
-        given = {name: values[one.name] for name, one in arguments(site.node).items() if isinstance(one, fx.Node)}
+        given = {name: values[node.name] for name, node in arguments(site.node).items() if isinstance(node, fx.Node)}
         if site.node.target is ops.dequantize_static:
             return cls(decode_deq_scale(given["deq_scale"]), torch.ones(1), given["quant_bias"], None)
         scale = given["weight_scale"] if site.counts is None else given["weight_scale"][expert]
@@ -222,13 +224,13 @@ def _expect(check: Check, condition: object, miss: str) -> None:
     check.expect(condition, miss)
 
 
-def _difference(found: Tensor, expected: Tensor) -> str:
+def _difference(result: Tensor, expected: Tensor) -> str:
     """How many elements differ, and the first."""
-    if found.shape != expected.shape:
-        return f"{list(found.shape)}, the graph has {list(expected.shape)}"
-    different = (found != expected).nonzero()
+    if result.shape != expected.shape:
+        return f"{list(result.shape)}, the graph has {list(expected.shape)}"
+    different = (result != expected).nonzero()
     if not len(different):
         return "equal"
     place = tuple(different[0].tolist())
-    values = f"{found[place].item()}, not {expected[place].item()}"
+    values = f"{result[place].item()}, not {expected[place].item()}"
     return f"{len(different)} elements differ, first at {list(place)}: {values}"

@@ -21,9 +21,9 @@ ONNX_GRAPH = "model.onnx"
 def check_sizes(manifest: Manifest, folder: Path) -> Check:
     """Every file that was written is there, as long as it was."""
     check = Check("files: present, size", len(manifest.files))
-    found = file_sizes(folder)
+    sizes = file_sizes(folder)
     for name, size in manifest.files.items():
-        check.expect(found.get(name) == size, f"{name}: {found.get(name, 'missing')} bytes, written with {size}")
+        check.expect(sizes.get(name) == size, f"{name}: {sizes.get(name, 'missing')} bytes, written with {size}")
     return check
 
 
@@ -39,12 +39,12 @@ def check_digests(manifest: Manifest, folder: Path, report: Reporter) -> Check:
         check.expect(held == digest, f"{name}: header's XXH3 {held[:16]}, written with {digest[:16]}")
     units = _units_on_disk(manifest, folder)
     with report("verify digests", sum(unit.nbytes for unit in units), "bytes") as advance:
-        for unit, found in digests_on_disk(units, folder):
+        for unit, filled in digests_on_disk(units, folder):
             written = manifest.units[unit.name].digests
             misses = [
-                _other_bytes(unit, suffix, found.digests.get(suffix, "missing"), digest)
+                _other_bytes(unit, suffix, filled.digests.get(suffix, "missing"), digest)
                 for suffix, digest in written.items()
-                if found.digests.get(suffix) != digest
+                if filled.digests.get(suffix) != digest
             ]
             check.expect(not misses, "; ".join(misses))
             advance(unit.nbytes)

@@ -64,8 +64,10 @@ class AscendChecker:
         self.checks = self._comparison.checks
 
     def check(self, block: str, values: dict[str, Any]) -> None:
-        for one in check_statements(self._module, block, self._module.load(block), values):
-            self._comparison.add(one.node, one.error, one.bound, one.ok, exact=one.bound == 0.0)
+        for statement in check_statements(self._module, block, self._module.load(block), values):
+            self._comparison.add(
+                statement.node, statement.error, statement.bound, statement.ok, exact=statement.bound == 0.0
+            )
 
 
 class OnnxChecker:
@@ -96,14 +98,14 @@ class OnnxChecker:
             for name in unit.outputs:
                 self._compare(name, results[name], values)
 
-    def _compare(self, name: str, found: Tensor, values: dict[str, Any]) -> None:
+    def _compare(self, name: str, result: Tensor, values: dict[str, Any]) -> None:
         expected = values[name] if isinstance(values[name], Tensor) else torch.tensor([values[name]])
         exact = not expected.is_floating_point()
-        if found.shape != expected.shape or found.dtype != expected.dtype:
+        if result.shape != expected.shape or result.dtype != expected.dtype:
             self._comparison.add(name, float("inf"), 0.0, False, exact)
         elif expected.numel():
-            error = torch.where(found == expected, 0.0, (found.double() - expected.double()).abs())
-            bound = error_bound(self._nodes[name], lambda one: _value(one, values), expected)
+            error = torch.where(result == expected, 0.0, (result.double() - expected.double()).abs())
+            bound = error_bound(self._nodes[name], lambda operand: _value(operand, values), expected)
             self._comparison.add(name, float(error.max()), float(bound.max()), bool((error <= bound).all()), exact)
 
 

@@ -28,4 +28,4 @@ def logit_noise(program: Program, read: Read, inputs: list[Tensor], seeds: int) 
                 values[index] = value * (1 + LAST_BIT * (2 * torch.rand(value.shape, generator=generator) - 1))
 
     logits = [outputs[0] for outputs in execute(program, read, runs, disturb)]
-    return max(float((one - logits[0]).abs().max()) for one in logits[1:])
+    return max(float((noisy - logits[0]).abs().max()) for noisy in logits[1:])

@@ -56,7 +56,11 @@ def _near_a_tie(codes: fx.Node, value: Value) -> Tensor:
 def _other(call: fx.Node, value: Value, expected: Tensor) -> Tensor:
     """Any torch operator of a user's block: as many roundings as its longest row, relative to its largest operand."""
     tensors = [value(arg) for arg in call.all_input_nodes]
-    floats = [one for one in tensors if isinstance(one, Tensor) and one.is_floating_point() and one.numel()]
-    largest = max((float(one.abs().max()) for one in floats), default=0.0)
-    length = max((one.shape[-1] for one in floats if one.ndim), default=1)
+    floats = [
+        operand
+        for operand in tensors
+        if isinstance(operand, Tensor) and operand.is_floating_point() and operand.numel()
+    ]
+    largest = max((float(operand.abs().max()) for operand in floats), default=0.0)
+    length = max((operand.shape[-1] for operand in floats if operand.ndim), default=1)
     return (length + 16) * U * (expected.abs() + largest)

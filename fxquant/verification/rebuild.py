@@ -38,9 +38,9 @@ def check_rebuild(
     producer = CheckpointProducer(source, stamp_files(checkpoint_files(source)), StoredCodes(program, files))
 
     def rebuilt(unit: Unit) -> tuple[Unit, list[str]]:
-        made, there = unit_anew(unit, producer), _there(unit, files)
+        again, there = unit_anew(unit, producer), _there(unit, files)
         held = unit_on_disk(there, files.folder)
-        return unit, [suffix for suffix in unit.places if made.digests[suffix] != held.digests.get(suffix)]
+        return unit, [suffix for suffix in unit.places if again.digests[suffix] != held.digests.get(suffix)]
 
     with (
         report("rebuild", sum(unit.nbytes for unit in chosen), "bytes") as advance,
@@ -62,6 +62,6 @@ def _place(tensor: StoredTensor, files: WeightFiles) -> Place:
 
 def _there(unit: Unit, files: WeightFiles) -> Unit:
     """The unit without what is missing or has another size."""
-    found = {suffix: files.infos.get(unit.tensor_name(suffix)) for suffix in unit.places}
-    good = (suffix for suffix, info in found.items() if info and info.nbytes == unit.places[suffix].nbytes)
+    infos = {suffix: files.infos.get(unit.tensor_name(suffix)) for suffix in unit.places}
+    good = (suffix for suffix, info in infos.items() if info and info.nbytes == unit.places[suffix].nbytes)
     return replace(unit, places={suffix: unit.places[suffix] for suffix in good})

@@ -14,15 +14,15 @@ FEEDBACK_ERROR = 0.25
 
 
 def expected_tensors(
-    recipe: Recipe, weight: Tensor, bias: Tensor | None, found: Tensor | None = None, chosen: Chosen | None = None
+    recipe: Recipe, weight: Tensor, bias: Tensor | None, solved: Tensor | None = None, chosen: Chosen | None = None
 ) -> dict[str, Tensor]:
     """Every tensor that one module of `recipe` owns, except the calibrated ones, from its weight [n, k].
 
-    `found`: codes int8 [n, k] that calibration found, for GPTQ; all but these follows from the weight. `chosen`: what
+    `solved`: codes int8 [n, k] that calibration found, for GPTQ; all but these follows from the weight. `chosen`: what
     `expected_codes` gave, where it was asked already.
     """
     codes, scales, seconds = chosen or expected_codes(recipe, weight)
-    codes = codes if found is None else found.float()
+    codes = codes if solved is None else solved.float()
     n, groups = seconds.shape
     packed = recipe.int4 and recipe.weight_format.packed
     expected = {
@@ -44,17 +44,17 @@ def expected_codes(recipe: Recipe, weight: Tensor) -> Chosen:
     if recipe.algorithm.scales is not WeightAlgorithm.MIN_MAX:
         return searched_codes(recipe, weight)
     high = highest_code(recipe)
-    made = []
+    rows = []
     for row in weight:
         if recipe.group_size:
-            made.append(_two_level_row(row.float(), recipe.group_size))
+            rows.append(_two_level_row(row.float(), recipe.group_size))
         else:
-            made.append((*_symmetric_row(row.float(), high, -high - 1, high, recipe.scale_dtype), torch.ones(1)))
-    codes, scales, seconds = (torch.stack(column) for column in zip(*made, strict=True))
+            rows.append((*_symmetric_row(row.float(), high, -high - 1, high, recipe.scale_dtype), torch.ones(1)))
+    codes, scales, seconds = (torch.stack(column) for column in zip(*rows, strict=True))
     return codes, scales, seconds
 
 
-def wrong_codes(recipe: Recipe, weight: Tensor, found: Tensor, chosen: Chosen | None = None) -> str | None:
+def wrong_codes(recipe: Recipe, weight: Tensor, stored: Tensor, chosen: Chosen | None = None) -> str | None:
     """Why codes that calibration found cannot be those of the weight [n, k], or None.
 
     They must be ones that the form can hold. And though GPTQ does not seek the nearest code, it stays near.
@@ -62,12 +62,12 @@ def wrong_codes(recipe: Recipe, weight: Tensor, found: Tensor, chosen: Chosen | 
     codes, scales, seconds = chosen or expected_codes(recipe, weight)
     wide = seconds.repeat_interleave(codes.shape[1] // seconds.shape[1], 1)
     limit = highest_code(recipe)
-    if bool((found > limit).any() | (found < -limit - 1).any()):
+    if bool((stored > limit).any() | (stored < -limit - 1).any()):
         return f"a code is outside {-limit - 1} … {limit}"
-    if recipe.group_size and bool(((found * wide).abs() > 119).any()):
+    if recipe.group_size and bool(((stored * wide).abs() > 119).any()):
         return "a code times its second scale is beyond 119"
-    steps, wanted = scales.view(-1, 1) * wide, weight.float()
-    far = ((found * steps - wanted) ** 2).sum(1) > FEEDBACK_ERROR * (wanted**2).sum(1)
+    steps, exact = scales.view(-1, 1) * wide, weight.float()
+    far = ((stored * steps - exact) ** 2).sum(1) > FEEDBACK_ERROR * (exact**2).sum(1)
     return f"row {int(far.nonzero()[0])} is far from the source's" if bool(far.any()) else None
 
 

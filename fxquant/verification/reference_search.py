@@ -24,8 +24,8 @@ def searched_codes(recipe: Recipe, weight: Tensor) -> Chosen:
     """
     if recipe.algorithm.scales not in SEARCHES:
         raise InternalError(recipe.module, f"no reference for weights by {recipe.algorithm}")
-    made = [_searched(recipe, rows.float()) for rows in weight.split(ROWS)]
-    codes, scales, seconds = (torch.cat(column) for column in zip(*made, strict=True))
+    blocks = [_searched(recipe, rows.float()) for rows in weight.split(ROWS)]
+    codes, scales, seconds = (torch.cat(column) for column in zip(*blocks, strict=True))
     return codes, scales, seconds
 
 

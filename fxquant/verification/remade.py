@@ -34,19 +34,19 @@ class Remade:
 
 def check_remade(folder: Path, program: Program, source: Checkpoint | None, exports: bool) -> Remade:
     """Float graph and ledger against `source`, the checkpoint as it is; and, if `exports`, the .pt2 files there."""
-    made = Remade()
+    remade = Remade()
     if source is not None:
-        _check_float_graph(made, folder / FLOAT_GRAPH, source)
-        _check_ledger(made, folder / LEDGER, program, source)
+        _check_float_graph(remade, folder / FLOAT_GRAPH, source)
+        _check_ledger(remade, folder / LEDGER, program, source)
     if exports:
-        _check_exported(made, folder, program)
-    return made
+        _check_exported(remade, folder, program)
+    return remade
 
 
-def _check_float_graph(made: Remade, path: Path, source: Checkpoint) -> None:
+def _check_float_graph(remade: Remade, path: Path, source: Checkpoint) -> None:
     """A program over the source's tensors, as it is written; and that of a plain folder if it is equal to it."""
     check = Check("float graph", 1)
-    made.checks.append(check)
+    remade.checks.append(check)
     try:
         text, program = read_text(path, GRAPH_BYTES), load_program(path)
         check_parameters(program, source)
@@ -54,7 +54,7 @@ def _check_float_graph(made: Remade, path: Path, source: Checkpoint) -> None:
         check.expect(False, str(error))
         return
     check.expect(text == dump_program(program), f"{path.name}: other bytes than were written")
-    made.unread[path.name] = "" if text == _traced(source) else OWN
+    remade.unread[path.name] = "" if text == _traced(source) else OWN
 
 
 def _traced(source: Checkpoint) -> str | None:
@@ -65,31 +65,31 @@ def _traced(source: Checkpoint) -> str | None:
         return None
 
 
-def _check_ledger(made: Remade, path: Path, program: Program, source: Checkpoint) -> None:
+def _check_ledger(remade: Remade, path: Path, program: Program, source: Checkpoint) -> None:
     check = Check("ledger == graph and source", 1)
-    made.checks.append(check)
+    remade.checks.append(check)
     try:
         same = read_text(path, GRAPH_BYTES) == document_text(build_ledger(program, source).as_json())
         check.expect(same, f"{path.name}: not what graph and source make")
     except FxquantError as error:
         check.expect(False, f"{path.name}: {error.fact}")
-    made.unread[path.name] = ""
+    remade.unread[path.name] = ""
 
 
-def _check_exported(made: Remade, folder: Path, program: Program) -> None:
+def _check_exported(remade: Remade, folder: Path, program: Program) -> None:
     """An output need not have them; those of another torch differ."""
     present = [name for name in EXPORTED if (folder / name).exists() or (folder / name).is_symlink()]
     if not present:
         return
     check = Check("exported graphs, made again", len(present))
-    made.checks.append(check)
+    remade.checks.append(check)
     with tempfile.TemporaryDirectory() as place:
         write_exported(deployment(program).program, Path(place))
         for name in present:
-            wanted = (Path(place) / name).read_bytes()
+            exported = (Path(place) / name).read_bytes()
             try:
-                same = read_bytes(folder / name, len(wanted)) == wanted
+                same = read_bytes(folder / name, len(exported)) == exported
             except FxquantError:
                 same = False
             check.expect(same, f"{name}: not what torch {torch.__version__} exports of the graph")
-            made.unread[name] = ""
+            remade.unread[name] = ""

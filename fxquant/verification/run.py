@@ -138,8 +138,8 @@ def _unread(output: _Output, again: Remade, alone: bool) -> dict[str, str]:
     known = {info.file.name for info in output.files.infos.values()}
     known |= {file.name for file in copied_files(source.folder)} if source is not None else set()
     turned = source is not None and bool(source.smoothing.turns)
-    found = unread_without(output.folder, ENGINES[output.target], known, turned) | again.unread
-    return {name: what for name, what in found.items() if what}
+    unread = unread_without(output.folder, ENGINES[output.target], known, turned) | again.unread
+    return {name: what for name, what in unread.items() if what}
 
 
 def _smoothed(source: Checkpoint | None, folder: Path) -> Checkpoint | None:
@@ -170,11 +170,13 @@ def _check_source(program: Program, source: Checkpoint) -> Check:
 
 def _check_contract(program: Program, target: Target, ranks: int) -> Check:
     """No linear is one that the target refuses on so many ranks."""
-    found = linears(program)
-    check = Check(f"contract of {target}, ranks: {ranks}", len(found))
-    refused = [one for one in findings(load_contract(target), found, ranks) if one.verdict is Verdict.REFUSED]
-    check.checked = len(found)
-    check.misses += (f"{one.module}: {one.fact} ({one.source})" for one in refused)
+    described = linears(program)
+    check = Check(f"contract of {target}, ranks: {ranks}", len(described))
+    refused = [
+        finding for finding in findings(load_contract(target), described, ranks) if finding.verdict is Verdict.REFUSED
+    ]
+    check.checked = len(described)
+    check.misses += (f"{finding.module}: {finding.fact} ({finding.source})" for finding in refused)
     return check
 
 
@@ -212,16 +214,16 @@ def _takes_dtype(program: Program, target: Target) -> bool:
 
 def _unverified(output: _Output) -> frozenset[str]:
     """Modules of which nobody has shown whether the engine reads them; the report of `compile` names them."""
-    found = findings(load_contract(output.target), linears(output.program), output.ranks)
-    return frozenset(one.module for one in found if one.verdict is Verdict.UNVERIFIED)
+    verdicts = findings(load_contract(output.target), linears(output.program), output.ranks)
+    return frozenset(finding.module for finding in verdicts if finding.verdict is Verdict.UNVERIFIED)
 
 
 def _check_graph(stage: str, checker: GraphChecker, read: Read, sampled: bool, report: Reporter) -> list[Check]:
     program = checker.program
     blocks = block_names(program)
-    wanted = set(one_of_each_kind(program)) if sampled else set(blocks)
-    with report(stage, len(wanted), "blocks") as advance:
-        for block, values in walk(program, Cached(read, VALUE_CACHE), wanted):
+    selected = set(one_of_each_kind(program)) if sampled else set(blocks)
+    with report(stage, len(selected), "blocks") as advance:
+        for block, values in walk(program, Cached(read, VALUE_CACHE), selected):
             checker.check(block, values)
             advance(1)
     return checker.checks

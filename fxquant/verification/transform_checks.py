@@ -25,24 +25,24 @@ def check_smoothing(source: Checkpoint, smoothing: Smoothing) -> Check:
     check = Check("smoothing keeps the function", len(smoothing.tensors) + len(smoothing.scales))
     read = set(smoothing.columns.values())
     for key in sorted(smoothing.scales):
-        made = key in smoothing.rows or key in smoothing.tensors
-        check.expect(made and key in read, f"{key}: its scale is on one side only")
-    for name, found in sorted(smoothing.tensors.items()):
-        check.expect(_agrees(found, _wanted(name, source, smoothing)), f"{name}: does not make up for scale and shift")
+        divided = key in smoothing.rows or key in smoothing.tensors
+        check.expect(divided and key in read, f"{key}: its scale is on one side only")
+    for name, tensor in sorted(smoothing.tensors.items()):
+        check.expect(_agrees(tensor, _wanted(name, source, smoothing)), f"{name}: does not make up for scale and shift")
     return check
 
 
 def check_rotation(program: Program, source: Checkpoint, smoothing: Smoothing) -> Check:
     """The turns are those that the float graph `program` needs, no weight of a turned value left out."""
     check = Check("rotation keeps the function", len(smoothing.turns) + len(smoothing.norms))
-    wanted = [
+    candidates = [
         find_turns(program, parts) for count in range(1, 1 + len(Rotate)) for parts in combinations(Rotate, count)
     ]
-    found = smoothing.turns
-    closest = min(wanted, key=lambda turns: len(set(found.items()) ^ set(turns.items())))
-    for name in sorted({*found, *closest}):
-        same = found.get(name) == closest.get(name)
-        check.expect(same, f"{name}: turned by {found.get(name)}, the graph says {closest.get(name)}")
+    applied = smoothing.turns
+    closest = min(candidates, key=lambda turns: len(set(applied.items()) ^ set(turns.items())))
+    for name in sorted({*applied, *closest}):
+        same = applied.get(name) == closest.get(name)
+        check.expect(same, f"{name}: turned by {applied.get(name)}, the graph says {closest.get(name)}")
     for name, norm in smoothing.norms.items():
         check.expect(name in source.tensors and torch.equal(norm, source.read(name)), f"{name}: not the source's")
     return check
@@ -53,7 +53,7 @@ def check_calibration(folder: Path, values: Sequence[Check]) -> Check:
     check = Check("weights fit the calibration", 1)
     there = (folder / CALIBRATION).is_file()
     fact = "contradicts the weights: one of them is damaged" if there else "missing, if weights are smoothed"
-    check.expect(all(one.ok for one in values), f"{CALIBRATION}: {fact}")
+    check.expect(all(value_check.ok for value_check in values), f"{CALIBRATION}: {fact}")
     return check
 
 
@@ -72,9 +72,9 @@ def _wanted(name: str, source: Checkpoint, smoothing: Smoothing) -> Tensor:
     return before.double() if shift is None else before.double() + source.read(weight).double() @ shift.double()
 
 
-def _agrees(found: Tensor, wanted: Tensor) -> bool:
-    """Equal, or for a sum in float64 within the rounding to the dtype of `found`, which halves may send either way."""
-    if wanted.dtype is found.dtype:
-        return bool((found == wanted).all())
-    error, step = (found.double() - wanted).abs(), torch.finfo(found.dtype).eps
-    return bool((error <= wanted.abs() * step).all())
+def _agrees(tensor: Tensor, expected: Tensor) -> bool:
+    """Equal, or for a sum in float64 within the rounding to the dtype of `tensor`, which halves may send either way."""
+    if expected.dtype is tensor.dtype:
+        return bool((tensor == expected).all())
+    error, step = (tensor.double() - expected).abs(), torch.finfo(tensor.dtype).eps
+    return bool((error <= expected.abs() * step).all())

@@ -25,14 +25,14 @@ def unread_without(folder: Path, engine: Engine, known: set[str], turned: bool) 
 
     Files that every output has are named whether they are there or not: nothing says that they were.
     """
-    found = dict.fromkeys((FLOAT_GRAPH, LEDGER, STAMPS, *((PREFILL, DECODE) if engine.npu_graph else ())), ALL)
-    found |= {GRAPH: "the policy's rules in it", CALIBRATION: "the ranges in it, and the text's hash"}
-    found |= {} if engine.npu_graph else {ONNX_GRAPH: "the version of fxquant that it names"}
+    unread = dict.fromkeys((FLOAT_GRAPH, LEDGER, STAMPS, *((PREFILL, DECODE) if engine.npu_graph else ())), ALL)
+    unread |= {GRAPH: "the policy's rules in it", CALIBRATION: "the ranges in it, and the text's hash"}
+    unread |= {} if engine.npu_graph else {ONNX_GRAPH: "the version of fxquant that it names"}
     if turned:
-        found[FLOAT_GRAPH] = "all but the turns that it needs"
-    read = known | set(found) | {"config.json", engine.description, engine.index, ASCEND_GRAPH}
+        unread[FLOAT_GRAPH] = "all but the turns that it needs"
+    read = known | set(unread) | {"config.json", engine.description, engine.index, ASCEND_GRAPH}
     others = (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if not _is_folder(path))
-    return found | {name: ALL for name in others if name not in read}
+    return unread | {name: ALL for name in others if name not in read}
 
 
 def _is_folder(path: Path) -> bool:

@@ -25,13 +25,13 @@ CALIBRATED = ("input_scale", "input_offset", "deq_scale", "quant_bias")
 def check_names(files: WeightFiles, stored: list[StoredTensor]) -> Check:
     """Names, dtypes and shapes against the graph."""
     names = Check("tensors: name, dtype, shape", len(stored))
-    wanted = {tensor.name: tensor.spec for tensor in stored}
-    for name, spec in wanted.items():
+    expected = {tensor.name: tensor.spec for tensor in stored}
+    for name, spec in expected.items():
         info = files.infos.get(name)
-        found = "missing" if info is None else f"{info.dtype}{list(info.shape)}"
+        stored_as = "missing" if info is None else f"{info.dtype}{list(info.shape)}"
         same = info is not None and info.dtype is spec.dtype and info.shape == spec.shape
-        names.expect(same, f"{name}: {found}, the graph says {spec.dtype}{list(spec.shape)}")
-    for name in sorted(set(files.infos) - set(wanted)):
+        names.expect(same, f"{name}: {stored_as}, the graph says {spec.dtype}{list(spec.shape)}")
+    for name in sorted(set(files.infos) - set(expected)):
         names.expect(False, f"{name}: in the files, not in the graph")
     return names
 
@@ -47,10 +47,10 @@ def check_stored(program: Program, files: WeightFiles) -> None:
     for target, parameter in program.parameters.items():
         shape = tuple(program.graph.tensor(target).shape)[1 if parameter.stacked else 0 :]
         for name in parameter.names:
-            found, wanted = files.infos.get(name), specs.get(name, shape)
-            if found is None or found.shape != wanted:
-                fact = f"tensor {name} is {'missing' if found is None else list(found.shape)}"
-                raise FxquantError(files.folder, f"{fact}, the graph says {list(wanted)}.", "Compile again.")
+            info, expected = files.infos.get(name), specs.get(name, shape)
+            if info is None or info.shape != expected:
+                fact = f"tensor {name} is {'missing' if info is None else list(info.shape)}"
+                raise FxquantError(files.folder, f"{fact}, the graph says {list(expected)}.", "Compile again.")
 
 
 def sample(stored: list[StoredTensor], count: int | None) -> list[StoredTensor]:
@@ -64,38 +64,40 @@ def sample(stored: list[StoredTensor], count: int | None) -> list[StoredTensor]:
 def check_values(units: list[StoredTensor], files: WeightFiles, source: Checkpoint, advance: Advance) -> list[Check]:
     """Every chosen tensor recomputed from the source by the slow reference, `==`; static ones among themselves."""
     static = [unit for unit in units if unit.recipe is not None and unit.recipe.scheme.static]
-    made = Check("quantized tensors == slow reference", sum(_data_free(unit.recipe) for unit in units))
-    kept = Check("kept tensors == source", sum(unit.recipe is None for unit in units))
+    quantized = Check("quantized tensors == slow reference", sum(_data_free(unit.recipe) for unit in units))
+    floats = Check("kept tensors == source", sum(unit.recipe is None for unit in units))
     calibrated = Check("static parameters agree", len(static))
     for unit in units:
         missing = [n for n in _names(unit) if n not in files.infos]
         if unit.name in source.tensors and not missing:
-            _check_unit(unit, files, source, made, kept, calibrated)
+            _check_unit(unit, files, source, quantized, floats, calibrated)
         else:
-            (kept if unit.recipe is None else made).expect(False, f"{unit.name}: missing in the output or the source")
+            (floats if unit.recipe is None else quantized).expect(
+                False, f"{unit.name}: missing in the output or the source"
+            )
         advance(unit.nbytes)
-    return [made, kept, calibrated]
+    return [quantized, floats, calibrated]
 
 
 def _check_unit(
-    unit: StoredTensor, files: WeightFiles, source: Checkpoint, made: Check, kept: Check, calibrated: Check
+    unit: StoredTensor, files: WeightFiles, source: Checkpoint, quantized: Check, floats: Check, calibrated: Check
 ) -> None:
     recipe, module = unit.recipe, unit.module
     if recipe is None:
         want = source.read(unit.name).to(unit.spec.dtype)
-        kept.expect(same_bytes(files.read(unit.name), want), f"{unit.name}: differs from the source")
+        floats.expect(same_bytes(files.read(unit.name), want), f"{unit.name}: differs from the source")
         return
     bias = source.read(tensor_name(module, "bias")) if recipe.bias else None
     weight = source.read(unit.name)
-    chosen, found = expected_codes(recipe, weight), None
+    chosen, solved = expected_codes(recipe, weight), None
     if recipe.algorithm.from_inputs:
-        found = stored_codes(recipe, module, files)
-        reason = wrong_codes(recipe, weight, found, chosen)
-        made.expect(reason is None, f"{unit.name}: {reason}")
-        made.checked -= 1
-    for role, want in expected_tensors(recipe, weight, bias, found, chosen).items():
+        solved = stored_codes(recipe, module, files)
+        reason = wrong_codes(recipe, weight, solved, chosen)
+        quantized.expect(reason is None, f"{unit.name}: {reason}")
+        quantized.checked -= 1
+    for role, want in expected_tensors(recipe, weight, bias, solved, chosen).items():
         name = tensor_name(module, role)
-        made.expect(same_bytes(files.read(name), want), f"{name}: {_where(files, name, want)}")
+        quantized.expect(same_bytes(files.read(name), want), f"{name}: {_where(files, name, want)}")
     if recipe.scheme.static:
         stored = _stored(recipe, module, files)
         reason = contradiction(recipe, stored, bias, chosen[1])
@@ -145,7 +147,9 @@ def _data_free(recipe: Recipe | None) -> int:
 
 
 def _names(unit: StoredTensor) -> list[str]:
-    return [unit.name] if unit.recipe is None else [tensor_name(unit.module, one) for one in tensor_specs(unit.recipe)]
+    return (
+        [unit.name] if unit.recipe is None else [tensor_name(unit.module, role) for role in tensor_specs(unit.recipe)]
+    )
 
 
 def _stored(recipe: Recipe, module: str, files: WeightFiles) -> dict[str, Tensor]:
@@ -155,14 +159,14 @@ def _stored(recipe: Recipe, module: str, files: WeightFiles) -> dict[str, Tensor
 
 def _where(files: WeightFiles, name: str, want: Tensor) -> str:
     """The first element that differs."""
-    found = files.read(name)
-    if found.shape != want.shape or found.dtype is not want.dtype:
-        return f"{found.dtype}{list(found.shape)}, expected {want.dtype}{list(want.shape)}"
-    different = (found != want).nonzero()
+    stored = files.read(name)
+    if stored.shape != want.shape or stored.dtype is not want.dtype:
+        return f"{stored.dtype}{list(stored.shape)}, expected {want.dtype}{list(want.shape)}"
+    different = (stored != want).nonzero()
     if not len(different):
         return "differs in the sign of a zero or in a NaN"
     place = tuple(different[0].tolist())
-    return f"{len(different)} elements differ, first at {list(place)}: {found[place].item()}, not {want[place].item()}"
+    return f"{len(different)} elements differ, first at {list(place)}: {stored[place].item()}, not {want[place].item()}"
 
 
 def expected_stored(program: Program, source: Checkpoint | None, files: WeightFiles) -> list[StoredTensor]:

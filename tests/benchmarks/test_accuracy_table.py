@@ -42,15 +42,15 @@ def test_every_variation_is_a_policy(
     for label, text in accuracy.variations(base, CHANGES):
         (tmp_path / "one.yaml").write_text(text)
         policy, program = load_policy(str(tmp_path / "one.yaml")), float_program(tiny())
-        for one in (AssignSchemes(policy), FindRotation(policy), PairSmoothing(policy)):
-            one(program)
+        for program_pass in (AssignSchemes(policy), FindRotation(policy), PairSmoothing(policy)):
+            program_pass(program)
         asked = CHANGES[label.removeprefix(f"{base}, ")].get("each_rule", {}).get("algorithm", "min_max")
         if "int8" not in label:
             assert {recipe.algorithm.value for recipe in program.recipes.values()} == {asked}, label
             as_base = float_program(tiny())
             AssignSchemes(load_policy(base))(as_base)
-            assert {name: (one.scheme, one.group_size) for name, one in program.recipes.items()} == {
-                name: (one.scheme, one.group_size) for name, one in as_base.recipes.items()
+            assert {name: (recipe.scheme, recipe.group_size) for name, recipe in program.recipes.items()} == {
+                name: (recipe.scheme, recipe.group_size) for name, recipe in as_base.recipes.items()
             }, label
 
 

@@ -42,10 +42,10 @@ def calibrated(checkpoint: Checkpoint, documents: list[Tensor]) -> Callable[...,
     def calibrate(size: int, pad: int = 0) -> Calibration:
         policy, program = load_policy("deepseek_w4a8"), float_program(checkpoint)
         AssignSchemes(policy)(program)
-        one = Calibrate(policy, checkpoint, lambda: documents, batch_size=size, pad=pad)
-        one(program)
-        assert one.used is not None
-        return one.used
+        calibration_pass = Calibrate(policy, checkpoint, lambda: documents, batch_size=size, pad=pad)
+        calibration_pass(program)
+        assert calibration_pass.used is not None
+        return calibration_pass.used
 
     return calibrate
 
@@ -58,7 +58,7 @@ def test_shorter_documents_are_filled_up_on_the_right() -> None:
     assert (first.ids.tolist(), first.mask.tolist()) == ([[1, 2, 3], [4, 9, 9]], [[1, 1, 1], [1, 0, 0]])
     assert (second.ids.tolist(), second.mask.tolist()) == ([[5, 6]], [[1, 1]])
     assert (first.tokens, second.tokens) == (4, 2)
-    assert all(one.dtype is torch.int64 for batch in (first, second) for one in (batch.ids, batch.mask))
+    assert all(tensor.dtype is torch.int64 for batch in (first, second) for tensor in (batch.ids, batch.mask))
 
 
 def test_real_tokens_are_those_of_the_mask() -> None:
@@ -113,14 +113,14 @@ def test_batches_see_what_single_documents_see(calibrated: Callable[..., Calibra
     alone, together = calibrated(1), calibrated(4, pad=3)
     assert alone.tokens.tolist() == list(LENGTHS) and together.tokens.tolist() == [sum(LENGTHS[:4]), LENGTHS[4]]
     assert alone.seen.text != together.seen.text
-    for module, found in extremes(together).items():
+    for module, seen in extremes(together).items():
         expected = extremes(alone)[module]
         if module in STATIC_LINEARS[:2]:  # read the first norm: each row by itself, nothing summed in another order
-            assert found == expected
+            assert seen == expected
         # attention sums over padded keys, and matrix products over blocks that depend on the number of rows: each of
         # 256 terms may be off by 2**-24 of the largest
         bound = 256 * 2.0**-24 * max(abs(value) for value in expected)
-        assert all(abs(a - b) <= bound for a, b in zip(found, expected, strict=True)), module
+        assert all(abs(a - b) <= bound for a, b in zip(seen, expected, strict=True)), module
     # integers: no score of a random router is so near another that noise would swap them
     assert torch.equal(alone.experts[GATE], together.experts[GATE])
 
@@ -139,9 +139,9 @@ def test_a_mean_over_batches_is_one_of_so_many_values(calibrated: Callable[..., 
     alone, together = calibrated(1), calibrated(2)
     low, high = alone.ranges[STATIC_LINEARS[0]]
     pairs = [slice(0, 2), slice(2, 4), slice(4, 5)]
-    found = together.ranges[STATIC_LINEARS[0]]
-    assert found[0].tolist() == [low[pair].min().item() for pair in pairs]
-    assert found[1].tolist() == [high[pair].max().item() for pair in pairs]
+    span = together.ranges[STATIC_LINEARS[0]]
+    assert span[0].tolist() == [low[pair].min().item() for pair in pairs]
+    assert span[1].tolist() == [high[pair].max().item() for pair in pairs]
 
 
 # experts

@@ -73,10 +73,10 @@ def killed_after(calls: int, error: BaseException) -> Iterator[None]:
     """`error` when so many calls of the graph have been seen."""
     seen, original = iter(range(10**6)), CalibrationRun._see
 
-    def see(run: CalibrationRun, wanted: Any, node: fx.Node, values: Any, inputs: Any) -> None:
+    def see(run: CalibrationRun, observed: Any, node: fx.Node, values: Any, inputs: Any) -> None:
         if next(seen) == calls:
             raise error
-        original(run, wanted, node, values, inputs)
+        original(run, observed, node, values, inputs)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(type(error)):
         patch.setattr(CalibrationRun, "_see", see)

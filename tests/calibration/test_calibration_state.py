@@ -115,8 +115,8 @@ def test_every_value_comes_back_as_it_was(tmp_path: Path) -> None:
     ranges = {"x": (torch.randn(2), torch.randn(2))}
     state = State(3, values, ranges, {"gate": torch.arange(4)}, Smoothing({"w": torch.ones(2)}, {"c": "w"}))
     assert save_state(state, tmp_path / STATE, {"text": "a"})
-    found = load_state(tmp_path / STATE)
-    assert load_key(tmp_path / STATE)["text"] == "a" and found.blocks == 3
-    assert repr(found) == repr(State(3, dict(sorted(values.items())), ranges, state.experts, state.smoothing))
+    loaded = load_state(tmp_path / STATE)
+    assert load_key(tmp_path / STATE)["text"] == "a" and loaded.blocks == 3
+    assert repr(loaded) == repr(State(3, dict(sorted(values.items())), ranges, state.experts, state.smoothing))
     assert not save_state(State(4, {"x": [torch.ones(2).bool()]}, {}, {}, Smoothing()), tmp_path / STATE, {})
     assert load_state(tmp_path / STATE).blocks == 3

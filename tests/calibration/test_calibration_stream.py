@@ -64,11 +64,11 @@ def calibrated(checkpoint: Checkpoint, policy: str, documents: list[Tensor], siz
 
 def static_inputs(program: Program) -> dict[str, fx.Node]:
     """Module of a static linear → the node it reads."""
-    found = {}
+    inputs = {}
     for site in linear_sites(program):
         if site.module in program.recipes and program.recipes[site.module].scheme.static:
-            found[site.module] = operand_node(site.node, "x")
-    return found
+            inputs[site.module] = operand_node(site.node, "x")
+    return inputs
 
 
 # what it sees
@@ -81,7 +81,7 @@ def whole_run(program: Program, read: Read, batches: list[Batch], see: Observer)
     places = [node for node in program.graph.graph.nodes if node.op == "placeholder"]
     for node in program.graph.graph.nodes:
         if node.op == "placeholder":
-            values[node] = [one[places.index(node)] for one in inputs]
+            values[node] = [batch[places.index(node)] for batch in inputs]
         elif node.op == "call_function":
             for source in node.all_input_nodes:
                 if source.op == "get_attr" and source not in values:
@@ -104,7 +104,7 @@ def outputs(node: fx.Node, values: dict[fx.Node, list[Any]]) -> list[Any]:
 def test_it_sees_what_a_run_of_the_whole_graph_sees(
     policy: str, checkpoint: Checkpoint, documents: list[Tensor]
 ) -> None:
-    found, program = calibrated(checkpoint, policy, documents), prepared(checkpoint, policy)
+    calibration, program = calibrated(checkpoint, policy, documents), prepared(checkpoint, policy)
     batches = batched(documents, 2, 0)
 
     def real(values: list[Tensor]) -> list[Tensor]:
@@ -112,11 +112,11 @@ def test_it_sees_what_a_run_of_the_whole_graph_sees(
 
     smoother = Smoother(program, checkpoint, lambda values: torch.cat(real(values)).float())
     experts: dict[str, Tensor] = {}
-    wanted, ranges = static_inputs(program), {}
+    inputs_of, ranges = static_inputs(program), {}
 
     def see(node: fx.Node, values: list[Any], inputs: object) -> None:
         smoother.observe(node, values, inputs)  # type: ignore[arg-type]
-        if node in wanted.values():
+        if node in inputs_of.values():
             ranges[node] = [(value.min(), value.max()) for value in real(values)]
         if node.target == ops.moe_gate:
             count_experts(experts, node, values, batches)
@@ -125,12 +125,12 @@ def test_it_sees_what_a_run_of_the_whole_graph_sees(
     if load_policy(policy).calibration_weights is CalibrationWeights.ROUNDED:
         read = RoundedReader(program, read)
     values = whole_run(program, read, batches, see)
-    assert "lm_head" in {node.name for node in values} and set(found.ranges) == set(wanted)
-    for module, (low, high) in found.ranges.items():
-        assert list(zip(low, high, strict=True)) == ranges[wanted[module]], module
-    assert found.experts.keys() == experts.keys() and len(experts) == LAYERS - 1
-    assert all(torch.equal(found.experts[gate], counts) for gate, counts in experts.items())
-    smoothed, expected = smoothing_tensors(found.smoothing), smoothing_tensors(smoother.smoothing)
+    assert "lm_head" in {node.name for node in values} and set(calibration.ranges) == set(inputs_of)
+    for module, (low, high) in calibration.ranges.items():
+        assert list(zip(low, high, strict=True)) == ranges[inputs_of[module]], module
+    assert calibration.experts.keys() == experts.keys() and len(experts) == LAYERS - 1
+    assert all(torch.equal(calibration.experts[gate], counts) for gate, counts in experts.items())
+    smoothed, expected = smoothing_tensors(calibration.smoothing), smoothing_tensors(smoother.smoothing)
     assert smoothed.keys() == expected.keys() and (policy == PLAIN) == (not smoothed)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in smoothed.items())
 
@@ -143,15 +143,17 @@ def test_experts_of_all_batches_together_are_those_of_each(checkpoint: Checkpoin
     stacks = [torch.randn(8, 256, 256, generator=generator) / 16 for _ in range(3)]
     tokens = [torch.randn(shape, generator=generator) for shape in ((2, 3, 256), (4, 256), (1, 1, 256))]
     ids = [torch.randint(8, (*x.shape[:-1], 2), generator=generator) for x in tokens]
-    weights = [torch.rand(one.shape, generator=generator) for one in ids]
+    weights = [torch.rand(batch.shape, generator=generator) for batch in ids]
     values = dict(
         zip([operand_node(node, name) for name in ("x", "ids", "weights")], (tokens, ids, weights), strict=True)
     )
     values |= {operand_node(node, name): [stack] * 3 for name, stack in zip(PROJECTIONS, stacks, strict=True)}
-    for x, found, one, weight in zip(tokens, experts_together(node, values), ids, weights, strict=True):
-        expected = ops.moe_experts(x, one, weight, *stacks)
+    for x, together, own, weight in zip(tokens, experts_together(node, values), ids, weights, strict=True):
+        expected = ops.moe_experts(x, own, weight, *stacks)
         # 256 products each in another order, three times one after the other
-        assert found.shape == x.shape and (found - expected).abs().max() <= 3 * 256 * 2.0**-24 * expected.abs().max()
+        assert (
+            together.shape == x.shape and (together - expected).abs().max() <= 3 * 256 * 2.0**-24 * expected.abs().max()
+        )
 
 
 # what it reads and runs
@@ -193,14 +195,14 @@ def test_nothing_runs_behind_what_is_wanted_and_no_cache_is_kept(
     checkpoint: Checkpoint, documents: list[Tensor]
 ) -> None:
     program, ran, alive = prepared(checkpoint, PLAIN), [], []
-    wanted = set(static_inputs(program).values())
+    observed = set(static_inputs(program).values())
     inputs = [prefill_inputs(program, ids) for ids in documents]
-    stream = Stream(program, checkpoint.read, inputs, wanted)
+    stream = Stream(program, checkpoint.read, inputs, observed)
     for block in stream.blocks:
         stream.run(block, lambda node, values, inputs: ran.append(node), lambda amount: None)
         alive.append({node.name for node in stream.values})
     assert [block.name for block in stream.blocks] == ["before", *(f"model.layers.{i}" for i in range(LAYERS))]
-    assert ran[-1] in wanted and ran[-1].name == f"layers_{LAYERS - 1}_self_attn_mla_attention"
+    assert ran[-1] in observed and ran[-1].name == f"layers_{LAYERS - 1}_self_attn_mla_attention"
     hidden = [{"embed_tokens"}, *({f"layers_{layer}_add_1"} for layer in range(LAYERS - 1))]
     for layer, names in enumerate(hidden):
         caches = {f"past_{later}" for later in range(layer, LAYERS)}
@@ -216,8 +218,10 @@ def test_observers_see_the_inputs_alive(checkpoint: Checkpoint, documents: list[
         if node.target == ops.moe_experts:
             assert isinstance(inputs[operand_node(node, "gate_proj")][0], LazyStack)
         if node.target == ops.linear:
-            again = [ops.linear(*one) for one in zip(*(inputs[source] for source in node.args), strict=True)]
-            assert all(torch.equal(one, other) for one, other in zip(again, values, strict=True))
+            again = [
+                ops.linear(*arguments) for arguments in zip(*(inputs[source] for source in node.args), strict=True)
+            ]
+            assert all(torch.equal(value, other) for value, other in zip(again, values, strict=True))
 
     inputs = [prefill_inputs(program, ids) for ids in documents]
     stream = Stream(program, checkpoint.read, inputs, program.nodes(ops.linear))
@@ -236,9 +240,9 @@ def test_operators_make_their_index_tensors_where_their_inputs_are(checkpoint: C
 
     def again(node: fx.Node, values: list[Any], inputs: Any) -> None:
         with torch.device("meta"):
-            found = outputs(node, inputs)[0]
-        for one in found if isinstance(found, tuple | list) else (found,):
-            assert one.device.type == "cpu", node
+            result = outputs(node, inputs)[0]
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            assert tensor.device.type == "cpu", node
 
     whole_run(program, checkpoint.smoothed(Smoother(program, checkpoint, torch.cat).smoothing).read, batches, again)
 

@@ -77,8 +77,8 @@ def test_codes_are_those_of_the_slow_form(seed: int, form: tuple[Scheme, int]) -
     weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(seed)).bfloat16()
     x = inputs(200, 64, seed)
     codes, steps, limits = solved(recipe_of(form[0], 8, 64, form[1]), weight, x)
-    wanted = slow_codes(weight, steps.double(), *limits, hessian(x))
-    assert (codes == wanted).all(1).double().mean() >= 0.75
+    expected = slow_codes(weight, steps.double(), *limits, hessian(x))
+    assert (codes == expected).all(1).double().mean() >= 0.75
 
 
 @pytest.mark.parametrize(("scheme", "group_size"), FORMS)
@@ -87,7 +87,7 @@ def test_outputs_are_nearer_than_those_of_nearest_codes(scheme: Scheme, group_si
     x, recipe = inputs(512, 128, 2), recipe_of(scheme, 64, 128, group_size)
     codes, steps, _ = solved(recipe, weight, x)
     nearest, _, _ = fitted(recipe, weight, "m.weight")
-    error, least = (((one * steps - weight.float()) @ x.T).square().sum() for one in (codes, nearest))
+    error, least = (((candidate * steps - weight.float()) @ x.T).square().sum() for candidate in (codes, nearest))
     assert error < 0.6 * least
 
 

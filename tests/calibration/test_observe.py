@@ -77,17 +77,17 @@ def test_batch_mean_in_the_models_dtype(name: str, dtype: torch.dtype) -> None:
     assert (result.low, result.high, result.arithmetic) == (low, high, dtype)
 
     recipe = Recipe("m", ("m",), Scheme.W8A8, 0, 4, 16, False, False, dtype, result)
-    made = make_tensors(recipe, "m.weight", tensor(weight))
+    tensors = make_tensors(recipe, "m.weight", tensor(weight))
     scale, offset = parameters(low, high, ROUND[dtype])
-    assert made["input_scale"].tolist() == [scale] and made["input_offset"].tolist() == [offset]
+    assert tensors["input_scale"].tolist() == [scale] and tensors["input_offset"].tolist() == [offset]
     for row in range(4):
         values = decode(weight)[16 * row : 16 * row + 16]
         weight_scale = max(abs(value) for value in values) / np.float32(127)
         codes = [round(float(value / weight_scale)) for value in values]
         deq_scale = scale * weight_scale
         stored = int(deq_scale.view(np.int32)) if dtype is torch.float16 else deq_scale
-        assert made["deq_scale"][row].item() == stored
-        assert made["quant_bias"][row].item() == -int(offset) * sum(codes)
+        assert tensors["deq_scale"][row].item() == stored
+        assert tensors["quant_bias"][row].item() == -int(offset) * sum(codes)
 
 
 @pytest.mark.parametrize("name", sorted(DATA))
@@ -99,9 +99,9 @@ def test_min_max_over_all_batches_in_float32(name: str) -> None:
     assert result == observed(batches[::-1], ActivationStatistic.MIN_MAX, torch.float16)
 
     recipe = Recipe("m", ("m",), Scheme.W8A8, 0, 4, 16, False, False, torch.bfloat16, result)
-    made = make_tensors(recipe, "m.weight", tensor(DATA[name]["weight"]))
+    tensors = make_tensors(recipe, "m.weight", tensor(DATA[name]["weight"]))
     scale, offset = parameters(min(values), max(values), np.float32)
-    assert made["input_scale"].tolist() == [bfloat16(scale)] and made["input_offset"].tolist() == [offset]
+    assert tensors["input_scale"].tolist() == [bfloat16(scale)] and tensors["input_offset"].tolist() == [offset]
 
 
 @pytest.mark.parametrize("name", sorted(DATA))
@@ -183,8 +183,8 @@ def test_observers_of_one_value(value: float) -> None:
     batches = [torch.full((4, 3), value)] * 2
     assert percentile_range(batches, 99.9) == ([torch.tensor(value)], [torch.tensor(value)])
     lows, highs = histogram_range(batches)
-    found = combine(lows, highs, ActivationStatistic.HISTOGRAM, torch.bfloat16)
-    assert min(found.low, 0.0) <= value <= max(found.high, 0.0)
+    combined = combine(lows, highs, ActivationStatistic.HISTOGRAM, torch.bfloat16)
+    assert min(combined.low, 0.0) <= value <= max(combined.high, 0.0)
 
 
 if REFERENCE.is_dir():
@@ -201,8 +201,8 @@ if REFERENCE.is_dir():
         batches = [ACTIVATIONS[f"{source}.{index}"] for index in range(4)]
         result = observed(batches, ActivationStatistic.BATCH_MEAN, torch.bfloat16)
         recipe = Recipe(linear, (linear,), Scheme.W8A8, 0, *weight.shape, False, False, torch.bfloat16, result)
-        made = make_tensors(recipe, f"{linear}.weight", weight)
+        tensors = make_tensors(recipe, f"{linear}.weight", weight)
         for suffix in ("input_scale", "input_offset", "deq_scale", "quant_bias", "weight", "weight_scale"):
             expected = written[f"{linear}.{suffix}"]
-            assert made[suffix].dtype is expected.dtype, suffix
-            assert torch.equal(made[suffix], expected), suffix
+            assert tensors[suffix].dtype is expected.dtype, suffix
+            assert torch.equal(tensors[suffix], expected), suffix

@@ -43,10 +43,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[torch.dtype, Path]
 
 @pytest.mark.parametrize("form", FORMS[1:], ids=str)
 def test_every_form_reads_as_float32_does(form: torch.dtype, folders: dict[torch.dtype, Path]) -> None:
-    expected, found = open_checkpoint(folders[torch.float32]), open_checkpoint(folders[form])
-    assert found.scales[NAME].dtype is form and found.nbytes < expected.nbytes
+    expected, other = open_checkpoint(folders[torch.float32]), open_checkpoint(folders[form])
+    assert other.scales[NAME].dtype is form and other.nbytes < expected.nbytes
     for name in expected.tensors:
-        assert torch.equal(found.read(name), expected.read(name))
+        assert torch.equal(other.read(name), expected.read(name))
 
 
 @pytest.mark.parametrize(

@@ -21,10 +21,10 @@ FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safete
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Two shards: a and c in the first, b and d in the second."""
-    made = folder_of(tmp_path, {})
-    (made / "model.safetensors").unlink()
-    write_shards(made, {name: torch.full((4,), float(value)) for value, name in enumerate("abcd")}, shards=2)
-    return made
+    shards = folder_of(tmp_path, {})
+    (shards / "model.safetensors").unlink()
+    write_shards(shards, {name: torch.full((4,), float(value)) for value, name in enumerate("abcd")}, shards=2)
+    return shards
 
 
 def write_index(folder: Path, **weight_map: Any) -> None:

@@ -88,9 +88,9 @@ def test_a_model_of_transformers_5(tmp_path: Path) -> None:
     assert {GATE_UP, DOWN} <= set(in_memory)
     model.save_pretrained(tmp_path / "saved")
     assert not {GATE_UP, DOWN} & set(load_file(tmp_path / "saved" / "model.safetensors"))
-    found, saved = open_checkpoint(folder_of(tmp_path / "memory", in_memory)), open_checkpoint(tmp_path / "saved")
-    assert sorted(found.tensors) == sorted(saved.tensors)
-    assert all(torch.equal(found.read(name), saved.read(name)) for name in saved.tensors)
+    built, saved = open_checkpoint(folder_of(tmp_path / "memory", in_memory)), open_checkpoint(tmp_path / "saved")
+    assert sorted(built.tensors) == sorted(saved.tensors)
+    assert all(torch.equal(built.read(name), saved.read(name)) for name in saved.tensors)
 
 
 def test_fused_experts_in_fp8(tmp_path: Path) -> None:

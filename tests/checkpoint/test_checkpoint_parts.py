@@ -52,11 +52,11 @@ def test_parts_are_the_hugging_face_checkpoint(tiny_folder: Folder, tmp_path: Pa
 
 
 def test_every_kind_of_tensor_is_in_the_cases(tiny_folder: Folder) -> None:
-    found = {name for changes in CHANGES.values() for name in read_header(written(tiny_folder, changes))}
+    names = {name for changes in CHANGES.values() for name in read_header(written(tiny_folder, changes))}
     dense = ("layers.0.mlp.gate.", "layers.0.mlp.experts.", "layers.0.mlp.shared_experts.")
     moe = tuple(f"layers.1.mlp.{name}_proj." for name in ("gate", "up", "down"))
     expected = {official for official, _, _ in name_pairs()}
-    assert found == {name for name in expected if not name.removeprefix("model.").startswith(dense + moe)}
+    assert names == {name for name in expected if not name.removeprefix("model.").startswith(dense + moe)}
 
 
 def written(tiny_folder: Folder, changes: dict[str, Any]) -> Path:
@@ -66,12 +66,12 @@ def written(tiny_folder: Folder, changes: dict[str, Any]) -> Path:
 @pytest.mark.parametrize("dtype", ["bf16", "fp8"])
 def test_with_the_config_of_the_inference_code(tiny_folder: Folder, tmp_path: Path, dtype: str) -> None:
     source = tiny_folder(**SPLITTABLE, fp8=dtype == "fp8")
-    found = open_checkpoint(write_parts(tmp_path, source, 4, ARGS | {"dtype": dtype}))
+    joined = open_checkpoint(write_parts(tmp_path, source, 4, ARGS | {"dtype": dtype}))
     expected = open_checkpoint(source)
-    assert_same(found, expected)
-    assert parse_config(found.config, "found") == parse_config(expected.config, "expected")
+    assert_same(joined, expected)
+    assert parse_config(joined.config, "found") == parse_config(expected.config, "expected")
     method = expected.config.get("quantization_config")
-    assert found.config.get("quantization_config") == method
+    assert joined.config.get("quantization_config") == method
 
 
 def test_one_file_of_another_name(tiny_folder: Folder, tmp_path: Path) -> None:

@@ -177,7 +177,7 @@ def test_the_full_size_is_traced_by_config_alone(config: dict[str, Any], tmp_pat
     program = open_source(tmp_path).program()
     moe = config["num_hidden_layers"] - config["first_k_dense_replace"]
     assert [len(gate.args) for gate in program.nodes(ops.moe_gate)] == [7] * moe
-    assert sum(one.stacked * len(one.names) for one in program.parameters.values()) == (
+    assert sum(parameter.stacked * len(parameter.names) for parameter in program.parameters.values()) == (
         3 * moe * config["n_routed_experts"]
     )
 

@@ -88,8 +88,8 @@ def test_another_dtype_is_refused_at_once(key: str, said: object, tmp_path: Path
 
 def config_of_an_output(folder: Path, program: Program) -> Check:
     """What verification says of `folder`'s config.json, which has to be that of `program`."""
-    wanted = engine_config(program, ENGINES[Target.ONNX])
-    return Documents(folder, {"config.json": (wanted, "the graph says")}).check("config.json", ["config.json"])
+    expected = engine_config(program, ENGINES[Target.ONNX])
+    return Documents(folder, {"config.json": (expected, "the graph says")}).check("config.json", ["config.json"])
 
 
 @pytest.mark.parametrize(

@@ -123,15 +123,15 @@ def edit(file: Path, **changes: Tensor | None) -> None:
     save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, file)
 
 
-def assert_same(found: Checkpoint, expected: Checkpoint) -> None:
+def assert_same(checkpoint: Checkpoint, expected: Checkpoint) -> None:
     """Names, dtypes, shapes, bytes and everything that is read."""
-    assert list(found.tensors) == list(expected.tensors) and list(found.scales) == list(expected.scales)
-    assert (found.nbytes, found.block, found.dtype) == (expected.nbytes, expected.block, expected.dtype)
+    assert list(checkpoint.tensors) == list(expected.tensors) and list(checkpoint.scales) == list(expected.scales)
+    assert (checkpoint.nbytes, checkpoint.block, checkpoint.dtype) == (expected.nbytes, expected.block, expected.dtype)
     for name, info in (*expected.tensors.items(), *expected.scales.items()):
-        other = found.scales[name] if info is expected.scales.get(name) else found.tensors[name]
+        other = checkpoint.scales[name] if info is expected.scales.get(name) else checkpoint.tensors[name]
         assert (other.name, other.dtype, other.shape) == (info.name, info.dtype, info.shape)
-        assert other.nbytes == info.nbytes and other.file.parent == found.folder
+        assert other.nbytes == info.nbytes and other.file.parent == checkpoint.folder
         assert other.read_bytes(0, other.nbytes) == info.read_bytes(0, info.nbytes) == tensor_bytes(other.read())
     for name in expected.tensors:
-        assert found.stored_dtype(name) is expected.stored_dtype(name)
-        assert torch.equal(found.read(name), expected.read(name))
+        assert checkpoint.stored_dtype(name) is expected.stored_dtype(name)
+        assert torch.equal(checkpoint.read(name), expected.read(name))

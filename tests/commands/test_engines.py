@@ -123,22 +123,22 @@ SOURCES: dict[str, tuple[torch.dtype, bool, torch.dtype]] = {
 @pytest.mark.parametrize("target", DIALECTS)
 def test_equal_values_of_any_dtype_give_equal_integers(target: Target, tmp_path: Path) -> None:
     """format `per_channel` rounds scales to the model's dtype, so there float16 has integers of its own."""
-    made = {}
+    tensors = {}
     for name, (dtype, fp8, bias) in SOURCES.items():
         out, source = tmp_path / name / "out", write_source(tmp_path / name / "model", dtype, fp8, bias)
         policy = "deepseek_w4a8_per_channel"
         fxquant.compile(source, CompileOptions(policy=policy, target=target, out=out, verify=False))
-        made[name] = tensors_of(out)
-        assert made[name][BIAS].dtype is torch.float32
-        assert torch.equal(made[name][BIAS], made["bf16"][BIAS]), "its values are exact in bfloat16 too"
+        tensors[name] = tensors_of(out)
+        assert tensors[name][BIAS].dtype is torch.float32
+        assert torch.equal(tensors[name][BIAS], tensors["bf16"][BIAS]), "its values are exact in bfloat16 too"
     narrow = ENGINES[target].weight_format(0) is WeightFormat.PER_CHANNEL
-    for name in made:
+    for name in tensors:
         if name == "fp16" and narrow:
             continue
-        assert made[name].keys() == made["bf16"].keys()
-        integers = [key for key, tensor in made[name].items() if not tensor.is_floating_point()]
+        assert tensors[name].keys() == tensors["bf16"].keys()
+        integers = [key for key, tensor in tensors[name].items() if not tensor.is_floating_point()]
         assert len(integers) == 8 * 3 + 3 + 3 + 2 * 4
-        assert all(torch.equal(made[name][key], made["bf16"][key]) for key in integers), name
+        assert all(torch.equal(tensors[name][key], tensors["bf16"][key]) for key in integers), name
 
 
 # linear biases
@@ -222,7 +222,7 @@ def test_perplexity_through_the_engines_arithmetic(example: Callable, target: Ta
     engine = ENGINES[target]
     assert engine.open_reader is not None
     reader = engine.open_reader(out, 1, group_size(program))
-    exact, kernel = (reader_perplexity(program, reader, read, batches, one) for one in Arithmetic)
+    exact, kernel = (reader_perplexity(program, reader, read, batches, arithmetic) for arithmetic in Arithmetic)
     print(f"\n{target}: graph {graph.quantized_perplexity:.5f}, {reader.name} {exact:.5f}, on the device {kernel:.5f}")
     digit = 10.0 ** (math.floor(math.log10(graph.quantized_perplexity)) - 2)
     assert abs(exact - graph.quantized_perplexity) <= digit / 2, "three significant digits are equal"

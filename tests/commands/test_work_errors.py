@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from finishing import ONE, POLICY, Made, Stopped, chosen, made, written
+from finishing import ONE, POLICY, Made, Stopped, case, chosen, written
 from output_folders import files_of, same_files
 from stops import OPERATIONS, raising_at, watched
 
@@ -27,7 +27,7 @@ from fxquant.progress import silent
 from fxquant.storage.system_errors import REMEDIES, stopped
 from fxquant.storage.work_folder import MARKER, Kind, WorkFolder
 
-__all__ = ["made"]
+__all__ = ["case"]
 ALL = (*OPERATIONS, "open", "write", "pwrite", "posix_fallocate", "scandir", "listdir", "lstat")
 
 
@@ -35,46 +35,46 @@ def system(code: int, path: object = None) -> OSError:
     return OSError(code, os.strerror(code), None if path is None else str(path))
 
 
-def begun(made: Made, out: Path) -> None:
+def begun(case: Made, out: Path) -> None:
     """Unfinished work on `out`, to be discarded."""
-    with pytest.raises(Stopped), write_output(made[0], open_destination(out, False, []), ONE, silent):
+    with pytest.raises(Stopped), write_output(case[0], open_destination(out, False, []), ONE, silent):
         raise Stopped
 
 
-def restarted(made: Made, out: Path) -> None:
+def restarted(case: Made, out: Path) -> None:
     destination = open_destination(out, False, [])
-    with destination.telling(), write_output(made[0], destination, replace(ONE, restart=True), silent):
+    with destination.telling(), write_output(case[0], destination, replace(ONE, restart=True), silent):
         pass
 
 
 @pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
 def test_refused_at_any_operation_it_is_one_error_and_the_same_command_completes(
-    code: int, every: bool, made: Made, tmp_path: Path
+    code: int, every: bool, case: Made, tmp_path: Path
 ) -> None:
     """Work folders are probed, discarded, made and marked, files reserved, filled and synced, names given."""
     names = ALL if every else OPERATIONS
-    begun(made, tmp_path / "steps" / "out")
+    begun(case, tmp_path / "steps" / "out")
     with watched(lambda number, name: None, names) as done:
-        restarted(made, tmp_path / "steps" / "out")
+        restarted(case, tmp_path / "steps" / "out")
     for at in range(len(done)) if every else chosen(done):
         out = tmp_path / f"{at}" / "out"
-        begun(made, out)
+        begun(case, out)
         try:
             with watched(raising_at(at, system(code)), names):
-                restarted(made, out)
+                restarted(case, out)
         except StoppedError as error:
             assert os.strerror(code) in error.fact and error.remedy and error.place, (at, done[at])
-            assert error.place.startswith((str(tmp_path), str(made[0].source))), (error.place, done[at])
+            assert error.place.startswith((str(tmp_path), str(case[0].source))), (error.place, done[at])
             assert "\n" not in error.state
         except FxquantError as error:
             pytest.fail(f"{done[at]}: {error}")
         if out.exists() and Places(out).state is State.NONE:  # it was complete
             with pytest.raises(FxquantError, match="exists and is not empty"):
-                written(made[0], out)
+                written(case[0], out)
         else:
-            written(made[0], out)
-        assert same_files(out, made[1]) and [path.name for path in out.parent.iterdir()] == ["out"], (at, done[at])
+            written(case[0], out)
+        assert same_files(out, case[1]) and [path.name for path in out.parent.iterdir()] == ["out"], (at, done[at])
         shutil.rmtree(out.parent)
 
 
@@ -175,9 +175,9 @@ def test_a_calibration_folder_that_cannot_be_made(tmp_path: Path, monkeypatch: p
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer_config.json"])
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EIO])
 def test_a_source_that_cannot_be_read(
-    name: str, code: int, made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, code: int, case: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = Path(shutil.copytree(made[0].source, tmp_path / "model"))
+    model = Path(shutil.copytree(case[0].source, tmp_path / "model"))
     (model / "tokenizer_config.json").write_text("{}")
     before, opened, raw = files_of(model), io.open, os.open
 

@@ -16,13 +16,15 @@ MODELS = (("compile",), ("plan",), ("show",), ("compare", "--text", "x"))
 @pytest.fixture
 def places(tmp_path: Path, tiny_folder: Callable[..., Path]) -> dict[str, Path]:
     """Paths of every kind."""
-    made = {name: tmp_path / name for name in ("empty", "out.partial", "out")}
-    for folder in made.values():
+    folders = {name: tmp_path / name for name in ("empty", "out.partial", "out")}
+    for folder in folders.values():
         folder.mkdir()
-    (made["out"] / "fxquant_manifest.json").write_text("{}")
+    (folders["out"] / "fxquant_manifest.json").write_text("{}")
     (tmp_path / "link").symlink_to("gone")
-    found = {"missing": tmp_path / "ou", "link": tmp_path / "link", "model": tiny_folder()}
-    return made | found | {"file": tiny_folder() / "config.json", "inside": made["out"] / "fxquant_manifest.json"}
+    inputs = {"missing": tmp_path / "ou", "link": tmp_path / "link", "model": tiny_folder()}
+    return (
+        folders | inputs | {"file": tiny_folder() / "config.json", "inside": folders["out"] / "fxquant_manifest.json"}
+    )
 
 
 @pytest.mark.parametrize("verb", COMPILED, ids=lambda verb: verb[0])
@@ -71,7 +73,7 @@ def test_no_model(
     assert code == 1 and out == "" and [word for word in words if word not in text] == [], text
 
 
-@pytest.mark.parametrize("verb", [one for one in MODELS if one[0] != "plan"], ids=lambda verb: verb[0])
+@pytest.mark.parametrize("verb", [command for command in MODELS if command[0] != "plan"], ids=lambda verb: verb[0])
 def test_a_file_of_a_model(fxquant_: Fxquant, places: dict[str, Path], verb: tuple[str, ...]) -> None:
     code, _, text = fxquant_(verb[0], places["file"], *verb[1:])
     assert code == 1 and f"→ Pass its folder: {places['model']}" in text

@@ -93,8 +93,8 @@ def test_the_float_policy_keeps_everything_but_mtp(tiny: Tiny) -> None:
     left_out = sum(".layers.2." in name for name in checkpoint.tensors) * 1
     left_out += sum(".layers.2." in name for name in checkpoint.scales)
     consumed = sum(".layers.2." not in name for name in checkpoint.scales)
-    kept = sum(".layers.2." not in name for name in checkpoint.tensors)
-    assert buckets == {Bucket.KEPT: kept, Bucket.LEFT_OUT: left_out, Bucket.CONSUMED: consumed}
+    floats = sum(".layers.2." not in name for name in checkpoint.tensors)
+    assert buckets == {Bucket.KEPT: floats, Bucket.LEFT_OUT: left_out, Bucket.CONSUMED: consumed}
 
 
 def test_totals_of_the_tiny_model(tiny: Tiny) -> None:

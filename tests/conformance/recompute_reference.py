@@ -141,26 +141,26 @@ def two_level(output: Output, module: str) -> Tensors:
 
 
 def per_channel(output: Output, module: str) -> Tensors:
-    made = dynamic(output, module, int4_v1)
-    bias = scale_bias(made["weight"], made["weight_scale"], module)
-    return made | {"weight": pack(made["weight"]), "scale_bias": bias}
+    tensors = dynamic(output, module, int4_v1)
+    bias = scale_bias(tensors["weight"], tensors["weight_scale"], module)
+    return tensors | {"weight": pack(tensors["weight"]), "scale_bias": bias}
 
 
 def static_v0(output: Output, module: str) -> Tensors:
-    made = dynamic(output, module, int8_v0)
-    made |= activation_v0(output.activations[module]) if module in output.activations else {}
+    tensors = dynamic(output, module, int8_v0)
+    tensors |= activation_v0(output.activations[module]) if module in output.activations else {}
     scale, offset = (output.tensors[f"{module}.{name}"] for name in ("input_scale", "input_offset"))
-    return made | fused(made["weight"], scale.float() * made["weight_scale"].flatten(), offset)
+    return tensors | fused(tensors["weight"], scale.float() * tensors["weight_scale"].flatten(), offset)
 
 
 def static_v1(output: Output, module: str) -> Tensors:
-    made = dynamic(output, module, int8_v1)
+    tensors = dynamic(output, module, int8_v1)
     dtype = output.model[f"{module}.weight"].dtype
-    weight_scale = made.pop("weight_scale").flatten().to(dtype)
-    del made["weight_offset"]
-    made |= activation_v1(output.activations[module]) if module in output.activations else {}
+    weight_scale = tensors.pop("weight_scale").flatten().to(dtype)
+    del tensors["weight_offset"]
+    tensors |= activation_v1(output.activations[module]) if module in output.activations else {}
     scale, offset = (output.tensors[f"{module}.{name}"] for name in ("input_scale", "input_offset"))
-    return made | fused(made["weight"], (scale.to(dtype) * weight_scale).float(), offset)
+    return tensors | fused(tensors["weight"], (scale.to(dtype) * weight_scale).float(), offset)
 
 
 def fused(q: Tensor, deq_scale: Tensor, offset: Tensor) -> Tensors:
@@ -198,37 +198,39 @@ OUTPUTS = {
 
 def recomputed(output: Output, formulas: dict[str, Callable[[Output, str], Tensors]]) -> Tensors:
     """Stored name → what it should be; float tensors are the model's own."""
-    made = {}
+    tensors = {}
     for name, tensor in output.tensors.items():
         module, _, suffix = name.rpartition(".")
         kind = output.types[name]
         if kind == "FLOAT":
-            made[name] = output.model[name].to(tensor.dtype)
+            tensors[name] = output.model[name].to(tensor.dtype)
         elif suffix == "weight":
-            made |= {f"{module}.{key}": value for key, value in formulas[kind](output, module).items()}
-    return made
+            tensors |= {f"{module}.{key}": value for key, value in formulas[kind](output, module).items()}
+    return tensors
 
 
-def same_bytes(one: Tensor, other: Tensor) -> bool:
+def same_bytes(tensor: Tensor, other: Tensor) -> bool:
     """Equal dtype, shape and bits, but for the sign of a zero."""
-    return one.dtype is other.dtype and one.shape == other.shape and torch.equal(one, other)
+    return tensor.dtype is other.dtype and tensor.shape == other.shape and torch.equal(tensor, other)
 
 
 def compare(reference: Path, name: str) -> int:
     """Print one line a type and suffix; the number of tensors that differ."""
     activations, formulas = OUTPUTS[name]
     output = Output.open(reference, name, activations)
-    made = recomputed(output, formulas)
-    agree, all_, differ = Counter[str](), Counter[str](), sorted(set(made) - set(output.tensors))
+    expected = recomputed(output, formulas)
+    agree, all_, differ = Counter[str](), Counter[str](), sorted(set(expected) - set(output.tensors))
     for stored, tensor in sorted(output.tensors.items()):
         kind = f"{output.types[stored]:14} .{stored.rpartition('.')[2]}"
         all_[kind] += 1
-        if stored in made:
-            same = same_bytes(made[stored], tensor)
+        if stored in expected:
+            same = same_bytes(expected[stored], tensor)
             agree[kind] += same
             differ += [] if same else [stored]
     for kind in sorted(all_):
-        left = sum(f"{output.types[n]:14} .{n.rpartition('.')[2]}" == kind and n not in made for n in output.tensors)
+        left = sum(
+            f"{output.types[n]:14} .{n.rpartition('.')[2]}" == kind and n not in expected for n in output.tensors
+        )
         print(f"{name:18} {kind:38} {agree[kind]:4} of {all_[kind]:4}" + (f", {left} as stored" if left else ""))
     print(*(f"  differs: {stored}" for stored in differ), sep="\n", end="\n" if differ else "")
     return len(differ)

@@ -46,9 +46,9 @@ RUN = sorted({str(block.page.relative_to(ROOT)) for block in STARTED} - set(TRAN
 @pytest.mark.parametrize("page", RUN)
 def test_every_command_of_the_page_succeeds_and_prints_what_stands_there(page: str, tmp_path: Path) -> None:
     started = time.perf_counter()
-    found = failures(ROOT / page, tmp_path / "page")
+    wrong = failures(ROOT / page, tmp_path / "page")
     print(f"{page}: {time.perf_counter() - started:.1f} s")
-    assert not found, "\n\n".join(found)
+    assert not wrong, "\n\n".join(wrong)
 
 
 def test_what_is_not_run_has_a_known_reason() -> None:
@@ -83,7 +83,7 @@ def test_a_translated_page_has_the_blocks_of_the_english_one(page: str) -> None:
 
 def code_of(page: str) -> list[tuple[str, str]]:
     """Language and text of each block, docstrings and comments aside, which are translated."""
-    return [(one.language, one.text) for one in blocks(ROOT / page)]
+    return [(block.language, block.text) for block in blocks(ROOT / page)]
 
 
 def without_fences(page: str) -> str:
@@ -97,7 +97,7 @@ def parsed(words: list[str], partly: bool = False) -> bool:
         return True
     group = typer.main.get_command(app)
     if words[0].startswith("-"):  # of fxquant itself; some of them act as soon as they are parsed
-        return words[0] in [option for one in group.params for option in one.opts]
+        return words[0] in [option for parameter in group.params for option in parameter.opts]
     context = group.make_context("fxquant", [], resilient_parsing=True)
     try:
         name, command, rest = group.resolve_command(context, words)

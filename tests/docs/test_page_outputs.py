@@ -46,15 +46,15 @@ def test_blocks_of_a_page(tmp_path: Path) -> None:
     )
     import page_blocks
 
-    found = blocks(page)
+    of_page = blocks(page)
     page_blocks_root, page_blocks.ROOT = page_blocks.ROOT, tmp_path
     try:
-        assert found[0].commands == ["a b", "c"]
-        assert [one.follows for one in found] == [False, True, False, True, True]
-        assert [one.why_not_run for one in found] == ["", "", "needs an NPU", "", ""]
-        assert [one.file_name for one in found] == ["", "", "", "my.yaml", ""]
-        assert [one.exit_code for one in found] == [0, 0, 0, 0, 1]
-        assert found[0].section == "One"
+        assert of_page[0].commands == ["a b", "c"]
+        assert [block.follows for block in of_page] == [False, True, False, True, True]
+        assert [block.why_not_run for block in of_page] == ["", "", "needs an NPU", "", ""]
+        assert [block.file_name for block in of_page] == ["", "", "", "my.yaml", ""]
+        assert [block.exit_code for block in of_page] == [0, 0, 0, 0, 1]
+        assert of_page[0].section == "One"
     finally:
         page_blocks.ROOT = page_blocks_root
 

@@ -31,14 +31,16 @@ def test_every_page_has_its_place_in_the_navigation_once() -> None:
 @pytest.mark.parametrize("page", [*PAGES, *OUTSIDE], ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_to_files(page: Path) -> None:
     text = re.sub(r"^ *```.*?^ *```$", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
-    missing = [one for one in LINK.findall(text) if "://" not in one and not (page.parent / one).exists()]
+    missing = [link for link in LINK.findall(text) if "://" not in link and not (page.parent / link).exists()]
     assert not missing
 
 
 def test_every_diagram_is_drawn_and_no_picture_is_left_over() -> None:
     sources = [source for page in PAGES for source in MERMAID.findall(page.read_text(encoding="utf-8"))]
     assert sources
-    assert {picture(one) for one in sources} == set(IMAGES.glob("diagram_*.svg")), "run: python docs/make_diagrams.py"
+    assert {picture(diagram) for diagram in sources} == set(IMAGES.glob("diagram_*.svg")), (
+        "run: python docs/make_diagrams.py"
+    )
 
 
 def test_a_diagram_that_is_not_drawn_ends_the_build() -> None:

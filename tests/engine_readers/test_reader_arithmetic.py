@@ -69,7 +69,7 @@ def test_half_a_step_bounds_the_rounding(value: float, dtype: torch.dtype) -> No
 def test_static_codes_divide_exactly_or_multiply_by_a_rounded_reciprocal(dtype: torch.dtype) -> None:
     scale, offset = torch.tensor([0.0333], dtype=dtype), torch.tensor([-7.0], dtype=dtype)
     x = torch.linspace(-6, 6, 501)
-    exact, kernel = (PerTensor(scale, offset, True).quantize(x, one)[0].tolist() for one in Arithmetic)
+    exact, kernel = (PerTensor(scale, offset, True).quantize(x, arithmetic)[0].tolist() for arithmetic in Arithmetic)
     reciprocal = (1 / scale).float()
     arrived = x.to(dtype).float()
     for index in range(len(x)):
@@ -86,7 +86,7 @@ def clamp(value: int) -> int:
 
 def test_on_the_device_activations_come_in_the_models_dtype() -> None:
     x = torch.tensor([[1.0, 0.501]])
-    exact, kernel = (PerToken(torch.bfloat16).quantize(x, one)[0].tolist() for one in Arithmetic)
+    exact, kernel = (PerToken(torch.bfloat16).quantize(x, arithmetic)[0].tolist() for arithmetic in Arithmetic)
     assert exact == [[127, 64]] and kernel == [[127, 64]]
     x = torch.tensor([[1.001, 0.5]])
     assert PerToken(torch.bfloat16).quantize(x, Arithmetic.KERNEL)[1] == torch.tensor(1.0) / 127
@@ -116,8 +116,8 @@ def test_the_kernel_rounds_partial_sums_to_float16_and_adds_them_there(group: in
     bias = draft.tensors["m.scale_bias"] * 200
     shard = PackedShard(pack_layout(draft.tensors["m.weight"], scales, bias), slice(0, 8))
     x8 = draft.integers(-127, 127, 3, 12).to(torch.int8)
-    found = shard.kernel(x8, torch.tensor([[0.5], [0.01], [3.0]]))
+    sums = shard.kernel(x8, torch.tensor([[0.5], [0.01], [3.0]]))
     q = draft.truths["m"].codes // scales.steps().repeat_interleave(12 // scales.steps().shape[1], 1)
     for row, x_scale in enumerate((0.5, 0.01, 3.0)):
         expected = msd_by_loops(q, truncate_fp19(scales.combined()), bias.squeeze(1), x8[row], x_scale)
-        assert found[row].tolist() == expected
+        assert sums[row].tolist() == expected

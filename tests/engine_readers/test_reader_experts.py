@@ -96,7 +96,7 @@ def test_the_devices_roundings_cost_what_they_may(
     them are added there: G + 1 roundings of 2**-11 at most of all magnitudes. The output is rounded by 2**-8."""
     draft, folder = folders[engine]
     loaded, x = load(engine, folder, projection), random_input(projection).bfloat16().float()
-    exact, kernel = (loaded(x, one) for one in Arithmetic)
+    exact, kernel = (loaded(x, arithmetic) for arithmetic in Arithmetic)
     assert torch.equal(kernel.bfloat16().float(), kernel)
     truth, groups = draft.truths[f"{EXPERTS}.1.{projection}"], max(1, x.shape[1] // 256)
     x8, x_scale = loaded.quantize(x, Arithmetic.KERNEL)

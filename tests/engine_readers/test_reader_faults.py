@@ -99,12 +99,12 @@ def test_columns_of_another_rank_show_on_the_rank(tmp_path: Path, engine: str) -
     loaded, x = load(engine, folder, "down_proj", 16), random_input("down_proj")
     assert miss(loaded, draft, "down_proj") <= 1
     x8, x_scale = loaded.quantize(x, Arithmetic.EXACT)
-    truth, found, bounds = draft.truths[DOWN], loaded.partials(x, Arithmetic.EXACT), loaded.partial_bounds(x)
+    truth, partials, bounds = draft.truths[DOWN], loaded.partials(x, Arithmetic.EXACT), loaded.partial_bounds(x)
     run = WIDTH // 16
     for rank in range(16):
         part = slice(rank * run, (rank + 1) * run)
         ideal = (x8[:, part].double() @ truth.codes[:, part].double().T) * truth.scale * x_scale.double()
-        assert ((found[rank] - ideal).abs() > bounds[rank]).any(), rank
+        assert ((partials[rank] - ideal).abs() > bounds[rank]).any(), rank
 
 
 @PACKED

@@ -34,9 +34,9 @@ def static_ideal(draft: Draft, x8: Tensor) -> Tensor:
     return sums * scale.double()
 
 
-def assert_within(found: Tensor, ideal: Tensor, bound: Tensor) -> None:
-    assert found.dtype is torch.float32
-    assert ((found.double() - ideal).abs() <= bound).all()
+def assert_within(result: Tensor, ideal: Tensor, bound: Tensor) -> None:
+    assert result.dtype is torch.float32
+    assert ((result.double() - ideal).abs() <= bound).all()
 
 
 def assert_same_on_any_ranks(results: list[Tensor]) -> None:

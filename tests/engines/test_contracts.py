@@ -45,9 +45,9 @@ def experts(group_size: int = 256) -> list[Linear]:
 
 
 def refused(target: Target, linears: list[Linear], ranks: int = 1, mix: bool | None = None) -> Finding:
-    found = refusal(check(load_contract(target), linears, ranks, mix))
-    assert found is not None
-    return found
+    finding = refusal(check(load_contract(target), linears, ranks, mix))
+    assert finding is not None
+    return finding
 
 
 @pytest.mark.parametrize("target", list(Target))
@@ -88,10 +88,10 @@ def test_headers_hold_what_the_contract_asks(
 def test_two_level_experts(target: Target) -> None:
     findings = check(load_contract(target), experts())
     if target is Target.VLLM_ASCEND:
-        found = refusal(findings)
-        assert found is not None and found.module == f"{MLP}experts.gate_proj"
-        assert "group_size 256" in found.fact and "2026-08-08" in found.fact and "#13713" in found.source
-        assert "group_size: 0" in found.way_out and "--target ascend" in found.way_out
+        finding = refusal(findings)
+        assert finding is not None and finding.module == f"{MLP}experts.gate_proj"
+        assert "group_size 256" in finding.fact and "2026-08-08" in finding.fact and "#13713" in finding.source
+        assert "group_size: 0" in finding.way_out and "--target ascend" in finding.way_out
     else:
         assert not findings
 
@@ -99,8 +99,8 @@ def test_two_level_experts(target: Target) -> None:
 @pytest.mark.parametrize("target", NPU)
 def test_groups_of_other_sizes_are_unverified_or_refused(target: Target) -> None:
     findings = check(load_contract(target), experts(64))
-    wanted = Verdict.REFUSED if target is Target.VLLM_ASCEND else Verdict.UNVERIFIED
-    assert {finding.verdict for finding in findings} == {wanted}
+    expected = Verdict.REFUSED if target is Target.VLLM_ASCEND else Verdict.UNVERIFIED
+    assert {finding.verdict for finding in findings} == {expected}
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
@@ -111,9 +111,9 @@ def test_a_rank_has_whole_groups(target: Target, ranks: int) -> None:
 
 @pytest.mark.parametrize("target", [Target.ASCEND, Target.MINDIE, Target.SGLANG_NPU])
 def test_a_part_of_a_group_is_refused(target: Target) -> None:
-    found = refused(target, experts(), 16)
-    assert found.module.endswith("down_proj") and "128 of each of 16 ranks" in found.fact and "256" in found.fact
-    assert "fewer ranks" in found.way_out and "expert parallelism" in found.way_out
+    finding = refused(target, experts(), 16)
+    assert finding.module.endswith("down_proj") and "128 of each of 16 ranks" in finding.fact and "256" in finding.fact
+    assert "fewer ranks" in finding.way_out and "expert parallelism" in finding.way_out
     assert not check(load_contract(target), experts(0), 16)
 
 
@@ -141,9 +141,9 @@ def test_heads_split_over_ranks() -> None:
     """Told once a layer, at the linear that reads all heads."""
     names = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj")
     layer = [linear(f"{ATTENTION}{name}", Kind.ATTENTION, Scheme.W8A8_DYNAMIC, heads=24) for name in names]
-    (found,) = check(load_contract(Target.VLLM_ASCEND), layer, 16)
-    assert found.module == f"{ATTENTION}o_proj" and found.verdict is Verdict.REFUSED
-    assert "24 heads do not split over 16 ranks" in found.fact and "divides 24" in found.way_out
+    (finding,) = check(load_contract(Target.VLLM_ASCEND), layer, 16)
+    assert finding.module == f"{ATTENTION}o_proj" and finding.verdict is Verdict.REFUSED
+    assert "24 heads do not split over 16 ranks" in finding.fact and "divides 24" in finding.way_out
     assert not check(load_contract(Target.VLLM_ASCEND), layer, 8)
 
 
@@ -155,13 +155,17 @@ PAIRS = [
 ]
 
 
-@pytest.mark.parametrize(("one", "other", "kind"), PAIRS)
+@pytest.mark.parametrize(("module", "other", "kind"), PAIRS)
 @pytest.mark.parametrize("target", NPU)
-def test_shards_of_a_fused_module_share_a_scheme(target: Target, one: str, other: str, kind: Kind) -> None:
+def test_shards_of_a_fused_module_share_a_scheme(target: Target, module: str, other: str, kind: Kind) -> None:
     for scheme in (Scheme.W8A8, Scheme.FLOAT):
-        found = refused(target, [linear(one, kind, Scheme.W8A8_DYNAMIC), linear(other, kind, scheme)])
-        assert found.module == one and other.rpartition(".")[2] in found.fact and "loads both as one" in found.fact
-    assert not check(load_contract(target), [linear(name, kind, Scheme.W8A8_DYNAMIC) for name in (one, other)])
+        finding = refused(target, [linear(module, kind, Scheme.W8A8_DYNAMIC), linear(other, kind, scheme)])
+        assert (
+            finding.module == module
+            and other.rpartition(".")[2] in finding.fact
+            and "loads both as one" in finding.fact
+        )
+    assert not check(load_contract(target), [linear(name, kind, Scheme.W8A8_DYNAMIC) for name in (module, other)])
 
 
 @pytest.mark.parametrize("target", NPU)
@@ -170,9 +174,9 @@ def test_static_shards_share_a_range(target: Target) -> None:
         recipe = linear(name, Kind.ATTENTION, Scheme.W8A8).recipe
         return Linear(replace(recipe, activation=ActivationRange(-1.0, high)), Kind.ATTENTION)
 
-    one, other, _ = PAIRS[0]
-    assert not check(load_contract(target), [static(one, 2.0), static(other, 2.0)])
-    assert "-1 … 3" in refused(target, [static(one, 2.0), static(other, 3.0)]).fact
+    module, other, _ = PAIRS[0]
+    assert not check(load_contract(target), [static(module, 2.0), static(other, 2.0)])
+    assert "-1 … 3" in refused(target, [static(module, 2.0), static(other, 3.0)]).fact
 
 
 @pytest.mark.parametrize("target", NPU)
@@ -188,9 +192,9 @@ def test_mixing_shared_experts_in_mindie() -> None:
     int8 = linear(f"{MLP}shared_experts.gate_proj", Kind.SHARED_EXPERT, Scheme.W8A8_DYNAMIC)
     assert not check(contract, [int4]) and not check(contract, [int8])
     assert not check(contract, [int4], mix=True) and not check(contract, [int8], mix=False)
-    for one, mix, state in ((int4, False, "off"), (int8, True, "on")):
-        found = refused(Target.MINDIE, [one], mix=mix)
-        assert f"mix_shared_routing {state}" in found.fact and "ValueError" not in found.fact
+    for shared, mix, state in ((int4, False, "off"), (int8, True, "on")):
+        finding = refused(Target.MINDIE, [shared], mix=mix)
+        assert f"mix_shared_routing {state}" in finding.fact and "ValueError" not in finding.fact
 
 
 @pytest.mark.parametrize("target", [Target.VLLM_ASCEND, Target.SGLANG_NPU])
@@ -252,7 +256,7 @@ def test_an_unverified_module_that_the_reader_refuses_is_told(tiny_folder: Folde
 def reader_check(report: CompileReport) -> Check:
     """What verification says of the integers that the engine's reader ends up with."""
     assert report.verification is not None
-    return next(one for one in report.verification.checks if one.name.endswith(": weights == graph"))
+    return next(candidate for candidate in report.verification.checks if candidate.name.endswith(": weights == graph"))
 
 
 def test_ranks_are_checked_by_compile(tiny_folder: Folder, tmp_path: Path) -> None:

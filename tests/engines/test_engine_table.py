@@ -40,8 +40,8 @@ def engine_words(tree: ast.Module) -> list[str]:
         for node in ast.walk(tree)
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "Target"
     ]
-    found = [text for text in strings(tree) if NAMED.search(text) or any(word in text for word in SAYS)]
-    return found + [name for name in members if name.removeprefix("Target.") in Target.__members__]
+    texts = [text for text in strings(tree) if NAMED.search(text) or any(word in text for word in SAYS)]
+    return texts + [name for name in members if name.removeprefix("Target.") in Target.__members__]
 
 
 @pytest.mark.parametrize("room", sorted(path.name for path in PACKAGE.iterdir() if path.suffix in ("", ".py")))

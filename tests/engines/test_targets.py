@@ -35,8 +35,8 @@ def targets(*arguments: str) -> Result:
 
 def published(policies: Sequence[str]) -> dict[tuple[str, Target, int], Deployment]:
     """The policies on every target, from the configuration of the 671B model."""
-    found = deployments(float_program(), policies, list(Target))
-    return {(one.policy, one.target, one.ranks): one for one in found}
+    matrix = deployments(float_program(), policies, list(Target))
+    return {(deployment.policy, deployment.target, deployment.ranks): deployment for deployment in matrix}
 
 
 def expected(policy: str, target: Target, ranks: int) -> str:
@@ -54,15 +54,15 @@ def expected(policy: str, target: Target, ranks: int) -> str:
 @pytest.mark.parametrize("policies", [FIRST, pytest.param(REST, marks=pytest.mark.slow)], ids=["first", "rest"])
 def test_every_verdict_on_the_published_model(policies: Sequence[str]) -> None:
     assert {*FIRST, *REST} == set(shipped_policies()) == {*TWO_LEVEL, *ONE_LEVEL, *WITHOUT_INT4}
-    found = published(policies)
-    assert len(found) == len(policies) * len(Target) * len(RANKS) and RANKS == (1, 2, 4, 8, 16)
-    assert {key: one.verdict for key, one in found.items() if one.verdict != expected(*key)} == {}
-    for one in found.values():
-        assert bool(one.words) is (one.verdict != "accepted"), one
+    matrix = published(policies)
+    assert len(matrix) == len(policies) * len(Target) * len(RANKS) and RANKS == (1, 2, 4, 8, 16)
+    assert {key: deployment.verdict for key, deployment in matrix.items() if deployment.verdict != expected(*key)} == {}
+    for deployment in matrix.values():
+        assert bool(deployment.words) is (deployment.verdict != "accepted"), deployment
     if policies is FIRST:
-        words = found["deepseek_w4a8", Target.ASCEND, 16].words
+        words = matrix["deepseek_w4a8", Target.ASCEND, 16].words
         assert "128 of each of 16 ranks are no whole number of groups of 256" in words
-        assert "#13713" in found["deepseek_w4a8", Target.VLLM_ASCEND, 1].words
+        assert "#13713" in matrix["deepseek_w4a8", Target.VLLM_ASCEND, 1].words
 
 
 def test_contracts_name_cells_releases_and_how_to_serve() -> None:
@@ -87,15 +87,20 @@ def test_contracts_as_json() -> None:
 @pytest.fixture(scope="module")
 def small(tiny_folder: Callable[..., Path]) -> tuple[str, dict[tuple[str, Target, int], Deployment]]:
     """A folder whose config.json is all that is read, and its verdicts: one group of 256 on one rank."""
-    found = deployments(float_program(tiny_folder()), SHOWN, list(Target))
-    return str(tiny_folder()), {(one.policy, one.target, one.ranks): one for one in found}
+    matrix = deployments(float_program(tiny_folder()), SHOWN, list(Target))
+    return str(tiny_folder()), {
+        (deployment.policy, deployment.target, deployment.ranks): deployment for deployment in matrix
+    }
 
 
 def test_the_table_and_its_footnotes(small: tuple[str, dict]) -> None:
     model, verdicts = small
     result = targets(model, "--table", *FEW)
     assert result.exit_code == 0 and all(policy in result.output for policy in SHOWN)
-    counts = [[one.verdict for one in verdicts.values()].count(one) for one in ("accepted", "refused", "unverified")]
+    counts = [
+        [deployment.verdict for deployment in verdicts.values()].count(verdict)
+        for verdict in ("accepted", "refused", "unverified")
+    ]
     assert [result.stdout.count(mark) for mark in "✓✗?"] == counts and min(counts) > 0
 
 
@@ -109,7 +114,7 @@ def test_markdown_says_the_same(small: tuple[str, dict]) -> None:
         policy, target, *cells = (cell.strip() for cell in line.strip("|").split("|"))
         assert [cell.split(" ")[0] for cell in cells] == [verdicts[policy, Target(target), n].verdict for n in RANKS]
     notes = [line for line in result.stdout.splitlines() if line[:1].isdigit()]
-    assert len(notes) == len({one.words for one in verdicts.values() if one.words})
+    assert len(notes) == len({deployment.words for deployment in verdicts.values() if deployment.words})
 
 
 @pytest.mark.slow

@@ -80,12 +80,12 @@ def test_scores_of_tokens_against_a_loop() -> None:
     generator = torch.Generator().manual_seed(1)
     p, q = (torch.randn(1, 5, 11, generator=generator, dtype=torch.float64).log_softmax(-1) for _ in range(2))
     ids = torch.randint(0, 11, (1, 6), generator=generator)
-    found = token_scores(ids, p, q)
+    scores = token_scores(ids, p, q)
     for t in range(5):
         divergence = sum(math.exp(a) * (a - b) for a, b in zip(p[0, t].tolist(), q[0, t].tolist(), strict=True))
         expected = [-p[0, t, ids[0, t + 1]].item(), -q[0, t, ids[0, t + 1]].item(), divergence]
-        assert found[:3, t].tolist() == pytest.approx(expected, rel=1e-12)  # sums of eleven float64 terms
-        assert found[3, t] == (p[0, t].argmax() == q[0, t].argmax())
+        assert scores[:3, t].tolist() == pytest.approx(expected, rel=1e-12)  # sums of eleven float64 terms
+        assert scores[3, t] == (p[0, t].argmax() == q[0, t].argmax())
 
 
 @pytest.mark.parametrize("lengths", [[5], [5, 6, 7]])

@@ -49,9 +49,9 @@ def stand_in(site: Site, checkpoint: Checkpoint, x: Tensor, counts: Tensor | Non
     recipe, result, bound = site.recipe, None, None
     for expert, rows in site.rows(counts).items():
         module = recipe.modules[expert]
-        one = rounded_activation(recipe, x[rows])
+        rounded = rounded_activation(recipe, x[rows])
         weight = rounded_weight(recipe, checkpoint.read(f"{module}.weight")).double()
-        y, allowed = one @ weight.T, 4 * ULP * (one.abs() @ weight.abs().T)
+        y, allowed = rounded @ weight.T, 4 * ULP * (rounded.abs() @ weight.abs().T)
         if recipe.bias:
             bias = checkpoint.read(f"{module}.bias").double()
             y = y + bias
@@ -73,13 +73,13 @@ def _half_step(recipe: Recipe, weight: Tensor) -> Tensor:
 
 def check_sites(done: Rewritten) -> int:
     """Every one within its bound; how many there are."""
-    found = list(sites(done.program))
-    for site in found:
+    all_sites = list(sites(done.program))
+    for site in all_sites:
         counts = None if site.counts is None else done.values[site.counts.name]
         expected, bound = stand_in(site, done.checkpoint, done.values[site.x.name], counts)
         error = (done.values[site.node.name].double() - expected).abs()
         assert (error <= bound).all(), (site.node.name, float((error / bound).nan_to_num().max()))
-    return len(found)
+    return len(all_sites)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -143,7 +143,10 @@ def test_both_have_the_same_divergence(policy: str) -> None:
     done = rewrite(checkpoint, policy, program)
     read = RecipeReader(done.program, checkpoint)
     inputs = [prefill_inputs(done.program, ids) for ids in batches]
-    fake = [one[0] for one in execute(done.program, read, inputs, FakeQuantization(done.program, checkpoint))]
+    fake = [logits[0] for logits in execute(done.program, read, inputs, FakeQuantization(done.program, checkpoint))]
     exact = logits(done.program, read, batches)
-    kl = [sum(float(one[2].sum()) for one in document_scores(batches, expected, found)) for found in (exact, fake)]
+    kl = [
+        sum(float(scores[2].sum()) for scores in document_scores(batches, expected, quantized))
+        for quantized in (exact, fake)
+    ]
     assert kl[1] == pytest.approx(kl[0], rel=0.02)

@@ -49,14 +49,14 @@ def log_probabilities(model: FxquantLM, ids: list[int]) -> torch.Tensor:
 
 def expected(model: FxquantLM, ids: list[int], first: int) -> float:
     """log p of ids[first:]."""
-    found = log_probabilities(model, ids)
-    return sum(found[position - 1, ids[position]].item() for position in range(first, len(ids)))
+    scores = log_probabilities(model, ids)
+    return sum(scores[position - 1, ids[position]].item() for position in range(first, len(ids)))
 
 
 def test_a_pair_scores_what_the_graph_gives(model: FxquantLM) -> None:
     pairs = [(text[:SPLIT], text[SPLIT:200]) for text in TEXTS] + [("", TEXTS[0][:30])]
-    found = model.loglikelihood(ask("loglikelihood", *pairs), disable_tqdm=True)
-    for (context, continuation), (score, _) in zip(pairs, found, strict=True):
+    scores = model.loglikelihood(ask("loglikelihood", *pairs), disable_tqdm=True)
+    for (context, continuation), (score, _) in zip(pairs, scores, strict=True):
         before = model.tok_encode(context.rstrip())
         # the harness joins the context's own tokens and what the whole has after so many
         ids = [0, *before, *model.tok_encode(context + continuation)[len(before) :]]
@@ -68,14 +68,14 @@ def test_what_greedy_decoding_gives_is_known_as_such(model: FxquantLM) -> None:
     context = model.tok_encode(TEXTS[1][:SPLIT])
     new = [int(logits.argmax()) for logits in generate(model.program, model.read, [0, *context], 6)]
     requests = [(("", ""), context, ids) for ids in (new, new[:1], [new[0], 3, *new[2:]])]
-    found = model._loglikelihood_tokens(requests, disable_tqdm=True)
-    assert [greedy for _, greedy in found] == [True, True, new[1] == 3] and found[0][0] > found[2][0]
+    scores = model._loglikelihood_tokens(requests, disable_tqdm=True)
+    assert [greedy for _, greedy in scores] == [True, True, new[1] == 3] and scores[0][0] > scores[2][0]
 
 
 def test_a_whole_text_is_scored_from_bos_on(model: FxquantLM) -> None:
-    found = model.loglikelihood_rolling(ask("loglikelihood_rolling", (TEXTS[0][:SPLIT],), ("",)), disable_tqdm=True)
+    scores = model.loglikelihood_rolling(ask("loglikelihood_rolling", (TEXTS[0][:SPLIT],), ("",)), disable_tqdm=True)
     ids = [0, *model.tok_encode(TEXTS[0][:SPLIT])]
-    assert found == [pytest.approx(expected(model, ids, 1), abs=len(ids) * 256 * 2.0**-24), 0]
+    assert scores == [pytest.approx(expected(model, ids, 1), abs=len(ids) * 256 * 2.0**-24), 0]
 
 
 def test_a_long_text_is_scored_in_windows(out: Path) -> None:
@@ -85,19 +85,19 @@ def test_a_long_text_is_scored_in_windows(out: Path) -> None:
     windows = [(ids[:17], 1), (ids[16:33], 1), (ids[24:41], 9)]
     text = model.encoder.tokenizer.decode(ids[1:])
     assert model.tok_encode(text) == ids[1:]
-    (found,) = model.loglikelihood_rolling(ask("loglikelihood_rolling", (text,)), disable_tqdm=True)
+    (score,) = model.loglikelihood_rolling(ask("loglikelihood_rolling", (text,)), disable_tqdm=True)
     total = sum(expected(model, window, first) for window, first in windows)
-    assert found == pytest.approx(total, abs=40 * 256 * 2.0**-24)
+    assert score == pytest.approx(total, abs=40 * 256 * 2.0**-24)
 
 
 def test_generated_text_is_that_of_run(model: FxquantLM, out: Path) -> None:
     whole = "".join(fxquant.run(out, TEXTS[2][:SPLIT], 12))
     stop = whole[5:8]
     requests = ({"until": [], "max_gen_toks": 12}, {"until": ["§", stop], "max_gen_toks": 12}, {"until": stop})
-    found = model.generate_until(
-        ask("generate_until", *((TEXTS[2][:SPLIT], one) for one in requests)), disable_tqdm=True
+    texts = model.generate_until(
+        ask("generate_until", *((TEXTS[2][:SPLIT], request) for request in requests)), disable_tqdm=True
     )
-    assert found == [whole, *[whole[: whole.index(stop)]] * 2]
+    assert texts == [whole, *[whole[: whole.index(stop)]] * 2]
 
 
 def test_what_cannot_be_done_is_refused(out: Path) -> None:
@@ -152,12 +152,12 @@ def write_task(folder: Path, name: str, kind: str, metric: str, config: dict[str
 
 def test_the_harness_evaluates_the_folder(model: FxquantLM, tasks: TaskManager) -> None:
     names = ["continuations", "documents", "words"]
-    found = lm_eval.simple_evaluate(model=model, tasks=names, task_manager=tasks, bootstrap_iters=0)
-    results = found["results"]
+    evaluated = lm_eval.simple_evaluate(model=model, tasks=names, task_manager=tasks, bootstrap_iters=0)
+    results = evaluated["results"]
     assert results["continuations"]["acc,none"] == 1  # the model's own text against the same text backwards
     bits = sum(expected(model, [0, *model.tok_encode(text[:240])], 1) for text in TEXTS) / -torch.log(torch.tensor(2.0))
     nbytes = sum(len(text[:240].encode()) for text in TEXTS)
     assert results["documents"]["bits_per_byte,none"] == pytest.approx(bits.item() / nbytes, rel=1e-5)
     options = {"until": [" "], "max_gen_toks": 4}
     words = model.generate_until(ask("generate_until", *((text[:SPLIT], options) for text in TEXTS)), disable_tqdm=True)
-    assert [sample["resps"] for sample in found["samples"]["words"]] == [[[word]] for word in words]
+    assert [sample["resps"] for sample in evaluated["samples"]["words"]] == [[[word]] for word in words]

@@ -34,16 +34,16 @@ def batches(checkpoint: Checkpoint) -> list[Tensor]:
 
 
 @pytest.fixture(scope="module")
-def found(checkpoint: Checkpoint, batches: list[Tensor]) -> Sensitivity:
+def measured(checkpoint: Checkpoint, batches: list[Tensor]) -> Sensitivity:
     program = rewritten(checkpoint, POLICY)
     original = (float_program(checkpoint), checkpoint.read)
     return measure_sensitivity(original, (program, RecipeReader(program, checkpoint)), batches)
 
 
-def test_every_quantized_module_once(found: Sensitivity) -> None:
-    assert [one.module for one in found.modules].count(EXPERTS) == 1
-    assert len(found.modules) == 2 * 4 + 3 + 3 + 1  # attentions, dense MLP, shared expert, routed experts
-    assert (found.tokens, found.documents) == (3 * (8 + 4 + 6), 9)
+def test_every_quantized_module_once(measured: Sensitivity) -> None:
+    assert [module_loss.module for module_loss in measured.modules].count(EXPERTS) == 1
+    assert len(measured.modules) == 2 * 4 + 3 + 3 + 1  # attentions, dense MLP, shared expert, routed experts
+    assert (measured.tokens, measured.documents) == (3 * (8 + 4 + 6), 9)
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_as_a_policy_of_that_module_alone(
     module: str,
     pattern: str | None,
     scheme: str,
-    found: Sensitivity,
+    measured: Sensitivity,
     checkpoint: Checkpoint,
     batches: list[Tensor],
     tmp_path: Path,
@@ -69,7 +69,7 @@ def test_as_a_policy_of_that_module_alone(
     program, original = rewritten(checkpoint, policy), float_program(checkpoint)
     read = RecipeReader(program, checkpoint)
     (expected,) = evaluate_programs((original, checkpoint.read), [(program, read)], batches)
-    (loss,) = (one for one in found.modules if one.module == module)
+    (loss,) = (module_loss for module_loss in measured.modules if module_loss.module == module)
     assert loss.scheme == scheme
     assert loss.kl.mean == pytest.approx(expected.kl_mean, rel=1e-9)  # float64 sums in another order
     assert loss.kl.interval == pytest.approx(expected.intervals["kl_mean"], rel=1e-9)
@@ -91,27 +91,31 @@ def outputs(program: Any, read: Any, batches: list[Tensor], name: str) -> Tensor
     return torch.cat(seen)
 
 
-def test_groups_are_sums(found: Sensitivity) -> None:
-    assert [group.name for group in found.layers] == ["model.layers.0", "model.layers.1"]
-    assert {group.name: group.modules for group in found.kinds} == {
+def test_groups_are_sums(measured: Sensitivity) -> None:
+    assert [group.name for group in measured.layers] == ["model.layers.0", "model.layers.1"]
+    assert {group.name: group.modules for group in measured.kinds} == {
         "attention": 8, "dense_mlp": 3, "shared_expert": 3, "routed_expert": 1,
     }  # fmt: skip
-    for groups in (found.layers, found.kinds, (found.total,)):
-        assert sum(group.kl.mean for group in groups) == pytest.approx(sum(one.kl.mean for one in found.modules))
-        assert sum(group.modules for group in groups) == len(found.modules)
-        assert min(group.sqnr for group in groups) == min(one.sqnr for one in found.modules)
+    for groups in (measured.layers, measured.kinds, (measured.total,)):
+        assert sum(group.kl.mean for group in groups) == pytest.approx(
+            sum(module_loss.kl.mean for module_loss in measured.modules)
+        )
+        assert sum(group.modules for group in groups) == len(measured.modules)
+        assert min(group.sqnr for group in groups) == min(module_loss.sqnr for module_loss in measured.modules)
         assert all(
             group.kl.interval and group.kl.interval[0] <= group.kl.mean <= group.kl.interval[1] for group in groups
         )
-    kl = [one.kl.mean for one in found.worst_first]
+    kl = [module_loss.kl.mean for module_loss in measured.worst_first]
     assert kl == sorted(kl, reverse=True)
 
 
-def test_all_at_once_is_what_evaluate_says(found: Sensitivity, checkpoint: Checkpoint, batches: list[Tensor]) -> None:
+def test_all_at_once_is_what_evaluate_says(
+    measured: Sensitivity, checkpoint: Checkpoint, batches: list[Tensor]
+) -> None:
     program = rewritten(checkpoint, POLICY)
     quantized = (program, RecipeReader(program, checkpoint))
     (expected,) = evaluate_programs((float_program(checkpoint), checkpoint.read), [quantized], batches)
-    assert found.together.mean == pytest.approx(expected.kl_mean, rel=1e-9)
+    assert measured.together.mean == pytest.approx(expected.kl_mean, rel=1e-9)
 
 
 def test_nothing_quantized_and_another_model_are_errors(
@@ -138,18 +142,20 @@ def command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 
 
 def test_the_command_shows_them(
-    found: Sensitivity, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    measured: Sensitivity, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("fxquant.api.sensitivity", lambda *arguments: found)
+    monkeypatch.setattr("fxquant.api.sensitivity", lambda *arguments: measured)
     monkeypatch.setattr("fxquant.tools.console.console.width", 200)
     assert command(monkeypatch, "--sensitivity") == 0
     text = capsys.readouterr().out
-    assert all(one.module in text and f"{one.kl.mean:.2e}" in text for one in found.modules)
-    assert all(f"{group.kl.mean:.2e}" in text for group in (*found.layers, *found.kinds, found.total))
+    assert all(module_loss.module in text and f"{module_loss.kl.mean:.2e}" in text for module_loss in measured.modules)
+    assert all(f"{group.kl.mean:.2e}" in text for group in (*measured.layers, *measured.kinds, measured.total))
     assert command(monkeypatch, "--sensitivity", "--json") == 0
     document = json.loads(capsys.readouterr().out)
-    assert document == found.as_json()
-    assert [one["module"] for one in document["modules"]] == [one.module for one in found.worst_first]
+    assert document == measured.as_json()
+    assert [module_loss["module"] for module_loss in document["modules"]] == [
+        module_loss.module for module_loss in measured.worst_first
+    ]
 
 
 @pytest.mark.parametrize(
@@ -170,17 +176,17 @@ def test_options_that_do_not_go_together(
 
 @pytest.mark.parametrize("suffix", [".svg", ".png"])
 def test_the_picture_names_every_module(
-    suffix: str, found: Sensitivity, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    suffix: str, measured: Sensitivity, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr("fxquant.api.sensitivity", lambda *arguments: found)
+    monkeypatch.setattr("fxquant.api.sensitivity", lambda *arguments: measured)
     file, again = tmp_path / f"a{suffix}", tmp_path / f"b{suffix}"
-    for one in (file, again):
-        assert command(monkeypatch, "--sensitivity", "--plot", str(one)) == 0
+    for module_loss in (file, again):
+        assert command(monkeypatch, "--sensitivity", "--plot", str(module_loss)) == 0
     assert file.read_bytes() == again.read_bytes()
     if suffix == ".svg":
         text = file.read_text()
-        assert all(one.module in text for one in found.modules)
+        assert all(module_loss.module in text for module_loss in measured.modules)
 
 
 @pytest.mark.parametrize("policy", ["deepseek_w4a8_msmodelslim_m4", "rotated"])
@@ -196,5 +202,5 @@ def test_of_an_output_whose_float_model_is_smoothed(
     compile(tiny_folder(), CompileOptions(policy=policy, out=tmp_path / "out", calib=text, export=False, verify=False))
     result, whole = sensitivity(tmp_path / "out", text), evaluate(tmp_path / "out", text)
     assert len(result.modules) == 2 * 4 + 3 + 3 + 1
-    assert all(one.sqnr > 10 for one in result.modules)
+    assert all(module_loss.sqnr > 10 for module_loss in result.modules)
     assert result.together.mean == pytest.approx(whole.kl_mean, rel=0.2)

@@ -96,8 +96,8 @@ def test_declared_classes_become_parts_of_the_one_graph(
     text: str, tmp_path: Path, tiny_folder: Callable[..., Path]
 ) -> None:
     """Each reads a value in its forward, and the small copy runs that forward."""
-    found = trace_file(write(tmp_path, OWN + text), tiny_folder())
-    assert found.program == dump_program(open_source(tiny_folder()).program())
+    traced = trace_file(write(tmp_path, OWN + text), tiny_folder())
+    assert traced.program == dump_program(open_source(tiny_folder()).program())
 
 
 def test_without_its_declaration_the_error_shows_one_to_paste(tmp_path: Path, tiny_folder: Callable[..., Path]) -> None:
@@ -138,17 +138,21 @@ def checkpoint_names(path):
 
 def test_checkpoint_names(tmp_path: Path, tiny_folder: Callable[..., Path]) -> None:
     """The graph has the checkpoint's names; a model with other paths compiles against it."""
-    found = parse_program(trace_file(write(tmp_path, OWN + RENAMED), tiny_folder()).program, "here")
+    program = parse_program(trace_file(write(tmp_path, OWN + RENAMED), tiny_folder()).program, "here")
     plain = open_source(tiny_folder()).program()
 
     def renamed(name: str) -> str:
         return name.replace("model.layers.", "transformer.blocks.").replace("self_attn", "attention")
 
-    assert [*found.parameters] == [renamed(name) for name in plain.parameters]
-    for one, other in zip(found.parameters.values(), plain.parameters.values(), strict=True):
-        assert one.names == tuple(map(renamed, other.names))
-        assert (one.module, one.kind, one.stacked) == (renamed(other.module), other.kind, other.stacked)
-    calls = {node.name: node.meta["module"] for node in found.graph.graph.nodes if node.op == "call_function"}
+    assert [*program.parameters] == [renamed(name) for name in plain.parameters]
+    for parameter, other in zip(program.parameters.values(), plain.parameters.values(), strict=True):
+        assert parameter.names == tuple(map(renamed, other.names))
+        assert (parameter.module, parameter.kind, parameter.stacked) == (
+            renamed(other.module),
+            other.kind,
+            other.stacked,
+        )
+    calls = {node.name: node.meta["module"] for node in program.graph.graph.nodes if node.op == "call_function"}
     assert calls["transformer_blocks_0_attention_q_a_proj"] == "transformer.blocks.0.attention.q_a_proj"
 
 
@@ -165,9 +169,9 @@ def example_inputs(model, phase):
 
 
 def test_example_inputs_of_the_file_give_the_same_graph(tmp_path: Path, tiny_folder: Callable[..., Path]) -> None:
-    found = trace_file(write(tmp_path, OWN + EXAMPLES), tiny_folder()).program
+    program = trace_file(write(tmp_path, OWN + EXAMPLES), tiny_folder()).program
     expected = structural_hash(open_source(tiny_folder()).program())
-    assert structural_hash(parse_program(found, "here")) == expected
+    assert structural_hash(parse_program(program, "here")) == expected
 
 
 def test_dynamic_shapes_of_the_file_are_used(tmp_path: Path, tiny_folder: Callable[..., Path]) -> None:
@@ -197,8 +201,8 @@ class Mine(nn.Module):
 def build_model(config):
     return Mine(config)
 """
-    found = trace_file(write(tmp_path, text), tiny_folder()).program
-    assert found == dump_program(open_source(tiny_folder()).program())
+    program = trace_file(write(tmp_path, text), tiny_folder()).program
+    assert program == dump_program(open_source(tiny_folder()).program())
 
 
 def test_renamed_checkpoint_compiles(tmp_path: Path, tiny_folder: Callable[..., Path]) -> None:
@@ -212,4 +216,6 @@ def test_renamed_checkpoint_compiles(tmp_path: Path, tiny_folder: Callable[..., 
     text = OWN + "Layer.change = lambda self, config: None\n"
     text += "def checkpoint_names(path): return path.replace('self_attn', 'attention')\n"
     program = parse_program(trace_file(write(tmp_path, text), folder).program, "here")
-    assert {name for one in program.parameters.values() for name in one.names} == set(open_checkpoint(folder).tensors)
+    assert {name for parameter in program.parameters.values() for name in parameter.names} == set(
+        open_checkpoint(folder).tensors
+    )

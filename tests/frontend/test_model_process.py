@@ -108,8 +108,8 @@ def running(pid: int) -> bool:
 def eventually(condition: Callable[[], Any]) -> Any:
     """What `condition` gives once it is true, within five minutes."""
     for _ in range(3000):
-        if found := condition():
-            return found
+        if value := condition():
+            return value
         time.sleep(0.1)
     raise AssertionError("never")
 

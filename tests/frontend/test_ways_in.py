@@ -52,9 +52,9 @@ def traced(name: str, folder: Path) -> Program:
 def test_every_way_in_gives_the_graph_of_the_folder(name: str, changes: dict, tiny_folder: Callable[..., Path]) -> None:
     """Byte for byte, and so the structural hash. On the way, a small copy is run against the file's own forward."""
     folder = tiny_folder(**changes)
-    expected, found = open_source(folder).program(), traced(name, folder)
-    assert structural_hash(found) == structural_hash(expected)
-    assert dump_program(found) == dump_program(expected)
+    expected, program = open_source(folder).program(), traced(name, folder)
+    assert structural_hash(program) == structural_hash(expected)
+    assert dump_program(program) == dump_program(expected)
 
 
 def test_another_model_has_another_hash(tiny_folder: Callable[..., Path]) -> None:
@@ -71,9 +71,9 @@ def test_a_program_comes_back_from_text_with_its_hash(tiny_folder: Callable[...,
 def test_both_forms_of_deepseek_attention(form: str, tmp_path: Path, tiny_folder: Callable[..., Path]) -> None:
     text = (MODEL_FILES / "deepseek_style.py").read_text()
     (tmp_path / "model.py").write_text(text.replace('attn_impl = "absorb"', f'attn_impl = "{form}"'))
-    found = trace_file(tmp_path / "model.py", tiny_folder())
-    assert found.program == dump_program(open_source(tiny_folder()).program())
-    assert found.way_in == "model.py, DeepSeek's inference code"
+    traced_file = trace_file(tmp_path / "model.py", tiny_folder())
+    assert traced_file.program == dump_program(open_source(tiny_folder()).program())
+    assert traced_file.way_in == "model.py, DeepSeek's inference code"
 
 
 def test_deepseek_linears_may_be_declared_in_fp8(tiny_folder: Callable[..., Path], tmp_path: Path) -> None:
@@ -143,9 +143,9 @@ def test_attributes_of_the_instance_count(tmp_path: Path, tiny_folder: Callable[
         "    for layer in model.model.layers:\n        layer.self_attn.scaling *= 0.5\n    return model\n"
     )
     (tmp_path / "model.py").write_text(text)
-    found, plain = trace_file(tmp_path / "model.py", tiny_folder()).program, open_source(tiny_folder()).program()
+    program, plain = trace_file(tmp_path / "model.py", tiny_folder()).program, open_source(tiny_folder()).program()
     scale = [node.args[-1] for node in plain.nodes(ops.mla_attention)]
-    halved = [node.args[-1] for node in parse_program(found, "here").nodes(ops.mla_attention)]
+    halved = [node.args[-1] for node in parse_program(program, "here").nodes(ops.mla_attention)]
     assert halved == [value / 2 for value in scale]
 
 

@@ -19,14 +19,14 @@ EDGE = REFERENCE / "edge.safetensors"
 
 def recipe_of(weight: Tensor, scheme: Scheme, group_size: int = 0, **changes: object) -> Recipe:
     n, k = weight.shape
-    made = Recipe("model.linear", ("model.linear",), scheme, group_size, n, k, False, False, torch.bfloat16)
-    return replace(made, **changes)
+    recipe = Recipe("model.linear", ("model.linear",), scheme, group_size, n, k, False, False, torch.bfloat16)
+    return replace(recipe, **changes)
 
 
 def codes_of(weight: Tensor, scheme: Scheme, group_size: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """Codes int8 [n, k], scale float32 [n, 1], second scale float32 [n, G], by the kernels, one code a byte."""
-    made = make_tensors(recipe_of(weight, scheme, group_size, weight_format=WeightFormat.UNPACKED), "w", weight)
-    return made["weight"], made["weight_scale"], made.get("weight_scale_second", torch.ones(len(weight), 1))
+    tensors = make_tensors(recipe_of(weight, scheme, group_size, weight_format=WeightFormat.UNPACKED), "w", weight)
+    return tensors["weight"], tensors["weight_scale"], tensors.get("weight_scale_second", torch.ones(len(weight), 1))
 
 
 def same(x: Tensor, y: Tensor) -> bool:
@@ -35,8 +35,8 @@ def same(x: Tensor, y: Tensor) -> bool:
     return x.dtype is y.dtype and x.shape == y.shape and torch.equal(*bits)
 
 
-def same_tensors(made: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
-    return set(made) == set(expected) and all(same(made[name], expected[name]) for name in expected)
+def same_tensors(tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
+    return set(tensors) == set(expected) and all(same(tensors[name], expected[name]) for name in expected)
 
 
 def unpack(packed: Tensor) -> list[list[int]]:

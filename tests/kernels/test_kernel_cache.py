@@ -137,7 +137,7 @@ def hits(function: Any) -> int:
     return sum(function.stats.cache_hits.values())
 
 
-def kept() -> Path:
+def kept_file() -> Path:
     (file,) = cache.code_folder().glob("*.code")  # type: ignore[union-attr]
     return file
 
@@ -154,7 +154,7 @@ def test_code_is_kept_by_signature(fresh: Callable[[], Any]) -> None:
 @pytest.mark.parametrize("damage", ("flipped", "cut", "empty", "open to others", "a pipe", "a link", "other code"))
 def test_damaged_code_is_not_run(fresh: Callable[[], Any], damage: str, tmp_path: Path) -> None:
     hits(fresh())
-    file = kept()
+    file = kept_file()
     data = file.read_bytes()
     changed = {"flipped": data[:-9] + b"?" + data[-8:], "cut": data[:-1], "empty": b"", "other code": data[:32] + b"."}
     if damage in changed:
@@ -165,13 +165,13 @@ def test_damaged_code_is_not_run(fresh: Callable[[], Any], damage: str, tmp_path
         file.rename(tmp_path / "elsewhere")
         os.mkfifo(file) if damage == "a pipe" else file.symlink_to(tmp_path / "elsewhere")
     assert [hits(fresh()), hits(fresh())] == [0, 1]  # compiled, and kept in its place
-    assert kept().is_file() and not kept().is_symlink()
+    assert kept_file().is_file() and not kept_file().is_symlink()
 
 
 def test_what_cannot_be_read_back_is_compiled(fresh: Callable[[], Any]) -> None:
     """A numba that writes other things under the same version."""
     hits(fresh())
-    cache._write(kept(), b"no pickle")
+    cache._write(kept_file(), b"no pickle")
     assert hits(fresh()) == 0
 
 

@@ -59,9 +59,9 @@ def test_t4_rounding() -> None:
     [(-3, 2, 5 / 255, 25), (1, 2, 2 / 255, -128), (-4, -1, 4 / 255, 127), (0, 0, EPS, -128)],
 )
 def test_t5_static_parameters(low: float, high: float, scale: float, offset: float) -> None:
-    made = static_parameters(ActivationRange(low, high))
-    assert [value.dtype for value in made] == [torch.float32] * 2
-    assert [value.item() for value in made] == [np.float32(scale), offset]
+    parameters = static_parameters(ActivationRange(low, high))
+    assert [value.dtype for value in parameters] == [torch.float32] * 2
+    assert [value.item() for value in parameters] == [np.float32(scale), offset]
 
 
 T6 = {-128: (-8, -8), -17: (-2, 7), -16: (-1, -8), -1: (-1, 7), 0: (0, -8), 7: (0, -1), 8: (0, 0), 127: (7, 7)}
@@ -108,12 +108,12 @@ def t8_weight() -> Tensor:
 
 def test_t8_small_two_level() -> None:
     weight = t8_weight()
-    made = make_tensors(recipe_of(weight, Scheme.W4A8_DYNAMIC, 16), "w", weight)
-    assert made["weight_scale"].flatten().tolist() == [np.float32(peak) / np.float32(119) for peak in (16, 2)]
-    assert made["weight_scale_second"].tolist() == [[17, 16], [17, 17]]
-    assert made["weight"].tolist() == [[byte - 256 if byte > 127 else byte for byte in T8_BYTES]]
-    assert unpack(made["weight"]) == [T8_ROW_0, ([-7, -3, 0, 3, 7] * 7)[:32]]
-    assert made["scale_bias"].tolist() == [[-132.609375], [-22.91015625]]
+    tensors = make_tensors(recipe_of(weight, Scheme.W4A8_DYNAMIC, 16), "w", weight)
+    assert tensors["weight_scale"].flatten().tolist() == [np.float32(peak) / np.float32(119) for peak in (16, 2)]
+    assert tensors["weight_scale_second"].tolist() == [[17, 16], [17, 17]]
+    assert tensors["weight"].tolist() == [[byte - 256 if byte > 127 else byte for byte in T8_BYTES]]
+    assert unpack(tensors["weight"]) == [T8_ROW_0, ([-7, -3, 0, 3, 7] * 7)[:32]]
+    assert tensors["scale_bias"].tolist() == [[-132.609375], [-22.91015625]]
     row_parallel = make_tensors(recipe_of(weight, Scheme.W4A8_DYNAMIC, 16, row_parallel=True), "w", weight)
     assert row_parallel["scale_bias"][0].tolist() == T8_CHUNKS
     assert row_parallel["scale_bias"].sum(1).tolist() == [-132.609375, -22.91015625]
@@ -122,31 +122,35 @@ def test_t8_small_two_level() -> None:
 def test_t9_scale_bias_completes_the_split_activation() -> None:
     """16 hi + lo + 8 is the activation: two products on nibbles plus scale_bias are the product on x."""
     weight = t8_weight()
-    made = make_tensors(recipe_of(weight, Scheme.W4A8_DYNAMIC, 16), "w", weight)
-    scale = made["weight_scale"].bfloat16().double()
-    d = torch.tensor(unpack(made["weight"])).double() * made["weight_scale_second"].repeat_interleave(16, 1) * scale
+    tensors = make_tensors(recipe_of(weight, Scheme.W4A8_DYNAMIC, 16), "w", weight)
+    scale = tensors["weight_scale"].bfloat16().double()
+    d = (
+        torch.tensor(unpack(tensors["weight"])).double()
+        * tensors["weight_scale_second"].repeat_interleave(16, 1)
+        * scale
+    )
     x = torch.arange(-128, 128)[torch.randperm(256, generator=torch.Generator().manual_seed(0))].view(8, 32)
     hi, lo = (x / 16).floor(), x % 16 - 8
-    assert torch.equal(16 * (hi.double() @ d.T) + lo.double() @ d.T + made["scale_bias"].flatten(), x.double() @ d.T)
+    assert torch.equal(16 * (hi.double() @ d.T) + lo.double() @ d.T + tensors["scale_bias"].flatten(), x.double() @ d.T)
 
 
 def test_t10_zero_row() -> None:
     weight = torch.zeros(2, 32)
     weight[1, 0] = 119.0
-    made = make_tensors(recipe_of(weight, Scheme.W4A8_DYNAMIC, 16), "w", weight)
-    assert made["weight_scale"].tolist() == [[0], [1]]
-    assert made["weight_scale_second"].tolist() == [[1, 1], [17, 1]]
-    assert unpack(made["weight"]) == [[0] * 32, [7] + [0] * 31]
-    assert made["scale_bias"].tolist() == [[0], [8 * 7 * 17]]
+    tensors = make_tensors(recipe_of(weight, Scheme.W4A8_DYNAMIC, 16), "w", weight)
+    assert tensors["weight_scale"].tolist() == [[0], [1]]
+    assert tensors["weight_scale_second"].tolist() == [[1, 1], [17, 1]]
+    assert unpack(tensors["weight"]) == [[0] * 32, [7] + [0] * 31]
+    assert tensors["scale_bias"].tolist() == [[0], [8 * 7 * 17]]
 
 
 @pytest.mark.parametrize("scheme", [Scheme.W8A8_DYNAMIC, Scheme.W4A8_DYNAMIC])
 def test_t11_scales_in_the_models_dtype_give_other_integers(scheme: Scheme) -> None:
     """bfloat16 holds another scale, by up to 2**-9, and some quotients fall on the other side of a half."""
     weight = torch.randn(64, 512, generator=torch.Generator().manual_seed(0)).bfloat16()
-    one = recipe_of(weight, scheme)
-    other = replace(one, weight_format=WeightFormat.PER_CHANNEL, scale_dtype=torch.bfloat16)
-    wide, narrow = (make_tensors(recipe, "place", weight) for recipe in (one, other))
+    in_float32 = recipe_of(weight, scheme)
+    in_bfloat16 = replace(in_float32, weight_format=WeightFormat.PER_CHANNEL, scale_dtype=torch.bfloat16)
+    wide, narrow = (make_tensors(recipe, "place", weight) for recipe in (in_float32, in_bfloat16))
     assert torch.equal(narrow["weight_scale"], wide["weight_scale"].bfloat16().float())
     assert not torch.equal(narrow["weight_scale"], wide["weight_scale"])
     assert not torch.equal(narrow["weight"], wide["weight"])

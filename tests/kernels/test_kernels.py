@@ -126,20 +126,20 @@ def test_every_tensor_is_that_of_the_reference(
 ) -> None:
     bias = torch.randn(len(weight), generator=torch.Generator().manual_seed(1)).to(weight.dtype) if biased else None
     recipe = recipe_of(weight, scheme, group_size, row_parallel=row_parallel, bias=biased, dtype=weight.dtype)
-    made = make_tensors(recipe, "w", weight, bias)
-    assert same_tensors(made, expected_tensors(recipe, weight, bias))
+    tensors = make_tensors(recipe, "w", weight, bias)
+    assert same_tensors(tensors, expected_tensors(recipe, weight, bias))
     specs = {suffix: (spec.dtype, spec.shape) for suffix, spec in tensor_specs(recipe).items()}
-    assert {suffix: (tensor.dtype, tuple(tensor.shape)) for suffix, tensor in made.items()} == specs
+    assert {suffix: (tensor.dtype, tuple(tensor.shape)) for suffix, tensor in tensors.items()} == specs
 
 
 @settings(deadline=None, max_examples=40)
 @given(weights(), st.sampled_from([(Scheme.W8A8_DYNAMIC, 0), (Scheme.W4A8_DYNAMIC, 0), (Scheme.W4A8_DYNAMIC, GROUP)]))
 def test_rounded_weight_is_what_the_integers_stand_for(weight: Tensor, scheme: tuple[Scheme, int]) -> None:
     recipe = recipe_of(weight, *scheme)
-    made = make_tensors(recipe, "w", weight)
-    codes = torch.tensor(unpack(made["weight"])) if recipe.scheme is Scheme.W4A8_DYNAMIC else made["weight"]
-    second = made.get("weight_scale_second", torch.ones(len(weight), 1))
-    expected = codes * second.repeat_interleave(weight.shape[1] // second.shape[1], 1) * made["weight_scale"]
+    tensors = make_tensors(recipe, "w", weight)
+    codes = torch.tensor(unpack(tensors["weight"])) if recipe.scheme is Scheme.W4A8_DYNAMIC else tensors["weight"]
+    second = tensors.get("weight_scale_second", torch.ones(len(weight), 1))
+    expected = codes * second.repeat_interleave(weight.shape[1] // second.shape[1], 1) * tensors["weight_scale"]
     assert torch.equal(rounded_weight(recipe, weight), expected)
 
 

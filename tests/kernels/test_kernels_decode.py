@@ -92,15 +92,15 @@ def patterns() -> np.ndarray:
 def test_rounding_is_that_of_torch(dtype: torch.dtype, kernel_dtype: int) -> None:
     values = patterns()
     expected = torch.from_numpy(values).to(dtype).float().numpy()
-    made = values.copy()
-    assert round_row(made, kernel_dtype) >= INFINITY
+    rounded = values.copy()
+    assert round_row(rounded, kernel_dtype) >= INFINITY
     number = ~np.isnan(values)
-    assert (made[number].view(np.uint32) == expected[number].view(np.uint32)).all()
-    assert np.isinf(made[~number]).all() and (~number).sum() > 1000
+    assert (rounded[number].view(np.uint32) == expected[number].view(np.uint32)).all()
+    assert np.isinf(rounded[~number]).all() and (~number).sum() > 1000
     finite = np.isfinite(expected)
     assert (~finite & number).sum() > 1000 or dtype is torch.bfloat16  # overflow, which becomes infinity
-    kept = values[finite]
-    assert round_row(kept, kernel_dtype) == np.abs(expected[finite]).max().view(np.uint32)
+    row = values[finite]
+    assert round_row(row, kernel_dtype) == np.abs(expected[finite]).max().view(np.uint32)
 
 
 @settings(deadline=None, max_examples=300)

@@ -70,7 +70,7 @@ def source_of(weight: Tensor, model: torch.dtype, start: int = 0, count: int = 0
 
 def recipe_for(source: SourceRows, form: tuple, biased: bool = False) -> Recipe:
     scheme, group_size, weight_format, row_parallel = form
-    made = recipe_of(torch.empty(source.rows, source.in_features, device="meta"), scheme, group_size)
+    recipe = recipe_of(torch.empty(source.rows, source.in_features, device="meta"), scheme, group_size)
     dtype = source.model_dtype
     scale_dtype = dtype if weight_format.model_dtype_scales else torch.float32
     observed = ActivationRange(-3.0, 2.0) if scheme.static else None
@@ -80,7 +80,7 @@ def recipe_for(source: SourceRows, form: tuple, biased: bool = False) -> Recipe:
         "scale_dtype": scale_dtype,
         "bias": biased,
     }
-    return replace(made, dtype=dtype, activation=observed, **changes)
+    return replace(recipe, dtype=dtype, activation=observed, **changes)
 
 
 def made_of(recipe: Recipe, source: SourceRows, bias: Tensor | None = None) -> dict[str, Tensor]:
@@ -97,10 +97,10 @@ def check(recipe: Recipe, source: SourceRows, bias: Tensor | None = None) -> boo
         with pytest.raises(FxquantError, match=rf"NaN or infinity \(row {source.start + bad[0]}\)"):
             made_of(recipe, source, bias)
         return False
-    made = made_of(recipe, source, bias)
-    assert same_tensors(made, reference_tensors(recipe, weight, bias))
+    tensors = made_of(recipe, source, bias)
+    assert same_tensors(tensors, reference_tensors(recipe, weight, bias))
     specs = {suffix: (spec.dtype, spec.shape) for suffix, spec in tensor_specs(recipe).items()}
-    assert {suffix: (tensor.dtype, tuple(tensor.shape)) for suffix, tensor in made.items()} == specs
+    assert {suffix: (tensor.dtype, tuple(tensor.shape)) for suffix, tensor in tensors.items()} == specs
     return True
 
 
@@ -109,7 +109,7 @@ def check(recipe: Recipe, source: SourceRows, bias: Tensor | None = None) -> boo
 def test_every_form_from_every_dtype(stored: torch.dtype, form: tuple) -> None:
     """Rows of every kind; float8 with block scales of every size, and with blocks that the edges cut."""
     generator = torch.Generator().manual_seed(0)
-    made = 0
+    count = 0
     for model in (stored,) if stored is not torch.float8_e4m3fn else FLOATS:
         weight = weight_of(stored, generator)
         smooth = (torch.rand(K, generator=generator) * 0.9 + 0.01).numpy()
@@ -123,8 +123,8 @@ def test_every_form_from_every_dtype(stored: torch.dtype, form: tuple) -> None:
         for scaling in scalings:
             for changes in ({}, {"smooth": smooth}, {"smooth": smooth, "divided": divided}):
                 source = source_of(weight, model, **changes, **scaling)
-                made += check(recipe_for(source, form), source)
-    assert made >= 2
+                count += check(recipe_for(source, form), source)
+    assert count >= 2
 
 
 def test_the_reference_of_verification_agrees() -> None:
@@ -197,8 +197,8 @@ def test_rows_of_a_call_lie_where_those_of_the_last_one_lay() -> None:
     assert {suffix: tensor.data_ptr() for suffix, tensor in first.items()} == {
         suffix: tensor.data_ptr() for suffix, tensor in maker.rows(source).items()
     }
-    made = [make_tensors(recipe, "w", weight)["weight"].data_ptr(), make_tensors(recipe, "w", weight)["weight"]]
-    assert made[0] != first["weight"].data_ptr() != made[1].data_ptr()
+    calls = [make_tensors(recipe, "w", weight)["weight"].data_ptr(), make_tensors(recipe, "w", weight)["weight"]]
+    assert calls[0] != first["weight"].data_ptr() != calls[1].data_ptr()
 
 
 @pytest.mark.parametrize("stored", STORED, ids=str)

@@ -40,27 +40,27 @@ def test_static_parameters_follow_from_range_and_weight(
     weight, _ = random_static(dtype)
     observed = ActivationRange(low, high, torch.float32 if arithmetic == "float32" else dtype)
     recipe = static_recipe(weight, dtype, False, observed)
-    made = make_tensors(recipe, "w", weight)
+    tensors = make_tensors(recipe, "w", weight)
     specs = {suffix: (spec.dtype, spec.shape) for suffix, spec in tensor_specs(recipe).items()}
-    assert {suffix: (tensor.dtype, tuple(tensor.shape)) for suffix, tensor in made.items()} == specs
-    scale, offset = made["input_scale"].item(), made["input_offset"].item()
+    assert {suffix: (tensor.dtype, tuple(tensor.shape)) for suffix, tensor in tensors.items()} == specs
+    scale, offset = tensors["input_scale"].item(), tensors["input_offset"].item()
     assert offset == int(offset) and -128 <= offset <= 127
     # zero is a code: a padded or masked input costs nothing
-    assert ops.quantize_static(torch.zeros(1), made["input_scale"], made["input_offset"]).item() == offset
+    assert ops.quantize_static(torch.zeros(1), tensors["input_scale"], tensors["input_offset"]).item() == offset
     for row, (codes, weight_scale) in enumerate(loop_row(r, 127, -128, 127) for r in weight.float().numpy()):
         deq_scale = np.float32(scale) * weight_scale
-        stored = made["deq_scale"][row].item()
+        stored = tensors["deq_scale"][row].item()
         assert stored == (int(deq_scale.view(np.int32)) if dtype is torch.float16 else deq_scale)
-        assert made["quant_bias"][row].item() == -int(offset) * sum(codes)
-        assert made["weight"][row].tolist() == codes
-    assert contradiction(recipe, made, None) is None
+        assert tensors["quant_bias"][row].item() == -int(offset) * sum(codes)
+        assert tensors["weight"][row].tolist() == codes
+    assert contradiction(recipe, tensors, None) is None
 
 
 @settings(deadline=None, max_examples=60)
 @given(st.floats(-1e4, 1e4, width=32), st.floats(-1e4, 1e4, width=32))
-def test_a_range_is_covered_by_its_codes(one: float, other: float) -> None:
-    low, high = min(one, other, 0.0), max(one, other, 0.0)
-    scale, offset = static_parameters(ActivationRange(min(one, other), max(one, other)))
+def test_a_range_is_covered_by_its_codes(end: float, other_end: float) -> None:
+    low, high = min(end, other_end, 0.0), max(end, other_end, 0.0)
+    scale, offset = static_parameters(ActivationRange(min(end, other_end), max(end, other_end)))
     assert scale.item() == max((np.float32(high) - np.float32(low)) / np.float32(255), np.float32(EPS))
     # the offset moves the grid by up to half a code, and so may cut half a step off either end
     assert (-128 - offset.item()) * scale.item() <= low + scale.item() * 0.5001
@@ -83,8 +83,8 @@ def test_a_bias_is_folded_once(dtype: torch.dtype) -> None:
 
 
 def test_bias_and_offset_are_rounded_together() -> None:
-    one, codes = torch.ones(1), torch.tensor([[1]], dtype=torch.int8)
-    _, quant_bias = fused_parameters(codes.sum(1), one.view(1, 1), one, one, torch.tensor([0.5]))
+    scale, codes = torch.ones(1), torch.tensor([[1]], dtype=torch.int8)
+    _, quant_bias = fused_parameters(codes.sum(1), scale.view(1, 1), scale, scale, torch.tensor([0.5]))
     assert quant_bias.tolist() == [0]  # rne(0.5 - 1), not rne(0.5) - 1
 
 
@@ -101,12 +101,12 @@ def test_a_static_linear_computes_the_linear(dtype: torch.dtype) -> None:
     weight, bias = random_static(dtype)
     weight[2] = 1
     x = torch.rand(5, 48, generator=torch.Generator().manual_seed(1)) * 5 - 3
-    made = make_tensors(static_recipe(weight, dtype, True, ActivationRange(-3.0, 2.0)), "w", weight, bias)
-    x8 = ops.quantize_static(x, made["input_scale"], made["input_offset"])
-    y = ops.dequantize_static(ops.int_matmul(x8, made["weight"]), made["deq_scale"], made["quant_bias"])
-    x_scale, w_scale = made["input_scale"].double(), made["weight_scale"].double().flatten()
-    x_hat = (x8.double() - made["input_offset"].double()) * x_scale
-    exact = x_hat @ (made["weight"].double() * w_scale[:, None]).T + bias.double()
+    tensors = make_tensors(static_recipe(weight, dtype, True, ActivationRange(-3.0, 2.0)), "w", weight, bias)
+    x8 = ops.quantize_static(x, tensors["input_scale"], tensors["input_offset"])
+    y = ops.dequantize_static(ops.int_matmul(x8, tensors["weight"]), tensors["deq_scale"], tensors["quant_bias"])
+    x_scale, w_scale = tensors["input_scale"].double(), tensors["weight_scale"].double().flatten()
+    x_hat = (x8.double() - tensors["input_offset"].double()) * x_scale
+    exact = x_hat @ (tensors["weight"].double() * w_scale[:, None]).T + bias.double()
     # rounding the bias to a code: half a step; deq_scale and the product: three roundings of 2**-24 each
     assert ((y - exact).abs() <= x_scale * w_scale * 0.5001 + exact.abs() * 2.0**-22).all()
 
@@ -124,11 +124,11 @@ def test_fused_parameters_take_the_stored_scale() -> None:
 def test_the_reference_sees_a_changed_static_tensor(name: str, dtype: torch.dtype) -> None:
     weight, bias = random_static(dtype)
     recipe = static_recipe(weight, dtype, True, ActivationRange(-3.0, 2.0))
-    made = make_tensors(recipe, "w", weight, bias)
-    assert contradiction(recipe, made, bias) is None
-    made[name] = made[name].clone()
-    made[name][0] += 1
-    assert name in str(contradiction(recipe, made, bias))
+    tensors = make_tensors(recipe, "w", weight, bias)
+    assert contradiction(recipe, tensors, bias) is None
+    tensors[name] = tensors[name].clone()
+    tensors[name][0] += 1
+    assert name in str(contradiction(recipe, tensors, bias))
 
 
 if EDGE.is_file():

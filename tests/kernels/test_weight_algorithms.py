@@ -40,11 +40,11 @@ def made_by(algorithm: WeightAlgorithm, weight: Tensor, form: tuple[Scheme, int]
     return make_tensors(recipe_of(weight, *form, algorithm=algorithm, weight_format=WeightFormat.UNPACKED), "w", weight)
 
 
-def errors(made: dict[str, Tensor], weight: Tensor) -> Tensor:
+def errors(tensors: dict[str, Tensor], weight: Tensor) -> Tensor:
     """Σ (W - q s2 s)² of each row, float64 [n]."""
-    second = made.get("weight_scale_second", torch.ones(len(weight), 1)).double()
-    codes = made["weight"].double() * second.repeat_interleave(weight.shape[1] // second.shape[1], 1)
-    return ((weight.double() - codes * made["weight_scale"].double()) ** 2).sum(1)
+    second = tensors.get("weight_scale_second", torch.ones(len(weight), 1)).double()
+    codes = tensors["weight"].double() * second.repeat_interleave(weight.shape[1] // second.shape[1], 1)
+    return ((weight.double() - codes * tensors["weight_scale"].double()) ** 2).sum(1)
 
 
 # what nobody wrote
@@ -125,7 +125,7 @@ def test_other_shapes(n: int, k: int, group_size: int, algorithm: WeightAlgorith
 @some
 @given(weights())
 def test_no_row_has_a_larger_error_than_by_less_search(form: tuple[Scheme, int], weight: Tensor) -> None:
-    plain, clipped, fitted = (errors(made_by(one, weight, form), weight) for one in (MIN_MAX, *SEARCHES))
+    plain, clipped, fitted = (errors(made_by(algorithm, weight, form), weight) for algorithm in (MIN_MAX, *SEARCHES))
     # sums of 64 terms in another order; in two levels min_max rounds halves of W / (s s2) by way of q8, the others by
     # a float32 quotient, which is within 2**-23 of a half where it falls to the other side
     slack = 1 + (2.0**-21 if form[1] else 2.0**-45)
@@ -137,27 +137,27 @@ def test_no_row_has_a_larger_error_than_by_less_search(form: tuple[Scheme, int],
 @some
 @given(weights())
 def test_two_level_codes_times_second_scale_fit_int8(algorithm: WeightAlgorithm, weight: Tensor) -> None:
-    made = made_by(algorithm, weight, (Scheme.W4A8_DYNAMIC, GROUP))
-    second = made["weight_scale_second"]
+    tensors = made_by(algorithm, weight, (Scheme.W4A8_DYNAMIC, GROUP))
+    second = tensors["weight_scale_second"]
     assert set(second.flatten().tolist()) <= set(map(float, range(1, 18)))
-    assert (made["weight"] * second.repeat_interleave(GROUP, 1)).abs().max() <= 119
-    assert torch.isfinite(made["weight_scale"]).all() and (made["weight_scale"] >= 0).all()
+    assert (tensors["weight"] * second.repeat_interleave(GROUP, 1)).abs().max() <= 119
+    assert torch.isfinite(tensors["weight_scale"]).all() and (tensors["weight_scale"] >= 0).all()
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_clip_takes_the_best_of_its_grid(form: tuple[Scheme, int]) -> None:
     scheme, group_size = form
     weight = torch.randn(8, 256, generator=torch.Generator().manual_seed(0))
-    made = made_by(WeightAlgorithm.CLIP, weight, form)
+    tensors = made_by(WeightAlgorithm.CLIP, weight, form)
     widest = weight.abs().amax(1, keepdim=True) / (119 if group_size else 7 if scheme is Scheme.W4A8_DYNAMIC else 127)
     grid = [(1 - i / 24) if group_size else (1 - i / 64) for i in range(8 if group_size else 40)]
     scales = torch.stack([widest * factor for factor in grid])
-    assert (scales == made["weight_scale"]).any(0).all()
+    assert (scales == tensors["weight_scale"]).any(0).all()
     if not group_size:
         low, high = (-8, 7) if scheme is Scheme.W4A8_DYNAMIC else (-128, 127)
         q = torch.round(weight / scales).clamp(low, high)
         error = ((weight.double() - scales.double() * q.double()) ** 2).sum(-1)
-        assert torch.equal(scales.gather(0, error.argmin(0)[None, :, None])[0], made["weight_scale"])
+        assert torch.equal(scales.gather(0, error.argmin(0)[None, :, None])[0], tensors["weight_scale"])
 
 
 def test_each_search_pays() -> None:
@@ -165,7 +165,9 @@ def test_each_search_pays() -> None:
     weight = torch.randn(16, 1024, generator=torch.Generator().manual_seed(0))
     for scheme, group_size, most in ((Scheme.W4A8_DYNAMIC, 0, 0.8), (Scheme.W4A8_DYNAMIC, 256, 0.9)):
         form = (scheme, group_size)
-        plain, clipped, fitted = (errors(made_by(one, weight, form), weight).sum() for one in (MIN_MAX, *SEARCHES))
+        plain, clipped, fitted = (
+            errors(made_by(algorithm, weight, form), weight).sum() for algorithm in (MIN_MAX, *SEARCHES)
+        )
         assert fitted < clipped < most * plain
 
 
@@ -193,8 +195,8 @@ def test_least_squares_is_no_worse_than_the_reference_quantizer(k: int) -> None:
 @pytest.mark.parametrize("algorithm", SEARCHES)
 def test_rows_of_zeros_and_rows_that_are_not_finite(algorithm: WeightAlgorithm, form: tuple[Scheme, int]) -> None:
     weight = torch.zeros(4, 64)
-    made = made_by(algorithm, weight, form)
-    assert same_tensors(made, made_by(MIN_MAX, weight, form))
+    tensors = made_by(algorithm, weight, form)
+    assert same_tensors(tensors, made_by(MIN_MAX, weight, form))
     weight[2, 5] = torch.nan
     with pytest.raises(FxquantError, match="NaN or infinity"):
         made_by(algorithm, weight, form)
@@ -206,10 +208,10 @@ def test_static_linears_fold_the_sums_of_the_final_codes() -> None:
     weight = torch.randn(4, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
     for algorithm in SEARCHES:
         recipe = recipe_of(weight, Scheme.W8A8, activation=ActivationRange(-1.0, 3.0), algorithm=algorithm)
-        made = make_tensors(recipe, "w", weight)
-        assert contradiction(recipe, made, None, expected_codes(recipe, weight)[1]) is None
+        tensors = make_tensors(recipe, "w", weight)
+        assert contradiction(recipe, tensors, None, expected_codes(recipe, weight)[1]) is None
         assert same_tensors(
-            {name: made[name] for name in ("weight", "weight_scale")},
+            {name: tensors[name] for name in ("weight", "weight_scale")},
             {name: made_by(algorithm, weight, FORMS[0])[name] for name in ("weight", "weight_scale")},
         )
 

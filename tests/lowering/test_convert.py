@@ -46,13 +46,13 @@ def compiled(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Compiled
     return get
 
 
-def different(one: Path, other: Path) -> list[str]:
+def different(here: Path, there: Path) -> list[str]:
     """Paths of files that are not the same bytes in both, but the manifest, which tells of paths, and the stamps, which
     tell of this machine."""
-    names = {str(file.relative_to(folder)) for folder in (one, other) for file in folder.rglob("*") if file.is_file()}
+    names = {str(file.relative_to(folder)) for folder in (here, there) for file in folder.rglob("*") if file.is_file()}
     names -= {MANIFEST, STAMPS}
-    same = (one / name for name in names if (one / name).is_file() and (other / name).is_file())
-    equal = {str(f.relative_to(one)) for f in same if f.read_bytes() == (other / f.relative_to(one)).read_bytes()}
+    same = (here / name for name in names if (here / name).is_file() and (there / name).is_file())
+    equal = {str(f.relative_to(here)) for f in same if f.read_bytes() == (there / f.relative_to(here)).read_bytes()}
     return sorted(names - equal)
 
 
@@ -74,15 +74,15 @@ def test_packed_to_unpacked_and_back(compiled: Compiled, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("one", "other"),
+    ("target", "other"),
     [(Target.VLLM_ASCEND, Target.SGLANG_NPU), pytest.param(Target.ASCEND, Target.ONNX, marks=pytest.mark.slow)],
 )
-def test_one_form_under_two_names(compiled: Compiled, tmp_path: Path, one: Target, other: Target) -> None:
-    policy = STATIC if one is Target.VLLM_ASCEND else TWO_LEVEL
-    there = converted(compiled(one, policy), other, tmp_path / "there")
+def test_one_form_under_two_names(compiled: Compiled, tmp_path: Path, target: Target, other: Target) -> None:
+    policy = STATIC if target is Target.VLLM_ASCEND else TWO_LEVEL
+    there = converted(compiled(target, policy), other, tmp_path / "there")
     assert different(there, compiled(other, policy)) == []
-    assert different(converted(there, one, tmp_path / "back"), compiled(one, policy)) == []
-    (old,), (new,) = (folder.glob("quant_model_weight*.safetensors") for folder in (compiled(one, policy), there))
+    assert different(converted(there, target, tmp_path / "back"), compiled(target, policy)) == []
+    (old,), (new,) = (folder.glob("quant_model_weight*.safetensors") for folder in (compiled(target, policy), there))
     assert old.read_bytes() == new.read_bytes()
 
 

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from finishing import ONE, Made, chosen, complete, made, steps, written
+from finishing import ONE, Made, case, chosen, complete, steps, written
 from output_folders import same_files
 from stops import killed_at, raising_at, watched
 
@@ -17,19 +17,19 @@ from fxquant.lowering.finish import Places, State
 from fxquant.lowering.output import write_output
 from fxquant.progress import silent
 
-__all__ = ["made"]
+__all__ = ["case"]
 
 
-def killed_everywhere(made: Made, tmp_path: Path, replaced: bool, force: bool, some: bool) -> dict[State, int]:
+def killed_everywhere(case: Made, tmp_path: Path, replaced: bool, force: bool, some: bool) -> dict[State, int]:
     """Kill at operations of the last steps, look, and run the same command again; how often each state was left."""
-    contents, whole, earlier = made
-    done = steps(made, tmp_path / "steps", replaced)
+    contents, whole, earlier = case
+    done = steps(case, tmp_path / "steps", replaced)
     seen: dict[State, int] = {}
     for at in chosen(done) if some else range(len(done)):
         folder = tmp_path / f"{at}"
         folder.mkdir()
         out = folder / "out"
-        assert killed_at(at, complete(made, out, replaced)), (at, done)
+        assert killed_at(at, complete(case, out, replaced)), (at, done)
         places = Places(out)
         state = places.state
         seen[state] = seen.get(state, 0) + 1
@@ -52,9 +52,9 @@ def killed_everywhere(made: Made, tmp_path: Path, replaced: bool, force: bool, s
 @pytest.mark.parametrize("replaced", [True, False])
 @pytest.mark.parametrize("force", [True, False])
 def test_killed_where_the_states_change_the_same_command_completes(
-    replaced: bool, force: bool, made: Made, tmp_path: Path
+    replaced: bool, force: bool, case: Made, tmp_path: Path
 ) -> None:
-    seen = killed_everywhere(made, tmp_path, replaced, force, some=True)
+    seen = killed_everywhere(case, tmp_path, replaced, force, some=True)
     assert set(seen) == set(State) - (set() if replaced else {State.ASIDE})
 
 
@@ -62,9 +62,9 @@ def test_killed_where_the_states_change_the_same_command_completes(
 @pytest.mark.parametrize("replaced", [True, False])
 @pytest.mark.parametrize("force", [True, False])
 def test_killed_at_every_operation_the_same_command_completes(
-    replaced: bool, force: bool, made: Made, tmp_path: Path
+    replaced: bool, force: bool, case: Made, tmp_path: Path
 ) -> None:
-    seen = killed_everywhere(made, tmp_path, replaced, force, some=False)
+    seen = killed_everywhere(case, tmp_path, replaced, force, some=False)
     print(seen)
 
 
@@ -74,14 +74,14 @@ def test_killed_at_every_operation_the_same_command_completes(
 @pytest.mark.parametrize("replaced", [True, False])
 @pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_stopped_at_any_operation_what_is_said_is_true(
-    every: bool, replaced: bool, error: BaseException, made: Made, tmp_path: Path
+    every: bool, replaced: bool, error: BaseException, case: Made, tmp_path: Path
 ) -> None:
-    contents, whole, earlier = made
-    done = steps(made, tmp_path / "steps", replaced)
+    contents, whole, earlier = case
+    done = steps(case, tmp_path / "steps", replaced)
     for at in range(len(done)) if every else chosen(done):
         folder = tmp_path / f"{at}"
         folder.mkdir()
-        out, end = folder / "out", complete(made, folder / "out", replaced)
+        out, end = folder / "out", complete(case, folder / "out", replaced)
         with watched(raising_at(at, error)), pytest.raises((KeyboardInterrupt, StoppedError)) as caught:
             end()
         state, said = Places(out).state, vars(caught.value)["state"]
@@ -99,21 +99,21 @@ def test_stopped_at_any_operation_what_is_said_is_true(
         shutil.rmtree(folder)
 
 
-def test_a_stop_after_the_end_says_that_it_is_complete(made: Made, tmp_path: Path) -> None:
+def test_a_stop_after_the_end_says_that_it_is_complete(case: Made, tmp_path: Path) -> None:
     destination = open_destination(tmp_path / "out", False, [])
     with pytest.raises(KeyboardInterrupt) as caught, destination.telling():
-        with write_output(made[0], destination, ONE, silent):
+        with write_output(case[0], destination, ONE, silent):
             pass
         raise KeyboardInterrupt
     assert vars(caught.value)["state"] == f"The output is complete: {tmp_path / 'out'}."
 
 
-def test_before_the_end_an_interrupt_says_what_is_kept(made: Made, tmp_path: Path) -> None:
+def test_before_the_end_an_interrupt_says_what_is_kept(case: Made, tmp_path: Path) -> None:
     for out, begun in ((tmp_path / "a", True), (tmp_path / "b", False)):
         destination = open_destination(out, False, [])
         with pytest.raises(KeyboardInterrupt) as caught, destination.telling():
             if begun:
-                with write_output(made[0], destination, ONE, silent):
+                with write_output(case[0], destination, ONE, silent):
                     raise KeyboardInterrupt
             raise KeyboardInterrupt
         said = vars(caught.value)["state"]

@@ -40,7 +40,7 @@ def policy(tmp_path: Path) -> str:
 
 
 @pytest.fixture
-def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def units(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the units that are filled."""
     names: list[str] = []
     original = FillJob.fill
@@ -54,11 +54,11 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_only_what_the_policy_changed_is_made(
-    model: Path, old: Path, policy: str, tmp_path: Path, made: list[str]
+    model: Path, old: Path, policy: str, tmp_path: Path, units: list[str]
 ) -> None:
     options = CompileOptions(policy=policy, out=tmp_path / "new", verify=False, export=False, reuse=old)
     work = compile(model, options).output.work
-    assert made == ["model.layers.0.mlp.down_proj.weight"]
+    assert units == ["model.layers.0.mlp.down_proj.weight"]
     size = json.loads((model / "config.json").read_text())
     assert (work.copied, work.quantized) == (size["hidden_size"] * size["intermediate_size"] * 2, 0)
     assert work.reused == sum(load.nbytes for load in tensors(tmp_path / "new").values()) - work.copied
@@ -70,18 +70,18 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(file)
 
 
-def test_force_takes_over_what_stays(model: Path, old: Path, policy: str, tmp_path: Path, made: list[str]) -> None:
+def test_force_takes_over_what_stays(model: Path, old: Path, policy: str, tmp_path: Path, units: list[str]) -> None:
     out = tmp_path / "out"
     for name in (POLICY, policy, POLICY):
-        made.clear()
+        units.clear()
         compile(model, CompileOptions(policy=name, out=out, verify=False, export=False, force=True))
-    assert made == ["model.layers.0.mlp.down_proj"]
+    assert units == ["model.layers.0.mlp.down_proj"]
     assert same_files(out, old)
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith("out")] == ["out"]
 
 
 @pytest.mark.parametrize("size", [50_000, 300_000])
-def test_into_other_files(size: int, model: Path, old: Path, tmp_path: Path, made: list[str]) -> None:
+def test_into_other_files(size: int, model: Path, old: Path, tmp_path: Path, units: list[str]) -> None:
     for name, reuse in (("new", old), ("fresh", None)):
         options = CompileOptions(
             policy=POLICY, out=tmp_path / name, verify=False, export=False, reuse=reuse, max_shard_size=size
@@ -161,10 +161,13 @@ def test_a_damaged_header_and_a_folder_of_others_are_refused(model: Path, tmp_pa
 
 def test_the_manifest_tells_key_and_digest_of_every_tensor(model: Path, old: Path) -> None:
     manifest = read_manifest(old)
-    names = {f"{unit}.{suffix}" if suffix else unit for unit, one in manifest.units.items() for suffix in one.digests}
+    names = {
+        f"{unit}.{suffix}" if suffix else unit for unit, record in manifest.units.items() for suffix in record.digests
+    }
     assert names == set(tensors(old))
     assert all(
-        len(one.key) == 32 and all(len(d) == 32 for d in one.digests.values()) for one in manifest.units.values()
+        len(record.key) == 32 and all(len(d) == 32 for d in record.digests.values())
+        for record in manifest.units.values()
     )
     assert set(manifest.sources) == {file.name for file in model.glob("*.safetensors")}
     assert STAMPS not in manifest.files and "mtime" not in (old / MANIFEST).read_text()
@@ -172,10 +175,10 @@ def test_the_manifest_tells_key_and_digest_of_every_tensor(model: Path, old: Pat
 
 def test_another_time_of_the_source_changes_the_stamps_only(tmp_path: Path) -> None:
     model = wide_model(tmp_path / "model", experts=4)
-    one = compile_weights(model, tmp_path / "one")
+    output = compile_weights(model, tmp_path / "one")
     os.utime(next(model.glob("*.safetensors")), ns=(1, 1))
     other = compile_weights(model, tmp_path / "other")
-    assert files_of(one, (STAMPS,)) == files_of(other, (STAMPS,)) and not same_files(one, other)
+    assert files_of(output, (STAMPS,)) == files_of(other, (STAMPS,)) and not same_files(output, other)
 
 
 def test_the_report_says_how_many_bytes_each(model: Path, old: Path, policy: str, tmp_path: Path) -> None:

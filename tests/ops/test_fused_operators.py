@@ -24,11 +24,11 @@ shapes = st.tuples(st.integers(1, 3), st.integers(1, 4), st.sampled_from([1, 8, 
 def operands(shape: tuple[int, ...], seed: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
     """x1, x2, weight and bias."""
     x1, x2 = floats(*shape, seed=seed) * 3, floats(*shape, seed=seed + 1)
-    return [one.to(dtype) for one in (x1, x2, floats(shape[-1], seed=seed + 2), floats(shape[-1], seed=seed + 3))]
+    return [tensor.to(dtype) for tensor in (x1, x2, floats(shape[-1], seed=seed + 2), floats(shape[-1], seed=seed + 3))]
 
 
-def equal(found: Any, expected: Any) -> bool:
-    return len(found) == len(expected) and all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+def equal(results: Any, expected: Any) -> bool:
+    return len(results) == len(expected) and all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
 
 
 @given(shapes, st.integers(0, 99), st.booleans(), st.sampled_from([torch.float32, torch.bfloat16]))
@@ -58,7 +58,7 @@ WRONG: list[tuple[Callable, tuple, str]] = [
 
 @pytest.mark.parametrize(("operator", "arguments", "message"), WRONG)
 def test_a_shape_rule_names_the_fact(operator: Callable, arguments: tuple, message: str) -> None:
-    on_meta = tuple(one.to("meta") if isinstance(one, Tensor) else one for one in arguments)
+    on_meta = tuple(argument.to("meta") if isinstance(argument, Tensor) else argument for argument in arguments)
     with pytest.raises(RuntimeError, match=re.escape(message)):
         operator(*on_meta)
 
@@ -108,7 +108,7 @@ def assert_near(code: int, real: float) -> None:
 
 def test_swiglu_may_activate_either_half() -> None:
     x = floats(3, 16)
-    left, right = (one.contiguous() for one in x.chunk(2, -1))
+    left, right = (half.contiguous() for half in x.chunk(2, -1))
     x8, scale = npu.npu_dequant_swiglu_quant(x, quant_mode=1)
     assert equal((x8, scale.unsqueeze(-1)), ops.swiglu_quantize_per_token(right, left))
 

@@ -24,8 +24,10 @@ def gate_loop(scores: list[float], biased: list[float], top_k: int, n_group: int
     def group_score(group: list[int]) -> float:
         return float(torch.tensor(sorted((biased[expert] for expert in group), reverse=True)[:2]).sum())
 
-    kept = sorted(groups, key=group_score, reverse=True)[:topk_group]
-    return sorted((expert for group in kept for expert in group), key=lambda expert: (-biased[expert], expert))[:top_k]
+    best_groups = sorted(groups, key=group_score, reverse=True)[:topk_group]
+    return sorted((expert for group in best_groups for expert in group), key=lambda expert: (-biased[expert], expert))[
+        :top_k
+    ]
 
 
 BIASES = {"none": torch.zeros(256), "spread": normal(256, seed=7) / 10, "strongly negative": normal(256, seed=8) - 30}

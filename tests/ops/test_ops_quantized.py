@@ -211,11 +211,11 @@ def test_grouped_matmuls_are_those_of_each_expert(counts: list[int]) -> None:
     assert (grouped.shape, packed.shape, plain.shape) == ((rows, 6), (rows, 12), (rows, 12))
     owners = [expert for expert, count in enumerate(counts) for _ in range(count)]
     for row, expert in enumerate(owners):
-        one = x[row : row + 1]
-        assert torch.equal(grouped[row : row + 1].double(), exact_product(one, weight[expert]))
+        token = x[row : row + 1]
+        assert torch.equal(grouped[row : row + 1].double(), exact_product(token, weight[expert]))
         expanded = expand_int4(weight[expert], second[expert])
-        assert torch.equal(packed[row : row + 1].double(), exact_product(one, expanded))
-        assert torch.equal(plain[row : row + 1].double(), exact_product(one, expand_int4(weight[expert], None)))
+        assert torch.equal(packed[row : row + 1].double(), exact_product(token, expanded))
+        assert torch.equal(plain[row : row + 1].double(), exact_product(token, expand_int4(weight[expert], None)))
 
 
 @pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS.keys())

@@ -83,10 +83,10 @@ def test_quantized_layers_follow_the_formulas(target: Target, tiny_folder: Folde
     assert Counter(described.values())["W8A8_DYNAMIC"] == 3 * LINEARS
     config = json.loads((out / "config.json").read_text())
     assert config["mtp_quantize"] == "w8a8_dynamic" and config["num_nextn_predict_layers"] == 1
-    kept = [name for name, kind in described.items() if kind == "FLOAT"]
-    assert f"{LAYER}eh_proj.weight" in kept and f"{LAYER}self_attn.kv_b_proj.weight" in kept
+    floats = [name for name, kind in described.items() if kind == "FLOAT"]
+    assert f"{LAYER}eh_proj.weight" in floats and f"{LAYER}self_attn.kv_b_proj.weight" in floats
     entry = {entry.name: entry.bucket for entry in report.ledger.entries if entry.name.startswith(LAYER)}
-    assert Counter(entry.values()) == {Bucket.REWRITTEN: LINEARS, Bucket.KEPT: len(kept)}
+    assert Counter(entry.values()) == {Bucket.REWRITTEN: LINEARS, Bucket.KEPT: len(floats)}
     for recipe in load_program(out / "fxquant_graph.json").mtp.recipes.values():
         for module in recipe.modules:
             for suffix, want in expected_tensors(recipe, source.read(f"{module}.weight"), None).items():
@@ -98,8 +98,8 @@ def test_a_mode_replaces_the_policys_rule(tiny_folder: Folder, tmp_path: Path) -
     policy = tmp_path / "policy.yaml"
     policy.write_text("extends: deepseek_w4a8_dynamic\nrules: [{kind: mtp, scheme: FLOAT}]")
     folder = tiny_folder(num_nextn_predict_layers=1)
-    kept = compile(folder, CompileOptions(policy=str(policy), out=tmp_path / "kept", verify=False))
-    assert "mtp → FLOAT" in {why for _, why in kept.ledger.totals()}
+    report = compile(folder, CompileOptions(policy=str(policy), out=tmp_path / "kept", verify=False))
+    assert "mtp → FLOAT" in {why for _, why in report.ledger.totals()}
     none = compile(folder, CompileOptions(policy=str(policy), out=tmp_path / "none", mtp=MtpMode.NONE, verify=False))
     assert "mtp → LEAVE_OUT" in {why for _, why in none.ledger.totals()}
 

@@ -85,8 +85,8 @@ def test_a_linear_called_from_elsewhere_is_rewritten(checkpoint: Checkpoint) -> 
 def test_a_computed_weight_is_kept_with_the_reason(checkpoint: Checkpoint, tmp_path: Path) -> None:
     policy = "extends: deepseek_w4a8_dynamic\nrules: [{path: '*.0.mlp.up_proj', scheme: FLOAT}]"
     program = assigned(traced(checkpoint, ComputedWeight), policy, tmp_path)
-    kept = QuantizeLinear()(program).skipped
-    assert "its weight is computed" in kept.values()
+    skipped = QuantizeLinear()(program).skipped
+    assert "its weight is computed" in skipped.values()
     assert "model.layers.0.mlp.up_proj" not in program.recipes
 
 
@@ -107,8 +107,8 @@ def test_a_linear_whose_weight_has_another_name_is_refused_or_kept(checkpoint: C
     policy = "extends: deepseek_w4a8_dynamic\nrules: [{path: '*.0.mlp', scheme: FLOAT}]"
     program = assigned(traced(checkpoint, OtherName), policy, tmp_path)
     run_passes(program, [QuantizeLinear(), QuantizeExperts(), CheckCoverage()])
-    (kept,) = (node for node in program.nodes(ops.linear) if operand_node(node, "weight").target == MIXING)
-    assert program.parameter(operand_node(kept, "weight")).role == "mixing"
+    (floating,) = (node for node in program.nodes(ops.linear) if operand_node(node, "weight").target == MIXING)
+    assert program.parameter(operand_node(floating, "weight")).role == "mixing"
     assert "model.layers.0.mlp.gate_proj" in program.recipes
 
 
@@ -160,8 +160,8 @@ def test_experts_quantized_in_part_are_refused(checkpoint: Checkpoint, tmp_path:
     policy = "extends: deepseek_w4a8_dynamic\nrules: [{path: '*.experts.down_proj', scheme: FLOAT}]"
     program = assigned(float_program(checkpoint), policy, tmp_path)
     QuantizeLinear()(program)
-    kept = QuantizeExperts()(program).skipped
-    assert kept == {"layers_1_mlp_experts": "policy keeps down_proj in float"}
+    skipped = QuantizeExperts()(program).skipped
+    assert skipped == {"layers_1_mlp_experts": "policy keeps down_proj in float"}
     with pytest.raises(FxquantError, match=r"model\.layers\.1\.mlp\.experts"):
         CheckCoverage()(program)
 
@@ -211,8 +211,8 @@ class DoubleEverySwiglu(RewritePass):
 
 def test_a_pass_reports_names_and_reasons(checkpoint: Checkpoint) -> None:
     program = float_program(checkpoint)
-    kept = {"layers_1_mlp_shared_experts_swiglu": "not in layer 0"}
-    assert DoubleEverySwiglu()(program) == PassResult("double", ("layers_0_mlp_swiglu",), kept)
+    skipped = {"layers_1_mlp_shared_experts_swiglu": "not in layer 0"}
+    assert DoubleEverySwiglu()(program) == PassResult("double", ("layers_0_mlp_swiglu",), skipped)
 
 
 def test_a_pass_that_is_listed_twice_rewrites_twice(checkpoint: Checkpoint) -> None:

@@ -128,6 +128,6 @@ def test_the_rewritten_model_is_near_the_float_model(
     program = float_program(checkpoint)
     batch = prefill_inputs(program, random_ids(meta_model(checkpoint), 2, 9))
     exact = execute(program, checkpoint.read, [batch])[0][0].flatten()
-    found = under(policy).values["lm_head"].flatten()
+    logits = under(policy).values["lm_head"].flatten()
     # measured 0.98 and above; unrelated logits of this size correlate below 0.1
-    assert torch.corrcoef(torch.stack((exact, found)))[0, 1] > 0.9
+    assert torch.corrcoef(torch.stack((exact, logits)))[0, 1] > 0.9

@@ -268,18 +268,18 @@ def test_the_work_of_every_algorithm_is_counted(tmp_path: Path) -> None:
 
 def test_the_estimate_is_its_arithmetic() -> None:
     work = {kernel_name(True, 0, False): 40 * 10**9, COPY: 20 * 10**9}
-    found = estimate(60 * 10**9, 30 * 10**9, work, MACHINE, None, 5.0)
-    assert (found.read, found.write, found.workers) == (30.0, 30.0, 2)
-    assert found.compute == {kernel_name(True, 0, False): 20.0, COPY: 1.0}
-    assert found.total == 60.0 + 5.0 and found.complete
+    estimated = estimate(60 * 10**9, 30 * 10**9, work, MACHINE, None, 5.0)
+    assert (estimated.read, estimated.write, estimated.workers) == (30.0, 30.0, 2)
+    assert estimated.compute == {kernel_name(True, 0, False): 20.0, COPY: 1.0}
+    assert estimated.total == 60.0 + 5.0 and estimated.complete
     faster = replace(MACHINE, disk_read=100.0, disk_write=100.0)
     assert estimate(60 * 10**9, 30 * 10**9, work, faster, 1, 5.0).total == 42.0 + 5.0
     assert estimate(0, 0, work, faster, 64, 0.0).workers == 2, "more workers than cores do not help"
     unknown = replace(MACHINE, disk_read=None, disk_write=None, disk_unknown="why")
-    found = estimate(60 * 10**9, 30 * 10**9, work, unknown, None, 5.0)
-    assert found.total == 21.0 + 5.0 and not found.complete
-    found = estimate(0, 0, work, replace(MACHINE, kernels={COPY: 10.0}), None, 5.0)
-    assert found.total == 1.0 + 5.0 and not found.complete and list(found.compute.values()) == [None, 1.0]
+    estimated = estimate(60 * 10**9, 30 * 10**9, work, unknown, None, 5.0)
+    assert estimated.total == 21.0 + 5.0 and not estimated.complete
+    estimated = estimate(0, 0, work, replace(MACHINE, kernels={COPY: 10.0}), None, 5.0)
+    assert estimated.total == 1.0 + 5.0 and not estimated.complete and list(estimated.compute.values()) == [None, 1.0]
     assert Memory(100, 10, 3).peak == 110 + 3 * PER_WORKER_BYTES
 
 

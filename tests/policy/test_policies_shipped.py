@@ -67,8 +67,14 @@ def test_what_a_shipped_policy_gives_to_each_kind(name: str, assign: Assign) -> 
         expected |= {f"{block}.{projection}": scheme for projection in ("gate_proj", "up_proj", "down_proj")}
     assert {module: scheme_of(program, module) for module in expected} == expected
     assert set(program.recipes) == {f"model.layers.{module}" for module, s in expected.items() if s != "FLOAT"}
-    kept = {"model.embed_tokens", "model.norm", "lm_head", "model.layers.1.mlp.gate", "model.layers.0.input_layernorm"}
-    assert {program.rules[module].scheme for module in kept} == {Scheme.FLOAT}
+    floats = {
+        "model.embed_tokens",
+        "model.norm",
+        "lm_head",
+        "model.layers.1.mlp.gate",
+        "model.layers.0.input_layernorm",
+    }
+    assert {program.rules[module].scheme for module in floats} == {Scheme.FLOAT}
     assert program.rules["model.layers.2"].scheme == LEAVE_OUT
     overridden = {str(idle) for idle in program.idle_rules}
     assert overridden == OVERRIDDEN.get(name, set())

@@ -107,11 +107,11 @@ def test_a_rule_selects_by_kind_and_path(fields: dict[str, object], selected: bo
 
 
 def test_the_first_rule_decides_and_quantizing_ones_pass_over_what_is_no_linear() -> None:
-    int8, kept = rule(kind="attention", scheme="W8A8"), rule(path="*")
-    policy = policy_of(int8, kept)
+    int8, float_rule = rule(kind="attention", scheme="W8A8"), rule(path="*")
+    policy = policy_of(int8, float_rule)
     assert policy.rule_for("a.o_proj", Kind.ATTENTION, quantizable=True) is int8
-    assert policy.rule_for("a.scale", Kind.ATTENTION, quantizable=False) is kept
-    assert policy_of(kept, int8).rule_for("a.o_proj", Kind.ATTENTION, quantizable=True) is kept
+    assert policy.rule_for("a.scale", Kind.ATTENTION, quantizable=False) is float_rule
+    assert policy_of(float_rule, int8).rule_for("a.o_proj", Kind.ATTENTION, quantizable=True) is float_rule
     assert policy_of(int8).rule_for("a.norm", Kind.NORM, quantizable=True) is None
 
 

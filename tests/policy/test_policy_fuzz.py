@@ -23,7 +23,9 @@ LEAVES = st.one_of(
     st.sampled_from(["FLOAT", "W8A8", "norm", "mtp", "*", "flex", "hidden", "float", "deepseek_w4a8", "1e5", "yes"]),
 )  # fmt: skip
 VALUES = st.recursive(
-    LEAVES, lambda one: st.lists(one, max_size=3) | st.dictionaries(st.text(max_size=6), one, max_size=3), max_leaves=6
+    LEAVES,
+    lambda leaf: st.lists(leaf, max_size=3) | st.dictionaries(st.text(max_size=6), leaf, max_size=3),
+    max_leaves=6,
 )
 RULE_KEYS = ("kind", "path", "scheme", "group_size", "algorithm", "optional", "why", "method", "pair", "alpha")
 RULES = st.lists(st.dictionaries(st.sampled_from(RULE_KEYS), LEAVES | VALUES, max_size=4), max_size=3)
@@ -71,7 +73,7 @@ def test_every_kind_of_fault_has_words_of_its_own() -> None:
             context = {"error": ValueError("does not fit")}
         line = {"type": known["type"], "loc": ("rules", 0, "scheme"), "input": "x", "ctx": context}
         error = ValidationError.from_exception_data("policy", [line])  # type: ignore[list-item]
-        (found,) = wrong_values(error, PolicyFile, {"rules": [{"scheme": "x"}]}, quoted=False)
+        (value,) = wrong_values(error, PolicyFile, {"rules": [{"scheme": "x"}]}, quoted=False)
         key = "rules.0.scheme: "
-        assert found.fact.startswith(key) and error.errors()[0]["msg"] not in found.fact, known["type"]
-        assert not [word for word in INSIDES if word in found.fact], found
+        assert value.fact.startswith(key) and error.errors()[0]["msg"] not in value.fact, known["type"]
+        assert not [word for word in INSIDES if word in value.fact], value

@@ -43,8 +43,8 @@ def running(pid: int) -> bool:
 def eventually(condition: Callable[[], Any]) -> Any:
     """What `condition` gives once it is true, within a minute."""
     for _ in range(3000):
-        if found := condition():
-            return found
+        if value := condition():
+            return value
         time.sleep(0.02)
     raise AssertionError("never")
 

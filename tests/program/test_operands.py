@@ -110,13 +110,15 @@ def is_args(node: ast.AST) -> bool:
 
 def names_in(node: ast.AST) -> bool:
     """Whether an index is computed, or a key."""
-    return any(isinstance(one, ast.Name) or isinstance(getattr(one, "value", None), str) for one in ast.walk(node))
+    return any(
+        isinstance(inner, ast.Name) or isinstance(getattr(inner, "value", None), str) for inner in ast.walk(node)
+    )
 
 
 def test_no_source_reads_operands_by_position():
     files = {path.relative_to(SOURCE).as_posix(): path for path in SOURCE.rglob("*.py")}
-    found = {name for name, path in files.items() if any(by_position(ast.parse(path.read_text())))}
-    assert found == set(READ_BY_POSITION)
+    readers_by_position = {name for name, path in files.items() if any(by_position(ast.parse(path.read_text())))}
+    assert readers_by_position == set(READ_BY_POSITION)
 
 
 @pytest.mark.parametrize("text", ["n.args[0]", "n.args[-1]", "n.args[1:3]", "n.args[4:]", "a, *b = n.args", "args[0]"])
@@ -133,7 +135,7 @@ def test_what_does_not(text: str):
 def test_statements_take_the_operands_of_their_operator(target: Any):
     """By name, all of them; those with `**given` ask for the rest themselves."""
     parameters = inspect.signature(EMITTERS[target]).parameters.values()
-    named = [one.name for one in parameters if one.kind is not inspect.Parameter.VAR_KEYWORD]
+    named = [parameter.name for parameter in parameters if parameter.kind is not inspect.Parameter.VAR_KEYWORD]
     names = ["writer", "node", *(argument.name for argument in target._schema.arguments)]
     assert set(named) <= set(names)
     assert named == names or len(named) < len(tuple(parameters))

@@ -76,8 +76,8 @@ def test_words_make_the_round_trip(tiny: Callable[..., Checkpoint]) -> None:
     loaded = parse_program(dump_program(program), "graph")
     assert dump_program(loaded) == dump_program(program)
     batch = prefill_inputs(program, random_ids(meta_model(checkpoint), 2, 5))
-    found, expected = (list(execute(one, checkpoint.read, [batch])[0]) for one in (loaded, program))
-    assert equal(found, expected)
+    results, expected = (list(execute(graph, checkpoint.read, [batch])[0]) for graph in (loaded, program))
+    assert equal(results, expected)
 
 
 def test_a_call_that_does_not_fit_its_inputs_is_an_error(tiny: Callable[..., Checkpoint], tmp_path: Path) -> None:

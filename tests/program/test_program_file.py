@@ -171,13 +171,13 @@ def test_an_operator_of_another_namespace_is_refused(document: dict[str, Any], t
 
 def test_reading_touches_no_other_file(document: dict[str, Any], tmp_path: Path) -> None:
     """aten::from_file makes the file that it names."""
-    edited, made = copy.deepcopy(document), tmp_path / "made"
+    edited, touched = copy.deepcopy(document), tmp_path / "made"
     index = document["nodes"].index(first_call(document))
-    node = {"name": "made", "op": "call_function", "target": "aten::from_file.default", "args": [str(made), True, 8]}
+    node = {"name": "made", "op": "call_function", "target": "aten::from_file.default", "args": [str(touched), True, 8]}
     edited["nodes"].insert(index, node | {"module": "", "kind": "other", "block": ""})
     with pytest.raises(FxquantError):
         load_edited(edited, tmp_path)
-    assert not made.exists()
+    assert not touched.exists()
 
 
 @pytest.mark.parametrize("operator", ["call_module", "call_method", "exec"])

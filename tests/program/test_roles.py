@@ -44,7 +44,7 @@ def test_a_stacked_parameter_has_a_module_for_each_tensor():
 
 def dotted_roles(tree: ast.AST) -> Iterator[ast.AST]:
     """`"….weight"` and `f"{module}.{role}"`, but not in docstrings."""
-    docstrings = {one.value for one in ast.walk(tree) if isinstance(one, ast.Expr)}
+    docstrings = {statement.value for statement in ast.walk(tree) if isinstance(statement, ast.Expr)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and node not in docstrings and str(node.value).endswith(DOTTED):
             yield node
@@ -60,8 +60,8 @@ DOTTED = tuple(f".{role}" for role in ROLES)
 
 def test_no_source_joins_or_cuts_names():
     files = {path.relative_to(SOURCE).as_posix(): path for path in SOURCE.rglob("*.py")}
-    found = {name for name, path in files.items() if any(dotted_roles(ast.parse(path.read_text())))}
-    assert {name for name in found if not any(fnmatchcase(name, pattern) for pattern in FOREIGN)} == set(WRITTEN_OUT)
+    joining = {name for name, path in files.items() if any(dotted_roles(ast.parse(path.read_text())))}
+    assert {name for name in joining if not any(fnmatchcase(name, pattern) for pattern in FOREIGN)} == set(WRITTEN_OUT)
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ def assigned(checkpoint: Checkpoint, mode: MtpMode = MtpMode.NONE) -> Program:
 def test_frequencies_of_the_config_are_left_out(tmp_path: Path, dtype: torch.dtype, options: dict[str, object]) -> None:
     names = ["model.layers.0.self_attn.rotary_emb.inv_freq", LAYER, MTP_LAYER, "model.rotary_emb.inv_freq"]
     checkpoint = stored_with(tmp_path, names, lambda value: value.to(dtype), **options)
-    entries = {one.name: one for one in build_ledger(assigned(checkpoint), checkpoint).entries}
+    entries = {entry.name: entry for entry in build_ledger(assigned(checkpoint), checkpoint).entries}
     for name in names:
         assert entries[name].bucket is Bucket.LEFT_OUT
         assert entries[name].why == "rotary frequencies, which config.json gives"
@@ -60,7 +60,7 @@ def test_a_prediction_layer_that_is_stored_goes_without(mode: MtpMode, tmp_path:
     checkpoint = stored_with(tmp_path, [MTP_LAYER], lambda value: value)
     program = assigned(checkpoint, mode)
     assert MTP_LAYER not in program.mtp.kept
-    entry = next(one for one in build_ledger(program, checkpoint).entries if one.name == MTP_LAYER)
+    entry = next(candidate for candidate in build_ledger(program, checkpoint).entries if candidate.name == MTP_LAYER)
     assert entry.bucket is Bucket.LEFT_OUT
 
 

@@ -36,8 +36,8 @@ def test_one_result_a_signature() -> None:
 def test_what_a_rule_sees_is_in_the_signature(target: object, args: tuple, other: tuple) -> None:
     rules = ShapeRules()
     for arguments in (args, other, args):
-        found, expected = rules.call(target, arguments), target(*arguments)
-        assert (found.shape, found.dtype, found.stride()) == (expected.shape, expected.dtype, expected.stride())
+        result, expected = rules.call(target, arguments), target(*arguments)
+        assert (result.shape, result.dtype, result.stride()) == (expected.shape, expected.dtype, expected.stride())
 
 
 def test_keywords_count_and_factories_stay_on_meta() -> None:

@@ -91,21 +91,25 @@ def _module(parts: list[str], known: set[str]) -> str:
     raise AssertionError(f"no such module: {'.'.join(parts)}")
 
 
-def arrows(found: list[Import]) -> set[tuple[str, str]]:
+def arrows(imported: list[Import]) -> set[tuple[str, str]]:
     """Between different rooms."""
-    return {one.rooms for one in found if one.rooms[0] != one.rooms[1]}
+    return {arrow.rooms for arrow in imported if arrow.rooms[0] != arrow.rooms[1]}
 
 
-def upward(found: list[Import]) -> list[Import]:
+def upward(imported: list[Import]) -> list[Import]:
     """Imports that do not go down."""
-    return [one for one in found if one.rooms[0] != one.rooms[1] and FLOOR[one.rooms[0]] <= FLOOR[one.rooms[1]]]
+    return [
+        arrow
+        for arrow in imported
+        if arrow.rooms[0] != arrow.rooms[1] and FLOOR[arrow.rooms[0]] <= FLOOR[arrow.rooms[1]]
+    ]
 
 
-def circles(found: list[Import]) -> list[list[str]]:
+def circles(imported: list[Import]) -> list[list[str]]:
     """Sets of modules that import each other, directly or not."""
     below: dict[str, set[str]] = {}
-    for one in found:
-        below.setdefault(one.importer, set()).add(one.imported)
+    for arrow in imported:
+        below.setdefault(arrow.importer, set()).add(arrow.imported)
     reach = {start: _reached(start, below) for start in below}
     rings = {tuple(sorted(b for b in reach[a] if a in reach.get(b, ()))) for a in below if a in reach[a]}
     return [list(ring) for ring in sorted(rings)]
@@ -115,10 +119,10 @@ def _reached(start: str, below: dict[str, set[str]]) -> set[str]:
     seen: set[str] = set()
     todo = list(below.get(start, ()))
     while todo:
-        one = todo.pop()
-        if one not in seen:
-            seen.add(one)
-            todo += below.get(one, ())
+        module = todo.pop()
+        if module not in seen:
+            seen.add(module)
+            todo += below.get(module, ())
     return seen
 
 
@@ -142,10 +146,10 @@ def tree() -> str:
 
 def main() -> None:
     """Print the tree and the counts."""
-    found = imports()
+    imported = imports()
     print(tree())
-    counts = f"{len(ROOMS)} rooms, {len(arrows(found))} arrows between them, {len(upward(found))} up"
-    print(f"\n{counts}, {len(circles(found))} circles of modules")
+    counts = f"{len(ROOMS)} rooms, {len(arrows(imported))} arrows between them, {len(upward(imported))} up"
+    print(f"\n{counts}, {len(circles(imported))} circles of modules")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ TORCH = {"torch", "onnx", "onnx_ir", "onnxruntime"}
 
 
 @pytest.fixture(scope="module")
-def found() -> list[Import]:
+def imported() -> list[Import]:
     return imports()
 
 
@@ -33,39 +33,41 @@ def test_every_folder_is_a_package_that_says_what_is_in_it() -> None:
     assert all(ast.get_docstring(ast.parse((folder / "__init__.py").read_text())) for folder in folders)
 
 
-def test_no_import_runs_up(found: list[Import]) -> None:
-    assert len(arrows(found)) > 150
-    assert [f"{one.importer} → {one.imported}" for one in upward(found)] == []
+def test_no_import_runs_up(imported: list[Import]) -> None:
+    assert len(arrows(imported)) > 150
+    assert [f"{arrow.importer} → {arrow.imported}" for arrow in upward(imported)] == []
 
 
-def test_no_circle(found: list[Import]) -> None:
+def test_no_circle(imported: list[Import]) -> None:
     """Of modules, within a room too, whether imported for typing or late."""
-    assert circles(found) == []
+    assert circles(imported) == []
 
 
-def test_passes_and_files_are_apart(found: list[Import]) -> None:
-    assert not {("passes", "lowering"), ("passes", "verification")} & arrows(found)
+def test_passes_and_files_are_apart(imported: list[Import]) -> None:
+    assert not {("passes", "lowering"), ("passes", "verification")} & arrows(imported)
 
 
-def test_readers_know_nothing_of_writers(found: list[Import]) -> None:
+def test_readers_know_nothing_of_writers(imported: list[Import]) -> None:
     """Shared parts lie below; each engine's own reader is the one file of its package behind the wall."""
-    assert {there for here, there in arrows(found) if here == "engine_readers"} == {"errors"}
-    own = [one for one in found if one.importer.startswith("engines/") and one.importer.endswith("/reader")]
-    assert len({one.importer for one in own}) >= 4
-    assert {room(one.imported) for one in own} == {"errors", "engine_readers"}
+    assert {there for here, there in arrows(imported) if here == "engine_readers"} == {"errors"}
+    own = [arrow for arrow in imported if arrow.importer.startswith("engines/") and arrow.importer.endswith("/reader")]
+    assert len({arrow.importer for arrow in own}) >= 4
+    assert {room(arrow.imported) for arrow in own} == {"errors", "engine_readers"}
 
 
-def test_the_slow_reference_shares_no_arithmetic_with_kernels(found: list[Import]) -> None:
-    reference = [one for one in found if one.importer.startswith("verification/reference")]
-    assert reference and {room(one.imported) for one in reference} & {"kernels", "transforms", "calibration"} == set()
+def test_the_slow_reference_shares_no_arithmetic_with_kernels(imported: list[Import]) -> None:
+    reference = [arrow for arrow in imported if arrow.importer.startswith("verification/reference")]
+    assert (
+        reference and {room(arrow.imported) for arrow in reference} & {"kernels", "transforms", "calibration"} == set()
+    )
 
 
-def test_nothing_imports_the_command_line(found: list[Import]) -> None:
-    assert {here for here, there in arrows(found) if there == "tools"} == {"__main__"}
+def test_nothing_imports_the_command_line(imported: list[Import]) -> None:
+    assert {here for here, there in arrows(imported) if there == "tools"} == {"__main__"}
 
 
-def test_code_that_is_pasted_imports_nothing_of_code_that_pastes(found: list[Import]) -> None:
-    pasted = [one.imported for one in found if one.importer.startswith("lowering/ascend/emitted/")]
+def test_code_that_is_pasted_imports_nothing_of_code_that_pastes(imported: list[Import]) -> None:
+    pasted = [arrow.imported for arrow in imported if arrow.importer.startswith("lowering/ascend/emitted/")]
     assert [name for name in pasted if name.startswith(("lowering/ascend/emitter", "lowering/ascend/export"))] == []
 
 
@@ -88,9 +90,9 @@ def test_the_instrument_sees_an_import_up_and_a_circle(tmp_path: Path) -> None:
     }.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / f"{name}.py").write_text(text)
-    found = imports(tmp_path)
-    assert upward(found) == [Import("errors", "policy/rule")]
-    assert circles(found) == [["policy/kinds", "policy/rule"]]
+    imported = imports(tmp_path)
+    assert upward(imported) == [Import("errors", "policy/rule")]
+    assert circles(imported) == [["policy/kinds", "policy/rule"]]
 
 
 def test_the_tree_of_the_documents_is_that_of_the_package() -> None:

@@ -189,14 +189,14 @@ def test_what_is_known_does_not_run(policy: str, checkpoint: Checkpoint, batches
     program = rewritten(checkpoint, policy)
     read = reader(program, checkpoint)
     values: dict[fx.Node, list[Any]] = {}
-    expected = run(program, read, batches, observe=lambda node, found, live: values.update({node: list(found)}))
+    expected = run(program, read, batches, observe=lambda node, outputs, live: values.update({node: list(outputs)}))
     first = [node for node in values if node.meta["block"] == "model.layers.0"]
     position = list(values).index(first[-1])
     known = {node: values[node] for node in list(values)[: position + 1]}
     ran: list[fx.Node] = []
     counting = Counting(read)
-    found = run(program, counting, batches, observe=lambda node, found, live: ran.append(node), known=known)
-    assert all(torch.equal(x, y) for xs, ys in zip(expected, found, strict=True) for x, y in zip(xs, ys, strict=True))
+    results = run(program, counting, batches, observe=lambda node, outputs, live: ran.append(node), known=known)
+    assert all(torch.equal(x, y) for xs, ys in zip(expected, results, strict=True) for x, y in zip(xs, ys, strict=True))
     assert ran == list(values)[position + 1 :]
     assert not [name for name in counting.reads if name.startswith("model.layers.0.")]
 

@@ -114,14 +114,14 @@ def attacked(compiled: Path, folder: Path, attack: Attack, signed: bool = True) 
 
     `signed`: the manifest has the size and digest of the spoiled graph.
     """
-    out, made = folder / "out", folder / "made"
+    out, touched = folder / "out", folder / "made"
     shutil.copytree(compiled, out)
     document = json.loads((out / GRAPH).read_text())
-    attack(document, f"touch {made}")
+    attack(document, f"touch {touched}")
     (out / GRAPH).write_text(json.dumps(document))
     if signed:
         manifest = json.loads((out / MANIFEST).read_text())
         manifest["files"][GRAPH] = (out / GRAPH).stat().st_size
         manifest["digests"][GRAPH] = file_digest(out / GRAPH)
         (out / MANIFEST).write_text(json.dumps(manifest))
-    return out, made
+    return out, touched

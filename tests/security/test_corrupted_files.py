@@ -22,7 +22,7 @@ QUICK = [
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Made]:
+def output_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Made]:
     """`made("onnx")`, once each."""
     known: dict[str, Made] = {}
     source = make_source(tmp_path_factory.mktemp("damaged"))
@@ -37,34 +37,34 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Made]:
     return get
 
 
-def test_a_sound_output_is_verified(made: Callable[[str], Made]) -> None:
-    one = made("ascend, sharded")
-    assert fxquant.verify(one.folder).verdict == "verified"
-    assert not {"config.json", "fxquant_graph.json", "model_ascend.py"} - set(one.files())
+def test_a_sound_output_is_verified(output_of: Callable[[str], Made]) -> None:
+    output = output_of("ascend, sharded")
+    assert fxquant.verify(output.folder).verdict == "verified"
+    assert not {"config.json", "fxquant_graph.json", "model_ascend.py"} - set(output.files())
 
 
 @pytest.mark.parametrize(("file", "damage", "manifest"), QUICK)
 def test_a_damage_is_named_or_listed(
-    made: Callable[[str], Made], file: str, damage: str, manifest: bool, tmp_path: Path
+    output_of: Callable[[str], Made], file: str, damage: str, manifest: bool, tmp_path: Path
 ) -> None:
-    kind, fact = outcome(made("ascend, sharded"), file, damage, manifest, tmp_path / "out")
+    kind, fact = outcome(output_of("ascend, sharded"), file, damage, manifest, tmp_path / "out")
     assert kind in expected(file, manifest), fact
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["ascend", "onnx"])
-def test_every_file_has_a_digest(made: Callable[[str], Made], name: str, tmp_path: Path) -> None:
-    one = made(name)
-    for file in set(one.files()) - {MANIFEST, STAMPS}:
-        kind, fact = outcome(one, file, "middle byte", True, tmp_path / "out")
+def test_every_file_has_a_digest(output_of: Callable[[str], Made], name: str, tmp_path: Path) -> None:
+    output = output_of(name)
+    for file in set(output.files()) - {MANIFEST, STAMPS}:
+        kind, fact = outcome(output, file, "middle byte", True, tmp_path / "out")
         assert kind == NAMED, f"{file}: {kind}: {fact}"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("damage", ["middle byte", "a pipe"])
-def test_without_the_manifest_none_is_missed(made: Callable[[str], Made], damage: str, tmp_path: Path) -> None:
-    one = made("ascend, sharded")
+def test_without_the_manifest_none_is_missed(output_of: Callable[[str], Made], damage: str, tmp_path: Path) -> None:
+    output = output_of("ascend, sharded")
     with traced_once():
-        for file in set(one.files()) - {MANIFEST}:
-            kind, fact = outcome(one, file, damage, False, tmp_path / "out")
+        for file in set(output.files()) - {MANIFEST}:
+            kind, fact = outcome(output, file, damage, False, tmp_path / "out")
             assert kind in expected(file, False), f"{file}: {kind}: {fact}"

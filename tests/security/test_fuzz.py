@@ -135,8 +135,8 @@ def test_a_run_that_is_stopped_has_what_was_done(tmp_path: Path, monkeypatch: py
 
 
 def test_a_case_is_the_same_again() -> None:
-    one, other = (JsonMutator(b'{"a": [1, 2, {"b": "c"}], "d": 0.5}') for _ in range(2))
-    cases = [one(Random(f"{number}")) for number in range(300)]
+    mutator, other = (JsonMutator(b'{"a": [1, 2, {"b": "c"}], "d": 0.5}') for _ in range(2))
+    cases = [mutator(Random(f"{number}")) for number in range(300)]
     assert cases == [other(Random(f"{number}")) for number in range(300)]
     assert len(set(cases)) > 200
 

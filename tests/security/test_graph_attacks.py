@@ -59,8 +59,8 @@ def pattern(document: dict[str, Any], path: tuple) -> tuple:
         return (document["nodes"][path[1]]["target"].split(".")[0], *path[2:])
     depth = 3 if path[:2] == ("mtp", "recipes") else 2
     named = path[0] in ("parameters", "recipes", "rules") or path[:2] in [("mtp", "recipes"), ("mtp", "kept")]
-    kept = (path[0], *path[depth:]) if named and len(path) >= depth else path
-    return tuple(part if isinstance(part, str) else "*" for part in kept)
+    parts = (path[0], *path[depth:]) if named and len(path) >= depth else path
+    return tuple(part if isinstance(part, str) else "*" for part in parts)
 
 
 def spoiled(document: dict[str, Any], path: tuple, value: Any) -> Iterator[dict[str, Any]]:
@@ -68,30 +68,30 @@ def spoiled(document: dict[str, Any], path: tuple, value: Any) -> Iterator[dict[
     owner = document
     for key in path[:-1]:
         owner = owner[key]
-    kept = copy.copy(owner)
+    original = copy.copy(owner)
     owner[path[-1]] = value
     yield document
     del owner[path[-1]]
     yield document
     if isinstance(owner, dict) and isinstance(value, str):
-        owner[value] = kept[path[-1]]
+        owner[value] = original[path[-1]]
         yield document
     owner.clear()
-    owner.extend(kept) if isinstance(owner, list) else owner.update(kept)
+    owner.extend(original) if isinstance(owner, list) else owner.update(original)
 
 
 def normal(document: dict[str, Any]) -> dict[str, Any]:
     """Without what says nothing: keys of null, and the default algorithm."""
-    made = copy.deepcopy(document)
-    for node in made["nodes"]:
+    plain = copy.deepcopy(document)
+    for node in plain["nodes"]:
         for key in ("kwargs", "dtype", "shape"):
             if node.get(key, ...) in (None, {"map": {}}):
                 node.pop(key, None)
-    for recipe in [*made["recipes"].values(), *made["mtp"]["recipes"].values()]:
+    for recipe in [*plain["recipes"].values(), *plain["mtp"]["recipes"].values()]:
         for key, default in (("algorithm", "min_max"), ("activation", None)):
             if recipe.get(key) == default:
                 recipe.pop(key, None)
-    return made
+    return plain
 
 
 def check(document: dict[str, Any]) -> bool:
@@ -120,8 +120,8 @@ def test_every_sort_of_place_spoiled(document: dict[str, Any]) -> None:
         if (sort := pattern(document, path)) not in seen and sort[0] != "config":
             seen.add(sort)
             chosen = generator.choice((0, 0, 1, 2))
-            for number, one in enumerate(spoiled(document, path, generator.choice(HOSTILE))):
-                refused += number == chosen and check(one)
+            for number, changed in enumerate(spoiled(document, path, generator.choice(HOSTILE))):
+                refused += number == chosen and check(changed)
     assert len(seen) > 150 and refused > 100
 
 
@@ -159,36 +159,36 @@ USES: dict[str, Callable[[Path, Path], Any]] = {
 }
 
 
-@pytest.mark.parametrize("attack", ATTACKS, ids=lambda one: one.__name__)
+@pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.__name__)
 def test_what_once_ran_is_refused_by_every_command(attack: Attack, compiled: Path, tmp_path: Path) -> None:
-    out, made = attacked(compiled, tmp_path, attack)
+    out, touched = attacked(compiled, tmp_path, attack)
     for name, use in USES.items():
         with watched() as events, pytest.raises(FxquantError, match="not a program of fxquant"):
             use(out, compiled.with_name("ids.safetensors"))
-        assert not events and not made.exists(), name
+        assert not events and not touched.exists(), name
         assert not out.with_name("new").exists()
 
 
 def test_a_spoiled_float_graph_is_refused(compiled: Path, tmp_path: Path) -> None:
-    out, made = attacked(compiled, tmp_path, lambda document, command: None)
+    out, touched = attacked(compiled, tmp_path, lambda document, command: None)
     document = json.loads((out / "fxquant_float_graph.json").read_text())
-    placeholder_target(document, f"touch {made}")
+    placeholder_target(document, f"touch {touched}")
     (out / "fxquant_float_graph.json").write_text(json.dumps(document))
     with watched() as events, pytest.raises(FxquantError, match="not a program of fxquant"):
         fxquant.evaluate(out, compiled.with_name("ids.safetensors"))
-    assert not events and not made.exists()
+    assert not events and not touched.exists()
 
 
-@pytest.mark.parametrize("attack", [placeholder_target, attribute_chain], ids=lambda one: one.__name__)
+@pytest.mark.parametrize("attack", [placeholder_target, attribute_chain], ids=lambda attack: attack.__name__)
 def test_a_graph_beside_a_checkpoint_is_refused(
     attack: Attack, compiled: Path, tiny_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
-    out, made = attacked(compiled, tmp_path, attack)
+    out, touched = attacked(compiled, tmp_path, attack)
     checkpoint = shutil.copytree(tiny_folder(), tmp_path / "checkpoint")
     shutil.copyfile(out / GRAPH, checkpoint / GRAPH)
     with watched() as events:
         result = CliRunner().invoke(app, ["show", str(checkpoint)])
-    assert isinstance(result.exception, FxquantError) and not events and not made.exists()
+    assert isinstance(result.exception, FxquantError) and not events and not touched.exists()
 
 
 def test_no_code_is_made_of_a_graph(compiled: Path, tmp_path: Path) -> None:
@@ -215,13 +215,13 @@ def test_a_graph_of_a_model_file_is_read_as_one_of_a_folder(
     document: dict[str, Any], tmp_path: Path, tiny_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What its process gives back is text, and the same reader reads it."""
-    made = tmp_path / "made"
+    touched = tmp_path / "made"
     spoiled_one = copy.deepcopy(document)
-    placeholder_target(spoiled_one, f"touch {made}")
+    placeholder_target(spoiled_one, f"touch {touched}")
     traced = Traced(json.dumps(spoiled_one), tiny_folder(), None, "model.py")
     monkeypatch.setattr("fxquant.frontend.source.trace_in_child", lambda *_: traced)
     (tmp_path / "model.py").write_text("")
     source = open_source(tmp_path / "model.py")
     with watched() as events, pytest.raises(FxquantError, match="not a program of fxquant"):
         source.program()
-    assert not events and not made.exists()
+    assert not events and not touched.exists()

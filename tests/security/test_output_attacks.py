@@ -63,14 +63,14 @@ def test_a_field_of_a_manifest_is_what_it_must_be(key: str, tmp_path: Path) -> N
     refused = 0
     for value in WRONG:
         try:
-            found = read(GOOD | {key: value}, tmp_path)
+            manifest = read(GOOD | {key: value}, tmp_path)
         except FxquantError:
             refused += 1
         else:
-            assert found.model_dump()[key] == value
+            assert manifest.model_dump()[key] == value
     assert refused >= len(WRONG) - 2
     with pytest.raises(FxquantError):
-        read({one: GOOD[one] for one in GOOD if one != key} | {"tp": None}, tmp_path)
+        read({field: GOOD[field] for field in GOOD if field != key} | {"tp": None}, tmp_path)
 
 
 @pytest.mark.parametrize("text", ["null", "[]", "3", "[" * 100_000, '{"a": NaN}', '"\\ud800"', '{"tp": 1, "tp": 2}'])
@@ -119,8 +119,8 @@ def test_no_session_is_made_of_another_model(
         attack(model)
     (out / "model.onnx").write_bytes(model.SerializeToString() if attack else b"\xff" * 100)
     (out / MANIFEST).unlink()
-    made: list[Any] = []
-    monkeypatch.setattr(onnxruntime, "InferenceSession", lambda *args, **_: made.append(args))
+    sessions: list[Any] = []
+    monkeypatch.setattr(onnxruntime, "InferenceSession", lambda *args, **_: sessions.append(args))
     program, files = load_program(out / "fxquant_graph.json"), WeightFiles(out)
     with pytest.raises(FxquantError, match="not what the graph emits|not an ONNX model"):
         require_emitted(program, files.infos, out)
@@ -128,7 +128,7 @@ def test_no_session_is_made_of_another_model(
 
     with pytest.raises(FxquantError, match="not what the graph emits|not an ONNX model"):
         list(step_logits(out, program, files.read, [1], 1))
-    assert not made
+    assert not sessions
 
 
 def test_a_graph_of_other_weights_is_not_run(compiled: Path) -> None:
@@ -146,7 +146,7 @@ def test_a_graph_of_other_weights_is_not_run(compiled: Path) -> None:
 def calls(text: str) -> list[str]:
     """What a module calls: functions by name, methods by theirs."""
     called = (node.func for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call))
-    return sorted(one.attr if isinstance(one, ast.Attribute) else ast.dump(one) for one in called)
+    return sorted(function.attr if isinstance(function, ast.Attribute) else ast.dump(function) for function in called)
 
 
 NAMES = [
@@ -158,14 +158,14 @@ NAMES = [
 def test_names_of_nodes_are_variables_and_no_more(tiny: Callable[..., Checkpoint]) -> None:
     """Whatever a graph file calls its nodes, blocks and modules, the emitted module calls the same things."""
     document = json.loads(dump_program(rewritten(tiny(), "deepseek_w4a8")))
-    wanted = calls(ascend_source(deployment(parse_program(json.dumps(document), "graph")).program))
+    expected = calls(ascend_source(deployment(parse_program(json.dumps(document), "graph")).program))
     text, renamed = json.dumps(document), copy.deepcopy(document)
     nodes = [node["name"] for node in renamed["nodes"] if node["op"] == "call_function"]
     for old, new in zip(nodes[1:], NAMES, strict=False):
         text = text.replace(f'"{old}"', f'"{new}"')
     emitted = ascend_source(deployment(parse_program(text, "graph")).program)
     compile(emitted, "model_ascend.py", "exec")
-    assert calls(emitted) == wanted
+    assert calls(emitted) == expected
 
 
 @pytest.mark.parametrize("content", [b"[" * 100_000, b"[]", b"\xff", b'{"weight_map": []}', None])

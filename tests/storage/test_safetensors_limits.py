@@ -68,9 +68,9 @@ def test_names_that_nobody_gives(tmp_path: Path, name: str, message: str) -> Non
 
 
 def test_a_name_twice(tmp_path: Path) -> None:
-    one = json.dumps(entry(offsets=[0, 4]))
+    text = json.dumps(entry(offsets=[0, 4]))
     with pytest.raises(FxquantError, match="duplicate key 'a'"):
-        read_header(write(tmp_path / "t.safetensors", f'{{"a":{one},"a":{one}}}'.encode(), bytes(4)))
+        read_header(write(tmp_path / "t.safetensors", f'{{"a":{text},"a":{text}}}'.encode(), bytes(4)))
 
 
 def test_a_lone_surrogate_in_a_name(tmp_path: Path) -> None:

@@ -69,8 +69,8 @@ def stored_tensors(program: Program, checkpoint: Checkpoint) -> dict[str, Tensor
     tensors = {name: checkpoint.read(name) for name in program.kept_names()}
     for recipe in program.recipes.values():
         for module in recipe.modules:
-            made = make_module(recipe, module, checkpoint.read)
-            tensors |= {f"{module}.{suffix}": tensor.contiguous() for suffix, tensor in made.items()}
+            own = make_module(recipe, module, checkpoint.read)
+            tensors |= {f"{module}.{suffix}": tensor.contiguous() for suffix, tensor in own.items()}
     return tensors
 
 
@@ -91,21 +91,21 @@ Compile = Callable[..., Compiled]
 
 def compiled_folders(tiny_folder: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Compile:
     """`compiled("deepseek_w4a8", q_lora_rank=None)`, made once. Do not write to its folder."""
-    made: dict[tuple, Compiled] = {}
+    folders: dict[tuple, Compiled] = {}
 
     def get(policy: str, layer: type[DecoderLayer] = DecoderLayer, **options: Any) -> Compiled:
         key = (policy, layer, repr(sorted(options.items(), key=str)))
-        if key not in made:
-            made[key] = compile_folder(tiny_folder(**options), tmp_path_factory.mktemp("ascend"), policy, layer)
-        return made[key]
+        if key not in folders:
+            folders[key] = compile_folder(tiny_folder(**options), tmp_path_factory.mktemp("ascend"), policy, layer)
+        return folders[key]
 
     return get
 
 
 def function_text(source: str, name: str) -> str:
     """One function of a module, as it stands there."""
-    found = next(node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef) and node.name == name)
-    return ast.get_source_segment(source, found) + "\n"
+    function = next(node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef) and node.name == name)
+    return ast.get_source_segment(source, function) + "\n"
 
 
 def corrupted(compiled: Compiled, out: Path, change: Callable[[dict[str, Tensor]], None]) -> Compiled:
@@ -135,7 +135,7 @@ def graph_values(compiled: Compiled, inputs: list[Tensor]) -> dict[str, Any]:
     values = dict(zip((n.name for n in program.graph.graph.find_nodes(op="placeholder")), inputs, strict=True))
     for node in program.graph.graph.find_nodes(op="get_attr"):
         values[node.name] = load(program, str(node.target), read)
-    execute(program, read, [inputs], lambda node, found, inputs: values.update({node.name: copy.copy(found[0])}))
+    execute(program, read, [inputs], lambda node, outputs, inputs: values.update({node.name: copy.copy(outputs[0])}))
     return values
 
 
@@ -143,8 +143,8 @@ def check_all(compiled: Compiled, block: str | None = None) -> list[StatementChe
     """Statement checks of one block or all, on padded inputs over a cache."""
     module, values = compiled.module(), graph_values(compiled, padded_inputs(compiled.program))
     blocks = dict.fromkeys(call.segment.calls[0].meta["block"] for call in module.emitted)
-    wanted = [block] if block else list(blocks)
-    return [check for one in wanted for check in check_statements(module, one, module.load(one), values)]
+    selected = [block] if block else list(blocks)
+    return [check for name in selected for check in check_statements(module, name, module.load(name), values)]
 
 
 def bad(checks: list[StatementCheck]) -> dict[str, str]:

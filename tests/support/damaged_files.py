@@ -112,21 +112,21 @@ def make_output(name: str, source: Path) -> Made:
     return Made(name, source, out, options["target"])
 
 
-def outcome(made: Made, file: str, damage: str, manifest: bool, folder: Path) -> tuple[str, str]:
+def outcome(output: Made, file: str, damage: str, manifest: bool, folder: Path) -> tuple[str, str]:
     """What `verify` says of a copy at `folder` with this damage: a kind, and its words.
 
     `manifest`: whether the output has it; without, the source is given, and the target.
     """
-    shutil.copytree(made.folder, folder)
+    shutil.copytree(output.folder, folder)
     if not manifest:
         (folder / MANIFEST).unlink(missing_ok=True)
     DAMAGES[damage](folder / file)
     signal.signal(signal.SIGALRM, _alarm)
     signal.alarm(SECONDS)
     try:
-        report = fxquant.verify(folder, None if manifest else made.source, target=None if manifest else made.target)
+        report = fxquant.verify(folder, None if manifest else output.source, target=None if manifest else output.target)
     except FxquantError as error:
-        return _named(str(error), made, file)
+        return _named(str(error), output, file)
     except TimeoutError as error:
         return HANG, str(error)
     except Exception as error:
@@ -134,17 +134,17 @@ def outcome(made: Made, file: str, damage: str, manifest: bool, folder: Path) ->
     finally:
         signal.alarm(0)
         shutil.rmtree(folder)
-    return _said(report, made, file)
+    return _said(report, output, file)
 
 
 def _alarm(number: int, frame: FrameType | None) -> None:
     raise TimeoutError(f"more than {SECONDS} seconds")
 
 
-def _said(report: VerifyReport, made: Made, file: str) -> tuple[str, str]:
+def _said(report: VerifyReport, output: Made, file: str) -> tuple[str, str]:
     misses = "; ".join(f"{check.name}: {miss}" for check in report.checks for miss in check.misses)
     if misses:
-        return _named(misses, made, file)
+        return _named(misses, output, file)
     return (UNREAD, "listed") if file in unread(report) else (MISSED, report.verdict)
 
 
@@ -153,11 +153,11 @@ def unread(report: VerifyReport) -> list[str]:
     return list(report.unread)
 
 
-def _named(text: str, made: Made, file: str) -> tuple[str, str]:
+def _named(text: str, output: Made, file: str) -> tuple[str, str]:
     """Named is the file, or a tensor in it; or the pattern of all weight files, where none is left."""
     names = [file]
     if file.endswith(".safetensors"):
-        names += read_header(made.folder / file)
+        names += read_header(output.folder / file)
         names += [word for word in map(_word, text.split()) if "*" in word and fnmatch(file, word)]
     return (NAMED if any(name in text for name in names) else MISSED), text[:300]
 

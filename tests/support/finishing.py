@@ -32,7 +32,7 @@ class Stopped(BaseException):
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+def case(tmp_path_factory: pytest.TempPathFactory) -> Made:
     """What an output is made of, the output, and an earlier one of other contents."""
     base = tmp_path_factory.mktemp("finish")
     shape = {"n_routed_experts": 2, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 0, "num_hidden_layers": 1}
@@ -52,9 +52,9 @@ def written(contents: Contents, out: Path, force: bool = False, work: Work = ONE
     return out
 
 
-def complete(made: Made, out: Path, replaced: bool) -> Callable[[], object]:
+def complete(case: Made, out: Path, replaced: bool) -> Callable[[], object]:
     """Work on `out` that is complete and has no name yet; call what is given to have the last steps done."""
-    contents, _, earlier = made
+    contents, _, earlier = case
     if replaced:
         shutil.copytree(earlier, out)
     destination = open_destination(out, replaced, [])
@@ -70,10 +70,10 @@ def last_steps(contents: Contents, destination: Destination) -> None:
         space.finish(journal, contents.identity(destination.out), lambda: None)
 
 
-def steps(made: Made, folder: Path, replaced: bool) -> list[str]:
+def steps(case: Made, folder: Path, replaced: bool) -> list[str]:
     """The operations of the last steps."""
     folder.mkdir()
-    end = complete(made, folder / "out", replaced)
+    end = complete(case, folder / "out", replaced)
     with watched(lambda number, name: None) as done:
         end()
     return done

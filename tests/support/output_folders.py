@@ -31,10 +31,10 @@ def files_of(folder: Path, without: tuple[str, ...] = ()) -> dict[str, bytes]:
     return {name: path.read_bytes() for name, path in sorted(files.items()) if name not in without}
 
 
-def same_files(one: Path, other: Path) -> bool:
+def same_files(folder: Path, other: Path) -> bool:
     """The same files with the same bytes; of the manifest all but the paths, which are relative to the folder."""
-    same = files_of(one, (MANIFEST,)) == files_of(other, (MANIFEST,))
-    return same and _without_paths(one) == _without_paths(other)
+    same = files_of(folder, (MANIFEST,)) == files_of(other, (MANIFEST,))
+    return same and _without_paths(folder) == _without_paths(other)
 
 
 def _without_paths(folder: Path) -> list[str]:

@@ -48,7 +48,7 @@ def paged(program: Program, *passes: Pass) -> tuple[Program, list[PassResult]]:
     """A copy over pages, and what the passes said."""
     other = copy(program)
     PageLatents()(other)
-    return other, [one(other) for one in passes]
+    return other, [program_pass(other) for program_pass in passes]
 
 
 def absorbed(program: Program) -> Program:

@@ -117,16 +117,16 @@ def test_of_named_templates_the_default_is_taken(model: Model) -> None:
 
 
 def test_named_templates_without_a_default_are_refused(model: Model) -> None:
-    found = fault(model(chat_template=[{"name": "tool_use", "template": "b"}, {"name": "rag", "template": "c"}]))
-    assert found.fact == "has chat templates rag, tool_use, no default." and "chat_template.jinja" in found.remedy
+    error = fault(model(chat_template=[{"name": "tool_use", "template": "b"}, {"name": "rag", "template": "c"}]))
+    assert error.fact == "has chat templates rag, tool_use, no default." and "chat_template.jinja" in error.remedy
 
 
 @pytest.mark.parametrize("config", [{}, {"chat_template": None}, {"chat_template": 3}, {"chat_template": [1]}])
 def test_a_model_without_template_is_refused(config: dict[str, Any], model: Model) -> None:
     checkpoint = model(**config)
-    found = fault(checkpoint)
-    assert found.place == str(checkpoint.folder) and "no chat template" in found.fact
-    assert "chat_template.jinja" in found.remedy and load(checkpoint, "a") == [[BOS, A]]
+    error = fault(checkpoint)
+    assert error.place == str(checkpoint.folder) and "no chat template" in error.fact
+    assert "chat_template.jinja" in error.remedy and load(checkpoint, "a") == [[BOS, A]]
 
 
 def test_tokens_may_be_objects_or_absent(model: Model) -> None:
@@ -162,9 +162,9 @@ def test_a_broken_configuration_is_refused(text: str, model: Model) -> None:
 )
 def test_a_template_that_fails_is_named_with_the_chat(template: str, fact: str, model: Model) -> None:
     checkpoint = model(chat_template=template)
-    found = fault(checkpoint)
-    assert found.place == str(checkpoint.folder / "tokenizer_config.json")
-    assert fact in found.fact and "chats.jsonl:1" in found.fact
+    error = fault(checkpoint)
+    assert error.place == str(checkpoint.folder / "tokenizer_config.json")
+    assert fact in error.fact and "chats.jsonl:1" in error.fact
 
 
 ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
@@ -188,7 +188,7 @@ SLOW = ("join", "indent", "doubling", "power")
 
 @pytest.mark.parametrize(
     "template",
-    [pytest.param(one, marks=[pytest.mark.slow] if name in SLOW else []) for name, one in HUGE.items()],
+    [pytest.param(template, marks=[pytest.mark.slow] if name in SLOW else []) for name, template in HUGE.items()],
     ids=HUGE,
 )
 def test_a_template_that_blows_up_ends(template: str, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:

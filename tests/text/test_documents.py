@@ -12,7 +12,7 @@ CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": None,
 
 def read(tmp_path: Path, text: str, name: str) -> list[tuple[str, Document]]:
     (tmp_path / name).write_text(text, encoding="utf-8")
-    return [(place.removeprefix(str(tmp_path)), one) for place, one in read_documents(tmp_path / name)]
+    return [(place.removeprefix(str(tmp_path)), document) for place, document in read_documents(tmp_path / name)]
 
 
 def test_every_line_that_is_not_empty_is_one(tmp_path: Path) -> None:

@@ -153,7 +153,7 @@ def test_stages_name_what_they_work_on(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("fxquant.evaluation.divergence.logits", lambda *arguments: [])
     monkeypatch.setattr("fxquant.evaluation.divergence.document_scores", lambda *arguments: [])
-    monkeypatch.setattr("fxquant.evaluation.divergence.summary", lambda found: None)
+    monkeypatch.setattr("fxquant.evaluation.divergence.summary", lambda scores: None)
     programs: list[Any] = [SimpleNamespace(), None]
     evaluate_programs((None, None), [programs, programs], [None] * 3, within("t", report), ["a", "b"])  # type: ignore
     assert seen[:3] == [("t: evaluate", 6, "batches"), (3, "a"), (3, "b")]
@@ -186,7 +186,7 @@ def test_in_any_locale(verb: list[str], words: str, environment: dict[str, str],
     """A table, lines with signs of ours, and an error, all about a folder whose name is no ASCII."""
     folder = tmp_path / "modèle"
     folder.mkdir()
-    for name in ("config.json", *(one.name for one in EXAMPLE.glob("model*.safet*") if verb == ["show"])):
+    for name in ("config.json", *(file.name for file in EXAMPLE.glob("model*.safet*") if verb == ["show"])):
         (folder / name).symlink_to(EXAMPLE / name)
     for path, code in ((folder, 0), (folder / "→", 1)):
         command = [sys.executable, "-m", "fxquant", verb[0], str(path), *verb[1:]]

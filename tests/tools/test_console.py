@@ -58,7 +58,7 @@ def test_text_from_outside_is_only_shown(printed: str, width: int, encoding: str
     text = to.file.written()
     shown = SHOWN.replace(r"\x07", "").replace(r"\x0d", "") if printed == "text" else SHOWN  # Text drops these itself
     assert (shown if width == 200 else shown.split("[bold]")[0]) in "".join(text.split(None if width == 20 else "\n"))
-    unsafe = [one for one in text if one != "\n" and not one.isprintable()]
+    unsafe = [character for character in text if character != "\n" and not character.isprintable()]
     assert unsafe == [], unsafe
 
 
@@ -102,7 +102,7 @@ def test_json_can_be_read_in_any_encoding(encoding: str, monkeypatch: pytest.Mon
     document = {"é → 日": HOSTILE, "none": None, "n": [1.5, "\t\n"]}
     print_json(document)
     text = to.file.written()
-    assert json.loads(text) == document and not any(one in text for one in "\x1b\x7f\x9b\u202e\u2066")
+    assert json.loads(text) == document and not any(character in text for character in "\x1b\x7f\x9b\u202e\u2066")
 
 
 # width
@@ -152,13 +152,13 @@ def test_a_fact_without_end_is_one_screen() -> None:
 
 
 def test_stages_with_any_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    for one in (_bar, _line):
+    for stage in (_bar, _line):
         monkeypatch.setattr("fxquant.tools.stages.errors", to := terminal(80))
-        with one("calibrate {task.x} [bold]\x1b[2J", 2_000_000, "bytes") as advance:
+        with stage("calibrate {task.x} [bold]\x1b[2J", 2_000_000, "bytes") as advance:
             advance(500_000)
             advance(1_500_000, at="here")
         assert "calibrate {task.x} [bold]\\x1b[2J" in to.file.written()
-        assert one is not _line or "2 MB" in to.file.written()
+        assert stage is not _line or "2 MB" in to.file.written()
 
 
 def test_a_long_stage_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,7 +175,7 @@ def test_a_long_stage_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_units() -> None:
-    assert [size(one) for one in (0, 999, 1000, 13_400_000, 4 << 30, 10**13)] == [
+    assert [size(nbytes) for nbytes in (0, 999, 1000, 13_400_000, 4 << 30, 10**13)] == [
         "0 B",
         "999 B",
         "1 kB",
@@ -183,4 +183,4 @@ def test_units() -> None:
         "4.29 GB",
         "10 TB",
     ]
-    assert [duration(one) for one in (0.81, 42.4, 720)] == ["0.8 s", "42 s", "12.0 min"]
+    assert [duration(seconds) for seconds in (0.81, 42.4, 720)] == ["0.8 s", "42 s", "12.0 min"]

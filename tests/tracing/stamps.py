@@ -81,7 +81,7 @@ def same(left: Program | str, right: Program | str) -> bool:
     """Whether two programs are written alike and their nodes carry the same shapes, or two errors are alike."""
     if isinstance(left, str) or isinstance(right, str):
         return left == right
-    texts = [(str(one.graph.graph), one.names, one.parameters) for one in (left, right)]
+    texts = [(str(program.graph.graph), program.names, program.parameters) for program in (left, right)]
     if texts[0] != texts[1]:
         return False
     return dump_program(left) == dump_program(right) and shapes(left) == shapes(right)
@@ -96,7 +96,9 @@ def shapes(program: Program) -> list[Any]:
     def number(size: Any) -> int:
         if isinstance(size, int):
             return size
-        return int(size.node.expr.subs({one: SYMBOLS[symbols[str(one)]] for one in size.node.expr.free_symbols}))
+        return int(
+            size.node.expr.subs({symbol: SYMBOLS[symbols[str(symbol)]] for symbol in size.node.expr.free_symbols})
+        )
 
     def described(value: Any) -> Any:
         if isinstance(value, Tensor):

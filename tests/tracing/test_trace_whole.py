@@ -100,10 +100,10 @@ class SkipsItsResult(Decoding):
     """Layer 3 reads what layer 1 made."""
 
     def run(self, x: Tensor, past: list[Tensor], rest: tuple[Tensor, ...]) -> tuple[Tensor, list[Tensor]]:
-        made, presents = [x], []
+        values, presents = [x], []
         for index, (layer, cache) in enumerate(zip(self.layers, past, strict=True)):
-            x, present = layer(made[-2 if index == 3 else -1], *rest, cache)
-            made.append(x)
+            x, present = layer(values[-2 if index == 3 else -1], *rest, cache)
+            values.append(x)
             presents.append(present)
         return x, presents
 

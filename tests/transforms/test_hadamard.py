@@ -43,9 +43,9 @@ def test_no_matrix_is_an_error(n: int) -> None:
 def test_turned_is_the_dense_product(n: int, rows: int, seed: int) -> None:
     """Each result is n terms added in float32: no more than log2 of n plus 30 roundings of what is added so far."""
     x = torch.randn(rows, n, generator=torch.Generator().manual_seed(seed))
-    found, wanted = turned(x).double(), x.double() @ dense(n)
+    product, expected = turned(x).double(), x.double() @ dense(n)
     bound = 64 * torch.finfo(torch.float32).eps * x.double().norm(dim=1, keepdim=True)
-    assert ((found - wanted).abs() <= bound).all()
+    assert ((product - expected).abs() <= bound).all()
 
 
 @pytest.mark.parametrize("n", SIZES)

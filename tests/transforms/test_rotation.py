@@ -38,11 +38,11 @@ def turned_checkpoint(checkpoint: Checkpoint, parts: tuple[Rotate, ...] = BOTH) 
 
 
 def test_turns_are_found_in_the_graph(tiny: Callable[..., Checkpoint]) -> None:
-    found = find_turns(float_program(tiny()), BOTH)
+    rotations = find_turns(float_program(tiny()), BOTH)
     before, after = f"{LAYER}.input_layernorm.weight", f"{LAYER}.post_attention_layernorm.weight"
-    assert found["model.embed_tokens.weight"] == Turn(columns=1)
-    assert found["lm_head.weight"] == Turn(columns=1, norm="model.norm.weight")
-    ours = {name.removeprefix(f"{LAYER}."): turn for name, turn in found.items() if name.startswith(LAYER)}
+    assert rotations["model.embed_tokens.weight"] == Turn(columns=1)
+    assert rotations["lm_head.weight"] == Turn(columns=1, norm="model.norm.weight")
+    ours = {name.removeprefix(f"{LAYER}."): turn for name, turn in rotations.items() if name.startswith(LAYER)}
     writes, reads = Turn(heads=1, values=256), Turn(columns=1, norm=after)
     experts = [f"mlp.experts.{index}" for index in range(8)] + ["mlp.shared_experts"]
     assert ours == {
@@ -101,7 +101,7 @@ def test_weights_are_those_of_dense_matrices(tiny: Callable[..., Checkpoint], dt
     after, q, h = turned_checkpoint(checkpoint), dense(256), torch.block_diag(*[dense(16)] * 4)
     g = {name: of(checkpoint, f"{LAYER}.{name}_layernorm.weight") for name in ("input", "post_attention")}
     keys_stay = torch.block_diag(*[torch.block_diag(torch.eye(16, dtype=torch.float64), dense(16))] * 4)
-    wanted = {
+    expected = {
         "model.embed_tokens": of(checkpoint, "model.embed_tokens.weight") @ q,
         "lm_head": of(checkpoint, "lm_head.weight") * of(checkpoint, "model.norm.weight") @ q,
         f"{ATTENTION}.q_a_proj": of(checkpoint, f"{ATTENTION}.q_a_proj.weight") * g["input"] @ q,
@@ -111,10 +111,10 @@ def test_weights_are_those_of_dense_matrices(tiny: Callable[..., Checkpoint], dt
         f"{MLP}.experts.3.up_proj": of(checkpoint, f"{MLP}.experts.3.up_proj.weight") * g["post_attention"] @ q,
         f"{MLP}.experts.3.down_proj": q.T @ of(checkpoint, f"{MLP}.experts.3.down_proj.weight"),
     }
-    for name, exact in wanted.items():
-        found = of(after, f"{name}.weight")
+    for name, exact in expected.items():
+        weight = of(after, f"{name}.weight")
         step, norm = torch.finfo(after.read(f"{name}.weight").dtype).eps, exact.norm() / exact.numel() ** 0.5
-        assert ((found - exact).abs() <= exact.abs() * step / 2 + 64 * 2.0**-24 * norm + 2.0**-24).all(), name
+        assert ((weight - exact).abs() <= exact.abs() * step / 2 + 64 * 2.0**-24 * norm + 2.0**-24).all(), name
     for norm_name in ("input_layernorm", "post_attention_layernorm"):
         assert torch.equal(after.read(f"{LAYER}.{norm_name}.weight"), torch.ones(256, dtype=dtype))
     untouched = f"{ATTENTION}.q_b_proj.weight"
@@ -284,10 +284,10 @@ def test_bad_turns_in_a_file_are_refused(tiny_folder: Callable[..., Path], tmp_p
 
 
 def test_plan_knows_what_is_whole_in_memory(tiny_folder: Callable[..., Path], tmp_path: Path) -> None:
-    found = plan(
+    rotated = plan(
         tiny_folder(), CompileOptions(policy=policy_of(tmp_path, ROTATE, "deepseek_w4a8_dynamic"), out=tmp_path / "out")
     )
     plain = plan(tiny_folder(), CompileOptions(policy="deepseek_w4a8_dynamic", out=tmp_path / "out"))
-    assert found.whole == 2 * 256 * 256 * 2 and plain.whole == 0
-    assert found.memory.per_worker == plain.memory.per_worker + found.whole
-    assert found.files == plain.files
+    assert rotated.whole == 2 * 256 * 256 * 2 and plain.whole == 0
+    assert rotated.memory.per_worker == plain.memory.per_worker + rotated.whole
+    assert rotated.files == plain.files

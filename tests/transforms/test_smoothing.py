@@ -52,11 +52,11 @@ def logits(program: Program, checkpoint: Checkpoint) -> Tensor:
 
 def test_pairs_are_found_in_the_graph(tiny: Callable[..., Checkpoint], tmp_path: Path) -> None:
     program, _ = smoothed(tiny(), policy_of(tmp_path, "smooth: [{method: smoothquant}]"))
-    found = {(pair.kind.value, pair.maker, pair.readers) for pair in program.pairs}
+    pairs = {(pair.kind.value, pair.maker, pair.readers) for pair in program.pairs}
     layer = "model.layers.1"
     attention, mlp = f"{layer}.self_attn", f"{layer}.mlp"
-    assert len(found) == 8
-    assert {pair for pair in found if layer in pair[1]} == {
+    assert len(pairs) == 8
+    assert {pair for pair in pairs if layer in pair[1]} == {
         ("norm", f"{layer}.input_layernorm.weight",
          (f"{attention}.q_a_proj.weight", f"{attention}.kv_a_proj_with_mqa.weight")),
         ("norm", f"{attention}.q_a_layernorm.weight", (f"{attention}.q_b_proj.weight",)),
@@ -70,10 +70,10 @@ def test_pairs_are_found_in_the_graph(tiny: Callable[..., Checkpoint], tmp_path:
 def test_what_is_no_pair_says_why(tiny: Callable[..., Checkpoint], tmp_path: Path) -> None:
     loaded, program = load_policy(policy_of(tmp_path, "smooth: [{kind: attention, method: m4}]")), float_program(tiny())
     AssignSchemes(loaded)(program)
-    kept = PairSmoothing(loaded)(program).skipped
-    assert kept["layers_0_self_attn_kv_a_layernorm"] == "not only linears read it"
-    assert kept["norm"] == "what reads it stays in float"
-    assert kept["layers_0_post_attention_layernorm"] == "no rule smooths it"
+    skipped = PairSmoothing(loaded)(program).skipped
+    assert skipped["layers_0_self_attn_kv_a_layernorm"] == "not only linears read it"
+    assert skipped["norm"] == "what reads it stays in float"
+    assert skipped["layers_0_post_attention_layernorm"] == "no rule smooths it"
 
 
 @pytest.mark.parametrize(
@@ -115,8 +115,8 @@ def test_m4_by_its_formulas(tiny: Callable[..., Checkpoint]) -> None:
     assert bias.dtype is torch.float32 and torch.equal(bias, -shift / scale)
     for name, weight in weights.items():
         assert torch.equal(after.read(f"{attention}.{name}.weight"), (weight.float() * scale).bfloat16())
-        found = after.read(f"{attention}.{name}.bias")
-        assert torch.equal(found, (weight.double() @ shift.double()).bfloat16())
+        stored_bias = after.read(f"{attention}.{name}.bias")
+        assert torch.equal(stored_bias, (weight.double() @ shift.double()).bfloat16())
 
 
 def test_m4_leaves_zeros_beside_norms_that_it_does_not_shift(tiny: Callable[..., Checkpoint]) -> None:

@@ -45,10 +45,10 @@ class Folder:
     def suffixes(self, module: str) -> list[str]:
         return [name.removeprefix(f"{module}.") for name in self.tensors if name.rpartition(".")[0] == module]
 
-    def exchange(self, one: str, other: str) -> None:
+    def exchange(self, module: str, other: str) -> None:
         """All tensors of two modules."""
-        for suffix in self.suffixes(one):
-            names = f"{one}.{suffix}", f"{other}.{suffix}"
+        for suffix in self.suffixes(module):
+            names = f"{module}.{suffix}", f"{other}.{suffix}"
             self.tensors |= dict(zip(names, (self.tensors[names[1]], self.tensors[names[0]]), strict=True))
 
 

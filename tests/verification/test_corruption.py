@@ -43,7 +43,7 @@ rules: [{kind: routed_expert, scheme: W4A8_DYNAMIC, group_size: 32}]
 IDS = "ids.safetensors"
 PER_CHANNEL = "deepseek_w4a8_per_channel_static"
 NPU = {Target.ASCEND: GROUPS, Target.MINDIE: GROUPS, Target.SGLANG_NPU: GROUPS, Target.VLLM_ASCEND: PER_CHANNEL}
-TARGETS = [pytest.param(one, marks=pytest.mark.slow if one is Target.SGLANG_NPU else ()) for one in NPU]
+TARGETS = [pytest.param(target, marks=pytest.mark.slow if target is Target.SGLANG_NPU else ()) for target in NPU]
 """SGLang's two-level form is that of ascend, under other names and another reader."""
 LACKS = {Target.MINDIE: ".scale_bias", Target.VLLM_ASCEND: ".weight_scale_second"}
 """What a form does not store can't be damaged."""
@@ -86,23 +86,23 @@ class Case:
 @pytest.fixture(scope="module")
 def case(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Callable[..., Path]) -> Callable[[Target], Case]:
     """`case(target)`, once each."""
-    made: dict[Target, Case] = {}
+    cases: dict[Target, Case] = {}
     base, source = tmp_path_factory.mktemp("corruption"), tiny_folder(**SHAPE)
     (base / "groups.yaml").write_text(GROUPS)
     save_file({"ids": torch.randint(3, 128, (4, 24), generator=torch.Generator().manual_seed(1))}, base / IDS)
 
     def get(target: Target) -> Case:
-        if target not in made:
+        if target not in cases:
             policy = str(base / "groups.yaml") if NPU[target] is GROUPS else NPU[target]
             options = CompileOptions(policy=policy, target=target, out=base / target, calib=base / IDS)
             fxquant.compile(source, options)
             program = load_program(base / target / GRAPH)
             smoothing = load_calibration(base / target / CALIBRATION).smoothing
             read = Cached(RecipeReader(program, open_checkpoint(source).smoothed(smoothing)))
-            made[target] = Case(
+            cases[target] = Case(
                 source, base / target, target, program, dict(walk(program, read, set(block_names(program))))
             )
-        return made[target]
+        return cases[target]
 
     return get
 
@@ -142,9 +142,9 @@ def test_every_corruption_is_named(case: Callable, seen: Row, target: Target, na
     right, corruption = case(target), CORRUPTIONS[name]
     assert corruption.fits(open_folder(right.folder))
     out = damaged(right.folder, tmp_path / "out", corruption.change)
-    found, read = right.verify(out), right.read(out, corruption.ranks)
-    seen.setdefault(name, {})[target] = "; ".join([*found, *(read or ["*not the reader*"])])
-    assert any(corruption.named in miss for misses in found.values() for miss in misses), found
+    misses_of, read = right.verify(out), right.read(out, corruption.ranks)
+    seen.setdefault(name, {})[target] = "; ".join([*misses_of, *(read or ["*not the reader*"])])
+    assert any(corruption.named in miss for misses in misses_of.values() for miss in misses), misses_of
     assert bool(read) is not corruption.unread, read
 
 

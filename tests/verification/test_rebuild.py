@@ -30,7 +30,7 @@ EXPERT = "model.layers.1.mlp.experts.1.down_proj"
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Callable[..., Path]) -> Callable[..., Path]:
+def compiled(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Callable[..., Path]) -> Callable[..., Path]:
     """`made(policy, target, mtp, **model)`: an output that was not looked at, once each. Do not write to it."""
     base = tmp_path_factory.mktemp("made")
     ids = torch.randint(3, 128, (4, 24), generator=torch.Generator().manual_seed(1))
@@ -48,9 +48,9 @@ def made(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Callable[..., Pa
 
 
 @pytest.fixture
-def out(made: Callable[..., Path], tmp_path: Path) -> Path:
+def out(compiled: Callable[..., Path], tmp_path: Path) -> Path:
     """A copy to spoil; its manifest keeps pointing at the source."""
-    original = made(fp8=True)
+    original = compiled(fp8=True)
     copy = Path(shutil.copytree(original, tmp_path / "out"))
     source = str(read_manifest(original).checkpoint_path(original))
     edit(copy, lambda manifest: manifest.update(source=source, checkpoint=source))
@@ -100,14 +100,14 @@ SOURCES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n == "fp8" else pytest.mark.slow) for n in SOURCES])
-def test_what_was_compiled_is_what_is_derived_again(name: str, made: Callable[..., Path]) -> None:
-    assert_rebuilt(made(**SOURCES[name]))
+def test_what_was_compiled_is_what_is_derived_again(name: str, compiled: Callable[..., Path]) -> None:
+    assert_rebuilt(compiled(**SOURCES[name]))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", list(Target))
-def test_every_target(target: Target, made: Callable[..., Path]) -> None:
-    assert_rebuilt(made(PER_CHANNEL if target is Target.VLLM_ASCEND else STATIC, target, fp8=True))
+def test_every_target(target: Target, compiled: Callable[..., Path]) -> None:
+    assert_rebuilt(compiled(PER_CHANNEL if target is Target.VLLM_ASCEND else STATIC, target, fp8=True))
 
 
 @pytest.mark.slow
@@ -123,9 +123,9 @@ def test_every_target(target: Target, made: Callable[..., Path]) -> None:
     ],
 )
 def test_what_was_converted_comes_from_the_same_source(
-    policy: str, start: Target, target: Target, made: Callable[..., Path], tmp_path: Path
+    policy: str, start: Target, target: Target, compiled: Callable[..., Path], tmp_path: Path
 ) -> None:
-    assert_rebuilt(convert(made(policy, start, fp8=True), target, tmp_path / "out", verify=False).out)
+    assert_rebuilt(convert(compiled(policy, start, fp8=True), target, tmp_path / "out", verify=False).out)
 
 
 @pytest.mark.parametrize("fitted", [False, True], ids=["the digest tells", "a digest made to fit"])

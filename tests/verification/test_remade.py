@@ -45,8 +45,8 @@ def edited(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
 
 
 def test_a_sound_output_leaves_nothing(out: Path, source: Path) -> None:
-    found = looked(out, source)
-    assert [check.misses for check in found.checks] == [[], []] and found.unread == {FLOAT_GRAPH: "", LEDGER: ""}
+    remade = looked(out, source)
+    assert [check.misses for check in remade.checks] == [[], []] and remade.unread == {FLOAT_GRAPH: "", LEDGER: ""}
 
 
 @pytest.mark.parametrize("name", [FLOAT_GRAPH, LEDGER])
@@ -69,8 +69,8 @@ def test_a_float_graph_of_its_own_is_listed(out: Path, source: Path) -> None:
     text = (out / FLOAT_GRAPH).read_text()
     assert "1e-06" in text
     (out / FLOAT_GRAPH).write_text(text.replace("1e-06", "2e-06", 1))
-    found = looked(out, source)
-    assert not [miss for check in found.checks for miss in check.misses] and found.unread[FLOAT_GRAPH] == OWN
+    remade = looked(out, source)
+    assert not [miss for check in remade.checks for miss in check.misses] and remade.unread[FLOAT_GRAPH] == OWN
 
 
 def test_exported_graphs_are_made_again(out: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,9 +82,9 @@ def test_exported_graphs_are_made_again(out: Path, source: Path, monkeypatch: py
     assert len(looked(out, source, exports=True).checks) == 2  # there are none
     (out / PREFILL).write_bytes(PREFILL.encode())
     (out / DECODE).write_bytes(b"other")
-    found = looked(out, source, exports=True)
-    assert [DECODE in miss for miss in found.checks[-1].misses] == [True]
-    assert found.unread[PREFILL] == found.unread[DECODE] == ""
+    result = looked(out, source, exports=True)
+    assert [DECODE in miss for miss in result.checks[-1].misses] == [True]
+    assert result.unread[PREFILL] == result.unread[DECODE] == ""
 
 
 def test_verify_says_it(out: Path, source: Path) -> None:

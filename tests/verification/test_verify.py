@@ -152,8 +152,8 @@ def test_an_onnx_weight_that_points_elsewhere_is_caught(compiled: dict[Target, P
     out = Path(shutil.copytree(compiled[Target.ONNX], tmp_path / "out"))
     model = onnx.load(out / "model.onnx", load_external_data=False)
     weights = [t for t in model.graph.initializer if t.external_data and "q_b_proj" in t.name and len(t.dims) == 2]
-    one = next(tensor for tensor in weights if tensor.dims[0] == weights[0].dims[0])
-    entry = next(entry for entry in one.external_data if entry.key == "offset")
+    weight = next(tensor for tensor in weights if tensor.dims[0] == weights[0].dims[0])
+    entry = next(entry for entry in weight.external_data if entry.key == "offset")
     entry.value = str(int(entry.value) + 64)
     (out / "model.onnx").write_bytes(model.SerializeToString())
     size = (out / "model.onnx").stat().st_size
@@ -165,8 +165,8 @@ def test_a_sample_runs_one_block_of_each_kind(compiled: dict[Target, Path]) -> N
     program = load_program(compiled[Target.ASCEND] / "fxquant_graph.json")
     from fxquant.lowering.output_folder.weight_files import WeightFiles
 
-    wanted = one_of_each_kind(program)
-    assert wanted == ["before", "model.layers.0", "model.layers.1", "after"] == block_names(program)
+    sample = one_of_each_kind(program)
+    assert sample == ["before", "model.layers.0", "model.layers.1", "after"] == block_names(program)
     seen = [
         block for block, _ in walk(program, WeightFiles(compiled[Target.ASCEND]).read, {"before", "model.layers.1"})
     ]

@@ -29,7 +29,10 @@ def _model_quant_type(program: "Program") -> str:
 
     schemes = {recipe.scheme for recipe in program.recipes.values()}
     ranked = (Scheme.W8A8, Scheme.W8A8_MIX, Scheme.W8A8_DYNAMIC)
-    return next((one for one in ranked if one in schemes), Scheme.FLOAT if not schemes else Scheme.W8A8_DYNAMIC).value
+    return next(
+        (candidate for candidate in ranked if candidate in schemes),
+        Scheme.FLOAT if not schemes else Scheme.W8A8_DYNAMIC,
+    ).value
 
 
 def _open_reader(folder: Path, ranks: int, group_size: int) -> "EngineReader":

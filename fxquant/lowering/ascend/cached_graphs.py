@@ -24,29 +24,29 @@ class Cached:
 
 def cached_graphs(program: Program, emitted: list[Emitted]) -> tuple[Cached, Cached]:
     """The graphs of prefill and of decoding, with functions beside those of `program`."""
-    made = Functions(emitted)
+    functions = Functions(emitted)
     weights = {call.segment.key: call.function.weights for call in emitted}
-    prefill = prefill_graph(program, made, weights)
+    prefill = prefill_graph(program, functions, weights)
     weights |= {call.segment.key: call.function.weights for call in prefill.emitted}
-    return prefill, decode_graph(program, made, weights)
+    return prefill, decode_graph(program, functions, weights)
 
 
-def prefill_graph(program: Program, made: Functions, weights: Mapping[str, Weights]) -> Cached:
+def prefill_graph(program: Program, functions: Functions, weights: Mapping[str, Weights]) -> Cached:
     """Attention as in `program`, over latents gathered from the pages and new ones; W8A8_MIX per token."""
-    return _cached(program, npu_prefill(), made, weights, "_prefill")
+    return _cached(program, npu_prefill(), functions, weights, "_prefill")
 
 
-def decode_graph(program: Program, made: Functions, weights: Mapping[str, Weights]) -> Cached:
+def decode_graph(program: Program, functions: Functions, weights: Mapping[str, Weights]) -> Cached:
     """Attention over the pages themselves where kv_b_proj can be absorbed, else as in prefill."""
-    return _cached(program, npu_decode(), made, weights, "_decode")
+    return _cached(program, npu_decode(), functions, weights, "_decode")
 
 
 def _cached(
-    program: Program, passes: list[Pass], made: Functions, weights: Mapping[str, Weights], suffix: str
+    program: Program, passes: list[Pass], functions: Functions, weights: Mapping[str, Weights], suffix: str
 ) -> Cached:
     copy = parse_program(dump_program(program), f"the{suffix.replace('_', ' ')} graph")
     results = tuple(run_passes(copy, passes))
-    return Cached(copy, made.of(copy, suffix, weights), results)
+    return Cached(copy, functions.of(copy, suffix, weights), results)
 
 
 def latent_parts(program: Program) -> list[tuple[int, int]]:

@@ -40,14 +40,14 @@ def deployment(program: Program) -> Deployment:
     """Fuse a copy of `program`. The copy computes the same, bit for bit, and reads the same weight files."""
     copy = parse_program(dump_program(program), "the deployment graph")
     check = ProgramCheck()
-    steps = tuple(_step(one, copy, check) for one in npu_fusions(frozenset(float32_values(copy)), WIDEST_SWIGLU))
+    steps = tuple(_step(fusion, copy, check) for fusion in npu_fusions(frozenset(float32_values(copy)), WIDEST_SWIGLU))
     return Deployment(copy, steps)
 
 
-def _step(one: Pass, program: Program, check: ProgramCheck) -> Step:
+def _step(fusion: Pass, program: Program, check: ProgramCheck) -> Step:
     before = count_calls(program)
-    result = one.apply(program)
-    check(program, one.name)
+    result = fusion.apply(program)
+    check(program, fusion.name)
     return Step(result, before, count_calls(program))
 
 

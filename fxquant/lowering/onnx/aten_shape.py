@@ -85,8 +85,8 @@ def squeeze(b: Builder, out: Result, x: ir.Value, dim: int | Sequence[int]) -> i
 
 
 def expand(b: Builder, out: Result, x: ir.Value, size: Sequence[Size]) -> ir.Value:
-    kept = [1 if isinstance(one, int) and one == -1 else one for one in size]
-    return b.op("Expand", x, b.sizes(*kept))
+    sizes = [1 if isinstance(dimension, int) and dimension == -1 else dimension for dimension in size]
+    return b.op("Expand", x, b.sizes(*sizes))
 
 
 def repeat(b: Builder, out: Result, x: ir.Value, repeats: Sequence[Size]) -> ir.Value:

@@ -119,8 +119,8 @@ class Builder:
 
     def reshape_last(self, value: ir.Value, drop: int, *sizes: int) -> ir.Value:
         """Replace the last `drop` dimensions by `sizes`, whatever the others are."""
-        kept = self.op("Shape", value, start=0, end=-drop)
-        return self.op("Reshape", value, self.op("Concat", kept, self.ints(*sizes), axis=0), allowzero=1)
+        leading = self.op("Shape", value, start=0, end=-drop)
+        return self.op("Reshape", value, self.op("Concat", leading, self.ints(*sizes), axis=0), allowzero=1)
 
     def split_last(self, value: ir.Value, *sizes: int) -> tuple[ir.Value, ...]:
         """Consecutive parts of the last dimension."""

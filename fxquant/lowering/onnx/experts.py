@@ -77,9 +77,9 @@ class Experts:
     def _stacked(self, node: fx.Node, view: View) -> Stacked:
         return Stacked(self._program.parameters[str(node.target)].names, view)
 
-    def _first(self, one: Stacked) -> ir.Value:
+    def _first(self, parameter: Stacked) -> ir.Value:
         """The first expert's tensor, which shows dtype and shape."""
-        return external(self._tensors, one.names[0], one.view)
+        return external(self._tensors, parameter.names[0], parameter.view)
 
     def _function(
         self, region: Region, shapes: Shapes, outside: Mapping[fx.Node, ir.Value], stacked: Mapping[fx.Node, Stacked]
@@ -88,8 +88,8 @@ class Experts:
         for index, (node, value) in enumerate(outside.items()):
             formals[node] = formal(f"rows_{index}" if node in region.by_row[1:] else f"input_{index}", value)
         formals[region.rows].name = "rows"
-        for node, one in stacked.items():
-            formals[node] = formal("_".join(str(node.target).split(".")[-2:]), self._first(one))
+        for node, parameter in stacked.items():
+            formals[node] = formal("_".join(str(node.target).split(".")[-2:]), self._first(parameter))
         inner = NodeLowering(Builder(), self._functions, lambda node, view: inner.values[node], shapes, named=False)
         inner.values = {node: _widened(inner.builder, value) for node, value in formals.items()}
         for node in region.nodes:
@@ -117,7 +117,7 @@ class Experts:
         ]
         parts = []
         for expert, (busy, start, end) in enumerate(zip(*columns, strict=True)):
-            weights = [external(self._tensors, one.names[expert], one.view) for one in stacked]
+            weights = [external(self._tensors, parameter.names[expert], parameter.view) for parameter in stacked]
             inner = Builder()
             inner.enter(f"{b.scope}{expert}/")
             rows = [inner.op("Slice", value, start, end, axes) for value in by_row]

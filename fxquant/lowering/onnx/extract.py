@@ -46,12 +46,12 @@ class OperatorSession:
         self._session = onnxruntime.InferenceSession(
             model.SerializeToString(), options, providers=["CPUExecutionProvider"]
         )
-        self._dtypes = {one.name: one.type.tensor_type.elem_type for one in model.graph.input}
+        self._dtypes = {input_.name: input_.type.tensor_type.elem_type for input_ in model.graph.input}
 
     def __call__(self, feeds: Mapping[str, Any]) -> dict[str, Tensor]:
         """Feed name → tensor or Python number, for every input of every unit; → fx node → value."""
         arrays = {name: self._array(name, value) for name, value in feeds.items()}
-        names = [one.name for one in self._session.get_outputs()]
+        names = [output.name for output in self._session.get_outputs()]
         return {name: _restored(value) for name, value in zip(names, self._session.run(None, arrays), strict=True)}
 
     def feeds(self, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -77,11 +77,11 @@ def operator_session(folder: Path, names: Iterable[str]) -> OperatorSession:
     fx nodes without a unit of their own are passed over: getitem, sizes, and all but the last node of routed experts.
     """
     model = onnx.load(folder / FILE, load_external_data=False)
-    wanted = set(names)
+    requested = set(names)
     groups: dict[str, list[NodeProto]] = {}
     for node in model.graph.node:
         name = node.name.partition("/")[0]
-        if name in wanted:
+        if name in requested:
             groups.setdefault(name, []).append(node)
     source = _Source(model)
     parts = [part for name, nodes in groups.items() if (part := source.unit(name, nodes)).outputs]
@@ -92,9 +92,9 @@ def operator_session(folder: Path, names: Iterable[str]) -> OperatorSession:
         model.graph.input.extend(part.inputs)
         model.graph.output.extend(part.outputs)
         used |= part.initializers
-    kept = [one for one in model.graph.initializer if one.name in used]
+    initializers = [initializer for initializer in model.graph.initializer if initializer.name in used]
     del model.graph.initializer[:]
-    model.graph.initializer.extend(kept)
+    model.graph.initializer.extend(initializers)
     return OperatorSession(tuple(part.unit for part in parts), model, folder)
 
 
@@ -112,13 +112,15 @@ class _Source:
 
     def __init__(self, model: ModelProto) -> None:
         graph = model.graph
-        self._types = {one.name: one for one in (*graph.input, *graph.value_info, *graph.output)}
-        self._fx = {one.name: prop.value for one in graph.input for prop in one.metadata_props if prop.key == "fx"}
-        self._initializers = {one.name for one in graph.initializer}
+        self._types = {info.name: info for info in (*graph.input, *graph.value_info, *graph.output)}
+        self._fx = {
+            input_.name: prop.value for input_ in graph.input for prop in input_.metadata_props if prop.key == "fx"
+        }
+        self._initializers = {initializer.name for initializer in graph.initializer}
 
     def unit(self, name: str, nodes: list[NodeProto]) -> _Part:
-        made = {output for node in nodes for output in node.output}
-        reads = list(dict.fromkeys(read for node in nodes for read in _reads(node) if read not in made))
+        own_outputs = {output for node in nodes for output in node.output}
+        reads = list(dict.fromkeys(read for node in nodes for read in _reads(node) if read not in own_outputs))
         outside = [read for read in reads if read not in self._initializers]
         feeds = {read: f"{name}:{index}" for index, read in enumerate(outside)}
         outputs = [output for node in nodes for output in node.output if output and self._is_value(output)]
@@ -151,7 +153,9 @@ def _reads(node: NodeProto) -> Iterator[str]:
     """Names that a node takes from outside itself, those of its branches included."""
     yield from (name for name in node.input if name)
     for graph in _graphs(node):
-        own = {one.name for one in graph.initializer} | {name for inner in graph.node for name in inner.output}
+        own = {initializer.name for initializer in graph.initializer} | {
+            name for inner in graph.node for name in inner.output
+        }
         yield from (name for inner in graph.node for name in _reads(inner) if name not in own)
 
 

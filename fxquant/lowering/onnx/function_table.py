@@ -64,9 +64,9 @@ def _described(value: Any) -> Any:
 
 
 def _needed(nodes: Sequence[ir.Node], outputs: Sequence[ir.Value]) -> list[ir.Node]:
-    wanted, kept = set(outputs), []
+    read, needed = set(outputs), []
     for node in reversed(nodes):
-        if wanted.intersection(node.outputs):
-            kept.append(node)
-            wanted.update(value for value in node.inputs if value is not None)
-    return kept[::-1]
+        if read.intersection(node.outputs):
+            needed.append(node)
+            read.update(value for value in node.inputs if value is not None)
+    return needed[::-1]

@@ -97,7 +97,7 @@ class NodeLowering:
         if isinstance(arg, fx.Node):
             return self._parameters(arg, view) if arg.op == "get_attr" else self.values[arg]
         if isinstance(arg, list | tuple):
-            return [self.value(one) for one in arg]
+            return [self.value(item) for item in arg]
         return arg
 
     def _call(self, node: fx.Node) -> Any:
@@ -136,7 +136,7 @@ class NodeLowering:
 
     def _operand(self, arg: Any, carry: Callable[[ir.Value], ir.Value]) -> Any:
         if isinstance(arg, list | tuple):
-            return [self._operand(one, carry) for one in arg]
+            return [self._operand(item, carry) for item in arg]
         value = self._widened(arg, self.value(arg))
         return carry(value) if isinstance(value, ir.Value) else value
 

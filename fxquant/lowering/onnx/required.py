@@ -26,27 +26,27 @@ def require_emitted(program: Program, tensors: Mapping[str, TensorInfo], folder:
     Only the version of fxquant that wrote it may differ.
     """
     place = folder / FILE
-    found, wanted = read_model(place), onnx.ModelProto()
-    wanted.ParseFromString(ir.to_proto(build_model(program, tensors)).SerializeToString())
-    found.producer_version = wanted.producer_version = ""
-    if found != wanted:
-        raise FxquantError(place, f"{_difference(found, wanted)} is not what the graph emits.", AGAIN)
+    stored, emitted = read_model(place), onnx.ModelProto()
+    emitted.ParseFromString(ir.to_proto(build_model(program, tensors)).SerializeToString())
+    stored.producer_version = emitted.producer_version = ""
+    if stored != emitted:
+        raise FxquantError(place, f"{_difference(stored, emitted)} is not what the graph emits.", AGAIN)
 
 
 def read_model(place: Path) -> onnx.ModelProto:
     """The model without its weights; no file that it names is opened."""
-    found = onnx.ModelProto()
+    model = onnx.ModelProto()
     try:
-        found.ParseFromString(read_bytes(place, ONNX_BYTES, AGAIN))
+        model.ParseFromString(read_bytes(place, ONNX_BYTES, AGAIN))
     except DecodeError as error:
         raise FxquantError(place, f"not an ONNX model: {error}.", AGAIN) from None
-    return found
+    return model
 
 
-def _difference(found: onnx.ModelProto, wanted: onnx.ModelProto) -> str:
+def _difference(stored: onnx.ModelProto, emitted: onnx.ModelProto) -> str:
     """The first part of a model that differs, by what it is and its name."""
-    pairs = zip(_parts(found), _parts(wanted), strict=False)
-    other = next((part for (part, one), (_, two) in pairs if one != two), None)
+    pairs = zip(_parts(stored), _parts(emitted), strict=False)
+    other = next((part for (part, here), (_, there) in pairs if here != there), None)
     return "the number of its nodes, or its header," if other is None else other[:200]
 
 

@@ -45,8 +45,8 @@ def products_saturate() -> bool:
     graph = ir.Graph([x], [product], nodes=b.nodes, opset_imports={"": OPSET}, name="probe")
     model = ir.to_proto(ir.Model(graph, ir_version=IR_VERSION)).SerializeToString()
     session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
-    (found,) = session.run(None, {"x": np.full((4, features), 255, dtype=np.uint8)})
-    return bool((found != features * 127 * 127).any())
+    (sums,) = session.run(None, {"x": np.full((4, features), 255, dtype=np.uint8)})
+    return bool((sums != features * 127 * 127).any())
 
 
 def return_freed_memory() -> None:
@@ -71,8 +71,8 @@ class OnnxRunner:
             raise FxquantError(path, f"onnxruntime {onnxruntime.__version__} does not load it: {error}") from error
         return_freed_memory()
         inputs = self._session.get_inputs()
-        self._names = [one.name for one in inputs]
-        self._widths = [one.shape[2] for one in inputs[3:]]
+        self._names = [input_.name for input_ in inputs]
+        self._widths = [input_.shape[2] for input_ in inputs[3:]]
 
     def __call__(
         self, ids: Tensor, mask: Tensor, positions: Tensor, past: Sequence[Tensor]

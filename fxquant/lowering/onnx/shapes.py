@@ -72,8 +72,8 @@ class Shapes:
 
     def outputs(self, node: fx.Node) -> tuple[Meta, ...]:
         """As a tuple, also for calls with one result."""
-        found = self._metas[node]
-        return found if isinstance(found, tuple) else (found,)
+        metas = self._metas[node]
+        return metas if isinstance(metas, tuple) else (metas,)
 
 
 def _run(program: Program, sample: int) -> dict[fx.Node, Any]:

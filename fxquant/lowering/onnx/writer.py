@@ -53,10 +53,10 @@ def build_model(program: Program, tensors: Mapping[str, TensorInfo]) -> ir.Model
     shapes, functions, initializers = Shapes(program), FunctionTable(), Initializers(tensors)
 
     def parameter(node: fx.Node, view: View) -> ir.Value:
-        found = program.parameters[str(node.target)]
-        if found.stacked:
+        stored = program.parameters[str(node.target)]
+        if stored.stacked:
             raise FxquantError(str(node.target), "one tensor an expert, read outside the experts.", "Keep it inside.")
-        return initializers.get(found.names[0], view)
+        return initializers.get(stored.names[0], view)
 
     lowering = NodeLowering(Builder(), functions, parameter, shapes, named=True)
     experts = Experts(program, tensors, functions)

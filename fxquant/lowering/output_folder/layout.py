@@ -77,19 +77,19 @@ class FileLayout:
     def specs(self) -> list[tuple[TensorSpec, int]]:
         """Each of the tensors' specs, and how many tensors have it; equal ones may be there more than once."""
         counts = Counter(map(id, map(attrgetter("spec"), self.tensors)))
-        found = {id(tensor.spec): tensor.spec for tensor in self.tensors}
-        return [(found[key], count) for key, count in counts.items()]
+        specs = {id(tensor.spec): tensor.spec for tensor in self.tensors}
+        return [(specs[key], count) for key, count in counts.items()]
 
     @cached_property
     def _built(self) -> tuple[bytes, tuple[int, ...]]:
-        header, offsets = build_header([(one.name, one.spec.dtype, one.spec.shape) for one in self.tensors])
+        header, offsets = build_header([(tensor.name, tensor.spec.dtype, tensor.spec.shape) for tensor in self.tensors])
         return header, tuple(offsets)
 
 
 def stored_tensors(program: Program, checkpoint: Checkpoint) -> list[StoredTensor]:
     """Everything the output holds, in graph order, the tensors of one module side by side."""
     stored: list[StoredTensor] = []
-    kept = program.kept_names()
+    floats = program.kept_names()
     biases = gate_biases(program)
     seen: set[str] = set()
     for target, parameter in program.parameters.items():
@@ -98,7 +98,7 @@ def stored_tensors(program: Program, checkpoint: Checkpoint) -> list[StoredTenso
             seen.add(parameter.module)
             stored += _made(recipe)
         for name in parameter.names:
-            if name in kept:
+            if name in floats:
                 dtype = torch.float32 if target in biases else checkpoint.stored_dtype(name)
                 spec = TensorSpec(dtype, checkpoint.tensors[name].shape, Scheme.FLOAT.value)
                 stored.append(StoredTensor(name, spec, parameter.module))

@@ -134,10 +134,10 @@ class CheckpointProducer:
 
         smoothing, (count, width) = self._checkpoint.smoothing, self._checkpoint.tensors[name].shape
         for first, wide in self._decoded_blocks(name):
-            made = smoothing.apply(name, wide, count, first)
-            step = max(2, BLOCK_BYTES // (width * made.itemsize) // 2 * 2)
-            for start in range(0, len(made), step):
-                yield replace(rows_of(made[start : start + step]), start=first + start)
+            rotated = smoothing.apply(name, wide, count, first)
+            step = max(2, BLOCK_BYTES // (width * rotated.itemsize) // 2 * 2)
+            for start in range(0, len(rotated), step):
+                yield replace(rows_of(rotated[start : start + step]), start=first + start)
 
     def _decoded_blocks(self, name: str) -> Iterator[tuple[int, Tensor]]:
         """(first row, rows), FP8 decoded to the model's dtype; all rows at once where turning mixes them."""

@@ -73,8 +73,8 @@ class Earlier:
         return Filled(unit.name, self.manifest.units[unit.name].digests)
 
     def _fits(self, unit: Unit, suffix: str) -> bool:
-        found = self.tensors.get(unit.tensor_name(suffix))
-        return found is not None and found.nbytes == unit.places[suffix].nbytes
+        info = self.tensors.get(unit.tensor_name(suffix))
+        return info is not None and info.nbytes == unit.places[suffix].nbytes
 
 
 def open_earlier(folder: Path, replaced: bool = False) -> Earlier:
@@ -125,8 +125,8 @@ def copy_units(
             _copy(earlier.folder / file.name, start, folder / file.name, start, file.nbytes - start)
         for unit in ending.get(index, []):
             _copy_places(earlier, unit, whole, folder)
-        for unit, found in digests_on_disk(ending.get(index, []), folder):
-            yield unit, found if found == earlier.filled(unit) else None
+        for unit, filled in digests_on_disk(ending.get(index, []), folder):
+            yield unit, filled if filled == earlier.filled(unit) else None
 
 
 def _copy_places(earlier: Earlier, unit: Unit, whole: set[str], folder: Path) -> None:

@@ -172,8 +172,8 @@ def _prove(plan: WeightPlan, journal: Journal, folder: Path, report: Reporter) -
     done = [unit for unit in plan.units if unit.name in journal.done]
     good: dict[str, Filled] = {}
     with report("check", sum(unit.nbytes for unit in done), "bytes") as advance:
-        for unit, found in digests_on_disk(done, folder):
-            if found == journal.done[unit.name]:
-                good[unit.name] = found
+        for unit, filled in digests_on_disk(done, folder):
+            if filled == journal.done[unit.name]:
+                good[unit.name] = filled
             advance(unit.nbytes)
     journal.prove(good)

@@ -48,17 +48,17 @@ class FuseNormQuantize(RewritePass):
     def rewrite(self, node: fx.Node, program: Program) -> None:
         total, reader = operand_node(node, "x"), _one_quantization(node)
         surgery, graph = Surgery(program, node, self.rules), program.graph.graph
-        fused, made = self._fused(surgery, total, reader)
-        names = [old[0].name if old else f"{node.name}_unread" for old in made]
+        fused, outputs = self._fused(surgery, total, reader)
+        names = [old[0].name if old else f"{node.name}_unread" for old in outputs]
         values = surgery.outputs(fused, [*(f"{name}_new" for name in names), f"{node.name}_sum"])
         total.replace_all_uses_with(values[-1])
-        for value, old, name in zip(values, made, names, strict=False):
-            for one in old:
-                one.replace_all_uses_with(value)
-                graph.erase_node(one)
+        for value, old, name in zip(values, outputs, names, strict=False):
+            for replaced in old:
+                replaced.replace_all_uses_with(value)
+                graph.erase_node(replaced)
             program.names.discard(value.name)
             value.name = name
-        gone = {one for old in made for one in old}
+        gone = {replaced for old in outputs for replaced in old}
         for last in (reader, node, total):
             if last is not None and last not in gone:
                 graph.erase_node(last)
@@ -74,7 +74,7 @@ class FuseNormQuantize(RewritePass):
         if reader.target == ops.quantize_per_token:
             items = [[user for user in reader.users if item_of(user)[1] == index] for index in (0, 1)]
             return surgery.call(ops.add_rms_norm_quantize_per_token, (*given, *bias), name), items
-        scales = [operand_node(reader, one) for one in ("input_scale", "input_offset")]
+        scales = [operand_node(reader, name_of) for name_of in ("input_scale", "input_offset")]
         for parameter in scales:
             node.prepend(parameter)
         return surgery.call(ops.add_rms_norm_quantize_static, (*given, *scales, *bias), name), [[reader]]
@@ -85,7 +85,7 @@ def _adds_alike(node: fx.Node) -> bool:
     if node.target != torch.ops.aten.add.Tensor or operand(node, "alpha") != 1:
         return False
     summands = (operand(node, "self"), operand(node, "other"))
-    values = [one.meta.get("val") if isinstance(one, fx.Node) else None for one in summands]
+    values = [summand.meta.get("val") if isinstance(summand, fx.Node) else None for summand in summands]
     if not all(isinstance(value, Tensor) and value.is_floating_point() for value in values):
         return False
     return len({(str(value.shape), value.dtype) for value in values if isinstance(value, Tensor)}) == 1

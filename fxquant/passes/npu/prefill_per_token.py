@@ -37,8 +37,8 @@ class PrefillPerToken(RewritePass):
         if recipe.scheme.activation is not Activation.BOTH:
             return f"its scheme is {recipe.scheme}"
         x8 = operand_node(operand_node(node, "acc"), "x")
-        made = x8.target == ops.quantize_static or _norm(x8) is not None
-        return None if made else f"its integers come from {x8.name}"
+        quantized = x8.target == ops.quantize_static or _norm(x8) is not None
+        return None if quantized else f"its integers come from {x8.name}"
 
     def rewrite(self, node: fx.Node, program: Program) -> None:
         product, recipe = operand_node(node, "acc"), _recipe(node, program)
@@ -55,8 +55,8 @@ class PrefillPerToken(RewritePass):
         norm = _norm(x8)
         if norm is None:
             surgery, values = Surgery(program, x8, self._rules), {"x": operand_node(x8, "x")}
-            made = self._forms.shared(surgery, PER_TOKEN, values)
-            return made["x"], made["x_scale"]
+            shared = self._forms.shared(surgery, PER_TOKEN, values)
+            return shared["x"], shared["x_scale"]
         if norm not in self._behind:
             self._behind[norm] = _quantize_behind(Surgery(program, norm, self._rules))
         return self._behind[norm]
@@ -72,9 +72,9 @@ def _quantize_behind(surgery: Surgery) -> tuple[fx.Node, fx.Node]:
     """The norm again, with the other quantization; its sum takes the place of the first one's."""
     norm = surgery.site
     given, name = arguments(norm), norm.name.removesuffix("_fused")
-    kept = [given[one] for one in ("x1", "x2", "weight", "eps", "bias") if given[one] is not None]
-    made = surgery.call(ops.add_rms_norm_quantize_per_token, kept, f"{name}_fused")
-    x8, scale, total = surgery.outputs(made, [f"{name}_{part}" for part in ("int8", "scale", "sum")])
+    operands = [given[key] for key in ("x1", "x2", "weight", "eps", "bias") if given[key] is not None]
+    call = surgery.call(ops.add_rms_norm_quantize_per_token, operands, f"{name}_fused")
+    x8, scale, total = surgery.outputs(call, [f"{name}_{part}" for part in ("int8", "scale", "sum")])
     for user in list(norm.users):
         if item_of(user)[1] == 1:
             user.replace_all_uses_with(total)

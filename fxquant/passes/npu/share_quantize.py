@@ -25,7 +25,7 @@ class ShareQuantize(RewritePass):
         others = _earlier(node)
         if not others or _twin(node, program) is not None:
             return None if others else ""
-        ranges = " and ".join(_in_words(_range(one, program)) for one in (others[0], node))
+        ranges = " and ".join(_in_words(_range(quantize, program)) for quantize in (others[0], node))
         return f"{others[0].name} reads the same input, but their ranges differ: {ranges}"
 
     def rewrite(self, node: fx.Node, program: Program) -> None:
@@ -44,7 +44,7 @@ def _earlier(node: fx.Node) -> list[fx.Node]:
 
 def _twin(node: fx.Node, program: Program) -> fx.Node | None:
     """The first of those that gives the same integers."""
-    return next((one for one in _earlier(node) if _range(one, program) == _range(node, program)), None)
+    return next((earlier for earlier in _earlier(node) if _range(earlier, program) == _range(node, program)), None)
 
 
 def _range(node: fx.Node, program: Program) -> ActivationRange | str:

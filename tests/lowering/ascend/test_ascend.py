@@ -49,11 +49,11 @@ def test_golden_text(compiled: Compile, name: str) -> None:
 
 
 def test_text_depends_on_the_graph_alone(compiled: Compile, tmp_path: Path) -> None:
-    one = compiled("deepseek_w4a8")
-    again = rewritten(one.checkpoint, "deepseek_w4a8")
+    output = compiled("deepseek_w4a8")
+    again = rewritten(output.checkpoint, "deepseek_w4a8")
     save_program(again, tmp_path / "graph.json")
     stored = load_program(tmp_path / "graph.json")
-    assert one.source == ascend_source(deployment(again).program) == ascend_source(deployment(stored).program)
+    assert output.source == ascend_source(deployment(again).program) == ascend_source(deployment(stored).program)
 
 
 @pytest.mark.parametrize("policy", others_slow(POLICIES, FEW_POLICIES))
@@ -141,9 +141,9 @@ def test_a_call_that_does_not_bind_is_noticed() -> None:
 def test_every_statement_agrees_with_the_graph(compiled: Compile, policy: str) -> None:
     checks = check_all(compiled(policy))
     assert bad(checks) == {}
-    made = {node.name for node in compiled(policy).deployed.graph.graph.nodes if node.op == "call_function"}
+    calls = {node.name for node in compiled(policy).deployed.graph.graph.nodes if node.op == "call_function"}
     tuples = ("quantize", "fused", "init_routing", "split_with_sizes", "split_with_sizes_2", "table", "gate", "int32")
-    assert {check.node for check in checks} == {name for name in made if not name.endswith(tuples)}
+    assert {check.node for check in checks} == {name for name in calls if not name.endswith(tuples)}
     exact = {"quantize_static", "moe_init_routing", "embedding", "cat", "split_with_sizes", "add"}
     exact |= {"add_rms_norm_quantize_static"}
     assert all(check.error == check.bound == 0 for check in checks if check.kind in exact)
@@ -160,64 +160,64 @@ OPTIONS = [
 
 @pytest.mark.parametrize(("policy", "options"), others_slow(OPTIONS, OPTIONS[:2]), ids=str)
 def test_other_shapes_of_the_model_agree(compiled: Compile, policy: str, options: dict[str, Any]) -> None:
-    one = compiled(policy, **options)
-    assert bad(check_all(one)) == {}
+    output = compiled(policy, **options)
+    assert bad(check_all(output)) == {}
     default = torch.float16 if options.get("dtype") is torch.float16 else torch.bfloat16
-    assert one.module().names["Model"].load(one.folder).dtype is default
+    assert output.module().names["Model"].load(output.folder).dtype is default
 
 
 def test_int4_linears_add_their_bias_last(tiny_folder: Callable[..., Path], tmp_path: Path) -> None:
     rules = '[{kind: attention, path: "*.kv_b_proj", scheme: FLOAT}, {kind: attention, scheme: W4A8_DYNAMIC}]'
     (tmp_path / "int4.yaml").write_text(f"extends: deepseek_w4a8_per_channel\nrules: {rules}\n")
-    one = compile_folder(tiny_folder(attention_bias=True), tmp_path / "out", str(tmp_path / "int4.yaml"))
-    assert one.source.count(') + w["self_attn.o_proj.bias"]\n') == 2 * 3  # layers, graphs
-    assert bad(check_all(one)) == {}
+    output = compile_folder(tiny_folder(attention_bias=True), tmp_path / "out", str(tmp_path / "int4.yaml"))
+    assert output.source.count(') + w["self_attn.o_proj.bias"]\n') == 2 * 3  # layers, graphs
+    assert bad(check_all(output)) == {}
 
 
 @pytest.mark.parametrize("policy", ["float", "deepseek_w8a8", "deepseek_w4a8_per_channel"])
 def test_the_whole_model_in_float32(compiled: Compile, policy: str) -> None:
     """No operator of these policies rounds more than the graph's, so logits differ by a few float32 roundings."""
-    one = compiled(policy)
-    inputs = padded_inputs(one.program)
-    logits, presents = one.module().names["Model"].load(one.folder, torch.float32)(*inputs[:3], inputs[3:])
-    expected, *caches = execute(one.program, one.read(), [inputs])[0]
-    for found, wanted in zip([logits, *presents], [expected, *caches], strict=True):
-        assert (found - wanted).abs().max() <= 64 * UNIT * wanted.abs().max()
+    output = compiled(policy)
+    inputs = padded_inputs(output.program)
+    logits, presents = output.module().names["Model"].load(output.folder, torch.float32)(*inputs[:3], inputs[3:])
+    expected, *caches = execute(output.program, output.read(), [inputs])[0]
+    for result, reference in zip([logits, *presents], [expected, *caches], strict=True):
+        assert (result - reference).abs().max() <= 64 * UNIT * reference.abs().max()
 
 
 def test_cached_decoding(compiled: Compile) -> None:
-    one = compiled("deepseek_w8a8")
-    model = one.module().names["Model"].load(one.folder, torch.float32)
-    inputs = prefill_inputs(one.program, torch.tensor([[3, 14, 15, 92]]))
+    output = compiled("deepseek_w8a8")
+    model = output.module().names["Model"].load(output.folder, torch.float32)
+    inputs = prefill_inputs(output.program, torch.tensor([[3, 14, 15, 92]]))
     logits, past = model(*inputs[:3], model.empty_past(1))
     tokens = [int(logits[0, -1].argmax())]
     for length in (5, 6):
         step = torch.tensor([[tokens[-1]]]), torch.ones(1, length, dtype=torch.int64), torch.tensor([[length - 1]])
         logits, past = model(*step, past)
         tokens.append(int(logits[0, -1].argmax()))
-    assert tokens == [int(step.argmax()) for step in generate(one.program, one.read(), [3, 14, 15, 92], 3)]
+    assert tokens == [int(step.argmax()) for step in generate(output.program, output.read(), [3, 14, 15, 92], 3)]
     assert [tuple(cache.shape) for cache in past] == [(1, 6, 40)] * 2
 
 
 @pytest.mark.parametrize("policy", ["float", "deepseek_w4a8", "deepseek_w8a8"])
 def test_bfloat16_run(compiled: Compile, policy: str) -> None:
     """Each of some 50 operators rounds by up to 2**-8; were all errors alike, they would add up to this."""
-    one = compiled(policy)
-    inputs = padded_inputs(one.program, past=0)
-    model = one.module().names["Model"].load(one.folder)
+    output = compiled(policy)
+    inputs = padded_inputs(output.program, past=0)
+    model = output.module().names["Model"].load(output.folder)
     logits, presents = model(*inputs[:3], model.empty_past(2))
     assert {tensor.dtype for tensor in (logits, *presents)} == {torch.bfloat16}
-    expected = execute(one.program, one.read(), [inputs])[0][0]
+    expected = execute(output.program, output.read(), [inputs])[0][0]
     error = (logits.float() - expected).norm(dim=-1) / expected.norm(dim=-1)
     assert error.median() <= 50 * 2.0**-8
 
 
 def test_grouped_int8_scales_follow_the_dtype(compiled: Compile) -> None:
     """npu_grouped_matmul takes bfloat16 scales for bfloat16 results, float32 ones for others."""
-    one = compiled("deepseek_w8a8")
-    load = one.module().names["Model"].load
+    output = compiled("deepseek_w8a8")
+    load = output.module().names["Model"].load
     for dtype, scale in ((torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32)):
-        weights = load(one.folder, dtype).weights["model.layers.1"]
+        weights = load(output.folder, dtype).weights["model.layers.1"]
         assert weights["mlp.experts.up_proj.weight_scale"].dtype is scale
         assert weights["mlp.gate.weight"].dtype is torch.float32
         assert weights["self_attn.kv_b_proj.weight"].dtype is dtype

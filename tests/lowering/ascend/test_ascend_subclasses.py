@@ -75,12 +75,12 @@ def with_norms(folder: Path, out: Path, policy: str, layer: type[DecoderLayer], 
 def test_a_norm_with_a_bias(policy: str, tmp_path: Path) -> None:
     """The fused operators with quantization take it, the one without has it added behind."""
     names = ("input_layernorm.bias", "post_attention_layernorm.bias")
-    one = with_norms(tmp_path / "checkpoint", tmp_path / "out", policy, BiasedNorms, *names)
-    text = function_text(one.source, "moe_block")
+    output = with_norms(tmp_path / "checkpoint", tmp_path / "out", policy, BiasedNorms, *names)
+    text = function_text(output.source, "moe_block")
     assert 'beta=w["input_layernorm.bias"], epsilon=1e-06, ' in " ".join(text.split())
     assert "post_attention_layernorm, post_attention_layernorm_sum = add_rms_norm_bias(" in text
-    assert bad(check_all(one)) == {}
-    same_bits(one)
+    assert bad(check_all(output)) == {}
+    same_bits(output)
 
 
 @pytest.fixture(scope="module")
@@ -109,11 +109,11 @@ def test_an_extra_norm_takes_the_sum_of_the_layer_before(extra_norm: Compiled) -
 
 def test_a_residual_factor_is_in_the_text(compiled: Compile) -> None:
     """Its product is what the next layer adds."""
-    one = compiled("deepseek_w4a8", ScaledResidual)
-    text = function_text(one.source, "moe_block")
+    output = compiled("deepseek_w4a8", ScaledResidual)
+    text = function_text(output.source, "moe_block")
     added = "    sub = add_1 - input_layernorm_sum\n    mul = sub * 0.5\n"
     assert text.endswith(f"{added}    return input_layernorm_sum, mul, self_attn_cat_1\n")
-    assert bad(check_all(one)) == {}
+    assert bad(check_all(output)) == {}
 
 
 @pytest.mark.parametrize("layer", [DecoderLayer, ScaledResidual])
@@ -126,16 +126,16 @@ def test_the_deployed_graph_with_an_extra_norm_computes_the_same_bits(extra_norm
     same_bits(extra_norm)
 
 
-def same_bits(one: Compiled) -> None:
-    inputs = padded_inputs(one.program)
-    plain, fused = (execute(program, one.read(), [inputs])[0] for program in (one.program, one.deployed))
+def same_bits(output: Compiled) -> None:
+    inputs = padded_inputs(output.program)
+    plain, fused = (execute(program, output.read(), [inputs])[0] for program in (output.program, output.deployed))
     assert len(plain) == len(fused) == 3
     assert all(torch.equal(a, b) for a, b in zip(plain, fused, strict=True))
 
 
 def test_aten_calls_of_a_user(compiled: Compile) -> None:
-    one = compiled("deepseek_w4a8_dynamic", OwnOperators)
-    lines = [line.strip() for line in function_text(one.source, "dense_block").splitlines()]
+    output = compiled("deepseek_w4a8_dynamic", OwnOperators)
+    lines = [line.strip() for line in function_text(output.source, "dense_block").splitlines()]
     spelled = [
         "to = add_1.to(torch.float32)",
         "add_2 = mean + 1e-06",
@@ -147,9 +147,9 @@ def test_aten_calls_of_a_user(compiled: Compile) -> None:
     ]
     assert [line for line in spelled if line not in lines] == []
     # what a user's cast made float32 is rounded again where the next layer's norm needs it
-    moe = function_text(one.source, "moe_block")
+    moe = function_text(output.source, "moe_block")
     assert "npu_rms_norm(x.to(dtype), " in moe
-    assert bad(check_all(one)) == {}
-    model = one.module().names["Model"].load(one.folder)
-    inputs = padded_inputs(one.program, past=0)
+    assert bad(check_all(output)) == {}
+    model = output.module().names["Model"].load(output.folder)
+    inputs = padded_inputs(output.program, past=0)
     assert model(*inputs[:3], model.empty_past(2))[0].dtype is torch.bfloat16

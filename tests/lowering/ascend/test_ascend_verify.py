@@ -95,9 +95,9 @@ def test_sharded_weights_are_found_by_their_index(compiled: Compiled, tmp_path: 
     index = {"metadata": {}, "weight_map": {name: file for file, part in files.items() for name in part}}
     (tmp_path / "quant_model_weight_w8a8.safetensors.index.json").write_text(json.dumps(index))
     (tmp_path / "model_ascend.py").write_text(compiled.source)
-    one, other = (EmittedModule(compiled.deployed, folder).load(MOE)[MOE] for folder in (compiled.folder, tmp_path))
-    assert one.keys() == other.keys()
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    whole, sharded = (EmittedModule(compiled.deployed, folder).load(MOE)[MOE] for folder in (compiled.folder, tmp_path))
+    assert whole.keys() == sharded.keys()
+    assert all(torch.equal(whole[name], sharded[name]) for name in whole)
 
 
 def test_a_missing_tensor_is_named(compiled: Compiled, tmp_path: Path) -> None:
@@ -142,8 +142,8 @@ def flip(tensor: Tensor, byte: int) -> None:
 
 
 def assert_found(compiled: Compiled, folder: Path, change: Callable[[dict[str, Tensor]], None], *nodes: str) -> None:
-    found = bad(check_all(corrupted(compiled, folder, change), MOE))
-    assert sorted(found) == sorted(f"layers_1_{node}" for node in nodes)
+    misses = bad(check_all(corrupted(compiled, folder, change), MOE))
+    assert sorted(misses) == sorted(f"layers_1_{node}" for node in nodes)
 
 
 @pytest.mark.parametrize(

@@ -87,9 +87,9 @@ MIX = pytest.param(("deepseek_w8a8_mix", DecoderLayer), marks=pytest.mark.slow)
 def exported(
     request: pytest.FixtureRequest, tiny_folder: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Compiled:
-    one = compile_folder(tiny_folder(), tmp_path_factory.mktemp("exported"), *request.param)
-    write_exported(one.deployed, one.folder, torch.float32, SEQUENCES, BLOCK_SIZE)
-    return one
+    compiled = compile_folder(tiny_folder(), tmp_path_factory.mktemp("exported"), *request.param)
+    write_exported(compiled.deployed, compiled.folder, torch.float32, SEQUENCES, BLOCK_SIZE)
+    return compiled
 
 
 def run(script: str, *arguments: Path, hash_seed: int = 0) -> None:

@@ -30,8 +30,8 @@ def compiled(tiny_folder: Callable[..., Path], tmp_path_factory: pytest.TempPath
     return compiled_folders(tiny_folder, tmp_path_factory)
 
 
-def float32_model(one: Compiled) -> Any:
-    return one.module().names["Model"].load(one.folder, torch.float32)
+def float32_model(output: Compiled) -> Any:
+    return output.module().names["Model"].load(output.folder, torch.float32)
 
 
 def caches(model: Any, sequences: int, length: int) -> list[Any]:
@@ -55,20 +55,22 @@ def test_steps_give_the_logits_of_forward(compiled: Compile, policy: str, layer:
 
     A layer of the last model cannot be absorbed: its decoding gathers what prefill gathers.
     """
-    one = compiled(policy, layer)
-    assert ("npu_scatter_pa_kv_cache" in one.source) and ("latent_attention(" in one.source) == (layer is DecoderLayer)
-    model = float32_model(one)
+    output = compiled(policy, layer)
+    assert ("npu_scatter_pa_kv_cache" in output.source) and ("latent_attention(" in output.source) == (
+        layer is DecoderLayer
+    )
+    model = float32_model(output)
     for cache in caches(model, 3, 20):
         sequences: list[list[int]] = [[], [], []]
         for number, counts in enumerate(CALLS):
             new = tokens(counts, number)
             run = model.prefill if number < 2 else model.decode
             logits = run(*rows(new, cache.lengths), cache)
-            for sequence, own, found in zip(sequences, new, logits, strict=True):
+            for sequence, own, step_logits in zip(sequences, new, logits, strict=True):
                 sequence.extend(own)
                 if own:
                     expected = whole(model, sequence)[-len(own) :]
-                    assert (found[: len(own)] - expected).abs().max() <= 2 * 64 * ULP * expected.abs().max()
+                    assert (step_logits[: len(own)] - expected).abs().max() <= 2 * 64 * ULP * expected.abs().max()
         assert cache.lengths == [len(sequence) for sequence in sequences]
 
 
@@ -86,13 +88,13 @@ def test_prefill_and_decode_write_the_same_latents(compiled: Compile) -> None:
     model.prefill(*rows([text], [0]), first)
     for token in text:
         model.decode(*rows([[token]], second.lengths), second)
-    for one, other in zip(first.pages[0], second.pages[0], strict=True):
-        assert (one - other).abs().max() <= 64 * ULP * one.abs().max()
+    for page, other_page in zip(first.pages[0], second.pages[0], strict=True):
+        assert (page - other_page).abs().max() <= 64 * ULP * page.abs().max()
 
 
 def test_mixed_linears_are_per_token_in_prefill_and_static_in_decode(compiled: Compile) -> None:
-    one = compiled("deepseek_w8a8_mix")
-    source, model = one.source, float32_model(one)
+    output = compiled("deepseek_w8a8_mix")
+    source, model = output.source, float32_model(output)
     prefill, decode = (function_text(source, f"dense_block_{graph}") for graph in ("prefill", "decode"))
     assert "deq_scale" not in prefill and prefill.count("self_attn.o_proj.weight_scale") == 1
     assert "self_attn.o_proj.weight_scale" not in decode and decode.count("self_attn.o_proj.deq_scale") == 1
@@ -196,10 +198,10 @@ def greedy(model: Any, cache: Any, sequences: list[list[int]]) -> list[list[int]
 def test_the_example_writes_the_same_text(example: Compiled, kind: int) -> None:
     model, read = float32_model(example), example.read()
     written = greedy(model, caches(model, len(PROMPTS), 64)[kind], prompts())
-    for prompt, found in zip(prompts(), written, strict=True):
+    for prompt, new_tokens in zip(prompts(), written, strict=True):
         steps = list(generate(example.program, read, prompt, STEPS))
         expected = [int(logits.argmax()) for logits in steps]
-        differ = next((i for i in range(STEPS) if found[i] != expected[i]), None)
+        differ = next((i for i in range(STEPS) if new_tokens[i] != expected[i]), None)
         if differ is not None:
             # Another order of sums may move an int8 code or an expert; only between tokens that are as near as that.
             best, second = steps[differ].topk(2).values.tolist()

@@ -118,14 +118,14 @@ def both(folder: Path, target: Any, *arguments: Any, stored: tuple[str, ...] = (
     expected = target(*wide)
     emitted = Lowered(folder, target, arguments, stored).run()
     pairs = list(zip(emitted, expected if isinstance(expected, tuple) else (expected,), strict=True))
-    for one, other in pairs:
-        assert one.dtype == other.dtype and one.shape == other.shape
+    for result, other in pairs:
+        assert result.dtype == other.dtype and result.shape == other.shape
     return pairs
 
 
 def assert_equal(pairs: list[tuple[Tensor, Tensor]]) -> None:
-    for one, other in pairs:
-        assert torch.equal(one, other), f"{(one != other).sum()} of {one.numel()} differ"
+    for emitted, reference in pairs:
+        assert torch.equal(emitted, reference), f"{(emitted != reference).sum()} of {emitted.numel()} differ"
 
 
 def matmul_bound(x: Tensor, weight: Tensor) -> Tensor:

@@ -59,15 +59,15 @@ def quantized(checkpoint: Checkpoint, policy: str, layer: type[DecoderLayer] = D
 
 def emit(program: Program, checkpoint: Checkpoint, folder: Path) -> Emitted:
     """Two weight files and the model; a stored tensor of odd length moves some offsets off alignment."""
-    made = RecipeReader(program, checkpoint)
+    read = RecipeReader(program, checkpoint)
     names = sorted({name for parameter in program.parameters.values() for name in parameter.names})
     tensors = {}
     for file in range(2):
-        stored = {name: made(name).contiguous() for name in names[file::2]} | {"odd": torch.zeros(13, dtype=torch.int8)}
+        stored = {name: read(name).contiguous() for name in names[file::2]} | {"odd": torch.zeros(13, dtype=torch.int8)}
         save_file(stored, folder / f"weights-{file}.safetensors")
         tensors |= read_header(folder / f"weights-{file}.safetensors")
     write_onnx(program, tensors, folder)
-    return Emitted(program, Cached(made), folder)
+    return Emitted(program, Cached(read), folder)
 
 
 def cached_inputs(program: Program, seed: int = 0) -> list[Tensor]:
@@ -82,25 +82,25 @@ def cached_inputs(program: Program, seed: int = 0) -> list[Tensor]:
 
 
 @torch.no_grad()
-def node_values(one: Emitted, inputs: list[Tensor]) -> dict[fx.Node, Any]:
+def node_values(emitted: Emitted, inputs: list[Tensor]) -> dict[fx.Node, Any]:
     values: dict[fx.Node, Any] = {}
     feeds = iter(inputs)
-    for node in one.program.graph.graph.nodes:
+    for node in emitted.program.graph.graph.nodes:
         if node.op == "placeholder":
             values[node] = next(feeds)
         elif node.op == "get_attr":
-            values[node] = load(one.program, str(node.target), one.read)
+            values[node] = load(emitted.program, str(node.target), emitted.read)
         elif node.op == "call_function":
             values[node] = call(node, values.__getitem__)
     return values
 
 
 def blocks(program: Program) -> dict[str, list[fx.Node]]:
-    found: dict[str, list[fx.Node]] = {}
+    by_name: dict[str, list[fx.Node]] = {}
     for node in program.graph.graph.nodes:
         if node.op == "call_function":
-            found.setdefault(node.meta["block"], []).append(node)
-    return found
+            by_name.setdefault(node.meta["block"], []).append(node)
+    return by_name
 
 
 def bound(node: fx.Node, values: dict[fx.Node, Any]) -> Tensor | float:
@@ -146,13 +146,13 @@ def expert_bound(node: fx.Node, values: dict[fx.Node, Any]) -> Tensor:
     return 2 * x_scale * 127 * step + 16 * UNIT * values[node].abs()
 
 
-def assert_operators_agree(one: Emitted, inputs: list[Tensor]) -> set[str]:
+def assert_operators_agree(emitted: Emitted, inputs: list[Tensor]) -> set[str]:
     """Feed every operator what the fx graph feeds it; → names of the values that were compared."""
-    values = node_values(one, inputs)
+    values = node_values(emitted, inputs)
     named = {node.name: value for node, value in values.items()}
     compared: set[str] = set()
-    for nodes in blocks(one.program).values():
-        session = operator_session(one.folder, [node.name for node in nodes])
+    for nodes in blocks(emitted.program).values():
+        session = operator_session(emitted.folder, [node.name for node in nodes])
         results = session(session.feeds(named))
         for node in nodes:
             if node.name in results:
@@ -164,21 +164,21 @@ def assert_operators_agree(one: Emitted, inputs: list[Tensor]) -> set[str]:
     return compared
 
 
-def assert_models_agree(one: Emitted, inputs: list[Tensor]) -> None:
+def assert_models_agree(emitted: Emitted, inputs: list[Tensor]) -> None:
     """The largest logit difference. Activation codes may flip by one step, and later layers amplify it: 1%."""
-    expected = execute(one.program, one.read, [inputs])[0]
+    expected = execute(emitted.program, emitted.read, [inputs])[0]
     ids, mask, positions, *past = inputs
-    logits, presents = one.runner(ids, mask, positions, past)
+    logits, presents = emitted.runner(ids, mask, positions, past)
     for mine, reference in zip([logits, *presents], expected, strict=True):
         assert mine.dtype == torch.float32 and mine.shape == reference.shape
         assert (mine - reference).norm() <= 0.01 * reference.norm()
 
 
-def check_everything(one: Emitted) -> None:
-    onnx.checker.check_model(one.folder / "model.onnx", full_check=True)
-    compared = assert_operators_agree(one, cached_inputs(one.program))
-    single = {n.name for nodes in blocks(one.program).values() for n in nodes if is_tensor(n.meta["val"])}
+def check_everything(emitted: Emitted) -> None:
+    onnx.checker.check_model(emitted.folder / "model.onnx", full_check=True)
+    compared = assert_operators_agree(emitted, cached_inputs(emitted.program))
+    single = {n.name for nodes in blocks(emitted.program).values() for n in nodes if is_tensor(n.meta["val"])}
     inside = {name for name in single - compared if "_mlp_experts_" in name}
     assert single - compared == inside, "all but the inner values of routed experts can be taken out"
-    assert_models_agree(one, cached_inputs(one.program, seed=3))
-    assert_models_agree(one, prefill_inputs(one.program, integers(0, 100, 1, 1, dtype=torch.int64)))
+    assert_models_agree(emitted, cached_inputs(emitted.program, seed=3))
+    assert_models_agree(emitted, prefill_inputs(emitted.program, integers(0, 100, 1, 1, dtype=torch.int64)))

@@ -82,11 +82,11 @@ def test_aten_operators(tmp_path: Path):
     feeds = {"input_ids": ids, "attention_mask": ids, "position_ids": ids, "past_key_values.0.latent": x}
     emitted = session.run(None, {name: value.numpy() for name, value in feeds.items()})
     for (name, expected), value in zip(expressions(x).items(), emitted, strict=True):
-        one = torch.from_numpy(value)
-        assert one.dtype == expected.dtype and one.shape == expected.shape, name
+        converted = torch.from_numpy(value)
+        assert converted.dtype == expected.dtype and converted.shape == expected.shape, name
         # Values are below ten, sums have at most 77 terms; functions are within a few units of their result.
         assert (
-            torch.allclose(one, expected, rtol=1e-6, atol=3e-6)
-            if one.is_floating_point()
-            else torch.equal(one, expected)
+            torch.allclose(converted, expected, rtol=1e-6, atol=3e-6)
+            if converted.is_floating_point()
+            else torch.equal(converted, expected)
         ), name

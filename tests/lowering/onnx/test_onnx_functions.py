@@ -85,33 +85,33 @@ def test_linear_and_router_logits(tmp_path: Path, dtype: torch.dtype):
         (ops.linear, (x, weight, bias)),
         (ops.router_logits, (x, weight)),
     ):
-        ((one, other),) = both(tmp_path, target, *arguments, stored=("weight", "bias"))
-        assert ((one - other).abs() <= matmul_bound(x, weight.float()) + 2 * UNIT * other.abs()).all()
+        ((emitted, reference),) = both(tmp_path, target, *arguments, stored=("weight", "bias"))
+        assert ((emitted - reference).abs() <= matmul_bound(x, weight.float()) + 2 * UNIT * reference.abs()).all()
 
 
 @pytest.mark.parametrize("biased", [False, True])
 def test_rms_norm(tmp_path: Path, biased: bool):
     x, weight = floats(3, 5, 64, scale=3), floats(64, seed=1).bfloat16()
     bias = floats(64, seed=2).bfloat16() if biased else None
-    ((one, other),) = both(tmp_path, ops.rms_norm, x, weight, 1e-6, bias, stored=("weight", "bias"))
+    ((emitted, reference),) = both(tmp_path, ops.rms_norm, x, weight, 1e-6, bias, stored=("weight", "bias"))
     # The mean of k squares is within k units, its root within half; six more roundings on each side.
-    limit = (64 + 12) * UNIT * (other.abs() + (bias.float().abs() if bias is not None else 0))
-    assert ((one - other).abs() <= limit).all()
+    limit = (64 + 12) * UNIT * (reference.abs() + (bias.float().abs() if bias is not None else 0))
+    assert ((emitted - reference).abs() <= limit).all()
 
 
 def test_swiglu_at_any_magnitude(tmp_path: Path):
     gate = torch.cat((floats(4, 64), floats(4, 64, scale=100), torch.full((1, 64), -200.0), torch.full((1, 64), 90.0)))
-    ((one, other),) = both(tmp_path, ops.swiglu, gate, floats(10, 64, seed=1))
+    ((emitted, reference),) = both(tmp_path, ops.swiglu, gate, floats(10, 64, seed=1))
     # Two libraries' exp, each within two units in the last place; three roundings on each side.
-    assert ((one - other).abs() <= 14 * UNIT * other.abs() + 1e-37).all()
+    assert ((emitted - reference).abs() <= 14 * UNIT * reference.abs() + 1e-37).all()
 
 
 def test_rope_table(tmp_path: Path):
     inv_freq = [1.0, 0.1, 0.01, 0.001]
     positions = torch.stack((torch.arange(50), torch.arange(50) * 997))
     # Same angles; each cosine within a unit in the last place of at most 1.25.
-    for one, other in both(tmp_path, ops.rope_table, positions, inv_freq, 1.25):
-        assert ((one - other).abs() <= 8 * UNIT).all()
+    for emitted, reference in both(tmp_path, ops.rope_table, positions, inv_freq, 1.25):
+        assert ((emitted - reference).abs() <= 8 * UNIT).all()
 
 
 @pytest.mark.parametrize(("num_heads", "head"), [(4, 24), (1, 8), (2, 8)])
@@ -124,16 +124,16 @@ def test_mla_attention_masks_and_averages(tmp_path: Path):
     # Three queries over five keys; the second batch row begins with padding, the third is padding throughout.
     mask = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1], [0, 0, 0, 0, 0]])
     q, kv, k_rope = floats(3, 3, 4 * 12), floats(3, 5, 4 * 24, seed=1), floats(3, 5, 4, seed=2)
-    ((one, other),) = both(tmp_path, ops.mla_attention, q, kv, k_rope, mask, 4, 16, 0.25)
+    ((emitted, reference),) = both(tmp_path, ops.mla_attention, q, kv, k_rope, mask, 4, 16, 0.25)
     # Scores below 20 over 12 products, so exponents within 20 * 24 units, twice; then a sum of five values.
-    assert ((one - other).abs() <= (2 * 20 * 24 + 20) * UNIT * kv.abs().max()).all()
+    assert ((emitted - reference).abs() <= (2 * 20 * 24 + 20) * UNIT * kv.abs().max()).all()
 
 
 @pytest.mark.parametrize(("n_group", "normed"), [(4, True), (4, False), (1, True), (16, True)])
 def test_moe_gate(tmp_path: Path, n_group: int, normed: bool):
     logits, bias = floats(3, 7, 16), floats(16, seed=1, scale=0.1)
-    kept = min(2, n_group)
-    arguments = (logits, bias, min(3, kept * 16 // n_group), n_group, kept, normed, 2.5)
+    selected = min(2, n_group)
+    arguments = (logits, bias, min(3, selected * 16 // n_group), n_group, selected, normed, 2.5)
     ids, weights = both(tmp_path, ops.moe_gate, *arguments, stored=("correction_bias",))
     assert_equal([ids])
     # Two sigmoids within four units, a sum of up to three and two more roundings.
@@ -154,9 +154,9 @@ def test_routing_there_and_back(tmp_path: Path, tokens: int):
     assert_equal(pairs)
     rows, row_index = pairs[0][1], pairs[1][1]
     weights = floats(2, tokens, 3).abs()
-    ((one, other),) = both(tmp_path, ops.moe_finalize_routing, rows, row_index, weights)
+    ((emitted, reference),) = both(tmp_path, ops.moe_finalize_routing, rows, row_index, weights)
     # Three products and their sum, on each side.
-    assert ((one - other).abs() <= 10 * UNIT * (weights.sum(-1, keepdim=True) * x.abs())).all()
+    assert ((emitted - reference).abs() <= 10 * UNIT * (weights.sum(-1, keepdim=True) * x.abs())).all()
 
 
 def test_one_function_for_each_set_of_constants():

@@ -58,54 +58,55 @@ def test_variants(emitted: Callable[..., Emitted], policy: str, options: dict[st
 
 def test_few_tokens_leave_experts_empty(emitted: Callable[..., Emitted]):
     for policy in ("deepseek_w4a8", "float"):
-        one = emitted(policy)
+        model = emitted(policy)
         ids = integers(0, 100, 1, 1, dtype=torch.int64, seed=7)
-        assert_operators_agree(one, prefill_inputs(one.program, ids))
+        assert_operators_agree(model, prefill_inputs(model.program, ids))
 
 
 def test_prefill_and_decode_generate_what_the_graph_generates(emitted: Callable[..., Emitted]):
-    one = emitted("deepseek_w4a8")
+    output = emitted("deepseek_w4a8")
     prompt = [5, 17, 3, 99, 42]
-    mine, reference = list(one.runner.generate(prompt, 6)), list(generate(one.program, one.read, prompt, 6))
+    mine, reference = list(output.runner.generate(prompt, 6)), list(generate(output.program, output.read, prompt, 6))
     assert len(mine) == 6
     for left, right in zip(mine, reference, strict=True):
         assert left.argmax() == right.argmax()
-    logits, caches = one.runner.prefill(torch.tensor([prompt, prompt]))
+    logits, caches = output.runner.prefill(torch.tensor([prompt, prompt]))
     assert logits.shape[:2] == (2, 5) and [cache.shape[1] for cache in caches] == [5, 5]
     assert torch.allclose(logits[0, -1], mine[0], rtol=1e-4, atol=1e-4)
-    assert not list(one.runner.generate(prompt, 0))
+    assert not list(output.runner.generate(prompt, 0))
 
 
 def test_weights_lie_in_their_files(emitted: Callable[..., Emitted]):
-    one = emitted("deepseek_w4a8")
-    model = onnx.load(one.folder / "model.onnx", load_external_data=False)
+    output = emitted("deepseek_w4a8")
+    model = onnx.load(output.folder / "model.onnx", load_external_data=False)
     infos = {}
     for file in ("weights-0.safetensors", "weights-1.safetensors"):
-        infos |= read_header(one.folder / file)
+        infos |= read_header(output.folder / file)
     graphs = [model.graph]
-    found = {}
+    initializers = {}
     while graphs:
         graph = graphs.pop()
         graphs += [attribute.g for node in graph.node for attribute in node.attribute if attribute.HasField("g")]
-        found |= {tensor.name: tensor for tensor in graph.initializer}
-    assert found.keys() == {name for p in one.program.parameters.values() for name in p.names}
-    for name, tensor in found.items():
+        initializers |= {tensor.name: tensor for tensor in graph.initializer}
+    assert initializers.keys() == {name for p in output.program.parameters.values() for name in p.names}
+    for name, tensor in initializers.items():
         place = {entry.key: entry.value for entry in tensor.external_data}
         info = infos[name]
         assert tensor.data_location == onnx.TensorProto.EXTERNAL and not tensor.raw_data
         assert place == {"location": info.file.name, "offset": str(info.start), "length": str(info.nbytes)}
-    weights = sum((one.folder / f"weights-{file}.safetensors").stat().st_size for file in range(2))
-    assert (one.folder / "model.onnx").stat().st_size < weights / 10
+    weights = sum((output.folder / f"weights-{file}.safetensors").stat().st_size for file in range(2))
+    assert (output.folder / "model.onnx").stat().st_size < weights / 10
 
 
 def test_the_model_says_what_it_is(emitted: Callable[..., Emitted]):
     model = onnx.load(emitted("deepseek_w4a8").folder / "model.onnx", load_external_data=False)
-    assert [(one.domain, one.version) for one in model.opset_import] == [("", 21), ("fxquant", 1)]
+    assert [(opset.domain, opset.version) for opset in model.opset_import] == [("", 21), ("fxquant", 1)]
     assert (model.ir_version, model.producer_name) == (10, "fxquant")
     notes = {prop.key: prop.value for prop in model.metadata_props}
     assert notes["producer"] == "fxquant" and "become int8 in memory" in notes["numerics"]
     inputs = {
-        one.name: [d.dim_param or d.dim_value for d in one.type.tensor_type.shape.dim] for one in model.graph.input
+        input_.name: [d.dim_param or d.dim_value for d in input_.type.tensor_type.shape.dim]
+        for input_ in model.graph.input
     }
     outputs = {o.name: [d.dim_param or d.dim_value for d in o.type.tensor_type.shape.dim] for o in model.graph.output}
     assert inputs == {
@@ -162,13 +163,13 @@ def test_the_graph_mirrors_the_fx_graph(emitted: Callable[..., Emitted]):
         f"{name} = {' '.join(dict.fromkeys(t for t in types if t != 'Constant'))}" for name, types in units.items()
     )
     assert "\n" + "\n".join(line for line in lines if line.startswith("layers_1_mlp")) + "\n" == MOE_LAYER
-    function = next(one for one in model.functions if one.name == "routed_expert")
+    function = next(definition for definition in model.functions if definition.name == "routed_expert")
     calls = [node for node in function.node if node.domain == DOMAIN]
-    made = {output: f"[{index}]" for index, node in enumerate(calls) for output in node.output}
-    made |= {node.output[0]: node.input[0] for node in function.node if node.op_type == "Cast"}
-    text = [f"[{i}] = {n.op_type}({', '.join(made.get(x, x) for x in n.input)})" for i, n in enumerate(calls)]
+    texts = {output: f"[{index}]" for index, node in enumerate(calls) for output in node.output}
+    texts |= {node.output[0]: node.input[0] for node in function.node if node.op_type == "Cast"}
+    text = [f"[{i}] = {n.op_type}({', '.join(texts.get(x, x) for x in n.input)})" for i, n in enumerate(calls)]
     assert "\n" + "\n".join(text) + "\n" == EXPERT
-    assert sum(one.name.startswith("routed_expert") for one in model.functions) == 1
+    assert sum(definition.name.startswith("routed_expert") for definition in model.functions) == 1
 
 
 def test_integers_stay_integers_when_onnxruntime_has_optimized(emitted: Callable[..., Emitted], tmp_path: Path):
@@ -180,7 +181,7 @@ def test_integers_stay_integers_when_onnxruntime_has_optimized(emitted: Callable
     then = next(attribute.g for attribute in branch.attribute if attribute.name == "then_branch")
     assert [node.op_type for node in then.node].count("MatMulInteger") == 3
     for graph in (model.graph, then):
-        dtypes = {one.name: one.data_type for one in graph.initializer}
+        dtypes = {initializer.name: initializer.data_type for initializer in graph.initializer}
         products = [node for node in graph.node if node.op_type == "MatMulInteger"]
         eight_bits = onnx.TensorProto.UINT8 if products_saturate() else onnx.TensorProto.INT8  # 128 added to both
         assert products and all(dtypes[node.input[1]] == eight_bits for node in products)

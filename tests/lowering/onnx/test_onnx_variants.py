@@ -64,7 +64,7 @@ def test_an_operator_without_onnx_form_is_named(tiny: Callable[..., Checkpoint],
 
 def insert_after(program: Program, name: str, target: Any, *args: Any) -> fx.Node:
     """Put `target(node, *args)` between the node of that name and its users."""
-    node = next(one for one in program.graph.graph.nodes if one.name == name)
+    node = next(candidate for candidate in program.graph.graph.nodes if candidate.name == name)
     users = list(node.users)
     added = Surgery(program, users[0]).call(target, (node, *args), f"{name}_{target._opname}")
     for user in users:
@@ -78,10 +78,10 @@ def test_an_operator_between_the_experts_is_part_of_them(tiny: Callable[..., Che
     insert_after(program, "layers_1_mlp_experts_rows", ATEN.mul.Tensor, 1.5)
     insert_after(program, "layers_1_mlp_experts_up_proj_int32", ATEN.clamp.default, -9000, 9000)
     insert_after(program, "layers_1_mlp_experts_rows_int8", ATEN.clamp.default, -100, 100)
-    one = emit(program, tiny(), tmp_path)
-    check_everything(one)
+    emitted = emit(program, tiny(), tmp_path)
+    check_everything(emitted)
     model = onnx.load(tmp_path / "model.onnx", load_external_data=False)
-    function = next(one for one in model.functions if one.name == "routed_expert")
+    function = next(candidate for candidate in model.functions if candidate.name == "routed_expert")
     assert [node.op_type for node in function.node].count("Clip") == 3
 
 

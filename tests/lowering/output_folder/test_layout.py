@@ -39,8 +39,8 @@ def held(files: list[FileLayout]) -> list[list[str]]:
 def test_stored_tensors_of_the_tiny_model(tiny: Tiny) -> None:
     stored = {t.name: t for t in stored_tensors(rewritten(tiny(), "deepseek_w4a8"), tiny())}
     expert, linear = "model.layers.1.mlp.experts.7.down_proj", "model.layers.0.self_attn.q_b_proj"
-    found = {name.removeprefix(expert): t.spec for name, t in stored.items() if name.startswith(expert)}
-    assert found == {
+    specs = {name.removeprefix(expert): t.spec for name, t in stored.items() if name.startswith(expert)}
+    assert specs == {
         ".weight": TensorSpec(torch.int8, (128, 256), "W4A8_DYNAMIC"),
         ".weight_scale": TensorSpec(torch.float32, (256, 1), "W4A8_DYNAMIC"),
         ".weight_offset": TensorSpec(torch.float32, (256, 1), "W4A8_DYNAMIC"),
@@ -48,8 +48,8 @@ def test_stored_tensors_of_the_tiny_model(tiny: Tiny) -> None:
         ".weight_offset_second": TensorSpec(torch.int64, (256, 1), "W4A8_DYNAMIC"),
         ".scale_bias": TensorSpec(torch.float32, (256, 16), "W4A8_DYNAMIC"),
     }
-    found = {name.removeprefix(linear): t.spec for name, t in stored.items() if name.startswith(linear)}
-    assert found == {
+    specs = {name.removeprefix(linear): t.spec for name, t in stored.items() if name.startswith(linear)}
+    assert specs == {
         ".weight": TensorSpec(torch.int8, (96, 64), "W8A8"),
         ".weight_scale": TensorSpec(torch.float32, (96, 1), "W8A8"),
         ".weight_offset": TensorSpec(torch.float32, (96, 1), "W8A8"),
@@ -68,13 +68,13 @@ def test_every_tensor_comes_from_a_recipe_or_the_checkpoint(policy: str, tiny: T
     program = rewritten(checkpoint, policy)
     stored = stored_tensors(program, checkpoint)
     names = [t.name for t in stored]
-    made = {
+    quantized = {
         f"{module}.{suffix}"
         for recipe in program.recipes.values() for module in recipe.modules for suffix in tensor_specs(recipe)
     }  # fmt: skip
     consumed = {name for recipe in program.recipes.values() for name in recipe.source_names}
-    assert len(names) == len(set(names)) and set(names) == made | set(checkpoint.tensors) - consumed
-    assert {t.name for t in stored if t.recipe is not None} == made
+    assert len(names) == len(set(names)) and set(names) == quantized | set(checkpoint.tensors) - consumed
+    assert {t.name for t in stored if t.recipe is not None} == quantized
     for t in stored:
         described = Scheme.FLOAT if t.recipe is None or t.name.endswith(".bias") else t.recipe.scheme
         assert t.spec.description == described.value, t.name

@@ -124,13 +124,13 @@ def test_a_driver_that_is_killed_goes_on(
     wait_until(lambda: finished(out) >= 20, process)
     process.kill()
     process.communicate()
-    kept = finished(out)
+    units = finished(out)
     monkeypatch.setenv("RAY_ADDRESS", cluster.address)
     again = driver(model, out, notes, "--address", "auto", "--json", "--quiet", seconds=0.0)
     output, errors = again.communicate()
     assert again.returncode == 0 and errors == "", errors
     work = json.loads(output)["bytes"]
-    assert work["resumed"] > 0 and kept >= 20 and same_files(out, whole)
+    assert work["resumed"] > 0 and units >= 20 and same_files(out, whole)
     assert work["resumed"] + work["quantized"] + work["copied"] == sum(
         tensor.nbytes for (file,) in [list(out.glob("*.safetensors"))] for tensor in load_file(file).values()
     )
@@ -145,11 +145,11 @@ def test_errors_of_a_worker_are_those_of_local_work(cluster: Cluster, tmp_path: 
     save_file(tensors, file)
     caught = []
     for workers in (Workers(jobs=1), Workers(WorkerKind.RAY, address=cluster.address)):
-        with pytest.raises(FxquantError) as one:
+        with pytest.raises(FxquantError) as error:
             compile(
                 model, CompileOptions(policy=POLICY, out=tmp_path / "out", verify=False, export=False, workers=workers)
             )
-        caught.append(one.value)
+        caught.append(error.value)
         assert [path.name for path in tmp_path.iterdir()] == ["model"]
     local, remote = caught
     assert type(local) is type(remote) is FxquantError and not ray.is_initialized()

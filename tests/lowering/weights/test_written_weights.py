@@ -76,36 +76,36 @@ def test_files_hold_the_plan_made_by_recipes_as_the_slow_reference_makes_it(
 ) -> None:
     checkpoint = tiny(**options)
     program, files, reported = write(checkpoint, "deepseek_w4a8", tmp_path / "out")
-    found, reader = stored_in(tmp_path / "out"), RecipeReader(program, checkpoint)
+    tensors, reader = stored_in(tmp_path / "out"), RecipeReader(program, checkpoint)
     planned = {tensor.name: tensor.spec for file in files for tensor in file.tensors}
-    assert {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in found.items()} == {
+    assert {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()} == {
         name: (spec.dtype, spec.shape) for name, spec in planned.items()
     }
-    for name, tensor in found.items():
+    for name, tensor in tensors.items():
         assert same(tensor, reader(name)), name
-    assert reported == sum(tensor.nbytes for tensor in found.values())
+    assert reported == sum(tensor.nbytes for tensor in tensors.values())
     assert (tmp_path / "out" / files[0].name).stat().st_size == files[0].nbytes
     for recipe in program.recipes.values():
         for module in recipe.modules[:2]:
-            check_module(checkpoint, recipe, module, found)
+            check_module(checkpoint, recipe, module, tensors)
     for name in program.kept_names():
-        assert same(found[name], checkpoint.read(name)), name
+        assert same(tensors[name], checkpoint.read(name)), name
 
 
-def check_module(checkpoint: Checkpoint, recipe: Recipe, module: str, found: dict[str, Tensor]) -> None:
+def check_module(checkpoint: Checkpoint, recipe: Recipe, module: str, tensors: dict[str, Tensor]) -> None:
     bias = checkpoint.read(f"{module}.bias") if recipe.bias else None
     for suffix, tensor in expected_tensors(recipe, checkpoint.read(f"{module}.weight"), bias).items():
-        assert same(found[f"{module}.{suffix}"], tensor), f"{module}.{suffix}"
+        assert same(tensors[f"{module}.{suffix}"], tensor), f"{module}.{suffix}"
     if recipe.scheme.static:
-        own = {name.removeprefix(f"{module}."): t for name, t in found.items() if name.startswith(f"{module}.")}
+        own = {name.removeprefix(f"{module}."): t for name, t in tensors.items() if name.startswith(f"{module}.")}
         assert contradiction(recipe, own, bias) is None, module
 
 
 def test_shards_hold_the_same_tensors_and_an_index_names_them(tiny: Tiny, tmp_path: Path) -> None:
-    _, one, _ = write(tiny(), "deepseek_w4a8", tmp_path / "one")
+    _, shard, _ = write(tiny(), "deepseek_w4a8", tmp_path / "one")
     _, many, reported = write(tiny(), "deepseek_w4a8", tmp_path / "many", 300_000)
     whole, parts = stored_in(tmp_path / "one"), stored_in(tmp_path / "many")
-    assert len(one) == 1 and len(many) > 3
+    assert len(shard) == 1 and len(many) > 3
     assert set(whole) == set(parts) and all(same(whole[name], parts[name]) for name in whole)
     document = index(many)
     assert document["metadata"] == {"total_size": reported}
@@ -204,8 +204,8 @@ def test_kept_tensors_are_copied_in_ranges(tiny: Tiny, tmp_path: Path, monkeypat
     assert reads.largest == 1000
     assert all(covers_once(reads.ranges[name], info.nbytes) for name, info in checkpoint.tensors.items())
     monkeypatch.undo()
-    found = stored_in(tmp_path / "out")
-    assert all(same(found[name], checkpoint.read(name)) for name in checkpoint.tensors)
+    tensors = stored_in(tmp_path / "out")
+    assert all(same(tensors[name], checkpoint.read(name)) for name in checkpoint.tensors)
 
 
 MEASURE = """

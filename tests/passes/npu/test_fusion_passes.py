@@ -89,7 +89,7 @@ def test_the_deployed_graph(policy: str, plain: Callable[[str], Program], checkp
 
 def step(deployed: Deployment, name: str) -> tuple[tuple[str, ...], dict[str, str]]:
     """What a pass rewrote and kept."""
-    (result,) = (one.result for one in deployed.steps if one.result.name == name)
+    (result,) = (fusion.result for fusion in deployed.steps if fusion.result.name == name)
     return result.rewritten, result.skipped
 
 
@@ -102,9 +102,9 @@ def test_passes_say_what_they_fused_and_why_they_kept_the_rest(plain: Callable[[
     first = "layers_0_input_layernorm"
     assert step(deployed, "fuse-norm-quantize") == ((*norms, "norm"), dict.fromkeys([first, *latent], WITHOUT_SUM))
     swiglus = ("layers_0_mlp_swiglu", "layers_1_mlp_experts_swiglu")
-    kept = {"layers_1_mlp_shared_experts_swiglu": "read by quantize_static"}
-    assert step(deployed, "fuse-swiglu-quantize") == (swiglus, kept)
-    counts = [(one.calls_before, one.calls_after) for one in deployed.steps]
+    reasons = {"layers_1_mlp_shared_experts_swiglu": "read by quantize_static"}
+    assert step(deployed, "fuse-swiglu-quantize") == (swiglus, reasons)
+    counts = [(fusion.calls_before, fusion.calls_after) for fusion in deployed.steps]
     # each sharing saves a call; each norm its addition, two of the four a quantization too; each swiglu one
     assert [before - after for before, after in counts] == [3, 6, 2]
     assert [after for _, after in counts[:-1]] == [before for before, _ in counts[1:]]
@@ -184,8 +184,8 @@ def test_a_norm_is_kept_with_the_reason(
 ) -> None:
     program = rewritten(checkpoint, "deepseek_w4a8_dynamic", layer)
     deployed = deployment(program)
-    kept = step(deployed, "fuse-norm-quantize")[1]
-    assert {name: kept.get(name) for name in reasons} == reasons
+    skipped = step(deployed, "fuse-norm-quantize")[1]
+    assert {name: skipped.get(name) for name in reasons} == reasons
     assert equal(outputs(program, checkpoint), outputs(deployed.program, checkpoint))
 
 

@@ -164,8 +164,8 @@ def test_steps_over_pages_give_the_logits_of_a_whole_forward(
     run = PagedRun(Cached(RecipeReader(program, checkpoint)), make(empty_pages(15, 4), 3), [[], [], []])
     for number, counts in enumerate(CALLS):
         new = tokens(counts, number)
-        found = run.prefill(prefill, new) if number < 2 else run.decode(decode, new)
-        for sequence, own, logits in zip(run.sequences, new, found, strict=True):
+        results = run.prefill(prefill, new) if number < 2 else run.decode(decode, new)
+        for sequence, own, logits in zip(run.sequences, new, results, strict=True):
             if own:
                 expected = forward_logits(program, run.read, sequence)[-len(own) :]
                 assert (logits - expected).abs().max() <= 2 * 64 * ULP * expected.abs().max()

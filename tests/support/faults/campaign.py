@@ -107,8 +107,10 @@ def table(results: Sequence[Result]) -> str:
 
 def _line(name: str, fault: str, group: list[Result]) -> str:
     after = Counter(result.after for result in group)
-    counts = [len(group), after["absent"], after["old"], after["new"], sum(one.again == "new" for one in group)]
-    return f"| {name} | {fault} | " + " | ".join(map(str, counts)) + f" | {sum(bool(one.wrong) for one in group)} |"
+    counts = [len(group), after["absent"], after["old"], after["new"], sum(result.again == "new" for result in group)]
+    return (
+        f"| {name} | {fault} | " + " | ".join(map(str, counts)) + f" | {sum(bool(result.wrong) for result in group)} |"
+    )
 
 
 __all__ = ["plan", "prepared", "run_rounds", "table", "traced_once"]

@@ -67,18 +67,18 @@ def play(scenario: Scenario, fault: Fault, at: int, folder: Path) -> Result:
 
 def look(scenario: Scenario, folder: Path, ended: Ended, result: Result, foreign: dict[str, bytes], when: str) -> str:
     """`absent`, `old`, `new` or `wrong`: what lies under the final name; and nothing of the user's changed."""
-    found = output_files(folder)
+    files = output_files(folder)
     state = (
         "absent"
-        if not found
+        if not files
         else "new"
-        if found == scenario.reference
+        if files == scenario.reference
         else "old"
-        if found == scenario.before
+        if files == scenario.before
         else "wrong"
     )
     if state == "wrong":
-        other = [name for name in {*found, *scenario.reference} if found.get(name) != scenario.reference.get(name)]
+        other = [name for name in {*files, *scenario.reference} if files.get(name) != scenario.reference.get(name)]
         result.wrong.append(f"{when}: wrong bytes under the final name: {sorted(other)[:4]}")
     if foreign_files(folder) != foreign:
         result.wrong.append(f"{when}: files of the user changed")
@@ -99,8 +99,8 @@ def check_end(scenario: Scenario, fault: Fault, ended: Ended, result: Result) ->
     codes: dict[Fault, tuple[int, ...]] = {
         Fault.SHORT: (0,), Fault.INT: (INTERRUPTED, 0), Fault.FULL: (REFUSED, 0), Fault.BROKEN: (REFUSED, 0),
     }  # fmt: skip
-    wanted = codes.get(fault) or (-SIGNALS[fault], 128 + SIGNALS[fault])
-    if ended.code not in wanted:
+    expected = codes.get(fault) or (-SIGNALS[fault], 128 + SIGNALS[fault])
+    if ended.code not in expected:
         result.wrong.append(f"exit {ended.code} after {fault}: {ended.text[-LONGEST:]}")
 
 
@@ -118,7 +118,7 @@ def check_again(result: Result, again: Ended, folder: Path) -> None:
 
 def foreign_files(folder: Path) -> dict[str, bytes]:
     """Every file that is the user's: all but the output, and work beside it."""
-    found = {}
+    files = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
         ours = (
@@ -127,8 +127,8 @@ def foreign_files(folder: Path) -> dict[str, bytes]:
             and (name.parts[1] == "out" or WORK.fullmatch(name.parts[1]))
         )
         if path.is_file() and not ours and name.as_posix() not in (LOG, OPERATIONS):
-            found[name.as_posix()] = path.read_bytes()
-    return found
+            files[name.as_posix()] = path.read_bytes()
+    return files
 
 
 def command(folder: Path, arguments: tuple[str, ...], fault: Fault | None = None, at: int = -1) -> Ended:

@@ -71,7 +71,9 @@ class Campaign:
         total = sum(target.cases for target in targets)
         self.shares = {target.name: -(-target.cases * cases // total) for target in targets}
         self.targets = {target.name: target for target in targets}
-        self.mutators: dict[str, dict[str, Mutator]] = {one.name: one.mutators(base / "seeds") for one in targets}
+        self.mutators: dict[str, dict[str, Mutator]] = {
+            target.name: target.mutators(base / "seeds") for target in targets
+        }
         self.rows = {target.name: Row() for target in targets}
         self.stopped = False
 
@@ -145,7 +147,11 @@ class Campaign:
         guard.install()
         name = chunk.target.name
         tally = run_cases(chunk.target, case, self.mutators[name], self.seed, chunk.cases, guard, chunk.note)
-        document = {"counts": tally.counts, "memory": tally.memory, "findings": [asdict(one) for one in tally.findings]}
+        document = {
+            "counts": tally.counts,
+            "memory": tally.memory,
+            "findings": [asdict(finding) for finding in tally.findings],
+        }
         chunk.result.write_text(json.dumps(document))
 
     def _look(self, chunk: Chunk) -> range | None:
@@ -166,7 +172,7 @@ class Campaign:
             document = json.loads(chunk.result.read_text())
             row.counts.update(document["counts"])
             row.memory = max(row.memory, document["memory"])
-            row.findings += [Finding(**one) for one in document["findings"]]
+            row.findings += [Finding(**finding) for finding in document["findings"]]
         else:
             self._lost(chunk, index, HANG if killed else TRACEBACK, f"the process ended with status {status}")
             left = range(index + 1, chunk.cases.stop)

@@ -90,7 +90,7 @@ def write_texts(folder: Path, source: Path) -> Path:
     documents = ["ab c de", {"text": "c d"}, {"messages": CHAT}, CHAT, [3, 4, 5], [6]]
     (folder / "text.txt").write_text("ab c\nde ab\n")
     (folder / "text.json").write_text(json.dumps(documents))
-    (folder / "text.jsonl").write_text("".join(json.dumps(one) + "\n" for one in documents))
+    (folder / "text.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))
     (folder / "chat.jsonl").write_text(json.dumps(CHAT) + "\n")
     ids = torch.randint(3, 98, (2, 12), generator=torch.Generator().manual_seed(1))
     save_file({"ids": ids}, folder / "text.safetensors")
@@ -110,7 +110,7 @@ def _write_unfinished(folder: Path, output: Path) -> None:
     save_state(state, folder / "state.safetensors", KEY)
     manifest = json.loads((output / MANIFEST).read_text())
     head = {"format": 1, "policy": manifest["policy"], "sources": {"model.safetensors": ["0", 1, 2]}, "layout": "0"}
-    units = [{"unit": name, "digests": one["digests"]} for name, one in manifest["units"].items()]
+    units = [{"unit": name, "digests": unit["digests"]} for name, unit in manifest["units"].items()]
     lines = [head, *units, {"complete": "0"}]
     (folder / "journal.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 

@@ -28,9 +28,9 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> Tensor:
     """Turn the last features of each head, as many as cos has: x [B, S, num_heads * width]."""
     heads = x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
     width = cos.shape[-1]
-    kept, turned = heads[..., :-width], heads[..., -width:].contiguous()
-    turned = torch.ops.npu.npu_interleave_rope(turned, cos.unsqueeze(1), sin.unsqueeze(1))
-    return torch.cat((kept, turned), -1).transpose(1, 2).flatten(2)
+    unrotated, rotated = heads[..., :-width], heads[..., -width:].contiguous()
+    rotated = torch.ops.npu.npu_interleave_rope(rotated, cos.unsqueeze(1), sin.unsqueeze(1))
+    return torch.cat((unrotated, rotated), -1).transpose(1, 2).flatten(2)
 
 
 def mla_attention(
@@ -141,8 +141,10 @@ def moe_gate_unnormalized(
     scores = logits.sigmoid()
     groups = (scores + bias).unflatten(-1, (n_group, -1))
     group_scores = groups.topk(min(2, groups.shape[-1]), -1).values.sum(-1)
-    kept = torch.zeros_like(group_scores, dtype=torch.bool).scatter(-1, largest(group_scores, topk_group), True)
-    ids = largest(groups.masked_fill(~kept.unsqueeze(-1), float("-inf")).flatten(-2), top_k)
+    in_best_groups = torch.zeros_like(group_scores, dtype=torch.bool).scatter(
+        -1, largest(group_scores, topk_group), True
+    )
+    ids = largest(groups.masked_fill(~in_best_groups.unsqueeze(-1), float("-inf")).flatten(-2), top_k)
     return ids.int(), scores.gather(-1, ids) * routed_scaling_factor
 
 

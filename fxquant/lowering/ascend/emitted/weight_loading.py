@@ -56,18 +56,18 @@ class Stored:
 def load_stored(read: Callable[[str], Tensor], stored: Stored, names: list[str], dtype: torch.dtype) -> Tensor:
     """One tensor, or a stack [experts, ...] that is filled expert by expert."""
 
-    def one(expert: str) -> Tensor:
+    def tensor_of(expert: str) -> Tensor:
         return stored.layout(dtype, *(read(name.format(expert)) for name in names))
 
     if not stored.experts:
-        return one("")
+        return tensor_of("")
     numbers = range(stored.experts) if isinstance(stored.experts, int) else stored.experts
     experts = [str(number) for number in numbers]
-    first = one(experts[0])
+    first = tensor_of(experts[0])
     stack = first.new_empty((len(experts), *first.shape))
     stack[0] = first
     for index, expert in enumerate(experts[1:], 1):
-        stack[index] = one(expert)
+        stack[index] = tensor_of(expert)
     return stack
 
 

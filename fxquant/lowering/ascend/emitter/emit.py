@@ -114,13 +114,13 @@ def module_source(program: Program, emitted: list[Emitted]) -> str:
 def _sources(module: ModuleType, names: set[str]) -> list[str]:
     """Source of the functions and classes of `module` that are wanted, and of those that they call, in its order."""
     own = own_names(module)
-    wanted: set[str] = set()
+    needed: set[str] = set()
     frontier = names & own.keys()
     while frontier:
-        wanted |= frontier
+        needed |= frontier
         called = {name for wanting in frontier for name in getattr(own[wanting], "__code__", _NO_CODE).co_names}
-        frontier = (called & own.keys()) - wanted
-    return [inspect.getsource(value) for name, value in own.items() if name in wanted]
+        frontier = (called & own.keys()) - needed
+    return [inspect.getsource(value) for name, value in own.items() if name in needed]
 
 
 _NO_CODE = (lambda: None).__code__
@@ -151,11 +151,11 @@ def _tables(calls: list[Emitted]) -> dict[str, Table]:
         names.setdefault(call.segment.key, f"{call.function.name.upper()}_WEIGHTS")
     entries = {call.segment.key: call.function.weights for call in calls}
     taken: set[str] = set()
-    made: dict[tuple[str, Weights], Table] = {}
+    tables: dict[tuple[str, Weights], Table] = {}
     for key, name in names.items():
-        if (name, entries[key]) not in made:
-            made[name, entries[key]] = Table(unique(name, taken), entries[key])
-    return {key: made[name, entries[key]] for key, name in names.items()}
+        if (name, entries[key]) not in tables:
+            tables[name, entries[key]] = Table(unique(name, taken), entries[key])
+    return {key: tables[name, entries[key]] for key, name in names.items()}
 
 
 def _table_text(table: Table) -> str:

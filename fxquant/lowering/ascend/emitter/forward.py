@@ -98,8 +98,8 @@ def _fold(steps: list[tuple[Step, Step]]) -> Iterator[str]:
         run = [pair for _, pair in group]
         plain, step = run[0]
         if len(run) == 1 or step.number is None or step.number < 0:
-            for one, _ in run:
-                yield from assignment(one.target, one.call, depth=2)
+            for head, _ in run:
+                yield from assignment(head.target, head.call, depth=2)
         else:
             yield f"for layer in range({step.number}, {step.number + len(run)}):"
             yield from (INDENT + line for line in assignment(step.target, step.call, depth=3))

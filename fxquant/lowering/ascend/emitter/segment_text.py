@@ -112,12 +112,12 @@ class Writer:
 
     def weight(self, node: fx.Node, layout: str, beside: tuple[fx.Node, ...] = ()) -> str:
         """`w["…"]` for a parameter of the graph, made by `layout` of the tensors it names and of those `beside` it."""
-        parameters = [self.program.parameters[str(one.target)] for one in (node, *beside)]
+        parameters = [self.program.parameters[str(parameter_node.target)] for parameter_node in (node, *beside)]
         key, relative = self._relative(str(node.target))
-        relative = relative and all(str(one.target).startswith(self.segment.prefix) for one in beside)
+        relative = relative and all(str(other.target).startswith(self.segment.prefix) for other in beside)
         template, experts = template_of(parameters[0].names)
         stacked = parameters[0].stacked
-        names = (template if stacked else parameters[0].names[0], *(one.names[0] for one in parameters[1:]))
+        names = (template if stacked else parameters[0].names[0], *(parameter.names[0] for parameter in parameters[1:]))
         names = tuple(name.removeprefix(self.segment.prefix if relative else "") for name in names)
         return self._entry(key, layout, names, experts if stacked else "0", relative)
 

@@ -44,12 +44,12 @@ def segments(program: Program) -> list[Segment]:
             runs[-1][1].append(node)
     caches = program.graph.results[1:]
     keys: set[str] = set()
-    found = []
+    result = []
     for position, (block, calls) in enumerate(runs):
         outside = BEFORE if position == 0 else AFTER if position == len(runs) - 1 else BETWEEN
         key = unique(block if is_layer(block) else outside, keys)
-        found.append(_segment(block, calls, key, caches))
-    return found
+        result.append(_segment(block, calls, key, caches))
+    return result
 
 
 def _segment(block: str, calls: list[fx.Node], key: str, caches: tuple[fx.Node, ...]) -> Segment:
@@ -122,14 +122,14 @@ def _inputs(program: Program, segment: Segment) -> tuple[Input, ...]:
     """Arguments in reading order: values of earlier segments, rotary tables, the mask, caches."""
     placeholders = program.graph.graph.find_nodes(op="placeholder")
     taken: set[str] = set()
-    found: list[tuple[int, Input]] = []
+    ranked: list[tuple[int, Input]] = []
     for node in sorted(segment.inputs, key=lambda node: placeholders.index(node) if node in placeholders else -1):
         if reads_mask_for_attention(program, node, segment):
-            found.append((2, Input("hidden_keys", node, hidden_keys=True)))
+            ranked.append((2, Input("hidden_keys", node, hidden_keys=True)))
         if not all(is_attention_mask(program, node, user) for user in node.users if user in segment.calls):
             rank, name = _role(program, node)
-            found.append((rank, Input(unique(name, taken), node)))
-    return tuple(item for _, item in sorted(found, key=lambda pair: pair[0]))
+            ranked.append((rank, Input(unique(name, taken), node)))
+    return tuple(item for _, item in sorted(ranked, key=lambda pair: pair[0]))
 
 
 def _role(program: Program, node: fx.Node) -> tuple[int, str]:

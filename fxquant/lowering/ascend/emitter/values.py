@@ -47,14 +47,14 @@ def float32_values(program: Program) -> set[fx.Node]:
     In a float32 graph `.float()` and `.to(x.dtype)` look alike, so a cast value is rounded to the model's dtype only
     where an operator needs that.
     """
-    found: set[fx.Node] = set()
+    float32: set[fx.Node] = set()
     for node in program.graph.graph.nodes:
-        if node.op == "call_function" and _stays_float32(node, found):
-            found.add(node)
-    return found
+        if node.op == "call_function" and _stays_float32(node, float32):
+            float32.add(node)
+    return float32
 
 
-def _stays_float32(node: fx.Node, found: set[fx.Node]) -> bool:
+def _stays_float32(node: fx.Node, float32: set[fx.Node]) -> bool:
     if node.target in (ops.router_logits, ops.moe_gate):
         return True
     if node.target in ops.REFERENCES or not _is_floating(node):
@@ -62,11 +62,11 @@ def _stays_float32(node: fx.Node, found: set[fx.Node]) -> bool:
     if node.target in (torch.ops.aten.to.dtype, torch.ops.aten._to_copy.default):
         return operand(node, "dtype") is torch.float32
     sources = [source for source in node.all_input_nodes if _is_floating(source)]
-    return not sources or any(source in found for source in sources)
+    return not sources or any(source in float32 for source in sources)
 
 
 def _is_floating(node: fx.Node) -> bool:
     """Of a tuple, whether one of its values is."""
     value = node.meta.get("val")
     values = value if isinstance(value, list | tuple) else [value]
-    return any(isinstance(one, Tensor) and one.is_floating_point() for one in values)
+    return any(isinstance(item, Tensor) and item.is_floating_point() for item in values)

@@ -85,11 +85,11 @@ def write_exported(
         if graph is _Decode:
             arguments, shapes = (*arguments, list(range(1, rows + 1))), (*shapes, [Dim.DYNAMIC] * rows)
         with torch.no_grad():
-            made = torch.export.export(
+            exported = torch.export.export(
                 graph(names["Model"], dtype), (weights, *arguments), dynamic_shapes=(fixed, *shapes), strict=False
             )
         path = folder / file
-        path.write_bytes(to_bytes(made))
+        path.write_bytes(to_bytes(exported))
         files.append(path)
     return files[0], files[1]
 
@@ -111,14 +111,14 @@ def _shapes(layers: int, prefill: bool) -> tuple[Any, ...]:
     return tokens, total, tokens, [(pages, pages)] * layers, blocks, tokens
 
 
-def to_bytes(made: ExportedProgram) -> bytes:
+def to_bytes(exported: ExportedProgram) -> bytes:
     """The file of a program: operators and shapes alone, the same for the same graph on any machine."""
-    for module in made.graph_module.modules():
+    for module in exported.graph_module.modules():
         for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
             node.meta = {"val": node.meta["val"]} if "val" in node.meta else {}
-    made.example_inputs = None
+    exported.example_inputs = None
     stored, rewritten = io.BytesIO(), io.BytesIO()
-    torch.export.save(made, stored)
+    torch.export.save(exported, stored)
     with zipfile.ZipFile(stored) as source, zipfile.ZipFile(rewritten, "w", zipfile.ZIP_STORED) as target:
         for name in sorted(source.namelist()):
             target.writestr(zipfile.ZipInfo(name, FIRST_DAY), source.read(name))

@@ -25,18 +25,18 @@ def fake_weights(
 
 def stored_tensors(program: Program) -> dict[str, Tensor]:
     """Name in the weight files → its tensor on meta; of what no recipe makes, the dtype is that of the graph."""
-    found: dict[str, Tensor] = {}
-    made = {name for recipe in program.recipes.values() for name in made_parameters(recipe)}
+    tensors: dict[str, Tensor] = {}
+    quantized = {name for recipe in program.recipes.values() for name in made_parameters(recipe)}
     for target, parameter in program.parameters.items():
-        if target not in made:
+        if target not in quantized:
             tensor = program.graph.tensor(target)
             shape = tensor.shape[1:] if parameter.stacked else tensor.shape
-            found |= dict.fromkeys(parameter.names, torch.empty(shape, dtype=tensor.dtype, device="meta"))
+            tensors |= dict.fromkeys(parameter.names, torch.empty(shape, dtype=tensor.dtype, device="meta"))
     for recipe in program.recipes.values():
         for role, spec in tensor_specs(recipe).items():
             names = [tensor_name(module, role) for module in recipe.modules]
-            found |= dict.fromkeys(names, torch.empty(spec.shape, dtype=spec.dtype, device="meta"))
-    return found
+            tensors |= dict.fromkeys(names, torch.empty(spec.shape, dtype=spec.dtype, device="meta"))
+    return tensors
 
 
 def _loaded(stored: Mapping[str, Tensor], entry: Any, prefix: str, key: str, dtype: torch.dtype) -> Tensor:

@@ -25,9 +25,9 @@ def npu_scatter_pa_kv_cache(
     _check("value", value, value_cache, slot_mapping)
     slots = key_cache.shape[0] * key_cache.shape[1]
     require(((slot_mapping >= -1) & (slot_mapping < slots)).all(), f"{name}: slot_mapping is not within {slots} slots")
-    kept = slot_mapping >= 0
+    written = slot_mapping >= 0
     for rows, cache in ((key, key_cache), (value, value_cache)):
-        cache.view(-1, *cache.shape[2:])[slot_mapping[kept].long()] = rows[kept]
+        cache.view(-1, *cache.shape[2:])[slot_mapping[written].long()] = rows[written]
 
 
 def _check(argument: str, rows: Tensor, cache: Tensor, slot_mapping: Tensor) -> None:

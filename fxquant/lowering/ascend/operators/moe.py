@@ -51,8 +51,8 @@ def _keep_groups(choice: Tensor, group_count: int, k_group: int) -> Tensor:
     """`choice` with -inf outside the best groups."""
     groups = choice.unflatten(-1, (group_count, -1))
     group_scores = groups.topk(min(2, groups.shape[-1]), -1).values.sum(-1)
-    kept = torch.zeros_like(group_scores, dtype=torch.bool).scatter(-1, _best(group_scores, k_group), True)
-    return groups.masked_fill(~kept.unsqueeze(-1), float("-inf")).flatten(-2)
+    in_best_groups = torch.zeros_like(group_scores, dtype=torch.bool).scatter(-1, _best(group_scores, k_group), True)
+    return groups.masked_fill(~in_best_groups.unsqueeze(-1), float("-inf")).flatten(-2)
 
 
 def _best(values: Tensor, count: int) -> Tensor:

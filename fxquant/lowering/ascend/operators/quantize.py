@@ -69,8 +69,8 @@ def npu_trans_quant_param(scale: Tensor, offset: Tensor | None = None, round_mod
     """
     require(scale.dtype == torch.float32, f"npu_trans_quant_param: scale is {scale.dtype}, not torch.float32")
     require(round_mode in {0, 1}, f"npu_trans_quant_param: round_mode is {round_mode}, not 0 or 1")
-    kept = round_to_19_bits(scale) if round_mode else truncate_to_19_bits(scale)
-    encoded = kept.view(torch.int32).long() & 0xFFFFFFFF | 1 << 46
+    rounded = round_to_19_bits(scale) if round_mode else truncate_to_19_bits(scale)
+    encoded = rounded.view(torch.int32).long() & 0xFFFFFFFF | 1 << 46
     if offset is None:
         return encoded
     fits = offset.numel() == 1 or offset.shape == scale.shape

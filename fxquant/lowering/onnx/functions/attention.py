@@ -22,13 +22,13 @@ def rope(b: Builder, x: ir.Value, cos: ir.Value, sin: ir.Value, num_heads: int) 
     features, width = last(x), last(cos)
     head = features // num_heads
     heads = b.reshape_last(x, 1, num_heads, head)
-    kept, turned = b.split_last(heads, head - width, width) if head > width else (None, heads)
-    first, second = (b.op("Slice", turned, b.ints(start), b.ints(width), b.ints(-1), b.ints(2)) for start in (0, 1))
+    unrotated, rotary = b.split_last(heads, head - width, width) if head > width else (None, heads)
+    first, second = (b.op("Slice", rotary, b.ints(start), b.ints(width), b.ints(-1), b.ints(2)) for start in (0, 1))
     halves = b.op("Concat", first, second, axis=-1)
     rotated = b.op("Concat", b.op("Neg", second), first, axis=-1)
     cos, sin = (b.op("Unsqueeze", table, b.ints(-2)) for table in (cos, sin))
     result = b.op("Add", b.op("Mul", halves, cos), b.op("Mul", rotated, sin))
-    return b.reshape_last(result if kept is None else b.op("Concat", kept, result, axis=-1), 2, features)
+    return b.reshape_last(result if unrotated is None else b.op("Concat", unrotated, result, axis=-1), 2, features)
 
 
 def mla_attention(
@@ -52,11 +52,11 @@ def mla_attention(
 
 def _visible(b: Builder, attention_mask: ir.Value, q: ir.Value) -> ir.Value:
     """Bool [B, 1, S, T]: which keys a query may see."""
-    zero, one = b.constant(np.int64(0)), b.constant(np.int64(1))
-    total = b.op("Gather", b.op("Shape", attention_mask), one, axis=0)
-    new = b.op("Gather", b.op("Shape", q), one, axis=0)
-    keys = b.op("Range", zero, total, one)
-    last_key = b.op("Unsqueeze", b.op("Range", b.op("Sub", total, new), total, one), b.ints(1))
+    zero, step = b.constant(np.int64(0)), b.constant(np.int64(1))
+    total = b.op("Gather", b.op("Shape", attention_mask), step, axis=0)
+    new = b.op("Gather", b.op("Shape", q), step, axis=0)
+    keys = b.op("Range", zero, total, step)
+    last_key = b.op("Unsqueeze", b.op("Range", b.op("Sub", total, new), total, step), b.ints(1))
     present = b.op("Unsqueeze", b.op("Cast", attention_mask, to=int(ir.DataType.BOOL)), b.ints(1, 2))
     return b.op("And", b.op("LessOrEqual", keys, last_key), present)
 

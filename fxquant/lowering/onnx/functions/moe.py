@@ -25,8 +25,8 @@ def moe_gate(
     group_scores = b.op("ReduceSum", best, b.ints(-1), keepdims=0)
     _, winners = b.ops("TopK", group_scores, b.ints(topk_group), outputs=2, axis=-1)
     none, all_ = _filled(b, group_scores, np.array([False])), _filled(b, winners, np.array([True]))
-    kept = b.op("Unsqueeze", b.op("ScatterElements", none, winners, all_, axis=-1), b.ints(-1))
-    choice = b.reshape_last(b.op("Where", kept, groups, b.number(float("-inf"))), 2, experts)
+    in_best_groups = b.op("Unsqueeze", b.op("ScatterElements", none, winners, all_, axis=-1), b.ints(-1))
+    choice = b.reshape_last(b.op("Where", in_best_groups, groups, b.number(float("-inf"))), 2, experts)
     _, ids = b.ops("TopK", choice, b.ints(top_k), outputs=2, axis=-1)
     weights = b.op("GatherElements", scores, ids, axis=-1)
     if norm_topk_prob:
@@ -37,10 +37,10 @@ def moe_gate(
 
 def moe_init_routing(b: Builder, x: ir.Value, ids: ir.Value, num_experts: int) -> tuple[ir.Value, ...]:
     """TopK on `expert * copies + position`, which are distinct, sorts by expert and keeps the order within one."""
-    zero, one = b.constant(np.int64(0)), b.constant(np.int64(1))
+    zero, step = b.constant(np.int64(0)), b.constant(np.int64(1))
     flat = b.op("Reshape", ids, b.ints(-1))
     copies = b.op("Size", flat)
-    positions = b.op("Range", zero, copies, one)
+    positions = b.op("Range", zero, copies, step)
     keys = b.op("Add", b.op("Mul", flat, copies), positions)
     _, order = b.ops("TopK", keys, b.op("Shape", flat), outputs=2, axis=0, largest=0)
     row_index = b.op("ScatterElements", order, order, positions, axis=0)

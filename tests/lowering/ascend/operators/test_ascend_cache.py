@@ -29,9 +29,9 @@ def paged_inputs() -> dict[str, Any]:
 def test_paged_attention_is_that_over_the_positions_of_each_sequence() -> None:
     """Both sum the same terms, in orders that differ: twice the bound of `test_ascend_attention.attention_bound`."""
     call = paged_inputs()
-    found, lse = npu.npu_fused_infer_attention_score(**call)
+    result, lse = npu.npu_fused_infer_attention_score(**call)
     assert lse.tolist() == [0.0]
-    assert not found[1].any()
+    assert not result[1].any()
     for row in (0, 2):
         pages = {
             name: call[name][TABLE[row].long()].flatten(0, 2)[: LENS[row]].repeat(1, 2).view(1, LENS[row], 2, -1)
@@ -44,7 +44,7 @@ def test_paged_attention_is_that_over_the_positions_of_each_sequence() -> None:
         longest = {name: float(tensor.norm(dim=-1).max()) for name, tensor in {**queries, **pages}.items()}
         reach = 0.4 * (longest["query"] * longest["key"] + longest["query_rope"] * longest["key_rope"])
         bound = 2 * (2 * (RANK + ROPE + 2) * reach + 2 * LENS[row] + 16) * UNIT
-        assert ((found[row, :, 0] - expected[0, 0]).abs() <= bound * pages["value"].abs().max()).all()
+        assert ((result[row, :, 0] - expected[0, 0]).abs() <= bound * pages["value"].abs().max()).all()
 
 
 @pytest.mark.parametrize(
@@ -145,11 +145,11 @@ def test_every_operator_has_a_shape_rule_and_a_call_here() -> None:
 
 @pytest.mark.parametrize(("name", "args", "kwargs"), CALLS, ids=[name for name, _, _ in CALLS])
 def test_shape_rules_give_what_kernels_give(name: str, args: tuple, kwargs: dict) -> None:
-    found = getattr(npu, name)(*args, **kwargs)
+    result = getattr(npu, name)(*args, **kwargs)
     with FakeTensorMode() as mode:
         fake = tree_map_only(Tensor, mode.from_tensor, (args, kwargs))
         expected = getattr(npu, name)(*fake[0], **fake[1])
-    assert described(found) == described(expected)
+    assert described(result) == described(expected)
 
 
 def described(outputs: Any) -> Any:

@@ -18,9 +18,9 @@ def slow_gate(scores: list[float], bias: list[float], k: int) -> list[int]:
     choice = [float(torch.tensor(score) + torch.tensor(extra)) for score, extra in zip(scores, bias, strict=True)]
     size = len(choice) // 4
     groups = [sorted(choice[group * size : (group + 1) * size])[-2:] for group in range(4)]
-    sums = [float(torch.tensor(one) + torch.tensor(other)) for one, other in groups]
-    kept = sorted(range(4), key=lambda group: (-sums[group], group))[:2]
-    experts = [expert for expert in range(len(choice)) if expert // size in kept]
+    sums = [float(torch.tensor(first) + torch.tensor(second)) for first, second in groups]
+    best = sorted(range(4), key=lambda group: (-sums[group], group))[:2]
+    experts = [expert for expert in range(len(choice)) if expert // size in best]
     return sorted(experts, key=lambda expert: (-choice[expert], expert))[:k]
 
 
