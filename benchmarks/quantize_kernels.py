@@ -169,20 +169,20 @@ def in_onnxruntime(weight: Tensor, bits: int) -> Callable[[], object]:
     n, k = weight.shape
     blocks = -(-k // GROUP)
     quantize = {4: onnxruntime.quantize_matmul_4bits, 8: onnxruntime.quantize_matmul_8bits}[bits]
-    turned = np.ascontiguousarray(weight.numpy().T)
+    transposed = np.ascontiguousarray(weight.numpy().T)
     packed, scales = np.zeros((n, blocks, GROUP * bits // 8), np.uint8), np.zeros((n, blocks), np.float32)
     zeros = np.zeros((n, -(-blocks * bits // 8)), np.uint8)
-    return partial(quantize, packed, turned, scales, zeros, GROUP, n, k, True)
+    return partial(quantize, packed, transposed, scales, zeros, GROUP, n, k, True)
 
 
 def measure(benchmarked: list[Case], rounds: int) -> list[Result]:
     """One round to warm up, and to compile; then `rounds`, interleaved."""
     seconds: list[list[float]] = [[] for _ in benchmarked]
-    for turn in range(rounds + 1):
+    for number in range(rounds + 1):
         for case, times in zip(benchmarked, seconds, strict=True):
             start = time.perf_counter()
             case.run()
-            if turn:
+            if number:
                 times.append(time.perf_counter() - start)
     results = []
     for case, times in zip(benchmarked, seconds, strict=True):

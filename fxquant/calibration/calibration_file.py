@@ -22,8 +22,8 @@ from fxquant.program.program_file import recipe_arguments
 from fxquant.schemes.schemes import Recipe
 from fxquant.storage.hashing import hash_text
 from fxquant.storage.safetensors import NAMES, build_header, read_header, read_metadata
-from fxquant.transforms.transforms_file import read_smoothing, smoothing_metadata, smoothing_tensors
-from fxquant.transforms.weight_transforms import Smoothing
+from fxquant.transforms.transforms_file import read_transforms, transform_metadata, transform_tensors
+from fxquant.transforms.weight_transforms import WeightTransforms
 
 CALIBRATION = "optional/calibration.safetensors"
 """Path within an output. Files that no engine loads are in `optional/`, as engines load every weight file beside it."""
@@ -53,17 +53,17 @@ class Seen:
 class Calibration:
     """Observed ranges.
 
-    tokens     int64 [batches]: tokens per batch, without padding
-    ranges     module → smallest and largest input per batch, float32 [batches] each, or [1] for all batches
-    experts    routing module → int64 [E]: tokens routed to each expert, over all batches
-    smoothing  transforms that were applied before observing
+    tokens      int64 [batches]: tokens per batch, without padding
+    ranges      module → smallest and largest input per batch, float32 [batches] each, or [1] for all batches
+    experts     routing module → int64 [E]: tokens routed to each expert, over all batches
+    transforms  transforms that were applied before observing
     """
 
     seen: Seen
     tokens: Tensor
     ranges: dict[str, tuple[Tensor, Tensor]]
     experts: dict[str, Tensor] = field(default_factory=dict)
-    smoothing: Smoothing = field(default_factory=Smoothing)
+    transforms: WeightTransforms = field(default_factory=WeightTransforms)
 
     def save(self, path: Path) -> None:
         """Write the file; equal calibrations give equal bytes."""
@@ -71,10 +71,10 @@ class Calibration:
         for module, (low, high) in sorted(self.ranges.items()):
             tensors |= {module + LOW: low, module + HIGH: high}
         tensors |= {module + EXPERTS: counts for module, counts in sorted(self.experts.items())}
-        tensors |= smoothing_tensors(self.smoothing)
+        tensors |= transform_tensors(self.transforms)
         tensors = dict(sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])))
         entries = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
-        header, _ = build_header(entries, metadata=vars(self.seen) | smoothing_metadata(self.smoothing))
+        header, _ = build_header(entries, metadata=vars(self.seen) | transform_metadata(self.transforms))
         data = b"".join(tensor.contiguous().view(torch.uint8).numpy().tobytes() for tensor in tensors.values())
         path.parent.mkdir(exist_ok=True)
         whole = path.with_name(path.name + ".new")
@@ -88,10 +88,10 @@ def load_calibration(path: Path) -> Calibration:
         raise FxquantError(path, "no such file.", "Pass the calibration.safetensors of an output.")
     infos, metadata = read_header(path), read_metadata(path)
     try:
-        seen = Seen(*(metadata[key] for key in ("graph", "weights", "text", "smooth", "kept")))
+        seen = Seen(*(metadata[key] for key in ("graph", "weights", "text", "smooth", "statistic")))
         modules = [name.removesuffix(LOW) for name in infos if name.endswith(LOW)]
         ranges = {module: (infos[module + LOW].read(), infos[module + HIGH].read()) for module in modules}
-        tokens, smoothing = infos[TOKENS].read(), read_smoothing(path, infos, metadata)
+        tokens, transforms = infos[TOKENS].read(), read_transforms(path, infos, metadata)
         experts = {name.removesuffix(EXPERTS): infos[name].read() for name in infos if name.endswith(EXPERTS)}
     except KeyError as error:
         raise FxquantError(path, f"not a calibration file: it has no {error.args[0]}.", AGAIN) from None
@@ -112,7 +112,7 @@ def load_calibration(path: Path) -> Calibration:
         raise FxquantError(path, "not a calibration file: a minimum is above its maximum.", AGAIN)
     if not all(counts.dtype is torch.int64 and counts.ndim == 1 and (counts >= 0).all() for counts in experts.values()):
         raise FxquantError(path, "not a calibration file: its expert tokens are not counts.", AGAIN)
-    return Calibration(seen, tokens, ranges, experts, smoothing)
+    return Calibration(seen, tokens, ranges, experts, transforms)
 
 
 def earlier_calibrations(folders: Iterable[Path]) -> list[Calibration]:
@@ -134,10 +134,10 @@ def text_hash(batches: Iterable[Batch]) -> str:
 
 
 def pairs_hash(program: Program) -> str:
-    """The value of `Seen.smooth`: a hash of a program's pairs and turns, and of schemes that a scale search uses."""
+    """The value of `Seen.smooth`: a hash of a program's pairs, its rotations, and the schemes of scale searches."""
     pairs = [(pair.kind.value, pair.maker, _readers(program, pair), _rule(pair)) for pair in program.pairs]
     what: list[Any] = [pairs, sorted(program.added)] if pairs or program.added else []
-    what += [sorted(program.turns.items())] if program.turns else []
+    what += [sorted(program.rotations.items())] if program.rotations else []
     return hash_text(repr(tuple(what))) if what else ""
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from fxquant.errors import FxquantError, StoppedError
 from fxquant.storage.safetensors import NAMES, build_header, read_header, read_metadata
-from fxquant.transforms.transforms_file import read_smoothing, smoothing_metadata, smoothing_tensors
-from fxquant.transforms.weight_transforms import Smoothing
+from fxquant.transforms.transforms_file import read_transforms, transform_metadata, transform_tensors
+from fxquant.transforms.weight_transforms import WeightTransforms
 
 VALUE, LOW, HIGH, EXPERTS = "value/", "low/", "high/", "experts/"
 DISCARD = "Pass --restart to discard it."
@@ -25,17 +25,17 @@ Key = dict[str, str]
 class State:
     """A calibration after its first `blocks` blocks.
 
-    values     live node → its value per batch: a tensor, or a tuple of tensors
-    ranges     node → smallest and largest value per batch, float32 [batches] each
-    experts    routing module → int64 [E]: tokens routed to each expert
-    smoothing  transforms so far
+    values      live node → its value per batch: a tensor, or a tuple of tensors
+    ranges      node → smallest and largest value per batch, float32 [batches] each
+    experts     routing module → int64 [E]: tokens routed to each expert
+    transforms  transforms so far
     """
 
     blocks: int
     values: dict[str, list[Any]]
     ranges: dict[str, tuple[Tensor, Tensor]]
     experts: dict[str, Tensor]
-    smoothing: Smoothing
+    transforms: WeightTransforms
 
     def tensors(self) -> dict[str, Tensor]:
         """Name in the file → tensor. Values: `value/<node>/<batch>`, tuple items `value/<node>/<batch>/<item>`."""
@@ -45,7 +45,7 @@ class State:
         for node, (low, high) in self.ranges.items():
             tensors |= {LOW + node: low, HIGH + node: high}
         tensors |= {EXPERTS + module: counts for module, counts in self.experts.items()}
-        return tensors | smoothing_tensors(self.smoothing)
+        return tensors | transform_tensors(self.transforms)
 
 
 def save_state(state: State, path: Path, key: Key) -> bool:
@@ -53,7 +53,7 @@ def save_state(state: State, path: Path, key: Key) -> bool:
     tensors = dict(sorted(state.tensors().items(), key=lambda item: (-item[1].dtype.itemsize, item[0])))
     if any(tensor.dtype not in NAMES for tensor in tensors.values()):
         return False
-    metadata = key | {"blocks": str(state.blocks)} | smoothing_metadata(state.smoothing)
+    metadata = key | {"blocks": str(state.blocks)} | transform_metadata(state.transforms)
     entries = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
     header, _ = build_header(entries, metadata=metadata | {"digest": _digest(tensors, metadata)})
     new = path.with_name(path.name + ".new")
@@ -88,14 +88,14 @@ def load_state(path: Path) -> State:
     written = {name: value for name, value in metadata.items() if name not in ("digest", "format")}
     if metadata.get("digest") != _digest(tensors, written):
         raise FxquantError(path, "unfinished calibration is damaged.", DISCARD)
-    smoothing = read_smoothing(path, infos, metadata)
+    transforms = read_transforms(path, infos, metadata)
     try:
         blocks = int(metadata["blocks"])
         ranges = {name: (low, tensors[HIGH + name]) for name, low in _under(tensors, LOW).items()}
         values = _values(tensors)
     except (KeyError, ValueError) as error:
         raise FxquantError(path, f"not an unfinished calibration: {error!r:.200}.", DISCARD) from None
-    return State(blocks, values, ranges, _under(tensors, EXPERTS), smoothing)
+    return State(blocks, values, ranges, _under(tensors, EXPERTS), transforms)
 
 
 def _digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:

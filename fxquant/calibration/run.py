@@ -112,7 +112,7 @@ class CalibrationRun:
     def _state(self, stream: Stream, blocks: int) -> State:
         values = {node.name: stream.values[node] for node in stream.kept()}
         ranges = {node.name: extremes for node, extremes in self.ranges.items()}
-        return State(blocks, values, ranges, self.experts, self.smoother.smoothing)
+        return State(blocks, values, ranges, self.experts, self.smoother.transforms)
 
     def _go_on(self, stream: Stream, state: State, folder: CalibrationFolder) -> None:
         live = stream.skip(state.blocks)
@@ -123,7 +123,7 @@ class CalibrationRun:
         nodes = {node.name: node for node in self._program.graph.graph.nodes}
         self.ranges = {nodes[name]: extremes for name, extremes in state.ranges.items()}
         self.experts = dict(state.experts)
-        self.smoother.restore(state.smoothing)
+        self.smoother.restore(state.transforms)
 
     def _real(self, values: Sequence[Tensor]) -> list[Tensor]:
         return [real_tokens(value, batch.mask) for value, batch in zip(values, self._batches, strict=True)]

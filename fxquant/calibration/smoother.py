@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, fx
 
 from fxquant import ops
-from fxquant.calibration.smooth_scales import SEARCH_TOKENS, Reader, channel_scales
+from fxquant.calibration.smoothquant import SEARCH_TOKENS, Reader, channel_scales
 from fxquant.checkpoint.checkpoint import Checkpoint
-from fxquant.checkpoint.rotated import rotation
+from fxquant.checkpoint.rotated import rotation_transforms
 from fxquant.errors import FxquantError
 from fxquant.policy.smooth_rules import PairKind, SmoothMethod
 from fxquant.program.linears import pair_readers
@@ -20,7 +20,7 @@ from fxquant.program.program import Pair, Program
 from fxquant.runtime.execute import Values
 from fxquant.schemes.roles import tensor_name
 from fxquant.schemes.schemes import Recipe, WeightAlgorithm
-from fxquant.transforms.weight_transforms import Smoothing
+from fxquant.transforms.weight_transforms import WeightTransforms
 
 SEARCH_EXPERTS = 2
 """Experts of a stack that a search looks at, evenly spaced."""
@@ -35,20 +35,21 @@ class Smoother:
     """
 
     def __init__(self, program: Program, checkpoint: Checkpoint, tokens: RealTokens) -> None:
-        self._source = checkpoint.smoothed(rotation(program.turns, checkpoint))
-        self.smoothing = rotation(program.turns, checkpoint)  # a second one: `_source` must stay unsmoothed
+        self._source = checkpoint.transformed(rotation_transforms(program.rotations, checkpoint))
+        # a second one: `_source` must stay unsmoothed
+        self.transforms = rotation_transforms(program.rotations, checkpoint)
         # placeholders of added biases: their names must be in the checkpoint before a pair sets the values
-        self.smoothing.tensors |= {
+        self.transforms.tensors |= {
             name: torch.zeros(value.shape, dtype=value.dtype) for name, value in program.added.items()
         }
-        self.checkpoint = checkpoint.smoothed(self.smoothing)
+        self.checkpoint = checkpoint.transformed(self.transforms)
         self._program, self._tokens = program, tokens
         self._pairs = {pair.value: pair for pair in program.pairs}
 
-    def restore(self, smoothing: Smoothing) -> None:
+    def restore(self, transforms: WeightTransforms) -> None:
         """Resume from the transforms of another run."""
         # in place: `self.checkpoint` holds this object
-        vars(self.smoothing).update(vars(smoothing))
+        vars(self.transforms).update(vars(transforms))
 
     def observe(self, node: fx.Node, values: list[Any], inputs: Values) -> None:
         """If `node` is the value of a pair, smooth the pair and replace `values` by those of the smoothed graph."""
@@ -69,25 +70,25 @@ class Smoother:
             self._smooth_linear(pair, scale, values)
 
     def _smooth_norm(self, pair: Pair, scale: Tensor, rows: Tensor, values: list[Tensor], before: list[Tensor]) -> None:
-        smoothing, (name,) = self.smoothing, self._program.parameters[pair.maker].names
+        transforms, (name,) = self.transforms, self._program.parameters[pair.maker].names
         weight, bias = self._source.read(name), None
-        smoothing.scales[name] = scale
-        smoothing.columns |= dict.fromkeys(pair_readers(self._program, pair), name)
+        transforms.scales[name] = scale
+        transforms.columns |= dict.fromkeys(pair_readers(self._program, pair), name)
         if pair.rule.method is SmoothMethod.M4:
             shift = ((rows.amax(0) + rows.amin(0)) / 2).cpu()
-            smoothing.shifts[name] = shift
+            transforms.shifts[name] = shift
             bias = self._shifted_norm_bias(pair, shift, scale)
             self._shift_readers(pair, shift)
-        smoothed = smoothing.tensors[name] = (weight.float() / scale).to(weight.dtype)
+        divided = transforms.tensors[name] = (weight.float() / scale).to(weight.dtype)
         eps, device = operand(pair.value, "eps"), values[0].device
-        weight, bias = smoothed.float().to(device), None if bias is None else bias.to(device)
+        weight, bias = divided.float().to(device), None if bias is None else bias.to(device)
         # recomputed, not divided: the rest of the run must see the roundings of the smoothed norm
         values[:] = [ops.rms_norm(x, weight, eps, bias) for x in before]
 
     def _shifted_norm_bias(self, pair: Pair, shift: Tensor, scale: Tensor) -> Tensor:
         (name,) = self._program.parameter(operand_node(pair.value, "bias")).names
         old = self._source.read(name).float() if name in self._source.tensors else 0.0
-        new = self.smoothing.tensors[name] = (old - shift) / scale
+        new = self.transforms.tensors[name] = (old - shift) / scale
         return new
 
     def _shift_readers(self, pair: Pair, shift: Tensor) -> None:
@@ -98,14 +99,14 @@ class Smoother:
             bias = tensor_name(module, "bias")
             weight = self._source.read(name)
             old = self._source.read(bias).double() if bias in self._source.tensors else 0.0
-            self.smoothing.tensors[bias] = (old + weight.double() @ shift.double()).to(weight.dtype)
+            self.transforms.tensors[bias] = (old + weight.double() @ shift.double()).to(weight.dtype)
 
     def _smooth_linear(self, pair: Pair, scale: Tensor, values: list[Tensor]) -> None:
         """Scale the rows of the weight that produce the attention's values; rows for keys stay."""
         (name,) = self._program.parameters[pair.maker].names
-        self.smoothing.scales[name] = scale
-        self.smoothing.rows[name] = operand(pair.value, "num_heads")
-        self.smoothing.columns |= dict.fromkeys(pair_readers(self._program, pair), name)
+        self.transforms.scales[name] = scale
+        self.transforms.rows[name] = operand(pair.value, "num_heads")
+        self.transforms.columns |= dict.fromkeys(pair_readers(self._program, pair), name)
         values[:] = [value / scale.to(value.device) for value in values]
 
     def _largest_weights(self, pair: Pair) -> Tensor:

@@ -15,7 +15,7 @@ from fxquant.checkpoint.model_parallel_parts import HeldTensor, SourceTensor, jo
 from fxquant.checkpoint.tensor_names import official_tensors
 from fxquant.errors import FxquantError
 from fxquant.storage.safetensors import read_header
-from fxquant.transforms.weight_transforms import Smoothing
+from fxquant.transforms.weight_transforms import WeightTransforms
 
 SCALES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e8m0fnu)
 """dtypes of stored block scales; all decode to float32. F8_E8M0 is `2 ** (byte - 127)`, and 255 is NaN."""
@@ -26,7 +26,7 @@ LARGEST_BLOCK = 1 << 20
 class Checkpoint:
     """A folder's config and tensors. `tensors` holds the model's tensors, `scales` the block scales of FP8 ones.
 
-    Keys and names are Hugging Face's, whatever the folder uses. `smoothing` is applied as tensors are read.
+    Keys and names are Hugging Face's, whatever the folder uses. `transforms` are applied as tensors are read.
     """
 
     folder: Path
@@ -34,7 +34,7 @@ class Checkpoint:
     tensors: Mapping[str, SourceTensor]
     scales: Mapping[str, SourceTensor] = field(default_factory=dict)
     block: tuple[int, int] = (128, 128)
-    smoothing: Smoothing = field(default_factory=Smoothing)
+    transforms: WeightTransforms = field(default_factory=WeightTransforms)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -46,10 +46,12 @@ class Checkpoint:
         """Bytes of all tensors, scales included."""
         return sum(info.nbytes for info in (*self.tensors.values(), *self.scales.values()))
 
-    def smoothed(self, smoothing: Smoothing) -> "Checkpoint":
+    def transformed(self, transforms: WeightTransforms) -> "Checkpoint":
         """The checkpoint with these transforms, and with the biases that they add."""
-        added = {name: HeldTensor(name, value) for name, value in smoothing.tensors.items() if name not in self.tensors}
-        return replace(self, tensors={**self.tensors, **added}, smoothing=smoothing)
+        added = {
+            name: HeldTensor(name, value) for name, value in transforms.tensors.items() if name not in self.tensors
+        }
+        return replace(self, tensors={**self.tensors, **added}, transforms=transforms)
 
     def stored_dtype(self, name: str) -> torch.dtype:
         """The dtype of `read(name)`."""
@@ -57,13 +59,13 @@ class Checkpoint:
         return self.dtype if dtype is torch.float8_e4m3fn else dtype
 
     def read(self, name: str) -> Tensor:
-        """One tensor, smoothed. FP8 E4M3 [n, k] is decoded: `dtype(float32(w) * scale_inv[i // 128, j // 128])`."""
-        if name in self.smoothing.tensors:
-            return self.smoothing.tensors[name]
+        """One tensor, transformed. FP8 [n, k] is decoded: `dtype(float32(w) * scale_inv[i // 128, j // 128])`."""
+        if name in self.transforms.tensors:
+            return self.transforms.tensors[name]
         tensor = self.tensors[name].read()
         if tensor.dtype is torch.float8_e4m3fn:
             tensor = decode_fp8(tensor, self.scales[name].read(), self.block).to(self.dtype)
-        return self.smoothing.apply(name, tensor, len(tensor)) if self.smoothing.changes(name) else tensor
+        return self.transforms.apply(name, tensor, len(tensor)) if self.transforms.changes(name) else tensor
 
 
 def decode_fp8(weight: Tensor, scale_inv: Tensor, block: tuple[int, int]) -> Tensor:

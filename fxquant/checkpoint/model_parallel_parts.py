@@ -72,7 +72,7 @@ class JoinedTensor:
         return data
 
 
-HELD = Path("smoothing")
+HELD = Path("transforms")
 """The `file` of tensors held in memory."""
 
 

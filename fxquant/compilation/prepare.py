@@ -66,8 +66,8 @@ class Prepared:
 
     @property
     def checkpoint(self) -> Checkpoint:
-        """The checkpoint that the program's weights are made from: the source's, smoothed."""
-        return smoothed_source(self.source.checkpoint, self.calibration)
+        """The checkpoint that the program's weights are made from: the source's, transformed."""
+        return transformed_checkpoint(self.source.checkpoint, self.calibration)
 
 
 def prepare(
@@ -113,9 +113,9 @@ def named_policy(options: CompileOptions, source: Source) -> str:
     return DEFAULT_POLICY if asked is None else asked
 
 
-def smoothed_source(checkpoint: Checkpoint, calibration: Calibration | None) -> Checkpoint:
+def transformed_checkpoint(checkpoint: Checkpoint, calibration: Calibration | None) -> Checkpoint:
     """`checkpoint` with the smoothing of a calibration applied."""
-    return checkpoint.smoothed(calibration.smoothing) if calibration and calibration.smoothing else checkpoint
+    return checkpoint.transformed(calibration.transforms) if calibration and calibration.transforms else checkpoint
 
 
 def with_mtp(policy: Policy, mode: MtpMode, source: Source, layers: tuple[str, ...]) -> Policy:

@@ -7,7 +7,7 @@ from fxquant.calibration.calibration_file import CALIBRATION, load_calibration
 from fxquant.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from fxquant.compilation.ledger import check_parameters
 from fxquant.compilation.options import CompileOptions
-from fxquant.compilation.prepare import open_model, prepare, smoothed_source
+from fxquant.compilation.prepare import open_model, prepare, transformed_checkpoint
 from fxquant.engines.documents import group_size
 from fxquant.engines.table import ENGINES, Target
 from fxquant.errors import FxquantError
@@ -82,8 +82,8 @@ def sensitivity(
     """
     program, checkpoint = _original(Path(out), against)
     if (Path(out) / CALIBRATION).is_file():
-        checkpoint = smoothed_source(checkpoint, load_calibration(Path(out) / CALIBRATION))
-        restore_biases(program, checkpoint.smoothing.tensors)
+        checkpoint = transformed_checkpoint(checkpoint, load_calibration(Path(out) / CALIBRATION))
+        restore_biases(program, checkpoint.transforms.tensors)
     batches = load_batches(Path(text), checkpoint, samples, seq_len)
     return measure_sensitivity((program, Cached(checkpoint.read)), open_output(Path(out)), batches, report)
 

@@ -14,7 +14,7 @@ from fxquant.calibration.observers import combine, observer_of
 from fxquant.calibration.resume_folder import CalibrationFolder
 from fxquant.calibration.run import CalibrationRun
 from fxquant.checkpoint.checkpoint import Checkpoint
-from fxquant.checkpoint.rotated import rotation
+from fxquant.checkpoint.rotated import rotation_transforms
 from fxquant.checkpoint.stamped_reader import checkpoint_files, stamp_files
 from fxquant.errors import FxquantError
 from fxquant.kernels.activation import static_parameters
@@ -39,7 +39,7 @@ class Calibrate(Pass):
     pair on, on the smoothed ones. `batches` gives documents, token ids int64 [1, length]; it is asked, and None is an
     error, only if a scheme is static or a pair is there, and no `given` calibration takes its place. `batch_size` of
     them run together, filled up with the id `pad`. `earlier` are calibrations of other runs: one that saw the same
-    saves the forward. `used` has the ranges and the smoothing. `folder` keeps what is seen, block by block, for a
+    saves the forward. `used` has the ranges and the transforms. `folder` keeps what is seen, block by block, for a
     killed calibration to go on with; None: it starts anew. Codes of GPTQ are in `solved`.
     """
 
@@ -64,8 +64,8 @@ class Calibrate(Pass):
             if recipe is not None and recipe.scheme.static:
                 inputs.setdefault(site.module, []).append(operand_node(site.node, "x"))
         if not inputs and not program.pairs and not program.added and not any(solved_modules(program)):
-            if program.turns:
-                self.used = self._turned(program)
+            if program.rotations:
+                self.used = self._rotation_alone(program)
             return PassResult(self.name)
         self.used = self._given(program, inputs) if self.given else self._calibrated(program, inputs)
         for module in inputs:
@@ -114,13 +114,13 @@ class Calibrate(Pass):
         run.observe({node for nodes in inputs.values() for node in nodes}, self.report, self.folder, vars(seen))
         tokens = torch.tensor([batch.tokens for batch in batches])
         ranges = {module: run.extremes(nodes) for module, nodes in inputs.items()}
-        return Calibration(seen, tokens, ranges, run.experts, run.smoother.smoothing)
+        return Calibration(seen, tokens, ranges, run.experts, run.smoother.transforms)
 
-    def _turned(self, program: Program) -> Calibration:
+    def _rotation_alone(self, program: Program) -> Calibration:
         """Where nothing is observed: a calibration on no text."""
         seen = Seen(structural_hash(program), CalibrationWeights.FLOAT, text_hash([]), pairs_hash(program))
-        turned = rotation(program.turns, self.source)
-        return Calibration(seen, torch.empty(0, dtype=torch.int64), {}, smoothing=turned)
+        transforms = rotation_transforms(program.rotations, self.source)
+        return Calibration(seen, torch.empty(0, dtype=torch.int64), {}, transforms=transforms)
 
     def _solver_key(self, seen: Seen) -> str:
         """Of codes found on this text with these weights: their files as they are, wherever they lie."""

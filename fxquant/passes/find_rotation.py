@@ -1,4 +1,4 @@
-"""The residual stream, and the values of each head: what an orthogonal matrix may turn, found in the graph.
+"""The residual stream, and the values of each head: what an orthogonal matrix may rotate, found in the graph.
 
 The stream is the embedding, what linears and experts add to it, and every sum of these; norms read it, and what reads a
 norm are linears. Turned weights come with calibration, or without one where nothing is observed.
@@ -19,7 +19,7 @@ from fxquant.program.linears import READS, is_parameter, not_scalable, reads, we
 from fxquant.program.operands import arguments, operand, operand_node
 from fxquant.program.program import Program
 from fxquant.transforms.hadamard import NoHadamardError, base_order
-from fxquant.transforms.rotation import Rotate, Turn
+from fxquant.transforms.rotation import Rotate, Rotation
 
 ADD = torch.ops.aten.add.Tensor
 WRITES = {ops.embedding: "weight", ops.linear: "weight", ops.moe_experts: "down_proj"}
@@ -28,103 +28,106 @@ WRITES = {ops.embedding: "weight", ops.linear: "weight", ops.moe_experts: "down_
 
 @dataclass
 class FindRotation(Pass):
-    """Fills `program.turns` as `policy.rotate` says. Raises FxquantError where a value cannot be turned, and why."""
+    """Fills `program.rotations` as `policy.rotate` says. Raises FxquantError where a value cannot rotate, and why."""
 
     policy: Policy
     name = "rotation"
 
     def apply(self, program: Program) -> PassResult:
         if Rotate.HIDDEN in self.policy.rotate and program.mtp.stored:
-            fact = "rotate: hidden turns what multi-token prediction layers read, and they are not in the graph."
+            fact = "rotate: hidden rotates what multi-token prediction layers read, and they are not in the graph."
             raise FxquantError(f"policy {self.policy.name}", fact, "Leave them out with --mtp none, or rotate heads.")
         try:
-            program.turns = find_turns(program, self.policy.rotate)
-        except NotTurnedError as error:
+            program.rotations = find_rotations(program, self.policy.rotate)
+        except NotRotatedError as error:
             way_out = "Leave that out of rotate in the policy."
             raise FxquantError(f"policy {self.policy.name}", f"rotate: {error}.", way_out) from None
-        return PassResult(self.name, tuple(program.turns))
+        return PassResult(self.name, tuple(program.rotations))
 
 
-class NotTurnedError(ValueError):
+class NotRotatedError(ValueError):
     """What is in the way."""
 
 
-def find_turns(program: Program, parts: tuple[Rotate, ...]) -> dict[str, Turn]:
-    """Checkpoint weight → how it is turned, sorted by name; raises NotTurnedError."""
-    turns: dict[str, Turn] = {}
+def find_rotations(program: Program, parts: tuple[Rotate, ...]) -> dict[str, Rotation]:
+    """Checkpoint weight → how it is rotated, sorted by name; raises NotRotatedError."""
+    rotations: dict[str, Rotation] = {}
     uses = weight_uses(program)
     try:
         if Rotate.HEADS in parts:
-            for weight, turn in _heads(program, uses):
-                _turn(program, turns, weight, turn)
+            for weight, rotation in _heads(program, uses):
+                _add_rotation(program, rotations, weight, rotation)
         if Rotate.HIDDEN in parts:
-            for weight, turn in _hidden(program, uses):
-                _turn(program, turns, weight, turn)
+            for weight, rotation in _hidden(program, uses):
+                _add_rotation(program, rotations, weight, rotation)
     except NoHadamardError as error:
-        raise NotTurnedError(str(error)) from None
-    return dict(sorted(turns.items()))
+        raise NotRotatedError(str(error)) from None
+    return dict(sorted(rotations.items()))
 
 
-def _turn(program: Program, turns: dict[str, Turn], weight: fx.Node, turn: Turn) -> None:
-    """Beside what is there: o_proj is turned over its columns for the heads, and over its rows for the stream."""
+def _add_rotation(program: Program, rotations: dict[str, Rotation], weight: fx.Node, rotation: Rotation) -> None:
+    """Beside what is there: o_proj is rotated over its columns for the heads, and over its rows for the stream."""
     for name in program.parameters[str(weight.target)].names:
-        before = turns.setdefault(name, turn)
-        columns, rows = sorted((before, turn), key=lambda part: part.heads)
-        if before is not turn and (columns.heads or rows.columns):
-            raise NotTurnedError(f"{name} would be turned twice")
-        turns[name] = replace(rows, columns=columns.columns, norm=columns.norm)
+        before = rotations.setdefault(name, rotation)
+        columns, rows = sorted((before, rotation), key=lambda part: part.heads)
+        if before is not rotation and (columns.heads or rows.columns):
+            raise NotRotatedError(f"{name} would be rotated twice")
+        rotations[name] = replace(rows, columns=columns.columns, norm=columns.norm)
 
 
-def _heads(program: Program, uses: Counter[str]) -> Iterator[tuple[fx.Node, Turn]]:
+def _heads(program: Program, uses: Counter[str]) -> Iterator[tuple[fx.Node, Rotation]]:
     for attention in program.nodes(ops.mla_attention):
         maker, heads = operand_node(attention, "kv"), operand(attention, "num_heads")
         reason = not_scalable(attention, maker, uses)
         if reason is not None:
-            raise NotTurnedError(f"the values of heads, {attention.name}: {reason}")
+            raise NotRotatedError(f"the values of heads, {attention.name}: {reason}")
         readers = [operand_node(user, name) for user in attention.users for name in READS[user.target]]
         values = _shape(program, readers[0])[1] // heads
         base_order(values)
-        yield operand_node(maker, "weight"), Turn(heads=heads, values=values)
-        yield from ((reader, Turn(columns=heads)) for reader in readers)
+        yield operand_node(maker, "weight"), Rotation(heads=heads, values=values)
+        yield from ((reader, Rotation(columns=heads)) for reader in readers)
 
 
-def _hidden(program: Program, uses: Counter[str]) -> Iterator[tuple[fx.Node, Turn]]:
+def _hidden(program: Program, uses: Counter[str]) -> Iterator[tuple[fx.Node, Rotation]]:
     stream = _stream(program)
     size = _shape(program, operand_node(stream[0], WRITES[ops.embedding]))[1]
     base_order(size)
     for node in stream:
         if node.target in WRITES:
             weight = operand_node(node, WRITES[node.target])
-            yield _alone(weight, uses), Turn(columns=1) if node.target == ops.embedding else Turn(heads=1, values=size)
+            yield (
+                _alone(weight, uses),
+                Rotation(columns=1) if node.target == ops.embedding else Rotation(heads=1, values=size),
+            )
         for norm in node.users:
             if norm.target == ops.rms_norm:
                 yield from _after_norm(program, norm, uses)
 
 
-def _after_norm(program: Program, norm: fx.Node, uses: Counter[str]) -> Iterator[tuple[fx.Node, Turn]]:
+def _after_norm(program: Program, norm: fx.Node, uses: Counter[str]) -> Iterator[tuple[fx.Node, Rotation]]:
     if operand(norm, "bias") is not None or not norm.users or not all(reads(user, norm) for user in norm.users):
-        raise NotTurnedError(f"what reads {norm.name} are not linears alone, or it has a bias")
+        raise NotRotatedError(f"what reads {norm.name} are not linears alone, or it has a bias")
     (name,) = program.parameters[str(_alone(operand_node(norm, "weight"), uses).target)].names
     for user in norm.users:
         for weight in READS[user.target]:
-            yield _alone(operand_node(user, weight), uses), Turn(columns=1, norm=name)
+            yield _alone(operand_node(user, weight), uses), Rotation(columns=1, norm=name)
 
 
 def _stream(program: Program) -> list[fx.Node]:
     """Every node whose value is the stream or is added to it, embeddings first."""
     stream = program.nodes(ops.embedding)
     if not stream:
-        raise NotTurnedError("no embedding begins the residual stream")
+        raise NotRotatedError("no embedding begins the residual stream")
     for node in stream:  # it grows meanwhile
         additions = [user for user in node.users if user.target == ADD]
         if node.target not in WRITES:
             additions += _summands(node)
         elif not is_parameter(operand(node, WRITES[node.target])):
-            raise NotTurnedError(f"{node.name} adds to the residual stream, and its weight is computed")
+            raise NotRotatedError(f"{node.name} adds to the residual stream, and its weight is computed")
         stream += (addition for addition in dict.fromkeys(additions) if addition not in stream)
         for user in node.users:
             if user.target not in (ADD, ops.rms_norm):
-                raise NotTurnedError(f"{user.name} reads the residual stream, and is no norm")
+                raise NotRotatedError(f"{user.name} reads the residual stream, and is no norm")
     return stream
 
 
@@ -137,13 +140,13 @@ def _summands(node: fx.Node) -> list[fx.Node]:
         if isinstance(value, fx.Node) and (value.target == ADD or value.target in WRITES)
     ]
     if not plain or len(known) != len(given):
-        raise NotTurnedError(f"{node.name} is no sum of what linears and experts make")
+        raise NotRotatedError(f"{node.name} is no sum of what linears and experts make")
     return known
 
 
 def _alone(weight: fx.Node, uses: Counter[str]) -> fx.Node:
     if uses[str(weight.target)] > 1:
-        raise NotTurnedError(f"{weight.target} is used twice")
+        raise NotRotatedError(f"{weight.target} is used twice")
     return weight
 
 

@@ -30,7 +30,7 @@ from fxquant.schemes.roles import tensor_name
 class PairSmoothing(Pass):
     """Fills `program.pairs`, and gives norms and linears the biases that their methods need.
 
-    Raises FxquantError for a rule that matches no pair, and for a shift that a reader has no bias to make up for.
+    Raises FxquantError for a rule that matches no pair, and for a shift that a consumer has no bias to make up for.
     """
 
     policy: Policy

@@ -32,7 +32,7 @@ def pipeline(
     passes = [
         schemes,  # a recipe for every linear to quantize, a rule for every parameter
         mtp,  # the same for multi-token prediction layers, which are in no graph
-        rotation,  # which weights are turned, and how
+        rotation,  # which weights are rotated, and how
         smoothing,  # norm/linear pairs to smooth, and the biases that shifts need
         contract,  # before a weight is read
         calibrate,  # ranges of static linears, smoothing scales, GPTQ's codes

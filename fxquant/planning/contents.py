@@ -18,7 +18,7 @@ from fxquant.planning.config_checkpoint import config_checkpoint
 from fxquant.planning.tally import PlanRow, tally
 from fxquant.policy.policy import LEAVE_OUT, Policy
 from fxquant.program.program import Program
-from fxquant.transforms.weight_transforms import Smoothing
+from fxquant.transforms.weight_transforms import WeightTransforms
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +76,7 @@ def planned(source: Source, policy: Policy, options: CompileOptions) -> PlanCont
     results = run_passes(program, passes_for(source, policy, options, layers, RangesLater()))
     if not described:
         build_ledger(program, source.checkpoint)
-    checkpoint = source.checkpoint.smoothed(Smoothing(tensors=program.added))
+    checkpoint = source.checkpoint.transformed(WeightTransforms(tensors=program.added))
     stored, engine = stored_tensors(program, checkpoint), ENGINES[options.target]
     files = plan_files(stored, options.max_shard_size, engine)
     totals = tally(program, checkpoint, stored)
@@ -87,7 +87,10 @@ def planned(source: Source, policy: Policy, options: CompileOptions) -> PlanCont
         documents=_documents(program, files, engine),
         operators=(before, _calls(program)),
         unverified=findings(results),
-        whole=2 * max((_numbers(checkpoint, name) for name, turn in program.turns.items() if turn.heads), default=0),
+        whole=2
+        * max(
+            (_numbers(checkpoint, name) for name, rotation in program.rotations.items() if rotation.heads), default=0
+        ),
     )
 
 

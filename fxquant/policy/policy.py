@@ -20,7 +20,7 @@ from fxquant.policy.policy_file import (
 from fxquant.policy.rule import LEAVE_OUT, Rule
 from fxquant.policy.smooth_rules import NormBias, PairKind, SmoothRule
 from fxquant.policy.unused_rules import Decided, why_idle
-from fxquant.policy.unused_smoothing import SeenValue, why_idle_smoothing
+from fxquant.policy.unused_smoothing import SeenValue, why_unused_smoothing
 from fxquant.schemes.schemes import Scheme
 from fxquant.transforms.rotation import Rotate
 
@@ -85,7 +85,7 @@ class Policy:
         used = set(used)
         for rule in self.smooth:
             if rule not in used and not rule.optional:
-                fact, way_out = why_idle_smoothing(rule, values, modules())
+                fact, way_out = why_unused_smoothing(rule, values, modules())
                 raise FxquantError(self.place(rule), f"smoothing rule “{rule}” {fact}", way_out)
 
     def place(self, rule: Rule | SmoothRule) -> str:

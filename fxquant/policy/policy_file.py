@@ -86,8 +86,8 @@ class PolicyDocument:
         """Every rule with its location."""
         for index, rule in enumerate(self.says.rules):
             yield rule, self.line("rules", index)
-        for index, smoothing in enumerate(self.says.smooth or ()):
-            yield smoothing, self.line("smooth", index)
+        for index, smooth_rule in enumerate(self.says.smooth or ()):
+            yield smooth_rule, self.line("smooth", index)
 
     def parent(self) -> "PolicyDocument | None":
         """The policy that it extends: a shipped one, or a file relative to this one."""

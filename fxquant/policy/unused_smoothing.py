@@ -25,7 +25,7 @@ class SeenValue:
     outcome: SmoothRule | str | None
 
 
-def why_idle_smoothing(rule: SmoothRule, values: Sequence[SeenValue], modules: Sequence[Decided]) -> tuple[str, str]:
+def why_unused_smoothing(rule: SmoothRule, values: Sequence[SeenValue], modules: Sequence[Decided]) -> tuple[str, str]:
     """The reason why `rule` decided none of `values`, and the remedy. `modules` are all modules of the model."""
     at_path = [module for module in modules if rule.path is None or fnmatchcase(module.path, rule.path)]
     if not at_path:

@@ -13,7 +13,7 @@ from fxquant.policy.smooth_rules import PairKind, SmoothRule
 from fxquant.program.graph import ProgramGraph
 from fxquant.schemes.roles import module_and_role, tensor_name
 from fxquant.schemes.schemes import Recipe, tensor_specs
-from fxquant.transforms.rotation import Turn
+from fxquant.transforms.rotation import Rotation
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Program:
     names       node names in use
     mtp         the multi-token prediction layers of the output
     pairs       what calibration will smooth, in graph order; added: the biases (on meta) that shifts bring
-    turns       checkpoint weight → how it is turned
+    rotations   checkpoint weight → how it is rotated
 
     Every node carries `meta["module"]`, the path of the module that made it, `meta["kind"]` and `meta["block"]`: the
     path of its decoder layer, or "before", "between_0", …, "after" for what is in none.
@@ -101,7 +101,7 @@ class Program:
     mtp: MtpLayers = field(default_factory=MtpLayers)
     pairs: list[Pair] = field(default_factory=list)
     added: dict[str, torch.Tensor] = field(default_factory=dict)
-    turns: dict[str, Turn] = field(default_factory=dict)
+    rotations: dict[str, Rotation] = field(default_factory=dict)
 
     def nodes(self, target: Any) -> list[fx.Node]:
         """Calls of one operator, in graph order."""

@@ -16,7 +16,7 @@ class NoHadamardError(ValueError):
     """No Hadamard matrix of this order can be constructed here."""
 
 
-def turned(x: Tensor) -> Tensor:
+def rotated(x: Tensor) -> Tensor:
     """`x @ Q` for x float32 [r, n] with Q = diag(signs) H / √n. Raises NoHadamardError.
 
     Without the random signs a common component of all values, such as their mean, would end up in one single result.

@@ -11,7 +11,7 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
-from fxquant.transforms.hadamard import turned
+from fxquant.transforms.hadamard import rotated
 
 SLAB = 1 << 18
 """Values converted to float32 at a time."""
@@ -25,8 +25,8 @@ class Rotate(StrEnum):
 
 
 @dataclass(frozen=True)
-class Turn:
-    """Rotation of one weight [n, k], with Q as in `fxquant.transforms.hadamard.turned`.
+class Rotation:
+    """Rotation of one weight [n, k], with Q as in `fxquant.transforms.hadamard.rotated`.
 
     columns  number of equal parts of in_features, each rotated by its own Q, `W Q`; 0: none
     norm     checkpoint name of the norm's weight g that is multiplied into the columns first, `W diag(g)`; "": none
@@ -50,20 +50,20 @@ class Turn:
                 slab = weight[place].float()
                 if norm is not None:
                     slab = slab * norm[place[1]].float()
-                out[place] = self._turned(slab, part).to(weight.dtype)
+                out[place] = self._rotated(slab, part).to(weight.dtype)
         return out
 
     def vector(self, bias: Tensor) -> Tensor:
         """The bias [n] of the rotated linear."""
-        return Turn(heads=self.heads, values=self.values).apply(bias.view(-1, 1), None).view(-1)
+        return Rotation(heads=self.heads, values=self.values).apply(bias.view(-1, 1), None).view(-1)
 
-    def _turned(self, slab: Tensor, part: int) -> Tensor:
+    def _rotated(self, slab: Tensor, part: int) -> Tensor:
         if self.columns:
-            slab = turned(slab.reshape(-1, part)).view(slab.shape)
+            slab = rotated(slab.reshape(-1, part)).view(slab.shape)
         if self.heads:
             rows = slab.view(self.heads, -1, slab.shape[1])
             last_rows = rows[:, -self.values :].mT.reshape(-1, self.values)
-            rows[:, -self.values :] = turned(last_rows).view(self.heads, -1, self.values).mT
+            rows[:, -self.values :] = rotated(last_rows).view(self.heads, -1, self.values).mT
         return slab
 
 

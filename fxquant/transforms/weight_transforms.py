@@ -18,20 +18,20 @@ import torch
 from torch import Tensor
 
 from fxquant.errors import FxquantError
-from fxquant.transforms.rotation import Turn
+from fxquant.transforms.rotation import Rotation
 
 
 @dataclass
-class Smoothing:
+class WeightTransforms:
     """All transforms by checkpoint tensor. Grows while pairs are smoothed, in graph order.
 
-    scales   weight of the norm or linear that produces the value → float32 scale, exact in the model's dtype
-    columns  weight [n, k] that reads the value → key of its scale [k]
-    rows     weight [n, k] that produces it → number of heads; the scale covers the last rows of each head
-    shifts   norm weight → its shift, float32 [k]
-    tensors  vectors that replace or extend the checkpoint's: norm weights and biases, linear biases
-    turns    weight → its rotation, applied first
-    norms    norm weight → its original value, which rotated weights have absorbed
+    scales     weight of the norm or linear that produces the value → float32 scale, exact in the model's dtype
+    columns    weight [n, k] that reads the value → key of its scale [k]
+    rows       weight [n, k] that produces it → number of heads; the scale covers the last rows of each head
+    shifts     norm weight → its shift, float32 [k]
+    tensors    vectors that replace or extend the checkpoint's: norm weights and biases, linear biases
+    rotations  weight → its rotation, applied first
+    norms      norm weight → its original value, which rotated weights have absorbed
     """
 
     scales: dict[str, Tensor] = field(default_factory=dict)
@@ -39,11 +39,11 @@ class Smoothing:
     rows: dict[str, int] = field(default_factory=dict)
     shifts: dict[str, Tensor] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
-    turns: dict[str, Turn] = field(default_factory=dict)
+    rotations: dict[str, Rotation] = field(default_factory=dict)
     norms: dict[str, Tensor] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
-        return bool(self.scales or self.tensors or self.turns)
+        return bool(self.scales or self.tensors or self.rotations)
 
     def column_scale(self, name: str) -> Tensor | None:
         """The float32 [k] that weight `name` is multiplied by, or None."""
@@ -66,13 +66,13 @@ class Smoothing:
         try:
             return self._applied(name, tensor, out_features, start)
         except (RuntimeError, ArithmeticError, ValueError, IndexError) as error:  # a calibration file of another model
-            fact = f"its smoothing does not fit shape {list(tensor.shape)}: {str(error)[:200]}."
+            fact = f"its transforms do not fit shape {list(tensor.shape)}: {str(error)[:200]}."
             raise FxquantError(f"tensor {name}", fact, "Calibrate again: pass --calib TEXT.") from None
 
     def _applied(self, name: str, tensor: Tensor, out_features: int, start: int) -> Tensor:
         dtype, columns, rows = tensor.dtype, self.column_scale(name), self.row_scale(name, out_features)
-        if name in self.turns:  # first: scales are computed on the rotated model
-            tensor = self.turns[name].apply(tensor, self.norms.get(self.turns[name].norm))
+        if name in self.rotations:  # first: scales are computed on the rotated model
+            tensor = self.rotations[name].apply(tensor, self.norms.get(self.rotations[name].norm))
         if columns is not None:
             tensor = (tensor.float() * columns).to(dtype)
         if rows is not None:
@@ -81,19 +81,19 @@ class Smoothing:
 
     def changes(self, name: str) -> bool:
         """Whether tensor `name` differs from the checkpoint's."""
-        return any(name in changed for changed in (self.columns, self.rows, self.tensors, self.turns))
+        return any(name in changed for changed in (self.columns, self.rows, self.tensors, self.rotations))
 
-    def mixed(self, name: str) -> bool:
+    def mixes_rows(self, name: str) -> bool:
         """Whether rows of weight `name` depend on one another."""
-        return name in self.turns and self.turns[name].heads > 0
+        return name in self.rotations and self.rotations[name].heads > 0
 
     def key(self, names: list[str]) -> str | None:
         """Hash in hex of everything but the checkpoint that determines the tensors `names`; None if unchanged."""
         digest = blake2b(digest_size=16)
         for name in filter(self.changes, names):
-            turn = self.turns.get(name)
-            digest.update(f"{name} {self.rows.get(name)} {turn}".encode())
-            norm = self.norms.get(turn.norm) if turn else None
+            rotation = self.rotations.get(name)
+            digest.update(f"{name} {self.rows.get(name)} {rotation}".encode())
+            norm = self.norms.get(rotation.norm) if rotation else None
             for tensor in (self.column_scale(name), self.scales.get(name), self.tensors.get(name), norm):
                 data = b"" if tensor is None else tensor.contiguous().view(torch.uint8).numpy().tobytes()
                 # with the length, or different splits of the same bytes would have one digest

@@ -79,7 +79,7 @@ def _rope_table(call: fx.Node, value: Value, expected: Tensor) -> Tensor:
 
 
 def _rope(call: fx.Node, value: Value, expected: Tensor) -> Tensor:
-    """Two products and a sum for each turned feature."""
+    """Two products and a sum for each rotated feature."""
     x, cos, sin = (tensor.abs().double() for tensor in values_of(call, value, "x", "cos", "sin"))
     heads, width = x.unflatten(-1, (operand(call, "num_heads"), -1)), cos.shape[-1]
     unrotated, first, second = heads[..., :-width], heads[..., -width::2], heads[..., 1 - width :: 2]

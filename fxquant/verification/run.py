@@ -67,7 +67,7 @@ def verify_output(
     """
     manifest = find_manifest(folder)
     program, files = load_program(folder / GRAPH), WeightFiles(folder)
-    original, source = source, _smoothed(source, folder)
+    original, source = source, _transformed(source, folder)
     target = target or (Target(manifest.target) if manifest else infer_target(program, folder))
     ranks = ranks or (manifest.tp if manifest else 1)
     stored = expected_stored(program, source, files)
@@ -92,8 +92,8 @@ def verify_output(
         rebuilt = [check_rebuild(program, files, source, rebuild.sample, report)]
     if all(check.ok for check in checks):
         checks += _check_values(output, stored, report)
-        if original is not None and source is not None and source.smoothing:
-            checks += _check_smoothing(original, source, folder)
+        if original is not None and source is not None and source.transforms:
+            checks += _check_transforms(original, source, folder)
         if manifest is None and source is not None:
             checks.append(check_calibration(folder, checks))
     if all(check.ok for check in checks):
@@ -137,25 +137,25 @@ def _unread(output: _Output, again: Remade, alone: bool) -> dict[str, str]:
     source = output.source
     known = {info.file.name for info in output.files.infos.values()}
     known |= {file.name for file in copied_files(source.folder)} if source is not None else set()
-    turned = source is not None and bool(source.smoothing.turns)
-    unread = unread_without(output.folder, ENGINES[output.target], known, turned) | again.unread
+    rotated = source is not None and bool(source.transforms.rotations)
+    unread = unread_without(output.folder, ENGINES[output.target], known, rotated) | again.unread
     return {name: what for name, what in unread.items() if what}
 
 
-def _smoothed(source: Checkpoint | None, folder: Path) -> Checkpoint | None:
-    """The source as the output's own calibration smoothed it."""
+def _transformed(source: Checkpoint | None, folder: Path) -> Checkpoint | None:
+    """The source with the weight transforms of the output's own calibration."""
     saved = folder / CALIBRATION
     if source is None or not os.path.lexists(saved):
         return source
     if not saved.is_file():
         raise FxquantError(saved, "no regular file.", "Copy the file again, or compile again.")
-    return source.smoothed(load_calibration(saved).smoothing)
+    return source.transformed(load_calibration(saved).transforms)
 
 
-def _check_smoothing(original: Checkpoint, source: Checkpoint, folder: Path) -> list[Check]:
-    turned = bool(source.smoothing.turns)
-    checks = [check_rotation(load_program(folder / FLOAT_GRAPH), original, source.smoothing)] if turned else []
-    return [*checks, check_smoothing(original, source.smoothing)]
+def _check_transforms(original: Checkpoint, source: Checkpoint, folder: Path) -> list[Check]:
+    rotated = bool(source.transforms.rotations)
+    checks = [check_rotation(load_program(folder / FLOAT_GRAPH), original, source.transforms)] if rotated else []
+    return [*checks, check_smoothing(original, source.transforms)]
 
 
 def _check_source(program: Program, source: Checkpoint) -> Check:

@@ -1,4 +1,4 @@
-"""Smoothing changes numbers and no function: what was divided on one side is multiplied on the other, what was turned
+"""Smoothing changes numbers and no function: what was divided on one side is multiplied on the other, what was rotated
 by a matrix on one side by its inverse on the other."""
 
 from collections.abc import Sequence
@@ -10,40 +10,42 @@ from torch import Tensor
 
 from fxquant.calibration.calibration_file import CALIBRATION
 from fxquant.checkpoint.checkpoint import Checkpoint
-from fxquant.checkpoint.rotated import rotation
-from fxquant.passes.find_rotation import find_turns
+from fxquant.checkpoint.rotated import rotation_transforms
+from fxquant.passes.find_rotation import find_rotations
 from fxquant.program.program import Program
 from fxquant.schemes.roles import module_and_role, tensor_name
 from fxquant.transforms.rotation import Rotate
-from fxquant.transforms.weight_transforms import Smoothing
+from fxquant.transforms.weight_transforms import WeightTransforms
 from fxquant.verification.report import Check
 
 
-def check_smoothing(source: Checkpoint, smoothing: Smoothing) -> Check:
-    """Every smoothed vector recomputed from `source`, untouched but for turns, `==`, and every scale on both sides."""
-    source = source.smoothed(rotation(smoothing.turns, source))
-    check = Check("smoothing keeps the function", len(smoothing.tensors) + len(smoothing.scales))
-    read = set(smoothing.columns.values())
-    for key in sorted(smoothing.scales):
-        divided = key in smoothing.rows or key in smoothing.tensors
+def check_smoothing(source: Checkpoint, transforms: WeightTransforms) -> Check:
+    """Every smoothed vector recomputed from `source`, untouched but rotated, `==`, and every scale on both sides."""
+    source = source.transformed(rotation_transforms(transforms.rotations, source))
+    check = Check("smoothing keeps the function", len(transforms.tensors) + len(transforms.scales))
+    read = set(transforms.columns.values())
+    for key in sorted(transforms.scales):
+        divided = key in transforms.rows or key in transforms.tensors
         check.expect(divided and key in read, f"{key}: its scale is on one side only")
-    for name, tensor in sorted(smoothing.tensors.items()):
-        check.expect(_agrees(tensor, _wanted(name, source, smoothing)), f"{name}: does not make up for scale and shift")
+    for name, tensor in sorted(transforms.tensors.items()):
+        check.expect(
+            _agrees(tensor, _wanted(name, source, transforms)), f"{name}: does not make up for scale and shift"
+        )
     return check
 
 
-def check_rotation(program: Program, source: Checkpoint, smoothing: Smoothing) -> Check:
-    """The turns are those that the float graph `program` needs, no weight of a turned value left out."""
-    check = Check("rotation keeps the function", len(smoothing.turns) + len(smoothing.norms))
+def check_rotation(program: Program, source: Checkpoint, transforms: WeightTransforms) -> Check:
+    """The rotations are those that the float graph `program` needs, no weight of a rotated value left out."""
+    check = Check("rotation keeps the function", len(transforms.rotations) + len(transforms.norms))
     candidates = [
-        find_turns(program, parts) for count in range(1, 1 + len(Rotate)) for parts in combinations(Rotate, count)
+        find_rotations(program, parts) for count in range(1, 1 + len(Rotate)) for parts in combinations(Rotate, count)
     ]
-    applied = smoothing.turns
-    closest = min(candidates, key=lambda turns: len(set(applied.items()) ^ set(turns.items())))
+    applied = transforms.rotations
+    closest = min(candidates, key=lambda rotations: len(set(applied.items()) ^ set(rotations.items())))
     for name in sorted({*applied, *closest}):
         same = applied.get(name) == closest.get(name)
-        check.expect(same, f"{name}: turned by {applied.get(name)}, the graph says {closest.get(name)}")
-    for name, norm in smoothing.norms.items():
+        check.expect(same, f"{name}: rotated by {applied.get(name)}, the graph says {closest.get(name)}")
+    for name, norm in transforms.norms.items():
         check.expect(name in source.tensors and torch.equal(norm, source.read(name)), f"{name}: not the source's")
     return check
 
@@ -57,18 +59,18 @@ def check_calibration(folder: Path, values: Sequence[Check]) -> Check:
     return check
 
 
-def _wanted(name: str, source: Checkpoint, smoothing: Smoothing) -> Tensor:
+def _wanted(name: str, source: Checkpoint, transforms: WeightTransforms) -> Tensor:
     """The vector that stands in the place of tensor `name`, float64 before its rounding where it is a sum."""
     module, role = module_and_role(name)
     weight = tensor_name(module, "weight")
     before = source.read(name) if name in source.tensors else torch.zeros(())
-    if role == "weight" and name not in smoothing.scales:
+    if role == "weight" and name not in transforms.scales:
         return before
     if role == "weight":
-        return (before.float() / smoothing.scales[name]).to(before.dtype)
-    if weight in smoothing.scales:  # of a norm
-        return (before.float() - smoothing.shifts.get(weight, torch.zeros(()))) / smoothing.scales[weight]
-    shift = smoothing.shifts.get(smoothing.columns.get(weight, ""))
+        return (before.float() / transforms.scales[name]).to(before.dtype)
+    if weight in transforms.scales:  # of a norm
+        return (before.float() - transforms.shifts.get(weight, torch.zeros(()))) / transforms.scales[weight]
+    shift = transforms.shifts.get(transforms.columns.get(weight, ""))
     return before.double() if shift is None else before.double() + source.read(weight).double() @ shift.double()
 
 

@@ -20,7 +20,7 @@ def unread_with(folder: Path) -> dict[str, str]:
     return {MANIFEST: "what nothing else says, such as the policy's name", STAMPS: stamps}
 
 
-def unread_without(folder: Path, engine: Engine, known: set[str], turned: bool) -> dict[str, str]:
+def unread_without(folder: Path, engine: Engine, known: set[str], rotated: bool) -> dict[str, str]:
     """The same where the manifest is gone. `known`: files that were compared with the source, or read tensor by tensor.
 
     Files that every output has are named whether they are there or not: nothing says that they were.
@@ -28,8 +28,8 @@ def unread_without(folder: Path, engine: Engine, known: set[str], turned: bool) 
     unread = dict.fromkeys((FLOAT_GRAPH, LEDGER, STAMPS, *((PREFILL, DECODE) if engine.npu_graph else ())), ALL)
     unread |= {GRAPH: "the policy's rules in it", CALIBRATION: "the ranges in it, and the text's hash"}
     unread |= {} if engine.npu_graph else {ONNX_GRAPH: "the version of fxquant that it names"}
-    if turned:
-        unread[FLOAT_GRAPH] = "all but the turns that it needs"
+    if rotated:
+        unread[FLOAT_GRAPH] = "all but the rotations that it needs"
     read = known | set(unread) | {"config.json", engine.description, engine.index, ASCEND_GRAPH}
     others = (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if not _is_folder(path))
     return unread | {name: ALL for name in others if name not in read}

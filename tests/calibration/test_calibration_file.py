@@ -82,7 +82,7 @@ def test_the_file_has_one_value_a_batch_of_each_static_linear(whole: Path) -> No
     assert all((tensors[f"{module}.input_low"] < tensors[f"{module}.input_high"]).all() for module in STATIC_LINEARS)
     with safe_open(whole / CALIBRATION, "pt") as file:
         seen = file.metadata()
-    transforms = {"smooth", "kept", "columns", "rows"}
+    transforms = {"smooth", "statistic", "columns", "rows"}
     assert set(seen) == {"format", "graph", "weights", "text", *transforms} and seen["weights"] == "float"
     assert len(seen["graph"]) == 64 and len(seen["text"]) == 32
 

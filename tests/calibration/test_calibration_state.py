@@ -16,7 +16,7 @@ from token_files import token_ids
 from fxquant import CompileOptions, FxquantError, compile
 from fxquant.calibration.resume_folder import STATE
 from fxquant.calibration.resume_state import State, load_key, load_state, save_state
-from fxquant.transforms.weight_transforms import Smoothing
+from fxquant.transforms.weight_transforms import WeightTransforms
 
 
 @pytest.fixture(scope="module")
@@ -113,10 +113,10 @@ def test_a_damaged_state_is_refused_until_it_is_discarded(
 def test_every_value_comes_back_as_it_was(tmp_path: Path) -> None:
     values = {"x": [torch.randn(2, 3).bfloat16(), torch.randn(0, 4)], "pair": [(torch.arange(3), torch.randn(2))] * 11}
     ranges = {"x": (torch.randn(2), torch.randn(2))}
-    state = State(3, values, ranges, {"gate": torch.arange(4)}, Smoothing({"w": torch.ones(2)}, {"c": "w"}))
+    state = State(3, values, ranges, {"gate": torch.arange(4)}, WeightTransforms({"w": torch.ones(2)}, {"c": "w"}))
     assert save_state(state, tmp_path / STATE, {"text": "a"})
     loaded = load_state(tmp_path / STATE)
     assert load_key(tmp_path / STATE)["text"] == "a" and loaded.blocks == 3
-    assert repr(loaded) == repr(State(3, dict(sorted(values.items())), ranges, state.experts, state.smoothing))
-    assert not save_state(State(4, {"x": [torch.ones(2).bool()]}, {}, {}, Smoothing()), tmp_path / STATE, {})
+    assert repr(loaded) == repr(State(3, dict(sorted(values.items())), ranges, state.experts, state.transforms))
+    assert not save_state(State(4, {"x": [torch.ones(2).bool()]}, {}, {}, WeightTransforms()), tmp_path / STATE, {})
     assert load_state(tmp_path / STATE).blocks == 3

@@ -29,7 +29,7 @@ from fxquant.runtime.execute import Observer, call, of_batch, prefill_inputs
 from fxquant.runtime.stream import Stream, experts_together
 from fxquant.runtime.weight_readers import LazyStack, Read, RoundedReader, load
 from fxquant.tools.main import app
-from fxquant.transforms.transforms_file import smoothing_tensors
+from fxquant.transforms.transforms_file import transform_tensors
 
 PLAIN, M4, FLEX = "deepseek_w4a8_msmodelslim", "deepseek_w4a8_msmodelslim_m4", "deepseek_w4a8"
 LAYERS = 4
@@ -130,9 +130,9 @@ def test_it_sees_what_a_run_of_the_whole_graph_sees(
         assert list(zip(low, high, strict=True)) == ranges[inputs_of[module]], module
     assert calibration.experts.keys() == experts.keys() and len(experts) == LAYERS - 1
     assert all(torch.equal(calibration.experts[gate], counts) for gate, counts in experts.items())
-    smoothed, expected = smoothing_tensors(calibration.smoothing), smoothing_tensors(smoother.smoothing)
-    assert smoothed.keys() == expected.keys() and (policy == PLAIN) == (not smoothed)
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in smoothed.items())
+    tensors, expected = transform_tensors(calibration.transforms), transform_tensors(smoother.transforms)
+    assert tensors.keys() == expected.keys() and (policy == PLAIN) == (not tensors)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in tensors.items())
 
 
 def test_experts_of_all_batches_together_are_those_of_each(checkpoint: Checkpoint) -> None:
@@ -244,7 +244,7 @@ def test_operators_make_their_index_tensors_where_their_inputs_are(checkpoint: C
         for tensor in result if isinstance(result, tuple | list) else (result,):
             assert tensor.device.type == "cpu", node
 
-    whole_run(program, checkpoint.smoothed(Smoother(program, checkpoint, torch.cat).smoothing).read, batches, again)
+    whole_run(program, checkpoint.transformed(Smoother(program, checkpoint, torch.cat).transforms).read, batches, again)
 
 
 @pytest.mark.parametrize(

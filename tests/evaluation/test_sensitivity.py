@@ -193,7 +193,7 @@ def test_the_picture_names_every_module(
 def test_of_an_output_whose_float_model_is_smoothed(
     policy: str, tiny_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """The float model is smoothed and turned as the output is, biases included: the KL of all modules together is that
+    """The float model is smoothed and rotated as the output is, biases included: the KL of all modules together is that
     of `evaluate`, whose float model is the checkpoint's, but for what smoothed weights round once more."""
     if policy == "rotated":
         policy = str(tmp_path / "rotated.yaml")

@@ -221,10 +221,10 @@ def test_bytes_may_lie_anywhere_and_be_read_only(stored: torch.dtype) -> None:
 def test_a_tensor_is_read_where_it_lies() -> None:
     weight = torch.ones(2, 32, dtype=torch.bfloat16)
     assert rows_of(weight).raw.ctypes.data == weight.data_ptr()
-    turned = torch.randn(32, 4, generator=torch.Generator().manual_seed(5)).T
+    transposed = torch.randn(32, 4, generator=torch.Generator().manual_seed(5)).T
     assert same_tensors(
-        make_tensors(recipe_of(turned, Scheme.W8A8_DYNAMIC), "w", turned),
-        make_tensors(recipe_of(turned, Scheme.W8A8_DYNAMIC), "w", turned.contiguous()),
+        make_tensors(recipe_of(transposed, Scheme.W8A8_DYNAMIC), "w", transposed),
+        make_tensors(recipe_of(transposed, Scheme.W8A8_DYNAMIC), "w", transposed.contiguous()),
     )
 
 

@@ -173,11 +173,11 @@ def test_rope_turns_interleaved_pairs_and_leaves_the_rest() -> None:
     assert torch.equal(result[..., :-width], before[..., :-width])
     for batch, position, head, pair in torch.cartesian_prod(*map(torch.arange, (2, 3, heads, width // 2))).tolist():
         real, imaginary = before[batch, position, head, 6 + 2 * pair : 8 + 2 * pair].tolist()
-        turned = complex(real, imaginary) * complex(cos[batch, position, pair], sin[batch, position, pair])
+        rotated = complex(real, imaginary) * complex(cos[batch, position, pair], sin[batch, position, pair])
         halves = result[batch, position, head, 6:]
         # two products and their sum, each rounded: at most 2 U of the magnitudes, which are at most |pair|
         bound = 4 * U * abs(complex(real, imaginary))
-        assert abs(complex(halves[pair], halves[pair + width // 2]) - turned) <= bound
+        assert abs(complex(halves[pair], halves[pair + width // 2]) - rotated) <= bound
 
 
 @pytest.mark.parametrize("queries", [4, 1])

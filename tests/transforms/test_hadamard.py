@@ -1,4 +1,4 @@
-"""Hadamard matrices in exact integers, and vectors turned by them against the dense product."""
+"""Hadamard matrices in exact integers, and vectors rotated by them against the dense product."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fxquant.transforms.hadamard import NoHadamardError, base_order, hadamard, signs, turned
+from fxquant.transforms.hadamard import NoHadamardError, base_order, hadamard, rotated, signs
 
 ORDERS = (1, 12, 20, 24, 28, 36, 44, 60, 104)
 SIZES = (1, 2, 4, 12, 24, 28, 64, 96, 112, 128, 192, 448, 576)
@@ -40,10 +40,10 @@ def test_no_matrix_is_an_error(n: int) -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(st.sampled_from(SIZES), st.integers(1, 5), st.integers(0, 2**32 - 1))
-def test_turned_is_the_dense_product(n: int, rows: int, seed: int) -> None:
+def test_rotated_is_the_dense_product(n: int, rows: int, seed: int) -> None:
     """Each result is n terms added in float32: no more than log2 of n plus 30 roundings of what is added so far."""
     x = torch.randn(rows, n, generator=torch.Generator().manual_seed(seed))
-    product, expected = turned(x).double(), x.double() @ dense(n)
+    product, expected = rotated(x).double(), x.double() @ dense(n)
     bound = 64 * torch.finfo(torch.float32).eps * x.double().norm(dim=1, keepdim=True)
     assert ((product - expected).abs() <= bound).all()
 
@@ -58,7 +58,7 @@ def test_the_matrix_is_orthogonal(n: int) -> None:
 @settings(max_examples=40, deadline=None)
 def test_a_row_does_not_depend_on_those_beside_it(n: int, rows: int, first: int) -> None:
     x = torch.randn(rows, n, generator=torch.Generator().manual_seed(n))
-    assert torch.equal(turned(x)[first:], turned(x[first:].contiguous()) if first < rows else x[:0])
+    assert torch.equal(rotated(x)[first:], rotated(x[first:].contiguous()) if first < rows else x[:0])
 
 
 def test_the_signs_are_always_the_same() -> None:

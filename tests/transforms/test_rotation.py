@@ -1,4 +1,4 @@
-"""Rotation: what turns is found in the graph, weights against dense matrices, the same function, and outputs."""
+"""Rotation: what rotates is found in the graph, weights against dense matrices, the same function, and outputs."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,12 +17,12 @@ from torch import Tensor
 from fxquant import CompileOptions, FxquantError, compile, verify
 from fxquant.calibration.calibration_file import CALIBRATION, load_calibration
 from fxquant.checkpoint.checkpoint import Checkpoint
-from fxquant.checkpoint.rotated import rotation
+from fxquant.checkpoint.rotated import rotation_transforms
 from fxquant.lowering.weights.work import Workers
-from fxquant.passes.find_rotation import NotTurnedError, find_turns
+from fxquant.passes.find_rotation import NotRotatedError, find_rotations
 from fxquant.planning.plan import plan
-from fxquant.transforms.rotation import Rotate, Turn
-from fxquant.transforms.weight_transforms import Smoothing
+from fxquant.transforms.rotation import Rotate, Rotation
+from fxquant.transforms.weight_transforms import WeightTransforms
 
 BOTH = (Rotate.HIDDEN, Rotate.HEADS)
 ROTATE = "rotate: [hidden, heads]"
@@ -30,26 +30,26 @@ LAYER = "model.layers.1"
 ATTENTION, MLP = f"{LAYER}.self_attn", f"{LAYER}.mlp"
 
 
-def turned_checkpoint(checkpoint: Checkpoint, parts: tuple[Rotate, ...] = BOTH) -> Checkpoint:
-    return checkpoint.smoothed(rotation(find_turns(float_program(checkpoint), parts), checkpoint))
+def rotated_checkpoint(checkpoint: Checkpoint, parts: tuple[Rotate, ...] = BOTH) -> Checkpoint:
+    return checkpoint.transformed(rotation_transforms(find_rotations(float_program(checkpoint), parts), checkpoint))
 
 
 # what is found
 
 
-def test_turns_are_found_in_the_graph(tiny: Callable[..., Checkpoint]) -> None:
-    rotations = find_turns(float_program(tiny()), BOTH)
+def test_rotations_are_found_in_the_graph(tiny: Callable[..., Checkpoint]) -> None:
+    rotations = find_rotations(float_program(tiny()), BOTH)
     before, after = f"{LAYER}.input_layernorm.weight", f"{LAYER}.post_attention_layernorm.weight"
-    assert rotations["model.embed_tokens.weight"] == Turn(columns=1)
-    assert rotations["lm_head.weight"] == Turn(columns=1, norm="model.norm.weight")
-    ours = {name.removeprefix(f"{LAYER}."): turn for name, turn in rotations.items() if name.startswith(LAYER)}
-    writes, reads = Turn(heads=1, values=256), Turn(columns=1, norm=after)
+    assert rotations["model.embed_tokens.weight"] == Rotation(columns=1)
+    assert rotations["lm_head.weight"] == Rotation(columns=1, norm="model.norm.weight")
+    ours = {name.removeprefix(f"{LAYER}."): rotation for name, rotation in rotations.items() if name.startswith(LAYER)}
+    writes, reads = Rotation(heads=1, values=256), Rotation(columns=1, norm=after)
     experts = [f"mlp.experts.{index}" for index in range(8)] + ["mlp.shared_experts"]
     assert ours == {
-        "self_attn.q_a_proj.weight": Turn(columns=1, norm=before),
-        "self_attn.kv_a_proj_with_mqa.weight": Turn(columns=1, norm=before),
-        "self_attn.kv_b_proj.weight": Turn(heads=4, values=16),
-        "self_attn.o_proj.weight": Turn(columns=4, heads=1, values=256),
+        "self_attn.q_a_proj.weight": Rotation(columns=1, norm=before),
+        "self_attn.kv_a_proj_with_mqa.weight": Rotation(columns=1, norm=before),
+        "self_attn.kv_b_proj.weight": Rotation(heads=4, values=16),
+        "self_attn.o_proj.weight": Rotation(columns=4, heads=1, values=256),
         "mlp.gate.weight": reads,
         **{f"{expert}.{name}.weight": reads for expert in experts for name in ("gate_proj", "up_proj")},
         **{f"{expert}.down_proj.weight": writes for expert in experts},
@@ -58,11 +58,11 @@ def test_turns_are_found_in_the_graph(tiny: Callable[..., Checkpoint]) -> None:
 
 def test_each_part_alone(tiny: Callable[..., Checkpoint]) -> None:
     program = float_program(tiny())
-    heads, hidden = (find_turns(program, (part,)) for part in (Rotate.HEADS, Rotate.HIDDEN))
+    heads, hidden = (find_rotations(program, (part,)) for part in (Rotate.HEADS, Rotate.HIDDEN))
     o_proj = f"{ATTENTION}.o_proj.weight"
     assert set(heads) & set(hidden) == {o_proj, o_proj.replace("1", "0")}
-    assert heads[o_proj] == Turn(columns=4) and hidden[o_proj] == Turn(heads=1, values=256)
-    assert not find_turns(program, ())
+    assert heads[o_proj] == Rotation(columns=4) and hidden[o_proj] == Rotation(heads=1, values=256)
+    assert not find_rotations(program, ())
 
 
 @pytest.mark.parametrize(
@@ -70,21 +70,21 @@ def test_each_part_alone(tiny: Callable[..., Checkpoint]) -> None:
     [({"hidden_size": 184}, "no Hadamard matrix of order 184"), ({"v_head_dim": 6}, "no Hadamard matrix of order 6")],
 )
 def test_sizes_without_a_matrix(tiny: Callable[..., Checkpoint], changes: dict[str, int], fact: str) -> None:
-    with pytest.raises(NotTurnedError, match=fact):
-        find_turns(float_program(tiny(**changes)), BOTH)
+    with pytest.raises(NotRotatedError, match=fact):
+        find_rotations(float_program(tiny(**changes)), BOTH)
 
 
 def test_what_is_in_the_way_is_named(tiny: Callable[..., Checkpoint]) -> None:
     program = float_program(tiny())
     (head,) = [name for name in program.parameters if name.startswith("lm_head")]
     program.parameters[head] = replace(program.parameters[head], names=("model.embed_tokens.weight",))
-    with pytest.raises(NotTurnedError, match=r"model\.embed_tokens\.weight would be turned twice"):
-        find_turns(program, BOTH)
+    with pytest.raises(NotRotatedError, match=r"model\.embed_tokens\.weight would be rotated twice"):
+        find_rotations(program, BOTH)
     program = float_program(tiny())
     for add in program.nodes(torch.ops.aten.add.Tensor)[:1]:
         add.target = torch.ops.aten.mul.Tensor
-    with pytest.raises(NotTurnedError, match="reads the residual stream, and is no norm"):
-        find_turns(program, BOTH)
+    with pytest.raises(NotRotatedError, match="reads the residual stream, and is no norm"):
+        find_rotations(program, BOTH)
 
 
 # the weights
@@ -98,7 +98,7 @@ def of(checkpoint: Checkpoint, name: str) -> Tensor:
 def test_weights_are_those_of_dense_matrices(tiny: Callable[..., Checkpoint], dtype: torch.dtype) -> None:
     """Rounded once: half a step of the dtype, and what float32 adds up to before."""
     checkpoint = tiny(dtype=dtype)
-    after, q, h = turned_checkpoint(checkpoint), dense(256), torch.block_diag(*[dense(16)] * 4)
+    after, q, h = rotated_checkpoint(checkpoint), dense(256), torch.block_diag(*[dense(16)] * 4)
     g = {name: of(checkpoint, f"{LAYER}.{name}_layernorm.weight") for name in ("input", "post_attention")}
     keys_stay = torch.block_diag(*[torch.block_diag(torch.eye(16, dtype=torch.float64), dense(16))] * 4)
     expected = {
@@ -122,16 +122,16 @@ def test_weights_are_those_of_dense_matrices(tiny: Callable[..., Checkpoint], dt
 
 
 def test_rows_in_blocks_are_the_same_bits(tiny: Callable[..., Checkpoint]) -> None:
-    after = turned_checkpoint(tiny())
+    after = rotated_checkpoint(tiny())
     name = "model.embed_tokens.weight"
     source, whole = tiny().read(name), after.read(name)
-    parts = [after.smoothing.apply(name, rows, 128, 48 * i) for i, rows in enumerate(source.split(48))]
+    parts = [after.transforms.apply(name, rows, 128, 48 * i) for i, rows in enumerate(source.split(48))]
     assert torch.equal(torch.cat(parts), whole)
 
 
 def test_biases_turn_with_the_rows(tiny: Callable[..., Checkpoint]) -> None:
     checkpoint = tiny(attention_bias=True)
-    after, name = turned_checkpoint(checkpoint), f"{ATTENTION}.o_proj.bias"
+    after, name = rotated_checkpoint(checkpoint), f"{ATTENTION}.o_proj.bias"
     assert torch.allclose(
         of(after, name), of(checkpoint, name) @ dense(256), rtol=2.0**-8, atol=2.0**-9
     )  # bf16, near 0
@@ -151,7 +151,7 @@ def test_the_function_stays(
     sqrt(k) steps more. Of all tokens the median: one near a tie of two experts may go to the other."""
     checkpoint = tiny(dtype=dtype, **changes)
     program = float_program(checkpoint)
-    before, after = logits(program, checkpoint), logits(program, turned_checkpoint(checkpoint, parts))
+    before, after = logits(program, checkpoint), logits(program, rotated_checkpoint(checkpoint, parts))
     error, steps = (after - before).pow(2).mean(-1).sqrt().median(), 4.0
     if dtype is torch.float32:
         steps *= checkpoint.config["hidden_size"] ** 0.5
@@ -181,7 +181,7 @@ def test_every_output(tiny_folder: Callable[..., Path], ids: Path, tmp_path: Pat
     checks = {check.name: check for check in report.verification.checks}
     ends, dense_layer, expert_layer, norms = 2, 4 + 3, 4 + 1 + 9 * 3, 5
     assert checks["rotation keeps the function"].checked == ends + dense_layer + expert_layer + norms
-    saved = load_calibration(tmp_path / "out" / CALIBRATION).smoothing
+    saved = load_calibration(tmp_path / "out" / CALIBRATION).transforms
     assert len(saved.norms) == 5 and saved.scales
 
 
@@ -190,7 +190,7 @@ def test_without_calibration(tiny_folder: Callable[..., Path], tmp_path: Path) -
     report = compile(tiny_folder(), CompileOptions(policy=policy, out=out, export=False))
     assert report.verification is not None and report.verification.ok
     saved = load_calibration(out / CALIBRATION)
-    assert saved.smoothing.turns and not len(saved.tokens) and not saved.ranges
+    assert saved.transforms.rotations and not len(saved.tokens) and not saved.ranges
 
 
 def test_any_number_of_workers_gives_the_same_bytes(tiny_folder: Callable[..., Path], tmp_path: Path) -> None:
@@ -203,8 +203,8 @@ def test_any_number_of_workers_gives_the_same_bytes(tiny_folder: Callable[..., P
     assert weights(tmp_path / "1") == weights(tmp_path / "2")
 
 
-def test_reuse_knows_what_was_turned(tiny_folder: Callable[..., Path], tmp_path: Path) -> None:
-    """An output of other turns gives what they do not touch; the bytes are those of a compile from nothing."""
+def test_reuse_knows_what_was_rotated(tiny_folder: Callable[..., Path], tmp_path: Path) -> None:
+    """An output of other rotations gives what they do not touch; the bytes are those of a compile from nothing."""
     first, fresh, reused = (tmp_path / name for name in ("first", "fresh", "reused"))
     heads = policy_of(tmp_path, "rotate: [heads]", "deepseek_w4a8_dynamic")
     compile(tiny_folder(), CompileOptions(policy=heads, out=first, export=False, verify=False))
@@ -214,7 +214,7 @@ def test_reuse_knows_what_was_turned(tiny_folder: Callable[..., Path], tmp_path:
     assert weights(fresh) == weights(reused)
 
 
-def test_a_saved_calibration_has_the_turns(tiny_folder: Callable[..., Path], ids: Path, tmp_path: Path) -> None:
+def test_a_saved_calibration_has_the_rotations(tiny_folder: Callable[..., Path], ids: Path, tmp_path: Path) -> None:
     first, second, policy = tmp_path / "first", tmp_path / "second", policy_of(tmp_path, ROTATE)
     compile(tiny_folder(), CompileOptions(policy=policy, out=first, calib=ids, export=False, verify=False))
     saved = first / CALIBRATION
@@ -224,7 +224,7 @@ def test_a_saved_calibration_has_the_turns(tiny_folder: Callable[..., Path], ids
         compile(tiny_folder(), CompileOptions(policy="deepseek_w4a8", out=tmp_path / "third", calibration=saved))
 
 
-def test_gptq_sees_turned_weights(tiny_folder: Callable[..., Path], ids: Path, tmp_path: Path) -> None:
+def test_gptq_sees_rotated_weights(tiny_folder: Callable[..., Path], ids: Path, tmp_path: Path) -> None:
     text = f"{ROTATE}\nunseen_experts: all_tokens\nrules: [{{kind: attention, scheme: W8A8_DYNAMIC, algorithm: gptq}}]"
     policy = policy_of(tmp_path, text)
     (tmp_path / "policy.yaml").write_text(
@@ -239,22 +239,22 @@ def test_gptq_sees_turned_weights(tiny_folder: Callable[..., Path], ids: Path, t
 def test_multi_token_prediction_is_refused(tiny_folder: Callable[..., Path], ids: Path, tmp_path: Path) -> None:
     source = tiny_folder(num_nextn_predict_layers=1)
     options = CompileOptions(policy=policy_of(tmp_path, ROTATE), out=tmp_path / "out", calib=ids, mtp="float")  # type: ignore[arg-type]
-    with pytest.raises(FxquantError, match="turns what multi-token prediction layers read"):
+    with pytest.raises(FxquantError, match="rotates what multi-token prediction layers read"):
         compile(source, options)
     heads = policy_of(tmp_path, "rotate: [heads]")
     compile(source, replace(options, policy=heads, export=False))
 
 
-def damaged(smoothing: Smoothing) -> list[Callable[[], object]]:
+def damaged(transforms: WeightTransforms) -> list[Callable[[], object]]:
     """Ways to spoil a rotation that leave it well formed."""
     gate, norm = f"{MLP}.gate.weight", f"{LAYER}.input_layernorm.weight"
     return [
-        lambda: smoothing.turns.pop(gate),
-        lambda: smoothing.turns.update({gate: Turn(columns=1)}),
-        lambda: smoothing.turns.update({f"{ATTENTION}.q_b_proj.weight": Turn(columns=1)}),
-        lambda: smoothing.norms[norm].mul_(2),
-        lambda: smoothing.tensors[norm].mul_(2),
-        lambda: smoothing.turns.update({f"{ATTENTION}.kv_b_proj.weight": Turn(heads=2, values=32)}),
+        lambda: transforms.rotations.pop(gate),
+        lambda: transforms.rotations.update({gate: Rotation(columns=1)}),
+        lambda: transforms.rotations.update({f"{ATTENTION}.q_b_proj.weight": Rotation(columns=1)}),
+        lambda: transforms.norms[norm].mul_(2),
+        lambda: transforms.tensors[norm].mul_(2),
+        lambda: transforms.rotations.update({f"{ATTENTION}.kv_b_proj.weight": Rotation(heads=2, values=32)}),
     ]
 
 
@@ -265,18 +265,18 @@ def test_verify_knows_a_function_that_changed(tiny_folder: Callable[..., Path], 
     compile(tiny_folder(), CompileOptions(policy=policy, out=out, export=False, verify=False))
     (out / "fxquant_manifest.json").unlink()
     calibration = load_calibration(out / CALIBRATION)
-    damaged(calibration.smoothing)[which]()
+    damaged(calibration.transforms)[which]()
     calibration.save(out / CALIBRATION)
     report = verify(out, against=tiny_folder())
     assert any("keeps the function" in check.name and check.misses for check in report.checks)
 
 
-def test_bad_turns_in_a_file_are_refused(tiny_folder: Callable[..., Path], tmp_path: Path) -> None:
+def test_bad_rotations_in_a_file_are_refused(tiny_folder: Callable[..., Path], tmp_path: Path) -> None:
     policy, out = policy_of(tmp_path, ROTATE, "deepseek_w4a8_dynamic"), tmp_path / "out"
     compile(tiny_folder(), CompileOptions(policy=policy, out=out, export=False, verify=False))
-    for turn in (Turn(columns=-1), Turn(columns=1, norm="model.other.weight"), Turn(heads=1.5)):  # type: ignore[arg-type]
+    for rotation in (Rotation(columns=-1), Rotation(columns=1, norm="model.other.weight"), Rotation(heads=1.5)):  # type: ignore[arg-type]
         calibration = load_calibration(out / CALIBRATION)
-        calibration.smoothing.turns["lm_head.weight"] = turn
+        calibration.transforms.rotations["lm_head.weight"] = rotation
         calibration.save(tmp_path / "bad.safetensors")
         with pytest.raises(FxquantError, match=r"invalid rotation of lm_head\.weight"):
             load_calibration(tmp_path / "bad.safetensors")

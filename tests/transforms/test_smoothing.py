@@ -18,7 +18,7 @@ from fxquant.passes import AssignSchemes, Calibrate, PairSmoothing
 from fxquant.policy.policy import load_policy
 from fxquant.program.program import Program
 from fxquant.runtime.execute import execute, prefill_inputs
-from fxquant.transforms.weight_transforms import Smoothing
+from fxquant.transforms.weight_transforms import WeightTransforms
 
 M4 = "deepseek_w4a8_msmodelslim_m4"
 TARGETS = ("ascend", "mindie", "sglang-npu", "onnx")
@@ -39,7 +39,7 @@ def smoothed(checkpoint: Checkpoint, policy: str, rows: int = 4) -> Smoothed:
     calibrate = Calibrate(loaded, checkpoint, lambda: batches)
     calibrate(program)
     assert calibrate.used is not None
-    return program, checkpoint.smoothed(calibrate.used.smoothing)
+    return program, checkpoint.transformed(calibrate.used.transforms)
 
 
 def logits(program: Program, checkpoint: Checkpoint) -> Tensor:
@@ -131,7 +131,7 @@ def test_values_are_scaled_by_head(tiny: Callable[..., Checkpoint]) -> None:
     _, after = smoothed(before, M4)
     kv_b, o = (f"model.layers.0.self_attn.{name}.weight" for name in ("kv_b_proj", "o_proj"))
     rows, columns = before.read(kv_b).unflatten(0, (4, 32)), before.read(o)
-    scale = after.smoothing.scales[kv_b]
+    scale = after.transforms.scales[kv_b]
     assert torch.equal(after.read(o), (columns.float() * scale).bfloat16())
     keys, values = after.read(kv_b).unflatten(0, (4, 32)).split(16, 1)
     assert torch.equal(keys, rows[:, :16])
@@ -165,7 +165,7 @@ def test_the_function_stays(tiny: Callable[..., Checkpoint], tmp_path: Path, tex
 
 def test_without_rules_nothing_changes(tiny: Callable[..., Checkpoint]) -> None:
     _, after = smoothed(tiny(), "deepseek_w4a8_msmodelslim")
-    assert not after.smoothing
+    assert not after.transforms
 
 
 def test_outliers_go_where_they_do_no_harm(tiny_folder: Callable[..., Path], tmp_path: Path) -> None:
@@ -233,16 +233,16 @@ def test_a_saved_calibration_has_the_smoothing(tiny_folder: Callable[..., Path],
         compile(tiny_folder(), CompileOptions(policy=other, out=tmp_path / "third", calibration=saved))
 
 
-def damaged(smoothing: Smoothing) -> list[Callable[[], object]]:
+def damaged(transforms: WeightTransforms) -> list[Callable[[], object]]:
     """Ways to spoil a smoothing that leave it well formed."""
     norm = "model.layers.0.input_layernorm"
     return [
-        lambda: smoothing.scales[f"{norm}.weight"].mul_(2),
-        lambda: smoothing.tensors[f"{norm}.bias"].add_(1),
-        lambda: smoothing.tensors["model.layers.0.self_attn.q_a_proj.bias"].mul_(1.5),
-        lambda: smoothing.columns.pop("model.layers.0.self_attn.q_b_proj.weight"),
-        lambda: smoothing.rows.pop("model.layers.0.self_attn.kv_b_proj.weight"),
-        smoothing.shifts[f"{norm}.weight"].zero_,
+        lambda: transforms.scales[f"{norm}.weight"].mul_(2),
+        lambda: transforms.tensors[f"{norm}.bias"].add_(1),
+        lambda: transforms.tensors["model.layers.0.self_attn.q_a_proj.bias"].mul_(1.5),
+        lambda: transforms.columns.pop("model.layers.0.self_attn.q_b_proj.weight"),
+        lambda: transforms.rows.pop("model.layers.0.self_attn.kv_b_proj.weight"),
+        transforms.shifts[f"{norm}.weight"].zero_,
     ]
 
 
@@ -254,7 +254,7 @@ def test_verify_knows_a_function_that_changed(
     compile(tiny_folder(), CompileOptions(policy=M4, out=out, calib=ids, export=False, verify=False))
     (out / "fxquant_manifest.json").unlink()
     calibration = load_calibration(out / CALIBRATION)
-    damaged(calibration.smoothing)[which]()
+    damaged(calibration.transforms)[which]()
     calibration.save(out / CALIBRATION)
     report = verify(out, against=tiny_folder())
     assert not report.ok and any("smoothing" in check.name and check.misses for check in report.checks)

@@ -97,8 +97,8 @@ def case(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Callable[..., Pa
             options = CompileOptions(policy=policy, target=target, out=base / target, calib=base / IDS)
             fxquant.compile(source, options)
             program = load_program(base / target / GRAPH)
-            smoothing = load_calibration(base / target / CALIBRATION).smoothing
-            read = Cached(RecipeReader(program, open_checkpoint(source).smoothed(smoothing)))
+            transforms = load_calibration(base / target / CALIBRATION).transforms
+            read = Cached(RecipeReader(program, open_checkpoint(source).transformed(transforms)))
             cases[target] = Case(
                 source, base / target, target, program, dict(walk(program, read, set(block_names(program))))
             )

@@ -64,8 +64,8 @@ class CheckpointProducer:
             document.append(recipe_arguments(unit.recipe))
         parts = ((self._stamps[part.file], part.start) for part in self._parts(unit))
         document += ([stamp.header, stamp.size, start] for stamp, start in parts)  # where, and no time
-        smoothed = self._checkpoint.smoothing.key(_sources(unit))
-        document += [] if smoothed is None else [smoothed]
+        changed = self._checkpoint.transforms.key(_sources(unit))
+        document += [] if changed is None else [changed]
         if self._solved is not None and unit.recipe is not None and unit.recipe.algorithm.from_inputs:
             document.append(self._solved.digest(unit.name))
         return hash_text(json.dumps(document))
@@ -85,22 +85,22 @@ class CheckpointProducer:
         return [part for tensor in tensors for part in tensor.parts]
 
     def _kept(self, unit: Unit) -> Iterator[tuple[str, memoryview]]:
-        """A float tensor as it is, or decoded, smoothed and converted where the stored one is another."""
+        """A float tensor as it is, or decoded, transformed and converted where the stored one is another."""
         assert unit.kept is not None
         tensor, dtype = self._checkpoint.tensors[unit.name], unit.kept.spec.dtype
-        smoothing = self._checkpoint.smoothing
-        if unit.name in smoothing.tensors or isinstance(tensor, HeldTensor):
-            yield "", tensor_bytes(smoothing.tensors[unit.name].to(dtype))
+        transforms = self._checkpoint.transforms
+        if unit.name in transforms.tensors or isinstance(tensor, HeldTensor):
+            yield "", tensor_bytes(transforms.tensors[unit.name].to(dtype))
             return
         buffer = np.empty(min(BLOCK_BYTES, tensor.nbytes), np.uint8)
-        if tensor.dtype is dtype and not smoothing.changes(unit.name):
+        if tensor.dtype is dtype and not transforms.changes(unit.name):
             for start in range(0, tensor.nbytes, BLOCK_BYTES):
                 view = buffer.data[: min(BLOCK_BYTES, tensor.nbytes - start)]
                 self._reader.read_into(tensor, start, view)
                 yield "", view
             return
         for first, wide in self._decoded_blocks(unit.name):
-            yield "", tensor_bytes(smoothing.apply(unit.name, wide, tensor.shape[0], first).to(dtype))
+            yield "", tensor_bytes(transforms.apply(unit.name, wide, tensor.shape[0], first).to(dtype))
 
     def _made(self, unit: Unit, recipe: Recipe) -> Iterator[tuple[str, memoryview]]:
         from fxquant.kernels.module_tensors import ModuleMaker  # here: keys are asked for where no compiler is wanted
@@ -108,8 +108,8 @@ class CheckpointProducer:
         name = unit.tensor_name("weight")
         maker = ModuleMaker(recipe, name, self._bias(unit.name) if recipe.bias else None)
         codes = codes_of(recipe, unit.name, self._solved)
-        turned = name in self._checkpoint.smoothing.turns
-        for source in self._turned_rows(name) if turned else self._stored_rows(name):
+        rotated = name in self._checkpoint.transforms.rotations
+        for source in self._rotated_rows(name) if rotated else self._stored_rows(name):
             chosen = None if codes is None else codes[source.start : source.start + source.rows]
             for suffix, tensor in maker.rows(source, chosen).items():
                 yield suffix, tensor_bytes(tensor)
@@ -120,31 +120,31 @@ class CheckpointProducer:
         """Rows as they lie in the file, with all that kernels decode and smooth them by."""
         from fxquant.kernels.source_rows import SourceRows
 
-        weight, smoothing = self._checkpoint.tensors[name], self._checkpoint.smoothing
+        weight, transforms = self._checkpoint.tensors[name], self._checkpoint.transforms
         scales = self._scales(name) if name in self._checkpoint.scales else None
-        columns, divided = _array(smoothing.column_scale(name)), _array(smoothing.row_scale(name, weight.shape[0]))
+        columns, divided = _array(transforms.column_scale(name)), _array(transforms.row_scale(name, weight.shape[0]))
         model_dtype = self._checkpoint.stored_dtype(name)
         for first, rows in self._row_blocks(weight):
             form = (weight.dtype, weight.shape[1], first, model_dtype, scales, self._checkpoint.block)
             yield SourceRows(rows, *form, columns, divided)
 
-    def _turned_rows(self, name: str) -> Iterator["SourceRows"]:
-        """Rows that are turned and smoothed, in the model's dtype."""
+    def _rotated_rows(self, name: str) -> Iterator["SourceRows"]:
+        """Rows that are rotated and smoothed, in the model's dtype."""
         from fxquant.kernels.source_rows import rows_of
 
-        smoothing, (count, width) = self._checkpoint.smoothing, self._checkpoint.tensors[name].shape
+        transforms, (count, width) = self._checkpoint.transforms, self._checkpoint.tensors[name].shape
         for first, wide in self._decoded_blocks(name):
-            rotated = smoothing.apply(name, wide, count, first)
+            rotated = transforms.apply(name, wide, count, first)
             step = max(2, BLOCK_BYTES // (width * rotated.itemsize) // 2 * 2)
             for start in range(0, len(rotated), step):
                 yield replace(rows_of(rotated[start : start + step]), start=first + start)
 
     def _decoded_blocks(self, name: str) -> Iterator[tuple[int, Tensor]]:
-        """(first row, rows), FP8 decoded to the model's dtype; all rows at once where turning mixes them."""
+        """(first row, rows), FP8 decoded to the model's dtype; all rows at once where a rotation mixes them."""
         tensor, block = self._checkpoint.tensors[name], self._checkpoint.block
         scales = torch.from_numpy(self._scales(name)) if name in self._checkpoint.scales else None
         whole = None
-        if self._checkpoint.smoothing.mixed(name):
+        if self._checkpoint.transforms.mixes_rows(name):
             whole = torch.empty(tensor.shape, dtype=self._checkpoint.stored_dtype(name))
         for first, rows in self._row_blocks(tensor):
             wide = torch.from_numpy(rows).view(tensor.dtype).view(-1, *tensor.shape[1:])
@@ -175,9 +175,9 @@ class CheckpointProducer:
 
     def _bias(self, module: str) -> Tensor:
         name = tensor_name(module, "bias")
-        tensor, smoothed = self._checkpoint.tensors[name], self._checkpoint.smoothing.tensors.get(name)
-        if smoothed is not None or isinstance(tensor, HeldTensor):
-            return self._checkpoint.smoothing.tensors[name]
+        tensor, changed = self._checkpoint.tensors[name], self._checkpoint.transforms.tensors.get(name)
+        if changed is not None or isinstance(tensor, HeldTensor):
+            return self._checkpoint.transforms.tensors[name]
         return torch.frombuffer(self._reader.read(tensor), dtype=tensor.dtype)
 
 

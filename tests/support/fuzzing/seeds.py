@@ -103,10 +103,10 @@ def write_texts(folder: Path, source: Path) -> Path:
 def _write_unfinished(folder: Path, output: Path) -> None:
     """A calibration after one block, and a journal of every unit."""
     folder.mkdir()
-    smoothing = load_calibration(output / CALIBRATION).smoothing
+    transforms = load_calibration(output / CALIBRATION).transforms
     values = {"hidden": [torch.ones(1, 2, 4)], "pair": [(torch.ones(2), torch.zeros(2, dtype=torch.int64))]}
     ranges = {"norm": (torch.zeros(1), torch.ones(1))}
-    state = State(1, values, ranges, {"model.layers.1.mlp.gate": torch.ones(2, dtype=torch.int64)}, smoothing)
+    state = State(1, values, ranges, {"model.layers.1.mlp.gate": torch.ones(2, dtype=torch.int64)}, transforms)
     save_state(state, folder / "state.safetensors", KEY)
     manifest = json.loads((output / MANIFEST).read_text())
     head = {"format": 1, "policy": manifest["policy"], "sources": {"model.safetensors": ["0", 1, 2]}, "layout": "0"}

@@ -25,7 +25,7 @@ def rope_table(position_ids: Tensor, inv_freq: list[float], scale: float, dtype:
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> Tensor:
-    """Turn the last features of each head, as many as cos has: x [B, S, num_heads * width]."""
+    """Rotate the last features of each head, as many as cos has: x [B, S, num_heads * width]."""
     heads = x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
     width = cos.shape[-1]
     unrotated, rotated = heads[..., :-width], heads[..., -width:].contiguous()

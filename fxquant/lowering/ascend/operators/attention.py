@@ -13,7 +13,7 @@ from fxquant.lowering.ascend.operators.paged_attention import NAME, Keys, expect
 
 
 def npu_interleave_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [B, N, S, D] in pairs (x0, y0, x1, y1, …) → halves (x0, x1, …, y0, y1, …), each pair turned by its angle.
+    """x [B, N, S, D] in pairs (x0, y0, x1, y1, …) → halves (x0, x1, …, y0, y1, …), each pair rotated by its angle.
 
     cos, sin [B, 1 or N, 1 or S, D], halves alike: `halves * cos + rotate_half(halves) * sin`. Devices take N = 1 in
     cos and sin, and D = 64.

@@ -50,10 +50,10 @@ def paged_attention(
     for row, length in enumerate(lengths):
         if length:
             used = block_table[row, : -(-length // block_size)].long()
-            key, value, turned = (
+            key, value, rope_keys = (
                 pages[used].flatten(0, 2)[:length].float() for pages in (keys.key, keys.value, keys.key_rope)
             )
-            scores = query[row, :, 0].float() @ key.T + keys.query_rope[row, :, 0].float() @ turned.T
+            scores = query[row, :, 0].float() @ key.T + keys.query_rope[row, :, 0].float() @ rope_keys.T
             out[row, :, 0] = ((scores * scale).softmax(-1) @ value).to(query.dtype)
     return out
 
