@@ -26,7 +26,7 @@ from torch import Tensor
 import fxquant
 from fxquant.calibration.batches import batched
 from fxquant.calibration.calibration_file import CALIBRATION, text_hash
-from fxquant.checkpoint.stamped_reader import checkpoint_files, stamp_files
+from fxquant.checkpoint.stamped_bytes import checkpoint_files, stamp_files
 from fxquant.compilation.options import CompileOptions
 from fxquant.compilation.prepare import calibration, prepare
 from fxquant.errors import FxquantError
@@ -38,7 +38,7 @@ from fxquant.lowering.weights.reuse import save_stamps
 from fxquant.policy.kinds import Kind
 from fxquant.policy.policy import LEAVE_OUT, Policy, load_policy, shipped_policies
 from fxquant.program.program import Program
-from fxquant.runtime.weight_readers import Cached, Read, RecipeReader
+from fxquant.runtime.weight_providers import Cached, Read, RecipeWeights
 from fxquant.schemes.schemes import Scheme
 from fxquant.storage.hashing import hash_text
 from fxquant.text.load import load_batches
@@ -195,7 +195,7 @@ class Scorer:
             save_stamps(stamp_files(checkpoint_files(self._source.checkpoint)), place)
         program, checkpoint = prepared.program, prepared.checkpoint
         result = self._evaluate(
-            label, program, Cached(RecipeReader(program, checkpoint, prepared.solved), COMPARE_CACHE)
+            label, program, Cached(RecipeWeights(program, checkpoint, prepared.solved), COMPARE_CACHE)
         )
         nbytes = sum(tensor.nbytes for tensor in stored_tensors(program, checkpoint))
         return result.as_json() | {"bytes": nbytes, "seconds": round(time.perf_counter() - start, 1)}

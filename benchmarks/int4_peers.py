@@ -25,7 +25,7 @@ from fxquant.frontend.source import open_source
 from fxquant.kernels.module_tensors import rounded_weight
 from fxquant.ops.quantized import expand_int4
 from fxquant.policy.policy import load_policy
-from fxquant.runtime.weight_readers import Cached, Read, RecipeReader
+from fxquant.runtime.weight_providers import Cached, Read, RecipeWeights
 from fxquant.schemes.schemes import Recipe, Scheme, WeightAlgorithm
 from fxquant.schemes.weight_formats import WeightFormat
 from fxquant.storage.safetensors import read_header
@@ -69,7 +69,7 @@ def compare_text(options: argparse.Namespace) -> None:
             path = Path(folder) / f"{algorithm}.yaml"
             path.write_text(EXPERTS.format(size=GROUP_SIZE, algorithm=algorithm))
             prepared = prepare(source, load_policy(str(path)), compiled, report, for_engine=False)
-            read = RecipeReader(prepared.program, prepared.checkpoint, prepared.solved)
+            read = RecipeWeights(prepared.program, prepared.checkpoint, prepared.solved)
             rows[f"fxquant {algorithm}, groups of 128, int8 activations"] = (prepared.program, Cached(read))
     evaluations = evaluate_programs((program, Cached(source.checkpoint.read)), list(rows.values()), batches, report)
     table = Table(title=f"int4 experts alone, {options.model.name} on {options.text.name}", title_justify="left")

@@ -67,7 +67,7 @@ def fill(model: str, out: str, jobs: str, place: str) -> None:
     """
     from fxquant import CompileOptions
     from fxquant.checkpoint.checkpoint import open_checkpoint
-    from fxquant.checkpoint.stamped_reader import checkpoint_files, stamp_files
+    from fxquant.checkpoint.stamped_bytes import checkpoint_files, stamp_files
     from fxquant.compilation.prepare import prepare
     from fxquant.engines.table import ENGINES, Target
     from fxquant.frontend.source import open_source

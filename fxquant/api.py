@@ -6,7 +6,7 @@ from pathlib import Path
 from fxquant.calibration.calibration_file import Calibration
 from fxquant.calibration.resume_folder import calibration_folder
 from fxquant.checkpoint.checkpoint import open_checkpoint
-from fxquant.checkpoint.stamped_reader import checkpoint_files, stamp_files
+from fxquant.checkpoint.stamped_bytes import checkpoint_files, stamp_files
 from fxquant.compilation.ledger import Ledger
 from fxquant.compilation.options import CompileOptions, as_path, refuse_kv_cache
 from fxquant.compilation.prepare import Prepared, named_policy, open_model, prepare, source_inputs

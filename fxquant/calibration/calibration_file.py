@@ -135,15 +135,15 @@ def text_hash(batches: Iterable[Batch]) -> str:
 
 def pairs_hash(program: Program) -> str:
     """The value of `Seen.smooth`: a hash of a program's pairs, its rotations, and the schemes of scale searches."""
-    pairs = [(pair.kind.value, pair.maker, _readers(program, pair), _rule(pair)) for pair in program.pairs]
+    pairs = [(pair.kind.value, pair.maker, _consumers(program, pair), _rule(pair)) for pair in program.pairs]
     what: list[Any] = [pairs, sorted(program.added)] if pairs or program.added else []
     what += [sorted(program.rotations.items())] if program.rotations else []
     return hash_text(repr(tuple(what))) if what else ""
 
 
-def _readers(program: Program, pair: Pair) -> list[tuple[str, Any]]:
+def _consumers(program: Program, pair: Pair) -> list[tuple[str, Any]]:
     """The weights that determine a pair's scales, with their schemes if the scales are searched."""
-    recipes = ((target, program.recipes.get(program.parameters[target].module)) for target in pair.readers)
+    recipes = ((target, program.recipes.get(program.parameters[target].module)) for target in pair.consumers)
     searched = pair.rule.method is SmoothMethod.FLEX
     return [(target, _scheme(recipe) if recipe and searched else recipe is not None) for target, recipe in recipes]
 

@@ -14,7 +14,7 @@ import torch
 
 from fxquant.calibration.resume_state import DISCARD, Key, State, load_key, load_state, save_state
 from fxquant.checkpoint.checkpoint import Checkpoint
-from fxquant.checkpoint.stamped_reader import checkpoint_files, stamp_files
+from fxquant.checkpoint.stamped_bytes import checkpoint_files, stamp_files
 from fxquant.errors import FxquantError, StoppedError
 from fxquant.storage.hashing import hash_text
 from fxquant.storage.system_errors import stopping

@@ -21,7 +21,7 @@ from fxquant.program.program import Program
 from fxquant.progress import Reporter
 from fxquant.runtime.execute import Values, prefill_inputs
 from fxquant.runtime.stream import Stream
-from fxquant.runtime.weight_readers import CPU, RoundedReader
+from fxquant.runtime.weight_providers import CPU, RoundedWeights
 from fxquant.storage.hashing import hash_text
 
 
@@ -94,7 +94,7 @@ class CalibrationRun:
         inputs = [prefill_inputs(program, batch.ids, mask=batch.mask) for batch in self._batches]
         seen = {*observed, *(pair.value for pair in program.pairs), *program.nodes(ops.moe_gate)}
         seen |= set(self._solver.sites()) if self._solver else set()
-        return Stream(program, RoundedReader(program, read) if self._rounded else read, inputs, seen, self._device)
+        return Stream(program, RoundedWeights(program, read) if self._rounded else read, inputs, seen, self._device)
 
     def _see(self, observed: Collection[fx.Node], node: fx.Node, values: list[Any], inputs: Values) -> None:
         self.smoother.observe(node, values, inputs)  # first: it replaces `values` by the smoothed ones

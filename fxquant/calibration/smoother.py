@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, fx
 
 from fxquant import ops
-from fxquant.calibration.smoothquant import SEARCH_TOKENS, Reader, channel_scales
+from fxquant.calibration.smoothquant import SEARCH_TOKENS, ConsumerWeight, channel_scales
 from fxquant.checkpoint.checkpoint import Checkpoint
 from fxquant.checkpoint.rotated import rotation_transforms
 from fxquant.errors import FxquantError
 from fxquant.policy.smooth_rules import PairKind, SmoothMethod
-from fxquant.program.linears import pair_readers
+from fxquant.program.linears import pair_consumers
 from fxquant.program.operands import operand, operand_node
 from fxquant.program.program import Pair, Program
 from fxquant.runtime.execute import Values
@@ -59,8 +59,8 @@ class Smoother:
         rows = self._tokens(values)
         largest, weights = rows.abs().amax(0).cpu(), self._largest_weights(pair)
         chosen = rows[:: max(1, -(-len(rows) // SEARCH_TOKENS))].cpu()
-        readers = list(self._some_readers(pair)) if pair.rule.method is SmoothMethod.FLEX else []
-        scale = channel_scales(pair.rule, largest, weights, chosen, readers).to(self._program.dtype).float()
+        consumers = list(self._some_consumers(pair)) if pair.rule.method is SmoothMethod.FLEX else []
+        scale = channel_scales(pair.rule, largest, weights, chosen, consumers).to(self._program.dtype).float()
         if not bool((torch.isfinite(scale) & (scale > 0)).all()):
             fact = f"smoothing scales {scale.min():g} … {scale.max():g} do not fit {self._program.dtype}."
             raise FxquantError(pair.value.name, fact, "Use method: none for it.")
@@ -73,12 +73,12 @@ class Smoother:
         transforms, (name,) = self.transforms, self._program.parameters[pair.maker].names
         weight, bias = self._source.read(name), None
         transforms.scales[name] = scale
-        transforms.columns |= dict.fromkeys(pair_readers(self._program, pair), name)
+        transforms.columns |= dict.fromkeys(pair_consumers(self._program, pair), name)
         if pair.rule.method is SmoothMethod.M4:
             shift = ((rows.amax(0) + rows.amin(0)) / 2).cpu()
             transforms.shifts[name] = shift
             bias = self._shifted_norm_bias(pair, shift, scale)
-            self._shift_readers(pair, shift)
+            self._shift_consumers(pair, shift)
         divided = transforms.tensors[name] = (weight.float() / scale).to(weight.dtype)
         eps, device = operand(pair.value, "eps"), values[0].device
         weight, bias = divided.float().to(device), None if bias is None else bias.to(device)
@@ -91,9 +91,9 @@ class Smoother:
         new = self.transforms.tensors[name] = (old - shift) / scale
         return new
 
-    def _shift_readers(self, pair: Pair, shift: Tensor) -> None:
+    def _shift_consumers(self, pair: Pair, shift: Tensor) -> None:
         """bias' = bias + W @ shift, summed in float64 so that storing it is the only rounding."""
-        for target in pair.readers:
+        for target in pair.consumers:
             parameter = self._program.parameters[target]
             (name,), (module,) = parameter.names, parameter.modules
             bias = tensor_name(module, "bias")
@@ -106,7 +106,7 @@ class Smoother:
         (name,) = self._program.parameters[pair.maker].names
         self.transforms.scales[name] = scale
         self.transforms.rows[name] = operand(pair.value, "num_heads")
-        self.transforms.columns |= dict.fromkeys(pair_readers(self._program, pair), name)
+        self.transforms.columns |= dict.fromkeys(pair_consumers(self._program, pair), name)
         values[:] = [value / scale.to(value.device) for value in values]
 
     def _largest_weights(self, pair: Pair) -> Tensor:
@@ -119,17 +119,17 @@ class Smoother:
         return largest
 
     def _quantized(self, pair: Pair) -> Iterator[tuple[Recipe, str]]:
-        for target in pair.readers:
+        for target in pair.consumers:
             parameter = self._program.parameters[target]
             recipe = self._program.recipes.get(parameter.module)
             if recipe is not None:
                 yield from ((recipe, name) for name in parameter.names)
 
-    def _some_readers(self, pair: Pair) -> Iterator[Reader]:
-        for target in pair.readers:
+    def _some_consumers(self, pair: Pair) -> Iterator[ConsumerWeight]:
+        for target in pair.consumers:
             parameter = self._program.parameters[target]
             recipe = self._program.recipes.get(parameter.module)
             if recipe is not None:
                 names = parameter.names[:: max(1, len(parameter.names) // SEARCH_EXPERTS)]
                 plain = replace(recipe, algorithm=WeightAlgorithm.MIN_MAX)
-                yield from (Reader(plain, self._source.read(name)) for name in names)
+                yield from (ConsumerWeight(plain, self._source.read(name)) for name in names)

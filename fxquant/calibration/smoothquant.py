@@ -21,7 +21,7 @@ SEARCH_TOKENS = 128
 
 
 @dataclass(frozen=True)
-class Reader:
+class ConsumerWeight:
     """A weight [n, k] that reads a smoothed value, in the model's dtype; the search quantizes it by min_max."""
 
     recipe: Recipe
@@ -29,39 +29,39 @@ class Reader:
 
 
 def channel_scales(
-    rule: SmoothRule, largest: Tensor, weight_largest: Tensor, rows: Tensor, readers: Sequence[Reader]
+    rule: SmoothRule, largest: Tensor, weight_largest: Tensor, rows: Tensor, consumers: Sequence[ConsumerWeight]
 ) -> Tensor:
     """Scales float32 [k] by the rule's method; see `SmoothMethod`.
 
-    largest         float32 [k]: a, the largest magnitude of each channel over all tokens
-    weight_largest  float32 [k]: w, that of each column over all quantized weights that read it
-    rows, readers   values [tokens, k] and some of these weights, for search methods
+    largest          float32 [k]: a, the largest magnitude of each channel over all tokens
+    weight_largest   float32 [k]: w, that of each column over all quantized weights that read it
+    rows, consumers  values [tokens, k] and some of these weights, for search methods
     """
     if rule.method is SmoothMethod.M4:
         return (largest**rule.alpha / weight_largest ** (1 - rule.alpha)).clamp(min=SMALLEST)
     a, w = largest.clamp(min=SMALLEST), weight_largest.clamp(min=SMALLEST)
     alpha, beta = (rule.alpha, 1 - rule.alpha)
     if rule.method is SmoothMethod.FLEX:
-        alpha, beta = _search(a, w, rows, readers)
+        alpha, beta = _search(a, w, rows, consumers)
     # a channel that is always 0, in the values or in the weights, keeps scale 1
     return torch.where((largest > 0) & (weight_largest > 0), (a**alpha / w**beta).clamp(min=SMALLEST), 1.0)
 
 
-def _search(a: Tensor, w: Tensor, rows: Tensor, readers: Sequence[Reader]) -> tuple[float, float]:
+def _search(a: Tensor, w: Tensor, rows: Tensor, consumers: Sequence[ConsumerWeight]) -> tuple[float, float]:
     """alpha and beta in twentieths: the best alpha with beta = 1 - alpha, then the best beta with that alpha.
 
     The loss is the sum over the readers of `|x W - q(x / s) q(W s)|² / |x W|²`, with q the recipe's quantization: the
     search of the reference quantizer's flex method, with the policy's schemes instead of its symmetric int8.
     """
-    exact = [rows @ reader.weight.float().T for reader in readers]
+    exact = [rows @ consumer.weight.float().T for consumer in consumers]
 
     def loss(alpha: float, beta: float) -> float:
         scale = (a**alpha / w**beta).clamp(min=SMALLEST)
         inputs = {
             static: _quantized(rows / scale, static)
-            for static in {consumer.recipe.scheme.static for consumer in readers}
+            for static in {consumer.recipe.scheme.static for consumer in consumers}
         }
-        products = [inputs[consumer.recipe.scheme.static] @ _rounded(consumer, scale).T for consumer in readers]
+        products = [inputs[consumer.recipe.scheme.static] @ _rounded(consumer, scale).T for consumer in consumers]
         return sum(map(_error, products, exact))
 
     alpha = _least(lambda exponent: loss(exponent, 1 - exponent))
@@ -77,8 +77,8 @@ def _least(loss: Callable[[float], float]) -> float:
     return min(losses, key=losses.__getitem__)
 
 
-def _rounded(reader: Reader, scale: Tensor) -> Tensor:
-    return rounded_weight(reader.recipe, (reader.weight.float() * scale).to(reader.weight.dtype))
+def _rounded(consumer: ConsumerWeight, scale: Tensor) -> Tensor:
+    return rounded_weight(consumer.recipe, (consumer.weight.float() * scale).to(consumer.weight.dtype))
 
 
 def _error(product: Tensor, exact: Tensor) -> float:

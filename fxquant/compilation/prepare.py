@@ -10,7 +10,7 @@ from fxquant.calibration.calibration_file import Calibration, earlier_calibratio
 from fxquant.calibration.gptq_codes import SolvedCodes
 from fxquant.calibration.resume_folder import CalibrationFolder
 from fxquant.checkpoint.checkpoint import Checkpoint
-from fxquant.checkpoint.stamped_reader import checkpoint_files, stamp_files
+from fxquant.checkpoint.stamped_bytes import checkpoint_files, stamp_files
 from fxquant.compilation.ledger import Ledger, build_ledger, check_parameters, mtp_modules
 from fxquant.compilation.mtp_layers import why_no_mtp
 from fxquant.compilation.options import (

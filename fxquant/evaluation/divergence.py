@@ -11,7 +11,7 @@ from fxquant.evaluation.bootstrap import Interval, draw_documents, drawn_percent
 from fxquant.program.program import Program
 from fxquant.progress import Reporter, silent
 from fxquant.runtime.execute import execute, prefill_inputs
-from fxquant.runtime.weight_readers import Read
+from fxquant.runtime.weight_providers import Read
 
 CHUNK = 8
 """Batches run together: their logits are in memory at once, and each weight is read once per chunk."""

@@ -12,7 +12,7 @@ from fxquant.evaluation.divergence import CHUNK
 from fxquant.program.program import Program
 from fxquant.progress import Advance, Reporter, silent
 from fxquant.runtime.execute import Values, execute, prefill_inputs
-from fxquant.runtime.weight_readers import Read
+from fxquant.runtime.weight_providers import Read
 from fxquant.verification.engine_check import Site, sites
 
 

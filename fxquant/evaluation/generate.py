@@ -9,7 +9,7 @@ from fxquant.checkpoint.checkpoint import Checkpoint
 from fxquant.errors import FxquantError
 from fxquant.program.program import Program
 from fxquant.runtime.execute import generate
-from fxquant.runtime.weight_readers import Read
+from fxquant.runtime.weight_providers import Read
 from fxquant.text.load import bos_ids
 from fxquant.text.tokenizer import BoundedTokenizer, open_tokenizer
 

@@ -23,7 +23,7 @@ from fxquant.program.linears import linear_sites
 from fxquant.program.program import Program
 from fxquant.progress import Advance, Reporter, silent
 from fxquant.runtime.execute import Observer, execute, prefill_inputs
-from fxquant.runtime.weight_readers import Read
+from fxquant.runtime.weight_providers import Read
 from fxquant.schemes.roles import tensor_name
 from fxquant.schemes.schemes import Recipe, tensor_specs
 
@@ -53,7 +53,7 @@ class _Module:
             rewrite.apply(partial)
         return partial
 
-    def reader(self, original: Read, rounded: Read) -> Read:
+    def weights(self, original: Read, rounded: Read) -> Read:
         """Tensors of the recipes come from `rounded`, all others from `original`: a weight has the same name in both."""
         made_by = self.recipes.values()
         owned = {
@@ -150,7 +150,7 @@ class _Along:
         partial = module.alone(self._original[0], self._quantized[0])
         nodes = {node.name: node for node in partial.graph.graph.nodes}
         known = {nodes[node.name]: values for node, values in self._live.items()}
-        read = module.reader(self._original[1], self._quantized[1])
+        read = module.weights(self._original[1], self._quantized[1])
         outputs = execute(partial, read, self.inputs, _noise(module, exact), known=known)
         module.kl += _divergence(self._expected, [output[0] for output in outputs])
         self._advance(len(exact), at=f"{module.kind} {module.name}")

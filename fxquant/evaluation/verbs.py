@@ -24,7 +24,7 @@ from fxquant.program.program import Program
 from fxquant.program.program_file import load_program
 from fxquant.progress import Reporter, silent, within
 from fxquant.runtime.device import open_device
-from fxquant.runtime.weight_readers import Cached, Read, RecipeReader
+from fxquant.runtime.weight_providers import Cached, Read, RecipeWeights
 from fxquant.text.load import load_batches
 
 COMPARE_CACHE = 1 << 28
@@ -39,7 +39,7 @@ def run(out: str | Path, prompt: str, max_new_tokens: int = 64) -> Iterator[str]
 
 
 def open_output(folder: Path) -> tuple[Program, Read]:
-    """The rewritten graph of an output folder and a reader of its weights."""
+    """The rewritten graph of an output folder and its weights."""
     from fxquant.lowering.output_folder.weight_files import WeightFiles
     from fxquant.verification.weight_checks import check_stored
 
@@ -146,7 +146,7 @@ def compare(
     quantized = [
         (
             candidate.program,
-            Cached(RecipeReader(candidate.program, candidate.checkpoint, candidate.solved), COMPARE_CACHE),
+            Cached(RecipeWeights(candidate.program, candidate.checkpoint, candidate.solved), COMPARE_CACHE),
         )
         for candidate in prepared
     ]

@@ -56,7 +56,7 @@ def parse_yaml(text: str, place: str, remedy: str) -> Located:
     more than `POLICY_VALUES` values.
     """
     try:
-        return _Reader(text).document()
+        return _Parser(text).document()
     except _RefusedError as error:
         raise FxquantError(f"{place}:{error.line}", f"{error.fact}.", remedy) from None
     except yaml.reader.ReaderError as error:
@@ -79,7 +79,7 @@ def _problem(error: yaml.MarkedYAMLError) -> str:
     return cut(TOKEN.sub(r"\1", problem), 120)
 
 
-class _Reader:
+class _Parser:
     def __init__(self, text: str) -> None:
         self._events: Iterator[Any] = iter(yaml.parse(text, Loader=yaml.SafeLoader))
         self._anchors: dict[str, Located | None] = {}

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fxquant.calibration.calibration_file import CALIBRATION, load_calibration
 from fxquant.checkpoint.checkpoint import Checkpoint
-from fxquant.checkpoint.stamped_reader import FileStamp, SourceReader, Stamps, checkpoint_files, stamp_files
+from fxquant.checkpoint.stamped_bytes import FileStamp, StampedBytes, Stamps, checkpoint_files, stamp_files
 from fxquant.engines.documents import group_size
 from fxquant.engines.table import ENGINES, Target
 from fxquant.errors import FxquantError
@@ -131,7 +131,7 @@ class Converter:
         self, checkpoint: Checkpoint, stamps: Stamps, old: dict[str, Recipe], units: Mapping[str, UnitRecord]
     ) -> None:
         self._checkpoint, self._old, self._units = checkpoint, old, units
-        self._reader, self._float = SourceReader(stamps), CheckpointProducer(checkpoint, stamps)
+        self._files, self._float = StampedBytes(stamps), CheckpointProducer(checkpoint, stamps)
 
     def key(self, unit: Unit) -> str:
         arguments = None if unit.recipe is None else recipe_arguments(unit.recipe)
@@ -142,7 +142,7 @@ class Converter:
 
     def prefetch(self, unit: Unit) -> None:
         for suffix in () if unit.recipe is None else tensor_specs(self._old[unit.recipe.module]):
-            self._reader.prefetch(self._checkpoint.tensors[unit.tensor_name(suffix)])
+            self._files.prefetch(self._checkpoint.tensors[unit.tensor_name(suffix)])
 
     def pieces(self, unit: Unit) -> Iterator[tuple[str, memoryview]]:
         if unit.recipe is None:
@@ -184,7 +184,7 @@ class Converter:
 
     def _read(self, module: str, suffix: str) -> Tensor:
         tensor = self._checkpoint.tensors[tensor_name(module, suffix)]
-        data = self._reader.read(tensor)
+        data = self._files.read(tensor)
         self._compare(module, suffix, hash_bytes(data))
         return torch.frombuffer(data, dtype=tensor.dtype).view(tensor.shape)
 
@@ -193,7 +193,7 @@ class Converter:
         tensor, digest = self._checkpoint.tensors[tensor_name(module, suffix)], xxhash.xxh3_128()
         for offset in range(0, tensor.nbytes, step):
             data = bytearray(min(step, tensor.nbytes - offset))
-            self._reader.read_into(tensor, offset, memoryview(data))
+            self._files.read_into(tensor, offset, memoryview(data))
             digest.update(data)
             yield torch.frombuffer(data, dtype=torch.uint8)
         self._compare(module, suffix, digest.hexdigest())

@@ -9,7 +9,7 @@ from typing import Any
 
 from fxquant.calibration.calibration_file import CALIBRATION, Calibration
 from fxquant.checkpoint.checkpoint import Checkpoint
-from fxquant.checkpoint.stamped_reader import Stamps
+from fxquant.checkpoint.stamped_bytes import Stamps
 from fxquant.engines.engine import Engine
 from fxquant.engines.table import ENGINES, Target, description_stems
 from fxquant.errors import FxquantError

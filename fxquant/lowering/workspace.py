@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fxquant.calibration.calibration_file import CALIBRATION
-from fxquant.checkpoint.stamped_reader import Stamps
+from fxquant.checkpoint.stamped_bytes import Stamps
 from fxquant.errors import FxquantError, StoppedError
 from fxquant.inputs.json_file import read_json
 from fxquant.inputs.limits import INDEX_BYTES

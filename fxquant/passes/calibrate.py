@@ -15,7 +15,7 @@ from fxquant.calibration.resume_folder import CalibrationFolder
 from fxquant.calibration.run import CalibrationRun
 from fxquant.checkpoint.checkpoint import Checkpoint
 from fxquant.checkpoint.rotated import rotation_transforms
-from fxquant.checkpoint.stamped_reader import checkpoint_files, stamp_files
+from fxquant.checkpoint.stamped_bytes import checkpoint_files, stamp_files
 from fxquant.errors import FxquantError
 from fxquant.kernels.activation import static_parameters
 from fxquant.passes.base import Pass, PassResult
@@ -25,7 +25,7 @@ from fxquant.program.operands import operand_node
 from fxquant.program.program import Program
 from fxquant.program.structural_hash import structural_hash
 from fxquant.progress import Reporter, silent
-from fxquant.runtime.weight_readers import CPU
+from fxquant.runtime.weight_providers import CPU
 from fxquant.schemes.schemes import Recipe
 
 WAY_OUT = "Pass --calib FILE, put calibration.jsonl beside the model, or use deepseek_w4a8_dynamic."

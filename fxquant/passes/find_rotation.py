@@ -81,11 +81,11 @@ def _heads(program: Program, uses: Counter[str]) -> Iterator[tuple[fx.Node, Rota
         reason = not_scalable(attention, maker, uses)
         if reason is not None:
             raise NotRotatedError(f"the values of heads, {attention.name}: {reason}")
-        readers = [operand_node(user, name) for user in attention.users for name in READS[user.target]]
-        values = _shape(program, readers[0])[1] // heads
+        consumers = [operand_node(user, name) for user in attention.users for name in READS[user.target]]
+        values = _shape(program, consumers[0])[1] // heads
         base_order(values)
         yield operand_node(maker, "weight"), Rotation(heads=heads, values=values)
-        yield from ((reader, Rotation(columns=heads)) for reader in readers)
+        yield from ((consumer, Rotation(columns=heads)) for consumer in consumers)
 
 
 def _hidden(program: Program, uses: Counter[str]) -> Iterator[tuple[fx.Node, Rotation]]:

@@ -54,10 +54,10 @@ class PairSmoothing(Pass):
     def _pair(self, program: Program, node: fx.Node, weights: Counter[str]) -> str | None:
         kind = PairKind.NORM if node.target == ops.rms_norm else PairKind.LINEAR
         maker = node if kind is PairKind.NORM else operand_node(node, "kv")
-        readers = [
+        consumers = [
             (user, str(operand_node(user, name).target)) for user in node.users for name in READS.get(user.target, ())
         ]
-        modules = _modules(program, [name for _, name in readers])
+        modules = _modules(program, [name for _, name in consumers])
         quantized = [(module, kind) for module, kind in modules if module in program.recipes]
         reason = not_scalable(node, maker, weights)
         if reason is None and not quantized:
@@ -70,20 +70,20 @@ class PairSmoothing(Pass):
             self.used.add(rule)
         if rule is None or rule.method is SmoothMethod.NONE:
             return "no rule smooths it" if rule is None else f"policy: {rule}"
-        pair = Pair(kind, node, str(operand_node(maker, "weight").target), tuple(name for _, name in readers), rule)
+        pair = Pair(kind, node, str(operand_node(maker, "weight").target), tuple(name for _, name in consumers), rule)
         if kind is PairKind.NORM and rule.method is SmoothMethod.M4:
-            self._shift(program, pair, [user for user, _ in readers])
+            self._shift(program, pair, [user for user, _ in consumers])
         program.pairs.append(pair)
         return None
 
-    def _shift(self, program: Program, pair: Pair, readers: list[fx.Node]) -> None:
-        for reader in readers:
-            if reader.target != ops.linear:
-                fact = f"rule “{pair.rule}” shifts what {reader.name} reads, which has no bias to make up for it."
+    def _shift(self, program: Program, pair: Pair, consumers: list[fx.Node]) -> None:
+        for consumer in consumers:
+            if consumer.target != ops.linear:
+                fact = f"rule “{pair.rule}” shifts what {consumer.name} reads, which has no bias to make up for it."
                 raise FxquantError(f"policy {self.policy.name}", fact, "Use smoothquant or flex for it.")
         _give_norm_bias(program, pair.value)
-        for reader in readers:
-            _give_linear_bias(program, reader)
+        for consumer in consumers:
+            _give_linear_bias(program, consumer)
 
 
 def _modules(program: Program, weights: list[str]) -> list[tuple[str, Kind]]:

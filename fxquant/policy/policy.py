@@ -75,9 +75,9 @@ class Policy:
                 return rule
         return None
 
-    def smooth_rule_for(self, pair: PairKind, readers: list[tuple[str, Kind]]) -> SmoothRule | None:
-        """The first smoothing rule for a value that the modules `readers` read."""
-        return next((rule for rule in self.smooth if rule.selects(pair, readers)), None)
+    def smooth_rule_for(self, pair: PairKind, consumers: list[tuple[str, Kind]]) -> SmoothRule | None:
+        """The first smoothing rule for a value that the modules `consumers` read."""
+        return next((rule for rule in self.smooth if rule.selects(pair, consumers)), None)
 
     def check_smooth_rules(self, used: Iterable[SmoothRule], values: Sequence[SeenValue], modules: Modules) -> None:
         """Raises FxquantError for a smoothing rule that decided none of `values`, with the reason, unless the rule is

@@ -70,11 +70,11 @@ class SmoothRule(BaseModel):
             raise ValueError(f"alpha does not apply to method {self.method}")
         return self
 
-    def selects(self, pair: PairKind, readers: list[tuple[str, Kind]]) -> bool:
-        """Whether the rule's patterns match a pair whose value the modules `readers` read."""
+    def selects(self, pair: PairKind, consumers: list[tuple[str, Kind]]) -> bool:
+        """Whether the rule's patterns match a pair whose value the modules `consumers` read."""
         named = (
             (not self.kind or kind in self.kind) and (self.path is None or fnmatchcase(module, self.path))
-            for module, kind in readers
+            for module, kind in consumers
         )
         return (self.pair is None or self.pair is pair) and any(named)
 

@@ -8,20 +8,20 @@ from fxquant.policy.kinds import Kind
 from fxquant.policy.smooth_rules import PairKind, SmoothRule
 from fxquant.policy.unused_rules import OPTIONAL, Decided, quoted, some, why_no_path
 
-Reader = tuple[str, Kind]
+Consumer = tuple[str, Kind]
 
 
 @dataclass(frozen=True)
 class SeenValue:
     """A value that could be smoothed.
 
-    readers  modules whose weights multiply it; `quantized` those that are quantized
-    outcome  the rule that decided it, None if no rule did, or the reason why it is not a pair
+    consumers  modules whose weights multiply it; `quantized` those that are quantized
+    outcome    the rule that decided it, None if no rule did, or the reason why it is not a pair
     """
 
     made_by: PairKind
-    readers: tuple[Reader, ...]
-    quantized: tuple[Reader, ...]
+    consumers: tuple[Consumer, ...]
+    quantized: tuple[Consumer, ...]
     outcome: SmoothRule | str | None
 
 
@@ -36,14 +36,14 @@ def why_unused_smoothing(rule: SmoothRule, values: Sequence[SeenValue], modules:
         fact = f"matches no pair: path and kind exclude each other, as {some(at_path)} has kind {kinds}."
         return fact, OPTIONAL
     any_pair = _of_any_pair(rule)
-    readers = [value for value in values if any_pair.selects(value.made_by, list(value.readers))]
-    if not readers:
+    pairs = [value for value in values if any_pair.selects(value.made_by, list(value.consumers))]
+    if not pairs:
         fact = f"matches no pair: {some(selected)} reads no output of a norm or an attention."
         return fact, f"Smoothing rules select the modules that read a value. {OPTIONAL}"
-    of_kind = [value for value in readers if rule.pair is None or value.made_by is rule.pair]
+    of_kind = [value for value in pairs if rule.pair is None or value.made_by is rule.pair]
     if not of_kind:
-        fact = f"matches no pair: {readers[0].readers[0][0]} reads from a {readers[0].made_by}, not from a {rule.pair}."
-        return fact, f"Use pair: {readers[0].made_by}, or omit it."
+        fact = f"matches no pair: {pairs[0].consumers[0][0]} reads from a {pairs[0].made_by}, not from a {rule.pair}."
+        return fact, f"Use pair: {pairs[0].made_by}, or omit it."
     taken = [value.outcome for value in of_kind if isinstance(value.outcome, SmoothRule)]
     if taken and any(rule.selects(value.made_by, list(value.quantized)) for value in of_kind):
         fact = f"matches only pairs that earlier rules match first: {quoted(dict.fromkeys(taken))}."
@@ -51,7 +51,7 @@ def why_unused_smoothing(rule: SmoothRule, values: Sequence[SeenValue], modules:
     reason = next(
         (value.outcome for value in of_kind if isinstance(value.outcome, str)), "the selected ones stay in float"
     )
-    name = next(path for path, kind in of_kind[0].readers if any_pair.selects(of_kind[0].made_by, [(path, kind)]))
+    name = next(path for path, kind in of_kind[0].consumers if any_pair.selects(of_kind[0].made_by, [(path, kind)]))
     return f"matches no pair: for the input of {name}, {reason}.", OPTIONAL
 
 

@@ -51,15 +51,15 @@ def run_to_end(
         start_new_session=True,
     )  # fmt: skip
     tail = bytearray()
-    reader = threading.Thread(target=_read, args=(process.stdout, tail), daemon=True)
+    thread = threading.Thread(target=_read, args=(process.stdout, tail), daemon=True)
     try:
-        reader.start()
+        thread.start()
         process.wait(seconds)
     except subprocess.TimeoutExpired:
         raise TimeoutError(f"still running after {seconds:g} seconds") from None
     finally:
         _end(process)
-    reader.join(1.0)  # a process that could not be killed may hold the pipe open
+    thread.join(1.0)  # a process that could not be killed may hold the pipe open
     return Ended(process.returncode, bytes(tail))
 
 

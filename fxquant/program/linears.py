@@ -117,7 +117,7 @@ def _bias_module(program: Program, site: LinearSite) -> str:
     return program.parameter(site.bias).module if site.bias is not None else site.module
 
 
-def pair_readers(program: Program, pair: Pair) -> Iterator[str]:
+def pair_consumers(program: Program, pair: Pair) -> Iterator[str]:
     """Checkpoint names of every weight that reads the pair's value."""
-    for target in pair.readers:
+    for target in pair.consumers:
         yield from program.parameters[target].names

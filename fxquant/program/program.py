@@ -61,15 +61,15 @@ class MtpLayers:
 class Pair:
     """A value that is smoothed, by `rule`: what scales it on one side, and the weights that read it on the other.
 
-    value    the node of a norm or of an attention; its last axis is scaled
-    maker    target of the norm's weight, or of the weight that makes the attention's values
-    readers  targets of the weights that it is multiplied by
+    value      the node of a norm or of an attention; its last axis is scaled
+    maker      target of the norm's weight, or of the weight that makes the attention's values
+    consumers  targets of the weights that it is multiplied by
     """
 
     kind: PairKind
     value: fx.Node
     maker: str
-    readers: tuple[str, ...]
+    consumers: tuple[str, ...]
     rule: SmoothRule
 
 

@@ -11,9 +11,9 @@ from fxquant.gc_pause import uncollected
 from fxquant.inputs.json_file import parse_json, read_bytes
 from fxquant.inputs.limits import GRAPH_BYTES
 from fxquant.program.arguments import encode
+from fxquant.program.builder import build_program
 from fxquant.program.operators import target_name
 from fxquant.program.program import Program
-from fxquant.program.reader import build_program
 from fxquant.program.schema import AGAIN, FORMAT, read_fields
 from fxquant.schemes.schemes import Recipe, WeightAlgorithm
 from fxquant.storage.safetensors import NAMES

@@ -10,7 +10,7 @@ from fxquant import ops
 from fxquant.errors import FxquantError
 from fxquant.program.program import Program
 from fxquant.progress import Advance
-from fxquant.runtime.weight_readers import LazyStack, Read, load
+from fxquant.runtime.weight_providers import LazyStack, Read, load
 
 WAY_OUT = "The graph does not fit its weights or inputs: check them, or compile again."
 Values = Mapping[fx.Node, list[Any]]

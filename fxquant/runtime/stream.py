@@ -15,7 +15,7 @@ from fxquant.program.operands import operand_node
 from fxquant.program.program import Program
 from fxquant.progress import Advance
 from fxquant.runtime.execute import Observer, Values, call, last_uses, of_batch
-from fxquant.runtime.weight_readers import CPU, LazyStack, Read, load
+from fxquant.runtime.weight_providers import CPU, LazyStack, Read, load
 
 
 @dataclass(frozen=True)

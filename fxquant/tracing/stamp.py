@@ -43,14 +43,14 @@ class _Stamp:
         for layer, position in enumerate(self.plan.positions):
             value = self._copy_layer(layer, position, handed)
             # in the short graph the next layer reads the representative before its own, whichever layer that was
-            handed = {self.handed_on[self._reader(layer + 1) - 1]: value}
+            handed = {self.handed_on[self._consumer(layer + 1) - 1]: value}
         after = ChainMap({}, handed, self.shared)
         for node in self.places[-1]:
             after[node] = self._copy(node, after)
         self._copy_output(after)
         return self.graph
 
-    def _reader(self, layer: int) -> int:
+    def _consumer(self, layer: int) -> int:
         """Position of the representative of `layer`, or behind all of them for what follows the layers."""
         return self.plan.positions[layer] if layer < len(self.plan.positions) else len(self.handed_on)
 

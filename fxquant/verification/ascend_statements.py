@@ -69,7 +69,7 @@ class EmittedModule:
         return [call for call in self.emitted if call.segment.calls[0].meta["block"] == block]
 
     def load(self, block: str, read: Any = None) -> dict[str, dict[str, Tensor]]:
-        """The float32 weights of a block from the folder's files, or from another reader of stored tensors."""
+        """The float32 weights of a block from the folder's files, or from another provider of stored tensors."""
         loaded = {}
         for call in self.of_block(block):
             prefix, table = self.names["BLOCKS"][call.segment.key]

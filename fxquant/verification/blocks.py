@@ -8,7 +8,7 @@ from torch import Tensor, fx
 
 from fxquant.program.program import Program
 from fxquant.runtime.execute import cache_inputs, call
-from fxquant.runtime.weight_readers import Read, load
+from fxquant.runtime.weight_providers import Read, load
 
 BATCH, SEQUENCE, PAST = 2, 12, 5
 

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from fxquant.program.program import Program
 from fxquant.runtime.execute import Values, execute
-from fxquant.runtime.weight_readers import Read
+from fxquant.runtime.weight_providers import Read
 
 LAST_BIT = 2.0**-23
 

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 from fxquant.checkpoint.checkpoint import Checkpoint
-from fxquant.checkpoint.stamped_reader import checkpoint_files, stamp_files
+from fxquant.checkpoint.stamped_bytes import checkpoint_files, stamp_files
 from fxquant.lowering.output_folder.layout import StoredTensor, stored_tensors
 from fxquant.lowering.output_folder.weight_files import WeightFiles
 from fxquant.lowering.weights.digests import unit_on_disk

@@ -20,7 +20,7 @@ from fxquant.passes.check_contract import linears
 from fxquant.program.program import Program
 from fxquant.program.program_file import load_program
 from fxquant.progress import Reporter
-from fxquant.runtime.weight_readers import Cached, Read, RecipeReader
+from fxquant.runtime.weight_providers import Cached, Read, RecipeWeights
 from fxquant.verification.blocks import block_names, probe_inputs, walk
 from fxquant.verification.document_checks import Documents, check_copies, documents
 from fxquant.verification.engine_check import EngineChecker
@@ -204,7 +204,7 @@ def _check_graphs(output: _Output, report: Reporter) -> list[Check]:
     sampled = SAMPLED_EXPERTS if output.sampled else None
     reader = engine.open_reader(folder, output.ranks, group_size(program))
     checker = EngineChecker(program, reader, _unverified(output), sampled)
-    read = files.read if output.source is None else RecipeReader(program, output.source, StoredCodes(program, files))
+    read = files.read if output.source is None else RecipeWeights(program, output.source, StoredCodes(program, files))
     return checks + _check_graph("verify reader", checker, read, output.sampled, report)
 
 

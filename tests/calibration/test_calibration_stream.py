@@ -27,7 +27,7 @@ from fxquant.program.operands import operand_node
 from fxquant.program.program import Program
 from fxquant.runtime.execute import Observer, call, of_batch, prefill_inputs
 from fxquant.runtime.stream import Stream, experts_together
-from fxquant.runtime.weight_readers import LazyStack, Read, RoundedReader, load
+from fxquant.runtime.weight_providers import LazyStack, Read, RoundedWeights, load
 from fxquant.tools.main import app
 from fxquant.transforms.transforms_file import transform_tensors
 
@@ -123,7 +123,7 @@ def test_it_sees_what_a_run_of_the_whole_graph_sees(
 
     read: Read = smoother.checkpoint.read
     if load_policy(policy).calibration_weights is CalibrationWeights.ROUNDED:
-        read = RoundedReader(program, read)
+        read = RoundedWeights(program, read)
     values = whole_run(program, read, batches, see)
     assert "lm_head" in {node.name for node in values} and set(calibration.ranges) == set(inputs_of)
     for module, (low, high) in calibration.ranges.items():

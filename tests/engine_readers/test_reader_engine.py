@@ -24,7 +24,7 @@ from fxquant.lowering.output_folder.manifest import GRAPH
 from fxquant.lowering.output_folder.weight_files import WeightFiles
 from fxquant.program.program import Program
 from fxquant.program.program_file import load_program
-from fxquant.runtime.weight_readers import Cached
+from fxquant.runtime.weight_providers import Cached
 from fxquant.verification.blocks import block_names, walk
 from fxquant.verification.engine_check import EngineChecker
 from fxquant.verification.report import Check

@@ -19,7 +19,7 @@ from fxquant.kernels.activation import static_parameters
 from fxquant.kernels.module_tensors import rounded_weight
 from fxquant.program.program import Program
 from fxquant.runtime.execute import execute, prefill_inputs
-from fxquant.runtime.weight_readers import RecipeReader
+from fxquant.runtime.weight_providers import RecipeWeights
 from fxquant.schemes.schemes import Recipe
 from fxquant.text.load import load_batches
 from fxquant.verification.engine_check import Site, sites
@@ -141,7 +141,7 @@ def test_both_have_the_same_divergence(policy: str) -> None:
     batches = load_batches(EXAMPLE / "evaluation.jsonl", checkpoint, 4, 64)
     expected = logits(program, checkpoint.read, batches)
     done = rewrite(checkpoint, policy, program)
-    read = RecipeReader(done.program, checkpoint)
+    read = RecipeWeights(done.program, checkpoint)
     inputs = [prefill_inputs(done.program, ids) for ids in batches]
     fake = [logits[0] for logits in execute(done.program, read, inputs, FakeQuantization(done.program, checkpoint))]
     exact = logits(done.program, read, batches)

@@ -20,7 +20,7 @@ from fxquant.evaluation.divergence import evaluate_programs
 from fxquant.evaluation.sensitivity import measure_sensitivity
 from fxquant.evaluation.sensitivity_report import Sensitivity
 from fxquant.runtime.execute import execute, prefill_inputs
-from fxquant.runtime.weight_readers import RecipeReader
+from fxquant.runtime.weight_providers import RecipeWeights
 from fxquant.tools.main import run
 
 POLICY = "deepseek_w4a8_per_channel"
@@ -37,7 +37,7 @@ def batches(checkpoint: Checkpoint) -> list[Tensor]:
 def measured(checkpoint: Checkpoint, batches: list[Tensor]) -> Sensitivity:
     program = rewritten(checkpoint, POLICY)
     original = (float_program(checkpoint), checkpoint.read)
-    return measure_sensitivity(original, (program, RecipeReader(program, checkpoint)), batches)
+    return measure_sensitivity(original, (program, RecipeWeights(program, checkpoint)), batches)
 
 
 def test_every_quantized_module_once(measured: Sensitivity) -> None:
@@ -67,7 +67,7 @@ def test_as_a_policy_of_that_module_alone(
     policy = tmp_path / "one.yaml"
     policy.write_text(f'rules: [{{path: "{pattern or module}", scheme: {scheme}}}, {{path: "*", scheme: FLOAT}}]')
     program, original = rewritten(checkpoint, policy), float_program(checkpoint)
-    read = RecipeReader(program, checkpoint)
+    read = RecipeWeights(program, checkpoint)
     (expected,) = evaluate_programs((original, checkpoint.read), [(program, read)], batches)
     (loss,) = (module_loss for module_loss in measured.modules if module_loss.module == module)
     assert loss.scheme == scheme
@@ -113,7 +113,7 @@ def test_all_at_once_is_what_evaluate_says(
     measured: Sensitivity, checkpoint: Checkpoint, batches: list[Tensor]
 ) -> None:
     program = rewritten(checkpoint, POLICY)
-    quantized = (program, RecipeReader(program, checkpoint))
+    quantized = (program, RecipeWeights(program, checkpoint))
     (expected,) = evaluate_programs((float_program(checkpoint), checkpoint.read), [quantized], batches)
     assert measured.together.mean == pytest.approx(expected.kl_mean, rel=1e-9)
 
@@ -127,7 +127,7 @@ def test_nothing_quantized_and_another_model_are_errors(
     larger = tiny(num_hidden_layers=3)
     program = rewritten(larger, POLICY)
     with pytest.raises(FxquantError, match="model.layers.2.*does not multiply by it"):
-        measure_sensitivity(original, (program, RecipeReader(program, larger)), batches)
+        measure_sensitivity(original, (program, RecipeWeights(program, larger)), batches)
 
 
 # the command

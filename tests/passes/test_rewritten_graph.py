@@ -136,12 +136,12 @@ def test_linears_of_one_input_share_its_per_token_quantization(policy: str, unde
     dynamic = COUNTS[policy][2] == 0 and policy != "float"
     assert ("layers_1_input_layernorm" in quantized) is dynamic
     if dynamic:
-        readers = done.node("layers_1_input_layernorm_int8").users
-        names = {node.args[1].target for node in readers}
+        consumers = done.node("layers_1_input_layernorm_int8").users
+        names = {node.args[1].target for node in consumers}
         assert names == {f"model.layers.1.self_attn.{name}.weight" for name in ("q_a_proj", "kv_a_proj_with_mqa")}
     if policy != "float":
-        readers = done.node("layers_0_post_attention_layernorm_int8").users
-        assert {node.args[1].target for node in readers} == {
+        consumers = done.node("layers_0_post_attention_layernorm_int8").users
+        assert {node.args[1].target for node in consumers} == {
             "model.layers.0.mlp.gate_proj.weight", "model.layers.0.mlp.up_proj.weight",
         }  # fmt: skip
 

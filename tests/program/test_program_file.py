@@ -19,7 +19,7 @@ from fxquant.models import DecoderLayer
 from fxquant.program.program import Program
 from fxquant.program.program_file import load_program, save_program
 from fxquant.runtime.execute import execute, prefill_inputs
-from fxquant.runtime.weight_readers import RecipeReader
+from fxquant.runtime.weight_providers import RecipeWeights
 
 POLICIES = ["deepseek_w4a8", "deepseek_w4a8_per_channel", "deepseek_w4a8_shared_w4", "deepseek_w8a8", "float"]
 
@@ -39,7 +39,7 @@ def document(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -
 
 def outputs(program: Program, checkpoint: Checkpoint) -> list[Tensor]:
     batch = prefill_inputs(program, random_ids(meta_model(checkpoint), 2, 5))
-    return list(execute(program, RecipeReader(program, checkpoint), [batch])[0])
+    return list(execute(program, RecipeWeights(program, checkpoint), [batch])[0])
 
 
 def load_edited(document: dict[str, Any], tmp_path: Path) -> Program:

@@ -15,7 +15,7 @@ from fxquant import ops
 from fxquant.checkpoint.checkpoint import Checkpoint
 from fxquant.program.program import Program
 from fxquant.runtime.execute import Values, cache_inputs, execute, generate, prefill_inputs
-from fxquant.runtime.weight_readers import Cached, LazyStack, Read, RecipeReader
+from fxquant.runtime.weight_providers import Cached, LazyStack, Read, RecipeWeights
 
 Tiny = Callable[..., Checkpoint]
 POLICIES = ["float", "deepseek_w4a8", "deepseek_w4a8_per_channel", "deepseek_w8a8"]
@@ -57,8 +57,8 @@ def run(program: Program, read: Read, batches: Sequence[Tensor], **options: Any)
     ]
 
 
-def reader(program: Program, checkpoint: Checkpoint) -> Read:
-    return RecipeReader(program, checkpoint)
+def weights(program: Program, checkpoint: Checkpoint) -> Read:
+    return RecipeWeights(program, checkpoint)
 
 
 # the numbers
@@ -67,7 +67,7 @@ def reader(program: Program, checkpoint: Checkpoint) -> Read:
 @pytest.mark.parametrize("policy", POLICIES)
 def test_batches_together_are_the_batches_alone(policy: str, checkpoint: Checkpoint, batches: list[Tensor]) -> None:
     program = rewritten(checkpoint, policy)
-    read = reader(program, checkpoint)
+    read = weights(program, checkpoint)
     together = run(program, read, batches)
     assert [tuple(outputs[0].shape) for outputs in together] == [(*shape, 128) for shape in LENGTHS]
     for ids, outputs in zip(batches, together, strict=True):
@@ -108,7 +108,7 @@ def test_weights_are_read_once_for_all_batches_and_dropped(
     policy: str, checkpoint: Checkpoint, batches: list[Tensor]
 ) -> None:
     program = rewritten(checkpoint, policy)
-    counting = Counting(reader(program, checkpoint))
+    counting = Counting(weights(program, checkpoint))
     gc.disable()  # only reference counts may free them: a cycle would live until the collector comes
     try:
         run(program, counting, batches)
@@ -139,9 +139,9 @@ def test_only_experts_with_tokens_are_read(policy: str, checkpoint: Checkpoint) 
     """A single token has two experts of eight."""
     program = rewritten(checkpoint, policy)
     ids = random_ids(meta_model(checkpoint), 1, 1)
-    chosen = routed(program, reader(program, checkpoint), ids)
+    chosen = routed(program, weights(program, checkpoint), ids)
     assert len(chosen) == 2
-    counting = Counting(reader(program, checkpoint))
+    counting = Counting(weights(program, checkpoint))
     run(program, counting, [ids])
     prefix = "model.layers.1.mlp.experts."
     experts = Counter(
@@ -187,7 +187,7 @@ def test_a_tensor_above_the_limit_is_still_read() -> None:
 @pytest.mark.parametrize("policy", ["float", "deepseek_w4a8"])
 def test_what_is_known_does_not_run(policy: str, checkpoint: Checkpoint, batches: list[Tensor]) -> None:
     program = rewritten(checkpoint, policy)
-    read = reader(program, checkpoint)
+    read = weights(program, checkpoint)
     values: dict[fx.Node, list[Any]] = {}
     expected = run(program, read, batches, observe=lambda node, outputs, live: values.update({node: list(outputs)}))
     first = [node for node in values if node.meta["block"] == "model.layers.0"]
@@ -223,7 +223,7 @@ def test_observers_see_every_call_once_with_all_batches(checkpoint: Checkpoint, 
 @pytest.mark.parametrize("policy", ["float", "deepseek_w4a8", "deepseek_w4a8_dynamic"])
 def test_decoding_with_the_cache_is_prefill_of_the_whole(policy: str, checkpoint: Checkpoint) -> None:
     program = rewritten(checkpoint, policy)
-    read = Cached(reader(program, checkpoint))
+    read = Cached(weights(program, checkpoint))
     prompt = random_ids(meta_model(checkpoint), 1, 6)[0].tolist()
     ids, steps = list(prompt), list(generate(program, read, prompt, 5))
     for logits in steps:

@@ -22,7 +22,7 @@ from fxquant.passes import AssignSchemes, Calibrate, CheckCoverage, QuantizeExpe
 from fxquant.policy.policy import load_policy
 from fxquant.program.program import Program
 from fxquant.runtime.execute import execute
-from fxquant.runtime.weight_readers import Cached, Read, RecipeReader, load, make_module
+from fxquant.runtime.weight_providers import Cached, Read, RecipeWeights, load, make_module
 from fxquant.tracing import trace
 from fxquant.verification.ascend_statements import EmittedModule, StatementCheck, check_statements
 
@@ -43,7 +43,7 @@ class Compiled:
 
     def read(self) -> Read:
         """Stored tensors made anew from the checkpoint, whatever the folder holds."""
-        return Cached(RecipeReader(self.program, self.checkpoint))
+        return Cached(RecipeWeights(self.program, self.checkpoint))
 
     @cached_property
     def deployed(self) -> Program:

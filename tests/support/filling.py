@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fxquant.checkpoint.checkpoint import Checkpoint
-from fxquant.checkpoint.stamped_reader import checkpoint_files, stamp_files
+from fxquant.checkpoint.stamped_bytes import checkpoint_files, stamp_files
 from fxquant.lowering.output_folder.layout import FileLayout
 from fxquant.lowering.weights import CheckpointProducer, Filled, Workers, write_weights
 from fxquant.lowering.weights.journal import begin

@@ -16,7 +16,7 @@ from fxquant.passes.npu.page_latents import PageLatents
 from fxquant.program.program import Program
 from fxquant.program.program_file import dump_program, parse_program
 from fxquant.runtime.execute import execute, prefill_inputs
-from fxquant.runtime.weight_readers import Read
+from fxquant.runtime.weight_providers import Read
 
 RANK, ROPE = 32, 8
 """kv_lora_rank and qk_rope_head_dim of the tiny models."""

@@ -20,7 +20,7 @@ from fxquant.passes import (
 from fxquant.policy.policy import load_policy, shipped_policies
 from fxquant.program.program import Program
 from fxquant.runtime.execute import execute, prefill_inputs
-from fxquant.runtime.weight_readers import RecipeReader
+from fxquant.runtime.weight_providers import RecipeWeights
 from fxquant.schemes.schemes import Recipe, Scheme
 from fxquant.tracing import trace
 from fxquant.verification.reference import expected_tensors
@@ -49,8 +49,8 @@ def rewrite(checkpoint: Checkpoint, policy: str, program: Program | None = None)
     results = {result.name: result for result in run_passes(program, passes)}
     values: dict[str, Any] = {}
     batch = prefill_inputs(program, random_ids(meta_model(checkpoint), 2, 9))
-    reader = RecipeReader(program, checkpoint)
-    execute(program, reader, [batch], lambda node, outputs, inputs: values.update({node.name: outputs[0]}))
+    weights = RecipeWeights(program, checkpoint)
+    execute(program, weights, [batch], lambda node, outputs, inputs: values.update({node.name: outputs[0]}))
     return Rewritten(checkpoint, program, results, values)
 
 

@@ -52,7 +52,7 @@ def logits(program: Program, checkpoint: Checkpoint) -> Tensor:
 
 def test_pairs_are_found_in_the_graph(tiny: Callable[..., Checkpoint], tmp_path: Path) -> None:
     program, _ = smoothed(tiny(), policy_of(tmp_path, "smooth: [{method: smoothquant}]"))
-    pairs = {(pair.kind.value, pair.maker, pair.readers) for pair in program.pairs}
+    pairs = {(pair.kind.value, pair.maker, pair.consumers) for pair in program.pairs}
     layer = "model.layers.1"
     attention, mlp = f"{layer}.self_attn", f"{layer}.mlp"
     assert len(pairs) == 8

@@ -25,7 +25,7 @@ from fxquant.lowering.output_folder.manifest import FLOAT_GRAPH, GRAPH, LEDGER, 
 from fxquant.program.program import Program
 from fxquant.program.program_file import load_program
 from fxquant.progress import silent
-from fxquant.runtime.weight_readers import Cached, RecipeReader
+from fxquant.runtime.weight_providers import Cached, RecipeWeights
 from fxquant.tools.main import app
 from fxquant.verification.blocks import block_names, walk
 from fxquant.verification.engine_check import EngineChecker
@@ -98,7 +98,7 @@ def case(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Callable[..., Pa
             fxquant.compile(source, options)
             program = load_program(base / target / GRAPH)
             transforms = load_calibration(base / target / CALIBRATION).transforms
-            read = Cached(RecipeReader(program, open_checkpoint(source).transformed(transforms)))
+            read = Cached(RecipeWeights(program, open_checkpoint(source).transformed(transforms)))
             cases[target] = Case(
                 source, base / target, target, program, dict(walk(program, read, set(block_names(program))))
             )

@@ -141,7 +141,7 @@ class NodeLowering:
         return carry(value) if isinstance(value, ir.Value) else value
 
     def _widened(self, arg: Any, value: Any) -> Any:
-        """Parameters count as float32, as `fxquant.runtime.weight_readers.load` gives them."""
+        """Parameters count as float32, as `fxquant.runtime.weight_providers.load` gives them."""
         if not isinstance(arg, fx.Node) or arg.op != "get_attr" or value.dtype not in HALVES:
             return value
         shape, wide = value.shape, self.builder.float(value)

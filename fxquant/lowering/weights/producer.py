@@ -11,11 +11,11 @@ from torch import Tensor
 
 from fxquant.checkpoint.checkpoint import Checkpoint, decode_fp8
 from fxquant.checkpoint.model_parallel_parts import HeldTensor, SourceTensor
-from fxquant.checkpoint.stamped_reader import FileStamp, SourceReader, Stamps
+from fxquant.checkpoint.stamped_bytes import FileStamp, StampedBytes, Stamps
 from fxquant.kernels.version import KERNEL_VERSION
 from fxquant.lowering.weights.unit import Unit
 from fxquant.program.program_file import recipe_arguments
-from fxquant.runtime.weight_readers import Codes, codes_of
+from fxquant.runtime.weight_providers import Codes, codes_of
 from fxquant.schemes.roles import tensor_name
 from fxquant.schemes.schemes import Recipe
 from fxquant.storage.hashing import hash_text
@@ -50,7 +50,7 @@ class CheckpointProducer:
 
     def __init__(self, checkpoint: Checkpoint, stamps: Stamps, solved: Codes | None = None) -> None:
         self._checkpoint, self._stamps, self._solved = checkpoint, stamps, solved
-        self._reader = SourceReader(stamps)
+        self._files = StampedBytes(stamps)
 
     def pieces(self, unit: Unit) -> Iterator[tuple[str, memoryview]]:
         return self._kept(unit) if unit.recipe is None else self._made(unit, unit.recipe)
@@ -75,7 +75,7 @@ class CheckpointProducer:
 
     def prefetch(self, unit: Unit) -> None:
         for part in self._parts(unit):
-            self._reader.prefetch(part)
+            self._files.prefetch(part)
 
     def _parts(self, unit: Unit) -> list[TensorInfo]:
         """All that the unit is made from, as it lies in files: weight, block scales, bias."""
@@ -96,7 +96,7 @@ class CheckpointProducer:
         if tensor.dtype is dtype and not transforms.changes(unit.name):
             for start in range(0, tensor.nbytes, BLOCK_BYTES):
                 view = buffer.data[: min(BLOCK_BYTES, tensor.nbytes - start)]
-                self._reader.read_into(tensor, start, view)
+                self._files.read_into(tensor, start, view)
                 yield "", view
             return
         for first, wide in self._decoded_blocks(unit.name):
@@ -165,20 +165,20 @@ class CheckpointProducer:
         buffer = np.empty(min(step, rows) * width, np.uint8)
         for first in range(0, rows, step):
             block = buffer[: min(step, rows - first) * width]
-            self._reader.read_into(tensor, first * width, block.data)
+            self._files.read_into(tensor, first * width, block.data)
             yield first, block
 
     def _scales(self, name: str) -> np.ndarray:
         """float32 [blocks of rows, blocks of columns]: the values of the stored ones, exactly."""
         scale = self._checkpoint.scales[name]
-        return torch.frombuffer(self._reader.read(scale), dtype=scale.dtype).view(scale.shape).float().numpy()
+        return torch.frombuffer(self._files.read(scale), dtype=scale.dtype).view(scale.shape).float().numpy()
 
     def _bias(self, module: str) -> Tensor:
         name = tensor_name(module, "bias")
         tensor, changed = self._checkpoint.tensors[name], self._checkpoint.transforms.tensors.get(name)
         if changed is not None or isinstance(tensor, HeldTensor):
             return self._checkpoint.transforms.tensors[name]
-        return torch.frombuffer(self._reader.read(tensor), dtype=tensor.dtype)
+        return torch.frombuffer(self._files.read(tensor), dtype=tensor.dtype)
 
 
 def _sources(unit: Unit) -> list[str]:

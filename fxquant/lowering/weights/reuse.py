@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from fxquant.checkpoint.stamped_reader import FileStamp, Stamps
+from fxquant.checkpoint.stamped_bytes import FileStamp, Stamps
 from fxquant.errors import FxquantError
 from fxquant.inputs.json_file import read_json
 from fxquant.inputs.limits import INDEX_BYTES

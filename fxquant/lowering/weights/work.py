@@ -10,7 +10,7 @@ from pathlib import Path
 
 import xxhash
 
-from fxquant.checkpoint.stamped_reader import Stamps
+from fxquant.checkpoint.stamped_bytes import Stamps
 from fxquant.kernels.version import KERNEL_VERSION
 from fxquant.lowering.output_folder.layout import FileLayout
 from fxquant.lowering.weights.digests import digests_on_disk

@@ -1,10 +1,10 @@
 """quantize(rms_norm(x1 + x2))  →  one operator that gives the integers and the sum
 
-add_rms_norm_quantize_static     the norm's one reader is a static quantization
-add_rms_norm_quantize_per_token  its one reader is a quantization per token
+add_rms_norm_quantize_static     the norm's one consumer is a static quantization
+add_rms_norm_quantize_per_token  its one consumer is a quantization per token
 add_rms_norm                     anything else reads it
 
-The sum serves its other readers. A residual that the next layer's norm reads is then added in that layer.
+The sum serves its other consumers. A residual that the next layer's norm reads is then added in that layer.
 """
 
 from dataclasses import dataclass, field
@@ -46,9 +46,9 @@ class FuseNormQuantize(RewritePass):
         return None if first is node else f"{first.name} reads its sum before it"
 
     def rewrite(self, node: fx.Node, program: Program) -> None:
-        total, reader = operand_node(node, "x"), _one_quantization(node)
+        total, consumer = operand_node(node, "x"), _one_quantization(node)
         surgery, graph = Surgery(program, node, self.rules), program.graph.graph
-        fused, outputs = self._fused(surgery, total, reader)
+        fused, outputs = self._fused(surgery, total, consumer)
         names = [old[0].name if old else f"{node.name}_unread" for old in outputs]
         values = surgery.outputs(fused, [*(f"{name}_new" for name in names), f"{node.name}_sum"])
         total.replace_all_uses_with(values[-1])
@@ -59,25 +59,25 @@ class FuseNormQuantize(RewritePass):
             program.names.discard(value.name)
             value.name = name
         gone = {replaced for old in outputs for replaced in old}
-        for last in (reader, node, total):
+        for last in (consumer, node, total):
             if last is not None and last not in gone:
                 graph.erase_node(last)
 
-    def _fused(self, surgery: Surgery, total: fx.Node, reader: fx.Node | None) -> tuple[fx.Node, list[list[fx.Node]]]:
+    def _fused(self, surgery: Surgery, total: fx.Node, consumer: fx.Node | None) -> tuple[fx.Node, list[list[fx.Node]]]:
         """The new call, and for each of its results but the sum the nodes that gave it before."""
         node = surgery.site
         norm, name = arguments(node), f"{node.name}_fused"
         given = (operand(total, "self"), operand(total, "other"), norm["weight"], norm["eps"])
         bias = () if norm["bias"] is None else (norm["bias"],)
-        if reader is None:
+        if consumer is None:
             return surgery.call(ops.add_rms_norm, (*given, *bias), name), [[node]]
-        if reader.target == ops.quantize_per_token:
-            items = [[user for user in reader.users if item_of(user)[1] == index] for index in (0, 1)]
+        if consumer.target == ops.quantize_per_token:
+            items = [[user for user in consumer.users if item_of(user)[1] == index] for index in (0, 1)]
             return surgery.call(ops.add_rms_norm_quantize_per_token, (*given, *bias), name), items
-        scales = [operand_node(reader, name_of) for name_of in ("input_scale", "input_offset")]
+        scales = [operand_node(consumer, name_of) for name_of in ("input_scale", "input_offset")]
         for parameter in scales:
             node.prepend(parameter)
-        return surgery.call(ops.add_rms_norm_quantize_static, (*given, *scales, *bias), name), [[reader]]
+        return surgery.call(ops.add_rms_norm_quantize_static, (*given, *scales, *bias), name), [[consumer]]
 
 
 def _adds_alike(node: fx.Node) -> bool:
@@ -95,10 +95,10 @@ def _one_quantization(norm: fx.Node) -> fx.Node | None:
     """The quantization that alone reads `norm`, if an engine has the two in one piece."""
     if len(norm.users) != 1:
         return None
-    reader = next(iter(norm.users))
-    if reader.target == ops.quantize_per_token:
-        return reader if all(item_of(user)[1] is not None for user in reader.users) else None
-    if reader.target != ops.quantize_static:
+    consumer = next(iter(norm.users))
+    if consumer.target == ops.quantize_per_token:
+        return consumer if all(item_of(user)[1] is not None for user in consumer.users) else None
+    if consumer.target != ops.quantize_static:
         return None
-    read = (operand(norm, "weight"), operand(reader, "input_scale"), operand(reader, "input_offset"))
-    return reader if all(map(is_parameter, read)) else None
+    read = (operand(norm, "weight"), operand(consumer, "input_scale"), operand(consumer, "input_offset"))
+    return consumer if all(map(is_parameter, read)) else None

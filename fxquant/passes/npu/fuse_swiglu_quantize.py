@@ -14,7 +14,7 @@ from fxquant.program.shape_inference import ShapeRules
 
 @dataclass
 class FuseSwigluQuantize(RewritePass):
-    """Rewrites every swiglu whose one reader is a quantization per token.
+    """Rewrites every swiglu whose one consumer is a quantization per token.
 
     `widest`: the most features that the engine's operator takes; None for no limit.
     """
@@ -28,15 +28,15 @@ class FuseSwigluQuantize(RewritePass):
             return ""
         others = [user for user in node.users if user.target != ops.quantize_per_token]
         if others or len(node.users) != 1:
-            readers = ", ".join(dict.fromkeys(operator_name(user) for user in others or node.users))
-            return f"read by {readers or 'nothing'}"
+            consumers = ", ".join(dict.fromkeys(operator_name(user) for user in others or node.users))
+            return f"read by {consumers or 'nothing'}"
         features = node.meta["val"].shape[-1]
         if self.widest is not None and features > self.widest:
             return f"{features} features, the engine's operator takes {self.widest}"
         return None
 
     def rewrite(self, node: fx.Node, program: Program) -> None:
-        (reader,) = node.users
-        surgery = Surgery(program, reader, self.rules)
+        (consumer,) = node.users
+        surgery = Surgery(program, consumer, self.rules)
         surgery.replace(surgery.call(ops.swiglu_quantize_per_token, node.args, f"{node.name}_fused"))
         program.graph.graph.erase_node(node)

@@ -41,12 +41,12 @@ class PageLatents(RewritePass):
         position = caches(program).index(node) + 1
         present = program.graph.results[position]
         block_table, slot_mapping, _ = cache_inputs(program)
-        readers = {user for user in node.users if user.op != "output"}
-        if readers:
-            first = next(user for user in program.graph.graph.nodes if user in readers)
+        consumers = {user for user in node.users if user.op != "output"}
+        if consumers:
+            first = next(user for user in program.graph.graph.nodes if user in consumers)
             surgery = Surgery(program, first, self._rules)
             gathered = surgery.call(ops.gather_latents, (node, block_table), f"{first.name}_past")
-            node.replace_all_uses_with(gathered, lambda user: user in readers)
+            node.replace_all_uses_with(gathered, lambda user: user in consumers)
         if present is node:
             return  # a layer that appends nothing
         if present.op != "call_function":

@@ -61,7 +61,7 @@ def _in_words(observed: ActivationRange | str) -> str:
 
 
 def _take_over(item: fx.Node, twin: fx.Node, program: Program) -> None:
-    """Let the readers of `item`, a result of the node that goes, read the same result of `twin`."""
+    """Let the consumers of `item`, a result of the node that goes, read the same result of `twin`."""
     source, index = item_of(item)
     same = [user for user in twin.users if item_of(user) == (twin, index)]
     if not same:

@@ -24,7 +24,7 @@ from fxquant.passes import AssignSchemes, Calibrate, pipeline, run_passes
 from fxquant.policy.policy import load_policy
 from fxquant.program.program import Program
 from fxquant.runtime.execute import call, execute, prefill_inputs
-from fxquant.runtime.weight_readers import Cached, RecipeReader, load
+from fxquant.runtime.weight_providers import Cached, RecipeWeights, load
 from fxquant.storage.safetensors import read_header
 from fxquant.tracing import trace
 
@@ -59,7 +59,7 @@ def quantized(checkpoint: Checkpoint, policy: str, layer: type[DecoderLayer] = D
 
 def emit(program: Program, checkpoint: Checkpoint, folder: Path) -> Emitted:
     """Two weight files and the model; a stored tensor of odd length moves some offsets off alignment."""
-    read = RecipeReader(program, checkpoint)
+    read = RecipeWeights(program, checkpoint)
     names = sorted({name for parameter in program.parameters.values() for name in parameter.names})
     tensors = {}
     for file in range(2):

@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 
 from fxquant import CompileOptions, FxquantError, compile
 from fxquant.checkpoint.checkpoint import open_checkpoint
-from fxquant.checkpoint.stamped_reader import checkpoint_files, stamp_files
+from fxquant.checkpoint.stamped_bytes import checkpoint_files, stamp_files
 from fxquant.errors import StoppedError
 from fxquant.lowering.output_folder.layout import StoredTensor
 from fxquant.lowering.weights import CheckpointProducer, Place, Unit, WorkerKind, Workers, ray_cluster

@@ -18,14 +18,14 @@ from torch import Tensor
 
 from fxquant.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from fxquant.checkpoint.model_parallel_parts import SourceTensor
-from fxquant.checkpoint.stamped_reader import SourceReader
+from fxquant.checkpoint.stamped_bytes import StampedBytes
 from fxquant.engines.table import ENGINES, Target
 from fxquant.errors import FxquantError
 from fxquant.lowering.output_folder.description import index
 from fxquant.lowering.output_folder.layout import FileLayout, plan_files, stored_tensors
 from fxquant.lowering.weights import producer
 from fxquant.program.program import Program
-from fxquant.runtime.weight_readers import RecipeReader
+from fxquant.runtime.weight_providers import RecipeWeights
 from fxquant.schemes.schemes import Recipe
 from fxquant.verification.reference import contradiction, expected_tensors
 
@@ -76,13 +76,13 @@ def test_files_hold_the_plan_made_by_recipes_as_the_slow_reference_makes_it(
 ) -> None:
     checkpoint = tiny(**options)
     program, files, reported = write(checkpoint, "deepseek_w4a8", tmp_path / "out")
-    tensors, reader = stored_in(tmp_path / "out"), RecipeReader(program, checkpoint)
+    tensors, weights = stored_in(tmp_path / "out"), RecipeWeights(program, checkpoint)
     planned = {tensor.name: tensor.spec for file in files for tensor in file.tensors}
     assert {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()} == {
         name: (spec.dtype, spec.shape) for name, spec in planned.items()
     }
     for name, tensor in tensors.items():
-        assert same(tensor, reader(name)), name
+        assert same(tensor, weights(name)), name
     assert reported == sum(tensor.nbytes for tensor in tensors.values())
     assert (tmp_path / "out" / files[0].name).stat().st_size == files[0].nbytes
     for recipe in program.recipes.values():
@@ -158,13 +158,13 @@ class Reads:
     ranges: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
 
     def watch(self, monkeypatch: pytest.MonkeyPatch) -> "Reads":
-        original = SourceReader.read_into
+        original = StampedBytes.read_into
 
-        def read_into(reader: SourceReader, tensor: SourceTensor, offset: int, buffer: memoryview) -> None:
+        def read_into(files: StampedBytes, tensor: SourceTensor, offset: int, buffer: memoryview) -> None:
             self.ranges.setdefault(tensor.name, []).append((offset, offset + len(buffer)))
-            original(reader, tensor, offset, buffer)
+            original(files, tensor, offset, buffer)
 
-        monkeypatch.setattr(SourceReader, "read_into", read_into)
+        monkeypatch.setattr(StampedBytes, "read_into", read_into)
         return self
 
     @property

@@ -24,7 +24,7 @@ from fxquant.program.node_names import operator_name
 from fxquant.program.program import Program
 from fxquant.program.program_file import dump_program, parse_program
 from fxquant.runtime.execute import execute
-from fxquant.runtime.weight_readers import Cached, RecipeReader
+from fxquant.runtime.weight_providers import Cached, RecipeWeights
 from fxquant.schemes.schemes import ActivationRange
 from fxquant.tools.fusion_table import fusion_table
 
@@ -43,7 +43,7 @@ def plain(checkpoint: Checkpoint) -> Callable[[str], Program]:
 
 
 def outputs(program: Program, checkpoint: Checkpoint) -> list[Tensor]:
-    return execute(program, Cached(RecipeReader(program, checkpoint)), [padded_inputs(program)])[0]
+    return execute(program, Cached(RecipeWeights(program, checkpoint)), [padded_inputs(program)])[0]
 
 
 def equal(left: list[Tensor], right: list[Tensor]) -> bool:

@@ -21,7 +21,7 @@ from fxquant.lowering.ascend.emitted.cache import Cache
 from fxquant.models import DecoderLayer
 from fxquant.passes.npu.absorb_latents import AbsorbLatents
 from fxquant.passes.npu.page_latents import CACHE_INPUTS, PageLatents
-from fxquant.runtime.weight_readers import Cached, RecipeReader
+from fxquant.runtime.weight_providers import Cached, RecipeWeights
 
 HEADS, NOPE, ROPE, VALUE, RANK = 3, 4, 2, 5, 6
 LENS = (5, 1, 7)
@@ -161,7 +161,7 @@ def test_steps_over_pages_give_the_logits_of_a_whole_forward(
     program = rewritten(checkpoint, policy, layer)
     prefill, decode = paged(program)[0], absorbed(program)
     make: Callable[..., Cache] = Cache.paged if kind == "paged" else Cache.contiguous
-    run = PagedRun(Cached(RecipeReader(program, checkpoint)), make(empty_pages(15, 4), 3), [[], [], []])
+    run = PagedRun(Cached(RecipeWeights(program, checkpoint)), make(empty_pages(15, 4), 3), [[], [], []])
     for number, counts in enumerate(CALLS):
         new = tokens(counts, number)
         results = run.prefill(prefill, new) if number < 2 else run.decode(decode, new)

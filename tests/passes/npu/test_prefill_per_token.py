@@ -14,7 +14,7 @@ from fxquant.lowering.ascend.deployment import deployment
 from fxquant.passes.npu.prefill_per_token import PrefillPerToken
 from fxquant.program.program import Program
 from fxquant.runtime.execute import execute, prefill_inputs
-from fxquant.runtime.weight_readers import RecipeReader
+from fxquant.runtime.weight_providers import RecipeWeights
 
 RULES = 'rules: [{{kind: attention, path: "*.kv_b_proj", scheme: FLOAT}}, {{kind: attention, scheme: {}}}]'
 STATIC = (ops.quantize_static, ops.dequantize_static, ops.add_rms_norm_quantize_static)
@@ -29,7 +29,7 @@ def under(checkpoint: Checkpoint, folder: Path, scheme: str) -> Program:
 
 def logits(program: Program, checkpoint: Checkpoint) -> Tensor:
     ids = torch.randint(100, (2, 9), generator=torch.Generator().manual_seed(1))
-    return execute(program, RecipeReader(program, checkpoint), [prefill_inputs(program, ids)])[0][0]
+    return execute(program, RecipeWeights(program, checkpoint), [prefill_inputs(program, ids)])[0][0]
 
 
 @pytest.mark.parametrize("fused", [False, True])

@@ -56,12 +56,12 @@ def _segment(block: str, calls: list[fx.Node], key: str, caches: tuple[fx.Node, 
     own = set(calls)
     read = [source for node in calls for source in node.all_input_nodes]
     inputs = dict.fromkeys(node for node in read if node.op != "get_attr" and node not in own)
-    outputs = [node for node in calls if any(user not in own for user in _readers(node))]
+    outputs = [node for node in calls if any(user not in own for user in _consumers(node))]
     outputs.sort(key=lambda node: 2 if node in caches else is_rope_table(node))
     return Segment(key, f"{block}." if is_layer(block) else "", tuple(calls), tuple(inputs), tuple(outputs))
 
 
-def _readers(node: fx.Node) -> list[fx.Node]:
+def _consumers(node: fx.Node) -> list[fx.Node]:
     """Users of a value; a cache in pages is written in place, so the graph's output is none."""
     return [user for user in node.users if node.target != ops.write_latents or user.op != "output"]
 

@@ -53,7 +53,7 @@ def checkpoint_files(checkpoint: Checkpoint) -> set[Path]:
     return {part.file for tensor in tensors for part in tensor.parts}
 
 
-class SourceReader:
+class StampedBytes:
     """Reads byte ranges of tensors into a caller's buffer. Thread-safe and picklable: it remembers the working folder,
     which may differ in another process."""
 

@@ -76,7 +76,7 @@ def load(
     return LazyStack(parameter.names, converted) if parameter.stacked else converted(parameter.names[0])
 
 
-class RecipeReader:
+class RecipeWeights:
     """Makes the tensors of the weight file from the checkpoint, module by module, without writing them.
 
     `codes`: source of the codes that calibration found.
@@ -119,7 +119,7 @@ def codes_of(recipe: Recipe, module: str, codes: Codes | None) -> Tensor | None:
     return codes(module)
 
 
-class RoundedReader:
+class RoundedWeights:
     """Reads the checkpoint, with every weight that has a recipe rounded to the values of its integers."""
 
     def __init__(self, program: Program, read: Read) -> None:
