@@ -26,15 +26,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--browser", default="chromium")
     browser = parser.parse_args().browser
-    sources = [text for page in pages() for text in MERMAID.findall(page.read_text(encoding="utf-8"))]
+    diagrams = [text for page in pages() for text in MERMAID.findall(page.read_text(encoding="utf-8"))]
     with tempfile.TemporaryDirectory() as folder:
-        for source in (drawing for drawing in sources if not picture(drawing).is_file()):
-            picture(source).write_text(draw(source, browser, Path(folder)), encoding="utf-8")
-    for stale in set(IMAGES.glob("diagram_*.svg")) - {picture(drawing) for drawing in sources}:
+        for diagram in (drawing for drawing in diagrams if not picture(drawing).is_file()):
+            picture(diagram).write_text(draw(diagram, browser, Path(folder)), encoding="utf-8")
+    for stale in set(IMAGES.glob("diagram_*.svg")) - {picture(drawing) for drawing in diagrams}:
         stale.unlink()
 
 
-def draw(source: str, browser: str, folder: Path) -> str:
+def draw(diagram: str, browser: str, folder: Path) -> str:
     """The SVG of one diagram, as mermaid makes it in a browser."""
     script = folder / "package" / "dist" / "mermaid.tiny.js"
     if not script.is_file():
@@ -43,7 +43,7 @@ def draw(source: str, browser: str, folder: Path) -> str:
     page = folder / "page.html"
     page.write_text(
         f"<meta charset=utf-8><body></body><script src={script.as_uri()}></script><script>"
-        f"mermaid.initialize({json.dumps(CONFIG)});mermaid.render('diagram', {json.dumps(source)}).then("
+        f"mermaid.initialize({json.dumps(CONFIG)});mermaid.render('diagram', {json.dumps(diagram)}).then("
         "r => {document.body.innerHTML = ''; const p = document.createElement('pre'); p.textContent = r.svg; "
         "document.body.append(p)})</script>",
         encoding="utf-8",
@@ -52,7 +52,7 @@ def draw(source: str, browser: str, folder: Path) -> str:
     dom = subprocess.run([*arguments, page.as_uri()], check=True, capture_output=True, text=True).stdout
     match = re.search(r"<pre>(.*)</pre>", dom, re.DOTALL)
     if match is None:
-        raise RuntimeError(f"mermaid drew nothing of:\n{source}")
+        raise RuntimeError(f"mermaid drew nothing of:\n{diagram}")
     return html.unescape(match[1]).replace("<br>", "<br/>") + "\n"
 
 

@@ -12,9 +12,9 @@ MERMAID = re.compile(r"^```mermaid\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 IMAGES = Path(__file__).parent / "images"
 
 
-def picture(source: str) -> Path:
+def picture(diagram: str) -> Path:
     """The file that a diagram is drawn to: its name changes with the text."""
-    return IMAGES / f"diagram_{hashlib.sha256(source.encode()).hexdigest()[:12]}.svg"
+    return IMAGES / f"diagram_{hashlib.sha256(diagram.encode()).hexdigest()[:12]}.svg"
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:

@@ -27,7 +27,7 @@ class Finding:
     verdict: Verdict
     fact: str
     way_out: str
-    source: str
+    reference: str
 
 
 def check(contract: Contract, linears: Iterable[Linear], ranks: int = 1, mix: bool | None = None) -> list[Finding]:
@@ -56,7 +56,7 @@ def _ranks(contract: Contract) -> Finding:
     rule = contract.tensor_parallel
     sizes = ", ".join(map(str, rule.sizes))
     way_out = f"Use one of {sizes}, or data and expert parallelism." if len(rule.sizes) > 1 else "Run it on one."
-    return Finding("", Verdict.REFUSED, f"tensor-parallel ranks must be {sizes}: {rule.why}", way_out, rule.source)
+    return Finding("", Verdict.REFUSED, f"tensor-parallel ranks must be {sizes}: {rule.why}", way_out, rule.reference)
 
 
 def _dtypes(contract: Contract, linears: list[Linear]) -> Iterator[Finding]:
@@ -65,7 +65,7 @@ def _dtypes(contract: Contract, linears: list[Linear]) -> Iterator[Finding]:
     if dtype not in rule.accepted:
         way_out = f"Set torch_dtype in config.json to {' or '.join(rule.accepted)}."
         yield Finding(
-            "", rule.others, f"models in {dtype}: the engine loads {', '.join(rule.accepted)}", way_out, rule.source
+            "", rule.others, f"models in {dtype}: the engine loads {', '.join(rule.accepted)}", way_out, rule.reference
         )
 
 
@@ -73,7 +73,7 @@ def _schemes(contract: Contract, linear: Linear) -> Iterator[Finding]:
     recipe = linear.recipe
     cell = contract.cell(linear.kind, recipe)
     if cell.verdict is not Verdict.ACCEPTED:
-        yield Finding(recipe.module, cell.verdict, _fact(recipe, linear.kind, cell), cell.way_out, cell.source)
+        yield Finding(recipe.module, cell.verdict, _fact(recipe, linear.kind, cell), cell.way_out, cell.reference)
 
 
 def _fact(recipe: Recipe, kind: Kind, cell: Cell) -> str:
@@ -83,39 +83,39 @@ def _fact(recipe: Recipe, kind: Kind, cell: Cell) -> str:
 
 
 def _sizes(contract: Contract, linear: Linear, ranks: int) -> Iterator[Finding]:
-    recipe, source = linear.recipe, contract.tensor_parallel.source
+    recipe, reference = linear.recipe, contract.tensor_parallel.reference
     n, k = recipe.out_features, recipe.in_features
     if linear.heads and recipe.row_parallel and linear.heads % ranks:  # told once a layer, where heads come together
-        yield _size(recipe, f"{linear.heads} heads do not split over {ranks} ranks", _divides(linear.heads), source)
+        yield _size(recipe, f"{linear.heads} heads do not split over {ranks} ranks", _divides(linear.heads), reference)
     if linear.kind is not Kind.ATTENTION:
         axis, size = ("in_features", k) if recipe.row_parallel else ("out_features", n)
         if size % ranks:
-            yield _size(recipe, f"{axis} {size} does not split over {ranks} ranks", _divides(size), source)
+            yield _size(recipe, f"{axis} {size} does not split over {ranks} ranks", _divides(size), reference)
             return
         n, k = (n, k // ranks) if recipe.row_parallel else (n // ranks, k)
     part = f" of each of {ranks} ranks" if ranks > 1 else ""
     if recipe.group_size and contract.tensor_parallel.whole_groups and k % recipe.group_size:
         fact = f"in_features {k}{part} are no whole number of groups of {recipe.group_size}"
         fewer = f"Use fewer ranks, {EXPERT_PARALLEL}, or group_size 0."
-        yield _size(recipe, fact, fewer if ranks > 1 else "Use a smaller group_size.", source)
+        yield _size(recipe, fact, fewer if ranks > 1 else "Use a smaller group_size.", reference)
     for rule in contract.multiples:
         if linear.kind in rule.kind and recipe.scheme in rule.scheme:
             for axis, size, multiple in (("in_features", k, rule.in_features), ("out_features", n, rule.out_features)):
                 if size % multiple:
                     fact = f"{axis} {size}{part} is not a multiple of {multiple}"
                     way_out = f"Use fewer ranks, or {EXPERT_PARALLEL}." if part else "Use W8A8_DYNAMIC for it."
-                    yield _size(recipe, fact, way_out, rule.source)
+                    yield _size(recipe, fact, way_out, rule.reference)
             if rule.largest_in_features and k > rule.largest_in_features:
                 fact = f"in_features {k}{part} are more than {rule.largest_in_features}"
-                yield _size(recipe, fact, "Use W8A8_DYNAMIC for it.", rule.source)
+                yield _size(recipe, fact, "Use W8A8_DYNAMIC for it.", rule.reference)
 
 
 def _divides(size: int) -> str:
     return f"Use a number of ranks that divides {size}."
 
 
-def _size(recipe: Recipe, fact: str, way_out: str, source: str) -> Finding:
-    return Finding(recipe.module, Verdict.REFUSED, f"{recipe.scheme}: {fact}", way_out, source)
+def _size(recipe: Recipe, fact: str, way_out: str, reference: str) -> Finding:
+    return Finding(recipe.module, Verdict.REFUSED, f"{recipe.scheme}: {fact}", way_out, reference)
 
 
 def _mix(contract: Contract, linear: Linear, mix: bool | None) -> Iterator[Finding]:
@@ -127,7 +127,7 @@ def _mix(contract: Contract, linear: Linear, mix: bool | None) -> Iterator[Findi
         state = "on" if mix else "off"
         fact = f"{linear.recipe.scheme} on {linear.kind}, with {rule.switch} {state}"
         way_out = f"Turn it {'off' if mix else 'on'}, or give shared experts {rule.needs if mix else 'W8A8_DYNAMIC'}."
-        yield Finding(linear.recipe.module, Verdict.REFUSED, fact, way_out, rule.source)
+        yield Finding(linear.recipe.module, Verdict.REFUSED, fact, way_out, rule.reference)
 
 
 def _fused(contract: Contract, linears: list[Linear]) -> Iterator[Finding]:
@@ -142,7 +142,7 @@ def _fused(contract: Contract, linears: list[Linear]) -> Iterator[Finding]:
                 if other is not None and not _alike(linear.recipe, other.recipe):
                     fact = f"{_says(linear.recipe)}, {sibling} has {_says(other.recipe)}; the engine loads both as one "
                     way_out = "Give them one scheme, calibrated on the same input."
-                    yield Finding(module, Verdict.REFUSED, fact + rule.name, way_out, rule.source)
+                    yield Finding(module, Verdict.REFUSED, fact + rule.name, way_out, rule.reference)
 
 
 def _alike(recipe: Recipe, other: Recipe) -> bool:

@@ -42,7 +42,7 @@ class Cell(_Data):
     kind: tuple[Kind, ...]
     scheme: tuple[Scheme, ...] | Literal["any"]
     verdict: Verdict
-    source: str
+    reference: str
     module: str = "*"
     group_size: tuple[int, ...] | None = None
     bias: bool | None = None
@@ -70,7 +70,7 @@ class Multiples(_Data):
     in_features: int = 1
     out_features: int = 1
     largest_in_features: int | None = None
-    source: str
+    reference: str
 
 
 class Dtypes(_Data):
@@ -78,7 +78,7 @@ class Dtypes(_Data):
 
     accepted: tuple[Literal["bfloat16", "float16", "float32"], ...]
     others: Verdict
-    source: str
+    reference: str
 
 
 class TensorParallel(_Data):
@@ -87,7 +87,7 @@ class TensorParallel(_Data):
     sizes: tuple[int, ...]
     whole_groups: bool
     why: str
-    source: str
+    reference: str
 
 
 class Fused(_Data):
@@ -97,7 +97,7 @@ class Fused(_Data):
     name: str
     members: tuple[str, ...]
     kind: tuple[Kind, ...] = tuple(Kind)
-    source: str
+    reference: str
 
 
 class Release(_Data):
@@ -107,7 +107,7 @@ class Release(_Data):
     since: str
     until: str = ""
     loads: str
-    source: str
+    reference: str
 
 
 class SharedExpertMix(_Data):
@@ -115,7 +115,7 @@ class SharedExpertMix(_Data):
 
     switch: str
     needs: Scheme
-    source: str
+    reference: str
 
 
 class Contract(_Data):
@@ -141,7 +141,7 @@ class Contract(_Data):
 
 def _unknown(kind: Kind, scheme: Scheme) -> Cell:
     why = f"the engine has no {scheme} for {kind}"
-    return Cell(kind=(kind,), scheme=(scheme,), verdict=Verdict.REFUSED, source="not in its contract", why=why)
+    return Cell(kind=(kind,), scheme=(scheme,), verdict=Verdict.REFUSED, reference="not in its contract", why=why)
 
 
 @cache

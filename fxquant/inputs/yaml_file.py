@@ -162,12 +162,12 @@ class _Parser:
 
 def _merged(value: Located) -> dict[str | int, Located]:
     """The entries that `<<: value` merges: a mapping, or a list of mappings where earlier ones win."""
-    sources = list(value.children.values()) if isinstance(value.value, list) else [value]
+    mappings = list(value.children.values()) if isinstance(value.value, list) else [value]
     entries: dict[str | int, Located] = {}
-    for source in sources:
-        if not isinstance(source.value, dict):
+    for mapping in mappings:
+        if not isinstance(mapping.value, dict):
             raise _RefusedError(value.line, "<< merges mappings, and this is not a mapping")
-        entries |= {key: entry for key, entry in source.children.items() if key not in entries}
+        entries |= {key: entry for key, entry in mapping.children.items() if key not in entries}
     return entries
 
 

@@ -77,7 +77,7 @@ def run_passes(program: Program, passes: Sequence[Pass]) -> list[PassResult]:
 def findings(results: Sequence[PassResult]) -> list[str]:
     """What nobody has shown to work or to fail on the target, each with its source, once."""
     items = (item for result in results for item in result.findings.items())
-    return list(dict.fromkeys(f"{fact} ({source})" for fact, source in items))
+    return list(dict.fromkeys(f"{fact} ({reference})" for fact, reference in items))
 
 
 def _has_effect(node: fx.Node) -> bool:

@@ -36,14 +36,14 @@ class CheckContract(Pass):
             raise FxquantError(*as_error(refused, self.policy, self.contract))
         unverified: dict[str, str] = {}
         for finding in findings:
-            unverified.setdefault(finding.fact, finding.source)
+            unverified.setdefault(finding.fact, finding.reference)
         return PassResult(self.name, findings=unverified)
 
 
 def as_error(finding: Finding, policy: str, contract: Contract) -> tuple[str, str, str]:
     """Place, fact and way out of a refusal."""
     place = f"layer {finding.module}" if finding.module else f"policy {policy}"
-    fact = f"{finding.fact}; target {contract.target} refuses it ({finding.source})."
+    fact = f"{finding.fact}; target {contract.target} refuses it ({finding.reference})."
     return place, fact, finding.way_out or "Choose another policy or target: fxquant targets lists them."
 
 

@@ -81,9 +81,9 @@ def copy_rate() -> float:
     """GB/s that one core copies from memory to memory."""
     import numpy as np
 
-    source = np.ones(COPY_BYTES, np.uint8)
-    copy = np.empty_like(source)
-    return source.nbytes / best_seconds(lambda: np.copyto(copy, source)) / 1e9
+    original = np.ones(COPY_BYTES, np.uint8)
+    copy = np.empty_like(original)
+    return original.nbytes / best_seconds(lambda: np.copyto(copy, original)) / 1e9
 
 
 def block_sources(n: int) -> "dict[bool, EncodedRows]":

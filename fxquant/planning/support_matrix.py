@@ -98,4 +98,4 @@ def _verdict(policy: Policy, target: Target, ranks: int, findings: list[Finding]
 
 def _words(finding: Finding) -> str:
     name = finding.module.rpartition(".")[2]
-    return f"{name + ': ' if name else ''}{finding.fact} ({finding.source})"
+    return f"{name + ': ' if name else ''}{finding.fact} ({finding.reference})"

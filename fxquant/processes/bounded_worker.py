@@ -29,8 +29,8 @@ class BoundedWorker:
     seconds  CPU limit for opening the source
     """
 
-    def __init__(self, what: str, memory: int, seconds: float, **source: str) -> None:
-        self._opening: dict[str, Any] = {"open": what, "memory": memory, "seconds": seconds, **source}
+    def __init__(self, what: str, memory: int, seconds: float, **opened: str) -> None:
+        self._opening: dict[str, Any] = {"open": what, "memory": memory, "seconds": seconds, **opened}
         self._memory, self._lock = memory, threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._owner = os.getpid()

@@ -73,7 +73,7 @@ def open_template(request: dict[str, Any]) -> Answer:
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise
-    template = environment.from_string(request["source"])
+    template = environment.from_string(request["text"])
     return lambda chat: template.render(**chat["variables"])
 
 

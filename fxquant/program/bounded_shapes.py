@@ -58,7 +58,7 @@ def most_alive(graph: fx.Graph, values: Mapping[fx.Node, Any]) -> int:
     `values`: node → what it gives, on meta. Parameters, inputs and views are not counted.
     """
     nodes = [node for node in graph.nodes if node.op in ("call_function", "output")]
-    last = {source: node.meta["block"] for node in nodes for source in node.all_input_nodes}
+    last = {argument: node.meta["block"] for node in nodes for argument in node.all_input_nodes}
     alive: dict[fx.Node, int] = {}
     most = total = 0
     for block, members in groupby(nodes, lambda node: node.meta["block"]):

@@ -49,9 +49,9 @@ def operator_name(node: fx.Node) -> str:
 
 
 def _call_name(node: fx.Node) -> str:
-    source, index = item_of(node)
+    call, index = item_of(node)
     if index is not None:
-        return f"{source.name}_{index}"
+        return f"{call.name}_{index}"
     module, operator = node.meta["module"], operator_name(node)
     own = module.rpartition(".")[2]
     if not module:

@@ -56,8 +56,8 @@ def item_of(node: fx.Node) -> tuple[fx.Node, int | None]:
 
 def producer(node: fx.Node) -> tuple[Any, int | None]:
     """As `item_of`, with the operator that the call is of."""
-    source, index = item_of(node)
-    return source.target, index
+    call, index = item_of(node)
+    return call.target, index
 
 
 def _place(node: fx.Node, name: str) -> tuple[int, Any]:

@@ -48,9 +48,9 @@ def execute(
         elif node.op == "output":
             return [fx.map_arg(program.graph.results, of_batch(values, i)) for i in range(len(batches))]
         elif node.op == "call_function":
-            for source in node.all_input_nodes:
-                if source.op == "get_attr" and source not in values:
-                    values[source] = [load(program, str(source.target), read, dtype)] * len(batches)
+            for argument in node.all_input_nodes:
+                if argument.op == "get_attr" and argument not in values:
+                    values[argument] = [load(program, str(argument.target), read, dtype)] * len(batches)
             values[node] = [call(node, of_batch(values, i)) for i in range(len(batches))]
             if observe:
                 observe(node, values[node], values)
@@ -92,11 +92,11 @@ def last_uses(nodes: Iterable[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
     nodes = list(nodes)
     last: dict[fx.Node, fx.Node] = {}
     for node in nodes:
-        for source in node.all_input_nodes:
-            last[source] = node
+        for argument in node.all_input_nodes:
+            last[argument] = node
     dead: dict[fx.Node, list[fx.Node]] = {}
-    for source, node in last.items():
-        dead.setdefault(node, []).append(source)
+    for argument, node in last.items():
+        dead.setdefault(node, []).append(argument)
     for node in nodes:
         if node not in last and node.op in ("call_function", "get_attr", "placeholder"):
             dead.setdefault(node, []).append(node)

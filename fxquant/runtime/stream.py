@@ -62,10 +62,10 @@ class Stream:
         """Run the next block; `observe` sees each of its calls, with its inputs still alive."""
         values = self.values
         for node in block.nodes:
-            for source in node.all_input_nodes:
-                if source.op == "get_attr" and source not in values:
-                    weight = load(self._program, str(source.target), self._read, device=self._device)
-                    values[source] = [weight] * self._count
+            for argument in node.all_input_nodes:
+                if argument.op == "get_attr" and argument not in values:
+                    weight = load(self._program, str(argument.target), self._read, device=self._device)
+                    values[argument] = [weight] * self._count
             values[node] = self._call(node)
             observe(node, values[node], values)
             for dead in self._dead.get(node, ()):
@@ -83,7 +83,7 @@ class Stream:
         for block in self.blocks[:blocks]:
             for node in block.nodes:
                 # without values: only which ones are live after these blocks matters
-                self.values |= {source: [] for source in node.all_input_nodes if source.op == "get_attr"}
+                self.values |= {argument: [] for argument in node.all_input_nodes if argument.op == "get_attr"}
                 self.values[node] = []
                 for dead in self._dead.get(node, ()):
                     self.values.pop(dead, None)

@@ -22,7 +22,7 @@ class ChatTemplate:
     """source: the template text, from `file`; tokens: name → text of special tokens, such as bos_token."""
 
     file: Path
-    source: str
+    text: str
     tokens: dict[str, str]
 
     def render(self, messages: list[Message], place: str, answer: bool = False) -> str:
@@ -40,7 +40,7 @@ class ChatTemplate:
     @cached_property
     def _worker(self) -> BoundedWorker:
         """One worker for all chats."""
-        return BoundedWorker("template", TEMPLATE_MEMORY, TEXT_SECONDS, source=self.source)
+        return BoundedWorker("template", TEMPLATE_MEMORY, TEXT_SECONDS, text=self.text)
 
 
 def open_chat_template(folder: Path) -> ChatTemplate:

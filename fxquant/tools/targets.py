@@ -85,22 +85,22 @@ def _print_contracts(targets: list["Target"], as_json: bool) -> None:
         print_json([loaded.model_dump(mode="json") | {"serve": serve[target]} for target, loaded in contracts.items()])
         return
     for target, contract in contracts.items():
-        headings = ("modules", "scheme", "verdict", "source")
-        table = NamedTable(f"{contract.target}: {contract.title}", headings, prose=("verdict", "source"), names=2)
+        headings = ("modules", "scheme", "verdict", "reference")
+        table = NamedTable(f"{contract.target}: {contract.title}", headings, prose=("verdict", "reference"), names=2)
         for cell in contract.cells:
             sizes = "" if cell.group_size is None else f" group_size {', '.join(map(str, cell.group_size))}"
             where = ", ".join(cell.kind) + ("" if cell.module == "*" else f" ({cell.module})")
             where += {None: "", True: " with a bias", False: " without a bias"}[cell.bias]
             mark, style = MARKS[cell.verdict]
             verdict = f"{mark} {cell.verdict}" + (f": {cell.why}" if cell.why else "")
-            table.add_row(where, ", ".join(cell.scheme) + sizes, (verdict, style), cell.source)
+            table.add_row(where, ", ".join(cell.scheme) + sizes, (verdict, style), cell.reference)
         console.print(table)
         sizes = ", ".join(map(str, contract.tensor_parallel.sizes))
         print_line(f"tensor parallel {sizes}; description: {', '.join(contract.header)}")
         for release in contract.releases:
             until = f" to {release.until}" if release.until else " on"
             span = f" from {release.since}{until}" if release.since else " (first version unknown)"
-            print_line((f"{release.engine}{span} loads {release.loads} ({release.source})", "dim"))
+            print_line((f"{release.engine}{span} loads {release.loads} ({release.reference})", "dim"))
         print_whole(serve[target], "dim")
         console.print()
 

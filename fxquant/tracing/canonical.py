@@ -38,18 +38,18 @@ def _has_effect(node: fx.Node) -> bool:
 
 def _share_sizes(graph: fx.Graph) -> None:
     """Merge calls that give the same size into the first; torch.export reads a size from any input that has it."""
-    sources: dict[str, tuple[fx.Node, int]] = {}
+    first_with: dict[str, tuple[fx.Node, int]] = {}
     for node in graph.find_nodes(op="placeholder"):
         for dimension, size in enumerate(node.meta["val"].shape):
             if isinstance(size, torch.SymInt):
-                sources.setdefault(str(size), (node, dimension))
+                first_with.setdefault(str(size), (node, dimension))
     first: dict[str, fx.Node] = {}
     for node in graph.nodes:
         value = node.meta.get("val")
         if node.op != "call_function" or not isinstance(value, torch.SymInt):
             continue
         if node.target == ATEN.sym_size.int:
-            node.args = sources.get(str(value), node.args)
+            node.args = first_with.get(str(value), node.args)
         same = first.setdefault(str(value), node)
         if same is not node:
             node.replace_all_uses_with(same)
@@ -70,7 +70,9 @@ def _order_operands(graph: fx.Graph) -> None:
 
 def order_parameters(graph: fx.Graph) -> None:
     """Move parameters to the front, in the order in which calls first read them, however the model lists them."""
-    read = dict.fromkeys(source for node in graph.nodes for source in node.all_input_nodes if source.op == "get_attr")
+    read = dict.fromkeys(
+        argument for node in graph.nodes for argument in node.all_input_nodes if argument.op == "get_attr"
+    )
     for node in reversed(read):
         next(iter(graph.nodes)).prepend(node)
 

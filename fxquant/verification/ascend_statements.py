@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from fxquant.errors import FxquantError
-from fxquant.lowering.ascend.emitter.emit import module_source
+from fxquant.lowering.ascend.emitter.emit import module_code
 from fxquant.lowering.ascend.emitter.functions import Emitted, functions
 from fxquant.lowering.ascend.emitter.structure import is_attention_mask
 from fxquant.lowering.ascend.emitter.values import to_engine
@@ -54,7 +54,7 @@ class EmittedModule:
         path = folder / FILE
         self.program = program
         self.emitted = functions(program)
-        text = module_source(program, self.emitted)
+        text = module_code(program, self.emitted)
         _require_equal(path, path.read_bytes() if path.is_file() else b"", text.encode())
         module = ModuleType(path.stem)
         exec(compile(text, str(path), "exec"), module.__dict__)

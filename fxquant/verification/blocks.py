@@ -44,12 +44,12 @@ def walk(program: Program, read: Read, selected: set[str]) -> Iterator[tuple[str
     values: dict[fx.Node, Any] = {}
     inputs = probe_inputs(program)
     nodes = [node for node in program.graph.graph.nodes if node.op != "output"]
-    last_use = {source: node for node in nodes for source in node.all_input_nodes}
+    last_use = {argument: node for node in nodes for argument in node.all_input_nodes}
     for block in block_names(program):
         own = [node for node in nodes if node.op == "call_function" and node.meta["block"] == block]
         if block in selected:
             _run(program, read, own, values, inputs)
-            reads = {source for node in own for source in node.all_input_nodes}
+            reads = {argument for node in own for argument in node.all_input_nodes}
             yield block, {node.name: values[node] for node in {*own, *reads} if node in values}
         else:
             _substitute(own, values, last_use)
@@ -61,11 +61,11 @@ def walk(program: Program, read: Read, selected: set[str]) -> Iterator[tuple[str
 
 def _run(program: Program, read: Read, own: list[fx.Node], values: dict[fx.Node, Any], inputs: dict[str, Any]) -> None:
     for node in own:
-        for source in node.all_input_nodes:
-            if source.op == "placeholder":
-                values[source] = inputs[source.name]
-            elif source.op == "get_attr" and source not in values:
-                values[source] = load(program, str(source.target), read)
+        for argument in node.all_input_nodes:
+            if argument.op == "placeholder":
+                values[argument] = inputs[argument.name]
+            elif argument.op == "get_attr" and argument not in values:
+                values[argument] = load(program, str(argument.target), read)
         values[node] = call(node, values.__getitem__)
 
 

@@ -176,7 +176,7 @@ def _check_contract(program: Program, target: Target, ranks: int) -> Check:
         finding for finding in findings(load_contract(target), described, ranks) if finding.verdict is Verdict.REFUSED
     ]
     check.checked = len(described)
-    check.misses += (f"{finding.module}: {finding.fact} ({finding.source})" for finding in refused)
+    check.misses += (f"{finding.module}: {finding.fact} ({finding.reference})" for finding in refused)
     return check
 
 

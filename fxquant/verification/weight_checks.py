@@ -65,7 +65,7 @@ def check_values(units: list[StoredTensor], files: WeightFiles, source: Checkpoi
     """Every chosen tensor recomputed from the source by the slow reference, `==`; static ones among themselves."""
     static = [unit for unit in units if unit.recipe is not None and unit.recipe.scheme.static]
     quantized = Check("quantized tensors == slow reference", sum(_data_free(unit.recipe) for unit in units))
-    floats = Check("kept tensors == source", sum(unit.recipe is None for unit in units))
+    floats = Check("float tensors == source", sum(unit.recipe is None for unit in units))
     calibrated = Check("static parameters agree", len(static))
     for unit in units:
         missing = [n for n in _names(unit) if n not in files.infos]
@@ -170,7 +170,7 @@ def _where(files: WeightFiles, name: str, want: Tensor) -> str:
 
 
 def expected_stored(program: Program, source: Checkpoint | None, files: WeightFiles) -> list[StoredTensor]:
-    """The layout's tensors; without a source, kept tensors are taken at their stored dtype."""
+    """The layout's tensors; without a source, float tensors are taken at their stored dtype."""
     if source is not None:
         return stored_tensors(program, source)
     believed = Checkpoint(Path(), program.config, dict(files.infos))

@@ -83,11 +83,11 @@ def whole_run(program: Program, read: Read, batches: list[Batch], see: Observer)
         if node.op == "placeholder":
             values[node] = [batch[places.index(node)] for batch in inputs]
         elif node.op == "call_function":
-            for source in node.all_input_nodes:
-                if source.op == "get_attr" and source not in values:
-                    weight = load(program, str(source.target), read)
+            for argument in node.all_input_nodes:
+                if argument.op == "get_attr" and argument not in values:
+                    weight = load(program, str(argument.target), read)
                     weight = torch.stack(list(weight)) if isinstance(weight, LazyStack) else weight
-                    values[source] = [weight] * len(batches)
+                    values[argument] = [weight] * len(batches)
             values[node] = outputs(node, values)
             see(node, values[node], values)
     return values
@@ -219,7 +219,7 @@ def test_observers_see_the_inputs_alive(checkpoint: Checkpoint, documents: list[
             assert isinstance(inputs[operand_node(node, "gate_proj")][0], LazyStack)
         if node.target == ops.linear:
             again = [
-                ops.linear(*arguments) for arguments in zip(*(inputs[source] for source in node.args), strict=True)
+                ops.linear(*arguments) for arguments in zip(*(inputs[argument] for argument in node.args), strict=True)
             ]
             assert all(torch.equal(value, other) for value, other in zip(again, values, strict=True))
 

@@ -55,7 +55,7 @@ def test_every_cell_has_a_source_and_refusals_a_reason(target: Target) -> None:
     contract = load_contract(target)
     assert contract.target is target and contract.releases
     for cell in contract.cells:
-        assert cell.source, cell
+        assert cell.reference, cell
         assert cell.why or cell.verdict is Verdict.ACCEPTED, cell
         assert cell.way_out or cell.verdict is not Verdict.REFUSED, cell
 
@@ -90,7 +90,7 @@ def test_two_level_experts(target: Target) -> None:
     if target is Target.VLLM_ASCEND:
         finding = refusal(findings)
         assert finding is not None and finding.module == f"{MLP}experts.gate_proj"
-        assert "group_size 256" in finding.fact and "2026-08-08" in finding.fact and "#13713" in finding.source
+        assert "group_size 256" in finding.fact and "2026-08-08" in finding.fact and "#13713" in finding.reference
         assert "group_size: 0" in finding.way_out and "--target ascend" in finding.way_out
     else:
         assert not findings

@@ -22,7 +22,7 @@ from fxquant.checkpoint.checkpoint import Checkpoint
 from fxquant.engine_readers.folder import WeightFolder
 from fxquant.engines.table import Target
 from fxquant.lowering.ascend.deployment import deployment
-from fxquant.lowering.ascend.emitter.emit import ascend_source
+from fxquant.lowering.ascend.emitter.emit import ascend_code
 from fxquant.lowering.onnx.required import require_emitted
 from fxquant.lowering.output_folder.manifest import MANIFEST, Manifest, read_manifest
 from fxquant.lowering.output_folder.weight_files import WeightFiles
@@ -158,12 +158,12 @@ NAMES = [
 def test_names_of_nodes_are_variables_and_no_more(tiny: Callable[..., Checkpoint]) -> None:
     """Whatever a graph file calls its nodes, blocks and modules, the emitted module calls the same things."""
     document = json.loads(dump_program(rewritten(tiny(), "deepseek_w4a8")))
-    expected = calls(ascend_source(deployment(parse_program(json.dumps(document), "graph")).program))
+    expected = calls(ascend_code(deployment(parse_program(json.dumps(document), "graph")).program))
     text, renamed = json.dumps(document), copy.deepcopy(document)
     nodes = [node["name"] for node in renamed["nodes"] if node["op"] == "call_function"]
     for old, new in zip(nodes[1:], NAMES, strict=False):
         text = text.replace(f'"{old}"', f'"{new}"')
-    emitted = ascend_source(deployment(parse_program(text, "graph")).program)
+    emitted = ascend_code(deployment(parse_program(text, "graph")).program)
     compile(emitted, "model_ascend.py", "exec")
     assert calls(emitted) == expected
 

@@ -50,12 +50,12 @@ def test_texts_of_a_stored_graph_are_names_or_refused(where: str, compiled: Path
 
 
 def test_a_config_cannot_leave_the_docstring(compiled: Path, tmp_path: Path) -> None:
-    from fxquant.lowering.ascend.emitter.emit import ascend_source
+    from fxquant.lowering.ascend.emitter.emit import ascend_code
     from fxquant.program.program_file import load_program
 
     program = load_program(compiled / "fxquant_graph.json")
     program.config["architectures"] = ['"""\nimport os\n"""\\']
-    text = ascend_source(program)
+    text = ascend_code(program)
     assert "\nimport os\n???" in text.split('"""')[1]
     compile(text, "model_ascend.py", "exec")
 

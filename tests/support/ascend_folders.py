@@ -38,7 +38,7 @@ class Compiled:
     folder: Path
 
     @property
-    def source(self) -> str:
+    def code(self) -> str:
         return (self.folder / "model_ascend.py").read_text()
 
     def read(self) -> Read:
@@ -102,10 +102,10 @@ def compiled_folders(tiny_folder: Callable[..., Path], tmp_path_factory: pytest.
     return get
 
 
-def function_text(source: str, name: str) -> str:
+def function_text(code: str, name: str) -> str:
     """One function of a module, as it stands there."""
-    function = next(node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef) and node.name == name)
-    return ast.get_source_segment(source, function) + "\n"
+    function = next(node for node in ast.parse(code).body if isinstance(node, ast.FunctionDef) and node.name == name)
+    return ast.get_source_segment(code, function) + "\n"
 
 
 def corrupted(compiled: Compiled, out: Path, change: Callable[[dict[str, Tensor]], None]) -> Compiled:

@@ -221,7 +221,7 @@ def test_a_process_that_nobody_waits_for_ends_by_itself() -> None:
     command = [sys.executable, "-P", text_worker.__file__]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     assert process.stdin is not None and process.stdout is not None
-    first = {"open": "template", "source": ENDLESS, "memory": 256 << 20, "seconds": 5, "wall": 60}
+    first = {"open": "template", "text": ENDLESS, "memory": 256 << 20, "seconds": 5, "wall": 60}
     chats = json.dumps({"variables": {}, "seconds": 0.5, "wall": 1})
     process.stdin.write((json.dumps(first) + "\n").encode())
     process.stdin.flush()

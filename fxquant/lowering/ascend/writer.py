@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from fxquant.lowering.ascend.deployment import Deployment, deployment
-from fxquant.lowering.ascend.emitter.emit import ascend_source
+from fxquant.lowering.ascend.emitter.emit import ascend_code
 from fxquant.program.program import Program
 
 FILE = "model_ascend.py"
@@ -15,5 +15,5 @@ def write_ascend(program: Program, folder: Path) -> Deployment:
     Raises FxquantError where an operator or a shape has no counterpart on the engine.
     """
     deployed = deployment(program)
-    (folder / FILE).write_text(ascend_source(deployed.program), encoding="utf-8", newline="\n")
+    (folder / FILE).write_text(ascend_code(deployed.program), encoding="utf-8", newline="\n")
     return deployed

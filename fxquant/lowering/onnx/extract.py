@@ -56,7 +56,7 @@ class OperatorSession:
 
     def feeds(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """The feeds out of the values of an fx graph by node name."""
-        return {feed: values[source] for unit in self.units for feed, source in unit.inputs}
+        return {feed: values[name] for unit in self.units for feed, name in unit.inputs}
 
     def _array(self, name: str, value: Any) -> np.ndarray:
         array = value.contiguous().numpy() if isinstance(value, Tensor) else np.array([value], dtype=np.int64)
@@ -83,8 +83,8 @@ def operator_session(folder: Path, names: Iterable[str]) -> OperatorSession:
         name = node.name.partition("/")[0]
         if name in requested:
             groups.setdefault(name, []).append(node)
-    source = _Source(model)
-    parts = [part for name, nodes in groups.items() if (part := source.unit(name, nodes)).outputs]
+    whole = _WholeModel(model)
+    parts = [part for name, nodes in groups.items() if (part := whole.unit(name, nodes)).outputs]
     del model.graph.node[:], model.graph.input[:], model.graph.output[:], model.graph.value_info[:]
     used: set[str] = set()
     for part in parts:
@@ -107,7 +107,7 @@ class _Part:
     initializers: set[str]
 
 
-class _Source:
+class _WholeModel:
     """What units need of the whole model: value types, fx names of inputs, names of initializers."""
 
     def __init__(self, model: ModelProto) -> None:

@@ -60,9 +60,9 @@ class NodeLowering:
         """Add the nodes of one call_function node."""
         if self._named:
             self.builder.enter(f"{node.name}/")
-        source, index = item_of(node)
+        call, index = item_of(node)
         if index is not None:
-            result = self.values[source][index]
+            result = self.values[call][index]
         elif node.target in SYMBOLIC_INTEGERS:
             sizes = [self.builder.sizes(self.value(arg)) for arg in node.args]
             result = self.builder.op(SYMBOLIC_INTEGERS[node.target], *sizes)
@@ -154,8 +154,8 @@ class NodeLowering:
     def _carried(self, value: ir.Value) -> ir.Value:
         return self._shifted(value, INT8, UINT8, "Add")
 
-    def _shifted(self, value: ir.Value, source: ir.DataType, target: ir.DataType, op_type: str) -> ir.Value:
-        if value.dtype != source:
+    def _shifted(self, value: ir.Value, before: ir.DataType, target: ir.DataType, op_type: str) -> ir.Value:
+        if value.dtype != before:
             return value
         b = self.builder
         moved = b.op(op_type, b.op("Cast", value, to=int(INT32)), b.constant(torch.tensor(ZERO_POINT).int().numpy()))

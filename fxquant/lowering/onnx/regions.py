@@ -63,7 +63,7 @@ def _region(program: Program, shapes: Shapes, rows: fx.Node, counts: fx.Node) ->
         raise FxquantError(rows.name, fact, "Let the rows meet again in one moe_finalize_routing.")
     for node in nodes:
         _check_apart(node, shapes, shapes[rows].dims[0])
-    inputs = list(dict.fromkeys(source for node in nodes for source in _sources(node) if source not in inside))
+    inputs = list(dict.fromkeys(argument for node in nodes for argument in _arguments(node) if argument not in inside))
     stacked = [node for node in inputs if node.op == "get_attr" and program.parameters[str(node.target)].stacked]
     shared = [node for node in inputs if node not in stacked]
     by_row = [node for node in shared if shapes[node].dims[:1] == shapes[rows].dims[:1]]
@@ -74,7 +74,7 @@ def _region(program: Program, shapes: Shapes, rows: fx.Node, counts: fx.Node) ->
     return Region(rows, counts, nodes, leaving[0], (rows, *by_row), tuple(whole), tuple(stacked))
 
 
-def _sources(node: fx.Node) -> list[fx.Node]:
+def _arguments(node: fx.Node) -> list[fx.Node]:
     """Inputs of a call, without the `counts` of grouped operators."""
     return list(node.all_input_nodes) if node.target not in GROUPED else list(expert_arguments(node).values())
 

@@ -115,16 +115,16 @@ def _input(node: fx.Node, index: int, meta: Meta) -> ir.Value:
 
 def _outputs(lowering: NodeLowering, program: Program) -> list[ir.Value]:
     results = []
-    for index, source in enumerate(program.graph.results):
+    for index, output in enumerate(program.graph.results):
         name = "logits" if index == 0 else f"present.{index - 1}.latent"
-        value = lowering.value(source)
-        if any(other.name == name and other is not source for other in program.graph.graph.nodes):
+        value = lowering.value(output)
+        if any(other.name == name and other is not output for other in program.graph.graph.nodes):
             raise FxquantError(name, "a node has the name of an output.", "Rename the module or attribute.")
         if value.name != name:
             lowering.builder.enter(f"{name}/")
             value = lowering.builder.op("Identity", value)
             value.name = name
-        meta = lowering.shapes[source]
+        meta = lowering.shapes[output]
         value.dtype, value.shape = meta.onnx_dtype, meta.shape
         results.append(value)
     return results

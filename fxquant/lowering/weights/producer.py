@@ -64,7 +64,7 @@ class CheckpointProducer:
             document.append(recipe_arguments(unit.recipe))
         parts = ((self._stamps[part.file], part.start) for part in self._parts(unit))
         document += ([stamp.header, stamp.size, start] for stamp, start in parts)  # where, and no time
-        changed = self._checkpoint.transforms.key(_sources(unit))
+        changed = self._checkpoint.transforms.key(_source_names(unit))
         document += [] if changed is None else [changed]
         if self._solved is not None and unit.recipe is not None and unit.recipe.algorithm.from_inputs:
             document.append(self._solved.digest(unit.name))
@@ -79,7 +79,7 @@ class CheckpointProducer:
 
     def _parts(self, unit: Unit) -> list[TensorInfo]:
         """All that the unit is made from, as it lies in files: weight, block scales, bias."""
-        names = _sources(unit)
+        names = _source_names(unit)
         tensors = [self._checkpoint.tensors[name] for name in names]
         tensors += [self._checkpoint.scales[name] for name in names if name in self._checkpoint.scales]
         return [part for tensor in tensors for part in tensor.parts]
@@ -181,7 +181,7 @@ class CheckpointProducer:
         return torch.frombuffer(self._files.read(tensor), dtype=tensor.dtype)
 
 
-def _sources(unit: Unit) -> list[str]:
+def _source_names(unit: Unit) -> list[str]:
     """Checkpoint tensors that the unit is made from."""
     if unit.recipe is None:
         return [unit.name]

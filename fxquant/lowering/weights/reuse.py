@@ -141,13 +141,13 @@ def _same_file(earlier: Earlier, file: FileLayout, reused: set[str]) -> bool:
     return same and all(tensor.name in reused for tensor in file.tensors)
 
 
-def _copy(source: Path, start: int, target: Path, offset: int, length: int) -> None:
+def _copy(earlier: Path, start: int, target: Path, offset: int, length: int) -> None:
     """Let the system copy `length` bytes from `start` of one file to `offset` of another, sharing blocks if it can."""
     try:
-        with source.open("rb", buffering=0) as old, target.open("r+b", buffering=0) as new:
+        with earlier.open("rb", buffering=0) as old, target.open("r+b", buffering=0) as new:
             _copy_range(old.fileno(), start, new.fileno(), offset, length)
     except OSError as error:
-        raise stopped(error, target, f"cannot be copied from {source}") from None
+        raise stopped(error, target, f"cannot be copied from {earlier}") from None
 
 
 def _copy_range(old: int, start: int, new: int, offset: int, length: int) -> None:

@@ -64,8 +64,8 @@ class PrefillPerToken(RewritePass):
 
 def _norm(x8: fx.Node) -> fx.Node | None:
     """The norm that made these integers of a tensor's scale."""
-    source, index = item_of(x8)
-    return source if (source.target, index) == (ops.add_rms_norm_quantize_static, 0) else None
+    fused, index = item_of(x8)
+    return fused if (fused.target, index) == (ops.add_rms_norm_quantize_static, 0) else None
 
 
 def _quantize_behind(surgery: Surgery) -> tuple[fx.Node, fx.Node]:

@@ -62,10 +62,10 @@ def _in_words(observed: ActivationRange | str) -> str:
 
 def _take_over(item: fx.Node, twin: fx.Node, program: Program) -> None:
     """Let the consumers of `item`, a result of the node that goes, read the same result of `twin`."""
-    source, index = item_of(item)
+    call, index = item_of(item)
     same = [user for user in twin.users if item_of(user) == (twin, index)]
     if not same:
-        item.replace_input_with(source, twin)
+        item.replace_input_with(call, twin)
         return
     twin.append(same[0])
     item.replace_all_uses_with(same[0])

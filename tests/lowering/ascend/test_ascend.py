@@ -24,7 +24,7 @@ from tiny import write_checkpoint
 import fxquant
 from fxquant.checkpoint.checkpoint import open_checkpoint
 from fxquant.lowering.ascend.deployment import deployment
-from fxquant.lowering.ascend.emitter.emit import ascend_source
+from fxquant.lowering.ascend.emitter.emit import ascend_code
 from fxquant.lowering.ascend.operators import KERNELS
 from fxquant.lowering.ascend.operators.schemas import SCHEMAS
 from fxquant.program.program_file import load_program, save_program
@@ -45,7 +45,7 @@ def compiled(tiny_folder: Callable[..., Path], tmp_path_factory: pytest.TempPath
 
 @pytest.mark.parametrize("name", ["before", "dense_block", "moe_block", "after"])
 def test_golden_text(compiled: Compile, name: str) -> None:
-    assert function_text(compiled("deepseek_w4a8").source, name) == (GOLDEN / f"ascend_{name}.txt").read_text()
+    assert function_text(compiled("deepseek_w4a8").code, name) == (GOLDEN / f"ascend_{name}.txt").read_text()
 
 
 def test_text_depends_on_the_graph_alone(compiled: Compile, tmp_path: Path) -> None:
@@ -53,15 +53,15 @@ def test_text_depends_on_the_graph_alone(compiled: Compile, tmp_path: Path) -> N
     again = rewritten(output.checkpoint, "deepseek_w4a8")
     save_program(again, tmp_path / "graph.json")
     stored = load_program(tmp_path / "graph.json")
-    assert output.source == ascend_source(deployment(again).program) == ascend_source(deployment(stored).program)
+    assert output.code == ascend_code(deployment(again).program) == ascend_code(deployment(stored).program)
 
 
 @pytest.mark.parametrize("policy", others_slow(POLICIES, FEW_POLICIES))
 def test_text_is_plain_and_fits_its_lines(compiled: Compile, policy: str) -> None:
-    source = compiled(policy).source
-    assert max(map(len, source.splitlines())) <= 120
-    imported = {n.module for n in ast.walk(ast.parse(source)) if isinstance(n, ast.ImportFrom)}
-    imported |= {alias.name for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Import) for alias in n.names}
+    code = compiled(policy).code
+    assert max(map(len, code.splitlines())) <= 120
+    imported = {n.module for n in ast.walk(ast.parse(code)) if isinstance(n, ast.ImportFrom)}
+    imported |= {alias.name for n in ast.walk(ast.parse(code)) if isinstance(n, ast.Import) for alias in n.names}
     standard = {"json", "collections.abc", "dataclasses", "pathlib", "typing"}
     ours = {"torch", "torch.nn", "safetensors", "torch_npu", "fxquant.lowering.ascend.operators"}
     assert imported == standard | ours
@@ -71,17 +71,17 @@ def layered(folder: Path, layers: int) -> str:
     """Source for a narrow model of 3 dense layers and MoE layers."""
     narrow = {"hidden_size": 32, "intermediate_size": 32, "moe_intermediate_size": 16, "q_lora_rank": 16}
     write_checkpoint(folder, num_hidden_layers=layers, first_k_dense_replace=3, vocab_size=64, **narrow)
-    return ascend_source(deployment(rewritten(open_checkpoint(folder), "deepseek_w4a8_per_channel")).program)
+    return ascend_code(deployment(rewritten(open_checkpoint(folder), "deepseek_w4a8_per_channel")).program)
 
 
 @pytest.mark.parametrize("layers", [6, pytest.param(61, marks=pytest.mark.slow)])
 def test_layers_of_one_structure_share_a_function(tmp_path: Path, layers: int) -> None:
-    source = layered(tmp_path, layers)
-    names = [node.name for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]
+    code = layered(tmp_path, layers)
+    names = [node.name for node in ast.parse(code).body if isinstance(node, ast.FunctionDef)]
     structures = (("dense", ""), ("dense", "_2"), ("moe", ""))
     expected = [f"{kind}_block{graph}{count}" for graph in ("", "_prefill", "_decode") for kind, count in structures]
     assert [name for name in names if "block" in name] == expected
-    forward = source[source.index("        x, cos, sin = before(") : source.index("        return logits")]
+    forward = code[code.index("        x, cos, sin = before(") : code.index("        return logits")]
     arguments = "dtype, residual, x, cos, sin, hidden_keys, past[layer]"
     assert forward.splitlines() == [
         '        x, cos, sin = before(w["before"], dtype, input_ids, position_ids)',
@@ -114,18 +114,18 @@ def why_unbound(call: ast.Call) -> str | None:
     return f"{wrong} {missing}" if wrong or missing else None
 
 
-def npu_calls(source: str) -> list[ast.Call]:
-    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+def npu_calls(code: str) -> list[ast.Call]:
+    calls = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]
     return [call for call in calls if ast.unparse(call.func).rpartition(".")[0] == "torch.ops.npu"]
 
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_every_engine_call_binds_to_its_schema(compiled: Compile, policy: str) -> None:
-    source = compiled(policy).source
-    calls = npu_calls(source)
+    code = compiled(policy).code
+    calls = npu_calls(code)
     assert {ast.unparse(call): why for call in calls if (why := why_unbound(call))} == {}
     assert {call.func.attr for call in calls} <= KERNELS.keys()  # type: ignore[attr-defined]
-    listed = source[source.index("Engine operators:\n") : source.index("\nUse:")].split()[2:]
+    listed = code[code.index("Engine operators:\n") : code.index("\nUse:")].split()[2:]
     assert sorted({call.func.attr for call in calls}) == listed  # type: ignore[attr-defined]
 
 
@@ -170,7 +170,7 @@ def test_int4_linears_add_their_bias_last(tiny_folder: Callable[..., Path], tmp_
     rules = '[{kind: attention, path: "*.kv_b_proj", scheme: FLOAT}, {kind: attention, scheme: W4A8_DYNAMIC}]'
     (tmp_path / "int4.yaml").write_text(f"extends: deepseek_w4a8_per_channel\nrules: {rules}\n")
     output = compile_folder(tiny_folder(attention_bias=True), tmp_path / "out", str(tmp_path / "int4.yaml"))
-    assert output.source.count(') + w["self_attn.o_proj.bias"]\n') == 2 * 3  # layers, graphs
+    assert output.code.count(') + w["self_attn.o_proj.bias"]\n') == 2 * 3  # layers, graphs
     assert bad(check_all(output)) == {}
 
 

@@ -76,7 +76,7 @@ def test_a_norm_with_a_bias(policy: str, tmp_path: Path) -> None:
     """The fused operators with quantization take it, the one without has it added behind."""
     names = ("input_layernorm.bias", "post_attention_layernorm.bias")
     output = with_norms(tmp_path / "checkpoint", tmp_path / "out", policy, BiasedNorms, *names)
-    text = function_text(output.source, "moe_block")
+    text = function_text(output.code, "moe_block")
     assert 'beta=w["input_layernorm.bias"], epsilon=1e-06, ' in " ".join(text.split())
     assert "post_attention_layernorm, post_attention_layernorm_sum = add_rms_norm_bias(" in text
     assert bad(check_all(output)) == {}
@@ -90,7 +90,7 @@ def extra_norm(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
 
 
 def test_an_extra_norm_is_one_more_statement(compiled: Compile, extra_norm: Compiled) -> None:
-    text, plain = (function_text(c.source, "dense_block") for c in (extra_norm, compiled("deepseek_w4a8")))
+    text, plain = (function_text(c.code, "dense_block") for c in (extra_norm, compiled("deepseek_w4a8")))
     added = '    # extra_norm\n    extra_norm = torch.ops.npu.npu_rms_norm(x, w["extra_norm.weight"], 1e-05)[0]\n'
     assert added in text
     others = text.replace(added, "").replace("extra_norm, ", "x, ")
@@ -100,7 +100,7 @@ def test_an_extra_norm_is_one_more_statement(compiled: Compile, extra_norm: Comp
 
 def test_an_extra_norm_takes_the_sum_of_the_layer_before(extra_norm: Compiled) -> None:
     """It alone reads that sum; what the layer adds on is its output."""
-    text = function_text(extra_norm.source, "moe_block")
+    text = function_text(extra_norm.code, "moe_block")
     first = '    extra_norm, _, _ = torch.ops.npu.npu_add_rms_norm(residual, x, w["extra_norm.weight"], 1e-05)\n'
     assert first in text
     assert 'input_layernorm = torch.ops.npu.npu_rms_norm(extra_norm, w["input_layernorm.weight"], 1e-06)[0]\n' in text
@@ -110,7 +110,7 @@ def test_an_extra_norm_takes_the_sum_of_the_layer_before(extra_norm: Compiled) -
 def test_a_residual_factor_is_in_the_text(compiled: Compile) -> None:
     """Its product is what the next layer adds."""
     output = compiled("deepseek_w4a8", ScaledResidual)
-    text = function_text(output.source, "moe_block")
+    text = function_text(output.code, "moe_block")
     added = "    sub = add_1 - input_layernorm_sum\n    mul = sub * 0.5\n"
     assert text.endswith(f"{added}    return input_layernorm_sum, mul, self_attn_cat_1\n")
     assert bad(check_all(output)) == {}
@@ -135,7 +135,7 @@ def same_bits(output: Compiled) -> None:
 
 def test_aten_calls_of_a_user(compiled: Compile) -> None:
     output = compiled("deepseek_w4a8_dynamic", OwnOperators)
-    lines = [line.strip() for line in function_text(output.source, "dense_block").splitlines()]
+    lines = [line.strip() for line in function_text(output.code, "dense_block").splitlines()]
     spelled = [
         "to = add_1.to(torch.float32)",
         "add_2 = mean + 1e-06",
@@ -147,7 +147,7 @@ def test_aten_calls_of_a_user(compiled: Compile) -> None:
     ]
     assert [line for line in spelled if line not in lines] == []
     # what a user's cast made float32 is rounded again where the next layer's norm needs it
-    moe = function_text(output.source, "moe_block")
+    moe = function_text(output.code, "moe_block")
     assert "npu_rms_norm(x.to(dtype), " in moe
     assert bad(check_all(output)) == {}
     model = output.module().names["Model"].load(output.folder)

@@ -26,7 +26,7 @@ from fxquant.checkpoint.checkpoint import open_checkpoint
 from fxquant.errors import FxquantError
 from fxquant.kernels.pack_int4 import pack_int4
 from fxquant.lowering.ascend.emitted import weight_loading
-from fxquant.lowering.ascend.emitter.emit import ascend_source
+from fxquant.lowering.ascend.emitter.emit import ascend_code
 from fxquant.lowering.ascend.operators.grouped_matmul import unpack_int4
 from fxquant.verification.ascend_statements import EmittedModule, check_statements
 
@@ -94,7 +94,7 @@ def test_sharded_weights_are_found_by_their_index(compiled: Compiled, tmp_path: 
         save_file({name: tensors[name] for name in part}, tmp_path / file)
     index = {"metadata": {}, "weight_map": {name: file for file, part in files.items() for name in part}}
     (tmp_path / "quant_model_weight_w8a8.safetensors.index.json").write_text(json.dumps(index))
-    (tmp_path / "model_ascend.py").write_text(compiled.source)
+    (tmp_path / "model_ascend.py").write_text(compiled.code)
     whole, sharded = (EmittedModule(compiled.deployed, folder).load(MOE)[MOE] for folder in (compiled.folder, tmp_path))
     assert whole.keys() == sharded.keys()
     assert all(torch.equal(whole[name], sharded[name]) for name in whole)
@@ -109,7 +109,7 @@ def test_a_missing_tensor_is_named(compiled: Compiled, tmp_path: Path) -> None:
 
 def test_an_edited_module_is_refused_and_not_run(compiled: Compiled, tmp_path: Path) -> None:
     marker = tmp_path / "was run"
-    lines = compiled.source.splitlines(keepends=True)
+    lines = compiled.code.splitlines(keepends=True)
     edited = [*lines[:60], f"open({str(marker)!r}, 'w')\n", *lines[60:]]
     (tmp_path / "model_ascend.py").write_text("".join(edited))
     with pytest.raises(FxquantError, match="line 61 is not what the graph emits"):
@@ -125,7 +125,7 @@ def test_int4_channels_come_in_eights(tmp_path: Path) -> None:
     program = rewritten(checkpoint, "deepseek_w4a8_per_channel")
     fact = "layer model.layers.1.mlp.experts.down_proj: out_features 252 is not a multiple of 8: npu_grouped_matmul"
     with pytest.raises(FxquantError, match=fact):
-        ascend_source(program)
+        ascend_code(program)
 
 
 # corruption: values come from the checkpoint, weights from the changed files

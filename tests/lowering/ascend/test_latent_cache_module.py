@@ -56,7 +56,7 @@ def test_steps_give_the_logits_of_forward(compiled: Compile, policy: str, layer:
     A layer of the last model cannot be absorbed: its decoding gathers what prefill gathers.
     """
     output = compiled(policy, layer)
-    assert ("npu_scatter_pa_kv_cache" in output.source) and ("latent_attention(" in output.source) == (
+    assert ("npu_scatter_pa_kv_cache" in output.code) and ("latent_attention(" in output.code) == (
         layer is DecoderLayer
     )
     model = float32_model(output)
@@ -76,7 +76,7 @@ def test_steps_give_the_logits_of_forward(compiled: Compile, policy: str, layer:
 
 @pytest.mark.parametrize("graph", ["prefill", "decode"])
 def test_golden_text(compiled: Compile, graph: str) -> None:
-    text = function_text(compiled("deepseek_w4a8").source, f"dense_block_{graph}")
+    text = function_text(compiled("deepseek_w4a8").code, f"dense_block_{graph}")
     assert text == (GOLDEN / f"ascend_dense_block_{graph}.txt").read_text()
 
 
@@ -94,8 +94,8 @@ def test_prefill_and_decode_write_the_same_latents(compiled: Compile) -> None:
 
 def test_mixed_linears_are_per_token_in_prefill_and_static_in_decode(compiled: Compile) -> None:
     output = compiled("deepseek_w8a8_mix")
-    source, model = output.source, float32_model(output)
-    prefill, decode = (function_text(source, f"dense_block_{graph}") for graph in ("prefill", "decode"))
+    code, model = output.code, float32_model(output)
+    prefill, decode = (function_text(code, f"dense_block_{graph}") for graph in ("prefill", "decode"))
     assert "deq_scale" not in prefill and prefill.count("self_attn.o_proj.weight_scale") == 1
     assert "self_attn.o_proj.weight_scale" not in decode and decode.count("self_attn.o_proj.deq_scale") == 1
     cache = model.paged_cache(3, 12, 4)

@@ -54,15 +54,15 @@ def aten_call(writer: Writer, node: fx.Node) -> Call | str:
         return f"{writer.value(made_by)}[{index}]"
     target = node.target if node.target in INFIX else str(node.target)
     if target in INFIX and not node.kwargs and len(node.args) == 2:
-        left, right = (source(writer, argument) for argument in node.args)
+        left, right = (code(writer, argument) for argument in node.args)
         return f"{left} {INFIX[target]} {right}"
     name = getattr(node.target, "_opname", "")
     if name == "sym_size":
-        return f"{source(writer, operand(node, 'self'))}.shape[{operand(node, 'dim')}]"
+        return f"{code(writer, operand(node, 'self'))}.shape[{operand(node, 'dim')}]"
     if target == "aten.slice.Tensor":
         return _slice(writer, node)
-    places = tuple(source(writer, argument) for argument in node.args)
-    keywords = tuple(f"{key}={source(writer, value)}" for key, value in node.kwargs.items() if not _is_place(key))
+    places = tuple(code(writer, argument) for argument in node.args)
+    keywords = tuple(f"{key}={code(writer, value)}" for key, value in node.kwargs.items() if not _is_place(key))
     if name in METHODS:
         return Call(f"{places[0]}.{name}", places[1:] + keywords)
     if not name:
@@ -73,9 +73,9 @@ def aten_call(writer: Writer, node: fx.Node) -> Call | str:
 def _slice(writer: Writer, node: fx.Node) -> str:
     """`x[:, 2:5]`."""
     given = arguments(node)
-    first = "" if given["start"] in (0, None) else source(writer, given["start"])
-    last = "" if given["end"] in (None, END) else source(writer, given["end"])
-    every = "" if given["step"] == 1 else f":{source(writer, given['step'])}"
+    first = "" if given["start"] in (0, None) else code(writer, given["start"])
+    last = "" if given["end"] in (None, END) else code(writer, given["end"])
+    every = "" if given["step"] == 1 else f":{code(writer, given['step'])}"
     before = ":, " * (int(given["dim"]) % node.meta["val"].dim())
     return f"{writer.graph_layout(given['self'])}[{before}{first}:{last}{every}]"
 
@@ -95,16 +95,16 @@ def _is_place(key: str) -> bool:
 
 def _device(writer: Writer, node: fx.Node) -> tuple[str, ...]:
     """A tensor made of no other is made where the segment's inputs are."""
-    made_of_others = any(isinstance(source.meta.get("val"), Tensor) for source in node.all_input_nodes)
+    made_of_others = any(isinstance(argument.meta.get("val"), Tensor) for argument in node.all_input_nodes)
     return () if made_of_others else (f"device={writer.names.inputs[0].name}.device",)
 
 
-def source(writer: Writer, argument: Any) -> str:
+def code(writer: Writer, argument: Any) -> str:
     """Source of one argument."""
     if isinstance(argument, fx.Node):
         return writer.graph_layout(argument)
     if isinstance(argument, list | tuple):
-        items = ", ".join(source(writer, item) for item in argument)
+        items = ", ".join(code(writer, item) for item in argument)
         return f"[{items}]"
     if isinstance(argument, float) and not math.isfinite(argument):
         return f'float("{argument}")'

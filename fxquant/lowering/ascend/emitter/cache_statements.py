@@ -17,10 +17,10 @@ def _gather_latents(writer: Writer, node: fx.Node, cache: fx.Node, block_table: 
 
 
 def _latent_attention(writer: Writer, node: fx.Node, **given: Any) -> Call:
-    sources = [writer.floating(given[name]) for name in ("q", "kv_b_weight")]
-    sources += [writer.value(given[name]) for name in ("cache", "block_table", "seq_lens")]
-    sources += [repr(given[name]) for name in ("num_heads", "v_head_dim", "softmax_scale")]
-    return writer.call("latent_attention", *sources)
+    operand_texts = [writer.floating(given[name]) for name in ("q", "kv_b_weight")]
+    operand_texts += [writer.value(given[name]) for name in ("cache", "block_table", "seq_lens")]
+    operand_texts += [repr(given[name]) for name in ("num_heads", "v_head_dim", "softmax_scale")]
+    return writer.call("latent_attention", *operand_texts)
 
 
 CACHE_EMITTERS: dict[object, Emitter] = {

@@ -17,10 +17,10 @@ from fxquant.lowering.ascend.emitter.functions import (
     Emitted,
     Function,
     Weights,
+    code,
     functions,
     own_names,
     scheme_text,
-    source,
 )
 from fxquant.lowering.ascend.emitter.segment_text import INDENT, broken
 from fxquant.lowering.ascend.emitter.structure import Segment, unique
@@ -81,12 +81,12 @@ class Model:
 {cached}'''
 
 
-def ascend_source(program: Program) -> str:
+def ascend_code(program: Program) -> str:
     """The text of the module: same program, same text."""
-    return module_source(program, functions(program))
+    return module_code(program, functions(program))
 
 
-def module_source(program: Program, emitted: list[Emitted]) -> str:
+def module_code(program: Program, emitted: list[Emitted]) -> str:
     """The text of the module for functions already made."""
     prefill, decode = cached_graphs(program, emitted)
     every = [*emitted, *prefill.emitted, *decode.emitted]
@@ -94,16 +94,16 @@ def module_source(program: Program, emitted: list[Emitted]) -> str:
     distinct = list(dict.fromkeys(call.function for call in every))
     used = set().union(*(function.used for function in distinct))
     used |= {"find_hidden_keys"} if any(i.hidden_keys for call in every for i in call.inputs) else set()
-    glue = _sources(composites, used) + _sources(norm_composites, used)
-    blocks = [source(function, _places(function, every)) for function in distinct]
+    glue = _code_of(composites, used) + _code_of(norm_composites, used)
+    blocks = [code(function, _places(function, every)) for function in distinct]
     graph = "\n\n".join([*glue, *blocks])
     parts = [
         f'"""{_docstring(program, every, graph)}"""\n\n{IMPORTS}'.rstrip() + "\n",
         graph,
-        *_sources(weight_loading, used | set(LOADER)),
-        *_sources(norm_layouts, used),
+        *_code_of(weight_loading, used | set(LOADER)),
+        *_code_of(norm_layouts, used),
         PAGES,
-        *_sources(cache, set(own_names(cache))),
+        *_code_of(cache, set(own_names(cache))),
         "\n".join(_table_text(table) for table in dict.fromkeys(tables.values())),
         _blocks(every, tables),
         _model(program, emitted, model_methods(prefill, decode)),
@@ -111,7 +111,7 @@ def module_source(program: Program, emitted: list[Emitted]) -> str:
     return "\n\n".join(parts)
 
 
-def _sources(module: ModuleType, names: set[str]) -> list[str]:
+def _code_of(module: ModuleType, names: set[str]) -> list[str]:
     """Source of the functions and classes of `module` that are wanted, and of those that they call, in its order."""
     own = own_names(module)
     needed: set[str] = set()

@@ -155,7 +155,7 @@ def signature(function: Function) -> str:
     return f"def {function.name}({', '.join(('w', 'dtype', *function.inputs))}):"
 
 
-def source(function: Function, docstring: str) -> str:
+def code(function: Function, docstring: str) -> str:
     """The whole function."""
     lines = [signature(function), f'{INDENT}"""{docstring}"""', *(INDENT + line for line in function.lines)]
     return "\n".join(lines) + "\n"

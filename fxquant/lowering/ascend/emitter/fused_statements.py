@@ -11,27 +11,27 @@ from fxquant.lowering.ascend.emitter.segment_text import NPU, Call, Emitter, Wri
 def _add_rms_norm(
     writer: Writer, node: fx.Node, x1: fx.Node, x2: fx.Node, weight: fx.Node, eps: float, bias: fx.Node | None
 ) -> Call:
-    sources = [writer.floating(arg) for arg in (x1, x2, weight)]
+    operand_texts = [writer.floating(arg) for arg in (x1, x2, weight)]
     if bias is not None:
-        return writer.call("add_rms_norm_bias", *sources, writer.value(bias, "float32"), repr(eps))
-    return Call(f"{NPU}npu_add_rms_norm", (*sources, repr(eps)), outputs=(0, None, 1))
+        return writer.call("add_rms_norm_bias", *operand_texts, writer.value(bias, "float32"), repr(eps))
+    return Call(f"{NPU}npu_add_rms_norm", (*operand_texts, repr(eps)), outputs=(0, None, 1))
 
 
 def _add_rms_norm_quantize_static(writer: Writer, node: fx.Node, **given: Any) -> Call:
     weight, eps = given["weight"], given["eps"]
-    sources = [writer.floating(given[name]) for name in ("x1", "x2", "weight")]
-    sources.append(writer.weight(given["input_scale"], "norm_scale", (weight,)))
-    sources.append(writer.weight(given["input_offset"], "norm_offset", (weight,)))
+    operand_texts = [writer.floating(given[name]) for name in ("x1", "x2", "weight")]
+    operand_texts.append(writer.weight(given["input_scale"], "norm_scale", (weight,)))
+    operand_texts.append(writer.weight(given["input_offset"], "norm_offset", (weight,)))
     keywords = (*_beta(writer, given["bias"]), f"epsilon={eps!r}", "div_mode=True")
-    return Call(f"{NPU}npu_add_rms_norm_quant", (*sources, *keywords), outputs=(0, None, 1))
+    return Call(f"{NPU}npu_add_rms_norm_quant", (*operand_texts, *keywords), outputs=(0, None, 1))
 
 
 def _add_rms_norm_quantize_per_token(
     writer: Writer, node: fx.Node, x1: fx.Node, x2: fx.Node, weight: fx.Node, eps: float, bias: fx.Node | None
 ) -> Call:
-    sources = (writer.floating(arg) for arg in (x1, x2, weight))
+    operand_texts = (writer.floating(arg) for arg in (x1, x2, weight))
     keywords = (*_beta(writer, bias), f"epsilon={eps!r}", "output_mask=[True, False]")
-    return Call(f"{NPU}npu_add_rms_norm_dynamic_quant", (*sources, *keywords), outputs=(0, None, 2, 1, None))
+    return Call(f"{NPU}npu_add_rms_norm_dynamic_quant", (*operand_texts, *keywords), outputs=(0, None, 2, 1, None))
 
 
 def _beta(writer: Writer, bias: fx.Node | None) -> tuple[str, ...]:
@@ -40,8 +40,8 @@ def _beta(writer: Writer, bias: fx.Node | None) -> tuple[str, ...]:
 
 def _swiglu_quantize_per_token(writer: Writer, node: fx.Node, gate: fx.Node, up: fx.Node) -> Call:
     halves = f"torch.cat(({writer.floating(gate)}, {writer.floating(up)}), -1)"
-    sources = (halves, "activate_left=True", "quant_mode=1")
-    return Call(f"{NPU}npu_dequant_swiglu_quant", sources)
+    operand_texts = (halves, "activate_left=True", "quant_mode=1")
+    return Call(f"{NPU}npu_dequant_swiglu_quant", operand_texts)
 
 
 FUSED_EMITTERS: dict[object, Emitter] = {

@@ -39,7 +39,7 @@ def right_hand_side(writer: Writer, node: fx.Node) -> Call | str | None:
 
 def _fused(node: fx.Node) -> Fused | None:
     """What the call does together with the one that makes its operand."""
-    entries = (LINEARS.get((node.target, source.target)) for source in node.all_input_nodes)
+    entries = (LINEARS.get((node.target, argument.target)) for argument in node.all_input_nodes)
     return next((entry for entry in entries if entry is not None), None)
 
 
@@ -83,13 +83,13 @@ def _rope(writer: Writer, node: fx.Node, x: fx.Node, cos: fx.Node, sin: fx.Node,
 
 
 def _mla_attention(writer: Writer, node: fx.Node, attention_mask: fx.Node, **given: Any) -> Call:
-    sources = [writer.floating(given[name]) for name in ("q", "kv", "k_rope")]
+    operand_texts = [writer.floating(given[name]) for name in ("q", "kv", "k_rope")]
     numbers = (repr(given[name]) for name in ("num_heads", "v_head_dim", "softmax_scale"))
     hidden = "hidden_keys"
     if not is_attention_mask(writer.program, attention_mask, node):
         writer.used.add("find_hidden_keys")
-        hidden = f"find_hidden_keys({writer.graph_layout(attention_mask)}, {sources[0]}.shape[1])"
-    return writer.call("mla_attention", *sources, hidden, *numbers)
+        hidden = f"find_hidden_keys({writer.graph_layout(attention_mask)}, {operand_texts[0]}.shape[1])"
+    return writer.call("mla_attention", *operand_texts, hidden, *numbers)
 
 
 def _quantize_static(writer: Writer, node: fx.Node, x: fx.Node, input_scale: fx.Node, input_offset: fx.Node) -> Call:
@@ -136,8 +136,8 @@ def _moe_finalize_routing(writer: Writer, node: fx.Node, rows: fx.Node, row_inde
 
 def _unpermute(writer: Writer, rows: str, row_index: str, weights: fx.Node) -> Call:
     chosen, probabilities = writer.value(weights), writer.floating(weights)
-    sources = (rows, row_index, f"{probabilities}.flatten(0, -2)")
-    return Call(f"{NPU}npu_moe_token_unpermute", sources, f".unflatten(0, {chosen}.shape[:-1])")
+    operand_texts = (rows, row_index, f"{probabilities}.flatten(0, -2)")
+    return Call(f"{NPU}npu_moe_token_unpermute", operand_texts, f".unflatten(0, {chosen}.shape[:-1])")
 
 
 def _moe_experts(writer: Writer, node: fx.Node, x: fx.Node, ids: fx.Node, weights: fx.Node, **given: fx.Node) -> Call:

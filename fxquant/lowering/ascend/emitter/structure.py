@@ -54,7 +54,7 @@ def segments(program: Program) -> list[Segment]:
 
 def _segment(block: str, calls: list[fx.Node], key: str, caches: tuple[fx.Node, ...]) -> Segment:
     own = set(calls)
-    read = [source for node in calls for source in node.all_input_nodes]
+    read = [argument for node in calls for argument in node.all_input_nodes]
     inputs = dict.fromkeys(node for node in read if node.op != "get_attr" and node not in own)
     outputs = [node for node in calls if any(user not in own for user in _consumers(node))]
     outputs.sort(key=lambda node: 2 if node in caches else is_rope_table(node))

@@ -61,8 +61,8 @@ def _stays_float32(node: fx.Node, float32: set[fx.Node]) -> bool:
         return False
     if node.target in (torch.ops.aten.to.dtype, torch.ops.aten._to_copy.default):
         return operand(node, "dtype") is torch.float32
-    sources = [source for source in node.all_input_nodes if _is_floating(source)]
-    return not sources or any(source in float32 for source in sources)
+    arguments = [argument for argument in node.all_input_nodes if _is_floating(argument)]
+    return not arguments or any(argument in float32 for argument in arguments)
 
 
 def _is_floating(node: fx.Node) -> bool:

@@ -23,7 +23,7 @@ from torch._subclasses import FakeTensorMode
 from torch.export import Dim, ExportedProgram
 from torch.utils._pytree import tree_map
 
-from fxquant.lowering.ascend.emitter.emit import ascend_source
+from fxquant.lowering.ascend.emitter.emit import ascend_code
 from fxquant.lowering.ascend.export.fake_weights import fake_weights
 from fxquant.program.program import Program
 
@@ -70,7 +70,7 @@ def write_exported(
     No weight is read, and none is in the files: they are the first argument of both programs.
     """
     names = ModuleType("model_ascend").__dict__
-    exec(compile(ascend_source(program), "model_ascend.py", "exec"), names)
+    exec(compile(ascend_code(program), "model_ascend.py", "exec"), names)
     dtype = dtype or (torch.bfloat16 if program.dtype is torch.float32 else program.dtype)
     mode = FakeTensorMode()
     weights = fake_weights(program, names["BLOCKS"], dtype, mode)
@@ -119,7 +119,7 @@ def to_bytes(exported: ExportedProgram) -> bytes:
     exported.example_inputs = None
     stored, rewritten = io.BytesIO(), io.BytesIO()
     torch.export.save(exported, stored)
-    with zipfile.ZipFile(stored) as source, zipfile.ZipFile(rewritten, "w", zipfile.ZIP_STORED) as target:
-        for name in sorted(source.namelist()):
-            target.writestr(zipfile.ZipInfo(name, FIRST_DAY), source.read(name))
+    with zipfile.ZipFile(stored) as archive, zipfile.ZipFile(rewritten, "w", zipfile.ZIP_STORED) as target:
+        for name in sorted(archive.namelist()):
+            target.writestr(zipfile.ZipInfo(name, FIRST_DAY), archive.read(name))
     return rewritten.getvalue()

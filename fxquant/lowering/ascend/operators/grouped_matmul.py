@@ -166,18 +166,18 @@ def npu_grouped_matmul_shape(
     return [rows_of(x[0], weight[0].shape[2] * words, dtype=output_dtype_of(output_dtype, x[0].dtype))]
 
 
-def grouped_matmul(x: str, sources: list[str], counts: str, rest: tuple[str, ...] = ()) -> Call:
+def grouped_matmul(x: str, operand_texts: list[str], counts: str, rest: tuple[str, ...] = ()) -> Call:
     """Source of a call on rows `x`, sorted by expert, `counts` of them for each."""
     groups = (f"group_list={counts}", "split_item=2", "group_type=0", "group_list_type=1")
-    return Call(f"{NPU}{NAME}", (f"[{x}]", *sources, *groups, *rest), "[0]")
+    return Call(f"{NPU}{NAME}", (f"[{x}]", *operand_texts, *groups, *rest), "[0]")
 
 
 def _int4_linear(
     writer: Writer, node: fx.Node, acc: fx.Node, x_scale: fx.Node, weight_scale: fx.Node, bias: fx.Node | None
 ) -> Call:
     recipe = writer.recipe(operand(acc, "weight"))
-    sources = writer.value(operand(acc, "x")), writer.value(x_scale), *_int4_operands(writer, recipe)
-    call = writer.call("int4_linear", *sources, "dtype")
+    operand_texts = writer.value(operand(acc, "x")), writer.value(x_scale), *_int4_operands(writer, recipe)
+    call = writer.call("int4_linear", *operand_texts, "dtype")
     return call if bias is None else Call(call.head, call.arguments, f" + {writer.value(bias)}")
 
 
@@ -216,8 +216,8 @@ def _int4_experts(
     return _experts(writer, acc, [f"[{weight}]", f"bias=[{bias}]", f"scale=[{scale}]"], x_scale, counts)
 
 
-def _experts(writer: Writer, acc: fx.Node, sources: list[str], x_scale: fx.Node, counts: fx.Node) -> Call:
-    scaled = [*sources, f"per_token_scale=[{writer.value(x_scale)}]"]
+def _experts(writer: Writer, acc: fx.Node, operand_texts: list[str], x_scale: fx.Node, counts: fx.Node) -> Call:
+    scaled = [*operand_texts, f"per_token_scale=[{writer.value(x_scale)}]"]
     return grouped_matmul(writer.value(operand(acc, "x")), scaled, writer.value(counts), ("output_dtype=dtype",))
 
 

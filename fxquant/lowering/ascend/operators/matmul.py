@@ -76,9 +76,9 @@ def npu_quant_matmul_shape(x1: Tensor, x2: Tensor, output_dtype: int | None = No
 
 def _static_linear(writer: Writer, node: fx.Node, acc: fx.Node, deq_scale: fx.Node, quant_bias: fx.Node) -> Call:
     x8, weight = operand(acc, "x"), operand(acc, "weight")
-    sources = writer.value(x8), writer.value(weight, "int8_transposed"), writer.value(deq_scale, "as_stored")
+    operand_texts = writer.value(x8), writer.value(weight, "int8_transposed"), writer.value(deq_scale, "as_stored")
     bias = f"bias={writer.value(quant_bias, 'as_stored')}"
-    return Call(f"{NPU}npu_quant_matmul", (*sources, bias, "output_dtype=dtype"))
+    return Call(f"{NPU}npu_quant_matmul", (*operand_texts, bias, "output_dtype=dtype"))
 
 
 def _per_token_linear(
@@ -87,11 +87,11 @@ def _per_token_linear(
     """The per-token scale is one number a row, so leading dimensions are flattened around the operator."""
     x8, weight = writer.value(operand(acc, "x")), writer.value(operand(acc, "weight"), "int8_transposed")
     scale = writer.value(weight_scale, "channel_scale")
-    sources = [f"{x8}.flatten(0, -2)", weight, scale, f"pertoken_scale={writer.value(x_scale)}.flatten()"]
+    operand_texts = [f"{x8}.flatten(0, -2)", weight, scale, f"pertoken_scale={writer.value(x_scale)}.flatten()"]
     if bias is not None:
-        sources.append(f"bias={writer.value(bias)}")
-    sources.append("output_dtype=dtype")
-    return Call(f"{NPU}npu_quant_matmul", tuple(sources), f".unflatten(0, {x8}.shape[:-1])")
+        operand_texts.append(f"bias={writer.value(bias)}")
+    operand_texts.append("output_dtype=dtype")
+    return Call(f"{NPU}npu_quant_matmul", tuple(operand_texts), f".unflatten(0, {x8}.shape[:-1])")
 
 
 KERNELS: dict[str, Kernel] = {"npu_quant_matmul": npu_quant_matmul}
