@@ -45,7 +45,7 @@ from fxquant.text.load import load_batches
 from fxquant.tools.console import console, errors, show_error, size
 from fxquant.tools.stages import reporter
 
-KEPT = 2 << 30
+CACHE_BYTES = 2 << 30
 """Bytes of the float model's logits that are kept for all rows."""
 KEY = ("model", "policy", "text", "calib", "fxquant")
 """Hashes, and the version: what a row is a function of."""
@@ -168,7 +168,7 @@ class Scorer:
         self._report = reporter(quiet=not errors.is_terminal)
         self._batches = load_batches(options.text, self._source.checkpoint, options.samples, options.seq_len)
         self._original: tuple[Program, Read] = (self._source.program(), Cached(self._source.checkpoint.read))
-        self._kept: dict[int, list[Tensor]] = {}
+        self._cached: dict[int, list[Tensor]] = {}
         texts = {"text": self._batches, "calib": calibration(self._source, self._options) or []}
         self._hashes = {name: text_hash(batched(documents, 1, 0)) for name, documents in texts.items()}
         self._hashes["model"] = content_hash(self._source)
@@ -183,7 +183,7 @@ class Scorer:
 
     def row(self, label: str, policy: Policy) -> dict[str, Any]:
         """What it measures; `seconds` are without the float model."""
-        if not self._kept:
+        if not self._cached:
             self._keep()
         start = time.perf_counter()
         folders = sorted(file.parent.parent for file in self._folder.glob(f"*/{CALIBRATION}"))
@@ -213,17 +213,17 @@ class Scorer:
 
     def _keep(self) -> None:
         """As many chunks of float logits as there is room for."""
-        room = KEPT
+        room = CACHE_BYTES
         with self._report("float", len(self._batches), "documents") as advance:
             for start, chunk in self._chunks():
                 if room <= 0:
                     break
-                self._kept[start] = logits(*self._original, chunk)
-                room -= sum(tensor.nbytes for tensor in self._kept[start])
+                self._cached[start] = logits(*self._original, chunk)
+                room -= sum(tensor.nbytes for tensor in self._cached[start])
                 advance(len(chunk))
 
     def _expected(self, start: int, chunk: list[Tensor]) -> list[Tensor]:
-        return self._kept[start] if start in self._kept else logits(*self._original, chunk)
+        return self._cached[start] if start in self._cached else logits(*self._original, chunk)
 
 
 def content_hash(source: Source) -> str:

@@ -35,18 +35,18 @@ AGAIN = "Calibrate again: pass --calib TEXT instead."
 class Seen:
     """Provenance of observed ranges.
 
-    graph    structural hash of the float graph
-    weights  "float", or "rounded" and the hash of the recipes
-    text     XXH3-128 of the batches of token ids
-    smooth   hash of smoothing and rotation, "" for none
-    kept     the statistic of each input: "extremes", "percentile 99.99" or "histogram"
+    graph      structural hash of the float graph
+    weights    "float", or "rounded" and the hash of the recipes
+    text       XXH3-128 of the batches of token ids
+    smooth     hash of smoothing and rotation, "" for none
+    statistic  the statistic of each input: "extremes", "percentile 99.99" or "histogram"
     """
 
     graph: str
     weights: str
     text: str
     smooth: str = ""
-    kept: str = "extremes"
+    statistic: str = "extremes"
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def load_calibration(path: Path) -> Calibration:
         experts = {name.removesuffix(EXPERTS): infos[name].read() for name in infos if name.endswith(EXPERTS)}
     except KeyError as error:
         raise FxquantError(path, f"not a calibration file: it has no {error.args[0]}.", AGAIN) from None
-    values = tuple(tokens.shape) if seen.kept == Seen.kept else (1,)
+    values = tuple(tokens.shape) if seen.statistic == Seen.statistic else (1,)
     shapes = {tuple(tensor.shape) for pair in ranges.values() for tensor in pair} | {values}
     dtypes = {tensor.dtype for pair in ranges.values() for tensor in pair} | {torch.float32}
     if (

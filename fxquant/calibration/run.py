@@ -110,7 +110,7 @@ class CalibrationRun:
             count_experts(self.experts, node, values, self._batches)
 
     def _state(self, stream: Stream, blocks: int) -> State:
-        values = {node.name: stream.values[node] for node in stream.kept()}
+        values = {node.name: stream.values[node] for node in stream.live()}
         ranges = {node.name: extremes for node, extremes in self.ranges.items()}
         return State(blocks, values, ranges, self.experts, self.smoother.transforms)
 

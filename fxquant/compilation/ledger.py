@@ -105,11 +105,11 @@ def build_ledger(program: Program, checkpoint: Checkpoint) -> Ledger:
     mtp = program.mtp.layers
     for recipe in program.recipes.values():
         homes |= dict.fromkeys(recipe.source_names, (Bucket.REWRITTEN, recipe.scheme.value))
-    for name, parameter in program.kept_names().items():
+    for name, parameter in program.float_names().items():
         homes[name] = (Bucket.KEPT, str(program.rules[parameter.module]))
     for recipe in program.mtp.recipes.values():
         homes |= dict.fromkeys(recipe.source_names, (Bucket.REWRITTEN, recipe.scheme.value))
-    for name in program.mtp.kept:
+    for name in program.mtp.float_tensors:
         homes[name] = (Bucket.KEPT, _kept_of_mtp(program.rules[_mtp_of(name, mtp)]))
     for name in stored_frequencies(program, checkpoint):
         homes[name] = (Bucket.LEFT_OUT, REASON)

@@ -23,22 +23,22 @@ class Replacement:
         self._reader, self._arithmetic = reader, arithmetic
         self._sites = {site.node: site for site in sites(program)}
         self._last_use = {node: site.node for site in self._sites.values() for node in _inputs(site)}
-        self._kept: dict[fx.Node, list[Any]] = {}
+        self._live: dict[fx.Node, list[Any]] = {}
 
     def __call__(self, node: fx.Node, values: list[Any], inputs: Values) -> None:
         """`values` of the batches are replaced in place; inputs of later sites are kept until their last use."""
         if node in self._sites:
             values[:] = self._results(self._sites[node], values)
             for dead in [argument for argument, last in self._last_use.items() if last is node]:
-                self._kept.pop(dead, None)
+                self._live.pop(dead, None)
         if node in self._last_use:
-            self._kept[node] = list(values)
+            self._live[node] = list(values)
 
     def _results(self, site: Site, graph: list[Tensor]) -> list[Tensor]:
         """float32 of each batch. An expert is loaded once for all batches, and not at all if it has no rows."""
-        inputs = self._kept[site.x]
+        inputs = self._live[site.x]
         results = [torch.empty_like(value, dtype=torch.float32) for value in graph]
-        counts = [None] * len(graph) if site.counts is None else self._kept[site.counts]
+        counts = [None] * len(graph) if site.counts is None else self._live[site.counts]
         rows = [site.rows(count) for count in counts]
         for expert in range(len(site.recipe.modules)):
             routed = [batch for batch in range(len(graph)) if expert in rows[batch]]

@@ -24,7 +24,7 @@ from fxquant.kernels.cache_folder import ENDING, belongs_to_user, folder_of
 SOURCES = Path(__file__).parent
 
 
-class KeptCode:
+class CachedCode:
     """Cache of one kernel by signature, in place of the cache of a numba dispatcher.
 
     numba's own cache writes files beside the sources and loads damaged ones without a check.

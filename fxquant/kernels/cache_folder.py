@@ -13,7 +13,7 @@ from pathlib import Path
 
 KEY_LETTERS, MARKER, ENDING = 24, "README.txt", ".code"
 MARKER_TEXT = "Compiled code of fxquant's kernels. This folder may be deleted at any time.\n"
-KEPT_KEYS = 8
+CACHED_KEYS = 8
 """Most recently used folders to keep: versions, environments and processors that share a home."""
 DAY = 86_400.0
 
@@ -85,7 +85,7 @@ def _clean(new: Path) -> None:
     for marker in marked:
         with suppress(OSError):
             ages[marker.parent] = marker.stat().st_mtime
-    for folder in sorted(ages, key=lambda path: (path == new, ages[path]))[:-KEPT_KEYS]:
+    for folder in sorted(ages, key=lambda path: (path == new, ages[path]))[:-CACHED_KEYS]:
         with suppress(OSError):
             for file in (*folder.glob(f"*{ENDING}"), *folder.glob(f"*{ENDING}.*"), folder / MARKER):
                 file.unlink(missing_ok=True)

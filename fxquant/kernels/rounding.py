@@ -11,7 +11,7 @@ import numpy as np
 from numba import njit, types
 from numba.extending import intrinsic
 
-from fxquant.kernels.cache import KeptCode
+from fxquant.kernels.cache import CachedCode
 
 
 def kernel(function: Any) -> Any:
@@ -21,7 +21,7 @@ def kernel(function: Any) -> Any:
     """
     compiled: Any = njit(function, nogil=True, error_model="numpy", boundscheck=False)
     if function.__module__.startswith(f"{__package__}."):
-        compiled._cache = KeptCode(function)
+        compiled._cache = CachedCode(function)
     return compiled
 
 

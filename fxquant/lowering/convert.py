@@ -146,7 +146,7 @@ class Converter:
 
     def pieces(self, unit: Unit) -> Iterator[tuple[str, memoryview]]:
         if unit.recipe is None:
-            yield from self._kept(unit)
+            yield from self._float_pieces(unit)
             return
         before, recipe = self._old[unit.recipe.module], unit.recipe
         suffixes = set()
@@ -160,7 +160,7 @@ class Converter:
                 for block in self._blocks(unit.name, suffix, BLOCK_BYTES):
                     yield suffix, tensor_bytes(block.view(stored.dtype).to(spec.dtype))
 
-    def _kept(self, unit: Unit) -> Iterator[tuple[str, memoryview]]:
+    def _float_pieces(self, unit: Unit) -> Iterator[tuple[str, memoryview]]:
         digest = xxhash.xxh3_128()
         for suffix, data in self._float.pieces(unit):
             digest.update(data)

@@ -70,8 +70,8 @@ class AssignMtp(Pass):
         quantized = {name for recipe in mtp.recipes.values() for name in recipe.source_names}
         quantized.add(frequency_name_of_layer(path))
         names = sorted(name for name in self.checkpoint.tensors if name.startswith(f"{path}."))
-        mtp.kept |= {name: module_and_role(name)[0] for name in names if name not in quantized}
-        biases = (name for name in mtp_gate_biases(self.config, path) if name in mtp.kept)
+        mtp.float_tensors |= {name: module_and_role(name)[0] for name in names if name not in quantized}
+        biases = (name for name in mtp_gate_biases(self.config, path) if name in mtp.float_tensors)
         mtp.gate_biases = (*mtp.gate_biases, *biases)
 
 

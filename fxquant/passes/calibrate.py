@@ -84,7 +84,7 @@ class Calibrate(Pass):
             f"graph {seen.graph[:12]}, the model's is {graph[:12]}": seen.graph == graph,
             f"{seen.weights} weights, policy {self.policy.name} wants {weights}": seen.weights == weights,
             f"smoothed otherwise than policy {self.policy.name} says": seen.smooth == pairs_hash(program),
-            f"{seen.kept} of each input, policy {self.policy.name} wants {statistic}": seen.kept == statistic,
+            f"{seen.statistic} of each input, policy {self.policy.name} wants {statistic}": seen.statistic == statistic,
             f"no range of {missing[0] if missing else ''}": not missing,
         }
         facts["no codes of GPTQ"] = not any(solved_modules(program))

@@ -66,13 +66,13 @@ def tally(program: Program, checkpoint: Checkpoint, stored: list[StoredTensor]) 
         totals.do(GPTQ_INVERSE, inverse_work(recipe.in_features) * len(recipe.modules))
     for recipe in program.mtp.recipes.values():
         _recipe(totals, Kind.MTP, recipe, checkpoint)
-    kinds = {name: parameter.kind for name, parameter in program.kept_names().items()}
+    kinds = {name: parameter.kind for name, parameter in program.float_names().items()}
     floats: dict[Kind, list[StoredTensor]] = {}
     for tensor in stored:
         if tensor.recipe is None:
             floats.setdefault(kinds.get(tensor.name, Kind.MTP), []).append(tensor)
     for kind, tensors in floats.items():
-        _kept(totals, kind, tensors, checkpoint)
+        _floats(totals, kind, tensors, checkpoint)
     left = list(_left_out(program, checkpoint))
     if left:
         totals.add(Kind.MTP, LEAVE_OUT, _modules(left), _sizes(left, checkpoint), 0)
@@ -96,7 +96,7 @@ def _recipe(totals: Tally, kind: Kind, recipe: Recipe, checkpoint: Checkpoint) -
         totals.do(GPTQ_FEEDBACK, feedback_work(recipe.out_features, recipe.in_features) * len(recipe.modules))
 
 
-def _kept(totals: Tally, kind: Kind, tensors: list[StoredTensor], checkpoint: Checkpoint) -> None:
+def _floats(totals: Tally, kind: Kind, tensors: list[StoredTensor], checkpoint: Checkpoint) -> None:
     names = [tensor.name for tensor in tensors]
     written = sum(tensor.spec.nbytes for tensor in tensors)
     totals.add(kind, Scheme.FLOAT.value, _modules(names), _sizes(names, checkpoint), written)

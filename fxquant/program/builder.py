@@ -54,7 +54,7 @@ def build_program(document: Document, place: object) -> Program:
         mtp=MtpLayers(
             tuple(document.mtp.layers),
             {module: _recipe(module, fields) for module, fields in document.mtp.recipes.items()},
-            document.mtp.kept,
+            document.mtp.float_tensors,
             tuple(document.mtp.gate_biases),
         ),
     )

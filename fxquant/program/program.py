@@ -40,21 +40,21 @@ class Parameter:
 class MtpLayers:
     """Multi-token prediction layers: they are stored, and no graph runs them.
 
-    layers       their paths in the checkpoint, stored or not
-    recipes      module path → how its tensors are made
-    kept         checkpoint tensor → its module, for those that stay float
-    gate_biases  those of `kept` that are stored in float32 whatever the checkpoint has
+    layers         their paths in the checkpoint, stored or not
+    recipes        module path → how its tensors are made
+    float_tensors  checkpoint tensor → its module, for those that stay float
+    gate_biases    those of `float_tensors` that are stored in float32 whatever the checkpoint has
     """
 
     layers: tuple[str, ...] = ()
     recipes: dict[str, Recipe] = field(default_factory=dict)
-    kept: dict[str, str] = field(default_factory=dict)
+    float_tensors: dict[str, str] = field(default_factory=dict)
     gate_biases: tuple[str, ...] = ()
 
     @property
     def stored(self) -> bool:
         """Whether the output has any."""
-        return bool(self.recipes or self.kept)
+        return bool(self.recipes or self.float_tensors)
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class Program:
         """What a `get_attr` node reads."""
         return self.parameters[str(node.target)]
 
-    def kept_names(self) -> dict[str, Parameter]:
+    def float_names(self) -> dict[str, Parameter]:
         """Checkpoint tensor → parameter, for all parameters that no recipe makes."""
         quantized = {name for recipe in self.recipes.values() for name in made_parameters(recipe)}
         return {name: p for target, p in self.parameters.items() if target not in quantized for name in p.names}

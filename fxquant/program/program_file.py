@@ -37,7 +37,7 @@ def dump_program(program: Program) -> str:
         "mtp": {
             "layers": list(program.mtp.layers),
             "recipes": {module: _recipe(recipe) for module, recipe in program.mtp.recipes.items()},
-            "kept": program.mtp.kept,
+            "float_tensors": program.mtp.float_tensors,
             "gate_biases": list(program.mtp.gate_biases),
         },
     }

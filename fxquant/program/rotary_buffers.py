@@ -35,7 +35,7 @@ def stored_frequencies(program: Program, checkpoint: Checkpoint) -> set[str]:
     YaRN numbers, is a model that says something else.
     """
     tables = [operand(node, "inv_freq") for node in program.nodes(ops.rope_table)]
-    bound = program.kept_names()
+    bound = program.float_names()
     names = {name for name in frequency_names(program) if name in checkpoint.tensors and name not in bound}
     for name in sorted(names) if tables else ():
         _check(name, checkpoint, torch.tensor(tables[0], dtype=torch.float64))

@@ -90,7 +90,7 @@ class MtpFields(Fields):
 
     layers: Places
     recipes: Annotated[dict[Place, RecipeFields], Field(max_length=NODES)]
-    kept: Annotated[dict[Place, Place], Field(max_length=NODES)]
+    float_tensors: Annotated[dict[Place, Place], Field(max_length=NODES)]
     gate_biases: Places
 
 

@@ -71,10 +71,10 @@ class Stream:
             for dead in self._dead.get(node, ()):
                 values.pop(dead, None)
             advance(1)
-        for node in self.kept():  # a resumed run reads these from a file: both must sum in the same order
+        for node in self.live():  # a resumed run reads these from a file: both must sum in the same order
             values[node] = [settled(value) for value in values[node]]
 
-    def kept(self) -> list[fx.Node]:
+    def live(self) -> list[fx.Node]:
         """The calls whose values are live: with the batches, all that later blocks depend on."""
         return [node for node in self.values if node.op == "call_function"]
 
@@ -87,7 +87,7 @@ class Stream:
                 self.values[node] = []
                 for dead in self._dead.get(node, ()):
                     self.values.pop(dead, None)
-        return self.kept()
+        return self.live()
 
     def restore(self, node: fx.Node, values: list[Any]) -> None:
         """Give a call that was skipped its value for each batch."""

@@ -139,18 +139,18 @@ class Cached:
 
     def __init__(self, read: Read, limit: int = 1 << 30) -> None:
         self._read, self._limit = read, limit
-        self._kept: OrderedDict[str, Tensor] = OrderedDict()
+        self._cached: OrderedDict[str, Tensor] = OrderedDict()
         self._bytes = 0
 
     def __call__(self, name: str) -> Tensor:
-        if name in self._kept:
-            self._kept.move_to_end(name)
-            return self._kept[name]
+        if name in self._cached:
+            self._cached.move_to_end(name)
+            return self._cached[name]
         tensor = self._read(name)
         if tensor.is_floating_point() and tensor.dtype is not torch.float32:
             tensor = tensor.float()
-        self._kept[name] = tensor
+        self._cached[name] = tensor
         self._bytes += tensor.nbytes
-        while self._bytes > self._limit and len(self._kept) > 1:  # one tensor may exceed the limit alone
-            self._bytes -= self._kept.popitem(last=False)[1].nbytes
+        while self._bytes > self._limit and len(self._cached) > 1:  # one tensor may exceed the limit alone
+            self._bytes -= self._cached.popitem(last=False)[1].nbytes
         return tensor

@@ -12,7 +12,7 @@ def fusion_table(deployed: Deployment) -> NamedTable:
     table = NamedTable("Fused for deployment", headings, prose=("kept",))
     for step in deployed.steps:
         counts = (len(step.result.rewritten), step.calls_before, step.calls_after)
-        table.add_row(step.result.name, *(f"{count:,}" for count in counts), kept_reasons(step))
+        table.add_row(step.result.name, *(f"{count:,}" for count in counts), skip_reasons(step))
     if deployed.steps:
         first, last = deployed.steps[0], deployed.steps[-1]
         rewritten = sum(len(step.result.rewritten) for step in deployed.steps)
@@ -21,6 +21,6 @@ def fusion_table(deployed: Deployment) -> NamedTable:
     return table
 
 
-def kept_reasons(step: Step) -> str:
+def skip_reasons(step: Step) -> str:
     """`4 × its sum stays in float32`, one line per reason, the most frequent first."""
     return "\n".join(f"{count:,} × {reason}" for reason, count in Counter(step.result.skipped.values()).most_common())

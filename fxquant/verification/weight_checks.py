@@ -54,7 +54,7 @@ def check_stored(program: Program, files: WeightFiles) -> None:
 
 
 def sample(stored: list[StoredTensor], count: int | None) -> list[StoredTensor]:
-    """One StoredTensor a module (its weight) or kept tensor; a seeded `count` of them, or all."""
+    """One StoredTensor a module (its weight) or float tensor; a seeded `count` of them, or all."""
     units = [t for t in stored if t.recipe is None or t.role == "weight"]
     if count is None or count >= len(units):
         return units

@@ -10,8 +10,8 @@ import pytest
 from numba import njit
 
 from fxquant.kernels import cache
-from fxquant.kernels.cache import KeptCode
-from fxquant.kernels.cache_folder import KEPT_KEYS, MARKER, MARKER_TEXT, folder_of
+from fxquant.kernels.cache import CachedCode
+from fxquant.kernels.cache_folder import CACHED_KEYS, MARKER, MARKER_TEXT, folder_of
 from fxquant.kernels.rounding import kernel, round_row
 
 
@@ -86,7 +86,7 @@ def test_the_cache_folder_itself_may_be_a_link(root: Path, tmp_path: Path) -> No
 
 
 def test_folders_used_last_stay_and_what_is_not_ours_too(root: Path) -> None:
-    folders = [folder_of("version", number) for number in range(KEPT_KEYS)]
+    folders = [folder_of("version", number) for number in range(CACHED_KEYS)]
     for age, folder in enumerate(reversed(folders)):
         assert folder
         (folder / f"{'0' * 32}.code").touch()
@@ -126,7 +126,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Any]:
 
     def make() -> Any:
         function: Any = njit(_double)
-        function._cache = KeptCode(_double)
+        function._cache = CachedCode(_double)
         return function
 
     return make
@@ -196,6 +196,6 @@ def test_a_write_that_fails_leaves_nothing(fresh: Callable[[], Any], monkeypatch
 
 
 def test_only_kernels_of_the_package_are_kept() -> None:
-    assert isinstance(round_row._cache, KeptCode)
-    assert not isinstance(kernel(_double)._cache, KeptCode)
+    assert isinstance(round_row._cache, CachedCode)
+    assert not isinstance(kernel(_double)._cache, CachedCode)
     assert kernel(_double)(np.int64(21)) == 42

@@ -59,7 +59,7 @@ def test_frequencies_of_the_config_are_left_out(tmp_path: Path, dtype: torch.dty
 def test_a_prediction_layer_that_is_stored_goes_without(mode: MtpMode, tmp_path: Path) -> None:
     checkpoint = stored_with(tmp_path, [MTP_LAYER], lambda value: value)
     program = assigned(checkpoint, mode)
-    assert MTP_LAYER not in program.mtp.kept
+    assert MTP_LAYER not in program.mtp.float_tensors
     entry = next(candidate for candidate in build_ledger(program, checkpoint).entries if candidate.name == MTP_LAYER)
     assert entry.bucket is Bucket.LEFT_OUT
 

@@ -58,7 +58,7 @@ def pattern(document: dict[str, Any], path: tuple) -> tuple:
     if path[0] == "nodes" and len(path) > 1:
         return (document["nodes"][path[1]]["target"].split(".")[0], *path[2:])
     depth = 3 if path[:2] == ("mtp", "recipes") else 2
-    named = path[0] in ("parameters", "recipes", "rules") or path[:2] in [("mtp", "recipes"), ("mtp", "kept")]
+    named = path[0] in ("parameters", "recipes", "rules") or path[:2] in [("mtp", "recipes"), ("mtp", "float_tensors")]
     parts = (path[0], *path[depth:]) if named and len(path) >= depth else path
     return tuple(part if isinstance(part, str) else "*" for part in parts)
 

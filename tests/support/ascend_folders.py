@@ -66,7 +66,7 @@ def rewritten(checkpoint: Checkpoint, policy: str, layer: type[DecoderLayer] = D
 
 def stored_tensors(program: Program, checkpoint: Checkpoint) -> dict[str, Tensor]:
     """Every tensor of the weight file."""
-    tensors = {name: checkpoint.read(name) for name in program.kept_names()}
+    tensors = {name: checkpoint.read(name) for name in program.float_names()}
     for recipe in program.recipes.values():
         for module in recipe.modules:
             own = make_module(recipe, module, checkpoint.read)

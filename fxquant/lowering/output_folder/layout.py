@@ -24,7 +24,7 @@ MAX_SHARD_SIZE = 4 << 30
 
 
 class StoredTensor(NamedTuple):
-    """One tensor of the output: made by `recipe` for `module`, or kept from the checkpoint when there is none.
+    """One tensor of the output: made by `recipe` for `module`, or a float tensor of the checkpoint when there is none.
 
     mtp   whether it is of a multi-token prediction layer
     role  what it is to its module, where a recipe makes it
@@ -89,7 +89,7 @@ class FileLayout:
 def stored_tensors(program: Program, checkpoint: Checkpoint) -> list[StoredTensor]:
     """Everything the output holds, in graph order, the tensors of one module side by side."""
     stored: list[StoredTensor] = []
-    floats = program.kept_names()
+    floats = program.float_names()
     biases = gate_biases(program)
     seen: set[str] = set()
     for target, parameter in program.parameters.items():
@@ -115,7 +115,7 @@ def _made(recipe: Recipe, mtp: bool = False) -> list[StoredTensor]:
 
 def _mtp(program: Program, checkpoint: Checkpoint) -> list[StoredTensor]:
     stored = [tensor for recipe in program.mtp.recipes.values() for tensor in _made(recipe, mtp=True)]
-    for name, module in program.mtp.kept.items():
+    for name, module in program.mtp.float_tensors.items():
         dtype = torch.float32 if name in program.mtp.gate_biases else checkpoint.stored_dtype(name)
         spec = TensorSpec(dtype, checkpoint.tensors[name].shape, Scheme.FLOAT.value)
         stored.append(StoredTensor(name, spec, module, mtp=True))

@@ -67,10 +67,10 @@ class SourceFile(BaseModel):
 
 
 class UnitRecord(BaseModel):
-    """One module, or one kept tensor: what it was made from, and what its bytes are.
+    """One module, or one float tensor: what it was made from, and what its bytes are.
 
     key      hash of source identity, scheme and arguments, kernel version: equal keys mean equal bytes
-    digests  suffix of each tensor's name ("" for a kept one) → XXH3-128 of its bytes, in hex
+    digests  suffix of each tensor's name ("" for a float one) → XXH3-128 of its bytes, in hex
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -87,7 +87,7 @@ class Manifest(BaseModel):
     files    name → size in bytes, of every file but this one and the stamps
     digests  name → XXH3-128 in hex, of every file that holds no weights
     weights  weight file → XXH3-128 of its header; the units have the rest of it
-    units    module or kept tensor → key and digests
+    units    module or float tensor → key and digests
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)

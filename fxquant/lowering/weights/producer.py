@@ -53,13 +53,13 @@ class CheckpointProducer:
         self._files = StampedBytes(stamps)
 
     def pieces(self, unit: Unit) -> Iterator[tuple[str, memoryview]]:
-        return self._kept(unit) if unit.recipe is None else self._made(unit, unit.recipe)
+        return self._float_pieces(unit) if unit.recipe is None else self._made(unit, unit.recipe)
 
     def key(self, unit: Unit) -> str:
         document: list[Any] = [KERNEL_VERSION, NAMES[self._checkpoint.dtype], list(self._checkpoint.block)]
         if unit.recipe is None:
-            assert unit.kept is not None
-            document.append(NAMES[unit.kept.spec.dtype])
+            assert unit.float_tensor is not None
+            document.append(NAMES[unit.float_tensor.spec.dtype])
         else:
             document.append(recipe_arguments(unit.recipe))
         parts = ((self._stamps[part.file], part.start) for part in self._parts(unit))
@@ -84,10 +84,10 @@ class CheckpointProducer:
         tensors += [self._checkpoint.scales[name] for name in names if name in self._checkpoint.scales]
         return [part for tensor in tensors for part in tensor.parts]
 
-    def _kept(self, unit: Unit) -> Iterator[tuple[str, memoryview]]:
+    def _float_pieces(self, unit: Unit) -> Iterator[tuple[str, memoryview]]:
         """A float tensor as it is, or decoded, transformed and converted where the stored one is another."""
-        assert unit.kept is not None
-        tensor, dtype = self._checkpoint.tensors[unit.name], unit.kept.spec.dtype
+        assert unit.float_tensor is not None
+        tensor, dtype = self._checkpoint.tensors[unit.name], unit.float_tensor.spec.dtype
         transforms = self._checkpoint.transforms
         if unit.name in transforms.tensors or isinstance(tensor, HeldTensor):
             yield "", tensor_bytes(transforms.tensors[unit.name].to(dtype))

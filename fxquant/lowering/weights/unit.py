@@ -22,16 +22,16 @@ class Place:
 
 @dataclass(frozen=True)
 class Unit:
-    """All tensors of one module, made by its recipe, or one tensor kept from the checkpoint.
+    """All tensors of one module, made by its recipe, or one float tensor of the checkpoint.
 
-    name    the module, or the tensor
-    kept    the kept tensor, where there is no recipe
-    places  role of each tensor ("" for a kept one) → where it lies
+    name          the module, or the tensor
+    float_tensor  the float tensor, where there is no recipe
+    places        role of each tensor ("" for a float one) → where it lies
     """
 
     name: str
     recipe: Recipe | None
-    kept: StoredTensor | None
+    float_tensor: StoredTensor | None
     places: dict[str, Place]
 
     @property
