@@ -75,24 +75,24 @@ def trials(outputs: list[Made], damages: list[str]) -> list[Trial]:
     ]
 
 
-def run_trials(chosen: list[Trial], base: Path, jobs: int) -> list[Row]:
+def run_trials(selected: list[Trial], base: Path, jobs: int) -> list[Row]:
     """All of them, dealt out to `jobs` processes."""
     files, children = [base / f"rows-{part}.jsonl" for part in range(jobs)], []
     for part, file in enumerate(files):
         child = os.fork()
         if child == 0:
-            _worker(chosen[part::jobs], file, base)
+            _worker(selected[part::jobs], file, base)
         children.append(child)
     for child in children:
         os.waitpid(child, 0)
     return [json.loads(line) for file in files for line in file.read_text().splitlines()]
 
 
-def _worker(chosen: list[Trial], file: Path, base: Path) -> None:
+def _worker(selected: list[Trial], file: Path, base: Path) -> None:
     status = 1
     try:
         with file.open("w") as stream:
-            for output, name, damage, manifest in chosen:
+            for output, name, damage, manifest in selected:
                 kind, fact = outcome(output, name, damage, manifest, base / f"trial-{os.getpid()}")
                 with_ = "with" if manifest else "without"
                 row = {

@@ -65,8 +65,8 @@ def main() -> int:
 
 
 def _rounds(base: Path, options: argparse.Namespace) -> list:
-    chosen = [scenario for scenario in scenarios() if not options.command or scenario.name in options.command]
-    ready = prepared(chosen, base) if _warm(base) else []
+    selected = [scenario for scenario in scenarios() if not options.command or scenario.name in options.command]
+    ready = prepared(selected, base) if _warm(base) else []
     total = sum(scenario.share for scenario in ready)
     rounds = [item for scenario in ready for item in plan(scenario, -(-options.rounds * scenario.share // total))]
     faults = set(map(Fault, options.fault)) or set(Fault)

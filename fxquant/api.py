@@ -37,19 +37,19 @@ from fxquant.verification import Rebuild, VerifyReport, verify_output
 class CompileReport:
     """What `compile` did.
 
-    way_in           the kind of MODEL: a folder, or a model.py of some family
+    input_kind       the kind of MODEL: a folder, or a model.py of some family
     structural_hash  of the float graph, equal for graphs that compute the same
     calibration      what static linears and experts saw, None if nothing is static
     """
 
     out: Path
-    way_in: str
+    input_kind: str
     structural_hash: str
     policy: Policy
     target: Target
     ledger: Ledger
     passes: list[PassResult]
-    idle_rules: list[Rule]
+    unused_rules: list[Rule]
     output: Output
     verification: VerifyReport | None = None
     calibration: Calibration | None = None
@@ -114,13 +114,13 @@ def _compiled(
         output, verification = _written(prepared, options, destination, work, report)
     return CompileReport(
         out=destination.named,
-        way_in=source.way_in,
+        input_kind=source.input_kind,
         structural_hash=prepared.structural_hash,
         policy=policy,
         target=options.target,
         ledger=prepared.ledger,
         passes=prepared.passes,
-        idle_rules=prepared.program.idle_rules,
+        unused_rules=prepared.program.unused_rules,
         output=output,
         verification=verification,
         calibration=prepared.calibration,

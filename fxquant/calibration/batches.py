@@ -54,8 +54,8 @@ def count_experts(
     experts = operand_node(gate, "logits").meta["val"].shape[-1]
     module = gate.meta["module"]
     for (ids, _), batch in zip(values, batches, strict=True):
-        chosen = torch.bincount(real_tokens(ids, batch.mask).flatten(), minlength=experts).cpu()
-        counts[module] = counts.get(module, 0) + chosen
+        routed = torch.bincount(real_tokens(ids, batch.mask).flatten(), minlength=experts).cpu()
+        counts[module] = counts.get(module, 0) + routed
 
 
 def _batch(documents: Sequence[Tensor], pad: int) -> Batch:

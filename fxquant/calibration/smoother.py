@@ -58,9 +58,9 @@ class Smoother:
             return
         rows = self._tokens(values)
         largest, weights = rows.abs().amax(0).cpu(), self._largest_weights(pair)
-        chosen = rows[:: max(1, -(-len(rows) // SEARCH_TOKENS))].cpu()
+        selected = rows[:: max(1, -(-len(rows) // SEARCH_TOKENS))].cpu()
         consumers = list(self._some_consumers(pair)) if pair.rule.method is SmoothMethod.FLEX else []
-        scale = channel_scales(pair.rule, largest, weights, chosen, consumers).to(self._program.dtype).float()
+        scale = channel_scales(pair.rule, largest, weights, selected, consumers).to(self._program.dtype).float()
         if not bool((torch.isfinite(scale) & (scale > 0)).all()):
             fact = f"smoothing scales {scale.min():g} … {scale.max():g} do not fit {self._program.dtype}."
             raise FxquantError(pair.value.name, fact, "Use method: none for it.")

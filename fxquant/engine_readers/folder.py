@@ -22,7 +22,7 @@ _MODEL_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
-class Wanted:
+class Expected:
     """The shape and the dtypes in which an engine takes one tensor of a module; `required`: it fails without it."""
 
     shape: tuple[int, ...]
@@ -83,7 +83,7 @@ class WeightFolder:
         self._slice(name)
         return self._handles[self._files[name]].get_tensor(name)
 
-    def load(self, module: str, expected: Mapping[str, Wanted]) -> dict[str, Tensor]:
+    def load(self, module: str, expected: Mapping[str, Expected]) -> dict[str, Tensor]:
         """Suffix → tensor, for the suffixes that are stored.
 
         Raises FxquantError for a missing required tensor, one that the engine has no parameter for, and any other
@@ -103,7 +103,7 @@ class WeightFolder:
                 raise FxquantError(name, "missing.", "The engine loads nothing without it: write it.")
         return loaded
 
-    def _check(self, name: str, want: Wanted) -> None:
+    def _check(self, name: str, want: Expected) -> None:
         stored = self._slice(name)
         dtype, shape = _DTYPES.get(stored.get_dtype()), tuple(stored.get_shape())
         if dtype not in want.dtypes or shape != want.shape:

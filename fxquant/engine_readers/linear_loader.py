@@ -9,7 +9,7 @@ from torch import Tensor
 from fxquant.engine_readers.activation import PerTensor, PerToken
 from fxquant.engine_readers.arithmetic import half_step
 from fxquant.engine_readers.float_linear import FloatLinear
-from fxquant.engine_readers.folder import Wanted, WeightFolder
+from fxquant.engine_readers.folder import Expected, WeightFolder
 from fxquant.engine_readers.int8_shards import PerTokenShard, StaticShard
 from fxquant.engine_readers.ranks import Loaded, Ranks, Shard
 from fxquant.engine_readers.split import Split
@@ -45,7 +45,7 @@ def load_linear(folder: WeightFolder, rules: LinearRules, module: str, split: Sp
     shape = folder.shape(f"{module}.weight")
     if len(shape) != 2:
         raise FxquantError(f"{module}.weight", f"has shape {list(shape)}, a linear has two dimensions.", "Write it so.")
-    tensors = folder.load(module, _wanted(kind, shape, folder.dtype))
+    tensors = folder.load(module, _expected(kind, shape, folder.dtype))
     if kind == FLOAT:
         return FloatLinear(tensors["weight"], tensors.get("bias"), folder.dtype)
     loaders = {W8A8: _static, W8A8_DYNAMIC: _per_token}
@@ -56,25 +56,25 @@ def load_linear(folder: WeightFolder, rules: LinearRules, module: str, split: Sp
     return MixedLinear(prefill.shards, prefill.row_parallel, prefill.activation, prefill.dtype, decode)
 
 
-def _wanted(kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Wanted]:
+def _expected(kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Expected]:
     """The parameters an engine allocates; float ones it casts to their dtype, and a static one may lack what no
     operator reads."""
     n = shape[0]
-    bias = {"bias": Wanted((n,), (dtype, torch.float32), required=False)}
+    bias = {"bias": Expected((n,), (dtype, torch.float32), required=False)}
     if kind == FLOAT:
-        return {"weight": Wanted(shape, (torch.bfloat16, torch.float16, torch.float32))} | bias
+        return {"weight": Expected(shape, (torch.bfloat16, torch.float16, torch.float32))} | bias
     used = kind != W8A8
     parameters = {
-        "weight": Wanted(shape, (torch.int8,)),
-        "weight_scale": Wanted((n, 1), (torch.float32,), used),
-        "weight_offset": Wanted((n, 1), (torch.float32,), used),
+        "weight": Expected(shape, (torch.int8,)),
+        "weight_scale": Expected((n, 1), (torch.float32,), used),
+        "weight_offset": Expected((n, 1), (torch.float32,), used),
     }
     if kind != W8A8_DYNAMIC:
         parameters |= {
-            "input_scale": Wanted((1,), (dtype, torch.float32)),
-            "input_offset": Wanted((1,), (dtype, torch.float32)),
-            "quant_bias": Wanted((n,), (torch.int32,)),
-            "deq_scale": Wanted((n,), (torch.int64 if dtype is torch.float16 else torch.float32,)),
+            "input_scale": Expected((1,), (dtype, torch.float32)),
+            "input_offset": Expected((1,), (dtype, torch.float32)),
+            "quant_bias": Expected((n,), (torch.int32,)),
+            "deq_scale": Expected((n,), (torch.int64 if dtype is torch.float16 else torch.float32,)),
         }
     return parameters | bias
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fxquant.engine_readers.activation import PerToken
-from fxquant.engine_readers.folder import Wanted, WeightFolder
+from fxquant.engine_readers.folder import Expected, WeightFolder
 from fxquant.engine_readers.int4_terms import TwoLevel
 from fxquant.engine_readers.names import DOWN, GATE_UP, ExpertPath
 from fxquant.engine_readers.packed_layout import NIBBLES_PER_WORD, PackedLayout, pack_layout
@@ -85,23 +85,23 @@ class PackedExperts:
         if self._group_size and k % self._group_size:
             fact = f"in_features {k} is not a multiple of group_size {self._group_size}."
             raise FxquantError(module, fact, "Quantize with another group_size.")
-        stored = self._folder.load(module, _wanted(n, k, self._group_size, columns))
+        stored = self._folder.load(module, _expected(n, k, self._group_size, columns))
         scales = TwoLevel(stored["weight_scale"].squeeze(1), stored.get("weight_scale_second"))
         scales.check(module)
         return stored["weight"], scales, stored["scale_bias"]
 
 
-def _wanted(n: int, k: int, group_size: int, columns: int) -> dict[str, Wanted]:
+def _expected(n: int, k: int, group_size: int, columns: int) -> dict[str, Expected]:
     """What a ModelSlim expert has. Its weight_offset is allocated and loaded, but no operator reads it."""
     parameters = {
-        "weight": Wanted((n // 2, k), (torch.int8,)),
-        "weight_scale": Wanted((n, 1), (torch.float32,)),
-        "weight_offset": Wanted((n, 1), (torch.float32,)),
-        "scale_bias": Wanted((n, columns), (torch.float32,)),
+        "weight": Expected((n // 2, k), (torch.int8,)),
+        "weight_scale": Expected((n, 1), (torch.float32,)),
+        "weight_offset": Expected((n, 1), (torch.float32,)),
+        "scale_bias": Expected((n, columns), (torch.float32,)),
     }
     if group_size:
-        parameters["weight_scale_second"] = Wanted((n, k // group_size), (torch.float32,))
-        parameters["weight_offset_second"] = Wanted((n, k // group_size), (torch.float32, torch.int64))
+        parameters["weight_scale_second"] = Expected((n, k // group_size), (torch.float32,))
+        parameters["weight_offset_second"] = Expected((n, k // group_size), (torch.float32, torch.int64))
     return parameters
 
 

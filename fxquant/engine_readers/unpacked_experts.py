@@ -3,7 +3,7 @@
 import torch
 
 from fxquant.engine_readers.activation import PerToken
-from fxquant.engine_readers.folder import Wanted, WeightFolder
+from fxquant.engine_readers.folder import Expected, WeightFolder
 from fxquant.engine_readers.int4_terms import TwoLevel
 from fxquant.engine_readers.names import DOWN, ExpertPath
 from fxquant.engine_readers.ranks import Ranks
@@ -22,7 +22,7 @@ def load_unpacked(folder: WeightFolder, path: ExpertPath, ranks: int, group_size
     if group_size is None or (group_size and k % group_size):
         fact = f"in_features {k}, and group_size {group_size} in quantization_config of config.json."
         raise FxquantError(module, fact, "Quantize with a group_size that divides, and write it there.")
-    stored = folder.load(module, _wanted(n, k, group_size))
+    stored = folder.load(module, _expected(n, k, group_size))
     weight, second = stored["weight"], stored.get("weight_scale_second", torch.ones(n, 1))
     scales = TwoLevel(stored["weight_scale"].squeeze(1), second)
     scales.check(module)
@@ -38,13 +38,13 @@ def load_unpacked(folder: WeightFolder, path: ExpertPath, ranks: int, group_size
     return Ranks(tuple(shards), row_parallel, PerToken(folder.dtype), folder.dtype)
 
 
-def _wanted(n: int, k: int, group_size: int) -> dict[str, Wanted]:
+def _expected(n: int, k: int, group_size: int) -> dict[str, Expected]:
     parameters = {
-        "weight": Wanted((n, k), (torch.int8,)),
-        "weight_scale": Wanted((n, 1), (torch.float32,)),
-        "weight_offset": Wanted((n, 1), (torch.float32,)),
+        "weight": Expected((n, k), (torch.int8,)),
+        "weight_scale": Expected((n, 1), (torch.float32,)),
+        "weight_offset": Expected((n, 1), (torch.float32,)),
     }
     if group_size:
-        parameters["weight_scale_second"] = Wanted((n, k // group_size), (torch.float32,))
-        parameters["weight_offset_second"] = Wanted((n, k // group_size), (torch.int64,))
+        parameters["weight_scale_second"] = Expected((n, k // group_size), (torch.float32,))
+        parameters["weight_offset_second"] = Expected((n, k // group_size), (torch.int64,))
     return parameters

@@ -88,8 +88,8 @@ def reader_perplexity(
             inputs = [prefill_inputs(program, ids) for ids in chunk]
             outputs = run_through_reader(program, reader, read, inputs, arithmetic)
             for ids, output in zip(chunk, outputs, strict=True):
-                chosen = output[0][:, :-1].double().log_softmax(-1).gather(-1, ids[:, 1:, None])
-                total -= float(chosen.sum())
-                tokens += chosen.numel()
+                scored = output[0][:, :-1].double().log_softmax(-1).gather(-1, ids[:, 1:, None])
+                total -= float(scored.sum())
+                tokens += scored.numel()
             advance(len(chunk))
     return math.exp(total / tokens)

@@ -54,7 +54,7 @@ class _Module:
         return partial
 
     def weights(self, original: Read, rounded: Read) -> Read:
-        """Tensors of the recipes come from `rounded`, all others from `original`: a weight has the same name in both."""
+        """Tensors of the recipes come from `rounded`, others from `original`: a weight has the same name in both."""
         made_by = self.recipes.values()
         owned = {
             tensor_name(module, role)

@@ -38,8 +38,8 @@ def trace_file(path: Path, checkpoint: Path | None = None) -> Traced:
     with open_user_file(path) as file:
         opened = open_config(checkpoint or checkpoint_folder(file))
         built = build_program(file, opened)
-    way_in = f"model.py, {built.family}" + ("" if built.probed or built.family == "fxquant" else ", not checked")
-    return Traced(dump_program(built.program), opened.folder, file.policy, way_in)
+    input_kind = f"model.py, {built.family}" + ("" if built.probed or built.family == "fxquant" else ", not checked")
+    return Traced(dump_program(built.program), opened.folder, file.policy, input_kind)
 
 
 def checkpoint_folder(file: UserFile) -> Path:

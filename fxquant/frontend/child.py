@@ -50,8 +50,13 @@ def _read(file: Path, answer: int, ended: Ended) -> Traced:
     match parse_json(data, file):
         case {"error": [str(place), str(fact), str(remedy)]}:
             raise FxquantError(place, fact, remedy)
-        case {"program": str(text), "checkpoint": str(folder), "policy": str() | None as policy, "way_in": str(way_in)}:
-            return Traced(text, Path(os.fsdecode(unquote_to_bytes(folder))), policy, way_in)
+        case {
+            "program": str(text),
+            "checkpoint": str(folder),
+            "policy": str() | None as policy,
+            "input_kind": str(input_kind),
+        }:
+            return Traced(text, Path(os.fsdecode(unquote_to_bytes(folder))), policy, input_kind)
         case _:
             fact = "its process returned something other than a graph."
             raise FxquantError(file, fact, "A model.py must not use file descriptors that it did not open.")

@@ -26,7 +26,7 @@ def main(file: Path, answer: int, checkpoint: Path | None) -> None:
             "program": traced.program,
             "checkpoint": quote_from_bytes(os.fsencode(traced.checkpoint)),
             "policy": traced.policy,
-            "way_in": traced.way_in,
+            "input_kind": traced.input_kind,
         }
     except FxquantError as error:
         content = {"error": [_writable(text) for text in (error.place, error.fact, error.remedy)]}

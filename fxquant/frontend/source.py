@@ -25,8 +25,8 @@ TRACE_TIMEOUT = 120.0
 class Source:
     """A model without weights, the checkpoint that has them, and the policy its file names, if any.
 
-    program  a fresh copy of the float program at each call
-    way_in   the kind of source, as a report shows it
+    program     a fresh copy of the float program at each call
+    input_kind  the kind of source, as a report shows it
     """
 
     path: Path
@@ -34,7 +34,7 @@ class Source:
     config: DeepseekV3Config
     program: Callable[[], Program]
     policy: str | None = None
-    way_in: str = "checkpoint folder"
+    input_kind: str = "checkpoint folder"
 
     @property
     def name(self) -> str:
@@ -64,7 +64,7 @@ def open_source(
     traced = trace_in_child(path, checkpoint, timeout)
     opened = open_config(traced.checkpoint) if config_only else open_checkpoint(traced.checkpoint)
     config = parse_config(opened.config, traced.checkpoint / "config.json")
-    return Source(path, opened, config, lambda: parse_program(traced.program, path), traced.policy, traced.way_in)
+    return Source(path, opened, config, lambda: parse_program(traced.program, path), traced.policy, traced.input_kind)
 
 
 def _config_file(path: Path) -> Checkpoint:
@@ -74,8 +74,8 @@ def _config_file(path: Path) -> Checkpoint:
 
 def _from_config(path: Path, opened: Checkpoint, place: Path) -> Source:
     config = parse_config(opened.config, place)
-    way_in = "checkpoint folder" if opened.tensors else "config.json"
-    return Source(path, opened, config, lambda: trace(_on_meta(config), opened), way_in=way_in)
+    input_kind = "checkpoint folder" if opened.tensors else "config.json"
+    return Source(path, opened, config, lambda: trace(_on_meta(config), opened), input_kind=input_kind)
 
 
 def _on_meta(config: DeepseekV3Config) -> DeepseekV3:

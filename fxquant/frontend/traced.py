@@ -11,4 +11,4 @@ class Traced:
     program: str
     checkpoint: Path
     policy: str | None
-    way_in: str
+    input_kind: str

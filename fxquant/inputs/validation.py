@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 Location = tuple[str | int, ...]
 PLAIN = re.compile(r"[\w.*?\[\]!+/\-]+")
-WANTED = {
+TYPE_NAMES = {
     "bool": "true or false",
     "int": "an integer",
     "float": "a number",
@@ -126,7 +126,7 @@ def _wrong(location: Location, fault: dict[str, Any], model: type[BaseModel], qu
         return WrongValue(location, f"{key}{value} {relation} {bound:{',' if abs(bound) >= 10000 else ''}}")
     if kind == "int_parsing_size":
         return WrongValue(location, f"{key}{value} has too many digits")
-    type_name = WANTED.get(kind.split("_")[0])
+    type_name = TYPE_NAMES.get(kind.split("_")[0])
     if type_name is None:
         return WrongValue(location, f"{key}{value} does not fit")
     return WrongValue(location, f"{key}{'empty' if fault['input'] is None else value}, not {type_name}")

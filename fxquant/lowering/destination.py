@@ -30,17 +30,17 @@ class Input:
 class Destination:
     """Where an output goes.
 
-    named     as the user has it; it may be a link
-    out       the folder itself: work goes on beside it, so that one rename on its disk gives it its name
-    force     an earlier output there is replaced
-    made      parents that were missing
-    finished  this command gave the name
+    named         as the user has it; it may be a link
+    out           the folder itself: work goes on beside it, so that one rename on its disk gives it its name
+    force         an earlier output there is replaced
+    made_folders  parents that were missing
+    finished      this command gave the name
     """
 
     named: Path
     out: Path
     force: bool
-    made: list[Path] = field(default_factory=list)
+    made_folders: list[Path] = field(default_factory=list)
     finished: bool = False
 
     @property
@@ -54,7 +54,7 @@ class Destination:
     @property
     def notes(self) -> list[str]:
         """What the user did not ask for and should know."""
-        return [f"made the folder {self.made[-1]} for the output"] if self.made else []
+        return [f"made the folder {self.made_folders[-1]} for the output"] if self.made_folders else []
 
     def refuse_inputs(self, inputs: Sequence[Input]) -> None:
         """Raise FxquantError where replacing `out`, or clearing a work folder, would delete an input, and where these
@@ -101,7 +101,7 @@ class Destination:
         """Make missing parents, and try whether a folder can be made beside `out`. Raises FxquantError."""
         parent = self.out.parent
         missing = [folder for folder in (parent, *parent.parents) if not folder.exists()]
-        self.made = missing
+        self.made_folders = missing
         try:
             with stopping(parent, "cannot be made"):
                 parent.mkdir(parents=True, exist_ok=True)
@@ -122,7 +122,7 @@ class Destination:
 
     def _remove_parents(self) -> None:
         """Those that hold nothing."""
-        for folder in self.made:
+        for folder in self.made_folders:
             with suppress(OSError):
                 folder.rmdir()
 

@@ -140,14 +140,14 @@ def write_output(contents: Contents, destination: Destination, work: Work, repor
     A fault leaves nothing; see `open_workspace`.
     """
     plan = _plan(contents)
-    print_, identity = _fingerprint(contents, plan), contents.identity(destination.out)
+    fingerprint, identity = _fingerprint(contents, plan), contents.identity(destination.out)
     earlier = open_earlier(work.reuse, work.replaced) if work.reuse else None
     with open_workspace(destination, work.restart) as space:
         if space.named:
-            yield _named(space, plan, print_, identity)
+            yield _named(space, plan, fingerprint, identity)
             space.end(work.named)
             return
-        journal = _journal(contents, plan, space, print_)
+        journal = _journal(contents, plan, space, fingerprint)
         done = write_weights(plan, contents.producer, journal, space.folder, work.workers, earlier, report)
         deployed = _write_documents(contents, plan.files, space.folder, report)
         _write_manifest(contents, plan, journal, space)
@@ -169,27 +169,27 @@ def _fingerprint(contents: Contents, plan: WeightPlan) -> Fingerprint:
     return fingerprint(plan, version, contents.policy, target, contents.stamps)
 
 
-def _named(space: Workspace, plan: WeightPlan, print_: Fingerprint, identity: str) -> Output:
+def _named(space: Workspace, plan: WeightPlan, fingerprint: Fingerprint, identity: str) -> Output:
     """The output of an earlier run that has its name. Raises FxquantError if it is not that of this command."""
     destination = space.destination
-    if not space.completed(print_, identity):
+    if not space.completed(fingerprint, identity):
         raise FxquantError(destination.named, "exists and is not empty.", EXISTS)
     note = f"{destination.named} was complete: what an earlier run left of the work was removed"
     return Output(destination.named, plan.files, WorkReport(resumed=plan.nbytes), notes=[note])
 
 
-def _journal(contents: Contents, plan: WeightPlan, space: Workspace, print_: Fingerprint) -> Journal:
+def _journal(contents: Contents, plan: WeightPlan, space: Workspace, fingerprint: Fingerprint) -> Journal:
     """Of unfinished work that was this work, or a new one over reserved files."""
-    journal = space.unfinished(print_)
+    journal = space.unfinished(fingerprint)
     if journal is not None:
         _clear_documents(plan, space.folder)
     else:
         check_space(plan.files, space.folder)
         reserve(plan.files, space.folder)
     if contents.calibration is None:
-        return journal or space.begin(print_)
+        return journal or space.begin(fingerprint)
     contents.calibration.save(space.folder / CALIBRATION)
-    return journal or space.begin(print_ | {"calibration": file_digest(space.folder / CALIBRATION)})
+    return journal or space.begin(fingerprint | {"calibration": file_digest(space.folder / CALIBRATION)})
 
 
 def _clear_documents(plan: WeightPlan, folder: Path) -> None:

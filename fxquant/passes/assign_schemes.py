@@ -58,7 +58,7 @@ class AssignSchemes(Pass):
         scales = program.dtype if weight_format.model_dtype_scales else torch.float32
         for module, recipe in program.recipes.items():
             program.recipes[module] = replace(recipe, weight_format=weight_format, scale_dtype=scales)
-        program.idle_rules = self.policy.idle_rules(used, decided_modules(program))
+        program.unused_rules = self.policy.unused_rules(used, decided_modules(program))
         skipped = {module: str(rule) for module, rule in program.rules.items() if not rule.quantizes}
         return PassResult(self.name, tuple(program.recipes), skipped)
 

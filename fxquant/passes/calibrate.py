@@ -28,7 +28,7 @@ from fxquant.progress import Reporter, silent
 from fxquant.runtime.weight_providers import CPU
 from fxquant.schemes.schemes import Recipe
 
-WAY_OUT = "Pass --calib FILE, put calibration.jsonl beside the model, or use deepseek_w4a8_dynamic."
+REMEDY = "Pass --calib FILE, put calibration.jsonl beside the model, or use deepseek_w4a8_dynamic."
 
 
 @dataclass
@@ -97,7 +97,7 @@ class Calibrate(Pass):
         documents = self.batches()
         if not documents:
             what = "smoothing needs" if program.pairs else "static schemes need" if inputs else "GPTQ needs"
-            raise FxquantError(f"policy {self.policy.name}", f"{what} calibration text, none given.", WAY_OUT)
+            raise FxquantError(f"policy {self.policy.name}", f"{what} calibration text, none given.", REMEDY)
         batches = batched(documents, self.batch_size, self.pad)
         statistic, observer = observer_of(self.policy)
         seen = Seen(

@@ -22,12 +22,12 @@ from fxquant.policy.policy import load_policy
 class Plan(PlanContents):
     """What `compile` would do.
 
-    way_in   the kind of MODEL; "config.json" if the checkpoint is only described by its config
-    machine  as measured, or as `assume` changed it
+    input_kind  the kind of MODEL; "config.json" if the checkpoint is only described by its config
+    machine     as measured, or as `assume` changed it
     """
 
     model: Path
-    way_in: str
+    input_kind: str
     policy: str
     target: Target
     machine: Machine
@@ -73,7 +73,7 @@ def plan(
     return Plan(
         **vars(contents),
         model=Path(model),
-        way_in=source.way_in,
+        input_kind=source.input_kind,
         policy=policy.name,
         target=options.target,
         machine=machine,

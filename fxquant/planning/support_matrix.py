@@ -77,7 +77,7 @@ def deployments(
 
 
 def _of(program: Program, policy: Policy, target: Target, ranks: Sequence[int]) -> list[Deployment]:
-    assigned = replace(program, recipes={}, rules={}, idle_rules=[], mtp=MtpLayers())
+    assigned = replace(program, recipes={}, rules={}, unused_rules=[], mtp=MtpLayers())
     try:
         AssignSchemes(policy, (), ENGINES[target].weight_format).apply(assigned)
     except FxquantError as error:  # the policy does not fit the model or format, whatever the number of ranks

@@ -19,7 +19,7 @@ from fxquant.policy.policy_file import (
 )
 from fxquant.policy.rule import LEAVE_OUT, Rule
 from fxquant.policy.smooth_rules import NormBias, PairKind, SmoothRule
-from fxquant.policy.unused_rules import Decided, why_idle
+from fxquant.policy.unused_rules import Decided, why_unused
 from fxquant.policy.unused_smoothing import SeenValue, why_unused_smoothing
 from fxquant.schemes.schemes import Scheme
 from fxquant.transforms.rotation import Rotate
@@ -104,7 +104,7 @@ class Policy:
         own, inherited = ([rule for rule in rules if rule.kind != (Kind.MTP,)] for rules in (self.own, self.inherited))
         return replace(self, own=(asked, *own), inherited=tuple(inherited))
 
-    def idle_rules(self, used: Iterable[Rule], modules: Sequence[Decided]) -> list[Rule]:
+    def unused_rules(self, used: Iterable[Rule], modules: Sequence[Decided]) -> list[Rule]:
         """Rules that decided none of `modules`. Raises FxquantError with the reason unless each is `optional`, or
         inherited and overridden."""
         used = set(used)
@@ -112,7 +112,7 @@ class Policy:
         for rule in idle:
             overridden = rule in self.inherited and any(rule.selects(module.path, module.kind) for module in modules)
             if not rule.optional and not overridden:
-                fact, way_out = why_idle(rule, modules)
+                fact, way_out = why_unused(rule, modules)
                 raise FxquantError(self.place(rule), f"rule “{rule}” {fact}", way_out)
         return idle
 

@@ -30,7 +30,7 @@ class Decided:
     members: tuple[str, ...] = ()
 
 
-def why_idle(rule: Rule, modules: Sequence[Decided]) -> tuple[str, str]:
+def why_unused(rule: Rule, modules: Sequence[Decided]) -> tuple[str, str]:
     """The reason why `rule` decided none of `modules`, and the remedy."""
     at_path = [module for module in modules if rule.path is None or fnmatchcase(module.path, rule.path)]
     if not at_path:

@@ -80,7 +80,7 @@ class Program:
     graph       inputs input_ids, attention_mask, position_ids, past_0, past_1, …; outputs logits, present_0, …
     parameters  float parameters name checkpoint tensors, quantized ones tensors of the weight file
     recipes     graph module path → how its tensors are made
-    rules       module path → the policy rule that decided it; idle_rules: those that decided nothing
+    rules       module path → the policy rule that decided it; unused_rules: those that decided nothing
     names       node names in use
     mtp         the multi-token prediction layers of the output
     pairs       what calibration will smooth, in graph order; added: the biases (on meta) that shifts bring
@@ -96,7 +96,7 @@ class Program:
     parameters: dict[str, Parameter] = field(default_factory=dict)
     recipes: dict[str, Recipe] = field(default_factory=dict)
     rules: dict[str, Rule] = field(default_factory=dict)
-    idle_rules: list[Rule] = field(default_factory=list)
+    unused_rules: list[Rule] = field(default_factory=list)
     names: set[str] = field(default_factory=set)
     mtp: MtpLayers = field(default_factory=MtpLayers)
     pairs: list[Pair] = field(default_factory=list)

@@ -12,7 +12,7 @@ from fxquant.program.program import Program
 from fxquant.progress import Advance
 from fxquant.runtime.weight_providers import LazyStack, Read, load
 
-WAY_OUT = "The graph does not fit its weights or inputs: check them, or compile again."
+REMEDY = "The graph does not fit its weights or inputs: check them, or compile again."
 Values = Mapping[fx.Node, list[Any]]
 """Node → its value for each batch; a parameter's value, or its `LazyStack`, is repeated for each batch."""
 Observer = Callable[[fx.Node, list[Any], Values], None]
@@ -69,7 +69,7 @@ def call(node: fx.Node, value: Callable[[fx.Node], Any]) -> Any:
         return function(*args, **kwargs)
     except (RuntimeError, LookupError, ValueError, TypeError, ArithmeticError) as error:
         line = (str(error).strip() or type(error).__name__).split("\n")[0][:500]
-        raise FxquantError(node.meta.get("module") or node.name, f"{node.name}: {line}.", WAY_OUT) from error
+        raise FxquantError(node.meta.get("module") or node.name, f"{node.name}: {line}.", REMEDY) from error
 
 
 def of_batch(values: Values, index: int) -> Callable[[fx.Node], Any]:

@@ -25,14 +25,14 @@ def as_document(report: "CompileReport") -> dict:
     """The report for scripts."""
     return {
         "out": str(report.out),
-        "way_in": report.way_in,
+        "input_kind": report.input_kind,
         "structural_hash": report.structural_hash,
         "policy": report.policy.name,
         "target": report.target.value,
         "ledger": report.ledger.as_json()["totals"],
         "unverified": report.unverified,
         "serve": report.serve,
-        "idle_rules": [str(rule) for rule in report.idle_rules],
+        "unused_rules": [str(rule) for rule in report.unused_rules],
         "files": {file.name: file.nbytes for file in report.output.files},
         "bytes": asdict(report.output.work),
         "notes": report.notes,
@@ -91,7 +91,7 @@ def print_report(report: "CompileReport", console: Console = console) -> None:
     from fxquant.tools.verify import verification_table
 
     console.print(ledger_table(report))
-    for rule in report.idle_rules:
+    for rule in report.unused_rules:
         reason = "optional" if rule.optional else "overridden"
         print_line((f"rule “{rule}” decided nothing ({reason})", "dim"), to=console)
     for warning in filter(None, (unseen_line(report), few_tokens_line(report))):
@@ -111,7 +111,7 @@ def _print_output(report: "CompileReport", console: Console) -> None:
     print_whole(str(report.out), "bold", console)
     print_line(f"{size(written)} of weights, policy {report.policy.name}", to=console)
     print_line((written_line(report), "dim"), to=console)
-    print_line((f"from a {report.way_in}, graph {report.structural_hash[:12]}", "dim"), to=console)
+    print_line((f"from a {report.input_kind}, graph {report.structural_hash[:12]}", "dim"), to=console)
     deployed = report.output.deployment
     if deployed is not None and deployed.steps:
         before, after = deployed.steps[0].calls_before, deployed.steps[-1].calls_after

@@ -38,10 +38,10 @@ def draw(result: Sensitivity, path: Path) -> None:
         left, right = figure.subplots(1, 2, sharey=True, width_ratios=(2, 1))
         for kind, colour in colours.items():
             rows = [place for place in places if modules[place].kind.value == kind]
-            chosen = [modules[place] for place in rows]
-            means = [module.kl.mean for module in chosen]
-            left.errorbar(means, rows, xerr=_arms(chosen), fmt="o", ms=4, lw=1, color=colour, label=kind)
-            right.plot([module.sqnr for module in chosen], rows, "o", ms=4, color=colour)
+            selected = [modules[place] for place in rows]
+            means = [module.kl.mean for module in selected]
+            left.errorbar(means, rows, xerr=_arms(selected), fmt="o", ms=4, lw=1, color=colour, label=kind)
+            right.plot([module.sqnr for module in selected], rows, "o", ms=4, color=colour)
         left.set(
             xscale="log", xlabel="KL per token, nats", yticks=places, yticklabels=[module.module for module in modules]
         )

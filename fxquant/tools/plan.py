@@ -93,7 +93,7 @@ def _assumed(machine: "Machine", cores: int | None, disk: float | None) -> "Mach
 
 def print_plan(plan: "Plan", console: Console = console) -> None:
     """Print rows, files, time, memory and totals."""
-    title = f"{plan.model}: {plan.policy} for {plan.target}, from a {plan.way_in}"
+    title = f"{plan.model}: {plan.policy} for {plan.target}, from a {plan.input_kind}"
     headings = ("kind", "scheme", "modules", "parameters", "bytes in", "bytes out")
     table = NamedTable(title, headings, names=2)
     for row in sorted(plan.rows, key=lambda row: (row.kind, row.scheme)):

@@ -149,7 +149,7 @@ class _View:
         if isinstance(value, tuple):
             return tuple(map(self._value, value))
         if isinstance(value, Made):
-            return self._made(value)
+            return self._shifted(value)
         if isinstance(value, Held):
             return replace(value, path=self._inside(value.path))
         if isinstance(value, Given) and value.index >= FIRST_PAST:
@@ -160,7 +160,7 @@ class _View:
             raise NotRepeatedError("a constant tensor is read, or an argument is not a plain value")
         return value
 
-    def _made(self, reference: Made) -> Any:
+    def _shifted(self, reference: Made) -> Any:
         start, stop = self._edges[self._place]
         if start <= reference.call < stop:
             return Made(reference.call - start, reference.index)

@@ -31,17 +31,17 @@ class Documents:
     """What the JSON files of an output have to say: path → entries, and who says so."""
 
     folder: Path
-    wanted: dict[str, tuple[dict[str, Any], str]]
+    expected: dict[str, tuple[dict[str, Any], str]]
 
     def check(self, name: str, files: list[str]) -> Check:
         """Every entry of these files, and that there is no other."""
-        check = Check(name, sum(len(self.wanted[file][0]) for file in files))
+        check = Check(name, sum(len(self.expected[file][0]) for file in files))
         for file in files:
             self._check(check, file)
         return check
 
     def _check(self, check: Check, file: str) -> None:
-        expected, who = self.wanted[file]
+        expected, who = self.expected[file]
         try:
             written = read_json(self.folder / file, INDEX_BYTES, lenient=file == CONFIG)
         except FxquantError as error:
@@ -56,8 +56,8 @@ class Documents:
 
     def written(self, program: Program) -> Check:
         """These files and the stored graph have the bytes that were written, not only the same entries."""
-        check = Check("documents, as written", len(self.wanted) + 1)
-        texts = {file: document_text(document) for file, (document, _) in self.wanted.items()} | {
+        check = Check("documents, as written", len(self.expected) + 1)
+        texts = {file: document_text(document) for file, (document, _) in self.expected.items()} | {
             GRAPH: dump_program(program)
         }
         for file, text in texts.items():

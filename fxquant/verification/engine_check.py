@@ -119,7 +119,7 @@ class EngineChecker:
         """`values`: every value that the block's nodes read or make, by node name."""
         for site in sites(self.program, block):
             rows = site.rows(None if site.counts is None else values[site.counts.name])
-            for expert in self._chosen(site, list(rows)):
+            for expert in self._selected(site, list(rows)):
                 try:
                     self._check_module(site, values, expert, rows.get(expert))
                 except FxquantError as error:
@@ -133,7 +133,7 @@ class EngineChecker:
         else:
             _expect(self._codes, False, f"{site.recipe.modules[expert]}: not loaded: {error}")
 
-    def _chosen(self, site: Site, with_rows: list[int]) -> list[int]:
+    def _selected(self, site: Site, with_rows: list[int]) -> list[int]:
         """All experts, or of a sample first those that have rows."""
         everyone = range(len(site.recipe.modules))
         if self._experts is None:

@@ -33,7 +33,7 @@ def check_rebuild(
     passed: a tensor that is not there, or has another size, is a miss. Codes of GPTQ are taken as they are stored."""
     stored = stored_tensors(program, source)
     units = collect_units((tensor, _place(tensor, files)) for tensor in stored)
-    chosen = units if sample is None or sample >= len(units) else random.Random(0).sample(units, sample)
+    selected = units if sample is None or sample >= len(units) else random.Random(0).sample(units, sample)
     check = Check("rebuilt from the source ==", len(units))
     producer = CheckpointProducer(source, stamp_files(checkpoint_files(source)), StoredCodes(program, files))
 
@@ -43,10 +43,10 @@ def check_rebuild(
         return unit, [suffix for suffix in unit.places if again.digests[suffix] != held.digests.get(suffix)]
 
     with (
-        report("rebuild", sum(unit.nbytes for unit in chosen), "bytes") as advance,
+        report("rebuild", sum(unit.nbytes for unit in selected), "bytes") as advance,
         ThreadPoolExecutor(cores()) as pool,
     ):
-        for unit, other in pool.map(rebuilt, chosen):
+        for unit, other in pool.map(rebuilt, selected):
             for suffix in other:
                 check.misses.append(f"{unit.tensor_name(suffix)}: other bytes")
             check.checked += 1

@@ -7,21 +7,25 @@ import torch
 from torch import Tensor
 
 from fxquant.schemes.schemes import Recipe, WeightAlgorithm, tensor_specs
-from fxquant.verification.reference_search import Chosen, highest_code, searched_codes
+from fxquant.verification.reference_search import CodesAndScales, highest_code, searched_codes
 
 FEEDBACK_ERROR = 0.25
 """Of a row's squares: what GPTQ's squared error stays below. Codes of another row are off by one to two times them."""
 
 
 def expected_tensors(
-    recipe: Recipe, weight: Tensor, bias: Tensor | None, solved: Tensor | None = None, chosen: Chosen | None = None
+    recipe: Recipe,
+    weight: Tensor,
+    bias: Tensor | None,
+    solved: Tensor | None = None,
+    searched: CodesAndScales | None = None,
 ) -> dict[str, Tensor]:
     """Every tensor that one module of `recipe` owns, except the calibrated ones, from its weight [n, k].
 
-    `solved`: codes int8 [n, k] that calibration found, for GPTQ; all but these follows from the weight. `chosen`: what
+    `solved`: codes int8 [n, k] that calibration found, for GPTQ; all else follows from the weight. `searched`: what
     `expected_codes` gave, where it was asked already.
     """
-    codes, scales, seconds = chosen or expected_codes(recipe, weight)
+    codes, scales, seconds = searched or expected_codes(recipe, weight)
     codes = codes if solved is None else solved.float()
     n, groups = seconds.shape
     packed = recipe.int4 and recipe.weight_format.packed
@@ -39,7 +43,7 @@ def expected_tensors(
     return {suffix: expected[suffix] for suffix in tensor_specs(recipe) if suffix in expected}
 
 
-def expected_codes(recipe: Recipe, weight: Tensor) -> Chosen:
+def expected_codes(recipe: Recipe, weight: Tensor) -> CodesAndScales:
     """Codes [n, k], scales [n], second scales [n, G]."""
     if recipe.algorithm.scales is not WeightAlgorithm.MIN_MAX:
         return searched_codes(recipe, weight)
@@ -54,12 +58,12 @@ def expected_codes(recipe: Recipe, weight: Tensor) -> Chosen:
     return codes, scales, seconds
 
 
-def wrong_codes(recipe: Recipe, weight: Tensor, stored: Tensor, chosen: Chosen | None = None) -> str | None:
+def wrong_codes(recipe: Recipe, weight: Tensor, stored: Tensor, searched: CodesAndScales | None = None) -> str | None:
     """Why codes that calibration found cannot be those of the weight [n, k], or None.
 
     They must be ones that the form can hold. And though GPTQ does not seek the nearest code, it stays near.
     """
-    codes, scales, seconds = chosen or expected_codes(recipe, weight)
+    codes, scales, seconds = searched or expected_codes(recipe, weight)
     wide = seconds.repeat_interleave(codes.shape[1] // seconds.shape[1], 1)
     limit = highest_code(recipe)
     if bool((stored > limit).any() | (stored < -limit - 1).any()):

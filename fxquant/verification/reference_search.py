@@ -13,11 +13,11 @@ from fxquant.schemes.schemes import Recipe, WeightAlgorithm
 LANES = 32
 ROWS = 256
 """Rows at a time: every temporary is float64 of as many."""
-Chosen = tuple[Tensor, Tensor, Tensor]
+CodesAndScales = tuple[Tensor, Tensor, Tensor]
 """Codes [n, k], scales [n], second scales [n, G]."""
 
 
-def searched_codes(recipe: Recipe, weight: Tensor) -> Chosen:
+def searched_codes(recipe: Recipe, weight: Tensor) -> CodesAndScales:
     """Codes, scales and second scales of a weight [n, k], by an algorithm of `SEARCHES`.
 
     Raises InternalError for another one.
@@ -29,7 +29,7 @@ def searched_codes(recipe: Recipe, weight: Tensor) -> Chosen:
     return codes, scales, seconds
 
 
-def _searched(recipe: Recipe, rows: Tensor) -> Chosen:
+def _searched(recipe: Recipe, rows: Tensor) -> CodesAndScales:
     form = _TwoLevel(rows, recipe.group_size) if recipe.int4 and recipe.group_size else _Channel(rows, recipe)
     return form.codes(SEARCHES[recipe.algorithm.scales](form))
 
@@ -102,7 +102,7 @@ class _Channel:
         q = self._quotients(scale).double()
         return self._rounded(_quotient(_lane_sum(self.rows.double() * q), _lane_sum(q * q)))
 
-    def codes(self, scale: Tensor) -> Chosen:
+    def codes(self, scale: Tensor) -> CodesAndScales:
         return self._quotients(scale), scale, torch.ones(len(scale), 1)
 
     def _rounded(self, scale: Tensor) -> Tensor:
@@ -139,7 +139,7 @@ class _TwoLevel:
         dots = _in_order(factors * _lane_sum(self.groups.double() * q))
         return _quotient(dots, _in_order(factors * factors * _lane_sum(q * q))).float()
 
-    def codes(self, scale: Tensor) -> Chosen:
+    def codes(self, scale: Tensor) -> CodesAndScales:
         seconds = self._seconds(scale)[0]
         return self._quotients(scale, seconds).flatten(1), scale, seconds
 

@@ -84,7 +84,7 @@ def verify_output(
     if original is not None and source is not None:
         checks.append(_check_source(program, original))
         check_parameters(program, source)
-    others = [name for name in said.wanted if name != "config.json"]
+    others = [name for name in said.expected if name != "config.json"]
     checks += [check_names(files, stored), said.check("description and index", others)]
     checks += [said.check("config.json", ["config.json"]), _check_contract(program, target, ranks)]
     rebuilt = []

@@ -29,7 +29,7 @@ def check_smoothing(source: Checkpoint, transforms: WeightTransforms) -> Check:
         check.expect(divided and key in read, f"{key}: its scale is on one side only")
     for name, tensor in sorted(transforms.tensors.items()):
         check.expect(
-            _agrees(tensor, _wanted(name, source, transforms)), f"{name}: does not make up for scale and shift"
+            _agrees(tensor, _expected(name, source, transforms)), f"{name}: does not make up for scale and shift"
         )
     return check
 
@@ -59,7 +59,7 @@ def check_calibration(folder: Path, values: Sequence[Check]) -> Check:
     return check
 
 
-def _wanted(name: str, source: Checkpoint, transforms: WeightTransforms) -> Tensor:
+def _expected(name: str, source: Checkpoint, transforms: WeightTransforms) -> Tensor:
     """The vector that stands in the place of tensor `name`, float64 before its rounding where it is a sum."""
     module, role = module_and_role(name)
     weight = tensor_name(module, "weight")

@@ -89,18 +89,18 @@ def _check_unit(
         return
     bias = source.read(tensor_name(module, "bias")) if recipe.bias else None
     weight = source.read(unit.name)
-    chosen, solved = expected_codes(recipe, weight), None
+    searched, solved = expected_codes(recipe, weight), None
     if recipe.algorithm.from_inputs:
         solved = stored_codes(recipe, module, files)
-        reason = wrong_codes(recipe, weight, solved, chosen)
+        reason = wrong_codes(recipe, weight, solved, searched)
         quantized.expect(reason is None, f"{unit.name}: {reason}")
         quantized.checked -= 1
-    for role, want in expected_tensors(recipe, weight, bias, solved, chosen).items():
+    for role, want in expected_tensors(recipe, weight, bias, solved, searched).items():
         name = tensor_name(module, role)
         quantized.expect(same_bytes(files.read(name), want), f"{name}: {_where(files, name, want)}")
     if recipe.scheme.static:
         stored = _stored(recipe, module, files)
-        reason = contradiction(recipe, stored, bias, chosen[1])
+        reason = contradiction(recipe, stored, bias, searched[1])
         calibrated.expect(reason is None, f"{module}.{reason}")
 
 

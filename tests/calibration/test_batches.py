@@ -150,16 +150,16 @@ def test_a_mean_over_batches_is_one_of_so_many_values(calibrated: Callable[..., 
 def test_experts_are_counted_as_the_eager_router_chooses(
     checkpoint: Checkpoint, documents: list[Tensor], calibrated: Callable[..., Calibration]
 ) -> None:
-    model, chosen = load_model(checkpoint), []
+    model, routed = load_model(checkpoint), []
     gate = model.get_submodule(GATE)
-    gate.register_forward_hook(lambda module, args, output: chosen.append(output[0].flatten()))
+    gate.register_forward_hook(lambda module, args, output: routed.append(output[0].flatten()))
     program = float_program(checkpoint)
     with torch.no_grad():
         for ids in documents:
             inputs = prefill_inputs(program, ids)
             model(*inputs[:3], list(inputs[3:]))
     assert list(calibrated(1).experts) == [GATE]
-    assert torch.equal(calibrated(4, pad=3).experts[GATE], torch.bincount(torch.cat(chosen), minlength=8))
+    assert torch.equal(calibrated(4, pad=3).experts[GATE], torch.bincount(torch.cat(routed), minlength=8))
 
 
 def test_batch_size_is_an_option_and_the_report_counts_experts(

@@ -71,7 +71,7 @@ def test_each_version_is_told_apart(
     way: Path, tiny_folder: Callable[..., Path], request: pytest.FixtureRequest
 ) -> None:
     version = request.node.callspec.params["way"]
-    assert open_source(way, tiny_folder()).way_in == f"model.py, {version}"
+    assert open_source(way, tiny_folder()).input_kind == f"model.py, {version}"
 
 
 def digests(out: Path) -> dict[str, str]:

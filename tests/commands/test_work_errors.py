@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from finishing import ONE, POLICY, Made, Stopped, case, chosen, written
+from finishing import ONE, POLICY, Made, Stopped, case, selected, written
 from output_folders import files_of, same_files
 from stops import OPERATIONS, raising_at, watched
 
@@ -57,7 +57,7 @@ def test_refused_at_any_operation_it_is_one_error_and_the_same_command_completes
     begun(case, tmp_path / "steps" / "out")
     with watched(lambda number, name: None, names) as done:
         restarted(case, tmp_path / "steps" / "out")
-    for at in range(len(done)) if every else chosen(done):
+    for at in range(len(done)) if every else selected(done):
         out = tmp_path / f"{at}" / "out"
         begun(case, out)
         try:

@@ -146,7 +146,7 @@ def test_errors_come_back(answer: int, monkeypatch: pytest.MonkeyPatch) -> None:
         read(answer)
 
 
-PROGRAM: dict[str, Any] = {"program": "{}", "checkpoint": "/a", "policy": None, "way_in": "model.py"}
+PROGRAM: dict[str, Any] = {"program": "{}", "checkpoint": "/a", "policy": None, "input_kind": "model.py"}
 WRONG: dict[str, tuple[bytes, str]] = {
     "nothing": (b"", "its process ended with exit status 0: said"),
     "cut short": (json.dumps(PROGRAM).encode(), "its process ended with exit status 0: said"),

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from finishing import ONE, Made, case, chosen, complete, steps, written
+from finishing import ONE, Made, case, complete, selected, steps, written
 from output_folders import same_files
 from stops import killed_at, raising_at, watched
 
@@ -25,7 +25,7 @@ def killed_everywhere(case: Made, tmp_path: Path, replaced: bool, force: bool, s
     contents, whole, earlier = case
     done = steps(case, tmp_path / "steps", replaced)
     seen: dict[State, int] = {}
-    for at in chosen(done) if some else range(len(done)):
+    for at in selected(done) if some else range(len(done)):
         folder = tmp_path / f"{at}"
         folder.mkdir()
         out = folder / "out"
@@ -78,7 +78,7 @@ def test_stopped_at_any_operation_what_is_said_is_true(
 ) -> None:
     contents, whole, earlier = case
     done = steps(case, tmp_path / "steps", replaced)
-    for at in range(len(done)) if every else chosen(done):
+    for at in range(len(done)) if every else selected(done):
         folder = tmp_path / f"{at}"
         folder.mkdir()
         out, end = folder / "out", complete(case, folder / "out", replaced)

@@ -90,17 +90,17 @@ def bfloat16_bound(model: DeepseekV3, logits: Tensor) -> float:
 def routing_of(model: DeepseekV3, other: nn.Module) -> Iterator[None]:
     """Let `other` take the experts that `model` took in its forward before: after bfloat16 rounding two experts of
     nearly equal score may change places, which moves logits by more than rounding does."""
-    chosen: list[Tensor] = []
+    routed: list[Tensor] = []
 
     def replay(router: nn.Module, _: object, output: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        logits, ids = output[0], chosen.pop(0)
+        logits, ids = output[0], routed.pop(0)
         weights = logits.sigmoid().gather(-1, ids)
         if router.norm_topk_prob:
             weights = weights / weights.sum(-1, keepdim=True)
         return logits, weights * router.routed_scaling_factor, ids
 
     gates = [module for module in model.modules() if isinstance(module, Gate)]
-    hooks = [gate.register_forward_hook(lambda _m, _i, out: chosen.append(out[0].flatten(0, -2))) for gate in gates]
+    hooks = [gate.register_forward_hook(lambda _m, _i, out: routed.append(out[0].flatten(0, -2))) for gate in gates]
     routers = [module for module in other.modules() if isinstance(module, DeepseekV3TopkRouter)]
     hooks += [router.register_forward_hook(replay) for router in routers]
     try:
@@ -108,7 +108,7 @@ def routing_of(model: DeepseekV3, other: nn.Module) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
-    assert not chosen
+    assert not routed
 
 
 PROMPT, STEPS = 16, 64

@@ -93,10 +93,10 @@ def experts_loop(x: Tensor, ids: Tensor, weights: Tensor, stacks: tuple[Tensor, 
 )
 def test_experts_against_loops(ids: list[list[int]]) -> None:
     """Experts that no token chose, and one expert that all tokens chose."""
-    x, weights, chosen = normal(4, 16), normal(4, 2, seed=1).abs(), torch.tensor(ids)
+    x, weights, routed = normal(4, 16), normal(4, 2, seed=1).abs(), torch.tensor(ids)
     stacks = normal(4, 12, 16, seed=2), normal(4, 12, 16, seed=3), normal(4, 16, 12, seed=4)
-    exact, magnitude = experts_loop(x, chosen, weights, stacks)
-    result = ops.moe_experts(x.view(2, 2, 16), chosen.view(2, 2, 2), weights.view(2, 2, 2), *stacks).view(4, 16)
+    exact, magnitude = experts_loop(x, routed, weights, stacks)
+    result = ops.moe_experts(x.view(2, 2, 16), routed.view(2, 2, 2), weights.view(2, 2, 2), *stacks).view(4, 16)
     # dot products of 16, 16 and 12 terms, silu's slope of at most 1.1, the sum of two, and a few single roundings
     assert ((result - exact).abs() <= (1.1 * 16 + 16 + 12 + 2 + 8) * U * magnitude).all()
 

@@ -142,7 +142,7 @@ def same_from_its_config(model: Path, folder: Path, policy: str, **options: Any)
     shutil.copy(model / "config.json", folder)
     known = planned(model, policy, **options)
     for described in (planned(folder, policy, **options), planned(folder / "config.json", policy, **options)):
-        assert described.way_in == "config.json" and known.way_in == "checkpoint folder"
+        assert described.input_kind == "config.json" and known.input_kind == "checkpoint folder"
         compared = ("rows", "work", "files", "documents", "operators", "unverified")
         assert [getattr(described, key) for key in compared] == [getattr(known, key) for key in compared]
 
@@ -245,7 +245,7 @@ def test_a_wrong_checkpoint_is_refused_as_compile_does(tmp_path: Path) -> None:
         planned(model, "deepseek_w4a8_dynamic")
     for file in model.glob("*.safetensors"):
         file.unlink()
-    assert planned(model, "deepseek_w4a8_dynamic").way_in == "config.json"
+    assert planned(model, "deepseek_w4a8_dynamic").input_kind == "config.json"
 
 
 # time and memory

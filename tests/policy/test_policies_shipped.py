@@ -76,7 +76,7 @@ def test_what_a_shipped_policy_gives_to_each_kind(name: str, assign: Assign) -> 
     }
     assert {program.rules[module].scheme for module in floats} == {Scheme.FLOAT}
     assert program.rules["model.layers.2"].scheme == LEAVE_OUT
-    overridden = {str(idle) for idle in program.idle_rules}
+    overridden = {str(idle) for idle in program.unused_rules}
     assert overridden == OVERRIDDEN.get(name, set())
 
 

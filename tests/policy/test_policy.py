@@ -133,7 +133,7 @@ def test_a_rule_that_matches_nothing_is_refused() -> None:
     with pytest.raises(
         FxquantError, match=r"policy test: rule “gate → FLOAT” the model has no module of that kind"
     ) as caught:
-        policy_of(rule(path="*"), rule(kind="gate")).idle_rules([rule(path="*")], MODULES)
+        policy_of(rule(path="*"), rule(kind="gate")).unused_rules([rule(path="*")], MODULES)
     assert "optional: true" in caught.value.remedy
 
 
@@ -141,25 +141,25 @@ def test_an_own_rule_behind_another_is_refused() -> None:
     with pytest.raises(
         FxquantError, match=r"“norm → FLOAT” selects a\.norm, but earlier rules match first: “\* → FLOAT”"
     ):
-        policy_of(rule(path="*"), rule(kind="norm")).idle_rules([rule(path="*")], MODULES)
+        policy_of(rule(path="*"), rule(kind="norm")).unused_rules([rule(path="*")], MODULES)
 
 
 def test_optional_and_overridden_rules_are_listed() -> None:
     everything, optional, overridden = rule(path="*"), rule(kind="mtp", optional=True), rule(kind="norm")
     policy = policy_of(everything, optional, inherited=(overridden,))
-    assert policy.idle_rules([everything], MODULES) == [optional, overridden]
-    assert policy.idle_rules([everything, optional, overridden], MODULES) == []
+    assert policy.unused_rules([everything], MODULES) == [optional, overridden]
+    assert policy.unused_rules([everything, optional, overridden], MODULES) == []
 
 
 def test_an_inherited_rule_that_matches_nothing_is_refused() -> None:
     with pytest.raises(FxquantError, match="“gate → FLOAT” the model has no module"):
-        policy_of(rule(path="*"), inherited=(rule(kind="gate"),)).idle_rules([rule(path="*")], MODULES)
+        policy_of(rule(path="*"), inherited=(rule(kind="gate"),)).unused_rules([rule(path="*")], MODULES)
 
 
-def test_idle_rules_of_a_real_model(assign: Assign, write: Write) -> None:
-    assert [str(idle) for idle in assign("deepseek_w4a8").idle_rules] == ["mtp → LEAVE_OUT"]
+def test_unused_rules_of_a_real_model(assign: Assign, write: Write) -> None:
+    assert [str(idle) for idle in assign("deepseek_w4a8").unused_rules] == ["mtp → LEAVE_OUT"]
     program = assign("deepseek_w4a8", n_shared_experts=0, first_k_dense_replace=0)
-    assert [idle.kind for idle in program.idle_rules] == [(Kind.DENSE_MLP,), (Kind.SHARED_EXPERT,), (Kind.MTP,)]
+    assert [idle.kind for idle in program.unused_rules] == [(Kind.DENSE_MLP,), (Kind.SHARED_EXPERT,), (Kind.MTP,)]
     with pytest.raises(FxquantError, match=r"rule “\*\.q_c_proj → FLOAT” matches no path"):
         assign(write("extends: deepseek_w4a8\nrules: [{path: '*.q_c_proj', scheme: FLOAT}]"))
 

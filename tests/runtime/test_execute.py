@@ -124,14 +124,14 @@ def test_weights_are_read_once_for_all_batches_and_dropped(
 
 def routed(program: Program, read: Read, ids: Tensor) -> set[int]:
     """The experts that any token of `ids` chose."""
-    chosen: set[int] = set()
+    selected: set[int] = set()
 
     def observe(node: fx.Node, values: list[Any], inputs: Values) -> None:
         if node.target == ops.moe_gate:
-            chosen.update(values[0][0].flatten().tolist())
+            selected.update(values[0][0].flatten().tolist())
 
     run(program, read, [ids], observe=observe)
-    return chosen
+    return selected
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -139,8 +139,8 @@ def test_only_experts_with_tokens_are_read(policy: str, checkpoint: Checkpoint) 
     """A single token has two experts of eight."""
     program = rewritten(checkpoint, policy)
     ids = random_ids(meta_model(checkpoint), 1, 1)
-    chosen = routed(program, weights(program, checkpoint), ids)
-    assert len(chosen) == 2
+    selected = routed(program, weights(program, checkpoint), ids)
+    assert len(selected) == 2
     counting = Counting(weights(program, checkpoint))
     run(program, counting, [ids])
     prefix = "model.layers.1.mlp.experts."
@@ -148,7 +148,7 @@ def test_only_experts_with_tokens_are_read(policy: str, checkpoint: Checkpoint) 
         int(name.removeprefix(prefix).split(".")[0]) for name in counting.reads if name.startswith(prefix)
     )
     tensors = {"float": 3, "deepseek_w4a8": 9, "deepseek_w4a8_per_channel": 6, "deepseek_w8a8": 6}[policy]
-    assert experts == dict.fromkeys(chosen, tensors)
+    assert experts == dict.fromkeys(selected, tensors)
     assert {counting.reads[name] for name in counting.reads if name.startswith(prefix)} == {1}
 
 

@@ -119,9 +119,9 @@ def test_every_sort_of_place_spoiled(document: dict[str, Any]) -> None:
     for path in list(places(document)):
         if (sort := pattern(document, path)) not in seen and sort[0] != "config":
             seen.add(sort)
-            chosen = generator.choice((0, 0, 1, 2))
+            selected = generator.choice((0, 0, 1, 2))
             for number, changed in enumerate(spoiled(document, path, generator.choice(HOSTILE))):
-                refused += number == chosen and check(changed)
+                refused += number == selected and check(changed)
     assert len(seen) > 150 and refused > 100
 
 

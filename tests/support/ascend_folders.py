@@ -57,10 +57,10 @@ class Compiled:
 def rewritten(checkpoint: Checkpoint, policy: str, layer: type[DecoderLayer] = DecoderLayer) -> Program:
     """The checkpoint's program under a policy, calibrated on random ids."""
     program = trace(meta_model(checkpoint, layer), checkpoint)
-    chosen = load_policy(policy)
+    loaded = load_policy(policy)
     ids = torch.randint(100, (2, 1, 16), generator=torch.Generator().manual_seed(3))
-    calibrate = Calibrate(chosen, checkpoint, lambda: list(ids))
-    run_passes(program, [AssignSchemes(chosen), calibrate, QuantizeLinear(), QuantizeExperts(), CheckCoverage()])
+    calibrate = Calibrate(loaded, checkpoint, lambda: list(ids))
+    run_passes(program, [AssignSchemes(loaded), calibrate, QuantizeLinear(), QuantizeExperts(), CheckCoverage()])
     return program
 
 

@@ -79,7 +79,7 @@ def steps(case: Made, folder: Path, replaced: bool) -> list[str]:
     return done
 
 
-def chosen(done: list[str]) -> list[int]:
+def selected(done: list[str]) -> list[int]:
     """The first, the last and every rename, with what comes after it: the states change there."""
     around = {at + more for at, name in enumerate(done) if name in ("rename", "rmdir") for more in (0, 1)}
     return sorted({0, len(done) - 1, *around} & set(range(len(done))))

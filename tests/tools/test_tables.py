@@ -88,8 +88,9 @@ def compile_report_of(out: Path, **changes: Any) -> Any:
     )
     seen = Calibration(Seen("g", "float", "t"), torch.tensor([256, 256]), {}, {MODULE: torch.tensor([3, 0])})
     report = SimpleNamespace(
-        out=out, way_in="checkpoint folder", structural_hash="a0724a47d723" * 2, target=Target.ASCEND, ledger=ledger,
-        policy=SimpleNamespace(name=POLICIES[0]), idle_rules=[], output=output, verification=verification(),
+        out=out, input_kind="checkpoint folder", structural_hash="a0724a47d723" * 2, target=Target.ASCEND,
+        ledger=ledger,
+        policy=SimpleNamespace(name=POLICIES[0]), unused_rules=[], output=output, verification=verification(),
         calibration=seen, contract=load_contract(Target.ASCEND), unverified=["W8A8_MIX on routed_expert (a, b)"],
         notes=[f"made {out.parent}"], serve=serve_line(Target.ASCEND, out),
     )  # fmt: skip
@@ -107,7 +108,7 @@ def plan() -> Plan:
         unverified=[],
         whole=0,
         model=Path("fxquant/models/deepseek_v3_671b.json"),
-        way_in="config.json",
+        input_kind="config.json",
         policy=POLICIES[0],
         target=Target.SGLANG_NPU,
         machine=Machine(cores=32, kernels={"int4 of bf16": 2.0}, disk_read=3.0, disk_write=3.0, disk_unknown=""),

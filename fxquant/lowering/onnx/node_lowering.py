@@ -154,13 +154,13 @@ class NodeLowering:
     def _carried(self, value: ir.Value) -> ir.Value:
         return self._shifted(value, INT8, UINT8, "Add")
 
-    def _shifted(self, value: ir.Value, before: ir.DataType, target: ir.DataType, op_type: str) -> ir.Value:
+    def _shifted(self, value: ir.Value, before: ir.DataType, after: ir.DataType, op_type: str) -> ir.Value:
         if value.dtype != before:
             return value
         b = self.builder
         moved = b.op(op_type, b.op("Cast", value, to=int(INT32)), b.constant(torch.tensor(ZERO_POINT).int().numpy()))
-        result = b.op("Cast", moved, to=int(target))
-        result.dtype, result.shape = target, value.shape
+        result = b.op("Cast", moved, to=int(after))
+        result.dtype, result.shape = after, value.shape
         return result
 
 

@@ -53,7 +53,7 @@ class CheckpointProducer:
         self._files = StampedBytes(stamps)
 
     def pieces(self, unit: Unit) -> Iterator[tuple[str, memoryview]]:
-        return self._float_pieces(unit) if unit.recipe is None else self._made(unit, unit.recipe)
+        return self._float_pieces(unit) if unit.recipe is None else self._quantized_pieces(unit, unit.recipe)
 
     def key(self, unit: Unit) -> str:
         document: list[Any] = [KERNEL_VERSION, NAMES[self._checkpoint.dtype], list(self._checkpoint.block)]
@@ -102,7 +102,7 @@ class CheckpointProducer:
         for first, wide in self._decoded_blocks(unit.name):
             yield "", tensor_bytes(transforms.apply(unit.name, wide, tensor.shape[0], first).to(dtype))
 
-    def _made(self, unit: Unit, recipe: Recipe) -> Iterator[tuple[str, memoryview]]:
+    def _quantized_pieces(self, unit: Unit, recipe: Recipe) -> Iterator[tuple[str, memoryview]]:
         from fxquant.kernels.module_tensors import ModuleMaker  # here: keys are asked for where no compiler is wanted
 
         name = unit.tensor_name("weight")
@@ -110,8 +110,8 @@ class CheckpointProducer:
         codes = codes_of(recipe, unit.name, self._solved)
         rotated = name in self._checkpoint.transforms.rotations
         for source in self._rotated_rows(name) if rotated else self._stored_rows(name):
-            chosen = None if codes is None else codes[source.start : source.start + source.rows]
-            for suffix, tensor in maker.rows(source, chosen).items():
+            rows_codes = None if codes is None else codes[source.start : source.start + source.rows]
+            for suffix, tensor in maker.rows(source, rows_codes).items():
                 yield suffix, tensor_bytes(tensor)
         for suffix, tensor in maker.rest().items():
             yield suffix, tensor_bytes(tensor)

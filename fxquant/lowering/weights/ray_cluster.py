@@ -31,7 +31,7 @@ ANSWER_SECONDS = 5
 CONNECT_SECONDS = 60
 PROBE = "import ray, sys; ray.init(address=sys.argv[1], log_to_driver=False); ray.shutdown()"
 VERSIONS = (__version__, KERNEL_VERSION)
-WAY_OUT = "Start one with ray start --head, or leave --address out."
+REMEDY = "Start one with ray start --head, or leave --address out."
 
 
 def fill_ray(job: FillJob, units: Sequence[Unit], jobs: int, address: str | None) -> Generator[Filled, None, None]:
@@ -74,9 +74,9 @@ def check_cluster(address: str | None) -> None:
         done = run_to_end(command, CONNECT_SECONDS)
     except TimeoutError:
         fact = f"no Ray cluster answers in {CONNECT_SECONDS} seconds."
-        raise FxquantError(place, fact, WAY_OUT) from None
+        raise FxquantError(place, fact, REMEDY) from None
     if done.status:
-        raise FxquantError(place, f"no Ray cluster answers: {_without_type(done.last_line)}", WAY_OUT)
+        raise FxquantError(place, f"no Ray cluster answers: {_without_type(done.last_line)}", REMEDY)
 
 
 def _reach(address: str, place: str) -> None:
@@ -87,7 +87,7 @@ def _reach(address: str, place: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), ANSWER_SECONDS).close()
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise FxquantError(place, f"no Ray cluster answers: {reason}.", WAY_OUT) from None
+        raise FxquantError(place, f"no Ray cluster answers: {reason}.", REMEDY) from None
 
 
 def _connect(ray: Any, jobs: int, address: str | None) -> None:
@@ -97,7 +97,7 @@ def _connect(ray: Any, jobs: int, address: str | None) -> None:
             ray.init(address=address or "local", log_to_driver=False, logging_level=logging.CRITICAL, **own)
     except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         place = "--workers ray" if address is None else f"--address {address}"
-        raise StoppedError(place, f"no Ray cluster answers: {_first_line(error)}", WAY_OUT) from None
+        raise StoppedError(place, f"no Ray cluster answers: {_first_line(error)}", REMEDY) from None
 
 
 @contextmanager

@@ -51,9 +51,9 @@ def traced(folder: Path, layer: type[DecoderLayer]) -> Program:
 
 
 def quantized(checkpoint: Checkpoint, policy: str, layer: type[DecoderLayer] = DecoderLayer) -> Program:
-    program, chosen = copy.deepcopy(traced(checkpoint.folder, layer)), load_policy(policy)
+    program, loaded = copy.deepcopy(traced(checkpoint.folder, layer)), load_policy(policy)
     ids = [random_ids(meta_model(checkpoint), 2, 16, seed) for seed in range(2)]
-    run_passes(program, pipeline(AssignSchemes(chosen), Calibrate(chosen, checkpoint, lambda: ids)))
+    run_passes(program, pipeline(AssignSchemes(loaded), Calibrate(loaded, checkpoint, lambda: ids)))
     return program
 
 

@@ -16,12 +16,12 @@ from faults.scenarios import Scenario, prepare, write_template
 Round = tuple[Scenario, Fault, int]
 
 
-def prepared(chosen: Sequence[Scenario], base: Path) -> list[Scenario]:
+def prepared(selected: Sequence[Scenario], base: Path) -> list[Scenario]:
     """The scenarios with what they start from and their references, under `base`."""
     template = write_template(base / "template")
-    for number, scenario in enumerate(chosen):
+    for number, scenario in enumerate(selected):
         prepare(scenario, template, base / f"scenario-{number}", _undisturbed)
-    return list(chosen)
+    return list(selected)
 
 
 def _undisturbed(folder: Path, arguments: tuple[str, ...]) -> list[str]:
@@ -34,15 +34,15 @@ def _undisturbed(folder: Path, arguments: tuple[str, ...]) -> list[str]:
 def plan(scenario: Scenario, rounds: int) -> list[Round]:
     """So many of its operations under each fault that fits them: every kind of operation first, then evenly."""
     queues = {fault: _places(scenario.operations, fault) for fault in Fault}
-    chosen: list[Round] = []
-    while len(chosen) < rounds and queues:
+    planned: list[Round] = []
+    while len(planned) < rounds and queues:
         for fault in list(queues):
             at = next(queues[fault], None)
             if at is None:
                 del queues[fault]
-            elif len(chosen) < rounds:
-                chosen.append((scenario, fault, at))
-    return chosen
+            elif len(planned) < rounds:
+                planned.append((scenario, fault, at))
+    return planned
 
 
 def _places(operations: list[str], fault: Fault) -> Iterator[int]:

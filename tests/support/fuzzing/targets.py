@@ -263,5 +263,5 @@ TARGETS = (
 
 def targets(names: Iterable[str]) -> list[Target]:
     """Those of these names; all where none is named."""
-    chosen = set(names)
-    return [target for target in TARGETS if not chosen or target.name in chosen]
+    selected = set(names)
+    return [target for target in TARGETS if not selected or target.name in selected]

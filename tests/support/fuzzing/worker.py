@@ -97,8 +97,8 @@ def _where(error: BaseException) -> str:
     """The innermost frame, and the innermost of fxquant."""
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if "/fuzzing/" not in frame.filename and "site-packages" not in frame.filename]
-    chosen = (*own[-1:], *frames[-1:])
-    return " < ".join(f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in chosen)
+    selected = (*own[-1:], *frames[-1:])
+    return " < ".join(f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in selected)
 
 
 @dataclass

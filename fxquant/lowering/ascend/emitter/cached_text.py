@@ -8,8 +8,8 @@ METHODS = '''\
     def empty_pages(self, num_blocks: int, block_size: int = 128, device: str = "cpu") -> list[Pages]:
         """Pages of a cache, two tensors a layer. Devices take blocks of 16 to 1024 positions."""
         shape, parts = (num_blocks, block_size, 1), {parts}
-        made = [[torch.zeros(*shape, width, dtype=self.dtype, device=device) for width in pair] for pair in parts]
-        return [(c_kv, k_rope) for c_kv, k_rope in made]
+        pages = [[torch.zeros(*shape, width, dtype=self.dtype, device=device) for width in pair] for pair in parts]
+        return [(c_kv, k_rope) for c_kv, k_rope in pages]
 
     def paged_cache(self, sequences: int, num_blocks: int, block_size: int = 128, device: str = "cpu") -> Cache:
         """`num_blocks` pages, which sequences take as they grow."""

@@ -121,7 +121,7 @@ class Writer:
         names = tuple(name.removeprefix(self.segment.prefix if relative else "") for name in names)
         return self._entry(key, layout, names, experts if stacked else "0", relative)
 
-    def made(self, recipe: Recipe, suffix: str, layout: str, stored: tuple[str, ...]) -> str:
+    def computed(self, recipe: Recipe, suffix: str, layout: str, stored: tuple[str, ...]) -> str:
         """`w["<module>.<suffix>"]` [experts, …], made by `layout` of the tensors `stored` of a recipe's modules."""
         module, relative = self._relative(recipe.module)
         template, experts = template_of(recipe.modules)

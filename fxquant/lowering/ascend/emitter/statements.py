@@ -112,12 +112,12 @@ def _moe_gate(writer: Writer, node: fx.Node, logits: fx.Node, correction_bias: f
 
 
 def _moe_init_routing(writer: Writer, node: fx.Node, x: fx.Node, ids: fx.Node, num_experts: int) -> Call:
-    chosen = writer.value(ids)
+    expert_ids = writer.value(ids)
     return Call(
         f"{NPU}npu_moe_init_routing_v2",
         (
             _rows(writer, x),
-            f"{chosen if is_int32(ids) else f'{chosen}.int()'}.flatten(0, -2)",
+            f"{expert_ids if is_int32(ids) else f'{expert_ids}.int()'}.flatten(0, -2)",
             "active_num=0",  # all rows (op-plugin documentation); an exported graph would fix their number
             f"expert_num={num_experts}",
             "expert_tokens_num_type=1",
@@ -135,9 +135,9 @@ def _moe_finalize_routing(writer: Writer, node: fx.Node, rows: fx.Node, row_inde
 
 
 def _unpermute(writer: Writer, rows: str, row_index: str, weights: fx.Node) -> Call:
-    chosen, probabilities = writer.value(weights), writer.floating(weights)
+    expert_weights, probabilities = writer.value(weights), writer.floating(weights)
     operand_texts = (rows, row_index, f"{probabilities}.flatten(0, -2)")
-    return Call(f"{NPU}npu_moe_token_unpermute", operand_texts, f".unflatten(0, {chosen}.shape[:-1])")
+    return Call(f"{NPU}npu_moe_token_unpermute", operand_texts, f".unflatten(0, {expert_weights}.shape[:-1])")
 
 
 def _moe_experts(writer: Writer, node: fx.Node, x: fx.Node, ids: fx.Node, weights: fx.Node, **given: fx.Node) -> Call:

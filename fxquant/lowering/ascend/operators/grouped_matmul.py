@@ -185,11 +185,11 @@ def _int4_operands(writer: Writer, recipe: Recipe) -> tuple[str, str, str]:
     """Weight, combined scale and scale_bias."""
     weight, packed = int4_weight(writer, recipe), recipe.weight_format.packed
     scales = ("weight_scale", "weight_scale_second") if recipe.group_size else ("weight_scale",)
-    scale = writer.made(recipe, "scale", "group_scale" if recipe.group_size else "channel_scale_word", scales)
+    scale = writer.computed(recipe, "scale", "group_scale" if recipe.group_size else "channel_scale_word", scales)
     if packed:
-        return weight, scale, writer.made(recipe, "scale_bias", "summed", ("scale_bias",))
+        return weight, scale, writer.computed(recipe, "scale_bias", "summed", ("scale_bias",))
     layout = "group_scale_bias" if recipe.group_size else "channel_scale_bias"
-    return weight, scale, writer.made(recipe, "scale_bias", layout, ("weight", *scales))
+    return weight, scale, writer.computed(recipe, "scale_bias", layout, ("weight", *scales))
 
 
 def int4_weight(writer: Writer, recipe: Recipe) -> str:
@@ -199,7 +199,7 @@ def int4_weight(writer: Writer, recipe: Recipe) -> str:
         fact = f"out_features {n} is not a multiple of {WORD}: NPU operators read {WORD} int4 channels a word."
         raise FxquantError(f"layer {recipe.module}", fact, "Use W8A8_DYNAMIC for it, or another target.")
     layout = "int4_words" if recipe.weight_format.packed else "int4_words_unpacked"
-    return writer.made(recipe, "weight", layout, ("weight",))
+    return writer.computed(recipe, "weight", layout, ("weight",))
 
 
 def _int8_experts(
