@@ -183,7 +183,7 @@ def _int4_linear(
 
 def _int4_operands(writer: Writer, recipe: Recipe) -> tuple[str, str, str]:
     """Weight, combined scale and scale_bias."""
-    weight, packed = int4_weight(writer, recipe), recipe.weight_format.packed
+    weight, packed = int4_weight(writer, recipe, NAME), recipe.weight_format.packed
     scales = ("weight_scale", "weight_scale_second") if recipe.group_size else ("weight_scale",)
     scale = writer.computed(recipe, "scale", "group_scale" if recipe.group_size else "channel_scale_word", scales)
     if packed:
@@ -192,11 +192,11 @@ def _int4_operands(writer: Writer, recipe: Recipe) -> tuple[str, str, str]:
     return weight, scale, writer.computed(recipe, "scale_bias", layout, ("weight", *scales))
 
 
-def int4_weight(writer: Writer, recipe: Recipe) -> str:
-    """Source of int32 [experts, k, n / 8]. Raises FxquantError where n is not a whole number of words."""
+def int4_weight(writer: Writer, recipe: Recipe, operator: str) -> str:
+    """Source of int32 [experts, k, n / 8] for an operator. Raises FxquantError unless n is a whole number of words."""
     n = recipe.out_features
     if n % WORD:
-        fact = f"out_features {n} is not a multiple of {WORD}: NPU operators read {WORD} int4 channels a word."
+        fact = f"out_features {n} is not a multiple of {WORD}: {operator} reads {WORD} int4 channels a word."
         raise FxquantError(f"layer {recipe.module}", fact, "Use W8A8_DYNAMIC for it, or another target.")
     layout = "int4_words" if recipe.weight_format.packed else "int4_words_unpacked"
     return writer.computed(recipe, "weight", layout, ("weight",))
