@@ -150,8 +150,11 @@ def write(page: Path, folder: Path) -> None:
             lines[start : start + len(shown.text.splitlines())] = printed[shown].printed.rstrip().splitlines()
     page.write_text("\n".join(lines) + "\n", encoding="utf-8")
     for ran in every:
-        if ran.failure:
-            print(f"{ran.block.place}: {ran.failure}")
+        shown = output_of(ran.block, session.blocks)
+        kept = shown is not None and ANY in shown.text.splitlines()
+        wrong = ran.failure or (difference(shown.text, ran.printed) if shown and kept else "")
+        if wrong:
+            print(f"{ran.block.place}: {wrong}")
 
 
 def translate(page: Path, english: Path) -> None:
