@@ -16,10 +16,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
 
 import torch
-from faults.campaign import plan, prepared, run_rounds, table, traced_once
+from faults.campaign import plan, prepared, run_rounds, table
 from faults.operations import Fault
 from faults.ray_rounds import ray_rounds
 from faults.scenarios import scenarios
+from traces import traced_once
 
 import fxquant
 from fxquant import CompileOptions

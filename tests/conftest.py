@@ -12,9 +12,12 @@ from commands import Fxquant, in_process
 from hypothesis import settings
 from rewrites import Rewritten, rewrite
 from tiny import write_checkpoint
+from traces import traced_once
 
 from fxquant.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from fxquant.lowering.ascend.export.exported import write_exported
+
+pytest_plugins = ["cpu_budget"]
 
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -33,6 +36,13 @@ def without_exports() -> Iterator[None]:
     """The .pt2 files cost seconds a compile; a test that wants them asks for `with_exports`."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fxquant.lowering.output.write_exported", lambda program, folder: None)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def folders_traced_once() -> Iterator[None]:
+    """Commands trace a folder once for each config; a call of `fxquant.tracing.trace` always traces."""
+    with traced_once():
         yield
 
 

@@ -1,5 +1,6 @@
 """Rotation: what rotates is found in the graph, weights against dense matrices, the same function, and outputs."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -166,6 +167,14 @@ def ids(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return token_ids(tmp_path_factory.mktemp("text") / "ids.safetensors", seed=1)
 
 
+@pytest.fixture(scope="module")
+def rotated(tiny_folder: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An output that was not calibrated on text. Do not write to it."""
+    folder = tmp_path_factory.mktemp("rotated")
+    policy = policy_of(folder, ROTATE, "deepseek_w4a8_dynamic")
+    return compile(tiny_folder(), CompileOptions(policy=policy, out=folder / "out", export=False, verify=False)).out
+
+
 def weights(out: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in sorted(out.rglob("*.safetensors"))}
 
@@ -259,10 +268,11 @@ def damaged(transforms: WeightTransforms) -> list[Callable[[], object]]:
 
 
 @pytest.mark.parametrize("which", range(6))
-def test_verify_knows_a_function_that_changed(tiny_folder: Callable[..., Path], tmp_path: Path, which: int) -> None:
+def test_verify_knows_a_function_that_changed(
+    tiny_folder: Callable[..., Path], rotated: Path, tmp_path: Path, which: int
+) -> None:
     """The check of the function itself does, whatever the weights then say of it; the digests are taken away."""
-    policy, out = policy_of(tmp_path, ROTATE, "deepseek_w4a8_dynamic"), tmp_path / "out"
-    compile(tiny_folder(), CompileOptions(policy=policy, out=out, export=False, verify=False))
+    out = shutil.copytree(rotated, tmp_path / "out")
     (out / "fxquant_manifest.json").unlink()
     calibration = load_calibration(out / CALIBRATION)
     damaged(calibration.transforms)[which]()
@@ -271,16 +281,14 @@ def test_verify_knows_a_function_that_changed(tiny_folder: Callable[..., Path], 
     assert any("keeps the function" in check.name and check.misses for check in report.checks)
 
 
-def test_bad_rotations_in_a_file_are_refused(tiny_folder: Callable[..., Path], tmp_path: Path) -> None:
-    policy, out = policy_of(tmp_path, ROTATE, "deepseek_w4a8_dynamic"), tmp_path / "out"
-    compile(tiny_folder(), CompileOptions(policy=policy, out=out, export=False, verify=False))
+def test_bad_rotations_in_a_file_are_refused(rotated: Path, tmp_path: Path) -> None:
     for rotation in (Rotation(columns=-1), Rotation(columns=1, norm="model.other.weight"), Rotation(heads=1.5)):  # type: ignore[arg-type]
-        calibration = load_calibration(out / CALIBRATION)
+        calibration = load_calibration(rotated / CALIBRATION)
         calibration.transforms.rotations["lm_head.weight"] = rotation
         calibration.save(tmp_path / "bad.safetensors")
         with pytest.raises(FxquantError, match=r"invalid rotation of lm_head\.weight"):
             load_calibration(tmp_path / "bad.safetensors")
-    assert load_file(out / CALIBRATION)
+    assert load_file(rotated / CALIBRATION)
 
 
 def test_plan_knows_what_is_whole_in_memory(tiny_folder: Callable[..., Path], tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from faults.operations import READS, SPACE, WRITES, Fault
-from faults.rounds import OPERATIONS, Result, command, play, traced_once
+from faults.rounds import OPERATIONS, Result, command, play
 from faults.scenarios import Scenario, prepare, write_template
 
 Round = tuple[Scenario, Fault, int]
@@ -108,9 +108,5 @@ def table(results: Sequence[Result]) -> str:
 def _line(name: str, fault: str, group: list[Result]) -> str:
     after = Counter(result.after for result in group)
     counts = [len(group), after["absent"], after["old"], after["new"], sum(result.again == "new" for result in group)]
-    return (
-        f"| {name} | {fault} | " + " | ".join(map(str, counts)) + f" | {sum(bool(result.wrong) for result in group)} |"
-    )
-
-
-__all__ = ["plan", "prepared", "run_rounds", "table", "traced_once"]
+    wrong = sum(bool(result.wrong) for result in group)
+    return f"| {name} | {fault} | " + " | ".join(map(str, counts)) + f" | {wrong} |"

@@ -6,17 +6,11 @@ import shutil
 import signal
 import sys
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from unittest.mock import patch
 
 from faults.operations import SIGNALS, Fault, Injector
 from faults.scenarios import Scenario, output_files
-from fxquant.checkpoint.checkpoint import Checkpoint
-from fxquant.program.program import Program
-from fxquant.program.program_file import dump_program, parse_program
 
 LOST = 99
 """Exit code of a child that ended in a way that no command ends in."""
@@ -174,22 +168,3 @@ def _run() -> int:
         traceback.print_exc()
         return LOST
     return 0
-
-
-@contextmanager
-def traced_once() -> Iterator[None]:
-    """Every model is traced once in this process and its children: tracing touches no file of theirs."""
-    from fxquant.frontend import source
-
-    original = source.trace
-
-    known: dict[str, str] = {}
-
-    def trace(model: object, opened: Checkpoint) -> Program:
-        key = repr(sorted(opened.config.items()))
-        if key not in known:
-            known[key] = dump_program(original(model, opened))  # type: ignore[arg-type]
-        return parse_program(known[key], "traced")
-
-    with patch.object(source, "trace", trace):
-        yield
