@@ -29,7 +29,7 @@ from damaged_files import (
     make_source,
     outcome,
 )
-from traces import traced_once
+from remembered import traced_once
 
 KINDS = (NAMED, UNREAD, MISSED, TRACEBACK, HANG)
 SHARED_MEMORY = Path("/dev/shm")

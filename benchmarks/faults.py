@@ -20,7 +20,7 @@ from faults.campaign import plan, prepared, run_rounds, table
 from faults.operations import Fault
 from faults.ray_rounds import ray_rounds
 from faults.scenarios import scenarios
-from traces import traced_once
+from remembered import traced_once
 
 import fxquant
 from fxquant import CompileOptions

@@ -10,9 +10,9 @@ import pytest
 import torch
 from commands import Fxquant, in_process
 from hypothesis import settings
+from remembered import computed_once, traced_once
 from rewrites import Rewritten, rewrite
 from tiny import write_checkpoint
-from traces import traced_once
 
 from fxquant.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from fxquant.lowering.ascend.export.exported import write_exported
@@ -40,9 +40,9 @@ def without_exports() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def folders_traced_once() -> Iterator[None]:
-    """Commands trace a folder once for each config; a call of `fxquant.tracing.trace` always traces."""
-    with traced_once():
+def equal_work_done_once() -> Iterator[None]:
+    """Commands take traces, emitted texts and reference codes of equal arguments from a memory, see remembered.py."""
+    with traced_once(), computed_once():
         yield
 
 

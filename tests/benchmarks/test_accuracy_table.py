@@ -12,6 +12,7 @@ import pytest
 import yaml
 from places import EXAMPLE, ROOT
 from tiny import float_program
+from token_files import token_ids
 
 from fxquant.checkpoint.checkpoint import Checkpoint
 from fxquant.passes import AssignSchemes, FindRotation, PairSmoothing
@@ -54,13 +55,15 @@ def test_every_variation_is_a_policy(
             }, label
 
 
-def test_a_table_goes_on(accuracy: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_table_goes_on(
+    accuracy: ModuleType, tiny_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What is there is not computed again, also where the last line was cut short; and it prints the same."""
-    example = EXAMPLE
+    ids = token_ids(tmp_path / "ids.safetensors", seed=1)
     changes = tmp_path / "changes.yaml"
     changes.write_text("hadamard: {rotate: [hidden]}")
     rows, first, second = (tmp_path / name for name in ("rows.jsonl", "first.md", "second.md"))
-    command: list[Any] = ["accuracy.py", example, "--text", example / "evaluation.jsonl", "-o", rows, "--samples", 2]
+    command: list[Any] = ["accuracy.py", tiny_folder(), "--text", ids, "-o", rows, "--samples", 2]
     command += ["--seq-len", 16, "--policies", "deepseek_w4a8_dynamic", "--vary", "deepseek_w4a8_dynamic"]
     command += ["--changes", changes, "--markdown"]
     monkeypatch.setattr(sys, "argv", [str(part) for part in (*command, first)])
@@ -80,9 +83,8 @@ def test_a_table_goes_on(accuracy: ModuleType, tmp_path: Path, monkeypatch: pyte
 def test_a_policy_that_does_not_fit_fails_the_run(
     accuracy: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    example = EXAMPLE
     (tmp_path / "bad.yaml").write_text("extends: deepseek_w4a8\nrules: [{kind: other, scheme: FLOAT}]")
-    command: list[Any] = ["accuracy.py", example, "--text", example / "evaluation.jsonl", "-o", tmp_path / "rows.jsonl"]
+    command: list[Any] = ["accuracy.py", EXAMPLE, "--text", EXAMPLE / "evaluation.jsonl", "-o", tmp_path / "rows.jsonl"]
     command += ["--samples", 1, "--seq-len", 8, "--policies", tmp_path / "bad.yaml"]
     monkeypatch.setattr(sys, "argv", [str(part) for part in command])
     assert accuracy.main() == 1

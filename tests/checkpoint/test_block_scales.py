@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from measured import Measured
 from output_folders import files_of
 from safetensors.torch import load_file, save_file
 from tiny import write_checkpoint
@@ -77,7 +78,7 @@ def reference(folders: dict[torch.dtype, Path], tmp_path_factory: pytest.TempPat
 def test_a_plan_counts_the_bytes_of_small_scales(folders: dict[torch.dtype, Path]) -> None:
     sizes = [open_checkpoint(folders[form]).scales[NAME].nbytes for form in FORMS]
     assert sizes == [8, 4, 4, 2]
-    plan(folders[torch.float8_e8m0fnu], CompileOptions(policy=POLICY))
+    plan(folders[torch.float8_e8m0fnu], CompileOptions(policy=POLICY), measuring=Measured())
 
 
 def test_every_e8m0_code_is_its_power_of_two() -> None:

@@ -4,7 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from measured import MACHINE, Measured
 from places import EXAMPLE
 from safetensors.torch import save_file
 from slowness import POLICIES, others_slow
@@ -23,27 +24,12 @@ from fxquant.checkpoint.checkpoint import open_checkpoint
 from fxquant.engines.table import ENGINES, Target
 from fxquant.kernels.gptq import BLOCK
 from fxquant.planning.estimate import PER_WORKER_BYTES, Memory, estimate
-from fxquant.planning.host_benchmark import COPY, GPTQ, GPTQ_FEEDBACK, GPTQ_INVERSE, Machine, Measuring, kernel_name
+from fxquant.planning.host_benchmark import COPY, GPTQ, GPTQ_FEEDBACK, GPTQ_INVERSE, kernel_name
 from fxquant.policy.policy import LEAVE_OUT, MtpMode, shipped_policies
 from fxquant.schemes.schemes import WeightAlgorithm
 from fxquant.tools.main import run
 
 Folder = Callable[..., Path]
-KERNELS = [kernel_name(four, size, fp8) for four, size in ((False, 0), (True, 0), (True, 64)) for fp8 in (False, True)]
-RATES = {COPY: 10.0} | dict.fromkeys(KERNELS, 1.0)
-MACHINE = Machine(
-    cores=2, kernels=RATES, disk_read=2.0, disk_write=1.0, disk_unknown="", kernel_bytes=1 << 20, peak_bytes=1 << 27
-)
-
-
-class Measured(Measuring):
-    """A measurement that is there already."""
-
-    def __init__(self) -> None:
-        pass
-
-    def result(self, kernels: Iterable[str] = ()) -> Machine:
-        return MACHINE
 
 
 def planned(model: Path, policy: str, **options: Any) -> Plan:

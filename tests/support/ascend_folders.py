@@ -2,6 +2,7 @@
 
 import ast
 import copy
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
-from tiny import meta_model
+from safetensors.torch import load_file, save_file
+from tiny import float_program
 from torch import Tensor
 
 from fxquant.checkpoint.checkpoint import Checkpoint, open_checkpoint
@@ -23,7 +24,6 @@ from fxquant.policy.policy import load_policy
 from fxquant.program.program import Program
 from fxquant.runtime.execute import execute
 from fxquant.runtime.weight_providers import Cached, Read, RecipeWeights, load, make_module
-from fxquant.tracing import trace
 from fxquant.verification.ascend_statements import EmittedModule, StatementCheck, check_statements
 
 WEIGHTS = "quant_model_weight_w8a8.safetensors"
@@ -56,7 +56,7 @@ class Compiled:
 
 def rewritten(checkpoint: Checkpoint, policy: str, layer: type[DecoderLayer] = DecoderLayer) -> Program:
     """The checkpoint's program under a policy, calibrated on random ids."""
-    program = trace(meta_model(checkpoint, layer), checkpoint)
+    program = float_program(checkpoint, layer)
     loaded = load_policy(policy)
     ids = torch.randint(100, (2, 1, 16), generator=torch.Generator().manual_seed(3))
     calibrate = Calibrate(loaded, checkpoint, lambda: list(ids))
@@ -110,11 +110,13 @@ def function_text(code: str, name: str) -> str:
 
 def corrupted(compiled: Compiled, out: Path, change: Callable[[dict[str, Tensor]], None]) -> Compiled:
     """The same folder with changed stored tensors."""
-    tensors = stored_tensors(compiled.program, compiled.checkpoint)
+    shutil.copytree(compiled.folder, out, dirs_exist_ok=True)
+    tensors = load_file(compiled.folder / WEIGHTS)
     change(tensors)
     save_file(tensors, out / WEIGHTS)
-    write_ascend(compiled.program, out)
-    return Compiled(compiled.program, compiled.checkpoint, out)
+    damaged = Compiled(compiled.program, compiled.checkpoint, out)
+    damaged.deployed = compiled.deployed
+    return damaged
 
 
 def padded_inputs(program: Program, past: int = 3, length: int = 5) -> list[Tensor]:

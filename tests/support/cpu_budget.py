@@ -56,6 +56,8 @@ class CpuBudget:
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         """The table."""
+        if not self.spent:
+            return
         large = sorted((-seconds, name) for name, seconds in self.spent.items() if seconds > LARGE)
         terminalreporter.section("CPU seconds", sep="-")
         for seconds, name in large:

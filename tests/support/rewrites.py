@@ -22,7 +22,6 @@ from fxquant.program.program import Program
 from fxquant.runtime.execute import execute, prefill_inputs
 from fxquant.runtime.weight_providers import RecipeWeights
 from fxquant.schemes.schemes import Recipe, Scheme
-from fxquant.tracing import trace
 from fxquant.verification.reference import expected_tensors
 
 ULP = 2.0**-24
@@ -66,7 +65,7 @@ def assigned(program: Program, policy: str, tmp_path: Path | None = None) -> Pro
 def misfit(**changes: Any) -> Program:
     """The float graph of a model of such a shape; no weights are written."""
     checkpoint = Checkpoint(Path("tiny"), tiny_config(**changes), {})
-    return trace(meta_model(checkpoint), checkpoint)
+    return float_program(checkpoint)
 
 
 every_policy = pytest.mark.parametrize("policy", shipped_policies())

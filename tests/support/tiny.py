@@ -4,7 +4,7 @@ import copy
 import json
 import math
 from collections.abc import Iterable
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -223,15 +223,15 @@ def greedy(model: DeepseekV3, ids: Tensor, steps: int) -> Tensor:
     return torch.cat(tokens, 1)
 
 
-def float_program(checkpoint: Checkpoint) -> Program:
+def float_program(checkpoint: Checkpoint, layer: type[DecoderLayer] = DecoderLayer) -> Program:
     """A fresh copy of the checkpoint's traced graph, which depends on nothing but its config."""
-    return copy.deepcopy(_traced(json.dumps(checkpoint.config)))
+    return copy.deepcopy(_traced(json.dumps(checkpoint.config), layer))
 
 
-@cache
-def _traced(config: str) -> Program:
+@lru_cache(256)
+def _traced(config: str, layer: type[DecoderLayer]) -> Program:
     checkpoint = Checkpoint(Path("tiny"), json.loads(config), {})
-    return trace(meta_model(checkpoint), checkpoint)
+    return trace(meta_model(checkpoint, layer), checkpoint)
 
 
 def rewritten(checkpoint: Checkpoint, policy: str | Path) -> Program:

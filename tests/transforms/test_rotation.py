@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from measured import Measured
 from safetensors.torch import load_file
 from test_hadamard import dense
 from test_smoothing import logits, policy_of
@@ -292,10 +293,8 @@ def test_bad_rotations_in_a_file_are_refused(rotated: Path, tmp_path: Path) -> N
 
 
 def test_plan_knows_what_is_whole_in_memory(tiny_folder: Callable[..., Path], tmp_path: Path) -> None:
-    rotated = plan(
-        tiny_folder(), CompileOptions(policy=policy_of(tmp_path, ROTATE, "deepseek_w4a8_dynamic"), out=tmp_path / "out")
-    )
-    plain = plan(tiny_folder(), CompileOptions(policy="deepseek_w4a8_dynamic", out=tmp_path / "out"))
-    assert rotated.whole == 2 * 256 * 256 * 2 and plain.whole == 0
-    assert rotated.memory.per_worker == plain.memory.per_worker + rotated.whole
-    assert rotated.files == plain.files
+    policies = (policy_of(tmp_path, ROTATE, "deepseek_w4a8_dynamic"), "deepseek_w4a8_dynamic")
+    planned, plain = (plan(tiny_folder(), CompileOptions(policy=policy), measuring=Measured()) for policy in policies)
+    assert planned.whole == 2 * 256 * 256 * 2 and plain.whole == 0
+    assert planned.memory.per_worker == plain.memory.per_worker + planned.whole
+    assert planned.files == plain.files

@@ -1,6 +1,5 @@
 """Whole models through ONNX Runtime and through the fx graph, by operator and end to end."""
 
-import copy
 import functools
 import operator
 from dataclasses import dataclass
@@ -11,11 +10,11 @@ import onnx
 import torch
 from onnx_calls import UNIT, floats, integers, is_tensor, matmul_bound
 from safetensors.torch import save_file
-from tiny import meta_model, random_ids
+from tiny import float_program, meta_model, random_ids
 from torch import Tensor, fx
 
 from fxquant import ops
-from fxquant.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from fxquant.checkpoint.checkpoint import Checkpoint
 from fxquant.lowering.onnx import write_onnx
 from fxquant.lowering.onnx.extract import operator_session
 from fxquant.lowering.onnx.runner import OnnxRunner
@@ -26,7 +25,6 @@ from fxquant.program.program import Program
 from fxquant.runtime.execute import call, execute, prefill_inputs
 from fxquant.runtime.weight_providers import Cached, RecipeWeights, load
 from fxquant.storage.safetensors import read_header
-from fxquant.tracing import trace
 
 ATEN = torch.ops.aten
 
@@ -44,14 +42,8 @@ class Emitted:
         return OnnxRunner(self.folder)
 
 
-@functools.cache
-def traced(folder: Path, layer: type[DecoderLayer]) -> Program:
-    checkpoint = open_checkpoint(folder)
-    return trace(meta_model(checkpoint, layer), checkpoint)
-
-
 def quantized(checkpoint: Checkpoint, policy: str, layer: type[DecoderLayer] = DecoderLayer) -> Program:
-    program, loaded = copy.deepcopy(traced(checkpoint.folder, layer)), load_policy(policy)
+    program, loaded = float_program(checkpoint, layer), load_policy(policy)
     ids = [random_ids(meta_model(checkpoint), 2, 16, seed) for seed in range(2)]
     run_passes(program, pipeline(AssignSchemes(loaded), Calibrate(loaded, checkpoint, lambda: ids)))
     return program

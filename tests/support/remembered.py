@@ -1,0 +1,82 @@
+"""Functions of the product that depend on their arguments alone, with a memory: hundreds of tests compile alike.
+
+What is remembered was computed in the same process from equal arguments. Commands see it; a test that calls one of
+these functions by its own name does not.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from tiny import float_program
+from torch import Tensor, nn
+
+from fxquant.checkpoint.checkpoint import Checkpoint
+from fxquant.frontend import source
+from fxquant.lowering.ascend import writer
+from fxquant.program.program import Program
+from fxquant.program.program_file import dump_program
+from fxquant.schemes.schemes import Recipe
+from fxquant.storage.hashing import hash_bytes
+from fxquant.verification import ascend_statements, weight_checks
+
+MOST, LARGEST = 400, 1 << 16
+"""Results of a function that are kept; numbers of a weight whose codes are."""
+
+
+@contextmanager
+def traced_once() -> Iterator[None]:
+    """`open_source` of a folder gives a copy of the program that was traced first for the same config."""
+
+    def trace(model: nn.Module, opened: Checkpoint) -> Program:
+        return float_program(opened)
+
+    with patch.object(source, "trace", trace):
+        yield
+
+
+@contextmanager
+def computed_once() -> Iterator[None]:
+    """The text of a graph, where it is written and once more where it is checked; a weight's codes by the reference."""
+    with (
+        patch.object(writer, "ascend_source", remembering(writer.ascend_source, dump_program)),
+        patch.object(
+            ascend_statements,
+            "module_source",
+            remembering(ascend_statements.module_source, lambda program, emitted: dump_program(program)),
+        ),
+        patch.object(weight_checks, "expected_codes", remembering(weight_checks.expected_codes, codes_key)),
+    ):
+        yield
+
+
+def remembering(function: Callable[..., Any], key: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, called once for arguments of one `key` among the last `MOST`, each time where that is None.
+
+    Callers don't change what it gives.
+    """
+    known: dict[Any, Any] = {}
+
+    @wraps(function)
+    def call(*arguments: Any) -> Any:
+        one = key(*arguments)
+        if one is None:
+            return function(*arguments)
+        known[one] = result = known.pop(one) if one in known else function(*arguments)
+        if len(known) > MOST:
+            del known[next(iter(known))]
+        return result
+
+    return call
+
+
+def codes_key(recipe: Recipe, weight: Tensor) -> tuple[Any, ...] | None:
+    """All that `expected_codes` reads."""
+    if weight.numel() > LARGEST:
+        return None
+    made_by = (recipe.algorithm, recipe.scheme.weight_bits, recipe.group_size, recipe.scale_dtype)
+    data = hash_bytes(weight.contiguous().view(torch.uint8).numpy().tobytes())
+    return (*made_by, weight.dtype, tuple(weight.shape), data)
