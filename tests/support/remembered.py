@@ -42,11 +42,11 @@ def traced_once() -> Iterator[None]:
 def computed_once() -> Iterator[None]:
     """The text of a graph, where it is written and once more where it is checked; a weight's codes by the reference."""
     with (
-        patch.object(writer, "ascend_source", remembering(writer.ascend_source, dump_program)),
+        patch.object(writer, "ascend_code", remembering(writer.ascend_code, dump_program)),
         patch.object(
             ascend_statements,
-            "module_source",
-            remembering(ascend_statements.module_source, lambda program, emitted: dump_program(program)),
+            "module_code",
+            remembering(ascend_statements.module_code, lambda program, emitted: dump_program(program)),
         ),
         patch.object(weight_checks, "expected_codes", remembering(weight_checks.expected_codes, codes_key)),
     ):
@@ -62,10 +62,10 @@ def remembering(function: Callable[..., Any], key: Callable[..., Any]) -> Callab
 
     @wraps(function)
     def call(*arguments: Any) -> Any:
-        one = key(*arguments)
-        if one is None:
+        digest = key(*arguments)
+        if digest is None:
             return function(*arguments)
-        known[one] = result = known.pop(one) if one in known else function(*arguments)
+        known[digest] = result = known.pop(digest) if digest in known else function(*arguments)
         if len(known) > MOST:
             del known[next(iter(known))]
         return result
