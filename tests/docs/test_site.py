@@ -1,5 +1,6 @@
 """What `mkdocs build --strict` would say, as far as it can be known without mkdocs; and links that it does not see."""
 
+import pkgutil
 import re
 from pathlib import Path
 
@@ -33,6 +34,12 @@ def test_links_lead_to_files(page: Path) -> None:
     text = re.sub(r"^ *```.*?^ *```$", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
     missing = [link for link in LINK.findall(text) if "://" not in link and not (page.parent / link).exists()]
     assert not missing
+
+
+def test_every_name_of_the_python_reference_is_there_with_a_docstring() -> None:
+    names = re.findall(r"^::: (\S+)$", (DOCS / "reference.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert names
+    assert not [name for name in names if not pkgutil.resolve_name(name).__doc__]
 
 
 def test_every_diagram_is_drawn_and_no_picture_is_left_over() -> None:
