@@ -1,5 +1,6 @@
 """Fixtures: tiny checkpoints, written once a session."""
 
+import gc
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -27,8 +28,17 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 """Where the tests run in the background of a shell, or by nohup, these are ignored, and by every process they start."""
 
+gc.disable()
+"""Until all tests are collected: what imports leave behind stays, and would be looked through again and again."""
+
 settings.register_profile("tests", deadline=None)
 settings.load_profile("tests")
+
+
+def pytest_collection_finish() -> None:
+    """Collect what tests leave, and that alone."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session", autouse=True)
