@@ -1,6 +1,8 @@
 """Every way in which writer and engine could disagree on bytes shows: in the integers, the results, or on one rank."""
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -17,8 +19,13 @@ PACKED = pytest.mark.parametrize("engine", ["vllm-ascend", "vllm-ascend-per-grou
 GATE, UP, DOWN = (f"{EXPERTS}.1.{name}" for name in PROJECTIONS)
 
 
+@cache
+def whole(engine: str) -> Draft:
+    return draft_for(engine)
+
+
 def spoiled(engine: str, folder: Path, change: Callable[[Tensors], None]) -> tuple[Draft, Path]:
-    draft = draft_for(engine)
+    draft = replace(whole(engine), tensors={name: tensor.clone() for name, tensor in whole(engine).tensors.items()})
     change(draft.tensors)
     return draft, draft.write(folder)
 
