@@ -1,1 +1,1 @@
-"""Graph → files. Layout first, then fill; every writer has its reader."""
+"""Lowering: graph → files. Layout first, then fill; every writer has its reader."""

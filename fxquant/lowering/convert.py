@@ -1,4 +1,4 @@
-"""One output folder → the form of another target, where its integers allow it: nothing is quantized again."""
+"""Convert an output folder to another target's weight format, if its integers allow it; nothing is quantized again."""
 
 import json
 import shlex
@@ -47,12 +47,12 @@ from fxquant.storage.system_errors import stopping
 
 
 def converted_contents(folder: Path, target: Target, into: Path) -> Contents:
-    """What `into` will be made of. Raises FxquantError where a module of `folder` does not fit the target's form."""
+    """Contents of `into`. Raises FxquantError if a module of `folder` does not fit the target's weight format."""
     manifest = check_documents(folder)
     program, files, source = load_program(folder / GRAPH), WeightFiles(folder), manifest.source_path(folder)
     form = ENGINES[target].weight_format(group_size(program))
     old = {**program.recipes, **program.mtp.recipes}
-    for recipe in sorted(old.values(), key=lambda recipe: -recipe.group_size):
+    for recipe in sorted(old.values(), key=lambda recipe: -recipe.group_size):  # groups first: they need another policy
         reason = why_not(recipe, form)
         if reason is not None:
             policy = "deepseek_w4a8_per_channel" if recipe.group_size else manifest.policy
@@ -60,7 +60,7 @@ def converted_contents(folder: Path, target: Target, into: Path) -> Contents:
             raise FxquantError(
                 f"layer {recipe.module}",
                 f"{recipe.scheme}: {reason}.",
-                f"Quantize anew:\n{shlex.join(map(str, command))}",
+                f"Quantize again:\n{shlex.join(map(str, command))}",
             )
     checkpoint = Checkpoint(folder, program.config, dict(files.infos))
     stamps = stamp_files(checkpoint_files(checkpoint))
@@ -85,14 +85,14 @@ def converted_contents(folder: Path, target: Target, into: Path) -> Contents:
 
 
 def check_documents(folder: Path) -> Manifest:
-    """The manifest of an output, all of whose files that `convert` reads are there and, weights aside, as they were
-    written; of the weights the headers are. Raises FxquantError for the first that is not."""
+    """The manifest of an output, after checking the files that `convert` reads: all exist and are as they were written;
+    of weight files only the headers are compared. Raises FxquantError for the first that differs."""
     manifest = read_manifest(folder)
     read = {GRAPH, FLOAT_GRAPH, LEDGER, CALIBRATION} | {name for name in manifest.digests if is_copied(Path(name))}
     for name in sorted(read & manifest.digests.keys() | manifest.weights.keys()):
         file = folder / name
         if not is_plain(name) or not file.is_file():
-            raise FxquantError(file, "is missing, the manifest lists it.", DAMAGED)
+            raise FxquantError(file, "is missing, but the manifest lists it.", DAMAGED)
         with stopping(file, "cannot be read"):
             written, digest = manifest.digests.get(name), manifest.weights.get(name)
             if written not in (None, file_digest(file)) or digest not in (None, hash_bytes(header_bytes(file))):
@@ -107,25 +107,25 @@ def _reformed(program: Program, form: WeightFormat) -> Program:
 
 
 def why_not(recipe: Recipe, form: WeightFormat) -> str | None:
-    """None where the module's integers and scales can be stored in `form` as they are, else the reason."""
+    """None if the module's integers and scales can be stored in `form` unchanged, else the reason."""
     if recipe.weight_format is form:
         return None
     if form.model_dtype_scales and recipe.group_size:
         return "its second scales have no place in a file with one scale per channel"
     if form.model_dtype_scales and recipe.scale_dtype is not recipe.dtype:
         dtype = str(recipe.dtype).removeprefix("torch.")
-        return f"its weight scales need float32, engines of this form hold them in {dtype}, up to 2**-8 off"
+        return f"its weight scales need float32, but engines of this format hold them in {dtype}, up to 2**-8 off"
     if (
         form.static_weight_scale
         and not recipe.weight_format.static_weight_scale
         and recipe.scheme.activation is Activation.PER_TENSOR
     ):
-        return "this form has weight_scale beside a static linear, which the other one does not store"
+        return "this format has weight_scale beside a static linear, which the other one does not store"
     return None
 
 
 class Converter:
-    """Units of the new form from the tensors of the old one, block by block."""
+    """Producer of units in the new format from the tensors of the old one, block by block."""
 
     def __init__(
         self, checkpoint: Checkpoint, stamps: Stamps, old: dict[str, Recipe], units: Mapping[str, UnitRecord]
@@ -135,6 +135,7 @@ class Converter:
 
     def key(self, unit: Unit) -> str:
         arguments = None if unit.recipe is None else recipe_arguments(unit.recipe)
+        # no compile has such a key, so --reuse never takes a converted unit
         return hash_text(json.dumps(["converted", self._record(unit.name).key, arguments]))
 
     def stamps_of(self, unit: Unit) -> list[FileStamp]:
@@ -168,9 +169,10 @@ class Converter:
         self._compare(unit.name, "", digest.hexdigest())
 
     def _repacked(self, module: str, before: Recipe, recipe: Recipe) -> Iterator[tuple[str, Tensor]]:
-        """int4 codes in the other packing, and `scale_bias` where the new form has it."""
+        """int4 codes in the other packing, and `scale_bias` if the new format has it."""
         names = [suffix for suffix in ("weight_scale", "weight_scale_second") if suffix in tensor_specs(before)]
         scales = {suffix: self._read(module, suffix) for suffix in names}
+        # packing puts two rows into a byte: a block of unpacked rows holds whole pairs
         width, pair = recipe.in_features, 1 if before.weight_format.packed else 2
         step, first = width * pair * max(1, BLOCK_BYTES // (width * pair)), 0
         for block in self._blocks(module, "weight", step):
@@ -189,7 +191,7 @@ class Converter:
         return torch.frombuffer(data, dtype=tensor.dtype).view(tensor.shape)
 
     def _blocks(self, module: str, suffix: str, step: int) -> Iterator[Tensor]:
-        """The tensor's bytes, `step` at a time; when all are read they are compared with what was written."""
+        """The tensor's bytes, `step` at a time; after the last, their hash is compared with the manifest's."""
         tensor, digest = self._checkpoint.tensors[tensor_name(module, suffix)], xxhash.xxh3_128()
         for offset in range(0, tensor.nbytes, step):
             data = bytearray(min(step, tensor.nbytes - offset))

@@ -1,4 +1,4 @@
-"""`-o`: what has to be true of it, and of what the command reads, before any work begins."""
+"""Output destination, `-o`: the checks of it, and of the command's inputs, before any work begins."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -18,8 +18,8 @@ OTHER = "Choose another -o."
 
 @dataclass(frozen=True)
 class Input:
-    """What the command reads: the option or argument that names it, and where it is; `replaced`: it may be the output
-    that is replaced."""
+    """A file or folder that the command reads: the option or argument that names it, and its path; `replaced`: it may
+    be the output that is replaced."""
 
     label: str
     path: Path
@@ -30,11 +30,11 @@ class Input:
 class Destination:
     """Where an output goes.
 
-    named         as the user has it; it may be a link
-    out           the folder itself: work goes on beside it, so that one rename on its disk gives it its name
+    named         as the user wrote it; it may be a link
+    out           the folder itself: work is done beside it, on the same disk, so that one rename finishes it
     force         an earlier output there is replaced
     made_folders  parents that were missing
-    finished      this command gave the name
+    finished      this command has done the final rename
     """
 
     named: Path
@@ -53,16 +53,16 @@ class Destination:
 
     @property
     def notes(self) -> list[str]:
-        """What the user did not ask for and should know."""
+        """Side effects that the user did not ask for."""
         return [f"made the folder {self.made_folders[-1]} for the output"] if self.made_folders else []
 
     def refuse_inputs(self, inputs: Sequence[Input]) -> None:
-        """Raise FxquantError where replacing `out`, or clearing a work folder, would delete an input, and where these
-        would come to lie in a folder that is read."""
+        """Raise FxquantError if replacing `out`, or clearing a work folder, would delete an input, or if one of them
+        would be inside a folder that is read."""
         for input_ in inputs:
             if input_.label.startswith("--") and not os.path.lexists(input_.path):
                 raise FxquantError(
-                    input_.path, f"no such file or folder, and {input_.label} names it.", "Correct the path."
+                    input_.path, f"no such file or folder, but {input_.label} names it.", "Correct the path."
                 )
             real = Path(os.path.realpath(input_.path))
             for folder in (self.out, *(work.path for work in self.work_folders)):
@@ -73,16 +73,16 @@ class Destination:
                     raise FxquantError(folder, f"is {input_.label} itself.", OTHER)
                 if goal in real.parents:
                     raise FxquantError(
-                        folder, f"contains {input_.label} ({input_.path}).", f"Move that, or {_lower(OTHER)}"
+                        folder, f"contains {input_.label} ({input_.path}).", f"Move the input, or {_lower(OTHER)}"
                     )
                 if real in goal.parents and real.is_dir():
                     raise FxquantError(
-                        folder, f"lies in {input_.label} ({input_.path}).", "Choose an -o outside of it."
+                        folder, f"is inside {input_.label} ({input_.path}).", "Choose an -o outside of it."
                     )
 
     @contextmanager
     def telling(self) -> Iterator[None]:
-        """An error, an interrupt too, leaves with a `state`: one sentence on what is true of the output now."""
+        """Give every exception, an interrupt included, a `state`: one sentence on the current state of the output."""
         try:
             yield
         except BaseException as raised:
@@ -94,16 +94,16 @@ class Destination:
             raise error from None
 
     def forget(self) -> None:
-        """It is only asked whether `out` can be made: what was made to find out goes."""
+        """Remove the parents again that `prepare` created, for a command that only checks whether `out` is usable."""
         self._remove_parents()
 
     def prepare(self) -> None:
-        """Make missing parents, and try whether a folder can be made beside `out`. Raises FxquantError."""
+        """Create missing parents, and try to create a folder beside `out`. Raises FxquantError."""
         parent = self.out.parent
         missing = [folder for folder in (parent, *parent.parents) if not folder.exists()]
         self.made_folders = missing
         try:
-            with stopping(parent, "cannot be made"):
+            with stopping(parent, "cannot be created"):
                 parent.mkdir(parents=True, exist_ok=True)
             self._try()
         except FxquantError:
@@ -114,61 +114,61 @@ class Destination:
         WorkFolder(self.out, Kind.CALIBRATING).check()
         work = self.places.work
         if not work.check():
-            with stopping(work.path, "cannot be made"):
+            with stopping(work.path, "cannot be created"):  # tried: permissions do not show a full disk
                 work.path.mkdir()
                 work.path.rmdir()
         if self.out.is_dir() and not os.access(self.out, os.W_OK | os.X_OK):
-            raise FxquantError(self.out, "cannot be replaced: it may not be written.", OTHER)
+            raise FxquantError(self.out, "cannot be replaced: it is not writable.", OTHER)
 
     def _remove_parents(self) -> None:
-        """Those that hold nothing."""
+        """Remove the created parents that are empty."""
         for folder in self.made_folders:
             with suppress(OSError):
                 folder.rmdir()
 
 
 def open_destination(out: Path, force: bool, inputs: Sequence[Input]) -> Destination:
-    """`out`, ready to be worked on. Raises FxquantError for what would be found out only later, or destroy something.
+    """`out`, ready to be worked on. Raises FxquantError for anything that would fail only later, or destroy something.
 
-    It is absent, empty, with `force` an earlier output of fxquant that holds nothing else, or an output whose command
-    was stopped before it had cleaned up.
+    `out` is absent, or empty, or with `force` an earlier output of fxquant that holds nothing else, or an output whose
+    command was stopped before it had cleaned up.
     """
-    with stopping(out, "cannot be looked at"):
+    with stopping(out, "cannot be examined"):
         try:
             destination = Destination(out, _followed(out), force)
             _refuse_place(destination)
             destination.refuse_inputs(inputs)
             _refuse_contents(destination)
         except ValueError as error:  # a zero byte in the name
-            raise FxquantError(repr(str(out)), f"no name of a folder: {error}.", OTHER) from None
+            raise FxquantError(repr(str(out)), f"not a valid folder name: {error}.", OTHER) from None
     destination.prepare()
     return destination
 
 
 def _followed(out: Path) -> Path:
-    """Where `out` is, if it is a link or has no name of its own; a `..` may lead past a folder that is to be made."""
+    """The real path of `out` if it is a link or has no name of its own; a `..` may follow a folder not yet created."""
     if not out.is_symlink() and out.name and ".." not in out.parts:
         return out
     real = Path(os.path.realpath(out))
     if out.is_symlink() and not real.exists():
         raise FxquantError(
-            out, f"a link to what is not there: {out.readlink()}.", "Make that folder, or remove the link."
+            out, f"is a link to {out.readlink()}, which does not exist.", "Create that folder, or remove the link."
         )
     return real
 
 
 def _refuse_place(destination: Destination) -> None:
-    """What can't be replaced by a rename, and a parent that is no folder."""
+    """Raise FxquantError for a folder that a rename cannot replace, and for a parent that is not a folder."""
     named, real = destination.named, Path(os.path.realpath(destination.out))
     here = Path.cwd()
     inside = f"Choose a folder in it: -o {named / 'NAME'}"
     if real == here or real in here.parents:
-        raise FxquantError(named, "is the current folder, or one around it: it can't be replaced.", inside)
+        raise FxquantError(named, "is the current folder, or a parent of it: it cannot be replaced.", inside)
     if os.path.ismount(real):
-        raise FxquantError(named, "is a mount point: no folder can get this name when it is finished.", inside)
+        raise FxquantError(named, "is a mount point: no finished folder can be renamed to it.", inside)
     above = next((folder for folder in real.parents if os.path.lexists(folder)), real)
     if not above.is_dir():
-        raise FxquantError(above, f"is a file, {named} can't lie in it.", OTHER)
+        raise FxquantError(above, f"is a file, so {named} cannot be in it.", OTHER)
 
 
 def _refuse_contents(destination: Destination) -> None:
@@ -190,7 +190,7 @@ def _refuse_contents(destination: Destination) -> None:
 
 
 def _sweep(destination: Destination) -> None:
-    """A command that was stopped in its very last steps leaves an empty work folder beside its output."""
+    """Remove the empty work folder that a command leaves beside its output if it was stopped in its very last steps."""
     with suppress(FxquantError):
         if destination.places.state is State.NONE and destination.places.work.check():
             with destination.places.work.held():

@@ -1,4 +1,4 @@
-"""An output folder comes into being: weights, documents, graphs and manifest, in a workspace that becomes it."""
+"""Output folder: writes weights, documents, graphs and manifest in a workspace, which is then renamed to the output."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -58,22 +58,22 @@ COPIED_SUFFIXES = (".json", ".jinja", ".model")
 COPIED = ("merges.txt", "vocab.txt")
 OWN = ("fxquant_", *description_stems())
 EXISTS = "Pass --force to replace it, or choose another -o."
-DAMAGED = "Copy the file again, or compile again with --force: what is damaged is made anew from the source."
+DAMAGED = "Copy the file again, or compile again with --force: damaged parts are made again from the source."
 
 
 @dataclass(frozen=True, kw_only=True)
 class Contents:
-    """All that an output folder is made of.
+    """Everything that an output folder is made from.
 
     checkpoint    the folder that names, shapes and documents are taken from
-    producer      where the bytes of weights come from; `stamps`: the states of the files they are in
-    sources       what identifies the checkpoint's files in the manifest
-    calibration   what static ranges were made of, if any
+    producer      makes the bytes of weights; `stamps`: the states of the files they are in
+    sources       identities of the checkpoint's files for the manifest
+    calibration   the calibration that static ranges were made from, if any
     float_graph   the graph before its rewrite, as text; ledger: where every tensor of the checkpoint went
-    export        write the NPU graph as torch.export programs too
-    source        MODEL as it was named, and `origin`: the checkpoint folder behind it
-    reusable      later compiles may take units from the output
-    documents     file of the checkpoint's folder that is copied → XXH3-128 that it must have, where that is known
+    export        also write the NPU graph as torch.export programs
+    source        MODEL as the user named it, and `origin`: the checkpoint folder behind it
+    reusable      later compiles may reuse units of the output
+    documents     copied file of the checkpoint's folder → XXH3-128 that it must have, if known
     """
 
     program: Program
@@ -95,7 +95,7 @@ class Contents:
     documents: Mapping[str, str] = field(default_factory=dict)
 
     def identity(self, out: Path) -> str:
-        """Hash of all that the documents of `out` are made from; weights have keys of their own."""
+        """Hash of everything that the documents of `out` are made from; weights have their own keys."""
         copied = {file.name: file_digest(file) for file in copied_files(self.checkpoint.folder)}
         paths = [relative(self.source, out), relative(self.origin, out)]
         options = [self.policy, self.target.value, self.tp, self.export, self.reusable]
@@ -107,10 +107,10 @@ class Contents:
 
 @dataclass(frozen=True)
 class Work:
-    """How an output is made: by whom, with what of an earlier output, and whether unfinished work is discarded.
+    """How an output is made: by which workers, reusing which earlier output, and whether unfinished work is discarded.
 
     replaced  `reuse` is the output that is replaced
-    named     called when the output has its name
+    named     called after the final rename
     """
 
     workers: Workers = field(default_factory=Workers)
@@ -122,8 +122,8 @@ class Work:
 
 @dataclass
 class Output:
-    """The folder, while it has its working name and after, its weight files, how their bytes came there, and what the
-    NPU graph was made of; `notes`: what the user should know."""
+    """The folder (until the final rename, `files` of the work folder), its weight files, the origin of their bytes, and
+    how the NPU graph was made; `notes`: messages for the user."""
 
     folder: Path
     files: Sequence[FileLayout]
@@ -134,10 +134,10 @@ class Output:
 
 @contextmanager
 def write_output(contents: Contents, destination: Destination, work: Work, report: Reporter) -> Iterator[Output]:
-    """Write everything, let the caller look at it, then give the folder its name.
+    """Write everything, let the caller check it, then rename the folder to `destination.out`.
 
-    What was finished when the same work was killed is gone on with; if it had its name already, only the caller looks.
-    A fault leaves nothing; see `open_workspace`.
+    Finished units of the same work, interrupted earlier, are resumed; after its final rename only the caller's check is
+    left. A fault leaves nothing; see `open_workspace`.
     """
     plan = _plan(contents)
     fingerprint, identity = _fingerprint(contents, plan), contents.identity(destination.out)
@@ -170,22 +170,22 @@ def _fingerprint(contents: Contents, plan: WeightPlan) -> Fingerprint:
 
 
 def _named(space: Workspace, plan: WeightPlan, fingerprint: Fingerprint, identity: str) -> Output:
-    """The output of an earlier run that has its name. Raises FxquantError if it is not that of this command."""
+    """The output of an earlier run that was already renamed. Raises FxquantError if this command makes another one."""
     destination = space.destination
     if not space.completed(fingerprint, identity):
         raise FxquantError(destination.named, "exists and is not empty.", EXISTS)
-    note = f"{destination.named} was complete: what an earlier run left of the work was removed"
+    note = f"{destination.named} was complete: files that an earlier run had left were removed"
     return Output(destination.named, plan.files, WorkReport(resumed=plan.nbytes), notes=[note])
 
 
 def _journal(contents: Contents, plan: WeightPlan, space: Workspace, fingerprint: Fingerprint) -> Journal:
-    """Of unfinished work that was this work, or a new one over reserved files."""
+    """The journal of unfinished work if it is the same work, else a new one over reserved files."""
     journal = space.unfinished(fingerprint)
     if journal is not None:
         _clear_documents(plan, space.folder)
     else:
         check_space(plan.files, space.folder)
-        reserve(plan.files, space.folder)
+        reserve(plan.files, space.folder)  # before the journal: a kill in between leaves nothing to resume
     if contents.calibration is None:
         return journal or space.begin(fingerprint)
     contents.calibration.save(space.folder / CALIBRATION)
@@ -193,7 +193,7 @@ def _journal(contents: Contents, plan: WeightPlan, space: Workspace, fingerprint
 
 
 def _clear_documents(plan: WeightPlan, folder: Path) -> None:
-    """They are written anew: the earlier run may have been asked for others."""
+    """Remove the documents, to be written again: the earlier run may have had other options."""
     weight_files = {file.name for file in plan.files} | {CALIBRATION}
     for name in set(file_sizes(folder)) - weight_files:
         (folder / name).unlink()
@@ -202,7 +202,7 @@ def _clear_documents(plan: WeightPlan, folder: Path) -> None:
 def _write_documents(
     contents: Contents, files: Sequence[FileLayout], folder: Path, report: Reporter
 ) -> Deployment | None:
-    """All but the weights and the manifest; what the NPU graph was made of, if there is one."""
+    """Write everything except weights and manifest; return how the NPU graph was made, if there is one."""
     program, engine = contents.program, ENGINES[contents.target]
     for file in copied_files(contents.checkpoint.folder):
         write_copy(file, folder / file.name, contents.documents.get(file.name))
@@ -216,7 +216,7 @@ def _write_documents(
 
 
 def copied_files(folder: Path) -> list[Path]:
-    """Files of a checkpoint's folder that an output gets as they are."""
+    """Files of a checkpoint's folder that are copied to an output unchanged."""
     return [file for file in sorted(folder.iterdir()) if is_copied(file) and file.is_file()]
 
 
@@ -230,13 +230,13 @@ def write_copy(file: Path, target: Path, digest: str | None) -> None:
 
 
 def damaged(file: Path, tensor: str = "") -> FxquantError:
-    """What to raise for a file of an output that is not as it was written."""
+    """The error for a file of an output that is not as it was written."""
     what = f"tensor {tensor} is" if tensor else "is"
     return FxquantError(file, f"{what} not as it was written: the manifest has another hash.", DAMAGED)
 
 
 def is_copied(file: Path) -> bool:
-    """Tokenizer files and the like: neither the config, which is written anew, nor an index, nor our own files."""
+    """Whether it is a tokenizer file or the like: neither the config, which is rewritten, nor an index or our own."""
     own = file.name == "config.json" or file.name.endswith(".index.json") or file.name.startswith(OWN)
     return not own and (file.suffix in COPIED_SUFFIXES or file.name in COPIED)
 
@@ -263,7 +263,7 @@ def _write_manifest(contents: Contents, plan: WeightPlan, journal: Journal, spac
     if contents.reusable:
         save_stamps(contents.stamps, folder)
     sizes, weights = file_sizes(folder), {file.name: hash_bytes(file.header) for file in plan.files}
-    done = sorted(journal.done.values(), key=lambda filled: filled.name)
+    done = sorted(journal.done.values(), key=lambda filled: filled.name)  # workers finish in any order
     units = {
         filled.name: UnitRecord(key=plan.keys[filled.name], digests=dict(sorted(filled.digests.items())))
         for filled in done

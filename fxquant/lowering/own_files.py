@@ -1,6 +1,6 @@
-"""Which files of an output folder are its own: those that its manifest lists, the manifest, and the stamps.
+"""Own files of an output folder: those that its manifest lists, the manifest, and the stamps.
 
-A manifest is data from outside: what it lists counts only as a plain path inside the folder, and only regular files are
+A manifest is data from outside: an entry counts only if it is a plain path inside the folder. Only regular files are
 removed, one by one, then the folders that are empty.
 """
 
@@ -13,14 +13,14 @@ from fxquant.storage.system_errors import stopping
 from fxquant.storage.work_folder import is_folder, listed, walk
 
 CACHE = "__pycache__"
-"""Where Python puts the compiled form of our own `.py` files when somebody imports them."""
+"""Folder of the bytecode that Python writes when somebody imports our own `.py` files."""
 
 
 @dataclass(frozen=True)
 class Survey:
-    """What lies in an output folder. Paths are relative, with forward slashes.
+    """Contents of an output folder. Paths are relative, with forward slashes.
 
-    own      regular files that are the output's
+    own      regular files that belong to the output
     folders  those that hold its files, inner ones first
     others   everything else: files, folders, links
     """
@@ -31,7 +31,7 @@ class Survey:
 
 
 def survey(folder: Path) -> Survey:
-    """Raises FxquantError where the manifest can't be read or lists a path that is not one within the folder."""
+    """Raise FxquantError if the manifest cannot be read or lists a path outside of the folder."""
     names = own_names(read_manifest(folder), folder)
     parents = {parent.as_posix() for name in names for parent in PurePosixPath(name).parents} - {"."}
     stems = {PurePosixPath(name).stem for name in names if name.endswith(".py") and "/" not in name}
@@ -52,34 +52,34 @@ def survey(folder: Path) -> Survey:
 
 
 def own_names(manifest: Manifest, folder: Path) -> set[str]:
-    """The files that `manifest` lists with a digest, with itself and the stamps."""
+    """The files that `manifest` lists with a digest, plus itself and the stamps."""
     for name in manifest.files:
         if not is_plain(name):
             fact = f"lists a file outside of its folder: {name[:200]!r}."
-            raise FxquantError(folder / MANIFEST, fact, "Choose another -o, and look who changed it.")
+            raise FxquantError(folder / MANIFEST, fact, "Choose another -o, and find out who changed it.")
     written = manifest.digests.keys() | manifest.weights.keys()
     return {*(manifest.files.keys() & written), MANIFEST, STAMPS}
 
 
 def is_plain(name: str) -> bool:
-    """Whether it is a relative path with no way up, written in the one way there is."""
+    """Whether it is a relative path without `..`, in normal form."""
     path = PurePosixPath(name)
     way = bool(path.parts) and ".." not in path.parts and not path.is_absolute()
     return way and "\0" not in name and str(path) == name
 
 
 def refuse_others(folder: Path) -> None:
-    """Raise FxquantError where `folder` holds what is not the output's."""
+    """Raise FxquantError if `folder` holds anything that does not belong to the output."""
     others = survey(folder).others
     if others:
-        fact = f"holds what is not of this output: {listed(others)}."
+        fact = f"holds files that are not part of this output: {listed(others)}."
         raise FxquantError(folder, fact, "Move it elsewhere, or choose another -o: fxquant deletes only what it made.")
 
 
 def remove_output(folder: Path) -> None:
-    """Remove an output's own files and then the folder, the manifest last: until then it says what is ours.
+    """Remove an output's own files and then the folder, the manifest last: until then it says which files are ours.
 
-    Raises FxquantError where it holds anything else, before a file is removed.
+    Raises FxquantError, before a file is removed, if the folder holds anything else.
     """
     with stopping(folder, "cannot be removed"):
         if any(folder.iterdir()):

@@ -1,9 +1,9 @@
-"""`<out>.partial`: where an output folder comes into being, who works in it, and how it goes on after a kill.
+"""Workspace `<out>.partial`: where an output folder is made, its lock, and how it resumes after a kill.
 
-<out>.partial/fxquant_work.json   says that the folder is ours
-<out>.partial/files/              what becomes <out>, by one rename
-<out>.partial/journal.jsonl       which of its weights are finished
-<out>.partial/replaced/           an earlier output while the new one gets its name, see finish.py
+<out>.partial/fxquant_work.json   marks the folder as ours
+<out>.partial/files/              becomes <out>, by one rename
+<out>.partial/journal.jsonl       lists its finished weights
+<out>.partial/replaced/           an earlier output during the final rename, see finish.py
 """
 
 from collections.abc import Callable, Iterator
@@ -34,20 +34,20 @@ REASONS = {
     "target": "work for target {theirs}, this is {ours}",
     "sources": "work on another source: {difference}",
     "layout": "work with other weight files: another model, policy, --mtp or --max-shard-size",
-    "units": "work with other integers: the policy's rules or the calibration are not what they were",
+    "units": "work with other integers: the policy's rules or the calibration have changed",
 }
-"""Field of the fingerprint → why unfinished work is not this work, in the order of asking."""
+"""Field of the fingerprint → why unfinished work is not the same work; the first that differs is reported."""
 
 
 def known_folders(destination: Destination) -> list[Path]:
-    """Where an earlier run of the same command may have left its calibration."""
+    """Folders in which an earlier run of the same command may have left its calibration."""
     places = destination.places
     return [places.out] if places.state is State.NAMED else [places.files]
 
 
 def made_of(folder: Path, stamps: Stamps) -> bool:
-    """Whether an output, or the files of unfinished work, was made from checkpoint files in just these states, and has
-    its calibration as it was written."""
+    """Whether an output, or the files of unfinished work, was made from checkpoint files in exactly these states, and
+    its calibration file is as it was written."""
     expected = {file.name: [stamp.header, stamp.size, stamp.mtime_ns] for file, stamp in stamps.items()}
     journal = folder.with_name("journal.jsonl")
     try:
@@ -64,9 +64,9 @@ def made_of(folder: Path, stamps: Stamps) -> bool:
 
 @dataclass
 class Workspace:
-    """The folder while work goes on; `folder` is what becomes `out`.
+    """The work folder during the work; `folder` becomes `out`.
 
-    owned      this process made what is in it, or goes on with it
+    owned      this process has made, or resumes, its contents
     resumable  it has a journal
     """
 
@@ -84,11 +84,11 @@ class Workspace:
 
     @property
     def named(self) -> bool:
-        """An earlier run has given the output its name, and was stopped before it had removed all else."""
+        """Whether an earlier run has done the final rename, but was stopped before it had removed everything else."""
         return self.places.state is State.NAMED
 
     def unfinished(self, fingerprint: Fingerprint) -> Journal | None:
-        """The journal of the same work, to go on with, or None after clearing what has none.
+        """The journal of the same work, to resume; None, after clearing the folder, if there is no journal.
 
         Raises FxquantError, with the reason, for a journal of other work.
         """
@@ -104,22 +104,22 @@ class Workspace:
         return journal
 
     def begin(self, fingerprint: Fingerprint) -> Journal:
-        """A journal for new work; from now on what is finished survives an end of the process."""
+        """A journal for new work; from now on finished units survive an end of the process."""
         journal = begin(self.places.journal, fingerprint)
         self.resumable = True
         return journal
 
     def clear(self) -> None:
-        """Forget earlier work; an earlier output that it had put aside gets its name again."""
+        """Remove earlier work; an earlier output that it had moved aside is renamed back."""
         discard(self.places)
-        with stopping(self.folder, "cannot be made"):
+        with stopping(self.folder, "cannot be created"):
             self.folder.mkdir()
         self.owned = True
 
     def finish(self, journal: Journal, identity: str, named: Callable[[], None]) -> None:
-        """Have all of it on the disk, and give the folder its name; an earlier output goes when that is done.
+        """Sync everything to disk and do the final rename; an earlier output is removed after that.
 
-        `identity`: what the documents are made of; `named` is called when the name is given.
+        `identity`: hash of the documents' inputs; `named` is called after the rename.
         """
         journal.complete(identity)
         sync(self.folder)
@@ -127,13 +127,13 @@ class Workspace:
         self.end(named)
 
     def end(self, named: Callable[[], None]) -> None:
-        """Remove what is left when the output has its name."""
-        self.owned, self.destination.finished = False, True
+        """Remove what is left after the final rename."""
+        self.owned, self.destination.finished = False, True  # first: an error below must not discard the output
         named()
         sweep(self.places)
 
     def completed(self, fingerprint: Fingerprint, identity: str) -> bool:
-        """Whether the output that has its name already is what this command would make."""
+        """Whether the output that was already renamed is the one that this command would make."""
         earlier = read_fingerprint(self.places.journal)
         if earlier is None or _difference(earlier, fingerprint) is not None:
             return False
@@ -144,10 +144,10 @@ class Workspace:
 
 @contextmanager
 def open_workspace(destination: Destination, restart: bool) -> Iterator[Workspace]:
-    """`<out>.partial`, for this process alone.
+    """`<out>.partial`, locked by this process.
 
-    What the world stopped stays there with its journal, for the same command to go on with. A fault of the input, or
-    of the output when it is verified, leaves nothing: the same command would find it again.
+    Work that was stopped from outside stays there with its journal, for the same command to resume. A fault of the
+    input, or of the output when it is verified, leaves nothing: the same command would meet it again.
     """
     work, partial = Workspace(destination), destination.places.work.path
     with destination.places.work.held():
@@ -161,7 +161,7 @@ def open_workspace(destination: Destination, restart: bool) -> Iterator[Workspac
             fault = isinstance(error, FxquantError) and not isinstance(error, StoppedError)
             _leave(work, fault)
             if work.owned and work.resumable and isinstance(error, StoppedError):
-                resumable = f"What is finished is kept in {partial}: the same command goes on with it."
+                resumable = f"Finished work is kept in {partial}: the same command resumes it."
                 raise StoppedError(error.place, error.fact, f"{error.remedy} {resumable}") from None
             if error is raised:
                 raise
@@ -169,8 +169,8 @@ def open_workspace(destination: Destination, restart: bool) -> Iterator[Workspac
 
 
 def _leave(work: Workspace, fault: bool) -> None:
-    """Remove what is of no use to anybody. What can't be removed is cleared by the next command."""
-    with suppress(FxquantError):
+    """Remove work that cannot be resumed. What cannot be removed now is cleared by the next command."""
+    with suppress(FxquantError):  # the first error is the one to report
         if work.owned and (fault or not work.resumable):
             discard(work.places)
         if work.places.state is State.NONE:
@@ -178,7 +178,7 @@ def _leave(work: Workspace, fault: bool) -> None:
 
 
 def _difference(theirs: Fingerprint, ours: Fingerprint) -> str | None:
-    """Why unfinished work is not this work, or None."""
+    """Why unfinished work is not the same work, or None."""
     for field, reason in REASONS.items():
         if theirs.get(field) != ours[field]:
             other = _other_file(theirs.get(field), ours[field]) if field == "sources" else ""
@@ -187,7 +187,7 @@ def _difference(theirs: Fingerprint, ours: Fingerprint) -> str | None:
 
 
 def _other_file(theirs: Any, ours: dict[str, Any]) -> str:
-    """The first file that is another one."""
+    """The first file that differs."""
     theirs = theirs if isinstance(theirs, dict) else {}
     for name in sorted(set(theirs) | set(ours)):
         if theirs.get(name) != ours.get(name):

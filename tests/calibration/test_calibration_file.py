@@ -257,7 +257,7 @@ def test_faults_of_the_file(name: str, model: Path, whole: Path, tmp_path: Path)
 def test_files_of_another_sort(model: Path, whole: Path, tmp_path: Path) -> None:
     (weights,) = whole.glob("*.safetensors")
     assert refused(model, tmp_path / "out", weights) == "not a calibration file: it has no graph."
-    with pytest.raises(FxquantError, match="no such file or folder, and --calibration names it"):
+    with pytest.raises(FxquantError, match="no such file or folder, but --calibration names it"):
         compiled(model, tmp_path / "out", calibration=tmp_path / "gone")
     with pytest.raises(FxquantError, match=r"config\.json"):
         compiled(model, tmp_path / "out", calibration=model / "config.json")

@@ -1,4 +1,4 @@
-"""Everything that is copied is checked while it is copied: damage is made anew, or refused by name."""
+"""Everything that is copied is checked while it is copied: damage is made again, or refused by name."""
 
 import json
 import shutil
@@ -119,7 +119,7 @@ def test_convert_refuses_a_damaged_document_by_name(name: str, whole: Path, tmp_
 def test_convert_refuses_a_missing_file_by_name(name: str, whole: Path, tmp_path: Path) -> None:
     folder = copy_of(whole, tmp_path / "old")
     (folder / name if (folder / name).exists() else next(folder.glob("quant_model_weight*"))).unlink()
-    refused(folder, tmp_path / "new", "is missing, the manifest lists it")
+    refused(folder, tmp_path / "new", "is missing, but the manifest lists it")
 
 
 def test_convert_refuses_a_damaged_header(whole: Path, tmp_path: Path) -> None:
@@ -183,13 +183,13 @@ def test_force_makes_what_is_damaged_anew(damage: str, verify: bool, model: Path
     work = report.output.work
     assert (work.remade > 0) == (damage.startswith("tensor") or damage == "all of a file")
     if work.remade:
-        assert len(report.notes) == 1 and "and made anew from the source" in report.notes[0]
+        assert len(report.notes) == 1 and "and made again from the source" in report.notes[0]
     if damage.startswith("tensor"):
         assert work.reused > work.remade and TENSORS[damage.removeprefix("tensor: ")].startswith(
             report.notes[0].rpartition(": ")[2]
         )
     if damage in ("header", "cut off", "missing"):
-        assert "was made anew" in report.notes[0]
+        assert "were made again" in report.notes[0]
 
 
 @pytest.mark.parametrize("damage", [name for name in DAMAGE if name not in ("header", "cut off", "missing")])

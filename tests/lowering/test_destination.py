@@ -44,7 +44,9 @@ def test_an_input_in_an_output_by_way_of_a_link(tmp_path: Path, untouched: Untou
 def test_work_folders_in_an_input_are_refused(tmp_path: Path, untouched: Untouched) -> None:
     (tmp_path / "model").mkdir()
     untouched()
-    refused(tmp_path / "model" / "out", "lies in the checkpoint", inputs=(Input("the checkpoint", tmp_path / "model"),))
+    refused(
+        tmp_path / "model" / "out", "is inside the checkpoint", inputs=(Input("the checkpoint", tmp_path / "model"),)
+    )
 
 
 def test_the_output_that_is_replaced_may_be_reused(tmp_path: Path) -> None:
@@ -109,7 +111,7 @@ def test_a_link_is_followed_once_and_stays(tmp_path: Path, tiny_model: Path) -> 
 def test_a_link_to_nothing_is_refused_at_once(tmp_path: Path, untouched: Untouched) -> None:
     (tmp_path / "out").symlink_to(tmp_path / "gone")
     untouched()
-    refused(tmp_path / "out", "a link to what is not there", "gone")
+    refused(tmp_path / "out", "is a link to", "gone, which does not exist")
 
 
 def test_links_in_a_circle(tmp_path: Path, untouched: Untouched) -> None:

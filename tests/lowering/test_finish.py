@@ -95,7 +95,7 @@ def test_stopped_at_any_operation_what_is_said_is_true(
         else:
             assert not out.exists() and f"Nothing was left at {out}." in said, (at, said)
         if state is State.UNFINISHED:
-            assert f"kept in {Places(out).work.path}: the same command goes on" in said
+            assert f"kept in {Places(out).work.path}: the same command resumes it" in said
         shutil.rmtree(folder)
 
 
@@ -118,5 +118,5 @@ def test_before_the_end_an_interrupt_says_what_is_kept(case: Made, tmp_path: Pat
             raise KeyboardInterrupt
         said = vars(caught.value)["state"]
         assert said.startswith(f"Nothing was left at {out}. ") and said.endswith(
-            f"kept in {out}.partial: the same command goes on with it." if begun else "The same command begins anew."
+            f"kept in {out}.partial: the same command resumes it." if begun else "The same command starts again."
         )

@@ -100,7 +100,7 @@ def test_aside_a_fault_gives_the_name_back(case: Made, tmp_path: Path) -> None:
 def test_what_comes_to_the_name_meanwhile_is_not_replaced(force: bool, case: Made, tmp_path: Path) -> None:
     out, contents = tmp_path / "out", case[0]
     with (
-        pytest.raises(StoppedError, match="not of this output|come to be there|not an output") as caught,
+        pytest.raises(StoppedError, match="not part of this output|appeared while|not an output") as caught,
         write_output(contents, open_destination(out, force, []), ONE, silent),
     ):
         out.mkdir()
@@ -113,7 +113,7 @@ def test_what_comes_to_the_name_meanwhile_is_not_replaced(force: bool, case: Mad
 def test_what_is_put_into_the_earlier_output_meanwhile_is_not_lost(case: Made, tmp_path: Path) -> None:
     out = Path(shutil.copytree(case[2], tmp_path / "out"))
     with (
-        pytest.raises(StoppedError, match=r"not of this output: thesis.txt"),
+        pytest.raises(StoppedError, match=r"not part of this output: thesis.txt"),
         write_output(case[0], open_destination(out, True, []), ONE, silent),
     ):
         (out / "thesis.txt").write_text("years of work")

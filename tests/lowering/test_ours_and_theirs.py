@@ -145,7 +145,7 @@ OTHERS: dict[str, Callable[[Path], object]] = {
 def test_what_is_not_the_outputs_is_named_and_left_alone(name: str, tmp_path: Path, untouched: Untouched) -> None:
     OTHERS[name](output(tmp_path / "out"))
     untouched()
-    refused(tmp_path / "out", name, "not of this output", "Move it elsewhere")
+    refused(tmp_path / "out", name, "not part of this output", "Move it elsewhere")
 
 
 def test_an_output_and_pythons_cache_of_its_own_module_are_replaced(tmp_path: Path) -> None:

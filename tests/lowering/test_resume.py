@@ -166,7 +166,7 @@ def test_what_the_world_stops_can_go_on(
     model: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    with monkeypatch.context() as patch, pytest.raises(StoppedError, match="the same command goes on") as caught:
+    with monkeypatch.context() as patch, pytest.raises(StoppedError, match="the same command resumes it") as caught:
         stop_after(8, patch, StoppedError("file", "cannot be read: Input/output error.", "Repair the disk."))
         compile_weights(model, out, jobs=1)
     assert caught.value.place == "file" and not out.exists()
@@ -235,7 +235,7 @@ def test_an_interrupt_keeps_what_is_finished(model: Path, whole: Path, tmp_path:
     _, errors = process.communicate()
     assert (
         process.returncode == 130
-        and "the same command goes on" in " ".join(errors.split())
+        and "the same command resumes it" in " ".join(errors.split())
         and "Traceback" not in errors
     )
     assert not out.exists() and finished(out) >= 3

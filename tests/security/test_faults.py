@@ -174,7 +174,7 @@ RIGHT = Ended(0, "done")
         (b"old", RIGHT, "old", "exit 0, and the output is old"),
         (b"nex", Ended(1, "error"), "wrong", "wrong bytes under the final name"),
         (b"old", Ended(1, "Traceback (most recent call last)"), "old", "a traceback"),
-        (b"old", Ended(1, "What is finished is kept in work/out.partial: go on."), "old", "was kept"),
+        (b"old", Ended(1, "Finished work is kept in work/out.partial: resume it."), "old", "was kept"),
     ],
 )
 def test_what_lies_there_is_judged(

@@ -112,7 +112,7 @@ def long_error() -> FxquantError:
     place = "/models/" + "deep/" * 40 + "config.json"
     command = "fxquant compile " + "x" * 150 + " --policy deepseek_w4a8 -o 'a folder'"
     return FxquantError(
-        place, "a fact of many words " * 9 + "model.layers.0." + "y" * 150, f"Quantize anew:\n{command}"
+        place, "a fact of many words " * 9 + "model.layers.0." + "y" * 150, f"Quantize again:\n{command}"
     )
 
 
@@ -131,8 +131,8 @@ def test_an_error_keeps_names_and_commands_whole(width: int) -> None:
 @pytest.mark.parametrize(
     "state, remedy, told",
     [
-        ("/out is as it was. The same command begins anew.", "Mend it.", True),
-        ("Nothing was left at /out. The same command begins anew.", "Mend it.", False),
+        ("/out is as it was. The same command starts again.", "Mend it.", True),
+        ("Nothing was left at /out. The same command starts again.", "Mend it.", False),
         ("/out is as it was. It is kept: go on.", "Free space. It is kept: go on.", False),
     ],
 )

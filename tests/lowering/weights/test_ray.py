@@ -190,7 +190,7 @@ def test_a_signal_ends_the_cluster_and_keeps_what_is_finished(
     output, errors = process.communicate()
     word = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}[number]
     assert process.returncode == 128 + number and output == "" and len(started) > 3
-    said = rf"{word}\. Nothing was left at \S+\. What is finished is kept in \S+: the same command goes on with it\."
+    said = rf"{word}\. Nothing was left at \S+\. Finished work is kept in \S+: the same command resumes it\."
     assert re.fullmatch(said, " ".join(errors.split()))
     wait_until(lambda: not alive(started))
     assert not out.exists() and finished(out) >= 10

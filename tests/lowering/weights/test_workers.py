@@ -75,7 +75,7 @@ def test_a_disk_that_fills_up_meanwhile_stops_it_and_it_goes_on(model: Path, who
     """Weights have their place from the start; documents find none."""
     with disk_of(weight_bytes(whole) + (1 << 17), tmp_path / "disk") as resize:
         out = tmp_path / "disk" / "out"
-        with pytest.raises(StoppedError, match="No space left on device.*the same command goes on"):
+        with pytest.raises(StoppedError, match="No space left on device.*the same command resumes it"):
             compile_weights(model, out)
         assert not out.exists()
         resize(weight_bytes(whole) * 2)
