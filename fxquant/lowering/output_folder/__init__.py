@@ -1,1 +1,1 @@
-"""The files of an output: names and layout, description, manifest."""
+"""Output folder: layout of weight files, description file, manifest."""

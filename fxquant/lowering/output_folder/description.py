@@ -1,4 +1,4 @@
-"""The JSON files beside the weights: description, index, config."""
+"""Description file, index and config.json: the JSON files beside the weights."""
 
 import json
 from collections.abc import Sequence
@@ -15,12 +15,12 @@ MTP_LAYERS = "num_nextn_predict_layers"
 
 
 def write_json(path: Path, document: Any) -> None:
-    """Two-space JSON with a final newline, keys in the order given."""
+    """Write JSON with two-space indent and a final newline, keys in the given order."""
     path.write_text(document_text(document), encoding="utf-8")
 
 
 def document_text(document: Any) -> str:
-    """What `write_json` writes."""
+    """The text that `write_json` writes."""
     return json.dumps(document, indent=INDENT, ensure_ascii=False) + "\n"
 
 
@@ -30,7 +30,7 @@ def json_size(document: Any) -> int:
 
 
 def description(program: Program, files: Sequence[FileLayout], engine: Engine) -> dict[str, Any]:
-    """Header keys, then one entry for every stored tensor: its type."""
+    """Header keys, then one entry per stored tensor: its type."""
     entries = {tensor.name: tensor.spec.description for file in files for tensor in file.tensors}
     return engine.header(program) | dict(sorted(entries.items()))
 
@@ -38,6 +38,7 @@ def description(program: Program, files: Sequence[FileLayout], engine: Engine) -
 def description_size(program: Program, files: Sequence[FileLayout], engine: Engine) -> int:
     """Bytes of `description` as JSON, counted without writing it."""
     types = sum(len(quoted(spec.description)) * count for file in files for spec, count in file.specs)
+    # with one empty entry the last line of the header has its comma, as it has before the tensors' lines
     return json_size(engine.header(program) | {"": ""}) - len('\n  "": ""') + _lines(files, types, depth=1)
 
 
@@ -58,15 +59,15 @@ def _index(files: Sequence[FileLayout], weight_map: dict[str, str]) -> dict[str,
 
 
 def _lines(files: Sequence[FileLayout], values: int, depth: int) -> int:
-    """Bytes of one line a tensor, name and value, with the commas between them; `values`: those of all values."""
+    """Bytes of one line per tensor, name and value, with the commas between them; `values`: bytes of all values."""
     count = sum(len(file.tensors) for file in files)
     return sum(file.names_size for file in files) + values + count * (len("\n: ,") + INDENT * depth) - 1
 
 
 def engine_config(program: Program, engine: Engine) -> dict[str, Any]:
-    """The source's config.json without its `quantization_config`, plus the keys that tell an engine what it loads.
+    """The source's config.json without its `quantization_config`, plus the keys by which an engine knows the format.
 
-    Multi-token prediction layers that are not in the output are not announced, and those that are, are.
+    It announces multi-token prediction layers exactly if they are in the output.
     """
     config = {key: value for key, value in program.config.items() if key != "quantization_config"}
     if config.get(MTP_LAYERS) and not program.mtp.stored:

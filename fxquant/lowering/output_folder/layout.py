@@ -1,4 +1,4 @@
-"""Which tensors the weight files hold, in which file and where, known from the graph before a byte is read."""
+"""Layout of the weight files: each tensor's file and offset, known from the graph before a byte is read."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -20,14 +20,14 @@ from fxquant.storage.safetensors import build_header, header_length, quoted_size
 
 MTP_STEM = "mtp_float"
 MAX_SHARD_SIZE = 4 << 30
-"""Bytes of tensor data a weight file holds, unless the user says otherwise."""
+"""Default maximum bytes of tensor data per weight file."""
 
 
 class StoredTensor(NamedTuple):
-    """One tensor of the output: made by `recipe` for `module`, or a float tensor of the checkpoint when there is none.
+    """One tensor of the output: made by `recipe` for `module`, or without a recipe a float tensor of the checkpoint.
 
-    mtp   whether it is of a multi-token prediction layer
-    role  what it is to its module, where a recipe makes it
+    mtp   whether it is part of a multi-token prediction layer
+    role  its role in the module, if a recipe makes it
     """
 
     name: str
@@ -44,7 +44,7 @@ class StoredTensor(NamedTuple):
 
 @dataclass(frozen=True)
 class FileLayout:
-    """One weight file: its header, and each tensor's absolute offset. The header is made when it is asked for."""
+    """One weight file: its header, and each tensor's absolute offset. The header is built on first use."""
 
     name: str
     tensors: tuple[StoredTensor, ...]
@@ -65,7 +65,7 @@ class FileLayout:
 
     @cached_property
     def data_bytes(self) -> int:
-        """Without the header."""
+        """Size without the header."""
         return sum(spec.nbytes * count for spec, count in self.specs)
 
     @cached_property
@@ -75,7 +75,7 @@ class FileLayout:
 
     @cached_property
     def specs(self) -> list[tuple[TensorSpec, int]]:
-        """Each of the tensors' specs, and how many tensors have it; equal ones may be there more than once."""
+        """Specs of the tensors, each with the number of tensors that have it; equal specs may occur more than once."""
         counts = Counter(map(id, map(attrgetter("spec"), self.tensors)))
         specs = {id(tensor.spec): tensor.spec for tensor in self.tensors}
         return [(specs[key], count) for key, count in counts.items()]
@@ -87,7 +87,7 @@ class FileLayout:
 
 
 def stored_tensors(program: Program, checkpoint: Checkpoint) -> list[StoredTensor]:
-    """Everything the output holds, in graph order, the tensors of one module side by side."""
+    """All tensors of the output, in graph order, those of one module side by side."""
     stored: list[StoredTensor] = []
     floats = program.float_names()
     biases = gate_biases(program)
@@ -123,15 +123,15 @@ def _mtp(program: Program, checkpoint: Checkpoint) -> list[StoredTensor]:
 
 
 def gate_biases(program: Program) -> set[str]:
-    """Correction biases choose experts in float32, so they are stored in it whatever the checkpoint has."""
+    """Correction biases: experts are chosen in float32, so these are stored in float32 whatever the checkpoint has."""
     return {str(operand_node(node, "correction_bias").target) for node in program.nodes(ops.moe_gate)}
 
 
 def plan_files(stored: list[StoredTensor], max_shard_size: int, engine: Engine) -> list[FileLayout]:
-    """Fill files in graph order up to `max_shard_size` bytes of data each; a larger tensor gets a file of its own.
+    """Fill files in graph order up to `max_shard_size` bytes of data each; a larger tensor gets its own file.
 
-    Inside a file tensors are ordered by falling item size, then name: every one is aligned, and the bytes depend on
-    nothing but the graph. Float multi-token prediction layers are in files of their own where the engine has it so.
+    Inside a file tensors are ordered by decreasing item size, then name: each one is aligned, and the bytes depend on
+    nothing but the graph. Float multi-token prediction layers get separate files if the engine expects that.
     """
     apart = [tensor for tensor in stored if tensor.mtp and engine.mtp_files]
     if any(tensor.recipe is not None for tensor in apart):

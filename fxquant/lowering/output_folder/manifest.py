@@ -1,4 +1,4 @@
-"""fxquant_manifest.json: what an output folder is and where it came from."""
+"""Manifest, fxquant_manifest.json: the files of an output folder, their hashes, and what they were made from."""
 
 import os
 from pathlib import Path, PurePosixPath
@@ -16,37 +16,37 @@ from fxquant.inputs.validation import validation_fact
 FLOAT_GRAPH = "fxquant_float_graph.json"
 LEDGER = "fxquant_ledger.json"
 STAMPS = "fxquant_stamps.json"
-"""States of the source's files as this machine saw them: the one file of an output that is not the same elsewhere."""
+"""States of the source's files on this machine: the only file of an output that differs on another machine."""
 
 
 PATH_LENGTH = 2048
-"""Bytes of a path; half of what Linux has, so that there is room for the folder before it."""
+"""Maximum bytes of a path; half of Linux's limit, to leave room for the folder before it."""
 
 
 def _within(name: str) -> str:
-    """A path below a folder, written in the one way there is."""
+    """A path below a folder, in normal form."""
     path = PurePosixPath(name)
     plain = path.parts and ".." not in path.parts and not path.is_absolute() and str(path) == name
     if not plain or not _possible(name):
-        raise ValueError(f"no path within the folder: {name[:200]!r}")
+        raise ValueError(f"not a path within the folder: {name[:200]!r}")
     return name
 
 
 def _path(name: str) -> str:
     if not _possible(name):
-        raise ValueError(f"no path: {name[:200]!r}")
+        raise ValueError(f"not a path: {name[:200]!r}")
     return name
 
 
 def _possible(name: str) -> bool:
-    """Whether a file system can have it: asking for a longer one is an error of the system."""
+    """Whether a file system can have such a path: the system raises an error even for looking up a longer one."""
     data = name.encode(errors="surrogatepass")
     return b"\0" not in data and len(data) <= PATH_LENGTH and max(map(len, data.split(b"/"))) <= FILE_NAME_BYTES
 
 
 def _target(name: str) -> str:
     if name not in list(Target):
-        raise ValueError(f"no target: {name[:200]!r}")
+        raise ValueError(f"not a target: {name[:200]!r}")
     return name
 
 
@@ -67,7 +67,7 @@ class SourceFile(BaseModel):
 
 
 class UnitRecord(BaseModel):
-    """One module, or one float tensor: what it was made from, and what its bytes are.
+    """One module, or one float tensor: hashes of its inputs and of its bytes.
 
     key      hash of source identity, scheme and arguments, kernel version: equal keys mean equal bytes
     digests  suffix of each tensor's name ("" for a float one) → XXH3-128 of its bytes, in hex
@@ -83,10 +83,10 @@ class Manifest(BaseModel):
 
     kernels  version of the weight kernels
     tp       tensor-parallel ranks it was compiled for
-    sources  file of the checkpoint → what identifies it
-    files    name → size in bytes, of every file but this one and the stamps
-    digests  name → XXH3-128 in hex, of every file that holds no weights
-    weights  weight file → XXH3-128 of its header; the units have the rest of it
+    sources  file of the checkpoint → its header's hash and its size
+    files    name → size in bytes, of every file except this one and the stamps
+    digests  name → XXH3-128 in hex, of every file except weight files
+    weights  weight file → XXH3-128 of its header; the units have the digests of its data
     units    module or float tensor → key and digests
     """
 
@@ -105,7 +105,7 @@ class Manifest(BaseModel):
     units: dict[Name, UnitRecord]
 
     def source_path(self, folder: Path) -> Path:
-        """MODEL as it was named to `compile`."""
+        """MODEL as given to `compile`."""
         return (folder / self.source).resolve()
 
     def checkpoint_path(self, folder: Path) -> Path:
@@ -119,18 +119,18 @@ def relative(path: Path, folder: Path) -> str:
 
 
 def file_sizes(folder: Path) -> dict[str, int]:
-    """Every file in `folder` but the manifest and the stamps, by its path there, with its size."""
+    """Relative path → size, of every file in `folder` except the manifest and the stamps."""
     files = {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*")) if file.is_file()}
     return {name: file.stat().st_size for name, file in files.items() if name not in (MANIFEST, STAMPS)}
 
 
 def _for_engine(folder: Path) -> bool:
-    """Whether it has a file as some engine reads it."""
+    """Whether it has a file with a name that some engine reads."""
     return any(any(folder.glob(f"{stem}*")) for stem in (*weight_stems(), *description_stems()))
 
 
 def find_manifest(folder: Path) -> Manifest | None:
-    """None where the manifest was deleted from an output. Raises FxquantError for what fxquant did not write."""
+    """The manifest; None if it was deleted. Raises FxquantError for a folder that fxquant did not write."""
     if (folder / MANIFEST).exists():
         return read_manifest(folder)
     if (folder / GRAPH).is_file():
@@ -139,7 +139,7 @@ def find_manifest(folder: Path) -> Manifest | None:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Raises FxquantError for a folder that fxquant did not write."""
+    """The manifest. Raises FxquantError for a folder that fxquant did not write."""
     path = folder / MANIFEST
     if not path.is_file():
         raise not_compiled(folder, _for_engine(folder))

@@ -1,4 +1,4 @@
-"""The weight files of an output folder, whichever engine they are named for."""
+"""Weight files of an output folder, found under the names of any engine."""
 
 from pathlib import Path
 
@@ -13,13 +13,13 @@ STEMS = (*weight_stems(), MTP_STEM)
 
 
 class WeightFiles:
-    """The weight files of an output folder, read tensor by tensor; nothing is mapped into memory."""
+    """Reader of the weight files of an output folder, tensor by tensor; nothing is mapped into memory."""
 
     def __init__(self, folder: Path) -> None:
         files = sorted({file for stem in STEMS for file in folder.glob(f"{stem}*.safetensors")})
         if not files:
             names = ", ".join(f"{stem}*.safetensors" for stem in STEMS)
-            raise FxquantError(folder, f"holds no weight file: {names}.", "Compile again.")
+            raise FxquantError(folder, f"has no weight file: {names}.", "Compile again.")
         self.folder = folder
         self.infos: dict[str, TensorInfo] = {}
         for file in files:
