@@ -1,4 +1,4 @@
-"""XXH3-128 of what lies on the disk, unit by unit and file by file."""
+"""Digests, XXH3-128, of bytes on disk, unit by unit and file by file."""
 
 import os
 from collections.abc import Iterable, Iterator
@@ -14,7 +14,7 @@ READ_BLOCK = 4 << 20
 
 
 def file_digest(path: Path, start: int = 0, length: int | None = None) -> str:
-    """Of `length` bytes from `start`, in hex; None: to the end. Raises OSError."""
+    """Digest of `length` bytes from `start`, in hex; None: to the end. Raises OSError."""
     digest, left = xxhash.xxh3_128(), path.stat().st_size - start if length is None else length
     buffer = memoryview(bytearray(min(READ_BLOCK, max(left, 0))))
     with path.open("rb", buffering=0) as file:
@@ -26,13 +26,13 @@ def file_digest(path: Path, start: int = 0, length: int | None = None) -> str:
 
 
 def digests_on_disk(units: Iterable[Unit], folder: Path) -> Iterator[tuple[Unit, Filled]]:
-    """Each unit as it lies in `folder`, several at a time: hashing and reading release the lock."""
+    """Each unit as stored in `folder`. Threads hash several at a time: hashing and reading release the GIL."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         yield from pool.map(lambda unit: (unit, unit_on_disk(unit, folder)), units)
 
 
 def unit_on_disk(unit: Unit, folder: Path) -> Filled:
-    """The unit as it lies in `folder`."""
+    """The unit as stored in `folder`."""
     places = unit.places.items()
     with stopping():
         return Filled(unit.name, {suffix: file_digest(folder / p.file, p.offset, p.nbytes) for suffix, p in places})

@@ -1,4 +1,4 @@
-"""One unit: its pieces to their places, each hashed while it is in the cache."""
+"""Filling of one unit: its pieces are written to their places, each hashed while it is in the CPU cache."""
 
 import os
 from collections.abc import Callable
@@ -18,13 +18,13 @@ FREE_SPACE = "Free space or repair the disk."
 
 @dataclass(frozen=True)
 class FillJob:
-    """What every worker needs: the folder of reserved files, and where bytes come from. It travels to processes."""
+    """The input of every worker: the folder of reserved files, and the producer of bytes. Pickled for Ray workers."""
 
     folder: Path
     producer: Producer
 
     def fill(self, unit: Unit) -> Filled:
-        """Write the unit. Doing it again writes the same bytes to the same places. Raises FxquantError."""
+        """Write the unit. Repeating it writes the same bytes to the same places. Raises FxquantError."""
         with ExitStack() as stack:
             files = sorted({place.file for place in unit.places.values()})
             handles = {file: self._open(file, stack) for file in files}
@@ -37,6 +37,7 @@ class FillJob:
 
     def _open(self, file: str, stack: ExitStack) -> int:
         try:
+            # not O_CREAT: on a machine without the shared storage the reserved file is missing, and that must show
             handle = os.open(self.folder / file, os.O_WRONLY | os.O_NOFOLLOW)
         except OSError as error:
             raise StoppedError(self.folder / file, f"cannot be opened: {error.strerror}.", FREE_SPACE) from None
@@ -51,12 +52,12 @@ class FillJob:
 
 
 def unit_anew(unit: Unit, producer: Producer) -> Filled:
-    """What filling the unit would write, hashed and not written."""
+    """The unit as filling it would write it, hashed but not written."""
     return _pour(unit, producer, lambda suffix, data, done: None)
 
 
 def _pour(unit: Unit, producer: Producer, write: Callable[[str, memoryview, int], None]) -> Filled:
-    """Hash every piece and hand it on, with its suffix and the bytes of that tensor that went before it."""
+    """Hash every piece and pass it to `write`, with its suffix and the number of that tensor's bytes before it."""
     done = dict.fromkeys(unit.places, 0)
     digests = {suffix: xxhash.xxh3_128() for suffix in unit.places}
     for suffix, data in producer.pieces(unit):

@@ -1,9 +1,9 @@
-"""Which units are finished: one line each, so that work that was killed goes on where it was.
+"""Journal of finished units, one line each, so that killed work resumes where it was.
 
 JSON lines. The first is the fingerprint of the work; then `{"unit": …, "digests": {…}}` for each finished unit, and
-`{"complete": …}` when all of it is there and about to get its name. A line is written when its unit's bytes are with
-the operating system: they outlive the process. Whoever goes on reads them back and compares, so that neither a crash of
-the machine nor damage of the disk gets past it.
+`{"complete": …}` when everything is written, before the final rename. A line is written once the operating system has
+its unit's bytes: they outlive the process. A run that resumes reads them back and compares, so that it notices what a
+crash of the machine or a damaged disk has lost.
 """
 
 import json
@@ -17,7 +17,7 @@ from fxquant.lowering.weights.unit import Filled
 from fxquant.storage.system_errors import stopping
 
 Fingerprint = dict[str, Any]
-RESTART = "Pass --restart to begin anew."
+RESTART = "Pass --restart to start again."
 
 
 @dataclass
@@ -25,8 +25,8 @@ class Journal:
     """An open journal.
 
     done      finished units by name
-    proven    they were written by this process, or have been compared with what lies on the disk
-    identity  of the last complete line: what the documents beside the weights are made of
+    proven    whether these were written by this process, or have been compared with the bytes on disk
+    identity  from the last `complete` line: hash of the inputs of the documents beside the weights
     """
 
     path: Path
@@ -36,12 +36,12 @@ class Journal:
     identity: str = ""
 
     def append(self, filled: Filled) -> None:
-        """Note a finished unit."""
+        """Record a finished unit."""
         self._line({"unit": filled.name, "digests": filled.digests})
         self.done[filled.name] = filled
 
     def prove(self, good: dict[str, Filled]) -> None:
-        """Only these units hold what was written; the others are to be filled again."""
+        """Keep only these units, whose bytes are as they were written; the others will be filled again."""
         self.proven = True
         if good.keys() == self.done.keys():
             return
@@ -59,7 +59,7 @@ class Journal:
             new.replace(self.path)  # a kill leaves the old lines, or these
 
     def complete(self, identity: str) -> None:
-        """Everything is there."""
+        """Record that everything is written."""
         self._line({"complete": identity})
         self.identity = identity
 
@@ -71,14 +71,14 @@ class Journal:
 
 def begin(path: Path, fingerprint: Fingerprint) -> Journal:
     """A new journal."""
-    with stopping(path, "cannot be made"):
+    with stopping(path, "cannot be created"):
         journal = Journal(path, path.open("w+", encoding="utf-8"))
     journal._line(fingerprint)
     return journal
 
 
 def read_fingerprint(path: Path) -> Fingerprint | None:
-    """What the work was, or None where it did not come so far as to have a journal."""
+    """The fingerprint of earlier work, or None if that was stopped before it had a journal."""
     try:
         with stopping(path, "cannot be read"), path.open("rb") as stream:
             line = stream.readline()
@@ -88,14 +88,14 @@ def read_fingerprint(path: Path) -> Fingerprint | None:
         raise
     document = parse_json(line, path, RESTART) if line.endswith(b"\n") else None
     if document is not None and not isinstance(document, dict):
-        raise FxquantError(path, "not a journal: its first line is no object.", RESTART)
+        raise FxquantError(path, "not a journal: its first line is not a JSON object.", RESTART)
     return document
 
 
 def go_on(path: Path) -> Journal:
-    """An earlier journal, to go on with. A last line that was cut off is forgotten."""
+    """An earlier journal, opened to be continued. A truncated last line is dropped."""
     with stopping(path, "cannot be read"):
-        stream = path.open("rb+")
+        stream = path.open("rb+")  # bytes: `truncate` needs the byte offset of the last whole line
         journal, lines, end = Journal(path, stream, proven=False), 0, 0  # type: ignore[arg-type]
         for line in stream:
             if not line.endswith(b"\n"):
@@ -118,4 +118,4 @@ def _read_line(journal: Journal, line: bytes, path: Path) -> None:
         case {"complete": str(identity)}:
             journal.identity = identity
         case _:
-            raise FxquantError(path, f"a line is not one of a journal: {str(document)[:200]}.", RESTART)
+            raise FxquantError(path, f"has a line that is not a journal entry: {str(document)[:200]}.", RESTART)

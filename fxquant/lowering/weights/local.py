@@ -1,4 +1,4 @@
-"""Workers as threads of this process: kernels, hashes, reads and writes all run without the interpreter's lock."""
+"""Local workers, threads of this process: kernels, hashes, reads and writes all release the GIL."""
 
 from collections.abc import Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -9,9 +9,9 @@ from fxquant.lowering.weights.unit import Filled, Unit
 
 
 def fill_local(job: FillJob, units: Sequence[Unit], jobs: int) -> Generator[Filled, None, None]:
-    """Fill `units` with `jobs` threads; each is yielded when it is done, in any order. The first error ends it.
+    """Fill `units` with `jobs` threads; each is yielded when it is done, in any order. The first error ends the work.
 
-    As many units more wait in line, and the disk already reads them.
+    The same number of units is queued, so that the disk already reads them ahead.
     """
     waiting = iter(units)
 
@@ -27,7 +27,7 @@ def fill_local(job: FillJob, units: Sequence[Unit], jobs: int) -> Generator[Fill
             while running:
                 finished, running = wait(running, return_when=FIRST_COMPLETED)
                 running |= submitted(len(finished))
-                for future in sorted(finished, key=_failed):  # what is done counts, whatever else happened
+                for future in sorted(finished, key=_failed):  # errors last: finished units still reach the journal
                     yield future.result()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)

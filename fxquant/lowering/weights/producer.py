@@ -1,4 +1,4 @@
-"""The bytes of a unit, piece by piece, made from checkpoint rows."""
+"""Producer of units: their bytes, piece by piece, from checkpoint rows."""
 
 import json
 from collections.abc import Iterator
@@ -25,28 +25,28 @@ if TYPE_CHECKING:
     from fxquant.kernels.source_rows import SourceRows
 
 BLOCK_BYTES = 2 << 20
-"""Source bytes that are in memory at one time for each worker, or two rows where these are longer: little enough to
-stay in a core's cache while they are decoded, quantized, packed, hashed and written."""
+"""Source bytes in memory per worker, or two rows if these are longer: few enough to stay in a core's cache while
+they are decoded, quantized, packed, hashed and written."""
 
 
 class Producer(Protocol):
-    """Where units come from. It travels to other processes."""
+    """The source of units' bytes. Pickled for Ray workers."""
 
     def pieces(self, unit: Unit) -> Iterator[tuple[str, memoryview]]:
-        """(suffix, bytes) of every tensor of the unit, those of one in order; a piece is valid until the next."""
+        """(suffix, bytes) of every tensor of the unit, in order within a tensor; a piece is valid until the next."""
 
     def key(self, unit: Unit) -> str:
-        """What the unit's bytes depend on, as 32 hexadecimal digits; known without reading a weight."""
+        """Hash of everything that the unit's bytes depend on, 32 hex digits; known without reading a weight."""
 
     def stamps_of(self, unit: Unit) -> list[FileStamp]:
-        """The states of the files that the unit is made from."""
+        """Stamps of the files that the unit is made from."""
 
     def prefetch(self, unit: Unit) -> None:
-        """The unit is next: have its bytes come into memory."""
+        """Ask the system to read the unit's source bytes ahead."""
 
 
 class CheckpointProducer:
-    """Units made from, or copied out of, a checkpoint whose files have these stamps, and `solved` codes."""
+    """Units quantized or copied from a checkpoint whose files have these stamps, with `solved` codes if any."""
 
     def __init__(self, checkpoint: Checkpoint, stamps: Stamps, solved: Codes | None = None) -> None:
         self._checkpoint, self._stamps, self._solved = checkpoint, stamps, solved
@@ -63,7 +63,7 @@ class CheckpointProducer:
         else:
             document.append(recipe_arguments(unit.recipe))
         parts = ((self._stamps[part.file], part.start) for part in self._parts(unit))
-        document += ([stamp.header, stamp.size, start] for stamp, start in parts)  # where, and no time
+        document += ([stamp.header, stamp.size, start] for stamp, start in parts)  # no mtime: a copy has another one
         changed = self._checkpoint.transforms.key(_source_names(unit))
         document += [] if changed is None else [changed]
         if self._solved is not None and unit.recipe is not None and unit.recipe.algorithm.from_inputs:
@@ -78,14 +78,14 @@ class CheckpointProducer:
             self._files.prefetch(part)
 
     def _parts(self, unit: Unit) -> list[TensorInfo]:
-        """All that the unit is made from, as it lies in files: weight, block scales, bias."""
+        """The stored tensors that the unit is made from: weight, block scales, bias."""
         names = _source_names(unit)
         tensors = [self._checkpoint.tensors[name] for name in names]
         tensors += [self._checkpoint.scales[name] for name in names if name in self._checkpoint.scales]
         return [part for tensor in tensors for part in tensor.parts]
 
     def _float_pieces(self, unit: Unit) -> Iterator[tuple[str, memoryview]]:
-        """A float tensor as it is, or decoded, transformed and converted where the stored one is another."""
+        """A float tensor, unchanged if the stored one is the same, else decoded, transformed and converted."""
         assert unit.float_tensor is not None
         tensor, dtype = self._checkpoint.tensors[unit.name], unit.float_tensor.spec.dtype
         transforms = self._checkpoint.transforms
@@ -103,7 +103,7 @@ class CheckpointProducer:
             yield "", tensor_bytes(transforms.apply(unit.name, wide, tensor.shape[0], first).to(dtype))
 
     def _quantized_pieces(self, unit: Unit, recipe: Recipe) -> Iterator[tuple[str, memoryview]]:
-        from fxquant.kernels.module_tensors import ModuleMaker  # here: keys are asked for where no compiler is wanted
+        from fxquant.kernels.module_tensors import ModuleMaker  # here: keys need no numba
 
         name = unit.tensor_name("weight")
         maker = ModuleMaker(recipe, name, self._bias(unit.name) if recipe.bias else None)
@@ -117,7 +117,7 @@ class CheckpointProducer:
             yield suffix, tensor_bytes(tensor)
 
     def _stored_rows(self, name: str) -> Iterator["SourceRows"]:
-        """Rows as they lie in the file, with all that kernels decode and smooth them by."""
+        """Rows as stored in the file, with the scales by which kernels decode and smooth them."""
         from fxquant.kernels.source_rows import SourceRows
 
         weight, transforms = self._checkpoint.tensors[name], self._checkpoint.transforms
@@ -129,18 +129,18 @@ class CheckpointProducer:
             yield SourceRows(rows, *form, columns, divided)
 
     def _rotated_rows(self, name: str) -> Iterator["SourceRows"]:
-        """Rows that are rotated and smoothed, in the model's dtype."""
+        """Rotated and smoothed rows, in the model's dtype."""
         from fxquant.kernels.source_rows import rows_of
 
         transforms, (count, width) = self._checkpoint.transforms, self._checkpoint.tensors[name].shape
         for first, wide in self._decoded_blocks(name):
             rotated = transforms.apply(name, wide, count, first)
-            step = max(2, BLOCK_BYTES // (width * rotated.itemsize) // 2 * 2)
+            step = max(2, BLOCK_BYTES // (width * rotated.itemsize) // 2 * 2)  # even: two int4 rows share a byte
             for start in range(0, len(rotated), step):
                 yield replace(rows_of(rotated[start : start + step]), start=first + start)
 
     def _decoded_blocks(self, name: str) -> Iterator[tuple[int, Tensor]]:
-        """(first row, rows), FP8 decoded to the model's dtype; all rows at once where a rotation mixes them."""
+        """(first row, rows), FP8 decoded to the model's dtype; all rows at once if a rotation mixes them."""
         tensor, block = self._checkpoint.tensors[name], self._checkpoint.block
         scales = torch.from_numpy(self._scales(name)) if name in self._checkpoint.scales else None
         whole = None
@@ -158,7 +158,8 @@ class CheckpointProducer:
             yield 0, whole
 
     def _row_blocks(self, tensor: SourceTensor) -> Iterator[tuple[int, np.ndarray]]:
-        """(first row, bytes of the rows as uint8) of consecutive blocks; a block starts where block scales do."""
+        """(first row, bytes of the rows as uint8) of consecutive blocks; each starts at a row of block scales."""
+        # an even number of rows, as two int4 rows share a byte
         rows, step = tensor.shape[0], self._checkpoint.block[0] + self._checkpoint.block[0] % 2
         width = tensor.nbytes // rows
         step *= max(1, BLOCK_BYTES // (step * width))
@@ -169,7 +170,7 @@ class CheckpointProducer:
             yield first, block
 
     def _scales(self, name: str) -> np.ndarray:
-        """float32 [blocks of rows, blocks of columns]: the values of the stored ones, exactly."""
+        """float32 [blocks of rows, blocks of columns]: exactly the values of the stored scales."""
         scale = self._checkpoint.scales[name]
         return torch.frombuffer(self._files.read(scale), dtype=scale.dtype).view(scale.shape).float().numpy()
 

@@ -1,6 +1,6 @@
-"""Workers on the machines of a Ray cluster that share the storage of source and output.
+"""Ray workers, on the machines of a cluster that share the storage of source and output.
 
-Python, Ray and fxquant are the same on every machine; paths mean the same files.
+Every machine needs the same Python, Ray and fxquant; a path names the same file on all of them.
 """
 
 import logging
@@ -22,11 +22,12 @@ from fxquant.processes.command import run_to_end
 from fxquant.version import __version__
 
 TASK_BYTES = 64 << 20
-"""Output bytes of one Ray task, or one unit where that is larger: a task costs a millisecond or so."""
+"""Output bytes of one Ray task, or one unit if that is larger: a task costs about a millisecond."""
 TASKS_PER_CORE = 2
 SHARES_PER_CORE = 8
-"""Small models are cut into so many tasks a core, that all cores have work to the end."""
+"""Tasks per core of a small model, so that all cores have work until the end."""
 NEVER = -1
+"""For max_retries: Ray never stops retrying a task whose worker died."""
 ANSWER_SECONDS = 5
 CONNECT_SECONDS = 60
 PROBE = "import ray, sys; ray.init(address=sys.argv[1], log_to_driver=False); ray.shutdown()"
@@ -35,11 +36,11 @@ REMEDY = "Start one with ray start --head, or leave --address out."
 
 
 def fill_ray(job: FillJob, units: Sequence[Unit], jobs: int, address: str | None) -> Generator[Filled, None, None]:
-    """Fill `units` on the cluster at `address`; None: on one of `jobs` cores, started here and ended afterwards.
+    """Fill `units` on the cluster at `address`; None: on a cluster of `jobs` cores, started here and ended afterwards.
 
-    Ray runs the tasks of a dead worker or machine again; a task that runs twice writes the same bytes. No more tasks
-    wait than keep the cluster busy. In a process that has a connection to a cluster already, that one is used. What is
-    printed meanwhile goes to stderr: Ray prints which machine it lost, and stdout may be somebody's JSON.
+    Ray runs the tasks of a dead worker or machine again; a task that runs twice writes the same bytes. Only as many
+    tasks are queued as keep the cluster busy. A process that is already connected to a cluster uses that one. Output
+    printed meanwhile goes to stderr: Ray prints which machine it lost, and stdout may carry JSON.
     """
     ray = _ray()
     started = not ray.is_initialized()
@@ -52,16 +53,16 @@ def fill_ray(job: FillJob, units: Sequence[Unit], jobs: int, address: str | None
             raise (error.cause if isinstance(error.cause, FxquantError) else error) from None
         except ray.exceptions.RayError as error:
             fact = f"the cluster failed: {_first_line(error)}"
-            raise StoppedError("--workers ray", fact, "ray status shows its machines.") from None
+            raise StoppedError("--workers ray", fact, "Check its machines with ray status.") from None
         finally:
             if started:
                 ray.shutdown()
 
 
 def check_cluster(address: str | None) -> None:
-    """Raise FxquantError where Ray is not installed, or no cluster answers at `address` in a minute.
+    """Raise FxquantError if Ray is not installed, or no cluster answers at `address` within a minute.
 
-    Tried in a process of its own: Ray itself waits longer, and writes what it thinks of it to the terminal.
+    The attempt runs in a separate process: Ray itself waits longer, and writes its own messages to the terminal.
     """
     _ray()
     if address is None:
@@ -102,7 +103,7 @@ def _connect(ray: Any, jobs: int, address: str | None) -> None:
 
 @contextmanager
 def _same_signals() -> Iterator[None]:
-    """From its beginning on, Ray's init answers SIGTERM by `sys.exit(15)`, whoever listened to it before."""
+    """Restore the SIGTERM handler: `ray.init` replaces it as soon as it starts, with one that calls `sys.exit(15)`."""
     listening, main = signal.getsignal(signal.SIGTERM), threading.current_thread() is threading.main_thread()
     terminated = False
     try:
@@ -111,10 +112,10 @@ def _same_signals() -> Iterator[None]:
         terminated = main and stop.code == signal.SIGTERM
         raise
     finally:
-        if main and listening is not None:  # None: whoever listens is not of Python
+        if main and listening is not None:  # None: a handler not installed from Python
             signal.signal(signal.SIGTERM, listening)
         if terminated:
-            signal.raise_signal(signal.SIGTERM)  # for whom it was meant
+            signal.raise_signal(signal.SIGTERM)  # again, for the restored handler
 
 
 def _fill(ray: Any, job: FillJob, units: Sequence[Unit]) -> Iterator[Filled]:
@@ -123,7 +124,7 @@ def _fill(ray: Any, job: FillJob, units: Sequence[Unit]) -> Iterator[Filled]:
     running: list[Any] = []
     try:
         while True:
-            room = TASKS_PER_CORE * _cores(ray) - len(running)  # machines come and go
+            room = TASKS_PER_CORE * _cores(ray) - len(running)  # counted each time: machines join and leave
             running += [fill.remote([shared], VERSIONS, task) for task in islice(waiting, max(room, 0))]
             if not running:
                 return
@@ -139,7 +140,7 @@ def _cores(ray: Any) -> int:
 
 
 def _fill_some(shared: list[Any], versions: tuple[str, int], units: list[Unit]) -> list[Filled]:
-    """In a worker. `shared`: the reference to the job, in a list so that Ray does not read it anew for every task."""
+    """Runs in a worker. `shared`: the reference to the job, in a list so that Ray does not fetch it for every task."""
     if versions != VERSIONS:
         here, there = (f"fxquant {version} with kernels {kernels}" for version, kernels in (versions, VERSIONS))
         fact = f"has {there}, the command runs {here}."
@@ -174,7 +175,7 @@ def _first_line(error: object) -> str:
 
 
 def _without_type(line: str) -> str:
-    """The last line of a traceback: what was raised, without its type."""
+    """The message in the last line of a traceback, without the exception's type."""
     return line.partition(": ")[2] or line
 
 

@@ -1,4 +1,4 @@
-"""Units of an earlier output whose keys are the same: their bytes are copied, the cheapest way the file system has."""
+"""Reuse of units of an earlier output with the same keys: the file system copies their bytes as cheaply as it can."""
 
 import errno
 import json
@@ -23,12 +23,12 @@ from fxquant.storage.system_errors import stopped, stopping
 from fxquant.storage.work_folder import listed
 
 NOT_HERE = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
-"""Errors of copy_file_range that mean: not between these files, copy them yourself."""
+"""Errors of copy_file_range that mean: not supported between these files, read and write instead."""
 COPY_BLOCK = 8 << 20
 
 
 def save_stamps(stamps: Stamps, folder: Path) -> None:
-    """Beside an output, what its source's files were, by name."""
+    """Write the stamps of an output's source files into `folder`, by file name."""
     document = {file.name: asdict(stamp) for file, stamp in sorted(stamps.items())}
     with stopping(folder / STAMPS, "cannot be written"):
         (folder / STAMPS).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
@@ -36,10 +36,10 @@ def save_stamps(stamps: Stamps, folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Earlier:
-    """An output folder to take units from: its tensors by name, and the states that its source's files had.
+    """An output folder to reuse units of: its tensors by name, and the states that its source's files had.
 
-    lost     weight files that are not as they were written: nothing is taken from them
-    damaged  units whose bytes turned out not to be those that were written
+    lost     weight files that are not as they were written: nothing of them is reused
+    damaged  units whose bytes turned out to differ from the written ones
     """
 
     folder: Path
@@ -51,14 +51,14 @@ class Earlier:
 
     @property
     def notes(self) -> list[str]:
-        """What the user should know of it."""
-        notes = [f"{self.folder / name} is not as it was written: what it held was made anew" for name in self.lost]
+        """Messages for the user."""
+        notes = [f"{self.folder / name} is not as it was written: its contents were made again" for name in self.lost]
         if self.damaged:
-            notes.append(f"damaged in {self.folder} and made anew from the source: {listed(set(self.damaged))}")
+            notes.append(f"damaged in {self.folder} and made again from the source: {listed(set(self.damaged))}")
         return notes
 
     def has(self, unit: Unit, key: str, producer: Producer) -> bool:
-        """Whether it has what `producer` would make: the same key, from source files not touched since."""
+        """Whether it has the unit that `producer` would make: the same key, from source files unchanged since."""
         record = self.manifest.units.get(unit.name)
         return (
             record is not None
@@ -69,7 +69,7 @@ class Earlier:
         )
 
     def filled(self, unit: Unit) -> Filled:
-        """The unit as the earlier work hashed it."""
+        """The unit with the digests of the earlier work."""
         return Filled(unit.name, self.manifest.units[unit.name].digests)
 
     def _fits(self, unit: Unit, suffix: str) -> bool:
@@ -78,9 +78,9 @@ class Earlier:
 
 
 def open_earlier(folder: Path, replaced: bool = False) -> Earlier:
-    """Raises FxquantError unless `folder` is an output whose weight files are as they were written.
+    """Open an output for reuse. Raises FxquantError unless its weight files have the headers that were written.
 
-    `replaced`: it is the output that is replaced; what is damaged of it is made anew.
+    `replaced`: it is the output that is replaced; damaged weight files are not an error then, but made again.
     """
     manifest = read_manifest(folder)
     tensors: dict[str, TensorInfo] = {}
@@ -100,24 +100,25 @@ def open_earlier(folder: Path, replaced: bool = False) -> Earlier:
         document = read_json(folder / STAMPS, INDEX_BYTES)
         stamps = frozenset(FileStamp(**fields) for fields in document.values())
     except (FxquantError, TypeError, AttributeError):
-        stamps = frozenset()
+        stamps = frozenset()  # no source file is known to be unchanged, so no unit is reused
     return Earlier(folder, manifest, tensors, stamps, lost)
 
 
 def copy_units(
     earlier: Earlier, units: Sequence[Unit], files: Sequence[FileLayout], folder: Path
 ) -> Iterator[tuple[Unit, Filled | None]]:
-    """Copy `units` of `earlier` into the reserved `files` of `folder`; each is yielded when its bytes are there, read
-    back and hashed: None where they are not those that the earlier work made.
+    """Copy `units` of `earlier` into the reserved `files` of `folder`; each is yielded when its bytes are copied, read
+    back and hashed: with None if they differ from those that the earlier work made.
 
-    A file that comes out the same is copied in one range, which begins at a page: a file system with shared blocks
-    (XFS, Btrfs) copies nothing then.
+    A file that stays the same is copied as one range, which begins at a page: a file system with shared blocks (XFS,
+    Btrfs) then shares them and copies nothing.
     """
     reused = {unit.tensor_name(suffix) for unit in units for suffix in unit.places}
     whole = {file.name for file in files if _same_file(earlier, file, reused)}
     order = {file.name: index for index, file in enumerate(files)}
     ending: dict[int, list[Unit]] = {}
     for unit in units:
+        # a unit can be read back only after the last file that has a part of it
         ending.setdefault(max(order[place.file] for place in unit.places.values()), []).append(unit)
     for index, file in enumerate(files):
         if file.name in whole:

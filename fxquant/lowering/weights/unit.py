@@ -1,4 +1,4 @@
-"""What workers do at one go, and where its bytes go."""
+"""Unit of work: what a worker makes in one step, and the places of its bytes in the weight files."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -8,12 +8,12 @@ from fxquant.schemes.roles import tensor_name
 from fxquant.schemes.schemes import Recipe
 
 LARGE = 64 << 20
-"""Bytes of a unit that another worker should not wait for."""
+"""Bytes from which a unit is scheduled early, so that no other worker waits for it at the end."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor lies: absolute byte `offset` in `file`, a name within the output folder."""
+    """Place of a tensor: absolute byte `offset` in `file`, a name within the output folder."""
 
     file: str
     offset: int
@@ -25,8 +25,8 @@ class Unit:
     """All tensors of one module, made by its recipe, or one float tensor of the checkpoint.
 
     name          the module, or the tensor
-    float_tensor  the float tensor, where there is no recipe
-    places        role of each tensor ("" for a float one) → where it lies
+    float_tensor  the float tensor, if there is no recipe
+    places        role of each tensor ("" for a float one) → its place
     """
 
     name: str
@@ -54,7 +54,7 @@ class Filled:
 
 def units_of(files: Sequence[FileLayout]) -> list[Unit]:
     """Every unit of the planned files: large ones first, so that no worker is left with one at the end, the others by
-    name, which is about the order in which they lie in the source and in the files."""
+    name, which is roughly their order in the source and in the files."""
     placed = (
         (tensor, Place(file.name, offset, tensor.nbytes))
         for file in files
@@ -64,7 +64,7 @@ def units_of(files: Sequence[FileLayout]) -> list[Unit]:
 
 
 def collect_units(placed: Iterable[tuple[StoredTensor, Place]]) -> list[Unit]:
-    """Tensors and where they lie → units, sorted by name."""
+    """Tensors and their places → units, sorted by name."""
     places: dict[str, dict[str, Place]] = {}
     owners: dict[str, StoredTensor] = {}
     for tensor, place in placed:

@@ -1,4 +1,4 @@
-"""The weights of an output: go on with what is finished, take over what is the same, make the rest."""
+"""Weight work of an output: resume finished units, reuse unchanged ones, make the rest."""
 
 import json
 import os
@@ -28,27 +28,27 @@ FORMAT = 2
 
 
 class WorkerKind(StrEnum):
-    """Who fills the files: threads of this process, or a Ray cluster that shares the storage."""
+    """Kind of worker: threads of this process, or a Ray cluster that shares the storage."""
 
     LOCAL = "local"
     RAY = "ray"
 
 
 def cores() -> int:
-    """Those that this process may use."""
+    """Number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass(frozen=True)
 class Workers:
-    """How many do the work, and where. No choice of them changes a byte."""
+    """Kind, number and address of the workers. None of these changes a byte of the output."""
 
     kind: WorkerKind = WorkerKind.LOCAL
     jobs: int = field(default_factory=cores)
     address: str | None = None
 
     def check(self) -> None:
-        """Raise FxquantError where they cannot be had; before anything long begins."""
+        """Raise FxquantError if these workers are not available; called before anything long begins."""
         if self.kind is WorkerKind.RAY:
             check_cluster(self.address)
 
@@ -61,12 +61,12 @@ class Workers:
 
 @dataclass
 class WorkReport:
-    """Bytes of weights by how they came into the output.
+    """Bytes of weights by their origin.
 
     quantized  made from checkpoint weights by a recipe; copied: float tensors of the checkpoint
-    reused     taken from an earlier output with equal keys
-    resumed    were finished when the same work was killed
-    remade     were to be reused and were damaged, so that they were made anew
+    reused     copied from units of an earlier output with equal keys
+    resumed    finished by an earlier run of the same work
+    remade     to be reused, but damaged, and therefore made again
     """
 
     quantized: int = 0
@@ -91,13 +91,13 @@ class WeightPlan:
 
 
 def plan_weights(files: Sequence[FileLayout], producer: Producer) -> WeightPlan:
-    """Everything that is to be done; no weight is read."""
+    """The plan of all units; no weight is read."""
     units = units_of(files)
     return WeightPlan(files, units, {unit.name: producer.key(unit) for unit in units})
 
 
 def fingerprint(plan: WeightPlan, version: str, policy: str, target: str, stamps: Stamps) -> Fingerprint:
-    """What must be the same for unfinished work to go on."""
+    """Everything that must be equal for unfinished work to be resumed."""
     layout = xxhash.xxh3_128()
     for file in plan.files:
         layout.update(file.name.encode() + file.header)
@@ -131,6 +131,7 @@ def write_weights(
         _reuse(plan, producer, journal, folder, earlier, report, work)
     waiting = [unit for unit in plan.units if unit.name not in journal.done]
     filling = workers.fill(FillJob(folder.absolute(), producer), waiting)
+    # closing: an error here ends the workers now, not when the generator is collected
     with report("quantize, write", sum(unit.nbytes for unit in waiting), "bytes") as advance, closing(filling):
         for filled in filling:
             journal.append(filled)
@@ -154,7 +155,7 @@ def _reuse(
     report: Reporter,
     work: WorkReport,
 ) -> None:
-    """Take over what is the same. What turns out to be damaged is left for the workers to make anew."""
+    """Copy unchanged units. Those that turn out to be damaged are left for the workers to make again."""
     waiting = [unit for unit in plan.units if unit.name not in journal.done]
     known = [unit for unit in waiting if earlier.has(unit, plan.keys[unit.name], producer)]
     with report("reuse", sum(unit.nbytes for unit in known), "bytes") as advance:
@@ -168,7 +169,7 @@ def _reuse(
 
 
 def _prove(plan: WeightPlan, journal: Journal, folder: Path, report: Reporter) -> None:
-    """Units of an earlier run count as finished if their bytes are on the disk as they were made."""
+    """Check the units of an earlier run: they count as finished if their bytes on disk are as they were made."""
     done = [unit for unit in plan.units if unit.name in journal.done]
     good: dict[str, Filled] = {}
     with report("check", sum(unit.nbytes for unit in done), "bytes") as advance:
