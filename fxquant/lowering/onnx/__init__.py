@@ -1,6 +1,6 @@
-"""The ONNX target: standard operators and local functions over the weight files, for onnxruntime and its like.
+"""ONNX target: standard operators and local functions over the weight files, for onnxruntime and similar runtimes.
 
-`writer.write_onnx` emits, `runner.OnnxRunner` runs, `extract.operator_session` takes single operators out again.
+`writer.write_onnx` emits, `runner.OnnxRunner` runs, `extract.operator_session` extracts single operators again.
 """
 
 from fxquant.lowering.onnx.writer import write_onnx

@@ -1,4 +1,4 @@
-"""aten operators that compute; operands are brought to the dtype of the result, as torch promotes them."""
+"""aten operators that compute; operands are cast to the dtype of the result, as torch promotes them."""
 
 from collections.abc import Sequence
 
@@ -50,6 +50,7 @@ def power(b: Builder, out: Result, x: Operand, exponent: Operand) -> ir.Value:
 def compare(op_type: str) -> Lower:
     def lower(b: Builder, out: Result, x: ir.Value, other: Operand) -> ir.Value:
         dtypes = [v.dtype for v in (x, other) if isinstance(v, ir.Value) and v.dtype is not None]
+        # ONNX compares only equal dtypes: promote as torch does
         wide = isinstance(other, float) and not isinstance(other, bool)
         floats = [dtype for dtype in dtypes if dtype.is_floating_point()]
         dtype = floats[0] if floats else (ir.DataType.FLOAT if wide else max(dtypes, key=lambda d: d.bitwidth))
@@ -112,7 +113,7 @@ def reduce_all(op_type: str) -> Lower:
 
 
 def along(op_type: str) -> Lower:
-    """Softmax and its like: one axis, as an attribute."""
+    """Softmax and LogSoftmax: one axis, as an attribute."""
     return lambda b, out, x, dim: b.op(op_type, b.cast(x, out.dtype), axis=dim)
 
 
@@ -193,7 +194,7 @@ def logical(op_type: str) -> Lower:
 
 
 def bitwise(word: str) -> Lower:
-    """And and Or; on numbers BitwiseAnd and BitwiseOr."""
+    """And and Or; for integers BitwiseAnd and BitwiseOr."""
 
     def lower(b: Builder, out: Result, x: Operand, other: Operand) -> ir.Value:
         op_type = word if out.dtype is ir.DataType.BOOL else f"Bitwise{word}"

@@ -1,4 +1,4 @@
-"""aten operators that move elements and change none."""
+"""aten operators that move elements without changing them."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ END = torch.iinfo(torch.int64).max
 
 @dataclass(frozen=True)
 class Result:
-    """What the graph knows of a call's result: dtype, and for each output its dimensions, None where dynamic."""
+    """A call's result in the graph: dtype, and for each output its dimensions, None if dynamic."""
 
     dtype: ir.DataType
     dims: tuple[list[int | None], ...]
@@ -38,6 +38,7 @@ def axis(dim: int, of: int) -> int:
 
 
 def reshape(b: Builder, out: Result, x: ir.Value, size: Sequence[Size]) -> ir.Value:
+    # allowzero: 0 is a size, such as the empty past of a first call, not "as in x"
     return b.op("Reshape", x, b.sizes(*size), allowzero=1)
 
 
@@ -105,7 +106,7 @@ def select(b: Builder, out: Result, x: ir.Value, dim: int, index: Size) -> ir.Va
 
 
 def split(b: Builder, out: Result, x: ir.Value, dim: int) -> tuple[ir.Value, ...]:
-    """Any split: the sizes are those of the results, as the graph knows them."""
+    """Any split: the sizes are those of the results in the graph."""
     sizes = [dims[dim] for dims in out.dims]
     fixed = [size for size in sizes if size is not None]
     if len(fixed) != len(sizes):
@@ -127,5 +128,5 @@ def index_select(b: Builder, out: Result, x: ir.Value, dim: int, index: ir.Value
 
 
 def gather(b: Builder, out: Result, x: ir.Value, dim: int, index: ir.Value) -> ir.Value:
-    """Where torch lets `index` be smaller than `x` beside `dim`, ONNX does too."""
+    """In both torch and ONNX, `index` may be smaller than `x` in dimensions other than `dim`."""
     return b.op("GatherElements", x, index, axis=dim)

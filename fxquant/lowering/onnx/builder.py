@@ -1,4 +1,4 @@
-"""Writing ONNX nodes one after another: the same calls fill the main graph, a function body or an If branch."""
+"""ONNX node builder: the same calls fill the main graph, a function body or an If branch."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -7,6 +7,7 @@ import numpy as np
 import onnx_ir as ir
 
 OPSET = 21
+"""The first opset with int4 tensors; IR version 10 belongs to it."""
 IR_VERSION = 10
 DOMAIN = "fxquant"
 FLOAT = ir.DataType.FLOAT
@@ -30,7 +31,7 @@ class Builder:
         self._constants: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
 
     def enter(self, scope: str) -> None:
-        """Name what follows `<scope>…`, a scope that was not used before; constants are not shared across scopes."""
+        """Name the next nodes `<scope>…`, a scope that was not used before; constants are not shared across scopes."""
         self.scope = scope
         self._taken.clear()
         self._constants.clear()
@@ -76,7 +77,7 @@ class Builder:
         return name
 
     def constant(self, array: np.ndarray | np.generic) -> ir.Value:
-        """A Constant node, one for equal arrays of a scope. Zero-dimensional arrays stay so."""
+        """A Constant node, shared by equal arrays of a scope. Zero-dimensional arrays stay zero-dimensional."""
         array = np.asarray(array)
         key = (array.dtype.str, array.shape, array.tobytes())
         if key not in self._constants:
@@ -94,7 +95,7 @@ class Builder:
         return self.constant(np.float32(value))
 
     def cast(self, value: ir.Value, dtype: ir.DataType) -> ir.Value:
-        """`value` as `dtype`; itself if it is known to be that."""
+        """`value` as `dtype`; unchanged if it is known to have that dtype."""
         if value.dtype == dtype:
             return value
         result = self.op("Cast", value, to=int(dtype))
@@ -118,7 +119,7 @@ class Builder:
         return parts[0] if len(parts) == 1 else self.op("Concat", *parts, axis=0)
 
     def reshape_last(self, value: ir.Value, drop: int, *sizes: int) -> ir.Value:
-        """Replace the last `drop` dimensions by `sizes`, whatever the others are."""
+        """Replace the last `drop` dimensions by `sizes`; the others may be dynamic."""
         leading = self.op("Shape", value, start=0, end=-drop)
         return self.op("Reshape", value, self.op("Concat", leading, self.ints(*sizes), axis=0), allowzero=1)
 

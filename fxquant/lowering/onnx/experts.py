@@ -1,9 +1,9 @@
-"""Routed experts: one function for the computation of an expert, called for each that has rows.
+"""Routed experts: one function for the computation of an expert, called for each expert that has rows.
 
 rows, counts  →  for each expert  If(count > 0){ slice its rows, call the function }  →  Concat
 
-The branch holds the expert's weights, so an expert without rows costs one If; onnxruntime's ReduceMax of no rows at
-all has a wrong shape, so none is ever asked for.
+The branch holds the expert's weights, so an expert without rows costs one If. The function never runs on zero rows:
+onnxruntime's ReduceMax of zero rows has a wrong shape.
 """
 
 from collections.abc import Mapping, Sequence
@@ -33,7 +33,7 @@ NAME = "routed_expert"
 
 @dataclass(frozen=True)
 class Stacked:
-    """One weight of every expert: its tensors on disk, expert 0 first, and how their bytes are declared."""
+    """One weight of all experts: its tensors on disk, expert 0 first, and how their bytes are declared."""
 
     names: tuple[str, ...]
     view: View
@@ -46,7 +46,7 @@ class Experts:
         self._program, self._tensors, self._functions = program, tensors, functions
 
     def region(self, lowering: NodeLowering, region: Region) -> None:
-        """The calls of a region; the result is named as its output node."""
+        """Emit the calls of a region; the result has the name of its output node."""
         lowering.builder.enter(f"{region.output.name}/")
         stacked = {node: self._stacked(node, _view(region, node)) for node in region.stacked}
         outside = {node: lowering.value(node) for node in (*region.by_row, *region.whole)}
@@ -58,7 +58,7 @@ class Experts:
         lowering.set(region.output, result)
 
     def node(self, lowering: NodeLowering, node: fx.Node) -> None:
-        """One `fxq::moe_experts`: sort, float experts, weighted sum."""
+        """Emit one `fxq::moe_experts`: sort, float experts, weighted sum."""
         b = lowering.builder
         b.enter(f"{node.name}/")
         x, ids, weights = (lowering.value(operand_node(node, name)) for name in ("x", "ids", "weights"))
@@ -78,7 +78,7 @@ class Experts:
         return Stacked(self._program.parameters[str(node.target)].names, view)
 
     def _first(self, parameter: Stacked) -> ir.Value:
-        """The first expert's tensor, which shows dtype and shape."""
+        """The first expert's tensor, for dtype and shape of all."""
         return external(self._tensors, parameter.names[0], parameter.view)
 
     def _function(
@@ -107,7 +107,7 @@ class Experts:
         self, b: Builder, function: ir.Function, by_row: Sequence[ir.Value], whole: Sequence[ir.Value],
         stacked: Sequence[Stacked], counts: ir.Value, empty: ir.TensorProtocol,
     ) -> ir.Value:  # fmt: skip
-        """int64 `counts` [E] → the function's result over all rows, expert by expert; `empty` is that of no rows."""
+        """int64 `counts` [E] → the function's result over all rows, expert by expert; `empty`: the one of no rows."""
         number, zero, axes = len(stacked[0].names), b.constant(np.int64(0)), b.ints(0)
         ends = b.op("CumSum", counts, zero)
         starts = b.op("Sub", ends, counts)
@@ -136,7 +136,7 @@ def _no_rows(meta: Meta, dims: Sequence[Any]) -> ir.TensorProtocol:
 
 
 def _view(region: Region, parameter: fx.Node) -> View:
-    """How the operators that read a stacked parameter want its bytes."""
+    """How the operators that read a stacked parameter declare its bytes."""
     views = {
         VIEWS.get((node.target, name), View.STORED)
         for node in region.nodes
@@ -145,12 +145,12 @@ def _view(region: Region, parameter: fx.Node) -> View:
         if arg is parameter
     }
     if len(views) != 1:
-        raise unsupported(parameter, "is not read by one kind of grouped operator")
+        raise unsupported(parameter, "is not read by grouped operators of one kind")
     return views.pop()
 
 
 def _widened(b: Builder, value: ir.Value) -> ir.Value:
-    """onnxruntime passes int4 on to an inner function only if a standard operator reads it first."""
+    """int4 as int8: onnxruntime passes int4 to an inner function only if a standard operator reads it first."""
     if value.dtype != ir.DataType.INT4:
         return value
     shape, wide = value.shape, b.cast(value, ir.DataType.INT8)

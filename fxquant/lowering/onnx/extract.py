@@ -1,7 +1,7 @@
-"""The operators of an emitted model one by one, each on inputs of the caller's choice.
+"""Operator extraction: the operators of an emitted model one by one, each on inputs of the caller's choice.
 
-Comparing a whole model says little where a router may flip on a last bit. Here every operator is fed what the fx graph
-fed it, so that each is judged by itself.
+Comparing whole models says little, since a last bit may flip a router's choice. Here every operator gets the inputs
+that it has in the fx graph, so that each is checked alone.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -25,10 +25,10 @@ EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
 
 @dataclass(frozen=True)
 class Unit:
-    """The ONNX nodes of one fx node; routed experts are one unit, named as the fx node that leaves them.
+    """The ONNX nodes of one fx node; routed experts are one unit, with the name of the fx node of their result.
 
-    inputs   (feed name `<unit>:<index>`, fx node whose value it is); weights are not among them
-    outputs  fx nodes that it computes, but for sizes, which are Python integers there
+    inputs   (feed name `<unit>:<index>`, fx node whose value it is), without weights
+    outputs  fx nodes that it computes, without sizes, which are Python integers in the fx graph
     """
 
     name: str
@@ -37,7 +37,7 @@ class Unit:
 
 
 class OperatorSession:
-    """`units` of a model, loaded once. int8 values go in and come out as int8, though the model carries uint8."""
+    """`units` of a model, loaded once. int8 inputs and outputs are int8, although the model carries uint8."""
 
     def __init__(self, units: tuple[Unit, ...], model: ModelProto, folder: Path) -> None:
         self.units = units
@@ -55,7 +55,7 @@ class OperatorSession:
         return {name: _restored(value) for name, value in zip(names, self._session.run(None, arrays), strict=True)}
 
     def feeds(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """The feeds out of the values of an fx graph by node name."""
+        """Feeds from the values of an fx graph by node name."""
         return {feed: values[name] for unit in self.units for feed, name in unit.inputs}
 
     def _array(self, name: str, value: Any) -> np.ndarray:
@@ -72,9 +72,9 @@ def _restored(array: np.ndarray) -> Tensor:
 
 
 def operator_session(folder: Path, names: Iterable[str]) -> OperatorSession:
-    """The units of `folder/model.onnx` that are named in `names`, fx nodes of one block, in graph order.
+    """The units of `folder/model.onnx` for `names`, fx nodes of one block, in graph order.
 
-    fx nodes without a unit of their own are passed over: getitem, sizes, and all but the last node of routed experts.
+    fx nodes without their own unit are skipped: getitem, sizes, and all but the last node of routed experts.
     """
     model = onnx.load(folder / FILE, load_external_data=False)
     requested = set(names)
@@ -108,7 +108,7 @@ class _Part:
 
 
 class _WholeModel:
-    """What units need of the whole model: value types, fx names of inputs, names of initializers."""
+    """Data of the whole model that units need: value types, fx names of inputs, names of initializers."""
 
     def __init__(self, model: ModelProto) -> None:
         graph = model.graph
@@ -135,7 +135,7 @@ class _WholeModel:
         return "/" not in name and all(prop.key != NUMBER for prop in self._types[name].metadata_props)
 
     def _typed(self, value: str, name: str) -> ValueInfoProto:
-        """Type and rank; dimensions are free, since units are fed independently."""
+        """Type and rank; dynamic dimensions lose their names, since units are fed independently."""
         typed = ValueInfoProto()
         typed.CopyFrom(self._types[value])
         typed.name = name
@@ -150,7 +150,7 @@ def _graphs(node: NodeProto) -> Iterator[GraphProto]:
 
 
 def _reads(node: NodeProto) -> Iterator[str]:
-    """Names that a node takes from outside itself, those of its branches included."""
+    """Names that a node reads from outside itself, those of its branches included."""
     yield from (name for name in node.input if name)
     for graph in _graphs(node):
         own = {initializer.name for initializer in graph.initializer} | {

@@ -1,4 +1,4 @@
-"""Local functions of the emitted model: one for each distinct body, however many nodes call it."""
+"""Function table of the emitted model: one local function per distinct body, however many nodes call it."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,7 +9,7 @@ from fxquant.lowering.onnx.builder import DOMAIN, OPSET, Body, Builder
 
 
 class FunctionTable:
-    """Functions in order of first use, named after their operator; `_1`, `_2`, … where constants make bodies differ."""
+    """Functions in order of first use, named after their operator; `_1`, `_2`, … if constants make bodies differ."""
 
     def __init__(self) -> None:
         self.functions: list[ir.Function] = []
@@ -18,7 +18,7 @@ class FunctionTable:
         self._names: dict[str, int] = {}
 
     def get(self, name: str, body: Body, arguments: Mapping[str, Any]) -> ir.Function:
-        """The function of `body` for arguments like these: ir.Values become its inputs, all else is built in."""
+        """The function of `body` for such arguments: ir.Values become its inputs, everything else is built in."""
         key = (name, tuple((argument, _described(value)) for argument, value in arguments.items()))
         if key not in self._by_arguments:
             builder = Builder()
@@ -32,7 +32,8 @@ class FunctionTable:
     def add(
         self, name: str, inputs: Sequence[ir.Value], outputs: Sequence[ir.Value], nodes: Sequence[ir.Node]
     ) -> ir.Function:
-        """A function of this content, made on first use. Nodes that no output needs are left out."""
+        """The function with this content, created on first use. Nodes that no output needs are left out."""
+        # with types, functions that differ only in them would not be shared
         for value in (*inputs, *(value for node in nodes for value in node.outputs)):
             value.shape, value.type = None, None
         imports = {"": OPSET, DOMAIN: 1} if any(node.domain == DOMAIN for node in nodes) else {"": OPSET}
@@ -49,7 +50,7 @@ class FunctionTable:
 
 
 def formal(name: str, value: Any) -> Any:
-    """An input that stands for `value`: same dtype, same fixed dimensions. What is no ir.Value stays itself."""
+    """A function input for `value`: same dtype, same fixed dimensions. Anything but an ir.Value stays as it is."""
     if not isinstance(value, ir.Value):
         return value
     shape = None if value.shape is None else ir.Shape([d if isinstance(d, int) else None for d in value.shape])

@@ -1,4 +1,4 @@
-"""Parameters as external initializers: names and byte ranges in the weight files, nothing copied."""
+"""External initializers for parameters: names and byte ranges in the weight files, nothing copied."""
 
 from collections.abc import Mapping
 from enum import StrEnum
@@ -12,7 +12,7 @@ from fxquant.storage.safetensors import TensorInfo
 
 
 class View(StrEnum):
-    """As what the bytes of a stored tensor are declared."""
+    """How the bytes of a stored tensor are declared."""
 
     STORED = "stored"
     INT4_PAIRS = "int4 pairs"
@@ -20,7 +20,7 @@ class View(StrEnum):
 
 
 class Initializers:
-    """The initializers of one graph or branch, in order of first use, each named as its tensor on disk."""
+    """The initializers of one graph or branch, in order of first use, each with the name of its tensor on disk."""
 
     def __init__(self, tensors: Mapping[str, TensorInfo]) -> None:
         self._tensors = tensors
@@ -39,11 +39,11 @@ class Initializers:
 
 
 def external(tensors: Mapping[str, TensorInfo], name: str, view: View, label: str | None = None) -> ir.Value:
-    """An initializer over the bytes of one tensor, whose file lies beside the model; named as the tensor."""
+    """An initializer over the bytes of one tensor, whose file is beside the model; it has the tensor's name."""
     label = label or name
     info = tensors.get(name)
     if info is None:
-        raise FxquantError(name, "is read by the graph and not in the weight files.", "Write the weights first.")
+        raise FxquantError(name, "is read by the graph but not in the weight files.", "Write the weights first.")
     dtype, shape = _declared(info, view)
     tensor = ir.ExternalTensor(info.file.name, info.start, info.nbytes, dtype, shape=ir.Shape(shape), name=label)
     return ir.Value(name=label, shape=ir.Shape(shape), type=ir.TensorType(dtype), const_value=tensor)

@@ -1,4 +1,4 @@
-"""fx calls → ONNX nodes: an operator of the dialect becomes a call of its function, an aten operator plain nodes."""
+"""Node lowering, fx calls → ONNX: an fxq operator becomes a call of its function, an aten operator plain nodes."""
 
 import inspect
 import operator
@@ -22,19 +22,19 @@ from fxquant.program.operands import arguments, item_of
 
 INT8, UINT8, INT32 = ir.DataType.INT8, ir.DataType.UINT8, ir.DataType.INT32
 NUMBER = "python"
-"""Metadata key of values that are Python integers in the fx graph: sizes."""
+"""Metadata key of sizes: values that are Python integers in the fx graph."""
 HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 REMEDY = "Write it with the operators of fxquant/lowering/onnx/aten.py, or compile for another target."
 RESULT_SAYS_IT = frozenset(
     ("dtype", "layout", "device", "pin_memory", "non_blocking", "copy", "memory_format", "cudnn_enable", "sparse_grad")
     + ("split_size", "split_sizes", "chunks")
 )
-"""aten arguments that a lowering need not see: they do not matter, or the result's dtype and shapes show them."""
+"""aten arguments that a lowering does not need: they have no effect, or the result's dtype and shapes show them."""
 STORED = frozenset(
     ("weight", "bias", "correction_bias", "input_scale", "input_offset", "weight_scale", "weight_scale_second")
     + ("deq_scale", "quant_bias")
 )
-"""Arguments of the dialect's operators that their functions take as they are stored."""
+"""Arguments of fxq operators that their functions take in the stored dtype."""
 SYMBOLIC_INTEGERS = {operator.add: "Add", operator.sub: "Sub", operator.mul: "Mul", operator.floordiv: "Div"}
 
 Parameters = Callable[[fx.Node, View], ir.Value]
@@ -44,9 +44,9 @@ class NodeLowering:
     """Lowers calls in graph order into `builder`.
 
     parameters  get_attr node and view of its bytes → value
-    values      what is known already; grows by each call. Tuples for calls with several results
-    shapes      what is known of each node's value
-    named       name each result as its fx node; False inside functions
+    values      values of the nodes so far; a tuple for a call with several results
+    shapes      dtype and dimensions of each node's value
+    named       give each result the name of its fx node; False inside functions
     """
 
     def __init__(
@@ -81,6 +81,7 @@ class NodeLowering:
             return
         if self._named:
             owned = result.name.startswith(self.builder.scope) or node.target is operator.getitem
+            # an Identity where the result is another node's value: `extract` finds each node's value by its name
             if not owned or "/" not in result.name:
                 result = self.builder.op("Identity", result)
             result.name = node.name
@@ -93,7 +94,7 @@ class NodeLowering:
             value.metadata_props[NUMBER] = "int"
 
     def value(self, arg: Any, view: View = View.STORED) -> Any:
-        """An fx argument with ir.Values for nodes; None and numbers stay."""
+        """An fx argument with ir.Values in place of nodes; None and numbers are unchanged."""
         if isinstance(arg, fx.Node):
             return self._parameters(arg, view) if arg.op == "get_attr" else self.values[arg]
         if isinstance(arg, list | tuple):
@@ -121,7 +122,7 @@ class NodeLowering:
         lower = math or shape
         if lower is None:
             raise unsupported(node, "has no ONNX form")
-        carry = self._signed if math else self._carried
+        carry = self._signed if math else self._carried  # moving elements works on uint8 = int8 + 128 as it is
         bound = {name: self._operand(arg, carry) for name, arg in bind(node).items()}
         metas = self.shapes.outputs(node)
         out = Result(DTYPES[metas[0].dtype], tuple(meta.fixed for meta in metas))
@@ -141,7 +142,7 @@ class NodeLowering:
         return carry(value) if isinstance(value, ir.Value) else value
 
     def _widened(self, arg: Any, value: Any) -> Any:
-        """Parameters count as float32, as `fxquant.runtime.weight_providers.load` gives them."""
+        """A half-precision parameter as float32, as `fxquant.runtime.weight_providers.load` returns it."""
         if not isinstance(arg, fx.Node) or arg.op != "get_attr" or value.dtype not in HALVES:
             return value
         shape, wide = value.shape, self.builder.float(value)
@@ -165,12 +166,12 @@ class NodeLowering:
 
 
 def bind(node: fx.Node) -> dict[str, Any]:
-    """`arguments` with `self` and `input` as `x`, which the functions of aten operators take."""
+    """`arguments` with `self` and `input` renamed to `x`, as the functions of aten operators name it."""
     return {"x" if name in ("self", "input") else name: value for name, value in arguments(node).items()}
 
 
 def taken(lower: Lower, node: fx.Node, arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments that `lower` has parameters for; any other must have its default or not matter."""
+    """The arguments for which `lower` has parameters; any other must have its default or no effect."""
     parameters = inspect.signature(lower).parameters
     defaults = {argument.name: argument.default_value for argument in node.target._schema.arguments}  # type: ignore
     for name, value in arguments.items():

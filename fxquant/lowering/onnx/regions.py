@@ -1,4 +1,4 @@
-"""Where the graph treats rows sorted by expert: what lies between `moe_init_routing` and `moe_finalize_routing`."""
+"""Regions of routed experts: the calls on rows sorted by expert, from `moe_init_routing` to `moe_finalize_routing`."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,10 +14,11 @@ from fxquant.program.operands import arguments, item_of, operand
 from fxquant.program.program import Program
 
 GROUPED = {grouped: plain for plain, grouped in quantized.GROUPED.items() if grouped is not plain}
-"""Operators over rows sorted by expert → the same for one expert, without `counts`."""
+"""Operator over rows sorted by expert → the same operator for one expert, without `counts`."""
 ALONG_A_DIMENSION = (
     ATEN.softmax.int, ATEN.log_softmax.int, ATEN.cumsum.default, ATEN.gather.default, ATEN.index_select.default,
 )  # fmt: skip
+"""Operators that mix elements along `dim` but keep the shape, which therefore does not show whether rows stay apart."""
 ONE_EXPERT = "An expert sees only its own rows: keep rows apart and use static shapes, or move it outside the experts."
 
 
@@ -26,10 +27,10 @@ class Region:
     """Calls that depend on the sorted rows, in graph order; each runs on one expert's rows at a time.
 
     rows, counts  outputs of `moe_init_routing`
-    output        the one value that leaves the region
-    by_row        other inputs with one row a copy, sorted alike, `rows` first
+    output        the only value that is read outside the region
+    by_row        inputs with one row per sorted copy of a token, `rows` first
     whole         inputs that all experts share: parameters that are not stacked, values of static shape
-    stacked       parameters with one tensor an expert
+    stacked       parameters with one tensor per expert
     """
 
     rows: fx.Node
@@ -42,7 +43,7 @@ class Region:
 
 
 def find_regions(program: Program, shapes: Shapes) -> Iterator[Region]:
-    """One region for each `moe_init_routing`, in graph order."""
+    """One region per `moe_init_routing`, in graph order."""
     for routing in program.nodes(ops.moe_init_routing):
         outputs = {item_of(user)[1]: user for user in routing.users}
         if 0 not in outputs or 2 not in outputs:
@@ -59,8 +60,8 @@ def _region(program: Program, shapes: Shapes, rows: fx.Node, counts: fx.Node) ->
     leaving = [node for node in (rows, *nodes) if any(user not in inside for user in node.users)]
     if len(leaving) != 1 or leaving[0] is rows or any(node.op == "output" for node in nodes):
         names = ", ".join(node.name for node in leaving)
-        fact = f"{names or 'nothing'} leaves the experts, where one computed value is expected."
-        raise FxquantError(rows.name, fact, "Let the rows meet again in one moe_finalize_routing.")
+        fact = f"{names or 'no value'} is read outside the experts, where exactly one computed value is expected."
+        raise FxquantError(rows.name, fact, "Join the rows again in one moe_finalize_routing.")
     for node in nodes:
         _check_apart(node, shapes, shapes[rows].dims[0])
     inputs = list(dict.fromkeys(argument for node in nodes for argument in _arguments(node) if argument not in inside))
@@ -70,7 +71,7 @@ def _region(program: Program, shapes: Shapes, rows: fx.Node, counts: fx.Node) ->
     whole = [node for node in shared if node not in by_row]
     for node in whole:
         if shapes[node].number or None in shapes[node].fixed:
-            raise FxquantError(node.name, "enters the experts with a shape that is not theirs.", ONE_EXPERT)
+            raise FxquantError(node.name, "is dynamic inside the experts, but not one row per copy.", ONE_EXPERT)
     return Region(rows, counts, nodes, leaving[0], (rows, *by_row), tuple(whole), tuple(stacked))
 
 
@@ -80,12 +81,12 @@ def _arguments(node: fx.Node) -> list[fx.Node]:
 
 
 def expert_arguments(node: fx.Node) -> dict[str, fx.Node]:
-    """Arguments of a grouped operator that its one-expert form takes, by name."""
+    """Arguments of a grouped operator that its form for one expert takes, by name."""
     return {name: arg for name, arg in arguments(node).items() if name != "counts" and isinstance(arg, fx.Node)}
 
 
 def _check_apart(node: fx.Node, shapes: Shapes, copies: int | str) -> None:
-    """Refuse calls whose result for one of the `copies` rows may depend on another."""
+    """Raise FxquantError for a call whose result for one of the `copies` rows may depend on another row."""
     for meta in shapes.outputs(node):
         if meta.number:
             apart = all(user.target in SHAPE_OPERATORS for user in node.users)

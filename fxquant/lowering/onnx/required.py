@@ -1,6 +1,6 @@
-"""A folder's model.onnx is required to be what its graph emits before ONNX Runtime sees it.
+"""Check of model.onnx before ONNX Runtime loads it: it must be what the folder's graph emits.
 
-A session follows all paths, operators and sizes that a model names; the emitted one names the folder's weight files.
+A session follows all paths, operators and sizes in a model; the emitted model names only the folder's weight files.
 """
 
 from collections.abc import Iterator, Mapping
@@ -21,7 +21,7 @@ AGAIN = "Compile again; the file is not to be edited."
 
 
 def require_emitted(program: Program, tensors: Mapping[str, TensorInfo], folder: Path) -> None:
-    """Raise FxquantError where `folder/model.onnx` is not what `program` emits over `tensors`, those of the folder.
+    """Raise FxquantError unless `folder/model.onnx` is what `program` emits over `tensors`, those of the folder.
 
     Only the version of fxquant that wrote it may differ.
     """
@@ -44,7 +44,7 @@ def read_model(place: Path) -> onnx.ModelProto:
 
 
 def _difference(stored: onnx.ModelProto, emitted: onnx.ModelProto) -> str:
-    """The first part of a model that differs, by what it is and its name."""
+    """Kind and name of the first part of a model that differs."""
     pairs = zip(_parts(stored), _parts(emitted), strict=False)
     other = next((part for (part, here), (_, there) in pairs if here != there), None)
     return "the number of its nodes, or its header," if other is None else other[:200]

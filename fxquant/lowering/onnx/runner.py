@@ -1,4 +1,4 @@
-"""Run an emitted model with onnxruntime on CPU."""
+"""Runner of an emitted ONNX model, with onnxruntime on CPU."""
 
 import ctypes
 import functools
@@ -21,7 +21,7 @@ PRECISE = "session.x64quantprecision"
 
 
 def session_options(threads: int = 0) -> onnxruntime.SessionOptions:
-    """Options of every session here. `threads` 0: one a core."""
+    """Options of every session here. `threads` 0: one per core."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
@@ -32,9 +32,10 @@ def session_options(threads: int = 0) -> onnxruntime.SessionOptions:
 
 @functools.cache
 def products_saturate() -> bool:
-    """Whether this CPU adds pairs of u8 x s8 products in int16, as x86 without VNNI does, and so loses some.
+    """Whether this CPU adds pairs of u8 x s8 products in saturating int16, as x86 without VNNI does.
 
-    Then the option PRECISE makes onnxruntime multiply u8 x u8. Elsewhere it would only cost time, about twice as much.
+    If so, the option PRECISE makes onnxruntime multiply u8 x u8. On other CPUs it would only cost time, about a factor
+    of two.
     """
     features = 64
     b = Builder()
@@ -50,7 +51,8 @@ def products_saturate() -> bool:
 
 
 def return_freed_memory() -> None:
-    """Hand the heap's free pages back: folding int4 weights leaves glibc with several times what the session keeps."""
+    """Return the heap's free pages to the system: constant folding of int4 weights leaves glibc with several times the
+    memory that the session uses."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
@@ -68,7 +70,7 @@ class OnnxRunner:
                 str(path), session_options(threads), providers=["CPUExecutionProvider"]
             )
         except Exception as error:
-            raise FxquantError(path, f"onnxruntime {onnxruntime.__version__} does not load it: {error}") from error
+            raise FxquantError(path, f"onnxruntime {onnxruntime.__version__} cannot load it: {error}") from error
         return_freed_memory()
         inputs = self._session.get_inputs()
         self._names = [input_.name for input_ in inputs]
@@ -77,7 +79,7 @@ class OnnxRunner:
     def __call__(
         self, ids: Tensor, mask: Tensor, positions: Tensor, past: Sequence[Tensor]
     ) -> tuple[Tensor, list[Tensor]]:
-        """ids, positions int64 [B, S]; mask int64 [B, T]; past: a float32 latent [B, T - S, width] a layer.
+        """ids, positions int64 [B, S]; mask int64 [B, T]; past: per layer a float32 latent [B, T - S, width].
 
         → logits float32 [B, S, vocabulary], the latents [B, T, width].
         """
@@ -87,7 +89,7 @@ class OnnxRunner:
         return logits, presents
 
     def empty_cache(self, batch: int) -> list[Tensor]:
-        """`past` of a first call."""
+        """`past` for the first call."""
         return [torch.zeros(batch, 0, width) for width in self._widths]
 
     def prefill(self, ids: Tensor) -> tuple[Tensor, list[Tensor]]:

@@ -1,4 +1,4 @@
-"""onnxruntime, told before its first import to send nothing: its official builds report use and keep a device id."""
+"""onnxruntime, with telemetry disabled before its first import: its official builds report use and keep a device id."""
 
 import os
 

@@ -1,7 +1,7 @@
-"""Which dimensions of each value the graph fixes, and what the others are called.
+"""Shapes of the graph's values: which dimensions are fixed, and the names of the others.
 
-The shape rules run twice, for two choices of batch, sequence and past: a dimension that stays is fixed. So nothing
-depends on how the graph was made or read back.
+The shape rules run twice, for two choices of batch, sequence and past: a dimension that is the same both times is
+fixed. So nothing depends on how the graph was created or read back.
 """
 
 from dataclasses import dataclass
@@ -26,10 +26,10 @@ DTYPES = {
     torch.int64: ir.DataType.INT64,
     torch.bool: ir.DataType.BOOL,
 }
-"""uint8 is missing: it stands for int8 + 128 in emitted graphs."""
+"""uint8 is not included: in emitted graphs it means int8 + 128."""
 
 SIZES = {"batch": (2, 3), "sequence": (5, 7), "past": (11, 13), "total": (16, 20)}
-"""Two sizes for each dimension that callers choose; total = past + sequence."""
+"""Two sizes for each dimension that callers choose; total = past + sequence. A pair occurs once, so it names one."""
 NAMES = {sizes: name for name, sizes in SIZES.items()}
 FIRST_CACHE = 3
 """Placeholders before it are input_ids, attention_mask and position_ids."""
@@ -37,7 +37,7 @@ FIRST_CACHE = 3
 
 @dataclass(frozen=True)
 class Meta:
-    """dtype and dimensions of a value; one that callers choose is a name or "?sizes". `number`: it is a Python int."""
+    """dtype and dimensions of a value; a dynamic one is a name or "?sizes". `number`: the value is a Python int."""
 
     dtype: torch.dtype
     dims: tuple[int | str, ...]
@@ -45,7 +45,7 @@ class Meta:
 
     @property
     def onnx_dtype(self) -> ir.DataType:
-        """As the value is carried: int8 is uint8 = int8 + 128."""
+        """dtype in the ONNX graph: int8 is carried as uint8 = int8 + 128."""
         return ir.DataType.UINT8 if self.dtype is torch.int8 else DTYPES[self.dtype]
 
     @property
@@ -54,7 +54,7 @@ class Meta:
 
     @property
     def shape(self) -> ir.Shape:
-        """With the names of dynamic dimensions that have one."""
+        """Shape with the names of those dynamic dimensions that have one."""
         return ir.Shape([None if isinstance(dim, str) and dim.startswith("?") else dim for dim in self.dims])
 
 
@@ -71,7 +71,7 @@ class Shapes:
         return self._metas[node]
 
     def outputs(self, node: fx.Node) -> tuple[Meta, ...]:
-        """As a tuple, also for calls with one result."""
+        """Metas of all results, a tuple also for calls with one result."""
         metas = self._metas[node]
         return metas if isinstance(metas, tuple) else (metas,)
 

@@ -1,4 +1,4 @@
-"""Program → model.onnx: the fx graph node by node, weights by reference into the weight files beside it."""
+"""ONNX writer, program → model.onnx: the fx graph node by node, weights by reference to the weight files beside it."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -35,11 +35,11 @@ NUMERICS = (
 def write_onnx(program: Program, tensors: Mapping[str, TensorInfo], folder: Path) -> Path:
     """Write `folder/model.onnx` and return its path.
 
-    tensors  name on disk → where it lies; every file is in `folder`, and the model refers to its bytes
+    tensors  name on disk → its place; every file is in `folder`, and the model refers to its bytes
     inputs   input_ids, attention_mask, position_ids int64; past_key_values.{i}.latent float32 [batch, past, width]
     outputs  logits float32 [batch, sequence, vocabulary], present.{i}.latent [batch, total, width]
 
-    Values inside are named as the fx nodes. Raises FxquantError for an operator that has no ONNX form.
+    Inner values have the names of the fx nodes. Raises FxquantError for an operator that has no ONNX form.
     """
     proto = ir.to_proto(build_model(program, tensors))
     path, partial = folder / FILE, folder / f"{FILE}.partial"
@@ -55,7 +55,8 @@ def build_model(program: Program, tensors: Mapping[str, TensorInfo]) -> ir.Model
     def parameter(node: fx.Node, view: View) -> ir.Value:
         stored = program.parameters[str(node.target)]
         if stored.stacked:
-            raise FxquantError(str(node.target), "one tensor an expert, read outside the experts.", "Keep it inside.")
+            fact = "has one tensor per expert, but is read outside the experts."
+            raise FxquantError(str(node.target), fact, "Read it only inside the experts.")
         return initializers.get(stored.names[0], view)
 
     lowering = NodeLowering(Builder(), functions, parameter, shapes, named=True)
@@ -119,7 +120,7 @@ def _outputs(lowering: NodeLowering, program: Program) -> list[ir.Value]:
         name = "logits" if index == 0 else f"present.{index - 1}.latent"
         value = lowering.value(output)
         if any(other.name == name and other is not output for other in program.graph.graph.nodes):
-            raise FxquantError(name, "a node has the name of an output.", "Rename the module or attribute.")
+            raise FxquantError(name, "a node has the name of this output.", "Rename the module or attribute.")
         if value.name != name:
             lowering.builder.enter(f"{name}/")
             value = lowering.builder.op("Identity", value)

@@ -101,7 +101,7 @@ def test_int8_values_under_other_operators(tiny: Callable[..., Checkpoint], tmp_
 
 def test_missing_weights_are_named(tiny: Callable[..., Checkpoint], tmp_path: Path):
     program = quantized(tiny(), "deepseek_w4a8_dynamic")
-    with pytest.raises(FxquantError, match=r"model\.embed_tokens\.weight: is read by the graph and not in the weight"):
+    with pytest.raises(FxquantError, match=r"model\.embed_tokens\.weight: is read by the graph but not in the weight"):
         write_onnx(program, {}, tmp_path)
 
 

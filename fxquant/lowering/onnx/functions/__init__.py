@@ -1,7 +1,7 @@
-"""One ONNX function body for each operator of the dialect; parameters are named as in the operator's schema.
+"""Function bodies in ONNX, one per fxq operator; parameters have the names of the operator's schema.
 
-Values arrive with their dtype and the dimensions that the graph fixes; a body states its formula where it differs
-from the reference in `fxquant.ops`. Each file lists its own in `BODIES`.
+Values have their dtype and the dimensions that the graph fixes; a body states its formula if it differs from the
+reference in `fxquant.ops`. Each file lists its bodies in `BODIES`.
 """
 
 from typing import Any

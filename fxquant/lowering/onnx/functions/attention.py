@@ -1,4 +1,4 @@
-"""Bodies of the operators in `fxquant.ops.attention`."""
+"""Function bodies of the operators in `fxquant.ops.attention`."""
 
 from typing import Any
 
@@ -44,6 +44,7 @@ def mla_attention(
     shared = b.op("Unsqueeze", b.op("Transpose", k_rope, perm=[0, 2, 1]), b.ints(1))
     scores = b.op("Add", scores, b.op("MatMul", q_rope, shared))
     scores = b.op("Mul", scores, b.number(softmax_scale))
+    # not -inf: a query that sees no key would get NaN
     lowest = b.number(float(np.finfo(np.float32).min))
     masked = b.op("Where", _visible(b, attention_mask, q), scores, lowest)
     context = b.op("MatMul", b.op("Softmax", masked, axis=-1), value)
@@ -51,7 +52,7 @@ def mla_attention(
 
 
 def _visible(b: Builder, attention_mask: ir.Value, q: ir.Value) -> ir.Value:
-    """Bool [B, 1, S, T]: which keys a query may see."""
+    """Bool [B, 1, S, T]: the keys that a query may see."""
     zero, step = b.constant(np.int64(0)), b.constant(np.int64(1))
     total = b.op("Gather", b.op("Shape", attention_mask), step, axis=0)
     new = b.op("Gather", b.op("Shape", q), step, axis=0)
@@ -62,7 +63,7 @@ def _visible(b: Builder, attention_mask: ir.Value, q: ir.Value) -> ir.Value:
 
 
 def last(value: ir.Value) -> int:
-    """The width of `value`, which the dialect fixes."""
+    """The width of `value`, fixed in every graph."""
     assert value.shape is not None and isinstance(value.shape[-1], int)
     return value.shape[-1]
 

@@ -1,4 +1,4 @@
-"""Bodies of the operators in `fxquant.ops.dense`."""
+"""Function bodies of the operators in `fxquant.ops.dense`."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from fxquant.lowering.onnx.builder import FLOAT, Body, Builder
 
 
 def embedding(b: Builder, weight: ir.Value, ids: ir.Value) -> ir.Value:
-    """Rows are widened after they are gathered: the table stays as it is stored."""
+    """Rows are widened after the gather: the table stays in its stored dtype."""
     rows = b.op("Gather", weight, ids, axis=0)
     return rows if weight.dtype == FLOAT else b.float(rows)
 

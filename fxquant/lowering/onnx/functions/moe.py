@@ -1,4 +1,4 @@
-"""Bodies of the operators in `fxquant.ops.moe`, but for the experts themselves (see `experts`)."""
+"""Function bodies of the operators in `fxquant.ops.moe`, except the experts themselves (see `experts`)."""
 
 from typing import Any
 
@@ -36,7 +36,7 @@ def moe_gate(
 
 
 def moe_init_routing(b: Builder, x: ir.Value, ids: ir.Value, num_experts: int) -> tuple[ir.Value, ...]:
-    """TopK on `expert * copies + position`, which are distinct, sorts by expert and keeps the order within one."""
+    """ONNX has no sort: TopK on `expert * copies + position`, all distinct, sorts by expert and is stable."""
     zero, step = b.constant(np.int64(0)), b.constant(np.int64(1))
     flat = b.op("Reshape", ids, b.ints(-1))
     copies = b.op("Size", flat)

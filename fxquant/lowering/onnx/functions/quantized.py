@@ -1,6 +1,6 @@
-"""Bodies of the operators in `fxquant.ops.quantized`; int8 activations are uint8 with zero point 128.
+"""Function bodies of the operators in `fxquant.ops.quantized`; int8 activations are uint8 with zero point 128.
 
-Every rounding of the references happens here in the same order, so integers and scales agree bit by bit.
+Every rounding of the references happens here in the same order, so integers and scales agree bit for bit.
 """
 
 from typing import Any
@@ -37,13 +37,14 @@ def _zero_point(b: Builder) -> ir.Value:
 
 
 def int_matmul(b: Builder, x: ir.Value, weight: ir.Value) -> ir.Value:
+    # MatMulInteger subtracts the zero point before it multiplies: exactly the product of the int8 values
     return b.op("MatMulInteger", x, b.op("Transpose", weight, perm=[1, 0]), _zero_point(b))
 
 
 def int4_matmul(b: Builder, x: ir.Value, weight: ir.Value, weight_scale_second: ir.Value | None) -> ir.Value:
-    """weight INT4 (or widened to INT8) [n/2, k, 2]: the packed bytes as they lie, rows 2i and 2i + 1 in one byte.
+    """weight INT4 (or widened to INT8) [n/2, k, 2]: the packed bytes as stored, rows 2i and 2i + 1 in one byte.
 
-    It becomes int8 [k, n] in as few steps as there are: folding constants, onnxruntime holds the result of each.
+    It becomes int8 [k, n] in as few steps as possible: constant folding in onnxruntime keeps the result of each step.
     """
     features = last(x)
     columns = b.op("Transpose", b.cast(weight, ir.DataType.INT8), perm=[1, 0, 2])
@@ -56,7 +57,7 @@ def int4_matmul(b: Builder, x: ir.Value, weight: ir.Value, weight_scale_second: 
 
 
 def dequantize_static(b: Builder, acc: ir.Value, deq_scale: ir.Value, quant_bias: ir.Value) -> ir.Value:
-    """deq_scale FLOAT [n], or FLOAT [n, 2] over the words of an int64: float32 bits in the low one, then zeros."""
+    """deq_scale FLOAT [n], or FLOAT [n, 2] over the words of an int64: float32 in the low one, then zeros."""
     assert deq_scale.shape is not None
     if len(deq_scale.shape) == 2:
         deq_scale = b.op("Gather", deq_scale, b.constant(np.int64(0)), axis=1)
@@ -85,4 +86,4 @@ VIEWS: dict[Any, View] = {
     (ops.grouped_int4_matmul, "weight"): View.INT4_PAIRS,
     (ops.dequantize_static, "deq_scale"): View.FLOAT_WORDS,
 }
-"""Operator and argument → how the bytes of a stored tensor are declared, where not as they are stored."""
+"""Operator and argument → how the bytes of a stored tensor are declared, if not as they are stored."""
