@@ -1,7 +1,7 @@
-"""The `torch.ops.npu` operators that an emitted Ascend graph calls: CPU reference, and how quantized linears call them.
+"""NPU operators, `torch.ops.npu`, of emitted Ascend graphs: CPU reference, and the statements of quantized linears.
 
-`register()` gives them to a process without torch_npu. Arithmetic follows the device where that is known, in float32,
-and rounds once; what a kernel here does not implement is a ValueError that names the argument.
+`register()` defines them in a process without torch_npu. Arithmetic follows the device as far as it is known, in
+float32, and rounds once; arguments that a kernel here does not implement raise ValueError with their name.
 """
 
 import functools
@@ -52,13 +52,13 @@ KERNELS: dict[str, Kernel] = {
 
 SHAPES: dict[str, Kernel] = {**shapes.SHAPES, **matmul.SHAPES, **grouped_matmul.SHAPES}
 LINEARS: dict[tuple[Any, Any], Fused] = {**matmul.LINEARS, **grouped_matmul.LINEARS}
-"""Calls that the device does together with the one that makes their operand, for the emitter."""
+"""For the emitter: calls that the device fuses with the call that makes their operand."""
 
 
 def register() -> None:
-    """Define the operators of KERNELS for CPU tensors, unless `torch.ops.npu` has operators already.
+    """Define the operators of KERNELS for CPU tensors, unless `torch.ops.npu` already has operators.
 
-    torch allows one definition of a namespace: a process that uses torch_npu imports it before this.
+    torch allows one definition of a namespace: a process that uses torch_npu must import it before this call.
     """
     if not hasattr(torch.ops.npu, "npu_quant_matmul"):
         _define()
@@ -66,7 +66,7 @@ def register() -> None:
 
 @functools.cache
 def _define() -> torch.library.Library:
-    """The library, which the cache keeps: operators end with the object that defined them."""
+    """The library. The cache keeps it alive: operators disappear with the object that defined them."""
     library = torch.library.Library("npu", "DEF")
     for name, kernel in KERNELS.items():
         library.define(SCHEMAS[name])

@@ -1,4 +1,4 @@
-"""What every kernel does with its arguments before it computes."""
+"""Argument checks that all kernels share."""
 
 import inspect
 from collections.abc import Callable
@@ -20,12 +20,11 @@ _SCALAR_TYPES: dict[int, torch.dtype] = {
 }
 """c10::ScalarType: a torch.dtype given for an `int` parameter reaches the kernel as this number."""
 OUTPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-"""Of a matmul. float32 is ours, for exact comparison. Devices give the other two, and int8 when no dtype is asked for.
-"""
+"""Output dtypes of a matmul. float32 is ours, for exact comparison. Devices return the others, and by default int8."""
 
 
 def require(condition: Any, message: str) -> None:
-    """The message begins with the operator and the argument."""
+    """Raise ValueError unless `condition`; the message begins with the operator and the argument."""
     if not condition:
         raise ValueError(message)
 
@@ -41,7 +40,7 @@ def dtype_of(code: int | None, argument: str, allowed: tuple[torch.dtype, ...]) 
 
 
 def only_supported(kernel: Kernel, schema: str) -> Kernel:
-    """`kernel`, for all arguments of `schema`: one that it does not take must have its default, else ValueError.
+    """`kernel` with all arguments of `schema`: one that it does not implement must have its default, else ValueError.
 
     The schemas' `self` and `input` are `x` in our kernels.
     """
@@ -55,7 +54,7 @@ def only_supported(kernel: Kernel, schema: str) -> Kernel:
         for name in given.keys() - taken:
             require(
                 not isinstance(given[name], Tensor) and given[name] == defaults[name],
-                f"{parsed.name}: {name} is not supported by the CPU reference, leave it at {defaults[name]!r}",
+                f"{parsed.name}: {name} is not supported by the CPU reference; leave it at {defaults[name]!r}",
             )
         return kernel(**{name: value for name, value in given.items() if name in taken})
 

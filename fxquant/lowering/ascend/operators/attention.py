@@ -1,4 +1,4 @@
-"""Rotary embedding and attention. float32 inside, rounded once to the dtype of the input.
+"""Rotary embedding and attention operators. float32 inside, rounded once to the dtype of the input.
 
 B batch, S queries, T keys, N heads, D features. Formulas: op-plugin documentation.
 """
@@ -15,8 +15,8 @@ from fxquant.lowering.ascend.operators.paged_attention import NAME, Keys, expect
 def npu_interleave_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x [B, N, S, D] in pairs (x0, y0, x1, y1, …) → halves (x0, x1, …, y0, y1, …), each pair rotated by its angle.
 
-    cos, sin [B, 1 or N, 1 or S, D], halves alike: `halves * cos + rotate_half(halves) * sin`. Devices take N = 1 in
-    cos and sin, and D = 64.
+    cos, sin [B, 1 or N, 1 or S, D], both halves equal: `halves * cos + rotate_half(halves) * sin`. Devices take N = 1
+    in cos and sin, and D = 64.
     """
     require(x.dim() == 4 and x.shape[-1] % 2 == 0, f"npu_interleave_rope: x {tuple(x.shape)} is not [B, N, S, even D]")
     batch, heads, steps, width = x.shape
@@ -56,8 +56,9 @@ def npu_fused_infer_attention_score(
     keys = Keys(key, value, query_rope, key_rope)
     if block_table is not None:
         whole = atten_mask is None and not softmax_lse_flag and input_layout == "BNSD"
-        require(whole, f"{NAME}: block_table goes with input_layout 'BNSD', no atten_mask and no softmax_lse_flag here")
-        require((num_heads, num_key_value_heads) == (query.shape[1], 1), f"{NAME}: heads are not {query.shape[1]} on 1")
+        require(whole, f"{NAME}: block_table needs input_layout 'BNSD', no atten_mask and no softmax_lse_flag here")
+        shared = (num_heads, num_key_value_heads) == (query.shape[1], 1)
+        require(shared, f"{NAME}: num_heads and num_key_value_heads are not {query.shape[1]} and 1")
         context = paged_attention(query, keys, block_table, actual_seq_lengths_kv, block_size, scale)
         return context, query.new_zeros(1, dtype=torch.float32)
     require(input_layout == "BSND", f"{NAME}: input_layout {input_layout!r} is not supported, only 'BSND'")

@@ -1,4 +1,4 @@
-"""Writing keys and values into the pages of a cache. Formula: op-plugin and ops-transformer documentation."""
+"""Paged cache operator: writes keys and values into pages. Formula: op-plugin and ops-transformer documentation."""
 
 from torch import Tensor
 
@@ -16,8 +16,8 @@ def npu_scatter_pa_kv_cache(
 ) -> None:
     """cache_mode Norm: `cache[slot // block_size, slot % block_size] = row` for each of n rows, in place.
 
-    key [n, N, D] and key_cache [num_blocks, block_size, N, D], value and value_cache alike with their own D;
-    slot_mapping int32 [n], rows with slot -1 go nowhere.
+    key [n, N, D] and key_cache [num_blocks, block_size, N, D], value and value_cache likewise with their own D;
+    slot_mapping int32 [n], rows with slot -1 are not written.
     """
     name = "npu_scatter_pa_kv_cache"
     require(cache_mode == "Norm", f"{name}: cache_mode {cache_mode!r} is not supported, only 'Norm'")
@@ -33,7 +33,7 @@ def npu_scatter_pa_kv_cache(
 def _check(argument: str, rows: Tensor, cache: Tensor, slot_mapping: Tensor) -> None:
     name = "npu_scatter_pa_kv_cache"
     fits = cache.dim() == 4 and cache.is_contiguous() and rows.shape == (len(slot_mapping), *cache.shape[2:])
-    require(fits, f"{name}: {argument} {tuple(rows.shape)} does not go into {argument}_cache {tuple(cache.shape)}")
+    require(fits, f"{name}: {argument} {tuple(rows.shape)} does not fit {argument}_cache {tuple(cache.shape)}")
     kinds = rows.dtype, cache.dtype
     require(kinds[0] == kinds[1], f"{name}: {argument} is {kinds[0]}, {argument}_cache is {kinds[1]}")
     require(

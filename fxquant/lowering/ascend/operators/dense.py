@@ -1,4 +1,4 @@
-"""Norm and activation."""
+"""Norm and activation operators."""
 
 import torch
 from torch import Tensor
@@ -23,6 +23,6 @@ def npu_swiglu(x: Tensor, dim: int = -1) -> Tensor:
     """`silu(first half) * second half` of `dim`, in float32 and rounded once to x's dtype."""
     require(-x.dim() <= dim < x.dim(), f"npu_swiglu: dim {dim} is outside the {x.dim()} dimensions of the input")
     require(x.shape[dim] % 2 == 0, f"npu_swiglu: dim {dim} of size {x.shape[dim]} has no halves")
-    # Contiguous halves meet the same vector code as those of fxq::swiglu: silu of a strided row may differ in a bit.
+    # Contiguous halves use the same vector code as those of fxq::swiglu: silu of a strided row may differ in a bit.
     gate, up = (half.float().contiguous() for half in x.chunk(2, dim))
     return (torch.nn.functional.silu(gate) * up).to(x.dtype)

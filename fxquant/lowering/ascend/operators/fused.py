@@ -1,6 +1,6 @@
-"""Norm behind a sum, and quantization behind norm or swiglu. n features.
+"""Fused operators: norm of a sum, and quantization of a norm or swiglu. n features.
 
-Formulas and dtypes: op-plugin documentation, ops-nn kernels. What a device fuses it does not round in between: here
+Formulas and dtypes: op-plugin documentation, ops-nn kernels. A device does not round inside a fused operator: here
 everything is float32 from the sum, or from the halves, to the integers.
 """
 
@@ -16,7 +16,7 @@ QUANTIZER_DTYPES = {
     torch.bfloat16: (torch.bfloat16, torch.bfloat16),
     torch.float32: (torch.float32, torch.float32),
 }
-"""Dtype of x → those of scales1 and zero_points1 that go with it on A2 and A3; float32 is ours."""
+"""Dtype of x → the dtypes of scales1 and zero_points1 that A2 and A3 require with it; float32 is ours."""
 
 
 def npu_add_rms_norm(x1: Tensor, x2: Tensor, gamma: Tensor, epsilon: float = 1e-6) -> tuple[Tensor, Tensor, Tensor]:
@@ -37,8 +37,8 @@ def npu_add_rms_norm_quant(
     epsilon: float = 1e-6,
     div_mode: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """With y = norm(x1 + x2) * gamma + beta: int8 `clamp(rne(y / scales1 + zero_points1), -128, 127)`, nothing, and
-    x1 + x2. gamma, beta, scales1 and zero_points1 [n]."""
+    """With y = norm(x1 + x2) * gamma + beta: int8 `clamp(rne(y / scales1 + zero_points1), -128, 127)`, an empty tensor,
+    and x1 + x2. gamma, beta, scales1 and zero_points1 [n]."""
     name = "npu_add_rms_norm_quant"
     require(axis == -1 and div_mode, f"{name}: axis {axis}, div_mode {div_mode}: devices take -1 and True only")
     total = _sum(name, x1, x2, gamma, beta)
@@ -63,8 +63,8 @@ def npu_add_rms_norm_dynamic_quant(
     epsilon: float = 1e-6,
     output_mask: list[bool] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """With y = norm(x1 + x2) * gamma + beta: y as `npu_dynamic_quant` quantizes it, int8 [..., n], nothing, x1 + x2,
-    float32 scale [...], nothing. output_mask says which of the two quantizations to compute: only the first."""
+    """With y = norm(x1 + x2) * gamma + beta: y as `npu_dynamic_quant` quantizes it, int8 [..., n], an empty tensor,
+    x1 + x2, float32 scale [...], an empty tensor. output_mask selects among two quantizations: here only the first."""
     name = "npu_add_rms_norm_dynamic_quant"
     mask = None if output_mask is None else list(output_mask)
     require(mask in (None, [True, False]), f"{name}: output_mask {mask} is not supported, only [True, False]")
@@ -75,7 +75,7 @@ def npu_add_rms_norm_dynamic_quant(
 
 def npu_dequant_swiglu_quant(x: Tensor, *, activate_left: bool = False, quant_mode: int = 0) -> tuple[Tensor, Tensor]:
     """Float x [..., 2n], at least two dimensions → swiglu as `npu_dynamic_quant` quantizes it: int8 [..., n], float32
-    scale [...]. silu is of the left half with activate_left, else of the right one. Only quant_mode 1 (per token).
+    scale [...]. silu of the left half with activate_left, else of the right one. Only quant_mode 1 (per token).
 
     A device limits n: see `deployment.WIDEST_SWIGLU`.
     """
@@ -83,7 +83,7 @@ def npu_dequant_swiglu_quant(x: Tensor, *, activate_left: bool = False, quant_mo
     require(quant_mode == 1, f"{name}: quant_mode {quant_mode} is not supported, only 1 (per token)")
     require(x.is_floating_point(), f"{name}: x is {x.dtype}; integers, which need weight_scale, are not supported")
     require(x.dim() > 1 and x.shape[-1] % 2 == 0, f"{name}: x {tuple(x.shape)} is not [..., tokens, 2n]")
-    # Contiguous, as the operands of fxq::swiglu: see npu_swiglu.
+    # Contiguous, like the operands of fxq::swiglu: see npu_swiglu.
     left, right = (half.float().contiguous() for half in x.chunk(2, -1))
     quantized, scale = quantize_per_token(swiglu(left, right) if activate_left else swiglu(right, left))
     return quantized, scale.squeeze(-1)
@@ -101,5 +101,5 @@ def _sum(name: str, x1: Tensor, x2: Tensor, gamma: Tensor, beta: Tensor | None) 
 
 
 def _norm(total: Tensor, gamma: Tensor, epsilon: float, beta: Tensor | None) -> Tensor:
-    """float32."""
+    """float32 `norm(total) * gamma + beta`."""
     return rms_norm(total.float(), gamma.float(), epsilon, None if beta is None else beta.float())

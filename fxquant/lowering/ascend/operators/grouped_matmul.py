@@ -1,4 +1,5 @@
-"""One matmul an expert, over rows sorted by expert. M rows, E experts, k in_features, n out_features, G groups of k.
+"""Grouped matmul, one per expert, on rows sorted by expert. M rows, E experts, k in_features, n out_features, G groups
+of k.
 
 The A8W4 formula is that of the ops-transformer kernels (grouped_matmul, antiquant A8W4 MSD).
 """
@@ -41,7 +42,7 @@ def npu_grouped_matmul(
     group_list_type: int | None = 0,
     output_dtype: int | None = None,
 ) -> list[Tensor]:
-    """Lists of one: x [M, k], weight [E, k, n], rows an expert int64 [E] → [M, n]. The dtype of weight decides:
+    """Lists of one: x [M, k], weight [E, k, n], rows per expert int64 [E] → [M, n]. The dtype of weight decides:
 
     float  `x @ weight`, in their dtype.
     int8   int8 x: `x @ weight * scale * per_token_scale`; scale float32 or bfloat16 [E, n].
@@ -106,10 +107,10 @@ def _a8w8(x: Tensor, weight: Tensor, scale: Tensor, x_scale: Tensor) -> Multiply
 def _a8w4(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, x_scale: Tensor) -> Multiply:
     """`(16 * Σ_g scale_g (hi @ w_g) + Σ_g scale_g (lo @ w_g) + bias) * x_scale`, where x = 16 hi + lo + 8.
 
-    hi and lo are signed int4 and so are the weights; inner sums are int32, the rest is float32. The 8 of every x is in
-    bias: float32 [E, n], `8 * Σ_k weight * scale`. A device adds groups in float16, which we do not imitate: it loses
-    up to 2^-10 of the largest partial sum, and partial sums above 65504.
-    scale int64 [E, G, n] with float32 bits in the low word. Devices ask for k % 64 == 0 and groups of 256 or one group.
+    hi, lo and the weights are signed int4; inner sums are int32, the rest is float32. The 8 of every x is in bias:
+    float32 [E, n], `8 * Σ_k weight * scale`. A device adds groups in float16, which we do not imitate: it loses up to
+    2^-10 of the largest partial sum, and partial sums above 65504.
+    scale int64 [E, G, n] with float32 bits in the low word. Devices require k % 64 == 0 and groups of 256 or one group.
     """
     experts, in_features, words = weight.shape
     fits = scale.dtype == torch.int64 and scale.dim() == 3 and scale.shape[::2] == (experts, words * 8)
@@ -141,6 +142,7 @@ def split_nibbles(x: Tensor) -> tuple[Tensor, Tensor]:
 def unpack_int4(words: Tensor) -> Tensor:
     """int32 [..., n / 8] → int8 [..., n], the lowest n from the lowest four bits, two's complement."""
     shifts = torch.arange(28, -1, -4, dtype=torch.int32, device=words.device)
+    # left, then right: the arithmetic shift of int32 extends the sign
     return (words.unsqueeze(-1) << shifts >> 28).to(torch.int8).flatten(-2)
 
 
@@ -167,7 +169,7 @@ def npu_grouped_matmul_shape(
 
 
 def grouped_matmul(x: str, operand_texts: list[str], counts: str, rest: tuple[str, ...] = ()) -> Call:
-    """Source of a call on rows `x`, sorted by expert, `counts` of them for each."""
+    """Source of a call on rows `x`, sorted by expert, `counts` of them per expert."""
     groups = (f"group_list={counts}", "split_item=2", "group_type=0", "group_list_type=1")
     return Call(f"{NPU}{NAME}", (f"[{x}]", *operand_texts, *groups, *rest), "[0]")
 
@@ -193,10 +195,10 @@ def _int4_operands(writer: Writer, recipe: Recipe) -> tuple[str, str, str]:
 
 
 def int4_weight(writer: Writer, recipe: Recipe, operator: str) -> str:
-    """Source of int32 [experts, k, n / 8] for an operator. Raises FxquantError unless n is a whole number of words."""
+    """Source of int32 [experts, k, n / 8] for an operator. Raises FxquantError if n is not a whole number of words."""
     n = recipe.out_features
     if n % WORD:
-        fact = f"out_features {n} is not a multiple of {WORD}: {operator} reads {WORD} int4 channels a word."
+        fact = f"out_features {n} is not a multiple of {WORD}: {operator} reads {WORD} int4 channels per word."
         raise FxquantError(f"layer {recipe.module}", fact, "Use W8A8_DYNAMIC for it, or another target.")
     layout = "int4_words" if recipe.weight_format.packed else "int4_words_unpacked"
     return writer.computed(recipe, "weight", layout, ("weight",))
@@ -228,4 +230,4 @@ LINEARS: dict[tuple[Any, Any], Fused] = {
     (ops.grouped_dequantize, ops.grouped_int_matmul): Fused("acc", _int8_experts),
     (ops.grouped_dequantize, ops.grouped_int4_matmul): Fused("acc", _int4_experts),
 }
-"""(call, call that makes one of its operands) → the statement of both."""
+"""(call, call that makes one of its operands) → the statement for both."""

@@ -1,4 +1,4 @@
-"""Integer matmul with the dequantization that devices fuse into it: the operator, and the statements that call it.
+"""Quantized matmul with the dequantization that devices fuse into it: the operator, and the statements that call it.
 
 Formula: op-plugin documentation.
 """
@@ -30,7 +30,7 @@ def npu_quant_matmul(
 
     int32 bias [n]: `(x1 @ x2 + bias) * scale * pertoken_scale`; float bias: `x1 @ x2 * scale * pertoken_scale + bias`.
     scale, one value or [n]: float32 or bfloat16; or int64 with float32 bits in the low word and no per-token scale,
-    for float16 results. All 32 bits count here, the upper 19 on a device: `quantize.truncate_to_19_bits`.
+    for float16 results. Here all 32 bits are used, on a device the upper 19: `quantize.truncate_to_19_bits`.
     pertoken_scale float32 [m].
     """
     name = "npu_quant_matmul"
@@ -84,7 +84,7 @@ def _static_linear(writer: Writer, node: fx.Node, acc: fx.Node, deq_scale: fx.No
 def _per_token_linear(
     writer: Writer, node: fx.Node, acc: fx.Node, x_scale: fx.Node, weight_scale: fx.Node, bias: fx.Node | None
 ) -> Call:
-    """The per-token scale is one number a row, so leading dimensions are flattened around the operator."""
+    """The per-token scale is one number per row, so leading dimensions are flattened around the operator."""
     x8, weight = writer.value(operand(acc, "x")), writer.value(operand(acc, "weight"), "int8_transposed")
     scale = writer.value(weight_scale, "channel_scale")
     operand_texts = [f"{x8}.flatten(0, -2)", weight, scale, f"pertoken_scale={writer.value(x_scale)}.flatten()"]
@@ -100,4 +100,4 @@ LINEARS: dict[tuple[Any, Any], Fused] = {
     (ops.dequantize_static, ops.int_matmul): Fused("acc", _static_linear),
     (ops.dequantize_per_token, ops.int_matmul): Fused("acc", _per_token_linear),
 }
-"""(call, call that makes one of its operands) → the statement of both."""
+"""(call, call that makes one of its operands) → the statement for both."""

@@ -1,4 +1,4 @@
-"""Routing of tokens to experts and back. N tokens, K chosen experts a token, E experts, H features.
+"""MoE routing operators: tokens to experts and back. N tokens, K chosen experts per token, E experts, H features.
 
 Formulas: op-plugin documentation.
 """
@@ -25,9 +25,9 @@ def npu_moe_gating_top_k(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Router logits x [N, E] → weights [N, K] in x's dtype, expert ids int32 [N, K], best first, and float32 scores.
 
-    Scores are sigmoids (norm_type 1). `score + bias` chooses: the k_group groups with the largest sum of their two
-    best (group_select_mode 1), in them the k best experts; of equals the one with the lower id. Plain scores weigh:
-    `y / (sum(y) + eps) * routed_scaling_factor`. Scores are [N, E] with out_flag, else empty.
+    Scores are sigmoids (norm_type 1). Experts are chosen by `score + bias`: the k_group groups with the largest sum of
+    their two best (group_select_mode 1), in them the k best experts, the lower id among equals. Weights come from
+    scores y without bias: `y / (sum(y) + eps) * routed_scaling_factor`. Scores are [N, E] with out_flag, else empty.
     """
     name = "npu_moe_gating_top_k"
     require(norm_type == 1, f"{name}: norm_type {norm_type} is not supported, only 1 (sigmoid)")
@@ -72,9 +72,9 @@ def npu_moe_init_routing_v2(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Copy each token to its experts and sort the copies by expert, earlier tokens first.
 
-    x [N, H], expert_idx int32 [N, K] → rows [N·K, H]; int32 [N·K], the row of copy `token * K + slot`; int64 rows an
-    expert (expert_tokens_num_type 1); an empty scale. With active_expert_range [low, high) only these experts count:
-    their rows come first, the other rows are zeros (anything on a device) and their copies have row -1.
+    x [N, H], expert_idx int32 [N, K] → rows [N·K, H]; int32 [N·K], the row of copy `token * K + slot`; int64 rows per
+    expert (expert_tokens_num_type 1); an empty scale. With active_expert_range [low, high) only these experts are used:
+    their rows come first, the other rows are zeros (undefined on a device) and their copies have row -1.
     """
     name = "npu_moe_init_routing_v2"
     require(expert_idx.dtype == torch.int32, f"{name}: expert_idx is {expert_idx.dtype}, not torch.int32")
@@ -99,7 +99,7 @@ def npu_moe_init_routing_v2(
 def npu_moe_token_unpermute(permuted_tokens: Tensor, sorted_indices: Tensor, probs: Tensor | None = None) -> Tensor:
     """rows [N·K, H], sorted_indices [N·K] (the row of copy `token * K + slot`), probs [N, K] → [N, H].
 
-    Each token is the sum of its rows times probs, in float32 and rounded once; without probs K is 1 and rows only move.
+    Each token is the sum of its rows times probs, in float32, rounded once; without probs K is 1 and rows only move.
     """
     name = "npu_moe_token_unpermute"
     weights = permuted_tokens.new_ones(len(sorted_indices), 1) if probs is None else probs

@@ -1,6 +1,6 @@
-"""Attention of one query a sequence over keys in pages. float32 inside, rounded once to the dtype of the query.
+"""Paged attention of one query per sequence. float32 inside, rounded once to the dtype of the query.
 
-B batch, N heads, D features. Formula and limits: op-plugin documentation, its part on MLA with block_table.
+B batch, N heads, D features. Formula and limits: op-plugin documentation, part on MLA with block_table.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ NAME = "npu_fused_infer_attention_score"
 
 @dataclass(frozen=True)
 class Keys:
-    """What queries meet, and the part of the queries that goes with the rotated part of the keys."""
+    """Keys and values, and the rotary parts of keys and queries."""
 
     key: Tensor
     value: Tensor
@@ -27,16 +27,16 @@ class Keys:
 def paged_attention(
     query: Tensor, keys: Keys, block_table: Tensor, lengths: Sequence[int] | None, block_size: int, scale: float
 ) -> Tensor:
-    """Multi-head latent attention of decoding: all heads share one key, which is the value too.
+    """Multi-head latent attention of decoding: all heads share one key, which is also the value.
 
     query [B, N, 1, D], query_rope [B, N, 1, Dr]; key and value [num_blocks, 1, block_size, D], key_rope
     [num_blocks, 1, block_size, Dr]; block_table int32 [B, blocks], the pages of each sequence in order; lengths: how
-    many of their positions count. Scores are `(query · key + query_rope · key_rope) * scale` → [B, N, 1, D], zeros for
-    a sequence without positions. Devices take D = 512, Dr = 64, N a power of two up to 128, and blocks of 16 to 1024.
+    many of their positions are valid. Scores are `(query · key + query_rope · key_rope) * scale` → [B, N, 1, D], zeros
+    for a sequence without positions. Devices take D = 512, Dr = 64, N a power of two up to 128, blocks of 16 to 1024.
     """
     if keys.query_rope is None or keys.key_rope is None or lengths is None:
-        raise ValueError(f"{NAME}: block_table goes with query_rope, key_rope and actual_seq_lengths_kv here")
-    require(query.shape[2] == 1, f"{NAME}: query has {query.shape[2]} steps, block_table goes with 1 here")
+        raise ValueError(f"{NAME}: block_table needs query_rope, key_rope and actual_seq_lengths_kv here")
+    require(query.shape[2] == 1, f"{NAME}: query has {query.shape[2]} steps, with block_table only 1 is supported")
     width, rope = query.shape[-1], keys.query_rope.shape[-1]
     expect_shape("query_rope", keys.query_rope, (*query.shape[:3], rope))
     for argument, pages, features in (("key", keys.key, width), ("value", keys.value, width)):
@@ -59,6 +59,6 @@ def paged_attention(
 
 
 def expect_shape(argument: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    """ValueError unless `tensor` has this shape."""
+    """Raise ValueError unless `tensor` has this shape."""
     fits = tuple(tensor.shape) == tuple(shape)
     require(fits, f"{NAME}: {argument} is {tuple(tensor.shape)}, not {tuple(shape)}")

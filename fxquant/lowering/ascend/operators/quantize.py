@@ -1,4 +1,4 @@
-"""Float to int8, and the int64 form of a dequantization scale. rne = round half to even.
+"""Quantize operators: float to int8, and the int64 form of a dequantization scale. rne = round half to even.
 
 Formulas: op-plugin documentation; arithmetic and rounding: ops-nn kernels.
 """
@@ -18,7 +18,7 @@ def npu_dynamic_quant(
 ) -> tuple[Tensor, Tensor]:
     """x [..., k] → int8 `rne(y * (127 / m))`, float32 scale `m / 127` [...], with y = x * smooth_scales, m = max |y|.
 
-    A row of zeros gives zeros and scale 0, where the device divides by zero. smooth_scales [k].
+    A row of zeros gives zeros and scale 0, for which the device divides by zero. smooth_scales [k].
     """
     if dst_type is not None:
         dtype_of(dst_type, "npu_dynamic_quant: dst_type", (torch.int8,))
@@ -26,7 +26,7 @@ def npu_dynamic_quant(
     wide = x.float()
     if smooth_scales is not None:
         shape = tuple(smooth_scales.shape)
-        require(shape == x.shape[-1:], f"npu_dynamic_quant: smooth_scales {shape} is not one scale a feature")
+        require(shape == x.shape[-1:], f"npu_dynamic_quant: smooth_scales {shape} is not one scale per feature")
         wide = wide * smooth_scales.float()
     quantized, scale = quantize_per_token(wide)
     return quantized, scale.squeeze(-1)
@@ -37,8 +37,8 @@ def npu_quantize(
 ) -> Tensor:
     """int8 `clamp(rne(x / scales + zero_points), -128, 127)`, or `x * scales` without div_mode; in float32.
 
-    scales and zero_points hold one value, or one for each index of `axis`. Without div_mode the axis is the last one,
-    whatever is given, unless that is -2.
+    scales and zero_points hold one value, or one per index of `axis`. Without div_mode every `axis` but -2 means the
+    last one.
     """
     dtype_of(dtype, "npu_quantize: dtype", (torch.qint8,))
     if not div_mode:
@@ -55,7 +55,7 @@ def _along(x: Tensor, values: Tensor, axis: int, name: str) -> Tensor:
     """float32 `values`, shaped to broadcast over all dimensions of x but `axis`."""
     require(-x.dim() <= axis < x.dim(), f"npu_quantize: axis {axis} is outside the {x.dim()} dimensions of the input")
     fits = values.numel() == 1 or (values.dim() == 1 and len(values) == x.shape[axis])
-    require(fits, f"npu_quantize: {name} {tuple(values.shape)} does not go along axis {axis} of {tuple(x.shape)}")
+    require(fits, f"npu_quantize: {name} {tuple(values.shape)} does not fit axis {axis} of {tuple(x.shape)}")
     shape = [1] * x.dim()
     shape[axis] = values.numel()
     return values.float().reshape(shape)
@@ -79,9 +79,9 @@ def npu_trans_quant_param(scale: Tensor, offset: Tensor | None = None, round_mod
 
 
 def truncate_to_19_bits(scale: Tensor) -> Tensor:
-    """What the device multiplies by when an int64 carries the float32 `scale`; the kernels here use all 32 bits.
+    """The factor that the device uses if an int64 carries the float32 `scale`; the kernels here use all 32 bits.
 
-    To follow the device, give them truncated scales.
+    To follow the device, pass them truncated scales.
     """
     return (scale.view(torch.int32) & -(1 << UNUSED_SCALE_BITS)).view(torch.float32)
 

@@ -1,6 +1,6 @@
-"""Signatures of the torch_npu operators, as op-plugin declares them (op_plugin_functions.yaml at 517f2e7d).
+"""Schemas of the torch_npu operators, as op-plugin declares them (op_plugin_functions.yaml at 517f2e7d).
 
-All that a DeepSeek deployment calls; `KERNELS` are those that have a CPU reference."""
+All operators that a DeepSeek deployment calls; those in `KERNELS` have a CPU reference."""
 
 SCHEMAS: dict[str, str] = {
     "npu_dynamic_quant": (

@@ -1,7 +1,7 @@
-"""Shape rules of the operators: what `torch.export` and fake tensors see of them. Kernels check, these do not.
+"""Shape rules of the operators, for `torch.export` and fake tensors. Kernels check their arguments, these do not.
 
-Arguments are those of the kernels; a rule takes the ones that decide its result. Those of quantized linears lie beside
-their kernels.
+Arguments are those of the kernels; a rule takes the ones that decide its result. The rules of quantized linears are
+beside their kernels.
 """
 
 import inspect
@@ -15,7 +15,7 @@ from fxquant.lowering.ascend.operators.arguments import OUTPUT_DTYPES, Kernel, d
 
 
 def shape_rule(rule: Kernel, schema: str) -> Kernel:
-    """`rule`, for all arguments of `schema`; `self` and `input` are `x`, as in the kernels."""
+    """`rule` with all arguments of `schema`; `self` and `input` are `x`, as in the kernels."""
     parsed = torch._C.parse_schema(schema)
     names = ["x" if argument.name in {"self", "input"} else argument.name for argument in parsed.arguments]
     taken = frozenset(inspect.signature(rule).parameters)
@@ -37,7 +37,7 @@ def _int8(x: Tensor) -> Tensor:
 
 
 def output_dtype_of(code: int | None, otherwise: torch.dtype) -> torch.dtype:
-    """The dtype that is asked for."""
+    """The requested dtype, by default `otherwise`."""
     return otherwise if code is None else dtype_of(code, "output_dtype", OUTPUT_DTYPES)
 
 
@@ -87,7 +87,7 @@ def npu_interleave_rope(x: Tensor) -> Tensor:
 def npu_fused_infer_attention_score(
     query: Tensor, value: Tensor, block_table: Tensor | None = None, softmax_lse_flag: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """BSND over whole sequences, BNSD over pages."""
+    """Layout BSND over whole sequences, BNSD over pages."""
     batch, steps, heads, _ = query.shape
     shape = (batch, heads, steps, 1) if softmax_lse_flag else (1,)
     context = torch.empty_like(query) if block_table is not None else rows(query, value.shape[-1])

@@ -116,7 +116,7 @@ def test_attention_is_that_of_the_dialect():
         ({"atten_mask": torch.zeros(2, 1, 3, 5)}, "atten_mask is torch.float32"),
         ({"sparse_mode": 3}, "sparse_mode is not supported"),
         ({"actual_seq_lengths": [3, 3]}, "actual_seq_lengths is not supported"),
-        ({"block_table": torch.zeros(2, 1, dtype=torch.int32)}, "block_table goes with input_layout 'BNSD'"),
+        ({"block_table": torch.zeros(2, 1, dtype=torch.int32)}, "block_table needs input_layout 'BNSD'"),
     ],
 )
 def test_attention_names_what_it_does_not_take(arguments: dict, message: str):

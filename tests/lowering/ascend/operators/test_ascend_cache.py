@@ -50,13 +50,13 @@ def test_paged_attention_is_that_over_the_positions_of_each_sequence() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"input_layout": "BSND"}, "block_table goes with input_layout 'BNSD'"),
-        ({"num_key_value_heads": 2}, "heads are not 2 on 1"),
+        ({"input_layout": "BSND"}, "block_table needs input_layout 'BNSD'"),
+        ({"num_key_value_heads": 2}, "num_heads and num_key_value_heads are not 2 and 1"),
         (
             {"query_rope": None, "key_rope": None},
-            "block_table goes with query_rope, key_rope and actual_seq_lengths_kv",
+            "block_table needs query_rope, key_rope and actual_seq_lengths_kv",
         ),
-        ({"actual_seq_lengths_kv": None}, "block_table goes with query_rope, key_rope and actual_seq_lengths_kv"),
+        ({"actual_seq_lengths_kv": None}, "block_table needs query_rope, key_rope and actual_seq_lengths_kv"),
         ({"actual_seq_lengths_kv": [5, 0, 13]}, "actual_seq_lengths_kv is not within 12"),
         ({"actual_seq_lengths_kv": [5]}, "block_table or actual_seq_lengths_kv has other rows"),
         ({"block_size": 2}, "key is (6, 1, 4, 6), not (6, 1, 2, 6)"),
@@ -89,7 +89,7 @@ def test_scatter_writes_rows_into_their_slots() -> None:
     ("arguments", "message"),
     [
         ({"cache_mode": "PA_NZ"}, "cache_mode 'PA_NZ' is not supported"),
-        ({"key": floats(3, 1, 4)}, "key (3, 1, 4) does not go into key_cache (2, 4, 1, 3)"),
+        ({"key": floats(3, 1, 4)}, "key (3, 1, 4) does not fit key_cache (2, 4, 1, 3)"),
         ({"value": floats(3, 1, 2).half()}, "value is torch.float16, value_cache is torch.float32"),
         ({"slot_mapping": torch.tensor([0, 1, 8])}, "slot_mapping is not within 8 slots"),
         ({"seq_lens": torch.ones(3)}, "seq_lens is not supported"),

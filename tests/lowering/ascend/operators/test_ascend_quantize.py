@@ -73,7 +73,7 @@ def test_quantize_goes_along_the_axis():
     # Without div_mode any axis but -2 is the last one.
     last = npu.npu_quantize(x, torch.ones(4), None, torch.qint8, 1, False)
     assert torch.equal(last, npu.npu_quantize(x, torch.ones(4), None, torch.qint8, -1, False))
-    with pytest.raises(ValueError, match=re.escape("scales (3,) does not go along axis -1")):
+    with pytest.raises(ValueError, match=re.escape("scales (3,) does not fit axis -1")):
         npu.npu_quantize(x, scales, None, torch.qint8, 1, False)
     with pytest.raises(ValueError, match="npu_quantize: dtype is torch.int32"):
         npu.npu_quantize(x, scales, None, torch.int32)
