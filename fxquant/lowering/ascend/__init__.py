@@ -1,1 +1,1 @@
-"""The Ascend target: what an NPU engine loads, and a CPU reference of the operators it calls."""
+"""Ascend target: the module that an NPU engine loads, and a CPU reference of the operators it calls."""

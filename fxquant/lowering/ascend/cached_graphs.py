@@ -1,4 +1,4 @@
-"""The graphs that run over a cache in pages: prefill, and decoding with absorbed latents."""
+"""Cached graphs, which run over a paged cache: prefill, and decoding with absorbed latents."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from fxquant.program.program_file import dump_program, parse_program
 
 @dataclass(frozen=True)
 class Cached:
-    """One of the two graphs with its functions, and what its passes said."""
+    """One of the two graphs with its functions, and the results of its passes."""
 
     program: Program
     emitted: list[Emitted]
@@ -23,36 +23,38 @@ class Cached:
 
 
 def cached_graphs(program: Program, emitted: list[Emitted]) -> tuple[Cached, Cached]:
-    """The graphs of prefill and of decoding, with functions beside those of `program`."""
+    """The graphs of prefill and of decoding, which share functions with `program` if these read alike."""
     functions = Functions(emitted)
     weights = {call.segment.key: call.function.weights for call in emitted}
     prefill = prefill_graph(program, functions, weights)
+    # decode's tables extend those of prefill: a block has one table for all graphs
     weights |= {call.segment.key: call.function.weights for call in prefill.emitted}
     return prefill, decode_graph(program, functions, weights)
 
 
 def prefill_graph(program: Program, functions: Functions, weights: Mapping[str, Weights]) -> Cached:
-    """Attention as in `program`, over latents gathered from the pages and new ones; W8A8_MIX per token."""
+    """Attention as in `program`, over latents gathered from the pages plus the new ones; W8A8_MIX per token."""
     return _cached(program, npu_prefill(), functions, weights, "_prefill")
 
 
 def decode_graph(program: Program, functions: Functions, weights: Mapping[str, Weights]) -> Cached:
-    """Attention over the pages themselves where kv_b_proj can be absorbed, else as in prefill."""
+    """Attention directly over the pages if kv_b_proj can be absorbed, else as in prefill."""
     return _cached(program, npu_decode(), functions, weights, "_decode")
 
 
 def _cached(
     program: Program, passes: list[Pass], functions: Functions, weights: Mapping[str, Weights], suffix: str
 ) -> Cached:
+    # a copy, as passes rewrite in place
     copy = parse_program(dump_program(program), f"the{suffix.replace('_', ' ')} graph")
     results = tuple(run_passes(copy, passes))
     return Cached(copy, functions.of(copy, suffix, weights), results)
 
 
 def latent_parts(program: Program) -> list[tuple[int, int]]:
-    """Of each cache of a decode graph: features of c_kv and of k_rope.
+    """For each cache of a decode graph: features of c_kv and of k_rope.
 
-    A layer that no `latent_attention` reads has any two parts: its latents are put together again before use.
+    A cache that no `latent_attention` reads is split anywhere: its two parts are concatenated again before use.
     """
     ranks = {}
     for node in program.nodes(ops.latent_attention):

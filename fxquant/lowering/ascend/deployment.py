@@ -1,4 +1,4 @@
-"""The program that an Ascend module is emitted from: the stored one, in the pieces that engines have."""
+"""Deployment program: a copy of the stored program, fused to the operators of NPU engines, for the Ascend emitter."""
 
 import operator
 from dataclasses import dataclass
@@ -11,17 +11,17 @@ from fxquant.program.program_check import ProgramCheck
 from fxquant.program.program_file import dump_program, parse_program
 
 WIDEST_SWIGLU = 4096
-"""Features of one npu_dequant_swiglu_quant.
+"""Maximum features of one npu_dequant_swiglu_quant.
 
 The kernel's rows must fit on chip (ops-nn, aclnnDequantSwigluQuant): ten times the 2 · features inputs of two bytes,
-and a fortieth of the scales of all rows, are less than 192 KiB. 4096 features take 160 KiB and leave room for the
+plus a fortieth of the scales of all rows, must be less than 192 KiB. 4096 features take 160 KiB and leave room for the
 scales of 300,000 rows.
 """
 
 
 @dataclass(frozen=True)
 class Step:
-    """What one pass did, and how many operators the graph called before and after it."""
+    """Result of one pass, and the number of operators that the graph called before and after it."""
 
     result: PassResult
     calls_before: int
@@ -30,7 +30,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Deployment:
-    """A fused copy of a program, and how it came to be."""
+    """A fused copy of a program, and the steps that fused it."""
 
     program: Program
     steps: tuple[Step, ...]
@@ -52,6 +52,6 @@ def _step(fusion: Pass, program: Program, check: ProgramCheck) -> Step:
 
 
 def count_calls(program: Program) -> int:
-    """Operators that the graph calls; taking an item of a tuple is none."""
+    """Number of operators that the graph calls, without getitem."""
     nodes = program.graph.graph.nodes
     return sum(node.op == "call_function" and node.target is not operator.getitem for node in nodes)

@@ -1,4 +1,4 @@
-"""The Ascend graph of an output folder: `model_ascend.py` beside the weight files."""
+"""Ascend writer: `model_ascend.py` beside the weight files of an output folder."""
 
 from pathlib import Path
 
@@ -10,9 +10,9 @@ FILE = "model_ascend.py"
 
 
 def write_ascend(program: Program, folder: Path) -> Deployment:
-    """Write `model_ascend.py` into `folder`, whose weight files its `Model.load(folder)` reads; return what it runs.
+    """Write `model_ascend.py` into `folder`, whose weight files its `Model.load(folder)` reads; return its program.
 
-    Raises FxquantError where an operator or a shape has no counterpart on the engine.
+    Raises FxquantError if an operator or a shape has no counterpart on the engine.
     """
     deployed = deployment(program)
     (folder / FILE).write_text(ascend_code(deployed.program), encoding="utf-8", newline="\n")

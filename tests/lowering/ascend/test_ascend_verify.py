@@ -103,7 +103,7 @@ def test_sharded_weights_are_found_by_their_index(compiled: Compiled, tmp_path: 
 def test_a_missing_tensor_is_named(compiled: Compiled, tmp_path: Path) -> None:
     name = f"{EXPERTS}.3.up_proj.scale_bias"
     broken = corrupted(compiled, tmp_path, lambda tensors: tensors.pop(name))
-    with pytest.raises(KeyError, match=f"its weight files hold no tensor {name}"):
+    with pytest.raises(KeyError, match=f"its weight files have no tensor {name}"):
         broken.module().load(MOE)
 
 

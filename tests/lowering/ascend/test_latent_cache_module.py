@@ -110,7 +110,7 @@ def test_mixed_linears_are_per_token_in_prefill_and_static_in_decode(compiled: C
 
 def test_decode_takes_one_token(compiled: Compile) -> None:
     model = float32_model(compiled("float"))
-    with pytest.raises(ValueError, match="decode takes one token a sequence, not 2"):
+    with pytest.raises(ValueError, match="decode takes one token per sequence, not 2"):
         model.decode(torch.zeros(1, 2, dtype=torch.int64), torch.arange(2)[None], model.paged_cache(1, 4, 4))
 
 
@@ -146,7 +146,7 @@ def test_released_pages_are_taken_again() -> None:
     _, positions = rows([[0] * 9, []], cache.lengths)
     cache.advance(cache.prefill_step(positions))
     assert (cache.lengths, cache.free) == ([9, 0], [])
-    with pytest.raises(ValueError, match="sequence 1 of 1 positions finds no free page of 4"):
+    with pytest.raises(ValueError, match="sequence 1 of 1 positions needs a page, but none is free"):
         cache.decode_step(rows([[], [0]], cache.lengths)[1])
     cache.release(0)
     cache.advance(cache.decode_step(rows([[], [0]], cache.lengths)[1]))
@@ -155,7 +155,7 @@ def test_released_pages_are_taken_again() -> None:
 
 @pytest.mark.parametrize("positions", [[[0, 1]], [[0]] * 3, [[2], [0]], [[1], [-1]], [[-1, 0], [0, 1]]])
 def test_positions_go_on_from_what_a_sequence_holds(positions: list[list[int]]) -> None:
-    with pytest.raises(ValueError, match="position_ids do not go on from"):
+    with pytest.raises(ValueError, match="position_ids do not continue from"):
         Cache.paged(pages(8, 4), 2).prefill_step(torch.tensor(positions))
 
 

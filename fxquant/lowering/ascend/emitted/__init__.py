@@ -1,1 +1,1 @@
-"""Code that is copied into model_ascend.py. An edit here changes the files that users deploy."""
+"""Emitted code, copied into model_ascend.py. An edit here changes the files that users deploy."""

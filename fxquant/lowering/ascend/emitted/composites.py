@@ -1,4 +1,4 @@
-"""Short sequences around one engine operator, which fit its shapes to those of the graph.
+"""Composites: short sequences around one engine operator, which adapt its shapes to those of the graph.
 
 The emitter copies the source of these functions into the module that it writes. B batch, S new positions, T keys.
 """
@@ -18,7 +18,7 @@ def find_hidden_keys(attention_mask: Tensor, queries: int) -> Tensor:
 
 
 def rope_table(position_ids: Tensor, inv_freq: list[float], scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """position_ids [B, S] -> cos, sin [B, S, 2 * len(inv_freq)], computed in float32, both halves alike."""
+    """position_ids [B, S] -> cos, sin [B, S, 2 * len(inv_freq)], computed in float32; both halves are equal."""
     angle = position_ids[..., None].float() * torch.tensor(inv_freq, dtype=torch.float32, device=position_ids.device)
     angle = torch.cat((angle, angle), -1)
     return (angle.cos() * scale).to(dtype), (angle.sin() * scale).to(dtype)
@@ -89,10 +89,10 @@ def latent_attention(
     v_head_dim: int,
     softmax_scale: float,
 ) -> Tensor:
-    """One query a sequence over its pages: q [B, 1, heads * (nope + rope)], seq_lens its positions, new ones included.
+    """One query per sequence over its pages: q [B, 1, heads * (nope + rope)], seq_lens: positions, new ones included.
 
-    kv_b_weight [heads * (nope + v_head_dim), rank]: its first part makes queries of the latents' space, its second
-    part values of the context. -> [B, 1, heads * v_head_dim].
+    kv_b_weight [heads * (nope + v_head_dim), rank]: its first part projects queries to the latents' space, its second
+    part the context to values. -> [B, 1, heads * v_head_dim].
     """
     q, weight = q.squeeze(1).unflatten(-1, (num_heads, -1)), kv_b_weight.unflatten(0, (num_heads, -1))
     (c_kv, k_rope), width = (page.transpose(1, 2) for page in pages), pages[1].shape[-1]
@@ -137,7 +137,7 @@ def moe_gate(
 def moe_gate_unnormalized(
     logits: Tensor, bias: Tensor, top_k: int, n_group: int, topk_group: int, routed_scaling_factor: float
 ) -> tuple[Tensor, Tensor]:
-    """`moe_gate` whose weights are not divided by their sum, which npu_moe_gating_top_k cannot leave out."""
+    """`moe_gate` without dividing the weights by their sum, a step that npu_moe_gating_top_k cannot skip."""
     scores = logits.sigmoid()
     groups = (scores + bias).unflatten(-1, (n_group, -1))
     group_scores = groups.topk(min(2, groups.shape[-1]), -1).values.sum(-1)
@@ -149,7 +149,7 @@ def moe_gate_unnormalized(
 
 
 def largest(values: Tensor, count: int) -> Tensor:
-    """Indices of the `count` largest values, of equals the lower first."""
+    """Indices of the `count` largest values, the lower index first among equal values."""
     return values.sort(dim=-1, descending=True, stable=True).indices[..., :count]
 
 

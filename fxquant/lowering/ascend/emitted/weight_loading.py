@@ -1,4 +1,4 @@
-"""How an emitted module reads its weights: tensors of the weight files, in the layout that the operators take.
+"""Weight loading of an emitted module: tensors of the weight files, in the layout that the operators take.
 
 The emitter copies the source of these classes and functions into the module that it writes. n out_features,
 k in_features, G groups of k. Layouts are functions (dtype the model runs in, *stored tensors) -> tensor.
@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 class WeightFiles:
-    """Tensors of the weight files of a folder by name, each read when asked for."""
+    """Tensors of a folder's weight files by name, each read on demand."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -29,7 +29,7 @@ class WeightFiles:
 
     def __call__(self, name: str) -> Tensor:
         if name not in self._files:
-            raise KeyError(f"{self._folder}: its weight files hold no tensor {name}")
+            raise KeyError(f"{self._folder}: its weight files have no tensor {name}")
         return self._handle(self._files[name]).get_tensor(name)
 
     def _handle(self, file: str) -> Any:
@@ -40,10 +40,10 @@ class WeightFiles:
 
 @dataclass(frozen=True)
 class Stored:
-    """How a tensor of a block is made of stored ones: `layout(dtype, *tensors)`.
+    """How a tensor of a block is made from stored ones: `layout(dtype, *tensors)`.
 
-    names     relative to the block, if they are not the key of this entry
-    experts   0, or how many such tensors are stacked: `{}` in names is the expert's number (or its text, in a tuple)
+    names     relative to the block, unless they are the key of this entry
+    experts   0, or the number of stacked tensors: `{}` in names is the expert's number (or its text, in a tuple)
     absolute  names are not relative to the block
     """
 
@@ -54,7 +54,7 @@ class Stored:
 
 
 def load_stored(read: Callable[[str], Tensor], stored: Stored, names: list[str], dtype: torch.dtype) -> Tensor:
-    """One tensor, or a stack [experts, ...] that is filled expert by expert."""
+    """One tensor, or a stack [experts, ...] filled expert by expert."""
 
     def tensor_of(expert: str) -> Tensor:
         return stored.layout(dtype, *(read(name.format(expert)) for name in names))
@@ -83,17 +83,17 @@ def load_table(
 
 
 def floating(dtype: torch.dtype, tensor: Tensor) -> Tensor:
-    """In the dtype that the model runs in."""
+    """In the dtype in which the model runs."""
     return tensor.to(dtype)
 
 
 def float32(dtype: torch.dtype, tensor: Tensor) -> Tensor:
-    """In float32 whatever the model runs in."""
+    """In float32, whatever the dtype of the model."""
     return tensor.float()
 
 
 def as_stored(dtype: torch.dtype, tensor: Tensor) -> Tensor:
-    """Untouched."""
+    """Unchanged."""
     return tensor
 
 
@@ -103,12 +103,12 @@ def floating_transposed(dtype: torch.dtype, weight: Tensor) -> Tensor:
 
 
 def quantizer_scale(dtype: torch.dtype, scale: Tensor) -> Tensor:
-    """As stored, in float32 where that is float16, which npu_quantize does not divide by."""
+    """As stored, or float32 if that is float16, by which npu_quantize cannot divide."""
     return scale.float() if scale.dtype is torch.float16 else scale
 
 
 def quantizer_offset(dtype: torch.dtype, offset: Tensor) -> Tensor:
-    """As stored, in int32 where that is float16: it is a whole number."""
+    """As stored, or int32 if that is float16: it is a whole number."""
     return offset.int() if offset.dtype is torch.float16 else offset
 
 
@@ -148,12 +148,12 @@ def summed(dtype: torch.dtype, scale_bias: Tensor) -> Tensor:
 
 
 def int4_words_unpacked(dtype: torch.dtype, weight: Tensor) -> Tensor:
-    """Codes [n, k] one a byte -> int32 [k, n / 8], the lowest n in the lowest four bits."""
+    """Codes [n, k], one per byte -> int32 [k, n / 8], the lowest n in the lowest four bits."""
     return int4_words(dtype, (weight[0::2] & 0xF) | (weight[1::2] << 4))
 
 
 def channel_scale_bias(dtype: torch.dtype, weight: Tensor, scale: Tensor) -> Tensor:
-    """Codes [n, k], scale [n, 1] -> what the nibble arithmetic adds, 8 * scale * their sum [n]."""
+    """Codes [n, k], scale [n, 1] -> the constant of the nibble arithmetic, 8 * scale * their sum [n]."""
     return (8 * scale.double().flatten() * weight.sum(-1)).float()
 
 

@@ -1,1 +1,1 @@
-"""The text of model_ascend.py, statement by statement, from the fx graph."""
+"""Ascend emitter: the text of model_ascend.py, statement by statement, from the fx graph."""

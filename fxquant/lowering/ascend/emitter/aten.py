@@ -1,6 +1,6 @@
-"""Source of calls that are not of our dialect: aten operators of a user's own module, sizes, tuple items.
+"""aten calls: source of calls other than fxq operators: aten operators of a user's module, sizes, tuple items.
 
-torch_npu implements aten, so what has no entry here is written as `torch.ops.aten.<name>.<overload>(…)`.
+torch_npu implements aten, so a call without an entry here is written as `torch.ops.aten.<name>.<overload>(…)`.
 """
 
 import math
@@ -34,7 +34,7 @@ TORCH = {
     "softmax", "split", "split_with_sizes", "sqrt", "square", "squeeze", "stack", "sum", "tanh", "topk", "transpose",
     "tril", "triu", "unbind", "unflatten", "unsqueeze", "where", "zeros_like",
 }  # fmt: skip
-"""aten names whose functions in `torch` take the same arguments in the same order."""
+"""aten operators whose functions in `torch` take the same arguments in the same order."""
 
 FUNCTIONAL = {"gelu", "silu", "softplus"}
 """The same, in torch.nn.functional."""
@@ -44,7 +44,7 @@ METHODS = {"expand", "repeat", "to", "view"}
 
 
 END = 2**63 - 1
-"""How aten says "to the end"."""
+"""The `end` by which aten means "to the end"."""
 
 
 def aten_call(writer: Writer, node: fx.Node) -> Call | str:
@@ -53,7 +53,7 @@ def aten_call(writer: Writer, node: fx.Node) -> Call | str:
     if index is not None:
         return f"{writer.value(made_by)}[{index}]"
     target = node.target if node.target in INFIX else str(node.target)
-    if target in INFIX and not node.kwargs and len(node.args) == 2:
+    if target in INFIX and not node.kwargs and len(node.args) == 2:  # keywords such as alpha need a call
         left, right = (code(writer, argument) for argument in node.args)
         return f"{left} {INFIX[target]} {right}"
     name = getattr(node.target, "_opname", "")
@@ -66,7 +66,7 @@ def aten_call(writer: Writer, node: fx.Node) -> Call | str:
     if name in METHODS:
         return Call(f"{places[0]}.{name}", places[1:] + keywords)
     if not name:
-        raise writer.fail(node, f"{node.target} is no operator of torch.", "Write it with torch functions.")
+        raise writer.fail(node, f"{node.target} is not a torch operator.", "Write it with torch functions.")
     return Call(_function(node.target, name), places + keywords + _device(writer, node))
 
 
@@ -89,12 +89,12 @@ def _function(target: Any, name: str) -> str:
 
 
 def _is_place(key: str) -> bool:
-    """The graph was traced on the meta device; where its tensors are made is said by `_device`."""
+    """Keywords to drop: the graph was traced on the meta device; `_device` writes the device of new tensors."""
     return key in ("device", "pin_memory", "layout")
 
 
 def _device(writer: Writer, node: fx.Node) -> tuple[str, ...]:
-    """A tensor made of no other is made where the segment's inputs are."""
+    """Device keyword of a call without tensor operands: it creates its tensor where the segment's inputs are."""
     made_of_others = any(isinstance(argument.meta.get("val"), Tensor) for argument in node.all_input_nodes)
     return () if made_of_others else (f"device={writer.names.inputs[0].name}.device",)
 
@@ -112,4 +112,4 @@ def code(writer: Writer, argument: Any) -> str:
         return repr(argument)
     if isinstance(argument, str):
         return f'"{argument}"'
-    raise writer.fail(writer.segment.calls[0], f"{argument!r} cannot be written as source.")
+    raise writer.fail(writer.segment.calls[0], f"{argument!r} cannot be written as source code.")

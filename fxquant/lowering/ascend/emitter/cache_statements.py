@@ -1,4 +1,4 @@
-"""Statements of the operators on a cache in pages."""
+"""Statements of the operators on a paged cache."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The methods of the emitted `Model` that run over a cache in pages."""
+"""Methods of the emitted `Model` that run over a paged cache."""
 
 from fxquant.lowering.ascend.cached_graphs import Cached, latent_parts
 from fxquant.lowering.ascend.emitter.forward import forward_lines
@@ -6,25 +6,25 @@ from fxquant.lowering.ascend.emitter.segment_text import INDENT
 
 METHODS = '''\
     def empty_pages(self, num_blocks: int, block_size: int = 128, device: str = "cpu") -> list[Pages]:
-        """Pages of a cache, two tensors a layer. Devices take blocks of 16 to 1024 positions."""
+        """Pages of a cache, two tensors per layer. Devices take blocks of 16 to 1024 positions."""
         shape, parts = (num_blocks, block_size, 1), {parts}
         pages = [[torch.zeros(*shape, width, dtype=self.dtype, device=device) for width in pair] for pair in parts]
         return [(c_kv, k_rope) for c_kv, k_rope in pages]
 
     def paged_cache(self, sequences: int, num_blocks: int, block_size: int = 128, device: str = "cpu") -> Cache:
-        """`num_blocks` pages, which sequences take as they grow."""
+        """A cache of `num_blocks` pages, which sequences take as they grow."""
         return Cache.paged(self.empty_pages(num_blocks, block_size, device), sequences)
 
     def contiguous_cache(self, sequences: int, length: int, block_size: int = 128, device: str = "cpu") -> Cache:
-        """Room for `length` positions of each sequence, in whole blocks that lie one after the other."""
+        """A cache for `length` positions per sequence, in whole blocks that are contiguous in memory."""
         num_blocks = sequences * -(-length // block_size)
         return Cache.contiguous(self.empty_pages(num_blocks, block_size, device), sequences)
 
     def prefill(self, input_ids: Tensor, position_ids: Tensor, cache: Cache) -> Tensor:
         """Add tokens to the sequences of `cache`: a prompt, or the next piece of one.
 
-        input_ids, position_ids int64 [B, S]: a row's positions go on from what its sequence holds, and are filled up
-        with -1 -> logits [B, S, vocabulary], of no meaning at -1.
+        input_ids, position_ids int64 [B, S]: each row's positions continue from its sequence's length, padded with -1
+        -> logits [B, S, vocabulary], meaningless at -1.
         """
         step = cache.prefill_step(position_ids)
         arguments = step.attention_mask, step.position_ids, cache.pages, step.block_table, step.slot_mapping
@@ -33,9 +33,9 @@ METHODS = '''\
         return logits
 
     def decode(self, input_ids: Tensor, position_ids: Tensor, cache: Cache) -> Tensor:
-        """Add one token to each sequence: `prefill` for S = 1, in the form that is faster there."""
+        """Add one token to each sequence: `prefill` for S = 1, in the form that is faster for one token."""
         if input_ids.shape[1] != 1:
-            raise ValueError(f"decode takes one token a sequence, not {{input_ids.shape[1]}}; prefill takes many")
+            raise ValueError(f"decode takes one token per sequence, not {{input_ids.shape[1]}}; prefill takes many")
         step = cache.decode_step(position_ids)
         arguments = step.attention_mask, step.position_ids, cache.pages, step.block_table, step.slot_mapping
         logits = self.run_decode(input_ids, *arguments, step.seq_lens)

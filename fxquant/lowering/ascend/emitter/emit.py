@@ -1,4 +1,4 @@
-"""Program → the text of `model_ascend.py`, a module of plain torch that calls the operators of torch_npu."""
+"""Emitter of `model_ascend.py`: program → the text of a plain torch module that calls the operators of torch_npu."""
 
 import inspect
 import re
@@ -65,15 +65,15 @@ class Model:
         return cls({{key: load_table(read, table, prefix, dtype, device) for key, (prefix, table) in blocks}}, dtype)
 
     def empty_past(self, batch: int, device: str = "cpu") -> list[Tensor]:
-        """`past` of a first call."""
+        """`past` for the first call."""
         return [torch.zeros(batch, 0, width, dtype=self.dtype, device=device) for width in {widths}]
 
     @torch.no_grad()
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: list[Tensor]
     ) -> tuple[Tensor, list[Tensor]]:
-        """input_ids, position_ids int64 [B, S]; attention_mask int64 [B, T], 0 on padding; past: a latent
-        [B, T - S, width] a layer -> logits [B, S, vocabulary] and the grown latents."""
+        """input_ids, position_ids int64 [B, S]; attention_mask int64 [B, T], 0 on padding; past: one latent
+        [B, T - S, width] per layer -> logits [B, S, vocabulary] and the grown latents."""
 {body}
 
     __call__ = forward
@@ -87,7 +87,7 @@ def ascend_code(program: Program) -> str:
 
 
 def module_code(program: Program, emitted: list[Emitted]) -> str:
-    """The text of the module for functions already made."""
+    """The text of the module for existing functions."""
     prefill, decode = cached_graphs(program, emitted)
     every = [*emitted, *prefill.emitted, *decode.emitted]
     tables = _tables(every)
@@ -112,7 +112,7 @@ def module_code(program: Program, emitted: list[Emitted]) -> str:
 
 
 def _code_of(module: ModuleType, names: set[str]) -> list[str]:
-    """Source of the functions and classes of `module` that are wanted, and of those that they call, in its order."""
+    """Source of the functions and classes `names` of `module`, and of the functions that they call, in its order."""
     own = own_names(module)
     needed: set[str] = set()
     frontier = names & own.keys()
@@ -124,7 +124,7 @@ def _code_of(module: ModuleType, names: set[str]) -> list[str]:
 
 
 _NO_CODE = (lambda: None).__code__
-"""Stands for that of a class."""
+"""In place of a class's `__code__`, which does not exist."""
 
 
 def _places(function: Function, emitted: list[Emitted]) -> str:
@@ -132,7 +132,7 @@ def _places(function: Function, emitted: list[Emitted]) -> str:
     keys = [call.segment.key for call in emitted if call.function is function]
     prefixed = [call for call in emitted if call.function is function and call.segment.prefix]
     if not prefixed:
-        return f"What comes {keys[0].partition('_')[0]} the layers."
+        return f"Operators {keys[0].partition('_')[0]} the layers."
     return f"{keys[0]}." if len(keys) == 1 else f"{len(keys)} layers, {keys[0]} to {keys[-1]}."
 
 
@@ -145,7 +145,7 @@ class Table:
 
 
 def _tables(calls: list[Emitted]) -> dict[str, Table]:
-    """Segment key → its table; a later graph's function has the entries of earlier ones too."""
+    """Segment key → its table; the function of a later graph also has the entries of earlier graphs."""
     names: dict[str, str] = {}
     for call in calls:
         names.setdefault(call.segment.key, f"{call.function.name.upper()}_WEIGHTS")
@@ -173,7 +173,7 @@ def _blocks(calls: list[Emitted], tables: dict[str, Table]) -> str:
         return tables[segment.key].name, place
 
     lines = []
-    segments = {call.segment.key: call.segment for call in reversed(calls)}
+    segments = {call.segment.key: call.segment for call in reversed(calls)}  # the first graph's segment wins
     ordered = [segments[key] for key in tables]
     for (table, (path, _)), group in groupby(enumerate(ordered), numbered):
         run = [segment for _, segment in group]
@@ -204,7 +204,7 @@ def _docstring(program: Program, emitted: list[Emitted], graph: str) -> str:
     lines += ["Policy, and how many modules each rule decides:"]
     rules = Counter(str(rule) for rule in program.rules.values())
     lines += [f"{INDENT}{count:6}  {rule}" for rule, count in rules.items()]
-    lines += ["", "Linears of each scheme, one an expert:"]
+    lines += ["", "Linears of each scheme, one per expert:"]
     schemes = Counter(scheme_text(recipe) for recipe in program.recipes.values() for _ in recipe.modules)
     lines += [f"{INDENT}{count:6}  {scheme}" for scheme, count in schemes.items()] or [f"{INDENT}none, all are float"]
     lines += ["", "Functions, each for all layers of its structure:"]
@@ -216,5 +216,5 @@ def _docstring(program: Program, emitted: list[Emitted], graph: str) -> str:
     lines += [f"{INDENT}logits, past = model(input_ids, attention_mask, position_ids, model.empty_past(batch))"]
     lines += [f"{INDENT}cache = model.paged_cache(sequences, num_blocks)"]
     lines += [f"{INDENT}logits = model.prefill(input_ids, position_ids, cache), then model.decode, token by token"]
-    lines += ["", "Functions take w, a block's tensors by name, and dtype, which floats have between operators."]
-    return re.sub(r"[^ -~\n→…]|[\"\\]", "?", "\n".join([*lines, ""]))  # it stands between triple quotes
+    lines += ["", "Functions take w, a block's tensors by name, and dtype, that of floats between operators."]
+    return re.sub(r"[^ -~\n→…]|[\"\\]", "?", "\n".join([*lines, ""]))  # it is text of a config inside triple quotes

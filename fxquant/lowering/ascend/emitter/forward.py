@@ -1,4 +1,4 @@
-"""The body of the emitted `Model.forward`: the functions in order, layers that differ only in number as a loop."""
+"""Body of the emitted `Model.forward`: the functions in order, layers that differ only in their number as a loop."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from fxquant.program.program import Program
 
 @dataclass(frozen=True)
 class Step:
-    """One call. In a loop over `layer`, `layer` stands for its number."""
+    """One call. In a loop, its text has `layer` in place of its number."""
 
     target: str
     call: Call
@@ -23,7 +23,7 @@ class Step:
 
 
 def forward_lines(program: Program, emitted: list[Emitted]) -> Iterator[str]:
-    """Statements of `forward`, not indented."""
+    """Statements of `forward`, without indentation."""
     graph = program.graph.graph
     placeholders = graph.find_nodes(op="placeholder")
     results = program.graph.results
@@ -44,7 +44,8 @@ def forward_lines(program: Program, emitted: list[Emitted]) -> Iterator[str]:
 
 
 def _names(program: Program, emitted: list[Emitted], results: tuple[fx.Node, ...]) -> dict[fx.Node, str]:
-    """Variable of every value that a call gives or takes; a name is free again after the last call that reads it."""
+    """Variable of every value between calls. A name is free again after the last call that reads it, so that calls of
+    similar layers read the same, and `_fold` finds the loop."""
     names = {node: node.name for node in program.graph.graph.find_nodes(op="placeholder")}
     past = "pages" if is_paged(program) else "past"
     names |= {node: f"{past}[{index}]" for index, node in enumerate(caches(program))}
@@ -66,13 +67,13 @@ def _names(program: Program, emitted: list[Emitted], results: tuple[fx.Node, ...
 
 
 def _number(call: Emitted) -> int:
-    """The layer's number; -1 outside layers."""
+    """Number of the layer; -1 outside layers."""
     path = call.segment.prefix.rstrip(".")
     return int(path.rpartition(".")[2]) if path and call.segment.key == path else -1
 
 
 def _step(call: Emitted, names: dict[fx.Node, str], number: int | None) -> Step:
-    """The call as it is, or with `layer` where its `number` stands."""
+    """The call unchanged, or with `layer` in place of `number`."""
 
     def text(name: str) -> str:
         return name.replace(f"[{number}]", "[layer]")
@@ -88,7 +89,7 @@ def _step(call: Emitted, names: dict[fx.Node, str], number: int | None) -> Step:
 
 
 def _fold(steps: list[tuple[Step, Step]]) -> Iterator[str]:
-    """Source of the calls; from two neighbours that read alike and count up, a loop."""
+    """Source of the calls; two or more neighbours that read the same and count up become a loop."""
 
     def kind(item: tuple[int, tuple[Step, Step]]) -> tuple:
         position, (_, step) = item

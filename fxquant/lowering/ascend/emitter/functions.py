@@ -1,4 +1,4 @@
-"""Segments → Python functions: one for each distinct text, so that layers of the same structure share it."""
+"""Emitted functions: segments → Python functions, one per distinct text, so that layers of equal structure share it."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ class Function:
 
 @dataclass(frozen=True)
 class Emitted:
-    """A segment, the function that does its work, and which value of the graph each argument and variable is."""
+    """A segment, its function, and the graph's value of each argument and variable."""
 
     segment: Segment
     function: Function
@@ -45,7 +45,7 @@ class Emitted:
 
 
 class Functions:
-    """Makes the functions of one module; graphs whose segments read alike share them."""
+    """Makes the functions of one module; segments with the same text share them, across graphs too."""
 
     def __init__(self, emitted: Sequence[Emitted] = ()) -> None:
         self._known: dict[tuple, Function] = {}
@@ -56,8 +56,8 @@ class Functions:
     def of(self, program: Program, suffix: str = "", weights: Mapping[str, Weights] | None = None) -> list[Emitted]:
         """Every segment with its function, in graph order.
 
-        suffix   of the names of functions that no graph before had
-        weights  segment key → entries that the segment's table has already
+        suffix   for the names of functions that earlier graphs do not have
+        weights  segment key → entries that the segment's table already has
         """
         float32 = float32_values(program)
         return [self._emitted(program, segment, float32, suffix, weights or {}) for segment in segments(program)]
@@ -97,7 +97,7 @@ def _write(writer: Writer) -> None:
         made_by, index = item_of(node)
         if index is not None and _unpacked(writer.segment, made_by):
             continue
-        start = len(writer.lines)
+        start = len(writer.lines)  # float experts write statements before their own
         value = right_hand_side(writer, node)
         if value is None:
             continue
@@ -110,7 +110,7 @@ def _write(writer: Writer) -> None:
 
 
 def _unpacked(segment: Segment, node: fx.Node) -> bool:
-    """Whether the outputs of a call become variables of their own."""
+    """Whether each output of a call becomes a variable."""
     own = [index for user in node.users if user in segment.calls and (index := item_of(user)[1]) is not None]
     return node in segment.calls and len(own) == len(node.users) == len(set(own))
 
@@ -120,7 +120,7 @@ def _target(writer: Writer, node: fx.Node, call: Call | str) -> str:
     outputs: Sequence[int | None] = call.outputs if isinstance(call, Call) else ()
     if not isinstance(value, list | tuple) or not _unpacked(writer.segment, node):
         if outputs:
-            raise writer.fail(node, "its results are not taken one by one.", CHANGED)
+            raise writer.fail(node, "its results are not unpacked one by one.", CHANGED)
         return writer.names.variables[node]
     items = {item_of(user)[1]: writer.names.variables[user] for user in node.users}
     targets = [items.get(index, "_") if index is not None else "_" for index in outputs or range(len(value))]
@@ -128,7 +128,7 @@ def _target(writer: Writer, node: fx.Node, call: Call | str) -> str:
 
 
 def _comment(writer: Writer, module: str) -> str:
-    """The module a group of statements comes from, and how its linears are quantized."""
+    """Comment over a group of statements: their module, and the schemes of its linears."""
     recipes = writer.program.recipes
     inside = (
         recipe for path, recipe in recipes.items() if path.rpartition(".")[0] == module and len(recipe.modules) > 1

@@ -1,4 +1,4 @@
-"""Statements of the operators that fusion passes make."""
+"""Statements of fused operators, which the fusion passes create."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The text of one segment: its statements as source lines, and what they read from the weight file."""
+"""Text of one segment: its statements as source lines, and the weight table entries that they read."""
 
 import os.path
 from collections.abc import Callable, Iterator
@@ -17,16 +17,16 @@ from fxquant.schemes.schemes import Recipe
 WIDTH = 120
 INDENT = "    "
 NPU = "torch.ops.npu."
-CHANGED = "The graph file was changed, or this is a fault of a pass: compile again."
-"""Of graphs that come from a file, which may have been edited."""
+CHANGED = "The graph file was edited, or a pass has a bug: compile again."
+"""Remedy for graphs that come from a file, which may have been edited."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """`head(arguments)tail`; too long for a line, it is broken between arguments.
+    """`head(arguments)tail`; if too long for a line, it is broken between arguments.
 
-    `outputs`: for each result of the call, which result of the graph's operator it is, None for what that has not.
-    Empty: the same results in the same order.
+    `outputs`: for each result of the call, its index among the results of the graph's operator, None if that does not
+    have it. Empty: the same results in the same order.
     """
 
     head: str
@@ -39,7 +39,7 @@ class Call:
 
 
 def assignment(target: str, value: Call | str, depth: int = 1) -> list[str]:
-    """Source lines of `target = value`, to be indented `depth` times. Many targets get a line of their own."""
+    """Source lines of `target = value`, to be indented `depth` times. Many targets get a separate line."""
     head = value.head if isinstance(value, Call) else ""
     if len(f"{target} = {head}(") > WIDTH - depth * len(INDENT):
         return ["(", f"{INDENT}{target}", *broken(") = ", value, "", depth)]
@@ -47,7 +47,7 @@ def assignment(target: str, value: Call | str, depth: int = 1) -> list[str]:
 
 
 def broken(before: str, value: Call | str, after: str, depth: int) -> list[str]:
-    """Source lines of `before + value + after`, no longer than WIDTH where it has arguments to break at."""
+    """Source lines of `before + value + after`, no longer than WIDTH if it has arguments to break at."""
     line, room = f"{before}{value}{after}", WIDTH - depth * len(INDENT)
     if len(line) <= room or isinstance(value, str):
         return [line]
@@ -71,7 +71,7 @@ def _pieces(arguments: tuple[str, ...], room: int) -> Iterator[str]:
 
 @dataclass
 class Writer:
-    """Gives statements their operands and collects what they need.
+    """Gives statements their operands, and collects weights, functions and lines.
 
     float32   values that stay float32 (`values.float32_values`)
     names     local variables of the segment's values
@@ -93,25 +93,25 @@ class Writer:
         self.lines += assignment(target, value)
 
     def value(self, node: Any, layout: str = "floating") -> str:
-        """Source of an operand as it is: a variable or a parameter in some layout."""
+        """Source of an operand without conversion: a variable, or a parameter in `layout`."""
         if node.op == "get_attr":
             return self.weight(node, layout)
         return self.names.variables[node]
 
     def floating(self, node: fx.Node, layout: str = "floating") -> str:
-        """Source of an operand in the dtype that the model runs in."""
+        """Source of an operand in the dtype in which the model runs."""
         text = self.value(node, layout)
         return f"{text}.to(dtype)" if node in self.float32 else text
 
     def graph_layout(self, node: fx.Node) -> str:
-        """Source of an operand with the shape and dtype that it has in the graph, for calls that are not ours."""
+        """Source of an operand with the shape and dtype that it has in the graph, for aten calls."""
         text = self.value(node)
         if drops_last_dimension(node):
             return f"{text}.unsqueeze(-1)"
         return f"{text}.long()" if is_int32(node) else text
 
     def weight(self, node: fx.Node, layout: str, beside: tuple[fx.Node, ...] = ()) -> str:
-        """`w["…"]` for a parameter of the graph, made by `layout` of the tensors it names and of those `beside` it."""
+        """`w["…"]` for a parameter of the graph: `layout` of its stored tensors and those of parameters `beside` it."""
         parameters = [self.program.parameters[str(parameter_node.target)] for parameter_node in (node, *beside)]
         key, relative = self._relative(str(node.target))
         relative = relative and all(str(other.target).startswith(self.segment.prefix) for other in beside)
@@ -122,7 +122,7 @@ class Writer:
         return self._entry(key, layout, names, experts if stacked else "0", relative)
 
     def computed(self, recipe: Recipe, suffix: str, layout: str, stored: tuple[str, ...]) -> str:
-        """`w["<module>.<suffix>"]` [experts, …], made by `layout` of the tensors `stored` of a recipe's modules."""
+        """`w["<module>.<suffix>"]` [experts, …]: `layout` of the tensors with roles `stored` of a recipe's modules."""
         module, relative = self._relative(recipe.module)
         template, experts = template_of(recipe.modules)
         template = template.removeprefix(self.segment.prefix if relative else "")
@@ -144,6 +144,7 @@ class Writer:
             arguments.append("absolute=True")
         self.used |= {layout}
         entry = Call("Stored", tuple(arguments))
+        # a parameter that is read in two layouts has two entries
         if self.weights.setdefault(key, entry) != entry:
             key = f"{key} {layout}"
             self.weights[key] = entry
@@ -159,12 +160,12 @@ class Writer:
         return self.program.recipes[self.program.parameters[str(weight.target)].module]
 
     def fail(self, node: fx.Node, fact: str, remedy: str = "") -> FxquantError:
-        """An error about `node`, to raise."""
+        """The error about `node`, for the caller to raise."""
         return FxquantError(node.meta.get("module") or node.name, fact, remedy)
 
 
 def template_of(names: tuple[str, ...]) -> tuple[str, str]:
-    """A pattern with `{}` where names differ, and what goes there: a count, or the source of a tuple."""
+    """A pattern with `{}` where names differ, and its values: a count, or the source of a tuple."""
     start = os.path.commonprefix(names)
     if len(names) == 1:
         return start, "1"
@@ -182,9 +183,9 @@ Emitter = Callable[..., Call | str]
 
 @dataclass(frozen=True)
 class Fused:
-    """One statement for a call and the call that makes its operand `operand`, which has none of its own.
+    """One statement for a call and the call that makes its operand `operand`, which has no separate statement.
 
-    statement  of the outer call
+    statement  that of the outer call
     """
 
     operand: str

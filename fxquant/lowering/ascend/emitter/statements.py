@@ -1,4 +1,4 @@
-"""Operator of the graph → source of its statement.
+"""Statements: operator of the graph → source of its statement.
 
 An integer product and its dequantization are one engine operator: the product alone has no statement.
 """
@@ -24,7 +24,7 @@ PRODUCTS = {product for _, product in LINEARS}
 
 
 def right_hand_side(writer: Writer, node: fx.Node) -> Call | str | None:
-    """Source for one call; None when another statement does its work."""
+    """Source for one call; None if the statement of another call includes it."""
     if node.target in PRODUCTS:
         _expect_fusible(writer, node)
         return None
@@ -38,7 +38,7 @@ def right_hand_side(writer: Writer, node: fx.Node) -> Call | str | None:
 
 
 def _fused(node: fx.Node) -> Fused | None:
-    """What the call does together with the one that makes its operand."""
+    """The statement that the call shares with the one that makes its operand, if any."""
     entries = (LINEARS.get((node.target, argument.target)) for argument in node.all_input_nodes)
     return next((entry for entry in entries if entry is not None), None)
 
@@ -48,7 +48,7 @@ def _expect_fusible(writer: Writer, node: fx.Node) -> None:
         entry = LINEARS.get((user.target, node.target))
         read = [] if entry is None else [name for name, value in arguments(user).items() if value is node]
         if entry is None or read != [entry.operand] or user not in writer.segment.calls:
-            fact = f"its integers are read by {user.name}, engines only give them dequantized."
+            fact = f"its integers are read by {user.name}, but engines return them only dequantized."
             raise writer.fail(node, fact, CHANGED)
 
 
@@ -94,6 +94,7 @@ def _mla_attention(writer: Writer, node: fx.Node, attention_mask: fx.Node, **giv
 
 def _quantize_static(writer: Writer, node: fx.Node, x: fx.Node, input_scale: fx.Node, input_offset: fx.Node) -> Call:
     parameters = writer.value(input_scale, "quantizer_scale"), writer.value(input_offset, "quantizer_offset")
+    # the last two are axis and div_mode: divide, as the graph does, instead of multiplying by a reciprocal
     return Call(f"{NPU}npu_quantize", (writer.floating(x), *parameters, "torch.qint8", "-1", "True"))
 
 
@@ -102,6 +103,7 @@ def _quantize_per_token(writer: Writer, node: fx.Node, x: fx.Node) -> Call:
 
 
 def _router_logits(writer: Writer, node: fx.Node, x: fx.Node, weight: fx.Node) -> Call:
+    # float32 whatever the model's dtype: rounded logits could choose other experts
     return Call("F.linear", (f"{writer.value(x)}.float()", f"{writer.value(weight, 'float32')}"))
 
 
@@ -141,7 +143,7 @@ def _unpermute(writer: Writer, rows: str, row_index: str, weights: fx.Node) -> C
 
 
 def _moe_experts(writer: Writer, node: fx.Node, x: fx.Node, ids: fx.Node, weights: fx.Node, **given: fx.Node) -> Call:
-    """Float experts: the same route as quantized ones."""
+    """Float experts: the same operators around them as for quantized experts."""
     gate, up, down = (writer.value(given[name], "floating_transposed") for name in PROJECTIONS)
     parts = ("rows", "row_index", "counts", "gate_proj", "up_proj", "swiglu", "down_proj")
     names = {part: writer.names.local(f"{writer.value(node)}_{part}") for part in parts}

@@ -1,4 +1,4 @@
-"""The flat graph as a sequence of segments: the calls of one block that follow each other."""
+"""Segments of the flat graph: consecutive calls of one block."""
 
 import keyword
 from dataclasses import dataclass
@@ -21,8 +21,8 @@ BEFORE, BETWEEN, AFTER = "before", "between", "after"
 class Segment:
     """Consecutive calls of one block.
 
-    key      unique name: the block's, with a number where a block comes in several segments
-    prefix   what the names of the block's parameters begin with: "model.layers.3." or ""
+    key      unique name: the block's, with a number if a block has several segments
+    prefix   prefix of the names of the block's parameters: "model.layers.3." or ""
     inputs   values from outside, in order of first use: placeholders and calls of earlier segments
     outputs  values that later segments or the graph's output read: first hidden states, last caches
     """
@@ -35,7 +35,7 @@ class Segment:
 
 
 def segments(program: Program) -> list[Segment]:
-    """All calls of the graph, in order."""
+    """Segments with all calls of the graph, in order."""
     runs: list[tuple[str, list[fx.Node]]] = []
     for node in program.graph.graph.nodes:
         if node.op == "call_function":
@@ -62,7 +62,7 @@ def _segment(block: str, calls: list[fx.Node], key: str, caches: tuple[fx.Node, 
 
 
 def _consumers(node: fx.Node) -> list[fx.Node]:
-    """Users of a value; a cache in pages is written in place, so the graph's output is none."""
+    """Users of a value; not the graph's output for a paged cache, which is written in place."""
     return [user for user in node.users if node.target != ops.write_latents or user.op != "output"]
 
 
@@ -72,13 +72,13 @@ def is_layer(block: str) -> bool:
 
 
 def is_rope_table(node: fx.Node) -> bool:
-    """The cosine or the sine of a rotary table."""
+    """Whether it is the cosine or the sine of a rotary table."""
     operator, index = producer(node)
     return operator == ops.rope_table and index is not None
 
 
 def unique(name: str, taken: set[str]) -> str:
-    """`name`, or `name_2`, `name_3`, … if that is taken; it is taken then."""
+    """`name`, or `name_2`, `name_3`, … if that is taken; adds it to `taken`."""
     candidate, count = name, 1
     while candidate in taken:
         count += 1
@@ -89,7 +89,7 @@ def unique(name: str, taken: set[str]) -> str:
 
 @dataclass(frozen=True)
 class Input:
-    """An argument of a segment's function: the value of `node`, or the mask made of it for attention."""
+    """An argument of a segment's function: the value of `node`, or the attention mask made from it."""
 
     name: str
     node: fx.Node
@@ -97,7 +97,7 @@ class Input:
 
 
 RESERVED = {"w", "dtype", "torch", "F", "float", "x", "residual", "cos", "sin", "hidden_keys", "past", "pages", "_"}
-"""What the text of a function uses, and the names of its arguments."""
+"""Names that the text of a function uses, and those of its arguments."""
 
 
 class Names:
@@ -113,7 +113,7 @@ class Names:
             self.variables[node] = self.local(node.name.removeprefix(prefix))
 
     def local(self, name: str) -> str:
-        """A variable named `name`, or as near to it as is free."""
+        """A variable named `name`, or if that is taken or not allowed, a similar name."""
         usable = name.isidentifier() and not keyword.iskeyword(name)
         return unique(name if usable else f"_{name}", self._taken)
 
@@ -133,7 +133,7 @@ def _inputs(program: Program, segment: Segment) -> tuple[Input, ...]:
 
 
 def _role(program: Program, node: fx.Node) -> tuple[int, str]:
-    """Rank among the arguments, and name."""
+    """Rank among the arguments, and name, of an input."""
     if node.op == "placeholder" and node in caches(program):
         return 3, "pages" if is_paged(program) else "past"
     if node.op == "placeholder":
@@ -142,7 +142,7 @@ def _role(program: Program, node: fx.Node) -> tuple[int, str]:
 
 
 def base_name(node: fx.Node) -> str:
-    """Name of a value outside the segment that made it."""
+    """Name of a value outside of its own segment."""
     if is_rope_table(node):
         return "sin" if item_of(node)[1] else "cos"
     if is_residual(node):
@@ -151,12 +151,12 @@ def base_name(node: fx.Node) -> str:
 
 
 def reads_mask_for_attention(program: Program, node: fx.Node, segment: Segment) -> bool:
-    """Whether a call of the segment takes `node` as the mask that the forward makes once."""
+    """Whether a call of the segment takes `node` as the mask that `forward` makes once."""
     return any(is_attention_mask(program, node, user) for user in node.users if user in segment.calls)
 
 
 def is_attention_mask(program: Program, node: fx.Node, user: fx.Node) -> bool:
-    """Whether `user` is an attention over the model's own mask, with one query for each input token."""
+    """Whether `user` is an attention over the model's own mask, with one query per input token."""
     input_ids, attention_mask = program.graph.graph.find_nodes(op="placeholder")[:2]
     if node is not attention_mask or user.target != ops.mla_attention:
         return False

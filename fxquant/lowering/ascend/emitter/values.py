@@ -1,4 +1,4 @@
-"""How the values of an emitted module differ from those of the graph: in dtype, and one shape."""
+"""Values of an emitted module that differ from those of the graph: in dtype, and in one case in shape."""
 
 from typing import Any
 
@@ -14,35 +14,35 @@ TOKEN_SCALES = (
     (ops.add_rms_norm_quantize_per_token, 1),
     (ops.swiglu_quantize_per_token, 1),
 )
-"""Results that are a scale for each row."""
+"""Results that are one scale per row."""
 SUMS = ((ops.add_rms_norm, 1), (ops.add_rms_norm_quantize_static, 1), (ops.add_rms_norm_quantize_per_token, 2))
-"""Results that are what a fused norm added."""
+"""Results that are the sum in front of a fused norm."""
 
 
 def drops_last_dimension(node: fx.Node) -> bool:
-    """Scales of a per-token quantization: [..., 1] in the graph, [...] of an engine operator."""
+    """Whether it is the scale of a per-token quantization: [..., 1] in the graph, [...] from an engine operator."""
     return producer(node) in TOKEN_SCALES
 
 
 def is_residual(node: fx.Node) -> bool:
-    """The sum that a norm made on its way."""
+    """Whether it is the sum that a fused norm also returns."""
     return producer(node) in SUMS
 
 
 def is_int32(node: fx.Node) -> bool:
-    """Expert ids and row numbers: int64 in the graph, int32 of an engine operator."""
+    """Whether it is expert ids or row numbers: int64 in the graph, int32 from an engine operator."""
     return producer(node) in ((ops.moe_gate, 0), (ops.moe_init_routing, 1))
 
 
 def to_engine(node: fx.Node, value: Any) -> Any:
-    """A value of the graph as the emitted module's variable holds it, in float32."""
+    """A value of the graph in the form of the emitted module's variable, in float32."""
     if drops_last_dimension(node):
         return value.squeeze(-1)
     return value.int() if is_int32(node) else value
 
 
 def float32_values(program: Program) -> set[fx.Node]:
-    """Values that stay float32 when the model runs in another dtype: routing scores, and what a user's cast made.
+    """Values that stay float32 when the model runs in another dtype: routing scores, and results of a user's cast.
 
     In a float32 graph `.float()` and `.to(x.dtype)` look alike, so a cast value is rounded to the model's dtype only
     where an operator needs that.
@@ -66,7 +66,7 @@ def _stays_float32(node: fx.Node, float32: set[fx.Node]) -> bool:
 
 
 def _is_floating(node: fx.Node) -> bool:
-    """Of a tuple, whether one of its values is."""
+    """Whether the value, or one of a tuple, is a floating-point tensor."""
     value = node.meta.get("val")
     values = value if isinstance(value, list | tuple) else [value]
     return any(isinstance(item, Tensor) and item.is_floating_point() for item in values)

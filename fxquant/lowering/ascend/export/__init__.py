@@ -1,1 +1,1 @@
-"""The NPU graph as torch.export files (.pt2)."""
+"""Export of the NPU graph to torch.export files (.pt2)."""

@@ -1,4 +1,4 @@
-"""`run_prefill` and `run_decode` of the emitted module as programs of torch.export, without weights.
+"""torch.export programs (.pt2) of `run_prefill` and `run_decode` of the emitted module, without weights.
 
 To run one, a process needs torch, safetensors, and torch_npu or `fxquant.lowering.ascend.operators.register()`:
 
@@ -7,7 +7,7 @@ To run one, a process needs torch, safetensors, and torch_npu or `fxquant.loweri
     logits = prefill(model.weights, input_ids, step.attention_mask, step.position_ids, cache.pages, step.block_table,
                      step.slot_mapping)                               # step = cache.prefill_step(position_ids)
 
-and decode with `step.seq_lens` as one argument more. On another device: torch.export.passes.move_to_device_pass.
+and decode likewise, with `step.seq_lens` as last argument. For another device: torch.export.passes.move_to_device_pass.
 """
 
 import io
@@ -29,7 +29,7 @@ from fxquant.program.program import Program
 
 PREFILL, DECODE = "model_ascend_prefill.pt2", "model_ascend_decode.pt2"
 FIRST_DAY = (1980, 1, 1, 0, 0, 0)
-"""The time that every entry of the file bears: the first one that a zip can say."""
+"""Time of every entry of the file, so that bytes do not depend on the clock: the earliest that a zip can store."""
 
 
 class _Prefill(nn.Module):
@@ -61,13 +61,13 @@ class _Decode(nn.Module):
 def write_exported(
     program: Program, folder: Path, dtype: torch.dtype | None = None, sequences: int = 8, block_size: int = 128
 ) -> tuple[Path, Path]:
-    """Export the module that `program`, that of a deployment, is emitted as; return the files of prefill and decode.
+    """Export the module emitted for `program`, a deployment's; return the files of prefill and decode.
 
-    dtype       of the floats between operators; None: what `Model.load` takes by default
-    sequences   rows of a decoding step, which may have no token (position -1): lengths are a list of integers to
-                npu_fused_infer_attention_score, and a graph has lists of one length. Prefill takes any number.
+    dtype       of the floats between operators; None: the default of `Model.load`
+    sequences   rows of a decoding step, some of which may have no token (position -1): npu_fused_infer_attention_score
+                takes lengths as a list of integers, whose size a graph fixes. Prefill takes any number of rows.
     block_size  of the pages
-    No weight is read, and none is in the files: they are the first argument of both programs.
+    No weight is read, and the files contain none: weights are the first argument of both programs.
     """
     names = ModuleType("model_ascend").__dict__
     exec(compile(ascend_code(program), "model_ascend.py", "exec"), names)
@@ -95,7 +95,7 @@ def write_exported(
 
 
 def _arguments(pages: list[tuple[Tensor, Tensor]], rows: int, steps: int, past: int) -> tuple[Any, ...]:
-    """Tokens and a `Step` over two pages a sequence; sizes are distinct, so that none is taken for another."""
+    """Tokens and a `Step` over two pages per sequence; sizes are distinct, so that export does not merge them."""
     block_size = pages[0][0].shape[1]
     ids = torch.zeros(rows, steps, dtype=torch.int64)
     mask = torch.zeros(rows, past + steps, dtype=torch.int64)
@@ -104,7 +104,7 @@ def _arguments(pages: list[tuple[Tensor, Tensor]], rows: int, steps: int, past: 
 
 
 def _shapes(layers: int, prefill: bool) -> tuple[Any, ...]:
-    """Which sizes are free: rows and new positions in prefill; pages, and how many a sequence has, in both."""
+    """The dynamic sizes: rows and new positions in prefill; pages, and pages per sequence, in both."""
     rows, steps = ({0: Dim("batch")}, {1: Dim("sequence")}) if prefill else ({}, {})
     pages = {0: Dim("num_blocks")}
     tokens, total, blocks = rows | steps, rows | {1: Dim("total")}, rows | {1: Dim("blocks")}
@@ -112,7 +112,8 @@ def _shapes(layers: int, prefill: bool) -> tuple[Any, ...]:
 
 
 def to_bytes(exported: ExportedProgram) -> bytes:
-    """The file of a program: operators and shapes alone, the same for the same graph on any machine."""
+    """The file of a program: only operators and shapes, the same for the same graph on any machine."""
+    # other metadata, such as stack traces, has paths of this machine
     for module in exported.graph_module.modules():
         for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
             node.meta = {"val": node.meta["val"]} if "val" in node.meta else {}

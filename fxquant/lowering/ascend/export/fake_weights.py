@@ -1,4 +1,4 @@
-"""The weights of an emitted module as fake tensors: dtypes, shapes and strides, with no file read."""
+"""Fake weights of an emitted module: dtypes, shapes and strides, without reading a file."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,7 +15,7 @@ from fxquant.schemes.schemes import tensor_specs
 def fake_weights(
     program: Program, blocks: Mapping[str, tuple[str, Mapping[str, Any]]], dtype: torch.dtype, mode: FakeTensorMode
 ) -> dict[str, dict[str, Tensor]]:
-    """What `Model.load` gives, on CPU, for the `BLOCKS` of the module that `program` emits."""
+    """The weights that `Model.load` returns, on CPU, for the `BLOCKS` of the module emitted for `program`."""
     stored = stored_tensors(program)
     return {
         key: {name: _fake(_loaded(stored, entry, prefix, name, dtype), mode) for name, entry in table.items()}
@@ -24,7 +24,7 @@ def fake_weights(
 
 
 def stored_tensors(program: Program) -> dict[str, Tensor]:
-    """Name in the weight files → its tensor on meta; of what no recipe makes, the dtype is that of the graph."""
+    """Name in the weight files → its tensor on meta; a tensor that no recipe makes has the graph's dtype."""
     tensors: dict[str, Tensor] = {}
     quantized = {name for recipe in program.recipes.values() for name in made_parameters(recipe)}
     for target, parameter in program.parameters.items():
@@ -40,7 +40,7 @@ def stored_tensors(program: Program) -> dict[str, Tensor]:
 
 
 def _loaded(stored: Mapping[str, Tensor], entry: Any, prefix: str, key: str, dtype: torch.dtype) -> Tensor:
-    """As the module's `load_table` makes it; the experts of a stack are alike, so one stands for all."""
+    """The tensor as the module's `load_table` makes it; all experts of a stack have the shape of the first."""
     experts = entry.experts
     first, count = ("0", experts) if isinstance(experts, int) else (experts[0], len(experts))
     names = [(name if entry.absolute else prefix + name).format(first) for name in entry.names or (key,)]
