@@ -4,6 +4,7 @@ What is remembered was computed in the same process from equal arguments. Comman
 these functions by its own name does not.
 """
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -21,7 +22,7 @@ from fxquant.program.program import Program
 from fxquant.program.program_file import dump_program
 from fxquant.schemes.schemes import Recipe
 from fxquant.storage.hashing import hash_bytes
-from fxquant.verification import ascend_statements, weight_checks
+from fxquant.verification import ascend_statements, graph_checks, weight_checks
 
 MOST, LARGEST = 400, 1 << 16
 """Results of a function that are kept; numbers of a weight whose codes are."""
@@ -40,8 +41,11 @@ def traced_once() -> Iterator[None]:
 
 @contextmanager
 def computed_once() -> Iterator[None]:
-    """The text of a graph, where it is written and once more where it is checked; a weight's codes by the reference."""
+    """A graph fused and its text, where they are written and once more where they are checked; a weight's codes by the
+    reference."""
     with (
+        patch.object(writer, "deployment", remembering(writer.deployment, dump_program, copy.deepcopy)),
+        patch.object(graph_checks, "deployment", remembering(graph_checks.deployment, dump_program, copy.deepcopy)),
         patch.object(writer, "ascend_code", remembering(writer.ascend_code, dump_program)),
         patch.object(
             ascend_statements,
@@ -53,10 +57,12 @@ def computed_once() -> Iterator[None]:
         yield
 
 
-def remembering(function: Callable[..., Any], key: Callable[..., Any]) -> Callable[..., Any]:
+def remembering(
+    function: Callable[..., Any], key: Callable[..., Any], given: Callable[[Any], Any] = lambda result: result
+) -> Callable[..., Any]:
     """`function`, called once for arguments of one `key` among the last `MOST`, each time where that is None.
 
-    Callers don't change what it gives.
+    `given`: what a caller gets of a result, a copy where it may change it.
     """
     known: dict[Any, Any] = {}
 
@@ -68,7 +74,7 @@ def remembering(function: Callable[..., Any], key: Callable[..., Any]) -> Callab
         known[digest] = result = known.pop(digest) if digest in known else function(*arguments)
         if len(known) > MOST:
             del known[next(iter(known))]
-        return result
+        return given(result)
 
     return call
 
