@@ -36,7 +36,7 @@ def test_any_number_of_workers_gives_the_same_bytes(jobs: int, model: Path, whol
 def test_options_that_do_not_go_together(model: Path, tmp_path: Path) -> None:
     runner = CliRunner()
     wrong = [(["--workers", "spark"], "local, ray"), (["--address", "auto"], "--workers ray")]
-    wrong.append((["--workers", "ray", "--address", "auto", "--jobs", "4"], "a cluster has as many as it has cores"))
+    wrong.append((["--workers", "ray", "--address", "auto", "--jobs", "4"], "a cluster has one per core"))
     for options, words in wrong:
         with pytest.raises(FxquantError, match=words):
             runner.invoke(app, ["compile", str(model), *options], catch_exceptions=False)
