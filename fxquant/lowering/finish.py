@@ -133,7 +133,7 @@ def sentence(places: Places) -> str:
         case State.NAMED:
             return f"The output is complete: {out}. The next command removes {partial}."
         case State.ASIDE:
-            return f"{out} does not exist now; the earlier output is {places.replaced}. The same command finishes."
+            return f"{out} does not exist now; the earlier output is {places.replaced}. The same command completes it."
         case State.UNFINISHED:
             unfinished = f"Finished work is kept in {partial}: the same command resumes it."
         case State.NONE:

@@ -27,7 +27,7 @@ from fxquant.storage.system_errors import stopping, told
 
 RESTART = "Pass --restart to discard it, or choose another -o."
 REASONS = {
-    "format": "a journal of another format ({theirs}, this is {ours})",
+    "format": "work with another journal format ({theirs}, this is {ours})",
     "fxquant": "work of fxquant {theirs}, this is {ours}",
     "kernels": "work of other kernels (version {theirs}, these are {ours})",
     "policy": "work under policy {theirs}, this is {ours}",

@@ -1,4 +1,4 @@
-"""Weights of an output: planned files that workers fill unit by unit, in any order, with the same bytes."""
+"""Weights of an output: planned files that workers fill unit by unit; any order gives the same bytes."""
 
 from fxquant.lowering.weights.producer import CheckpointProducer, Producer, tensor_bytes
 from fxquant.lowering.weights.unit import Filled, Place, Unit, units_of

@@ -1,4 +1,4 @@
-"""aten calls: source of calls other than fxq operators: aten operators of a user's module, sizes, tuple items.
+"""aten calls: source of all calls that are not fxq operators (aten operators of a user's module, sizes, tuple items).
 
 torch_npu implements aten, so a call without an entry here is written as `torch.ops.aten.<name>.<overload>(…)`.
 """

@@ -217,4 +217,4 @@ def _docstring(program: Program, emitted: list[Emitted], graph: str) -> str:
     lines += [f"{INDENT}cache = model.paged_cache(sequences, num_blocks)"]
     lines += [f"{INDENT}logits = model.prefill(input_ids, position_ids, cache), then model.decode, token by token"]
     lines += ["", "Functions take w, a block's tensors by name, and dtype, that of floats between operators."]
-    return re.sub(r"[^ -~\n→…]|[\"\\]", "?", "\n".join([*lines, ""]))  # it is text of a config inside triple quotes
+    return re.sub(r"[^ -~\n→…]|[\"\\]", "?", "\n".join([*lines, ""]))  # no name may end the docstring
