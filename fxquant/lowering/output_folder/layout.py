@@ -61,6 +61,7 @@ class FileLayout:
     def nbytes(self) -> int:
         ends = list(accumulate(map(attrgetter("spec.nbytes"), self.tensors)))
         forms = [(spec.dtype, spec.shape, count) for spec, count in self.specs]
+        # a plan asks for sizes alone: no header is built
         return header_length(self.names_size, forms, ends) + (ends[-1] if ends else 0)
 
     @cached_property
@@ -135,7 +136,7 @@ def plan_files(stored: list[StoredTensor], max_shard_size: int, engine: Engine) 
     """
     apart = [tensor for tensor in stored if tensor.mtp and engine.mtp_files]
     if any(tensor.recipe is not None for tensor in apart):
-        apart = []
+        apart = []  # the separate files are for layers that are float throughout
     groups = _filled([tensor for tensor in stored if not apart or not tensor.mtp], max_shard_size)
     files = [_file(engine.file_name(part, len(groups)), group) for part, group in enumerate(groups, 1)]
     extra = _filled(apart, max_shard_size) if apart else []
