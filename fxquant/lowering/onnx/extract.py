@@ -62,7 +62,7 @@ class OperatorSession:
         array = value.contiguous().numpy() if isinstance(value, Tensor) else np.array([value], dtype=np.int64)
         if self._dtypes[name] != TensorProto.UINT8:
             return array
-        return (array.astype(np.int16) + ZERO_POINT).astype(np.uint8)
+        return (array.astype(np.int16) + ZERO_POINT).astype(np.uint8)  # int8 + 128 overflows int8
 
 
 def _restored(array: np.ndarray) -> Tensor:

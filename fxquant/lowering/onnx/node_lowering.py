@@ -159,6 +159,7 @@ class NodeLowering:
         if value.dtype != before:
             return value
         b = self.builder
+        # by way of int32: the shift overflows int8
         moved = b.op(op_type, b.op("Cast", value, to=int(INT32)), b.constant(torch.tensor(ZERO_POINT).int().numpy()))
         result = b.op("Cast", moved, to=int(after))
         result.dtype, result.shape = after, value.shape

@@ -46,6 +46,7 @@ def products_saturate() -> bool:
     graph = ir.Graph([x], [product], nodes=b.nodes, opset_imports={"": OPSET}, name="probe")
     model = ir.to_proto(ir.Model(graph, ir_version=IR_VERSION)).SerializeToString()
     session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+    # the largest operands: a pair of products 255 * 127 exceeds int16
     (sums,) = session.run(None, {"x": np.full((4, features), 255, dtype=np.uint8)})
     return bool((sums != features * 127 * 127).any())
 
