@@ -1,6 +1,6 @@
 """Tensor names: the path of a module, and the role that a tensor has in it, "weight" or "input_scale".
 
-Nothing else joins the two or takes them apart, but for the names of foreign checkpoints.
+Only this module joins and splits them, except for names in foreign checkpoints.
 """
 
 
@@ -10,6 +10,6 @@ def tensor_name(module: str, role: str) -> str:
 
 
 def module_and_role(name: str) -> tuple[str, str]:
-    """What `tensor_name` joined."""
+    """The inverse of `tensor_name`."""
     module, _, role = name.rpartition(".")
     return module, role

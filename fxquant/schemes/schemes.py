@@ -1,4 +1,4 @@
-"""How one linear is quantized, and which tensors it then owns on disk.
+"""Schemes and recipes: how one linear is quantized, and which tensors it then owns on disk.
 
 n out_features, k in_features, G = k / group_size. Formulas: `fxquant.kernels`; bytes: docs/formats.md.
 """
@@ -15,7 +15,7 @@ from fxquant.schemes.roles import tensor_name
 from fxquant.schemes.weight_formats import WeightFormat
 
 ROW_PARALLEL_CHUNKS = 16
-"""scale_bias columns of a linear whose k is split over tensor-parallel ranks: any of 1, 2, 4, 8, 16 ranks divides."""
+"""scale_bias columns of a linear whose k is split over tensor-parallel ranks: 1, 2, 4, 8 and 16 divide it."""
 
 
 class Activation(StrEnum):
@@ -24,8 +24,8 @@ class Activation(StrEnum):
     FLOAT       not at all
     PER_TENSOR  int8, one calibrated scale and offset
     PER_TOKEN   int8, a scale per token, found while the model runs
-    BOTH        has the parameters of both: engines that split prefill from decode run it per token there, per tensor
-                here
+    BOTH        the parameters of both: engines that split prefill from decode run it per token in prefill, per tensor
+                in decode
     """
 
     FLOAT = "float"
@@ -36,9 +36,9 @@ class Activation(StrEnum):
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """What a scheme is: the bits of its weights, None where they stay float, and how its inputs are quantized.
+    """The arithmetic of a scheme: the bits of its weights (None: float), and how its inputs are quantized.
 
-    grouped  whether groups of in_features may have second scales, and `group_size` is asked of the policy
+    grouped  whether groups of in_features may have second scales, whose `group_size` the policy gives
     """
 
     weight_bits: int | None
@@ -47,7 +47,7 @@ class Arithmetic:
 
 
 class Scheme(StrEnum):
-    """The names of `ARITHMETIC`, as policies and quant_model_description.json say them."""
+    """Scheme names, as in policies and quant_model_description.json; `ARITHMETIC` defines them."""
 
     FLOAT = "FLOAT"
     W8A8 = "W8A8"
@@ -57,7 +57,7 @@ class Scheme(StrEnum):
 
     @property
     def weight_bits(self) -> int | None:
-        """Of a code; None: float weights."""
+        """Bits per weight code; None: float weights."""
         return ARITHMETIC[self].weight_bits
 
     @property
@@ -72,7 +72,7 @@ class Scheme(StrEnum):
 
     @property
     def static(self) -> bool:
-        """Needs calibrated activation ranges."""
+        """Whether it needs calibrated activation ranges."""
         return self.activation in (Activation.PER_TENSOR, Activation.BOTH)
 
     @property
@@ -88,16 +88,16 @@ ARITHMETIC = {
     Scheme.W8A8_DYNAMIC: Arithmetic(8, Activation.PER_TOKEN),
     Scheme.W4A8_DYNAMIC: Arithmetic(4, Activation.PER_TOKEN, grouped=True),
 }
-"""Every scheme. What quantizes, stores, lowers or checks asks these properties, never the name."""
+"""Every scheme. Code that quantizes, stores, lowers or checks reads these properties, never the name."""
 
 
 class WeightAlgorithm(StrEnum):
     """How the scales and integers of a weight are chosen; docs/policies.md compares them.
 
     MIN_MAX        the largest magnitude decides the scale
-    CLIP           of a grid of scales up to that one, the one with the least squared error
-    LEAST_SQUARES  codes that fit the scale and the scale that fits the codes, in turns, from several scales of the grid
-    GPTQ           codes that make up for each other's errors on calibration activations
+    CLIP           the scale with the least squared error, of a grid of scales up to that one
+    LEAST_SQUARES  codes for the scale, then the scale for the codes, alternately, from several scales of the grid
+    GPTQ           codes that compensate each other's errors on calibration activations
     """
 
     MIN_MAX = "min_max"
@@ -112,7 +112,7 @@ class WeightAlgorithm(StrEnum):
 
     @property
     def from_inputs(self) -> bool:
-        """Whether its codes are found on calibration's inputs, and not from the weight alone."""
+        """Whether its codes depend on calibration inputs, not on the weight alone."""
         return self.scales is not self
 
 
@@ -138,15 +138,15 @@ class ActivationRange:
 class Recipe:
     """How the tensors of one linear, or of one projection of all experts of a layer, are made from the checkpoint.
 
-    module        path in the graph: `model.layers.3.mlp.experts.gate_proj`
-    modules       paths in the checkpoint and in the weight file, one an expert, or just `module`
-    group_size    consecutive k that share an integer second scale; 0: one scale per output channel
-    row_parallel  the linear reads features that an earlier linear of its block made (down_proj, o_proj)
-    dtype         the model's dtype
-    activation    calibrated range of the input, for static schemes, after the calibration pass
-    weight_format       the form on disk
-    scale_dtype   what its weight scales are representable in, whatever they are stored in
-    algorithm     how scales and integers are chosen
+    module         path in the graph: `model.layers.3.mlp.experts.gate_proj`
+    modules        paths in the checkpoint and in the weight file, one per expert, or only `module`
+    group_size     consecutive k that share an integer second scale; 0: one scale per output channel
+    row_parallel   the linear reads features that an earlier linear of its block made (down_proj, o_proj)
+    dtype          the model's dtype
+    activation     calibrated range of the input, for static schemes, after the calibration pass
+    weight_format  the format on disk
+    scale_dtype    dtype in which its weight scales are representable, whatever dtype they are stored in
+    algorithm      how scales and integers are chosen
     """
 
     module: str
@@ -170,29 +170,29 @@ class Recipe:
 
     @property
     def weight_target(self) -> str:
-        """What its weight is called in the graph."""
+        """Name of its weight in the graph."""
         return tensor_name(self.module, "weight")
 
     @property
     def weight_names(self) -> tuple[str, ...]:
-        """Its weights in the checkpoint, one for each of `modules`."""
+        """Names of its weights in the checkpoint, one for each of `modules`."""
         return tuple(tensor_name(module, "weight") for module in self.modules)
 
     @property
     def source_roles(self) -> tuple[str, ...]:
-        """What it consumes of each of `modules`."""
+        """Roles of the checkpoint tensors that it reads from each of `modules`."""
         return ("weight", "bias") if self.bias else ("weight",)
 
     @property
     def highest_code(self) -> int:
-        """The largest code of a weight; the lowest is one further from zero. Raises InternalError without codes."""
+        """The largest weight code c; the lowest is -c - 1. Raises InternalError for float weights."""
         if self.scheme.weight_bits is None:
-            raise InternalError(self.module, f"no codes of {self.scheme}")
+            raise InternalError(self.module, f"{self.scheme} has no integer codes")
         return 2 ** (self.scheme.weight_bits - 1) - 1
 
     @property
     def scale_bias_columns(self) -> int:
-        """Columns of `scale_bias`, which engines add to products of int8 and packed int4; 0 where there is none."""
+        """Columns of `scale_bias`, which engines add to products of int8 and packed int4; 0 without one."""
         if not (self.int4 and self.weight_format.packed and self.scheme.integer_inputs):
             return 0
         return ROW_PARALLEL_CHUNKS if self.row_parallel else 1
@@ -226,6 +226,7 @@ def tensor_specs(recipe: Recipe) -> dict[str, TensorSpec]:
     if recipe.scheme.static:
         specs["input_scale"] = specs["input_offset"] = (parameter_dtype, (1,))
         specs["quant_bias"] = (torch.int32, (n,))
+        # for float16 models npu_quant_matmul takes int64, with the bits of a float32 in the low word
         specs["deq_scale"] = (torch.int64 if recipe.dtype is torch.float16 else torch.float32, (n,))
     if recipe.int4 and recipe.weight_format.packed:
         specs["weight"] = (torch.int8, (n // 2, k))
@@ -255,11 +256,9 @@ def why_not(recipe: Recipe) -> str | None:
     if not recipe.int4:
         return None
     if n % 2:
-        return f"out_features {n} is odd, int4 rows are packed in pairs"
+        return f"out_features {n} is odd, but int4 rows are packed in pairs"
     if group_size and k % group_size:
         return f"in_features {k} is not a multiple of group_size {group_size}"
     if recipe.row_parallel and recipe.scheme.integer_inputs and k % ROW_PARALLEL_CHUNKS:
-        return (
-            f"in_features {k} is not a multiple of {ROW_PARALLEL_CHUNKS}, scale_bias sums {ROW_PARALLEL_CHUNKS} chunks"
-        )
+        return f"in_features {k} is not a multiple of the {ROW_PARALLEL_CHUNKS} chunks that scale_bias sums"
     return None

@@ -1,16 +1,16 @@
-"""Weight formats: the forms in which engines want quantized weights on disk."""
+"""Weight formats: how engines expect quantized weights on disk."""
 
 from enum import StrEnum
 
 
 class WeightFormat(StrEnum):
-    """What differs between them; docs/formats.md has every byte.
+    """Their differences; docs/formats.md has every byte.
 
-    PACKED       int4 packed, two output channels a byte, `scale_bias` beside; two-level or per channel; float32 weight
+    PACKED       int4 packed, two output channels per byte, with `scale_bias`; two-level or per channel; float32 weight
                  scales
-    UNPACKED     as PACKED, but int4 one code a byte and no `scale_bias`
-    PER_CHANNEL  as PACKED per channel only; weight scales representable in the model's dtype, in which its engines hold
-                 them; static parameters and biases float32, and no weight scale beside a static linear
+    UNPACKED     as PACKED, but one int4 code per byte and no `scale_bias`
+    PER_CHANNEL  as PACKED, but per channel only; weight scales representable in the model's dtype, in which its engines
+                 hold them; static parameters and biases in float32, and no weight scale for a static linear
     """
 
     PACKED = "packed"
@@ -19,7 +19,7 @@ class WeightFormat(StrEnum):
 
     @property
     def packed(self) -> bool:
-        """Int4 two output channels a byte, and `scale_bias` for the engines' nibble arithmetic."""
+        """Int4 with two output channels per byte, and `scale_bias` for the engines' nibble arithmetic."""
         return self is not WeightFormat.UNPACKED
 
     @property

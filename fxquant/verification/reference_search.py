@@ -73,7 +73,7 @@ def highest_code(recipe: Recipe) -> int:
     """The largest code: 7 of four bits, 127 of eight."""
     bits = recipe.scheme.weight_bits
     if bits is None:
-        raise InternalError(recipe.module, f"no codes of {recipe.scheme}")
+        raise InternalError(recipe.module, f"{recipe.scheme} has no integer codes")
     return 2 ** (bits - 1) - 1
 
 
