@@ -1,1 +1,1 @@
-"""The IR: an fx graph on the meta device with its parameters and recipes, its file, and what asks and edits it."""
+"""The IR: an fx graph on the meta device plus its parameters and recipes; its file, queries and edits."""

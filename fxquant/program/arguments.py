@@ -1,4 +1,4 @@
-"""Arguments of a call in a graph file: numbers, names of earlier nodes, dtypes and the words that operators take."""
+"""Call arguments in a graph file: numbers, names of earlier nodes, dtypes and the words that operators take."""
 
 import math
 import re
@@ -13,7 +13,7 @@ from fxquant.errors import FxquantError
 from fxquant.inputs.limits import NAME_LENGTH
 
 LARGEST = 1 << 63
-"""Integers are those of a tensor; 2**63 - 1 says "to the end"."""
+"""Integers must fit int64; 2**63 - 1 means "to the end"."""
 WORD = re.compile(r"[\w.\-,> ]*", re.ASCII)
 """A mode, or the equation of an einsum; it becomes source text of the Ascend module."""
 FLOATS = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
@@ -25,11 +25,11 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
     )
 }  # fmt: skip
 PLACEMENT = ("device", "layout", "pin_memory", "out", "memory_format")
-"""Keywords that no call has: where a tensor lies is the caller's business."""
+"""Keywords that no call may have: the caller decides where tensors are."""
 
 
 def encode(value: Any, refer: Callable[[fx.Node], str] = attrgetter("name")) -> Any:
-    """Arguments of a call as JSON; `refer` says how other nodes are named."""
+    """Arguments of a call as JSON; `refer` gives the names of nodes."""
     if isinstance(value, fx.Node):
         return {"node": refer(value)}
     if isinstance(value, torch.dtype):
@@ -42,11 +42,13 @@ def encode(value: Any, refer: Callable[[fx.Node], str] = attrgetter("name")) -> 
         return [encode(item, refer) for item in value]
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    raise FxquantError(repr(value), f"an argument of type {type(value).__name__} cannot be stored.", "Simplify it.")
+    raise FxquantError(
+        repr(value), f"an argument of type {type(value).__name__} cannot be stored.", "Use numbers, text or tensors."
+    )
 
 
 def decode(value: Any, nodes: Mapping[str, fx.Node], named: bool = False) -> Any:
-    """What `encode` made `value` of. `named`: it is a call's keywords. Raises ValueError for anything else."""
+    """The inverse of `encode`; `named`: `value` holds a call's keywords. Raises ValueError for any other form."""
     if isinstance(value, list):
         return [decode(item, nodes) for item in value]
     if isinstance(value, dict):
@@ -54,7 +56,7 @@ def decode(value: Any, nodes: Mapping[str, fx.Node], named: bool = False) -> Any
     if isinstance(value, str) and (len(value) > NAME_LENGTH or not WORD.fullmatch(value)):
         raise ValueError(f"argument {value[:NAME_LENGTH]!r}")
     if type(value) is int and not -LARGEST <= value < LARGEST:
-        raise ValueError(f"argument {value}")
+        raise ValueError(f"argument {value} does not fit int64")
     return value
 
 
@@ -63,19 +65,19 @@ def _keywords(value: dict[str, Any], nodes: Mapping[str, fx.Node]) -> dict[str, 
         raise ValueError("its keywords are not a map")
     wrong = next((key for key in value["map"] if key in PLACEMENT or not key.isidentifier() or not key.isascii()), None)
     if wrong is not None:
-        raise ValueError(f"keyword {wrong[:NAME_LENGTH]!r}")
+        raise ValueError(f"keyword {wrong[:NAME_LENGTH]!r} is not allowed")
     return {key: decode(item, nodes) for key, item in value["map"].items()}
 
 
 def _tagged(value: dict[str, Any], nodes: Mapping[str, fx.Node]) -> Any:
     if len(value) != 1:
-        raise ValueError(f"an argument with {len(value)} keys")
+        raise ValueError(f"an argument has {len(value)} keys, not 1")
     ((key, content),) = value.items()
     if not isinstance(content, str):
         raise ValueError(f"argument {key[:NAME_LENGTH]!r} does not name anything")
     if key == "node":
         if content not in nodes:
-            raise ValueError(f"no node before it is {content[:NAME_LENGTH]!r}")
+            raise ValueError(f"no earlier node is named {content[:NAME_LENGTH]!r}")
         return nodes[content]
     if key == "dtype":
         return read_dtype(content)
@@ -85,7 +87,7 @@ def _tagged(value: dict[str, Any], nodes: Mapping[str, fx.Node]) -> Any:
 
 
 def read_dtype(name: str | None) -> torch.dtype:
-    """Raises ValueError for a name of no dtype that a graph may have."""
+    """The dtype of a name. Raises ValueError for names outside of `TORCH_DTYPES`."""
     if name not in TORCH_DTYPES:
         raise ValueError(f"dtype {str(name)[:NAME_LENGTH]!r}")
     return TORCH_DTYPES[name]

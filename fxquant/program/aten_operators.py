@@ -1,7 +1,8 @@
-"""The aten operators that a graph may call: a closed list. Each gives values of its arguments, always the same.
+"""Aten operators that a graph may call: a closed list. Each is a deterministic function of its arguments.
 
-Not listed, and so refused by `compile` and by whoever reads a graph file: what writes into its arguments, opens files,
-draws random numbers, reads a tensor's value, gives a shape that depends on values, or depends on the layout in memory.
+An operator is not listed, and so refused by `compile` and by every reader of a graph file, if it writes into its
+arguments, opens files, draws random numbers, reads a tensor's value, gives a shape that depends on values, or depends
+on the layout in memory.
 """
 
 FAMILIES: dict[str, str] = {

@@ -1,4 +1,4 @@
-"""Shape rules for graphs that come from outside: a call that would take too much memory is refused, not made."""
+"""Bounded shape inference for untrusted graph files: a call that would take too much memory is refused."""
 
 from collections.abc import Mapping
 from itertools import groupby
@@ -15,14 +15,14 @@ from fxquant.program.shape_inference import ShapeRules
 
 
 class BoundedRules(ShapeRules):
-    """Calls on meta tensors by an operator's name; those of one may take `limit` bytes, what it makes meanwhile too."""
+    """Calls operators by name on meta tensors; one call may take `limit` bytes, intermediate tensors included."""
 
     def __init__(self, limit: int) -> None:
         super().__init__()
         self.limit = limit
 
     def named(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Raises ValueError for more than that, and whatever the operator raises."""
+        """Raises ValueError above the limit, and whatever the operator raises."""
         target = OPERATORS[name]
         if not isinstance(target, torch._ops.OpOverload):
             return call_python(name, target, args, kwargs)
@@ -35,7 +35,7 @@ class BoundedRules(ShapeRules):
 
 
 class _Counting(TorchDispatchMode):
-    """Sums the storage of all that is made inside; a view takes none."""
+    """Sums the storage of all tensors created inside; a view takes none."""
 
     def __init__(self, limit: int) -> None:
         super().__init__()
@@ -48,14 +48,14 @@ class _Counting(TorchDispatchMode):
         results = {storage(tensor): tensor for tensor in _tensors(result)}
         self.taken += sum(tensor.untyped_storage().nbytes() for key, tensor in results.items() if key not in given)
         if self.taken > self.limit:
-            raise ValueError(f"takes {self.taken:,} bytes, at most {self.limit:,}")
+            raise ValueError(f"takes {self.taken:,} bytes, the limit is {self.limit:,}")
         return result
 
 
 def most_alive(graph: fx.Graph, values: Mapping[fx.Node, Any]) -> int:
-    """Bytes of the values that are alive together where each lives to the end of the block of its last use, at most.
+    """Peak bytes of live values, if each lives to the end of the block of its last use.
 
-    `values`: node → what it gives, on meta. Parameters, inputs and views are not counted.
+    `values`: node → its value, on meta. Parameters, inputs and views are not counted.
     """
     nodes = [node for node in graph.nodes if node.op in ("call_function", "output")]
     last = {argument: node.meta["block"] for node in nodes for argument in node.all_input_nodes}
@@ -81,7 +81,7 @@ def _bytes(value: Any) -> int:
 
 
 def storage(tensor: Tensor) -> int:
-    """Which memory a tensor is in; views of one tensor are in the same."""
+    """Id of a tensor's memory, which its views share."""
     return tensor.untyped_storage()._cdata
 
 
@@ -94,7 +94,7 @@ def _tensors(value: Any) -> list[Tensor]:
 
 
 def _check_pieces(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Before a list of tensors is made: how many there will be."""
+    """Raises ValueError, before a list of tensors is created, if it would be too long."""
     if not target._schema.returns or str(target._schema.returns[0].type) != "List[Tensor]":
         return
     given = dict(zip((argument.name for argument in target._schema.arguments), args, strict=False)) | kwargs
@@ -107,4 +107,4 @@ def _check_pieces(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         sizes = step if isinstance(step, list | tuple) else given.get("split_sizes")
         count = len(sizes) if sizes is not None else min(length // max(step, 1), most)
     if count > PIECES:
-        raise ValueError(f"gives {count:,} tensors, at most {PIECES:,}")
+        raise ValueError(f"gives {count:,} tensors, the limit is {PIECES:,}")

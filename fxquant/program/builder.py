@@ -1,7 +1,7 @@
-"""A graph file's fields → a program. Nothing is built before all of it is known to be a program.
+"""Program builder: the fields of a graph file → a program, if all of them are valid.
 
-Operators are looked up in the one table of `fxquant.program.operators`, and called on meta tensors to know the shapes
-of what they give. No code is made of the graph, here or later.
+Operators are looked up in the table of `fxquant.program.operators`, and called on meta tensors to infer the shapes of
+their results. No code is generated from the graph, here or later.
 """
 
 import math
@@ -27,7 +27,7 @@ from fxquant.schemes.schemes import ActivationRange, Recipe, why_not
 from fxquant.storage.safetensors import DTYPES
 
 SMALL = {"batch": 2, "sequence": 12, "past": 5, "total": 17}
-"""A second set of sizes, at which what does not grow with the input must be small."""
+"""A second set of sizes, at which values that do not grow with the input must be small."""
 INPUTS: dict[str, list[Any]] = {
     "input_ids": ["batch", "sequence"],
     "attention_mask": ["batch", "total"],
@@ -36,9 +36,9 @@ INPUTS: dict[str, list[Any]] = {
 
 
 def build_program(document: Document, place: object) -> Program:
-    """Raises ValueError, naming the node at fault, where the document is no program.
+    """Raises ValueError, naming the node at fault, if the document is not a program.
 
-    `place` is where an FxquantError says that its config is.
+    `place`: the place that an FxquantError about its config names.
     """
     parse_config(document.config, place)
     parameters = {target: _parameter(target, fields) for target, fields in document.parameters.items()}
@@ -61,7 +61,7 @@ def build_program(document: Document, place: object) -> Program:
 
 
 class _Builder:
-    """Makes the nodes in order, each of nodes before it, with its value at two sets of sizes."""
+    """Creates the nodes in order, each from earlier ones, with its value at two sets of sizes."""
 
     def __init__(self, document: Document) -> None:
         self.document = document
@@ -83,17 +83,17 @@ class _Builder:
         read = {str(node.target) for node in self.graph.find_nodes(op="get_attr")}
         unread = next((target for target in self.tensors if target not in read), None)
         if unread is not None:
-            raise ValueError(f"parameter {unread} is read by no node")
+            raise ValueError(f"no node reads parameter {unread}")
         taken = most_alive(self.graph, self.values)
         if taken > self.small.limit:
-            raise ValueError(f"its values take {taken:,} bytes at a time, at most {self.small.limit:,}")
+            raise ValueError(f"its live values take {taken:,} bytes, the limit is {self.small.limit:,}")
         return ProgramGraph(self.graph, self.tensors)
 
     def _add(self, entry: NodeFields, last: bool) -> None:
         if entry.name in self.nodes:
             raise ValueError("two nodes have this name")
         if (entry.op == "output") != last:
-            raise ValueError("the output is the last node, and there is one")
+            raise ValueError("the last node, and no other, must be the output")
         if entry.op != "placeholder" and (entry.dtype is not None or entry.shape is not None):
             raise ValueError("only an input has a dtype and a shape")
         make: dict[str, Callable[[NodeFields], fx.Node]] = {
@@ -115,9 +115,9 @@ class _Builder:
         width = [size for size in (entry.shape or [])[2:3] if type(size) is int and 0 < size < SIZE]
         shape = INPUTS.get(name) or ["batch", "past", *width]
         if entry.name != name or entry.target != name or entry.args or entry.kwargs is not None:
-            raise ValueError(f"input {position} is {name}")
+            raise ValueError(f"input {position} must be {name}")
         if entry.shape != shape:
-            raise ValueError(f"shape {str(entry.shape)[:NAME_LENGTH]}, that of {name} is {shape}")
+            raise ValueError(f"shape {str(entry.shape)[:NAME_LENGTH]}, the shape of {name} is {shape}")
         dtype = read_dtype(entry.dtype)
         if dtype.is_floating_point == (name in INPUTS):
             raise ValueError(f"dtype {entry.dtype}")
@@ -131,7 +131,7 @@ class _Builder:
 
     def _read(self, entry: NodeFields) -> fx.Node:
         if entry.target not in self.tensors or entry.args or entry.kwargs is not None:
-            raise ValueError(f"parameter {entry.target!r} is not there")
+            raise ValueError(f"the file has no parameter {entry.target!r}")
         node = self._node(entry, entry.target)
         node.meta["val"] = self.values[node] = self.tensors[entry.target]
         return node
@@ -139,7 +139,7 @@ class _Builder:
     def _call(self, entry: NodeFields) -> fx.Node:
         target = OPERATORS.get(entry.target)
         if target is None:
-            raise ValueError(f"operator {entry.target!r}")
+            raise ValueError(f"operator {entry.target!r} is not allowed")
         args = tuple(decode(arg, self.nodes) for arg in entry.args)
         kwargs = decode(entry.kwargs, self.nodes, named=True) if entry.kwargs is not None else {}
         node = self._node(entry, target, args, kwargs)
@@ -152,15 +152,15 @@ class _Builder:
         """Logits and, for each `past_i`, the grown latents."""
         results = [decode(arg, self.nodes) for arg in entry.args]
         if entry.target != "output" or entry.kwargs is not None or len(results) != 1 or type(results[0]) is not list:
-            raise ValueError("its argument is a list of nodes")
+            raise ValueError("its argument must be a list of nodes")
         if not all(isinstance(result, fx.Node) and isinstance(result.meta["val"], Tensor) for result in results[0]):
-            raise ValueError("its argument is a list of tensors")
+            raise ValueError("its argument must be a list of tensors")
         logits, *grown = (tuple(result.meta["val"].shape) for result in results[0])
         batch, sequence, total = (SYMBOLS[name] for name in ("batch", "sequence", "total"))
         if len(logits) != 3 or logits[:2] != (batch, sequence):
-            raise ValueError("its first is not [batch, sequence, vocabulary]")
+            raise ValueError("its first result is not [batch, sequence, vocabulary]")
         if grown != [(batch, total, *width) for width in self.caches]:
-            raise ValueError("the rest is not [batch, total, width] for each cache")
+            raise ValueError("its other results are not [batch, total, width], one per cache")
         node = self._node(entry, "output", (results[0],))
         node.meta["val"] = None
         return node
@@ -201,13 +201,13 @@ def _recipe(module: str, fields: RecipeFields) -> Recipe:
 
 
 def _rule(module: str, fields: dict[str, Any]) -> Rule:
-    """Written as it is read, so that nothing is taken for something else."""
+    """Raises ValueError for a rule that would be written differently than it was read."""
     try:
         rule = Rule.model_validate(fields)
     except ValidationError as error:
         raise ValueError(f"rule of {module}: {validation_fact(error, Rule, fields, 1).rstrip('.')}") from None
     if rule.model_dump(mode="json") != fields:
-        raise ValueError(f"rule of {module}: not as it was written")
+        raise ValueError(f"rule of {module}: not in the form that fxquant writes")
     return rule
 
 

@@ -1,7 +1,7 @@
-"""The container of a graph: nodes, and a tensor on meta for each parameter. It has no forward and makes no code.
+"""Graph container: nodes, and a meta tensor per parameter. It has no forward and generates no code.
 
-`fx.GraphModule` writes Python text for its graph, names and targets in it, and executes that text. A graph here may
-come from a file, so nothing is ever generated: `fxquant.runtime.execute` and `fxquant.runtime.stream` call its
+`fx.GraphModule` generates Python code from its graph, names and targets included, and executes it. A graph here may
+come from a file, so no code is ever generated: `fxquant.runtime.execute` and `fxquant.runtime.stream` call its
 operators one by one.
 """
 
@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 
 class ProgramGraph:
-    """`graph`, and what its `get_attr` nodes name: `tensors`, by target."""
+    """`graph`, and `tensors`: target → the tensor that `get_attr` nodes read, on meta."""
 
     def __init__(self, graph: fx.Graph | None = None, tensors: dict[str, Tensor] | None = None) -> None:
         self.graph = fx.Graph() if graph is None else graph
@@ -29,11 +29,11 @@ class ProgramGraph:
         return tuple(returned)
 
     def lint(self) -> None:
-        """Raises RuntimeError for a node that reads a later one, or a parameter that is not there."""
+        """Raises RuntimeError for a node that reads a later one, or a missing parameter."""
         self.graph.lint()
         missing = [node.target for node in self.graph.find_nodes(op="get_attr") if node.target not in self.tensors]
         if missing:
-            raise RuntimeError(f"parameter {missing[0]} is read and not there")
+            raise RuntimeError(f"parameter {missing[0]} is read but missing")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ProgramGraph":
         """Nodes are copied; tensors, which hold no values, are shared."""

@@ -1,4 +1,4 @@
-"""What the passes ask of the graph about its linears."""
+"""Linear sites: queries of the graph about its linears, for passes."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from fxquant.program.operands import operand, operand_node
 from fxquant.program.program import Pair, Parameter, Program
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-"""The stacked weights of `fxq::moe_experts`, as its arguments are called."""
+"""Stacked weights of `fxq::moe_experts`, by the names of its arguments."""
 WEIGHTS: dict[Any, tuple[str, ...]] = {ops.linear: ("weight",), ops.moe_experts: PROJECTIONS}
 """Operator → its arguments that are weights to quantize."""
 READS: dict[Any, tuple[str, ...]] = {
@@ -25,7 +25,7 @@ READS: dict[Any, tuple[str, ...]] = {
 """Operator → its arguments that are weights [n, k] by which `x` [..., k] is multiplied."""
 MAKE_FEATURES = {ops.swiglu, ops.mla_attention}
 MIX = {ops.linear, ops.moe_experts, ops.embedding}
-"""What is behind them is of no block any more."""
+"""They mix the features that they read, so their results are not features of the block any more."""
 
 
 @dataclass(frozen=True)
@@ -45,15 +45,15 @@ class LinearSite:
 
     @property
     def kind(self) -> Kind:
-        """What the module that owns the weight is."""
+        """Kind of the module that owns the weight."""
         return self.parameter.kind
 
 
 def linear_sites(program: Program) -> Iterator[LinearSite]:
     """Every linear whose weight is a parameter, in graph order.
 
-    It is row parallel when it reads features that its block made: going back from its input, an attention or a swiglu
-    comes before any other linear. Tensor parallelism splits such a linear along in_features.
+    It is row parallel if it reads features of its block: going back from its input, an attention or a swiglu comes
+    before any other linear. Tensor parallelism splits such a linear along in_features.
     """
     made_by_block: set[fx.Node] = set()
     for node in program.graph.graph.nodes:
@@ -85,22 +85,22 @@ def not_scalable(node: fx.Node, maker: fx.Node, weights: Counter[str]) -> str | 
     if not node.users or not all(reads(user, node) for user in node.users):
         return "not only linears read it"
     if maker is not node and (maker.target != ops.linear or set(maker.users) != {node}):
-        return "its values are not those of one linear"
+        return "its values do not come from one linear"
     if not is_parameter(operand(maker, "weight")):
-        return "the weight before it is computed"
+        return "the weight before it is computed, not a parameter"
     shared = [str(operand_node(maker, "weight").target)]
     for user in node.users:
         shared += [str(operand_node(user, name).target) for name in READS[user.target]]
-    return None if all(weights[name] == 1 for name in shared) else "a weight beside it is used elsewhere too"
+    return None if all(weights[name] == 1 for name in shared) else "a weight before or after it is used elsewhere too"
 
 
 def weight_uses(program: Program) -> Counter[str]:
-    """Graph target → how many nodes hold it."""
+    """Graph target → how many nodes read it."""
     return Counter(str(node.target) for node in program.graph.graph.nodes if node.op == "get_attr")
 
 
 def decided_modules(program: Program) -> list[Decided]:
-    """Every module that a rule decided, in graph order: an entry a parameter, then the prediction layers."""
+    """Every module that a rule decided, in graph order: one entry per parameter, then the prediction layers."""
     linears = {module for site in linear_sites(program) for module in (site.module, _bias_module(program, site))}
     modules = []
     for parameter in program.parameters.values():

@@ -1,4 +1,4 @@
-"""Calling an operator on meta tensors: shapes and dtypes without values."""
+"""Meta calls: operators called on meta tensors, for shapes and dtypes without values."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import torch
 
 
 def call_on_meta(target: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """`target(*args, **kwargs)`; an operator that makes tensors makes them on meta too."""
+    """`target(*args, **kwargs)`; an operator that creates tensors creates them on meta too."""
     arguments = target._schema.arguments if isinstance(target, torch._ops.OpOverload) else ()
     if any(argument.name == "device" for argument in arguments):
         kwargs = {**kwargs, "device": "meta"}

@@ -1,4 +1,4 @@
-"""Adding nodes to a program: named, placed before a node, with metadata and a checked shape."""
+"""Node builder: adds nodes to a program, named, before a given node, with metadata and a checked shape."""
 
 import operator
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from fxquant.schemes.schemes import Recipe, graph_spec
 
 
 class Surgery:
-    """Creates nodes in front of `site`, which lends them its module, kind and block; `rules` remember shapes."""
+    """Creates nodes before `site`, with its module, kind and block; `rules` cache shapes."""
 
     def __init__(self, program: Program, site: fx.Node, rules: ShapeRules | None = None) -> None:
         self.program, self.site, self.rules = program, site, rules or ShapeRules()
@@ -30,11 +30,11 @@ class Surgery:
         return self._finish(node, name, self.rules.call(target, values))
 
     def outputs(self, node: fx.Node, names: Sequence[str]) -> list[fx.Node]:
-        """One getitem for each output of a call that returns a tuple."""
+        """One getitem per output of a call that returns a tuple."""
         return [self.call(operator.getitem, (node, index), name) for index, name in enumerate(names)]
 
     def parameter(self, recipe: Recipe, role: str) -> fx.Node:
-        """The `get_attr` of a tensor that `recipe` owns, stacked [experts, …] when it is of routed experts."""
+        """The `get_attr` of a tensor that `recipe` owns, stacked [experts, …] for routed experts."""
         target = tensor_name(recipe.module, role)
         spec = graph_spec(recipe, role)
         kind = self.site.meta["kind"]
@@ -49,15 +49,17 @@ class Surgery:
         self.program.add_parameter(target, tensor, parameter)
         for old in self.site.all_input_nodes:
             if old.op == "get_attr" and old.target == target:
+                # a quantized weight has the target of the float one, whose node is dropped once nothing reads it
                 self.program.names.discard(old.name)
                 rename(self.program.names, old, f"{old.name}_float")
         with self.graph.inserting_before(self.site):
             node = self.graph.create_node("get_attr", target)
+        # a fresh trace holds fake tensors, and an operator refuses to mix them with others
         mode = detect_fake_mode([n.meta["val"] for n in self.site.all_input_nodes])
         return self._finish(node, identifier(target), self.rules.fake(tensor, mode) if mode else tensor)
 
     def replace(self, node: fx.Node) -> None:
-        """Let `node` take over the name and the users of the site, and erase the site."""
+        """Give `node` the name and the users of the site, and erase the site."""
         name = self.site.name
         self.site.replace_all_uses_with(node)
         self.graph.erase_node(self.site)

@@ -9,7 +9,7 @@ from fxquant.program.operands import item_of
 
 
 def name_nodes(graph: fx.Graph) -> set[str]:
-    """Rename calls and parameters; inputs keep their names, which users of the graph address. → names in use."""
+    """Rename calls and parameters; inputs keep the names by which callers pass them. → names in use."""
     names = {node.name for node in graph.nodes if node.op == "placeholder"}
     for node in graph.nodes:
         if node.op == "call_function":
@@ -33,7 +33,7 @@ NAME = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 
 
 def is_name(text: str) -> bool:
-    """Whether a node may be called so: it becomes a variable of the Ascend module."""
+    """Whether a node may have this name: it becomes a variable of the Ascend module."""
     return bool(NAME.fullmatch(text)) and not iskeyword(text)
 
 

@@ -1,4 +1,4 @@
-"""The operators that a program may call, by the name a graph file has for them: one closed table."""
+"""Operator table, closed: the operators that a program may call, by their names in graph files."""
 
 import operator
 from collections.abc import Callable
@@ -32,7 +32,7 @@ NAMES: dict[Any, str] = {target: name for name, target in OPERATORS.items()}
 
 
 def target_name(node: fx.Node) -> str:
-    """The name of a call's operator; another node's target as it is. Raises FxquantError for one of no table."""
+    """The name of a call's operator; another node's target as it is. Raises FxquantError outside of the table."""
     if node.op != "call_function":
         return str(node.target)
     name = NAMES.get(node.target)

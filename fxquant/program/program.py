@@ -1,4 +1,4 @@
-"""What passes transform and lowering reads: a torch.fx graph on meta, and where each of its parameters lies."""
+"""The IR: an fx graph on the meta device plus its parameters and recipes."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ from fxquant.transforms.rotation import Rotation
 class Parameter:
     """One tensor of the graph, whose target is the name of `role` in `module`.
 
-    names  its tensors on disk, one an expert when `stacked`, else one
+    names  its tensors on disk, one per expert if `stacked`, else one
     role   what it is to its module: "weight", "bias", …
     """
 
@@ -38,12 +38,12 @@ class Parameter:
 
 @dataclass
 class MtpLayers:
-    """Multi-token prediction layers: they are stored, and no graph runs them.
+    """Multi-token prediction layers: stored, but run by no graph.
 
     layers         their paths in the checkpoint, stored or not
     recipes        module path → how its tensors are made
     float_tensors  checkpoint tensor → its module, for those that stay float
-    gate_biases    those of `float_tensors` that are stored in float32 whatever the checkpoint has
+    gate_biases    those of `float_tensors` that are stored in float32, whatever their dtype in the checkpoint
     """
 
     layers: tuple[str, ...] = ()
@@ -59,10 +59,10 @@ class MtpLayers:
 
 @dataclass(frozen=True)
 class Pair:
-    """A value that is smoothed, by `rule`: what scales it on one side, and the weights that read it on the other.
+    """A value to smooth by `rule`: the weight that scales it on one side, the weights that read it on the other.
 
     value      the node of a norm or of an attention; its last axis is scaled
-    maker      target of the norm's weight, or of the weight that makes the attention's values
+    maker      target of the norm's weight, or of the weight that computes the attention's values
     consumers  targets of the weights that it is multiplied by
     """
 
@@ -75,7 +75,7 @@ class Pair:
 
 @dataclass
 class Program:
-    """A graph whose `get_attr` targets are the keys of `parameters`, and the recipes of what was quantized.
+    """A graph whose `get_attr` targets are the keys of `parameters`, and the recipes of its quantized modules.
 
     graph       inputs input_ids, attention_mask, position_ids, past_0, past_1, …; outputs logits, present_0, …
     parameters  float parameters name checkpoint tensors, quantized ones tensors of the weight file
@@ -83,11 +83,11 @@ class Program:
     rules       module path → the policy rule that decided it; unused_rules: those that decided nothing
     names       node names in use
     mtp         the multi-token prediction layers of the output
-    pairs       what calibration will smooth, in graph order; added: the biases (on meta) that shifts bring
+    pairs       values that calibration will smooth, in graph order; added: the biases (on meta) that shifts need
     rotations   checkpoint weight → how it is rotated
 
     Every node carries `meta["module"]`, the path of the module that made it, `meta["kind"]` and `meta["block"]`: the
-    path of its decoder layer, or "before", "between_0", …, "after" for what is in none.
+    path of its decoder layer, or "before", "between_0", …, "after" for nodes outside of any.
     """
 
     graph: ProgramGraph
@@ -122,7 +122,7 @@ class Program:
         self.parameters[target] = parameter
 
     def drop_unused_parameters(self) -> None:
-        """Forget parameters that no node reads any more."""
+        """Remove the parameters that no node reads."""
         used = {node.target for node in self.graph.graph.nodes if node.op == "get_attr"}
         for target in [target for target in self.parameters if target not in used]:
             del self.parameters[target]

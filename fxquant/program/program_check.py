@@ -1,4 +1,4 @@
-"""The program verifier: what has to hold of a graph after every pass, whoever wrote the pass."""
+"""Program check: what must hold for a graph after every pass, whoever wrote the pass."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -12,12 +12,12 @@ from fxquant.program.shape_inference import ShapeRules
 
 
 class ProgramCheck:
-    """Checks a program; what did not change since the last time is not looked at again.
+    """Checks a program; nodes that did not change since the last check are skipped.
 
     Raises InternalError, with the node and `after`, unless
     - the graph is well formed, and reads no parameter that the program does not have;
     - every call's value has the dtype and shape that its operator gives for its arguments;
-    - what multiplies by integers, and what scales the sums, reads tensors of one linear;
+    - a call that multiplies by integers, and the one that scales the sums, read tensors of one linear;
     - integers that a static linear multiplies were quantized with its own range.
     """
 
@@ -36,10 +36,12 @@ class ProgramCheck:
         for node in program.graph.graph.nodes:
             read = tuple(operand.meta.get("val") for operand in node.all_input_nodes)
             seen[node] = (node.target, node.args, node.kwargs, node.meta.get("val"), read)
+            # a pass may replace a parameter's tensor and leave its node as it is
             if node.op == "get_attr" or not _same(self._seen.get(node), seen[node]):
                 reason = self._value(node, program)
                 if reason is not None:
                     raise InternalError(f"{node.name}, after {after}", reason)
+        # every time: a pass may change recipes without touching a node
         for node in program.graph.graph.nodes:
             reason = _ownership(node, program, makers) if node.op == "call_function" else None
             if reason is not None:
@@ -47,11 +49,11 @@ class ProgramCheck:
         self._seen = seen
 
     def _value(self, node: fx.Node, program: Program) -> str | None:
-        """Why the node's value is not what it gives."""
+        """Why the recorded value of a node is not what it gives."""
         if node.op == "get_attr":
             tensor = program.graph.tensors.get(str(node.target))
             if tensor is None or node.target not in program.parameters:
-                return f"reads {node.target}, which is no parameter"
+                return f"reads {node.target}, which is not a parameter"
             return _difference(node.meta.get("val"), tensor)
         if node.op != "call_function":
             return None
@@ -81,9 +83,9 @@ def _difference(value: Any, given: Any) -> str | None:
     if not isinstance(given, Tensor):
         return None
     if not isinstance(value, Tensor):
-        return f"its value is {value!r}, it gives {_said(given)}"
+        return f"its value is {value!r}, expected {_said(given)}"
     same = value.dtype is given.dtype and _sizes(value) == _sizes(given)
-    return None if same else f"its value is {_said(value)}, it gives {_said(given)}"
+    return None if same else f"its value is {_said(value)}, expected {_said(given)}"
 
 
 def _sizes(tensor: Tensor) -> list[Any]:
@@ -118,16 +120,16 @@ def _ownership(node: fx.Node, program: Program, makers: dict[str, str]) -> str |
 
 
 def _foreign_range(node: fx.Node, module: str, program: Program, makers: dict[str, str]) -> str | None:
-    """Why the integers that `node` multiplies by the weight of `module` are not of its range."""
+    """Why the integers that `node` multiplies by the weight of `module` were not quantized with its range."""
     for operand in node.all_input_nodes:
         for other in _modules(operand, makers) if _gives(operand, torch.int8) else ():
             if program.recipes[other].activation != program.recipes[module].activation:
-                return f"multiplies integers of the range of {other} by the weight of {module}"
+                return f"multiplies integers quantized with the range of {other} by the weight of {module}"
     return None
 
 
 def _modules(node: fx.Node, makers: dict[str, str]) -> Iterator[str]:
-    """Of the quantized tensors that a call reads."""
+    """Modules of the quantized tensors that a call reads."""
     if node.op == "call_function":
         yield from (makers[str(operand.target)] for operand in node.all_input_nodes if str(operand.target) in makers)
 

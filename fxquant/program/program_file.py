@@ -1,4 +1,4 @@
-"""A program as JSON: the output folder carries its own graph, so reading one back runs no code."""
+"""Graph file: a program as JSON. The output folder carries its own graph, so reading one back runs no code."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,7 @@ def save_program(program: Program, path: Path) -> None:
 
 
 def dump_program(program: Program) -> str:
-    """The graph, its parameters, recipes and rules as JSON; one node a line."""
+    """The graph, its parameters, recipes and rules as JSON; one node per line."""
     nodes = [_node(node) for node in program.graph.graph.nodes]
     document = {
         "format": FORMAT,
@@ -52,9 +52,9 @@ def load_program(path: Path) -> Program:
 
 
 def parse_program(text: bytes | str, path: object) -> Program:
-    """The program that `dump_program` wrote as `text`, every field and shape checked; `path` is what an error names.
+    """The program that `dump_program` wrote as `text`, every field and shape checked; `path` is the place of errors.
 
-    No code is run or made. Raises FxquantError for anything else.
+    No code is run or generated. Raises FxquantError for any other text.
     """
     with uncollected():
         try:

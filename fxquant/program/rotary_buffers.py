@@ -13,26 +13,26 @@ from fxquant.program.program import Program
 SUFFIX = "rotary_emb.inv_freq"
 REASON = "rotary frequencies, which config.json gives"
 SMALLEST = 2.0**-24
-"""The smallest step of float16, the coarsest form of small numbers that is stored."""
+"""The smallest step of float16, the coarsest of the stored dtypes near zero."""
 
 
 def frequency_names(program: Program) -> Iterator[str]:
-    """What stored frequencies are called: of each attention, of the prediction layers' too, and of the decoder."""
+    """Names of stored frequencies: of each attention, those of prediction layers too, and of the decoder."""
     for node in (*program.nodes(ops.rope_table), *program.nodes(ops.mla_attention)):
         yield f"{node.meta['module']}.{SUFFIX}"
     yield from (frequency_name_of_layer(path) for path in program.mtp.layers)
 
 
 def frequency_name_of_layer(path: str) -> str:
-    """What stored frequencies of the decoder layer at `path` are called."""
+    """Name of the stored frequencies of the decoder layer at `path`."""
     return f"{path}.self_attn.{SUFFIX}"
 
 
 def stored_frequencies(program: Program, checkpoint: Checkpoint) -> set[str]:
-    """Stored frequencies of the checkpoint that no parameter of the graph is made from.
+    """Stored frequencies of the checkpoint that no parameter of the graph reads.
 
-    Raises FxquantError where they are not the graph's, up to the rounding of their dtype: another RoPE base, or other
-    YaRN numbers, is a model that says something else.
+    Raises FxquantError if they differ from the graph's by more than the rounding of their dtype: another RoPE base, or
+    other YaRN numbers, make another model.
     """
     tables = [operand(node, "inv_freq") for node in program.nodes(ops.rope_table)]
     bound = program.float_names()

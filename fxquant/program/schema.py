@@ -1,4 +1,4 @@
-"""The fields of a graph file: names are names, numbers are bounded, and nothing else is there."""
+"""Graph file schema: names are identifiers or paths, numbers are bounded, and no other field is accepted."""
 
 import re
 from typing import Annotated, Any, Literal
@@ -19,7 +19,7 @@ AGAIN = "Compile again."
 PLACE = re.compile(r"[\w.\-]*", re.ASCII)
 """Dotted paths: these become source text of the Ascend module, so nothing else may pass."""
 SYMBOLS = {"batch": 1009, "sequence": 1013, "past": 1019, "total": 2032}
-"""Sizes at which shapes are checked when a program is read back: no model has them, and total = past + sequence."""
+"""Sizes at which a program that is read back is checked: no model has them, and total = past + sequence."""
 
 
 def _place(text: str) -> str:
@@ -52,7 +52,7 @@ KindName = Annotated[Kind, Field(strict=False)]
 
 
 class Fields(BaseModel):
-    """Types are not converted, and no other key is taken."""
+    """Types are not converted, and no other key is accepted."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -95,7 +95,7 @@ class MtpFields(Fields):
 
 
 class NodeFields(Fields):
-    """A node; what its arguments may be, the reader checks against its operator."""
+    """A node; the builder checks its arguments against its operator."""
 
     name: Identifier
     op: Literal["placeholder", "get_attr", "call_function", "output"]
@@ -123,7 +123,7 @@ class Document(Fields):
 
 
 def read_fields(value: Any, place: object) -> Document:
-    """`value`, a document of JSON. Raises FxquantError, naming `place`, where a field is not what it must be."""
+    """The document of a JSON `value`. Raises FxquantError, naming `place`, for an invalid field."""
     if isinstance(value, dict) and value.get("format", FORMAT) != FORMAT:
         raise FxquantError(place, f"format {str(value['format'])[:40]}.", "Compile again with this version.")
     try:

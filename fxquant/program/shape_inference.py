@@ -1,4 +1,4 @@
-"""Shape rules run once for each signature: what a call gives depends on shapes, dtypes and numbers alone."""
+"""Shape inference, cached per signature: what a call gives depends on shapes, dtypes and numbers alone."""
 
 from typing import Any
 
@@ -10,12 +10,12 @@ from fxquant.program.meta import call_on_meta
 
 
 class ShapeRules:
-    """Calls on fake or meta tensors; calls of one signature give one and the same result."""
+    """Calls on fake or meta tensors; calls of the same signature give the same object."""
 
     def __init__(self) -> None:
         self._results: dict[Any, Any] = {}
         self._seen: dict[int, tuple[Tensor, Any]] = {}
-        """id of a tensor → the tensor, so that the id stays its own, and its signature."""
+        """id of a tensor → the tensor, kept so that no other gets its id, and its signature."""
 
     def call(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
         """`target(*args, **kwargs)`; raises what the operator's shape rule raises."""
@@ -28,7 +28,7 @@ class ShapeRules:
         return self._results[key]
 
     def compute(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What `call` gives the first time."""
+        """The result of a signature that is not cached."""
         return call_on_meta(target, args, kwargs)
 
     def fake(self, tensor: Tensor, mode: FakeTensorMode) -> Tensor:
@@ -53,7 +53,7 @@ class ShapeRules:
 
 
 def _tensor_signature(tensor: Tensor) -> Any:
-    """All that a shape rule sees of it."""
+    """All that a shape rule sees of a tensor."""
     mode = id(tensor.fake_mode) if isinstance(tensor, FakeTensor) else None
     return Tensor, mode, tensor.dtype, _sizes(tensor.shape), _sizes(tensor.stride())
 

@@ -1,4 +1,4 @@
-"""What a graph computes, as one number: equal for graphs that make the same calls on the same parameters."""
+"""Structural hash of a graph: equal for graphs that make the same calls on the same parameters."""
 
 import hashlib
 from collections.abc import Iterator
@@ -14,9 +14,9 @@ from fxquant.program.program_file import input_shape
 def structural_hash(program: Program) -> str:
     """sha256, in hex, over inputs, parameters and calls.
 
-    A call counts with its operator, its arguments by position of what made them, its module, kind and block; a
-    parameter with its names in the checkpoint, shape, dtype and module; an input with its shape, dynamic sizes by name.
-    Names of nodes and the order in which parameters stand in the graph do not count.
+    Of a call, its operator, arguments (by the position of the call that computed them), module, kind and block count;
+    of a parameter, its names in the checkpoint, shape, dtype and module; of an input, its shape, dynamic sizes by name.
+    Names of nodes and the order of parameters in the graph do not count.
     """
     digest = hashlib.sha256()
     for line in _lines(program):
@@ -29,6 +29,7 @@ def _lines(program: Program) -> Iterator[str]:
     inputs = calls = 0
     for node in program.graph.graph.nodes:
         if node.op == "get_attr":
+            # written out where a call reads it, so that its own position does not count
             positions[node] = _parameter(program, str(node.target))
             continue
         if node.op == "placeholder":

@@ -1,7 +1,7 @@
-"""A program as text: one line a call, with its shape, its inputs and the disk names of its parameters.
+"""Program text: one line per call, with its shape, its inputs and the disk names of its parameters.
 
 Inside a block, names are relative to it: `mlp_swiglu` in block `model.layers.3` is the node `layers_3_mlp_swiglu`, and
-`‹mlp.gate.weight›` the parameter `model.layers.3.mlp.gate.weight`. `×8` marks a parameter of 8 tensors, one an expert.
+`‹mlp.gate.weight›` the parameter `model.layers.3.mlp.gate.weight`. `×8` marks a parameter of 8 tensors, one per expert.
 """
 
 import difflib
@@ -37,14 +37,14 @@ def format_program(program: Program, block: str | None = None) -> Iterator[str]:
 
 
 def check_block(program: Program, block: str) -> None:
-    """Raises FxquantError, with the names nearest to it, where the graph has no such block."""
+    """Raises FxquantError, with the most similar names, if the graph has no such block."""
     nodes = program.graph.graph.nodes
     names = list(dict.fromkeys(str(node.meta["block"]) for node in nodes if node.op == "call_function"))
     if block in names:
         return
     near = difflib.get_close_matches(block, names, n=3, cutoff=0.5)
     first = f"{len(names):,} blocks, {names[0]} … {names[-1]}" if names else "no block"
-    way_out = f"Near it: {', '.join(near)}." if near else "Without --block all of them are printed."
+    way_out = f"Similar: {', '.join(near)}." if near else "Leave out --block to print all of them."
     raise FxquantError(f"--block {block}", f"the graph has no such block; it has {first}.", way_out)
 
 

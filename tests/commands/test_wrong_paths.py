@@ -91,7 +91,7 @@ def test_a_block_that_is_not_there(fxquant_: Fxquant, checkpoint: Checkpoint, mo
     monkeypatch.setattr("fxquant.api.open_graph", lambda *arguments: program)
     code, out, text = fxquant_("show", "model", "--block", "model.layer.1")
     assert code == 1 and out == "" and "--block model.layer.1" in text
-    assert "before … after" in text and "→ Near it: model.layers.1" in text
+    assert "before … after" in text and "→ Similar: model.layers.1" in text
     code, out, text = fxquant_("show", "model", "--block", "model.layers.1")
     assert code == 0 and out.startswith("── model.layers.1 ") and text == ""
 

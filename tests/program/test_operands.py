@@ -49,7 +49,7 @@ def test_what_is_no_operand_is_an_internal_error(graph: fx.Graph):
         operand(linear, "scale")
     with pytest.raises(InternalError, match=r"^linear_default: .* argument bias is None, not a node\.$"):
         operand_node(linear, "bias")
-    with pytest.raises(InternalError, match="^mul: .* is no torch operator"):
+    with pytest.raises(InternalError, match="^mul: .* is not a torch operator"):
         arguments(graph.call_function(operator.mul, (x, 2)))
 
 

@@ -97,19 +97,19 @@ def used_before_it_is_made(program: Program) -> None:
 
 
 CHANGES: dict[str, tuple[Change, str]] = {
-    "a value of another dtype and shape": (wrong_value, r"its value is float64\[3, 5\], it gives int32"),
+    "a value of another dtype and shape": (wrong_value, r"its value is float64\[3, 5\], expected int32"),
     "no value": (no_value, "has no checked shape"),
     "one value of two": (one_value_of_two, "gives 2 values"),
-    "a parameter of another dtype": (wrong_dtype_of_a_parameter, "its value is float64.*, it gives float32"),
+    "a parameter of another dtype": (wrong_dtype_of_a_parameter, "its value is float64.*, expected float32"),
     "deq_scale of another linear": (foreign_deq_scale, r"scales sums of .*layers\.1\.self_attn\.o_proj by tensors of"),
     "a weight_scale of another projection": (foreign_scale_of_experts, "scales sums of .*up_proj by tensors of"),
     "second scales of another projection": (foreign_second_scale, "multiplies by tensors of .*gate_proj and .*up_proj"),
     "integers of another range": (
         foreign_range,
-        r"multiplies integers of the range of .*layers\.0\S* by the weight of",
+        r"multiplies integers quantized with the range of .*layers\.0\S* by the weight of",
     ),
     "an operand of another kind": (wrong_operand, "its operator refuses its arguments"),
-    "a parameter that is not there": (no_parameter, r"reads model\.norm\.weight, which is no parameter"),
+    "a parameter that is not there": (no_parameter, r"reads model\.norm\.weight, which is not a parameter"),
     "a value used before it is made": (used_before_it_is_made, "was used before it has been defined"),
 }
 
