@@ -1,4 +1,4 @@
-"""Graph → graph, one pass a file. `pipeline.py` has them all, in order."""
+"""Passes: graph → graph, one pass per file. `pipeline.py` lists them in order."""
 
 from fxquant.passes.assign_mtp import AssignMtp
 from fxquant.passes.assign_schemes import AssignSchemes

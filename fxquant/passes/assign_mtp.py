@@ -1,4 +1,4 @@
-"""Multi-token prediction layers → left out, kept in float, or quantized, as the policy or the user says."""
+"""Multi-token prediction (MTP) layers: left out, kept in float or quantized, as the policy or the user says."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,15 +19,15 @@ from fxquant.schemes.schemes import Recipe, Scheme
 from fxquant.schemes.weight_formats import WeightFormat
 
 CHOICES = (LEAVE_OUT, Scheme.FLOAT, Scheme.W8A8_DYNAMIC)
-"""What a rule may give to such a layer."""
+"""Schemes that a rule may give to such a layer."""
 
 
 @dataclass
 class AssignMtp(Pass):
-    """Fills `program.mtp` as the rules of its layers say; no graph runs them, so none is changed.
+    """Fills `program.mtp` by the rules of its layers; no graph runs these layers, so the graph stays.
 
-    Quantized, a layer has W8A8_DYNAMIC wherever the policy quantizes a decoder layer at all: it needs no calibration,
-    and it is what engines take for draft layers.
+    In a quantized layer, each linear that the policy quantizes in decoder layers gets W8A8_DYNAMIC: it needs no
+    calibration, and engines take it for draft layers.
     """
 
     policy: Policy
@@ -62,11 +62,11 @@ class AssignMtp(Pass):
             info = self.checkpoint.tensors.get(name)
             shape = (linear.out_features, linear.in_features)
             if info is None or info.shape != shape:
-                fact = f"tensor {name} is {'missing' if info is None else list(info.shape)}, not {list(shape)}."
+                fact = f"tensor {name} is {'missing' if info is None else list(info.shape)}, expected {list(shape)}."
                 raise FxquantError(self.checkpoint.folder, fact, "Use --mtp none, or complete the checkpoint.")
 
     def _keep(self, mtp: MtpLayers, path: str) -> None:
-        """Every tensor of the layer that no recipe consumes and no config.json gives."""
+        """Keep every tensor of the layer that no recipe reads and config.json does not give."""
         quantized = {name for recipe in mtp.recipes.values() for name in recipe.source_names}
         quantized.add(frequency_name_of_layer(path))
         names = sorted(name for name in self.checkpoint.tensors if name.startswith(f"{path}."))

@@ -1,4 +1,4 @@
-"""Policy × graph → a recipe for every linear to quantize, a rule for every parameter that stays."""
+"""Scheme assignment: policy × graph → a recipe per linear to quantize, a rule per parameter that stays."""
 
 import math
 from collections.abc import Callable
@@ -23,9 +23,9 @@ class AssignSchemes(Pass):
     """Fills `program.recipes` and `program.rules`; the graph itself stays.
 
     Raises FxquantError for a linear that no rule covers, a scheme that does not fit a linear, a rule that matches
-    nothing. `mtp` names the checkpoint's multi-token prediction layers, which are not in the graph: here they have
-    their rules, and `AssignMtp` carries these out. `weight_format` says which format the target wants for a group size
-    of the int4 linears (0: per channel, or none).
+    nothing. `mtp` names the checkpoint's multi-token prediction layers, which are not in the graph: here they get
+    their rules, which `AssignMtp` applies. `weight_format` gives the target's format for a group size of the int4
+    linears (0: per channel, or there are none).
     """
 
     policy: Policy
@@ -64,10 +64,11 @@ class AssignSchemes(Pass):
 
     def _group_size(self, program: Program) -> int:
         int4 = [recipe for recipe in program.recipes.values() if recipe.scheme.grouped]
+        # reversed, so that the first module of each size stays in the dict
         first = {recipe.group_size: recipe.module for recipe in reversed(int4)}
         if len(first) > 1:
             fact = f"group sizes {sorted(first)}: " + ", ".join(f"{size} for {m}" for size, m in sorted(first.items()))
-            way_out = "A weight file has one group_size: choose one."
+            way_out = "An output has one group_size: choose one."
             raise FxquantError(f"policy {self.policy.name}", f"{fact}.", way_out)
         return next(iter(first), 0)
 
@@ -85,7 +86,7 @@ class AssignSchemes(Pass):
 def _recipe(program: Program, site: LinearSite, rule: Rule) -> Recipe:
     weight = program.graph.tensor(str(site.weight.target))
     if {module_and_role(name)[1] for name in site.parameter.names} != {"weight"}:
-        fact = f"{site.parameter.names[0]} is quantized, and the engines know no linear whose weight has that name."
+        fact = f"{site.parameter.names[0]} is to be quantized, but engines load linears only from names in .weight."
         raise FxquantError(site.module, fact, "End its name in .weight, or use FLOAT for it.")
     recipe = Recipe(
         module=site.module,
@@ -110,7 +111,7 @@ def _recipe(program: Program, site: LinearSite, rule: Rule) -> Recipe:
 def _no_expert_form(scheme: Scheme) -> str:
     if scheme.static:
         return "routed experts have no static scheme: a batch may leave an expert without input."
-    return f"routed experts have no form of {scheme}."
+    return f"routed experts do not support {scheme}."
 
 
 def _way_out(recipe: Recipe) -> str:

@@ -1,4 +1,4 @@
-"""The contract of a pass: graph → graph, with what it rewrote, what it left and why, and what it found out."""
+"""Pass contract: graph → graph, and a result: what the pass rewrote, what it skipped and why, and its findings."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -12,11 +12,11 @@ from fxquant.program.program_check import ProgramCheck
 
 @dataclass(frozen=True)
 class PassResult:
-    """What one pass did.
+    """Result of one pass.
 
-    rewritten  names of the nodes that are no longer what they were, or of the modules that were decided
+    rewritten  names of the nodes that changed, or of the modules that the pass decided
     skipped    node that could have been rewritten and was not → reason
-    findings   fact that the user is told, with nothing refused → its source
+    findings   fact to report, though nothing is refused → its source
     """
 
     name: str
@@ -32,7 +32,7 @@ class Pass(ABC):
 
     @abstractmethod
     def apply(self, program: Program) -> PassResult:
-        """Do it. Raises FxquantError for what the input is to blame for, InternalError for the rest."""
+        """Apply the pass. Raises FxquantError for faults of the input, InternalError for all others."""
 
     def __call__(self, program: Program) -> PassResult:
         """As `apply`."""
@@ -40,18 +40,18 @@ class Pass(ABC):
 
 
 class RewritePass(Pass):
-    """A pass that looks at one node after the other; both methods see the program as it stands."""
+    """A pass over the nodes, one by one; both methods see the rewrites of earlier nodes."""
 
     @abstractmethod
     def why_not(self, node: fx.Node, program: Program) -> str | None:
-        """None to rewrite `node`, "" when it is none of this pass's business, else the reason to keep it."""
+        """None to rewrite `node`, "" if it does not concern this pass, else the reason to skip it."""
 
     @abstractmethod
     def rewrite(self, node: fx.Node, program: Program) -> None:
-        """Replace `node`; it erases what it replaced."""
+        """Replace `node` and erase what was replaced."""
 
     def apply(self, program: Program) -> PassResult:
-        """Rewrite what is to be rewritten, and drop what nothing reads any more."""
+        """Rewrite the nodes in graph order, then drop nodes and parameters that nothing reads."""
         rewritten, skipped = [], {}
         for node in list(program.graph.graph.nodes):
             reason = self.why_not(node, program)
@@ -66,7 +66,7 @@ class RewritePass(Pass):
 
 
 def run_passes(program: Program, passes: Sequence[Pass]) -> list[PassResult]:
-    """Apply `passes` in order. Raises InternalError, with the pass, for a program that does not hold together."""
+    """Apply `passes` in order. Raises InternalError, naming the pass, if the program check fails."""
     check, results = ProgramCheck(), []
     for program_pass in passes:
         results.append(program_pass.apply(program))
@@ -75,11 +75,11 @@ def run_passes(program: Program, passes: Sequence[Pass]) -> list[PassResult]:
 
 
 def findings(results: Sequence[PassResult]) -> list[str]:
-    """What nobody has shown to work or to fail on the target, each with its source, once."""
+    """What has been shown neither to work nor to fail on the target, each with its source, once."""
     items = (item for result in results for item in result.findings.items())
     return list(dict.fromkeys(f"{fact} ({reference})" for fact, reference in items))
 
 
 def _has_effect(node: fx.Node) -> bool:
-    """Inputs and outputs stay; no call of a program writes into anything."""
+    """Inputs and outputs stay; no call of a program has side effects."""
     return node.op in ("placeholder", "output")

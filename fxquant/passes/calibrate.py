@@ -1,4 +1,4 @@
-"""Run text through the float graph: smooth its pairs, and record the input range of every static linear."""
+"""Calibration pass: runs text through the float graph, smooths pairs, records the inputs of static linears."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -35,12 +35,12 @@ REMEDY = "Pass --calib FILE, put calibration.jsonl beside the model, or use deep
 class Calibrate(Pass):
     """Sets `activation` in the recipe of each static linear, and finds the scales of `program.pairs`; the graph stays.
 
-    The forward runs in float32 on the weights that the policy names, those of `source` or the rounded ones; from a
-    pair on, on the smoothed ones. `batches` gives documents, token ids int64 [1, length]; it is asked, and None is an
-    error, only if a scheme is static or a pair is there, and no `given` calibration takes its place. `batch_size` of
-    them run together, filled up with the id `pad`. `earlier` are calibrations of other runs: one that saw the same
-    saves the forward. `used` has the ranges and the transforms. `folder` keeps what is seen, block by block, for a
-    killed calibration to go on with; None: it starts anew. Codes of GPTQ are in `solved`.
+    The forward runs in float32 on the weights that the policy names, those of `source` or the rounded ones; after a
+    pair, on the smoothed ones. `batches` returns documents, token ids int64 [1, length]; it is called, and None is an
+    error, only if a static scheme, a pair or GPTQ needs text and no `given` calibration replaces it. `batch_size`
+    documents run together, padded with the id `pad`. `earlier`: calibrations of other runs, one of the same inputs
+    saves the forward. `used` has the ranges and the transforms. `folder` keeps observations block by block, so that an
+    interrupted calibration resumes; None: it starts from the beginning. `solved` has the codes of GPTQ.
     """
 
     policy: Policy
@@ -75,22 +75,23 @@ class Calibrate(Pass):
         return PassResult(self.name, tuple(inputs))
 
     def _given(self, program: Program, inputs: dict[str, list[fx.Node]]) -> Calibration:
-        """The calibration handed in, if it is of this graph, of such weights, and has every module."""
+        """The `given` calibration, if it is of this graph and these weights, and has every module."""
         assert self.given is not None
         graph, weights = structural_hash(program), self._weights(program)
         statistic, _ = observer_of(self.policy)
         seen, missing = self.given.seen, sorted(set(inputs) - set(self.given.ranges))
         facts = {
-            f"graph {seen.graph[:12]}, the model's is {graph[:12]}": seen.graph == graph,
-            f"{seen.weights} weights, policy {self.policy.name} wants {weights}": seen.weights == weights,
-            f"smoothed otherwise than policy {self.policy.name} says": seen.smooth == pairs_hash(program),
-            f"{seen.statistic} of each input, policy {self.policy.name} wants {statistic}": seen.statistic == statistic,
-            f"no range of {missing[0] if missing else ''}": not missing,
+            f"is of graph {seen.graph[:12]}, the model's is {graph[:12]}": seen.graph == graph,
+            f"is of {seen.weights} weights, policy {self.policy.name} needs {weights}": seen.weights == weights,
+            f"has other smoothing than policy {self.policy.name}": seen.smooth == pairs_hash(program),
+            f"has {seen.statistic} of each input, policy {self.policy.name} needs {statistic}": seen.statistic
+            == statistic,
+            f"has no range of {missing[0] if missing else ''}": not missing,
         }
-        facts["no codes of GPTQ"] = not any(solved_modules(program))
+        facts["has no GPTQ codes"] = not any(solved_modules(program))
         wrong = next((fact for fact, holds in facts.items() if not holds), None)
         if wrong is not None:
-            raise FxquantError("--calibration", f"of another kind: {wrong}.", "Calibrate again: pass --calib TEXT.")
+            raise FxquantError("--calibration", f"the file {wrong}.", "Calibrate again: pass --calib TEXT.")
         return self.given
 
     def _calibrated(self, program: Program, inputs: dict[str, list[fx.Node]]) -> Calibration:
@@ -117,13 +118,13 @@ class Calibrate(Pass):
         return Calibration(seen, tokens, ranges, run.experts, run.smoother.transforms)
 
     def _rotation_alone(self, program: Program) -> Calibration:
-        """Where nothing is observed: a calibration on no text."""
+        """A calibration without text, if there is nothing to observe."""
         seen = Seen(structural_hash(program), CalibrationWeights.FLOAT, text_hash([]), pairs_hash(program))
         transforms = rotation_transforms(program.rotations, self.source)
         return Calibration(seen, torch.empty(0, dtype=torch.int64), {}, transforms=transforms)
 
     def _solver_key(self, seen: Seen) -> str:
-        """Of codes found on this text with these weights: their files as they are, wherever they lie."""
+        """Key of codes found on this text with these weights: the stamps of their files, in whatever folder."""
         stamps = stamp_files(checkpoint_files(self.source)).items()
         return repr((seen, [(file.name, stamp) for file, stamp in stamps], self.policy.unseen_experts))
 
@@ -133,7 +134,7 @@ class Calibrate(Pass):
 
 
 def _check_range(recipe: Recipe) -> None:
-    """Scale and offset must be numbers in the model's dtype; float16 ends at 65504."""
+    """Scale and offset must be finite in the model's dtype; float16 ends at 65504."""
     observed = recipe.activation
     assert observed is not None
     if not all(torch.isfinite(value.to(recipe.dtype)) for value in static_parameters(observed)):

@@ -1,4 +1,4 @@
-"""Schemes × the target's contract, before a weight is read."""
+"""Contract check: schemes × the target's contract, before any weight is read."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +17,7 @@ from fxquant.schemes.schemes import Recipe, Scheme
 
 @dataclass
 class CheckContract(Pass):
-    """Raises FxquantError for the first thing the engine refuses; what nobody has verified is in the result's findings.
+    """Raises FxquantError for the first thing the engine refuses; what is unverified is in the result's findings.
 
     ranks  size of the tensor-parallel group it will be served on
     mix    whether the engine will run shared experts as routed ones; None: as the policy needs it
@@ -48,7 +48,7 @@ def as_error(finding: Finding, policy: str, contract: Contract) -> tuple[str, st
 
 
 def linears(program: Program) -> list[Linear]:
-    """Every linear, float ones as scheme FLOAT, with what a contract asks of it."""
+    """Every linear, float ones as scheme FLOAT, with all that contracts need of it."""
     attention = program.nodes(ops.mla_attention)
     heads: Any = operand(attention[0], "num_heads") if attention else 0
     recipes = dict(program.recipes)

@@ -1,4 +1,4 @@
-"""The last pass: nothing quantizable is left, every shape rule holds, every parameter has an owner."""
+"""Coverage check, the last pass: every recipe is applied, every call has a shape, every parameter an owner."""
 
 from torch import fx
 
@@ -10,7 +10,7 @@ from fxquant.program.program import Program, made_parameters
 
 
 class CheckCoverage(Pass):
-    """Raises FxquantError for a parameter that no rule covers, InternalError for a recipe that was not carried out."""
+    """Raises FxquantError for a parameter that no rule covers, InternalError for a recipe that was not applied."""
 
     name = "check-coverage"
 
@@ -18,7 +18,7 @@ class CheckCoverage(Pass):
         quantized = {target for recipe in program.recipes.values() for target in made_parameters(recipe)}
         for module, recipe in program.recipes.items():
             if recipe.weight_target not in program.parameters:
-                raise InternalError(module, "has a recipe but no node reads its integers.")
+                raise InternalError(module, "has a recipe, but no node reads its integers.")
         for target, parameter in program.parameters.items():
             if target not in quantized and parameter.module not in program.rules:
                 raise FxquantError(target, "is neither rewritten nor kept by a rule.", "Add a rule to the policy.")
@@ -31,7 +31,9 @@ class CheckCoverage(Pass):
             weight = operand_node(node, name)
             module = program.parameter(weight).module if is_parameter(weight) else None
             if module in program.recipes:
-                way_out = "Experts are quantized in all three projections or in none; otherwise a fault of a pass."
-                raise FxquantError(module, "has a recipe and is still float.", way_out)
+                way_out = (
+                    "Quantize all three projections of experts, or none; for other linears this is a fault of a pass."
+                )
+                raise FxquantError(module, "has a recipe, but is still float.", way_out)
         if node.op == "call_function" and "val" not in node.meta:
             raise InternalError(node.name, "has no checked shape.")

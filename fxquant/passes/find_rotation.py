@@ -1,7 +1,7 @@
-"""The residual stream, and the values of each head: what an orthogonal matrix may rotate, found in the graph.
+"""Hadamard rotation: finds in the graph what may be rotated, the residual stream and the values of each head.
 
-The stream is the embedding, what linears and experts add to it, and every sum of these; norms read it, and what reads a
-norm are linears. Turned weights come with calibration, or without one where nothing is observed.
+The stream is the embedding, what linears and experts add to it, and every sum of these; only norms read it, and only
+linears read these norms. Calibration rotates the weights, without text if there is nothing to observe.
 """
 
 from collections import Counter
@@ -23,12 +23,12 @@ from fxquant.transforms.rotation import Rotate, Rotation
 
 ADD = torch.ops.aten.add.Tensor
 WRITES = {ops.embedding: "weight", ops.linear: "weight", ops.moe_experts: "down_proj"}
-"""Operator that may add to the stream → its argument that is the weight that makes what it adds."""
+"""Operator that may add to the stream → its argument for the weight that computes what it adds."""
 
 
 @dataclass
 class FindRotation(Pass):
-    """Fills `program.rotations` as `policy.rotate` says. Raises FxquantError where a value cannot rotate, and why."""
+    """Fills `program.rotations` as `policy.rotate` says. Raises FxquantError, with the reason, if a value cannot be."""
 
     policy: Policy
     name = "rotation"
@@ -40,13 +40,13 @@ class FindRotation(Pass):
         try:
             program.rotations = find_rotations(program, self.policy.rotate)
         except NotRotatedError as error:
-            way_out = "Leave that out of rotate in the policy."
+            way_out = "Remove it from rotate in the policy."
             raise FxquantError(f"policy {self.policy.name}", f"rotate: {error}.", way_out) from None
         return PassResult(self.name, tuple(program.rotations))
 
 
 class NotRotatedError(ValueError):
-    """What is in the way."""
+    """Why a value cannot be rotated."""
 
 
 def find_rotations(program: Program, parts: tuple[Rotate, ...]) -> dict[str, Rotation]:
@@ -66,9 +66,10 @@ def find_rotations(program: Program, parts: tuple[Rotate, ...]) -> dict[str, Rot
 
 
 def _add_rotation(program: Program, rotations: dict[str, Rotation], weight: fx.Node, rotation: Rotation) -> None:
-    """Beside what is there: o_proj is rotated over its columns for the heads, and over its rows for the stream."""
+    """Combine with an earlier rotation: o_proj is rotated by columns for the heads, and by rows for the stream."""
     for name in program.parameters[str(weight.target)].names:
         before = rotations.setdefault(name, rotation)
+        # a rotation of rows alone has heads > 0, one of columns alone has 0: sorted, columns come first
         columns, rows = sorted((before, rotation), key=lambda part: part.heads)
         if before is not rotation and (columns.heads or rows.columns):
             raise NotRotatedError(f"{name} would be rotated twice")
@@ -83,7 +84,7 @@ def _heads(program: Program, uses: Counter[str]) -> Iterator[tuple[fx.Node, Rota
             raise NotRotatedError(f"the values of heads, {attention.name}: {reason}")
         consumers = [operand_node(user, name) for user in attention.users for name in READS[user.target]]
         values = _shape(program, consumers[0])[1] // heads
-        base_order(values)
+        base_order(values)  # raises if no Hadamard matrix of this size is known
         yield operand_node(maker, "weight"), Rotation(heads=heads, values=values)
         yield from ((consumer, Rotation(columns=heads)) for consumer in consumers)
 
@@ -106,10 +107,11 @@ def _hidden(program: Program, uses: Counter[str]) -> Iterator[tuple[fx.Node, Rot
 
 def _after_norm(program: Program, norm: fx.Node, uses: Counter[str]) -> Iterator[tuple[fx.Node, Rotation]]:
     if operand(norm, "bias") is not None or not norm.users or not all(reads(user, norm) for user in norm.users):
-        raise NotRotatedError(f"what reads {norm.name} are not linears alone, or it has a bias")
+        raise NotRotatedError(f"{norm.name} has a bias, or not only linears read it")
     (name,) = program.parameters[str(_alone(operand_node(norm, "weight"), uses).target)].names
     for user in norm.users:
         for weight in READS[user.target]:
+            # the norm commutes with a rotation only without its weight, which moves into its consumers
             yield _alone(operand_node(user, weight), uses), Rotation(columns=1, norm=name)
 
 
@@ -117,17 +119,17 @@ def _stream(program: Program) -> list[fx.Node]:
     """Every node whose value is the stream or is added to it, embeddings first."""
     stream = program.nodes(ops.embedding)
     if not stream:
-        raise NotRotatedError("no embedding begins the residual stream")
-    for node in stream:  # it grows meanwhile
+        raise NotRotatedError("the graph has no embedding, where the residual stream begins")
+    for node in stream:  # the loop appends to it
         additions = [user for user in node.users if user.target == ADD]
         if node.target not in WRITES:
             additions += _summands(node)
         elif not is_parameter(operand(node, WRITES[node.target])):
-            raise NotRotatedError(f"{node.name} adds to the residual stream, and its weight is computed")
+            raise NotRotatedError(f"{node.name} adds to the residual stream, but its weight is computed")
         stream += (addition for addition in dict.fromkeys(additions) if addition not in stream)
         for user in node.users:
             if user.target not in (ADD, ops.rms_norm):
-                raise NotRotatedError(f"{user.name} reads the residual stream, and is no norm")
+                raise NotRotatedError(f"{user.name} reads the residual stream, but is not a norm")
     return stream
 
 
@@ -140,7 +142,7 @@ def _summands(node: fx.Node) -> list[fx.Node]:
         if isinstance(value, fx.Node) and (value.target == ADD or value.target in WRITES)
     ]
     if not plain or len(known) != len(given):
-        raise NotRotatedError(f"{node.name} is no sum of what linears and experts make")
+        raise NotRotatedError(f"{node.name} is not a sum of what linears and experts compute")
     return known
 
 

@@ -1,8 +1,8 @@
-"""norm(x) → linears, and linear(x) → attention → linear: what smoothing may scale, found in the graph
+"""SmoothQuant pairs, found in the graph: norm(x) → linears, and linear(x) → attention → linear.
 
-The value between them becomes `(value - shift) / scale`, and the weights on both sides make up for it, as
-`fxquant.transforms.weight_transforms` says. Here pairs get their rules, and a shift its place: a bias of the norm and
-of each linear. Numbers come with calibration.
+The value between them becomes `(value - shift) / scale`, and the weights on both sides compensate for it, see
+`fxquant.transforms.weight_transforms`. This pass gives pairs their rules, and shifts their place: a bias of the norm
+and of each linear. Calibration finds the numbers.
 """
 
 from collections import Counter
@@ -30,7 +30,7 @@ from fxquant.schemes.roles import tensor_name
 class PairSmoothing(Pass):
     """Fills `program.pairs`, and gives norms and linears the biases that their methods need.
 
-    Raises FxquantError for a rule that matches no pair, and for a shift that a consumer has no bias to make up for.
+    Raises FxquantError for a rule that matches no pair, and for a shift that a consumer has no bias to compensate.
     """
 
     policy: Policy
@@ -61,7 +61,7 @@ class PairSmoothing(Pass):
         quantized = [(module, kind) for module, kind in modules if module in program.recipes]
         reason = not_scalable(node, maker, weights)
         if reason is None and not quantized:
-            reason = "what reads it stays in float"
+            reason = "all its consumers stay in float"
         rule = None if reason else self.policy.smooth_rule_for(kind, quantized)
         self.values.append(SeenValue(kind, tuple(modules), tuple(quantized), reason or rule))
         if reason is not None:
@@ -79,7 +79,7 @@ class PairSmoothing(Pass):
     def _shift(self, program: Program, pair: Pair, consumers: list[fx.Node]) -> None:
         for consumer in consumers:
             if consumer.target != ops.linear:
-                fact = f"rule “{pair.rule}” shifts what {consumer.name} reads, which has no bias to make up for it."
+                fact = f"rule “{pair.rule}” shifts the input of {consumer.name}, which has no bias to compensate it."
                 raise FxquantError(f"policy {self.policy.name}", fact, "Use smoothquant or flex for it.")
         _give_norm_bias(program, pair.value)
         for consumer in consumers:
@@ -109,7 +109,7 @@ def _give_linear_bias(program: Program, linear: fx.Node) -> None:
 
 
 def restore_biases(program: Program, names: Collection[str]) -> None:
-    """Give the norms and linears of a float graph those biases of `names` that smoothing gave them."""
+    """Give the norms and linears of a float graph the biases in `names`, which smoothing added."""
     for node in list(program.graph.graph.nodes):
         if node.target not in (ops.rms_norm, ops.linear) or not is_parameter(operand(node, "weight")):
             continue
@@ -118,7 +118,7 @@ def restore_biases(program: Program, names: Collection[str]) -> None:
 
 
 def _give_bias(program: Program, node: fx.Node, tensor: Tensor) -> None:
-    """Let a norm or linear add a new parameter of its module, `tensor` on meta."""
+    """Give a norm or linear a new bias, `tensor` on meta, as a parameter of its module."""
     weight = program.parameter(operand_node(node, "weight"))
     name = tensor_name(weight.module, "bias")
     program.added[name] = tensor

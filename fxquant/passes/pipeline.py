@@ -28,7 +28,7 @@ def pipeline(
     smoothing: PairSmoothing | None = None,
     contract: CheckContract | None = None,
 ) -> list[Pass]:
-    """Float program → quantized program. Passes that need more than the graph come ready made."""
+    """Float program → quantized program. Passes that need more than the graph are passed in."""
     passes = [
         schemes,  # a recipe for every linear to quantize, a rule for every parameter
         mtp,  # the same for multi-token prediction layers, which are in no graph
@@ -45,9 +45,9 @@ def pipeline(
 
 
 def npu_fusions(float32: frozenset[fx.Node], widest_swiglu: int) -> list[Pass]:
-    """Quantized program → the one that `model_ascend.py` is emitted from, in the pieces that engines have.
+    """Quantized program → the program that `model_ascend.py` is emitted from, with the fused operators of engines.
 
-    float32: values that stay in float32. widest_swiglu: features of the fused operator.
+    float32: values that stay in float32. widest_swiglu: most features that the fused operator takes.
     """
     return [ShareQuantize(), FuseNormQuantize(float32), FuseSwigluQuantize(widest_swiglu)]
 

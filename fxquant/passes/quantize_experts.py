@@ -45,7 +45,7 @@ class QuantizeExperts(RewritePass):
             recipe, name = recipes[projection], f"{node.name}_{projection}"
             form = expert_form(recipe)
             if form is None:
-                raise InternalError(recipe.module, f"no form of routed experts for {recipe.scheme}")
+                raise InternalError(recipe.module, f"routed experts have no form of {recipe.scheme}")
             return forms.write(surgery, recipe, form, {"x": x, "counts": counts}, name, last=name)
 
         gate, up = project(rows, "gate_proj"), project(rows, "up_proj")

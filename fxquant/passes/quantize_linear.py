@@ -1,7 +1,7 @@
 """linear(x)  →  the form of its scheme: `fxquant.ops.quantized.LINEAR_FORMS`
 
 W8A8          quantize_static → int_matmul → dequantize_static
-W8A8_MIX      the same; engines that split prefill from decode run W8A8_DYNAMIC there
+W8A8_MIX      the same; engines that split prefill from decode run W8A8_DYNAMIC in prefill
 W8A8_DYNAMIC  quantize_per_token → int_matmul → dequantize_per_token
 W4A8_DYNAMIC  quantize_per_token → int4_matmul → dequantize_per_token
 

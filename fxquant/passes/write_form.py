@@ -1,4 +1,4 @@
-"""Recipe and form → the calls of a quantized linear: what `quantize-linear` and `quantize-experts` have in common."""
+"""Form writer: recipe and form → the calls of a quantized linear, for `quantize-linear` and `quantize-experts`."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ def form_of(recipe: Recipe) -> Form:
     """The form of a linear. Raises InternalError for a scheme that has none."""
     bits, activation = recipe.scheme.weight_bits, recipe.scheme.activation
     if bits is None or (bits, activation) not in LINEAR_FORMS:
-        raise InternalError(recipe.module, f"no form of a linear for {recipe.scheme}")
+        raise InternalError(recipe.module, f"linears have no form of {recipe.scheme}")
     return LINEAR_FORMS[bits, activation]
 
 
@@ -28,7 +28,7 @@ def expert_form(recipe: Recipe) -> Form | None:
 
 
 class FormWriter:
-    """Writes forms into a program; what takes no tensor of a linear it writes once for each input."""
+    """Writes forms into a program; a step that takes no tensor of the linear is written once per input."""
 
     def __init__(self) -> None:
         self._shared: dict[tuple[Any, ...], dict[str, fx.Node]] = {}
@@ -36,10 +36,10 @@ class FormWriter:
     def write(
         self, surgery: Surgery, recipe: Recipe, form: Form, values: dict[str, fx.Node], name: str, last: str = ""
     ) -> fx.Node:
-        """The node that gives the linear's result, in front of the surgery's site.
+        """The node that gives the linear's result, before the surgery's site.
 
         values  operand → node: `x`, and `counts` of rows sorted by expert
-        name    of the linear, for the names of nodes; `last` is that of the last one where it is not made of it
+        name    of the linear, for the names of nodes; `last`: the name of the last one, if it does not follow from it
         """
         for step in form:
             if set(step.arguments) <= values.keys():
@@ -51,7 +51,7 @@ class FormWriter:
         return values[form[-1].gives[0]]
 
     def shared(self, surgery: Surgery, step: Step, values: dict[str, fx.Node]) -> dict[str, fx.Node]:
-        """The results of a step that takes `values` alone, by what it gives them for."""
+        """The results of a step that takes `values` alone: operand that each is for → node."""
         arguments = tuple(values[argument] for argument in step.arguments)
         key = (step.operator, *arguments)
         if key not in self._shared:
@@ -62,7 +62,7 @@ class FormWriter:
 
 
 def _arguments(surgery: Surgery, recipe: Recipe, step: Step, values: dict[str, fx.Node]) -> list[fx.Node | None]:
-    """Those that the schema names, None at the end left out."""
+    """Arguments in the order of the schema, without None at the end."""
     stored, given = tensor_specs(recipe), list[fx.Node | None]()
     for argument in step.operator._schema.arguments:
         if argument.name in values:

@@ -260,5 +260,5 @@ def why_not(recipe: Recipe) -> str | None:
     if group_size and k % group_size:
         return f"in_features {k} is not a multiple of group_size {group_size}"
     if recipe.row_parallel and recipe.scheme.integer_inputs and k % ROW_PARALLEL_CHUNKS:
-        return f"in_features {k} is not a multiple of the {ROW_PARALLEL_CHUNKS} chunks that scale_bias sums"
+        return f"in_features {k} is not a multiple of {ROW_PARALLEL_CHUNKS}, the number of chunks of scale_bias"
     return None

@@ -214,13 +214,13 @@ def refused(model: Path, out: Path, calibration: Path, policy: str = STATIC) -> 
 
 def test_of_another_graph(tiny_folder: Callable[..., Path], whole: Path, tmp_path: Path) -> None:
     other = tiny_folder(num_attention_heads=2, num_key_value_heads=2)
-    assert "of another kind: graph " in refused(other, tmp_path / "out", whole / CALIBRATION)
+    assert "the file is of graph " in refused(other, tmp_path / "out", whole / CALIBRATION)
 
 
 def test_seen_on_other_weights(model: Path, whole: Path, ids: Path, tmp_path: Path) -> None:
     policy = policy_of(tmp_path, ROUNDED)
     fact = refused(model, tmp_path / "out", whole / CALIBRATION, policy)
-    assert "of another kind: float weights, policy policy wants rounded " in fact
+    assert "the file is of float weights, policy policy needs rounded " in fact
     rounded = compiled(model, tmp_path / "rounded", policy, calib=ids)
     assert "rounded " in refused(model, tmp_path / "out", rounded / CALIBRATION)
     assert same_files(compiled(model, tmp_path / "again", policy, calibration=rounded / CALIBRATION), rounded)

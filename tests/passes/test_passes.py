@@ -102,7 +102,7 @@ class OtherName(DecoderLayer):
 
 
 def test_a_linear_whose_weight_has_another_name_is_refused_or_kept(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    with pytest.raises(FxquantError, match=r"^model\.layers\.0\.mlp: model\.layers\.0\.mlp\.mixing is quantized"):
+    with pytest.raises(FxquantError, match=r"^model\.layers\.0\.mlp: model\.layers\.0\.mlp\.mixing is to be quantized"):
         assigned(traced(checkpoint, OtherName), "deepseek_w4a8_dynamic")
     policy = "extends: deepseek_w4a8_dynamic\nrules: [{path: '*.0.mlp', scheme: FLOAT}]"
     program = assigned(traced(checkpoint, OtherName), policy, tmp_path)
@@ -144,14 +144,14 @@ def test_coverage_holds_after_the_pipeline(under: Callable[[str], Rewritten]) ->
 def test_a_linear_left_in_float_is_a_fault(layer: type[DecoderLayer], checkpoint: Checkpoint, tmp_path: Path) -> None:
     policy = "rules: [{path: '*.0.mlp.*', scheme: W8A8_DYNAMIC}, {path: '*', scheme: FLOAT}]"
     program = assigned(traced(checkpoint, layer), policy, tmp_path)
-    with pytest.raises(FxquantError, match=r"model\.layers\.0\.mlp\.gate_proj: has a recipe and is still float"):
+    with pytest.raises(FxquantError, match=r"model\.layers\.0\.mlp\.gate_proj: has a recipe, but is still float"):
         CheckCoverage()(program)
 
 
 def test_experts_left_in_float_are_a_fault(checkpoint: Checkpoint) -> None:
     program = assigned(float_program(checkpoint), "deepseek_w4a8_dynamic")
     QuantizeLinear()(program)
-    with pytest.raises(FxquantError, match=r"mlp\.experts\S*: has a recipe and is still float"):
+    with pytest.raises(FxquantError, match=r"mlp\.experts\S*: has a recipe, but is still float"):
         CheckCoverage()(program)
 
 
@@ -177,7 +177,7 @@ def test_a_recipe_that_nobody_reads_is_a_fault(checkpoint: Checkpoint) -> None:
     program = assigned(float_program(checkpoint), "float")
     stray = Recipe("stray", ("stray",), Scheme.W8A8_DYNAMIC, 0, 2, 2, False, False, torch.bfloat16)
     program.recipes["stray"] = stray
-    with pytest.raises(InternalError, match="stray: has a recipe but no node reads its integers"):
+    with pytest.raises(InternalError, match="stray: has a recipe, but no node reads its integers"):
         CheckCoverage()(program)
 
 

@@ -98,7 +98,7 @@ def test_only_what_it_may_decide_counts_as_taken(assign: Assign, policy: Callabl
         ("kind: embedding, method: flex", "model.embed_tokens reads no output of a norm or an attention", ""),
         ("kind: norm, path: '*.o_proj', method: flex", "path and kind exclude each other", ""),
         ("path: '*.kv_b_proj', method: flex", "kv_b_proj and 1 more reads no output", ""),
-        ("path: lm_head, method: flex", "for the input of lm_head, what reads it stays in float", ""),
+        ("path: lm_head, method: flex", "for the input of lm_head, all its consumers stay in float", ""),
         ("kind: routed_expert, pair: linear, method: flex", "reads from a norm, not from a linear", "Use pair: norm"),
         ("kind: gate, method: flex", "the selected ones stay in float", ""),
     ],

@@ -73,7 +73,7 @@ def test_what_is_no_pair_says_why(tiny: Callable[..., Checkpoint], tmp_path: Pat
     AssignSchemes(loaded)(program)
     skipped = PairSmoothing(loaded)(program).skipped
     assert skipped["layers_0_self_attn_kv_a_layernorm"] == "not only linears read it"
-    assert skipped["norm"] == "what reads it stays in float"
+    assert skipped["norm"] == "all its consumers stay in float"
     assert skipped["layers_0_post_attention_layernorm"] == "no rule smooths it"
 
 
@@ -81,7 +81,7 @@ def test_what_is_no_pair_says_why(tiny: Callable[..., Checkpoint], tmp_path: Pat
     ("text", "fact"),
     [
         ("smooth: [{kind: embedding, method: smoothquant}]", "matches no pair"),
-        ("smooth: [{method: m4}]", "has no bias to make up for it"),
+        ("smooth: [{method: m4}]", "has no bias to compensate it"),
         ("smooth: [{method: flex, alpha: 0.5}]", "alpha does not apply to method flex"),
         ("smooth: [{method: awq}]", "smooth.0.method"),
     ],
@@ -237,7 +237,7 @@ def test_a_saved_calibration_has_the_smoothing(tiny_folder: Callable[..., Path],
     for file in first.glob("quant_model_weight*.safetensors"):
         assert file.read_bytes() == (second / file.name).read_bytes()
     other = policy_of(tmp_path, "smooth: [{kind: attention, method: m4, alpha: 0.6}]", M4)
-    with pytest.raises(FxquantError, match="smoothed otherwise"):
+    with pytest.raises(FxquantError, match="the file has other smoothing than policy"):
         compile(tiny_folder(), CompileOptions(policy=other, out=tmp_path / "third", calibration=saved))
 
 

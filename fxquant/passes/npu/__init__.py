@@ -1,1 +1,1 @@
-"""Passes over the graph that NPUs run: fused operators, shared quantization, paged latent caches."""
+"""NPU passes, over the graph that NPUs run: fused operators, shared quantization, paged latent caches."""

@@ -3,8 +3,8 @@
     linear(c_kv, kv_b_proj) → mla_attention(q, …, k_rope)   →   latent_attention(q, kv_b_proj, written cache)
 
 The halves W_UK and W_UV of kv_b_proj go to the side of the queries (DeepSeek-V2, arXiv:2405.04434, section 2.1.2), so
-a step of decoding reads each cached latent once and makes no keys. The pass follows `PageLatents`; a layer that it
-keeps gathers its latents and multiplies all of them by kv_b_proj.
+a decoding step reads each cached latent once and computes no keys. The pass follows `PageLatents`; a layer that it
+skips gathers its latents and multiplies all of them by kv_b_proj.
 """
 
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ SPLIT = torch.ops.aten.split_with_sizes.default
 
 @dataclass(frozen=True)
 class _Keys:
-    """Where the keys of an attention come from: `linear` of the first part of what the cache holds and of `new`."""
+    """Where the keys of an attention come from: `linear` of the first part of cached and `new` latents."""
 
     linear: fx.Node
     new: fx.Node
@@ -51,6 +51,7 @@ class AbsorbLatents(RewritePass):
     def rewrite(self, node: fx.Node, program: Program) -> None:
         keys = _keys(node, program)
         assert isinstance(keys, _Keys)
+        # write_latents stores the last positions only: without the cached ones, the gathered copy is dead code
         set_operand(keys.written, "latents", keys.new)
         block_table, _, seq_lens = cache_inputs(program)
         given, weight = arguments(node), operand(keys.linear, "weight")
@@ -75,17 +76,18 @@ def _keys(node: fx.Node, program: Program) -> _Keys | str:
         return "its latents are not those that the cache holds"
     new = _appended(latents, operand_node(written, "cache"))
     if new is None:
-        return "its latents are more than the cache and new ones after it"
+        return "its latents are not the cache followed by new ones"
+    # latent_attention masks by seq_lens, and has no operand for another mask
     if mask is not program.graph.graph.find_nodes(op="placeholder")[1]:
         return f"its mask {mask.name} is computed"
     tokens = program.graph.graph.find_nodes(op="placeholder")[0].meta["val"].shape[1]
     if {str(value.meta["val"].shape[1]) for value in (q, new)} != {str(tokens)}:
-        return "it has not one query and one latent for each token"
+        return "it does not have one query and one latent per token"
     return _Keys(kv, new, written)
 
 
 def _appended(latents: fx.Node, cache: fx.Node) -> fx.Node | None:
-    """What `latents` has after all positions of `cache`."""
+    """The latents after all positions of `cache`; None if `latents` is not such a concatenation."""
     if latents.target != CONCATENATE or operand(latents, "dim") != 1 or len(operand(latents, "tensors")) != 2:
         return None
     gathered, new = operand(latents, "tensors")
@@ -93,7 +95,7 @@ def _appended(latents: fx.Node, cache: fx.Node) -> fx.Node | None:
 
 
 def _half(node: fx.Node, index: int) -> fx.Node | None:
-    """What `node` is part `index` of, by a split into two along the features."""
+    """The value that a split into two along the features has `node` as part `index` of; None if there is none."""
     split, part = item_of(node)
     if part != index or split.target != SPLIT:
         return None

@@ -20,12 +20,12 @@ from fxquant.program.operands import arguments, item_of, operand, operand_node
 from fxquant.program.program import Program
 from fxquant.program.shape_inference import ShapeRules
 
-WITHOUT_SUM = "its input is no sum of two tensors of one shape, and engines fuse no other norm"
+WITHOUT_SUM = "its input is not a sum of two tensors of one shape, and engines fuse no other norms"
 
 
 @dataclass
 class FuseNormQuantize(RewritePass):
-    """Rewrites every norm of a sum that it is the first to read.
+    """Rewrites every norm that is the first to read a sum.
 
     `float32`: values that stay float32 whatever the model's dtype; a fused operator has one dtype for all.
     """
@@ -64,7 +64,7 @@ class FuseNormQuantize(RewritePass):
                 graph.erase_node(last)
 
     def _fused(self, surgery: Surgery, total: fx.Node, consumer: fx.Node | None) -> tuple[fx.Node, list[list[fx.Node]]]:
-        """The new call, and for each of its results but the sum the nodes that gave it before."""
+        """The new call, and for each result except the sum, the nodes that computed it before."""
         node = surgery.site
         norm, name = arguments(node), f"{node.name}_fused"
         given = (operand(total, "self"), operand(total, "other"), norm["weight"], norm["eps"])
@@ -75,7 +75,7 @@ class FuseNormQuantize(RewritePass):
             items = [[user for user in consumer.users if item_of(user)[1] == index] for index in (0, 1)]
             return surgery.call(ops.add_rms_norm_quantize_per_token, (*given, *bias), name), items
         scales = [operand_node(consumer, name_of) for name_of in ("input_scale", "input_offset")]
-        for parameter in scales:
+        for parameter in scales:  # read by the quantization, so they stand after the norm
             node.prepend(parameter)
         return surgery.call(ops.add_rms_norm_quantize_static, (*given, *scales, *bias), name), [[consumer]]
 
@@ -92,7 +92,7 @@ def _adds_alike(node: fx.Node) -> bool:
 
 
 def _one_quantization(norm: fx.Node) -> fx.Node | None:
-    """The quantization that alone reads `norm`, if an engine has the two in one piece."""
+    """The only consumer of `norm`, if it is a quantization that engines fuse with it."""
     if len(norm.users) != 1:
         return None
     consumer = next(iter(norm.users))

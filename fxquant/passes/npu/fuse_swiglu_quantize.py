@@ -14,7 +14,7 @@ from fxquant.program.shape_inference import ShapeRules
 
 @dataclass
 class FuseSwigluQuantize(RewritePass):
-    """Rewrites every swiglu whose one consumer is a quantization per token.
+    """Rewrites every swiglu whose only consumer is a quantization per token.
 
     `widest`: the most features that the engine's operator takes; None for no limit.
     """
@@ -32,7 +32,7 @@ class FuseSwigluQuantize(RewritePass):
             return f"read by {consumers or 'nothing'}"
         features = node.meta["val"].shape[-1]
         if self.widest is not None and features > self.widest:
-            return f"{features} features, the engine's operator takes {self.widest}"
+            return f"{features} features, the engine's operator takes at most {self.widest}"
         return None
 
     def rewrite(self, node: fx.Node, program: Program) -> None:

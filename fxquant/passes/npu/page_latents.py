@@ -3,7 +3,7 @@
 past_i     →  gather_latents(past_i, block_table)
 present_i  →  write_latents(past_i, present_i, slot_mapping)
 
-The graph then takes a cache [num_blocks, block_size, width] where it took `past_i`, and three inputs more:
+The graph then takes a cache [num_blocks, block_size, width] where it took `past_i`, and three more inputs:
 block_table int32 [B, blocks], slot_mapping int32 [B, S], seq_lens int32 [B] (`fxquant.ops.latent_cache`). Its
 attention_mask [B, blocks · block_size + S] says which of the gathered positions hold a latent.
 """
@@ -50,7 +50,11 @@ class PageLatents(RewritePass):
         if present is node:
             return  # a layer that appends nothing
         if present.op != "call_function":
-            raise FxquantError(node.name, f"comes back as {present.name}.", "Return what the layer appends to.")
+            raise FxquantError(
+                node.name,
+                f"is returned as {present.name}, which no call computes.",
+                "Return the latents that the layer appended to.",
+            )
         surgery = Surgery(program, present, self._rules)
         written = surgery.call(ops.write_latents, (node, present, slot_mapping), f"{present.name}_written")
         present.append(written)

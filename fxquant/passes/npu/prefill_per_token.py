@@ -1,9 +1,9 @@
-"""W8A8_MIX in prefill: one scale a token instead of the calibrated one
+"""W8A8_MIX in prefill: one scale per token instead of the calibrated one
 
     quantize_static → int_matmul → dequantize_static   →   quantize_per_token → int_matmul → dequantize_per_token
 
-and the same behind a norm that quantizes. Engines that split prefill from decode run such linears per token in the
-first and static in the second (vllm-ascend, w8a8_pdmix). The weight stays; `weight_scale` takes the place of the four
+and the same after a norm that quantizes. Engines that split prefill from decode run such linears per token in prefill
+and static in decode (vllm-ascend, w8a8_pdmix). The weight stays; `weight_scale` takes the place of the four
 static parameters.
 """
 
@@ -63,13 +63,16 @@ class PrefillPerToken(RewritePass):
 
 
 def _norm(x8: fx.Node) -> fx.Node | None:
-    """The norm that made these integers of a tensor's scale."""
+    """The fused norm that quantized these integers per tensor; None if none did."""
     fused, index = item_of(x8)
     return fused if (fused.target, index) == (ops.add_rms_norm_quantize_static, 0) else None
 
 
 def _quantize_behind(surgery: Surgery) -> tuple[fx.Node, fx.Node]:
-    """The norm again, with the other quantization; its sum takes the place of the first one's."""
+    """A copy of the norm with per-token quantization; its sum replaces that of the first.
+
+    The first one stays for W8A8 linears that read it, and is dropped if nothing does.
+    """
     norm = surgery.site
     given, name = arguments(norm), norm.name.removesuffix("_fused")
     operands = [given[key] for key in ("x1", "x2", "weight", "eps", "bias") if given[key] is not None]

@@ -1,8 +1,8 @@
 """quantize(x), quantize(x)  →  one quantize(x), read by both
 
 Static linears own the parameters of their quantization, so q_a and kv_a, or gate and up, each have one of the same
-input. Where their ranges are equal, so are the integers: the first one is read by all. What belongs to the others is
-still stored, as their recipes say.
+input. If their ranges are equal, so are the integers, and all read the first one. Parameters of the others are still
+stored, as their recipes say.
 """
 
 from torch import fx
@@ -31,6 +31,7 @@ class ShareQuantize(RewritePass):
     def rewrite(self, node: fx.Node, program: Program) -> None:
         twin = _twin(node, program)
         assert twin is not None, node.name
+        # reversed: `_take_over` puts each right after the twin, and so the first result first
         for item in sorted((user for user in node.users if item_of(user)[1] is not None), reverse=True):
             _take_over(item, twin, program)
         node.replace_all_uses_with(twin)
@@ -43,12 +44,12 @@ def _earlier(node: fx.Node) -> list[fx.Node]:
 
 
 def _twin(node: fx.Node, program: Program) -> fx.Node | None:
-    """The first of those that gives the same integers."""
+    """The first of `_earlier` that gives the same integers; None if none does."""
     return next((earlier for earlier in _earlier(node) if _range(earlier, program) == _range(node, program)), None)
 
 
 def _range(node: fx.Node, program: Program) -> ActivationRange | str:
-    """What decides its integers besides its input: "" per token, the parameters' own name where no range is known."""
+    """What decides its integers besides its input: "" per token, the parameter's own name if no range is known."""
     if node.target == ops.quantize_per_token:
         return ""
     scale = str(operand_node(node, "input_scale").target)
@@ -61,7 +62,7 @@ def _in_words(observed: ActivationRange | str) -> str:
 
 
 def _take_over(item: fx.Node, twin: fx.Node, program: Program) -> None:
-    """Let the consumers of `item`, a result of the node that goes, read the same result of `twin`."""
+    """Let the consumers of `item`, a result of the erased node, read the same result of `twin`."""
     call, index = item_of(item)
     same = [user for user in twin.users if item_of(user) == (twin, index)]
     if not same:

@@ -144,7 +144,7 @@ def test_a_cache_that_nothing_is_appended_to_stays(checkpoint: Checkpoint) -> No
         exchanged.graph.graph.find_nodes(op="placeholder")[3:],
     )
     output.args = ((output.args[0][0], second, first),)  # type: ignore[index]
-    with pytest.raises(FxquantError, match="past_0: comes back as past_1"):
+    with pytest.raises(FxquantError, match="past_0: is returned as past_1"):
         PageLatents()(exchanged)
 
 
