@@ -1,1 +1,1 @@
-"""The engines a model can be compiled for: each has its names, contract, reader and serving words in one package."""
+"""Engines a model can be compiled for, one package each: names, contract, reader and serving command."""

@@ -1,4 +1,4 @@
-"""Recipes × contract × number of ranks → what the engine refuses, and what nobody has verified."""
+"""Contract check: recipes × contract × number of ranks → what the engine refuses, and what is unverified."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ EXPERT_PARALLEL = "serve with expert parallelism, which keeps experts whole"
 
 @dataclass(frozen=True)
 class Linear:
-    """What the check needs of one linear, float ones too; `heads`: of an attention whose heads ranks share, else 0."""
+    """What the check needs of one linear, float ones too; `heads`: of its attention, split over ranks, else 0."""
 
     recipe: Recipe
     kind: Kind
@@ -48,14 +48,14 @@ def check(contract: Contract, linears: Iterable[Linear], ranks: int = 1, mix: bo
 
 
 def refusal(findings: list[Finding]) -> Finding | None:
-    """The first that is a refusal."""
+    """The first refusal; None without one."""
     return next((finding for finding in findings if finding.verdict is Verdict.REFUSED), None)
 
 
 def _ranks(contract: Contract) -> Finding:
     rule = contract.tensor_parallel
     sizes = ", ".join(map(str, rule.sizes))
-    way_out = f"Use one of {sizes}, or data and expert parallelism." if len(rule.sizes) > 1 else "Run it on one."
+    way_out = f"Use one of {sizes}, or data and expert parallelism." if len(rule.sizes) > 1 else "Run it on one rank."
     return Finding("", Verdict.REFUSED, f"tensor-parallel ranks must be {sizes}: {rule.why}", way_out, rule.reference)
 
 
@@ -93,9 +93,9 @@ def _sizes(contract: Contract, linear: Linear, ranks: int) -> Iterator[Finding]:
             yield _size(recipe, f"{axis} {size} does not split over {ranks} ranks", _divides(size), reference)
             return
         n, k = (n, k // ranks) if recipe.row_parallel else (n // ranks, k)
-    part = f" of each of {ranks} ranks" if ranks > 1 else ""
+    part = f" on each of {ranks} ranks" if ranks > 1 else ""
     if recipe.group_size and contract.tensor_parallel.whole_groups and k % recipe.group_size:
-        fact = f"in_features {k}{part} are no whole number of groups of {recipe.group_size}"
+        fact = f"in_features {k}{part} is not a multiple of group_size {recipe.group_size}"
         fewer = f"Use fewer ranks, {EXPERT_PARALLEL}, or group_size 0."
         yield _size(recipe, fact, fewer if ranks > 1 else "Use a smaller group_size.", reference)
     for rule in contract.multiples:
@@ -106,7 +106,7 @@ def _sizes(contract: Contract, linear: Linear, ranks: int) -> Iterator[Finding]:
                     way_out = f"Use fewer ranks, or {EXPERT_PARALLEL}." if part else "Use W8A8_DYNAMIC for it."
                     yield _size(recipe, fact, way_out, rule.reference)
             if rule.largest_in_features and k > rule.largest_in_features:
-                fact = f"in_features {k}{part} are more than {rule.largest_in_features}"
+                fact = f"in_features {k}{part} is more than {rule.largest_in_features}"
                 yield _size(recipe, fact, "Use W8A8_DYNAMIC for it.", rule.reference)
 
 

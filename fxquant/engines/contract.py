@@ -1,4 +1,4 @@
-"""What an engine loads and runs, as data: a contract.yaml in the package of each engine."""
+"""Engine contract: what an engine loads and runs, as data, in the contract.yaml of its package."""
 
 from enum import StrEnum
 from fnmatch import fnmatchcase
@@ -15,11 +15,11 @@ from fxquant.schemes.schemes import Recipe, Scheme
 
 FORMAT = 1
 ANY: Literal["any"] = "any"
-"""In the place of schemes: all that there are."""
+"""In place of a list of schemes: all of them."""
 
 
 class Verdict(StrEnum):
-    """`unverified`: nobody has shown that it works or that it fails; it is compiled, and the report says so."""
+    """`unverified`: shown neither to work nor to fail; it is compiled, and the report says so."""
 
     ACCEPTED = "accepted"
     UNVERIFIED = "unverified"
@@ -31,12 +31,12 @@ class _Data(BaseModel):
 
 
 class Cell(_Data):
-    """A verdict on linears of some kinds under some schemes. Of a contract's cells the first that matches counts.
+    """A verdict on linears of some kinds under some schemes. The first matching cell of a contract decides.
 
     scheme      "any" for all
     module      shell pattern of the last part of the module's path
-    group_size  for schemes with groups: the group sizes it speaks of; None: all
-    bias        whether it speaks of linears with or without a bias; None: of both
+    group_size  for schemes with groups: the group sizes it applies to; None: all
+    bias        whether it applies to linears with or without a bias; None: to both
     """
 
     kind: tuple[Kind, ...]
@@ -55,7 +55,7 @@ class Cell(_Data):
         return [value] if isinstance(value, str) and value != ANY else value
 
     def matches(self, kind: Kind, recipe: Recipe) -> bool:
-        """Whether the verdict is on such a linear."""
+        """Whether the verdict applies to such a linear."""
         sized = self.group_size is None or recipe.group_size in self.group_size
         named = fnmatchcase(recipe.module.rpartition(".")[2], self.module) and self.bias in (None, recipe.bias)
         schemed = self.scheme == ANY or recipe.scheme in self.scheme
@@ -63,7 +63,7 @@ class Cell(_Data):
 
 
 class Multiples(_Data):
-    """What sizes a kernel takes, of the whole linear and of each rank's part of it."""
+    """Sizes that a kernel takes, for the whole linear and for each rank's part of it."""
 
     kind: tuple[Kind, ...]
     scheme: tuple[Scheme, ...]
@@ -82,7 +82,7 @@ class Dtypes(_Data):
 
 
 class TensorParallel(_Data):
-    """sizes: ranks that the form allows. whole_groups: a rank's in_features are a whole number of groups."""
+    """sizes: ranks that the format allows. whole_groups: in_features per rank must be a multiple of the group size."""
 
     sizes: tuple[int, ...]
     whole_groups: bool
@@ -101,7 +101,7 @@ class Fused(_Data):
 
 
 class Release(_Data):
-    """Engine releases, by date or commit, and the forms that they load; `since` is empty where it is not known."""
+    """Engine releases, by date or commit, and the formats that they load; `since` is empty if unknown."""
 
     engine: str
     since: str

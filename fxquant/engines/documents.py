@@ -1,4 +1,4 @@
-"""Keys of the description and of config.json that several engines have in common, from the rewritten program."""
+"""Description and config.json keys that several engines have in common, from the rewritten program."""
 
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,7 @@ FORMAT_VERSION = "1.0.0"
 
 
 def group_size(program: "Program") -> int:
-    """The one group size of the int4 linears; 0 where they are per channel or there are none."""
+    """The one group size of the int4 linears; 0 if they are per channel or there are none."""
     return max((recipe.group_size for recipe in program.recipes.values()), default=0)
 
 
@@ -27,14 +27,14 @@ def versioned_header(program: "Program") -> JsonObject:
 
 
 def model_quant_type(program: "Program") -> str:
-    """Engines read it as the type of what is neither attention nor expert; they decide the rest tensor by tensor."""
+    """Engines read it as the type of modules outside attention and experts; they decide the others per tensor."""
     from fxquant.schemes.schemes import Scheme
 
     return (Scheme.W8A8_DYNAMIC if program.recipes else Scheme.FLOAT).value
 
 
 def scheme_keys(program: "Program") -> JsonObject:
-    """`quantize`, and `mla_quantize`, `moe_quantize`, `mtp_quantize` where all linears of the kind have one scheme."""
+    """`quantize`, and `mla_quantize`, `moe_quantize`, `mtp_quantize` if all linears of the kind have one scheme."""
     keys = {"quantize": model_quant_type(program).lower()} if program.recipes else {}
     kinds = {Kind.ATTENTION: "mla_quantize", Kind.ROUTED_EXPERT: "moe_quantize"}
     for kind, key in kinds.items():

@@ -1,4 +1,4 @@
-"""Engine: what its weight files are called and say, who reads them, and how it is started."""
+"""Engine: names and headers of its weight files, their reader, and how to start it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,15 +19,15 @@ JsonObject = dict[str, Any]
 class Engine:
     """Names, and functions of the rewritten program. What the engine refuses is in the contract.yaml beside it.
 
-    weight_format    group size of the int4 linears (0: per channel, or there are none) → form on disk
-    stem             what the names of weight files begin with
+    weight_format    group size of the int4 linears (0: per channel, or there are none) → format on disk
+    stem             beginning of the names of weight files
     numbered         a single weight file has a part number and an index too
     description      name of the description file
     header           keys of the description before those of the tensors
     config           keys to add to config.json
     mtp_files        float multi-token prediction layers are in weight files of their own, `mtp_float-…`
-    open_reader      folder, tensor-parallel ranks, group size → what the engine makes of the files; raises FxquantError
-                     where it refuses the folder as a whole. None: no Ascend engine reads them
+    open_reader      folder, tensor-parallel ranks, group size → the engine's reader of the files; raises FxquantError
+                     if the engine refuses the whole folder. None: no Ascend engine reads them
     serve            how to start the engine on an output: a command or a setting, as one line
     npu_graph        the graph beside the weights calls NPU operators; else it is ONNX
     reads_tokenizer  it needs tokenizer files in the folder

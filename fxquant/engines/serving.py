@@ -1,4 +1,4 @@
-"""Serving: what the words that start an engine are made from. Each engine has them in a serving.py of its own."""
+"""Serving: what an engine's start command is made from. Each engine has the command in its own serving.py."""
 
 import shlex
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""The engines a model can be compiled for, by name: everything else asks this table. Nothing here imports torch."""
+"""Engine table: engines a model can be compiled for, by name. All other code asks it; it imports no torch."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -28,7 +28,7 @@ DEFAULT = Target.ASCEND
 
 
 def weight_stems() -> tuple[str, ...]:
-    """What the names of weight files begin with, of all engines."""
+    """Beginnings of the names of weight files, of all engines."""
     return tuple(sorted({engine.stem for engine in ENGINES.values()}))
 
 

@@ -112,7 +112,7 @@ def test_a_rank_has_whole_groups(target: Target, ranks: int) -> None:
 @pytest.mark.parametrize("target", [Target.ASCEND, Target.MINDIE, Target.SGLANG_NPU])
 def test_a_part_of_a_group_is_refused(target: Target) -> None:
     finding = refused(target, experts(), 16)
-    assert finding.module.endswith("down_proj") and "128 of each of 16 ranks" in finding.fact and "256" in finding.fact
+    assert finding.module.endswith("down_proj") and "128 on each of 16 ranks" in finding.fact and "256" in finding.fact
     assert "fewer ranks" in finding.way_out and "expert parallelism" in finding.way_out
     assert not check(load_contract(target), experts(0), 16)
 
@@ -134,7 +134,7 @@ def test_kernels_take_multiples(target: Target, n: int, k: int, fact: str) -> No
 
 
 def test_out_features_of_a_rank_are_pairs() -> None:
-    assert "of each of 16 ranks" in refused(Target.ASCEND, [expert("gate_proj", 0, n=192)], 16).fact
+    assert "on each of 16 ranks" in refused(Target.ASCEND, [expert("gate_proj", 0, n=192)], 16).fact
 
 
 def test_heads_split_over_ranks() -> None:
@@ -261,5 +261,5 @@ def reader_check(report: CompileReport) -> Check:
 
 def test_ranks_are_checked_by_compile(tiny_folder: Folder, tmp_path: Path) -> None:
     options = CompileOptions(policy="deepseek_w4a8_dynamic", out=tmp_path / "out", tp=2)
-    with pytest.raises(FxquantError, match="128 of each of 2 ranks are no whole number of groups of 256"):
+    with pytest.raises(FxquantError, match="128 on each of 2 ranks is not a multiple of group_size 256"):
         compile(tiny_folder(), options)

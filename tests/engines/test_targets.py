@@ -61,7 +61,7 @@ def test_every_verdict_on_the_published_model(policies: Sequence[str]) -> None:
         assert bool(deployment.words) is (deployment.verdict != "accepted"), deployment
     if policies is FIRST:
         words = matrix["deepseek_w4a8", Target.ASCEND, 16].words
-        assert "128 of each of 16 ranks are no whole number of groups of 256" in words
+        assert "128 on each of 16 ranks is not a multiple of group_size 256" in words
         assert "#13713" in matrix["deepseek_w4a8", Target.VLLM_ASCEND, 1].words
 
 

@@ -137,7 +137,7 @@ def test_multi_token_prediction_layers_go_along(compiled: Compiled, tmp_path: Pa
 
 
 def test_ranks_are_checked_and_written_down(compiled: Compiled, tmp_path: Path) -> None:
-    with pytest.raises(FxquantError, match="128 of each of 2 ranks are no whole number of groups of 256"):
+    with pytest.raises(FxquantError, match="128 on each of 2 ranks is not a multiple of group_size 256"):
         convert(compiled(Target.ASCEND, TWO_LEVEL), Target.MINDIE, tmp_path / "B", tp=2)
     assert not list(tmp_path.iterdir())
     command = ["convert", str(compiled(Target.VLLM_ASCEND, PER_CHANNEL)), "--target", "sglang-npu", "--tp", "2"]

@@ -1,4 +1,4 @@
-"""The common Ascend form: format `packed`, which SGLang-NPU and vllm-ascend releases up to 2026-07 load."""
+"""Common Ascend format, `packed`, which SGLang-NPU and vllm-ascend releases up to 2026-07 load."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING

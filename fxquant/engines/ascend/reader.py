@@ -20,7 +20,7 @@ RULES = LinearRules(reciprocal=True, narrow_scale=True, biased=False)
 
 
 def open_vllm_ascend_per_group(folder: Path, ranks: int) -> EngineReader:
-    """Raises FxquantError for a header by which the engine would not take the weights for packed and grouped."""
+    """Raises FxquantError for a header by which the engine would not read the weights as packed and grouped."""
     files = WeightFolder(folder, DESCRIPTION)
     group_size = files.description.get("group_size", DEFAULT_GROUP)
     if type(group_size) is not int or group_size <= 0:

@@ -1,4 +1,4 @@
-"""How to serve the common form with vllm-ascend releases from 2025-08-20 to 2026-08-07."""
+"""How to serve the common Ascend format with vllm-ascend releases from 2025-08-20 to 2026-08-07."""
 
 from fxquant.engines.serving import Serving
 

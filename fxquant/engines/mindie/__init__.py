@@ -1,4 +1,4 @@
-"""MindIE: format `unpacked`, its own name of the description, and keys in config.json in place of a header."""
+"""MindIE: format `unpacked`, its own name of the description, and keys in config.json instead of a header."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING

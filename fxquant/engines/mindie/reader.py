@@ -1,4 +1,4 @@
-"""MindIE: int4 experts one to an int8, group scales rounded into float16, no scale_bias.
+"""MindIE: experts with one int4 per int8, group scales rounded into float16, no scale_bias.
 
 Source: MindIE-LLM, mindie_llm/runtime and atb_framework; the format is msModelSlim's `--mindie_format`.
 """
@@ -21,14 +21,14 @@ MODEL_TYPE = "deepseekv2"
 SHARED = "shared_experts"
 
 RULES = LinearRules(reciprocal=False, narrow_scale=False, biased=True)
-"""Nothing of a reciprocal or of a narrower weight_scale is known of MindIE; deq_scale stays float32 for bfloat16."""
+"""MindIE is not known to use a reciprocal or a narrower weight_scale; deq_scale stays float32 for bfloat16."""
 
 
 @dataclass(frozen=True)
 class MindieReader(EngineReader):
     """With mix_shared_routing the shared expert runs as one more routed expert, with the number after the last.
 
-    It is of type W4A8_DYNAMIC exactly then: MindIE refuses one such without the option, and another type with it.
+    Only then is it of type W4A8_DYNAMIC: MindIE refuses that type without the option, and other types with it.
     """
 
     def linear(self, module: str, row_parallel: bool = False) -> Loaded:
@@ -38,7 +38,7 @@ class MindieReader(EngineReader):
         return super().linear(module, row_parallel)
 
     def locate(self, module: str) -> ExpertPath:
-        """The expert after the last routed one lies under shared_experts, and all its projections are W4A8_DYNAMIC."""
+        """The expert after the last routed one is stored under shared_experts; all its projections are W4A8_DYNAMIC."""
         path = expert_path(module)
         if path.index != self._routed:
             return path
@@ -54,12 +54,12 @@ class MindieReader(EngineReader):
         return self.folder.type_of(f"{mlp}.{SHARED}.gate_proj") == W4A8_DYNAMIC
 
     def gate_bias(self, name: str) -> Tensor:
-        """float32 [experts]: e_score_correction_bias as loaded, its minimum subtracted, which moves no choice."""
+        """float32 [experts]: e_score_correction_bias as loaded, its minimum subtracted, which changes no choice."""
         bias = self.folder.tensor(name).float()
         return bias - bias.min()
 
     def norm(self, module: str) -> tuple[Tensor, Tensor | None]:
-        """weight and bias of a norm; the bias is allocated, and then demanded, if the description names it."""
+        """weight and bias of a norm; the bias is allocated, and then required, if the description names it."""
         described = f"{module}.bias" in self.folder.description
         bias = self.folder.tensor(f"{module}.bias") if described else None
         return self.folder.tensor(f"{module}.weight"), bias
@@ -74,10 +74,10 @@ def open_mindie(folder: Path, ranks: int) -> MindieReader:
     files = WeightFolder(folder, DESCRIPTION)
     if files.config.get("model_type") != MODEL_TYPE:
         fact = f"model_type is {files.config.get('model_type')}; MindIE runs DeepSeek as {MODEL_TYPE}."
-        raise FxquantError(folder / "config.json", fact, "Write that.")
+        raise FxquantError(folder / "config.json", fact, f"Set it to {MODEL_TYPE}.")
     quantization = files.config.get("quantization_config") or {}
     if not isinstance(quantization, dict):
-        raise FxquantError(folder / "config.json", "quantization_config is no object.", "Write it anew.")
+        raise FxquantError(folder / "config.json", "quantization_config is not a JSON object.", "Write it again.")
     stated = quantization.get("group_size")
     group_size = None if stated is None else stated_number(folder / "config.json", quantization, "group_size")
     return MindieReader("mindie", files, ranks, RULES, lambda path: load_unpacked(files, path, ranks, group_size))

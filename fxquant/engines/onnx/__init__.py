@@ -1,4 +1,4 @@
-"""ONNX Runtime: an ONNX graph over weight files in the common Ascend form."""
+"""ONNX Runtime: an ONNX graph over weight files in the common Ascend format."""
 
 from dataclasses import replace
 
