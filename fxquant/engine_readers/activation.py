@@ -1,4 +1,4 @@
-"""How an engine turns a linear's float input into int8."""
+"""Activation quantization: how an engine turns a linear's float input into int8."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -13,12 +13,12 @@ class Activation(Protocol):
     """Quantization of x float32 [..., k]."""
 
     def quantize(self, x: Tensor, arithmetic: Arithmetic) -> tuple[Tensor, Tensor]:
-        """int8 [..., k] and its float32 scale, one a row [..., 1] or one for all [1]."""
+        """int8 [..., k] and its float32 scale, one per row [..., 1] or one for all [1]."""
 
 
 @dataclass(frozen=True)
 class PerToken:
-    """npu_dynamic_quant. On the device x comes in the model's dtype."""
+    """npu_dynamic_quant. On the device, x has the model's dtype."""
 
     dtype: torch.dtype
 
@@ -30,8 +30,8 @@ class PerToken:
 class PerTensor:
     """npu_quantize with one scale and offset [1], both held in the model's dtype: `clamp(rne(x / scale + offset))`.
 
-    With `reciprocal` (vllm-ascend: div_mode False) the device multiplies by `1 / scale` rounded to that dtype, up to
-    one part in 2**8 (bfloat16) beside the scale by which the product is dequantized.
+    With `reciprocal` (vllm-ascend: div_mode False) the device multiplies by `1 / scale` rounded to that dtype, off by
+    up to one part in 2**8 (bfloat16) from the scale by which the product is dequantized.
     """
 
     scale: Tensor

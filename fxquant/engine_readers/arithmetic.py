@@ -1,4 +1,4 @@
-"""The two arithmetics a reader computes in, and the roundings that devices make.
+"""Reader arithmetic: exact, or with every rounding of the device.
 
 Sources: ops-nn (dynamic_quant, ascend_quant), ops-transformer (grouped_matmul, A8W4 MSD), op-plugin (npu_quant_matmul).
 """
@@ -29,7 +29,7 @@ class Arithmetic(Enum):
 def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
     """float32 x [..., k] → int8 `rne(x * (127 / m))`, float32 `m / 127` [..., 1], m the row's largest magnitude.
 
-    npu_dynamic_quant multiplies, it does not divide by the scale. A row of zeros gives zeros and scale 0.
+    npu_dynamic_quant multiplies; it does not divide by the scale. A row of zeros gives zeros and scale 0.
     """
     maximum = x.abs().amax(-1, keepdim=True)
     factor = torch.full_like(maximum, 127.0) / maximum

@@ -1,4 +1,4 @@
-"""A linear that stays in floating point."""
+"""Float linear: a linear that stays in floating point."""
 
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ from fxquant.errors import FxquantError
 class FloatLinear:
     """`x @ weight.T + bias`, weight [n, k]; KERNEL rounds x and the result to the model's dtype.
 
-    How ranks share it changes nothing but the order of a sum, which the device does not define either.
+    Ranks that share it change only the order of a sum, which the device does not define either.
     """
 
     weight: Tensor
@@ -40,7 +40,7 @@ class FloatLinear:
         return total_bound(self.partials(x, Arithmetic.EXACT), self.partial_bounds(x))
 
     def quantize(self, x: Tensor, arithmetic: Arithmetic) -> tuple[Tensor, Tensor]:
-        raise FxquantError("linear", "is FLOAT, its input is not quantized.", "Ask only quantized ones.")
+        raise FxquantError("linear", "is FLOAT, so its input is not quantized.", "Ask quantized linears only.")
 
     def codes(self) -> Tensor:
-        raise FxquantError("linear", "is FLOAT, it has no integer codes.", "Ask only quantized ones.")
+        raise FxquantError("linear", "is FLOAT, so it has no integer codes.", "Ask quantized linears only.")

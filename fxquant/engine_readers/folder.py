@@ -1,4 +1,4 @@
-"""A folder of weight files as an engine sees it: config, description, and tensors checked one module at a time."""
+"""Weight folder as an engine sees it: config, description, and tensors checked one module at a time."""
 
 import json
 from collections.abc import Mapping
@@ -17,13 +17,13 @@ _DTYPES = {
     "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32,
 }  # fmt: skip
 _LARGEST = 1 << 28
-"""Bytes of a JSON file: some lines a tensor."""
+"""Most bytes of a JSON file: a few lines per tensor."""
 _MODEL_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
 class Expected:
-    """The shape and the dtypes in which an engine takes one tensor of a module; `required`: it fails without it."""
+    """Shape and dtypes in which an engine takes one tensor of a module; `required`: the engine fails without it."""
 
     shape: tuple[int, ...]
     dtypes: tuple[torch.dtype, ...]
@@ -33,7 +33,7 @@ class Expected:
 class WeightFolder:
     """Names → tensors of every `*.safetensors` in a folder, beside its config.json and its description.
 
-    Raises FxquantError where a file is missing, a tensor lies in two files, or an index says otherwise.
+    Raises FxquantError if a file is missing, a tensor is in two files, or an index disagrees.
     """
 
     def __init__(self, folder: Path, description: str) -> None:
@@ -54,12 +54,12 @@ class WeightFolder:
         name = str(self.config.get("torch_dtype", self.config.get("dtype")))
         if name not in _MODEL_DTYPES:
             raise FxquantError(
-                self.path / "config.json", f"torch_dtype is {name}; the engines run bfloat16 and float16.", "Set it."
+                self.path / "config.json", f"torch_dtype is {name}; the engines run bfloat16 and float16.", "Set one."
             )
         return _MODEL_DTYPES[name]
 
     def type_of(self, module: str) -> str:
-        """The type of a module: the description's entry of its weight, which all its tensors but `.bias` share."""
+        """The type of a module: the description's entry for its weight, which all its tensors but `.bias` share."""
         types = {}
         for suffix in {*self.suffixes(module), "weight"} - {"bias"}:
             name = f"{module}.{suffix}"
@@ -71,7 +71,7 @@ class WeightFolder:
         return types[f"{module}.weight"]
 
     def suffixes(self, module: str) -> tuple[str, ...]:
-        """What is stored directly under a module."""
+        """Suffixes of the tensors stored directly under a module."""
         return tuple(self._suffixes.get(module, ()))
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -87,7 +87,7 @@ class WeightFolder:
         """Suffix → tensor, for the suffixes that are stored.
 
         Raises FxquantError for a missing required tensor, one that the engine has no parameter for, and any other
-        shape or dtype than wanted: engines of today copy a smaller tensor into part of a parameter unnoticed.
+        shape or dtype than expected: today's engines silently copy a smaller tensor into part of a parameter.
         """
         for suffix in self.suffixes(module):
             if suffix not in expected:
@@ -100,7 +100,7 @@ class WeightFolder:
                 self._check(name, want)
                 loaded[suffix] = self.tensor(name)
             elif want.required:
-                raise FxquantError(name, "missing.", "The engine loads nothing without it: write it.")
+                raise FxquantError(name, "missing.", "The engine does not load without it: write it.")
         return loaded
 
     def _check(self, name: str, want: Expected) -> None:
@@ -109,11 +109,11 @@ class WeightFolder:
         if dtype not in want.dtypes or shape != want.shape:
             takes = " or ".join(str(dtype).removeprefix("torch.") for dtype in want.dtypes)
             fact = f"{stored.get_dtype()} {list(shape)}; the engine takes {takes} {list(want.shape)}."
-            raise FxquantError(name, fact, "Write it so.")
+            raise FxquantError(name, fact, "Write it in this dtype and shape.")
 
     def _slice(self, name: str) -> Any:
         if name not in self._files:
-            raise FxquantError(name, f"missing in {self.path}.", "The engine loads nothing without it: write it.")
+            raise FxquantError(name, f"missing in {self.path}.", "The engine does not load without it: write it.")
         return self._handles[self._files[name]].get_slice(name)
 
     def _list_tensors(self) -> dict[str, Path]:
@@ -122,7 +122,7 @@ class WeightFolder:
             self._handles[file] = _open(file)
             for name in self._handles[file].keys():  # noqa: SIM118, not a mapping
                 if name in files:
-                    raise FxquantError(name, f"in {files[name].name} and in {file.name}.", "Store it once.")
+                    raise FxquantError(name, f"is in {files[name].name} and in {file.name}.", "Store it once.")
                 files[name] = file
         if not files:
             raise FxquantError(self.path, "holds no *.safetensors.", "Compile into it first.")
@@ -134,41 +134,41 @@ class WeightFolder:
 def _open(file: Path) -> Any:
     try:
         if not file.is_file():
-            raise FxquantError(file, "no regular file.", "Compile again.")
+            raise FxquantError(file, "not a regular file.", "Compile again.")
         return safe_open(file, "pt").__enter__()
     except (OSError, SafetensorError) as error:
-        raise FxquantError(file, f"not readable: {str(error)[:200]}.", "Write it anew.") from error
+        raise FxquantError(file, f"not readable: {str(error)[:200]}.", "Write it again.") from error
 
 
 def stated_number(place: Path, document: Mapping[str, Any], key: str) -> int:
-    """What a header or a config states under `key`; 0 for nothing. Raises FxquantError for what is no whole number."""
+    """The number that a header or a config has under `key`, 0 without one. Raises FxquantError for other values."""
     value = document.get(key) or 0
     if type(value) is not int or value < 0:
-        raise FxquantError(place, f"{key} {str(value)[:40]}: no whole number.", "Write it anew.")
+        raise FxquantError(place, f"{key} {str(value)[:40]}: not a whole number.", "Write it again.")
     return value
 
 
 def _check_index(index: Path, files: Mapping[str, Path]) -> None:
     listed = _read_json(index.parent, index.name).get("weight_map", {})
     if not isinstance(listed, dict):
-        raise FxquantError(index, "its weight_map is no object.", "Write the index anew.")
+        raise FxquantError(index, "its weight_map is not a JSON object.", "Write the index again.")
     for name in sorted(set(listed) | set(files)):
         stored = files[name].name if name in files else None
         if listed.get(name) != stored:
-            raise FxquantError(index, f"{name} in {listed.get(name)}, it lies in {stored}.", "Write the index anew.")
+            raise FxquantError(index, f"{name} in {listed.get(name)}, stored in {stored}.", "Write the index again.")
 
 
 def _read_json(folder: Path, name: str) -> dict[str, Any]:
     path = folder / name
     if not path.exists():
-        beside = ", ".join(sorted(file.name for file in folder.glob("*.json"))) or "no JSON at all"
+        beside = ", ".join(sorted(file.name for file in folder.glob("*.json"))) or "no JSON file"
         raise FxquantError(path, f"missing; there is {beside}.", "The engine looks for this name.")
     try:
         if not path.is_file() or path.stat().st_size > _LARGEST:  # a pipe would wait for ever
-            raise FxquantError(path, f"no file of at most {_LARGEST:,} bytes.", "Write it anew.")
+            raise FxquantError(path, f"not a file of at most {_LARGEST:,} bytes.", "Write it again.")
         document = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise FxquantError(path, f"not readable: {str(error)[:200]}.", "Write it anew.") from error
+        raise FxquantError(path, f"not readable: {str(error)[:200]}.", "Write it again.") from error
     if not isinstance(document, dict):
-        raise FxquantError(folder / name, "not a JSON object.", "Write it anew.")
+        raise FxquantError(folder / name, "not a JSON object.", "Write it again.")
     return document

@@ -1,4 +1,4 @@
-"""What all int4 layouts share: sums over groups of k, and the rounding of combined scales."""
+"""Int4 terms that all layouts share: sums over groups of k, and the rounding of combined scales."""
 
 from dataclasses import dataclass
 
@@ -23,7 +23,7 @@ class TwoLevel:
         return (self.channel.unsqueeze(1) * self.group).to(torch.float16).float()
 
     def steps(self) -> Tensor:
-        """int32 [n, G]: by how much a code of a group counts."""
+        """int32 [n, G]: the integer by which the codes of a group are multiplied."""
         if self.group is None:
             return torch.ones(len(self.channel), 1, dtype=torch.int32)
         return self.group.to(torch.int32)
@@ -36,20 +36,21 @@ class TwoLevel:
         return half_step(product, torch.float16) + 2 * U * product.double()
 
     def rows(self, part: slice) -> "TwoLevel":
-        """Of some of the rows."""
+        """The scales of some rows."""
         return TwoLevel(self.channel[part], None if self.group is None else self.group[part])
 
     def groups(self, part: slice) -> "TwoLevel":
-        """Of some of the groups."""
+        """The scales of some groups."""
         return TwoLevel(self.channel, None if self.group is None else self.group[:, part])
 
     def check(self, module: str) -> None:
-        """Raises FxquantError for group scales that are no integers and for a combined scale beyond float16."""
+        """Raises FxquantError for group scales that are not integers, and for a combined scale beyond float16."""
+        # first-level codes reach 119 = 7 * 17, int4 codes 7
         if self.group is not None and not torch.equal(self.group, self.group.round().clamp(1, 17)):
             raise FxquantError(f"{module}.weight_scale_second", "not all integers 1 … 17.", "Write the integer scales.")
         if not torch.isfinite(self.combined()).all():
             raise FxquantError(
-                f"{module}.weight_scale", "times weight_scale_second is beyond float16.", "Quantize anew."
+                f"{module}.weight_scale", "times weight_scale_second is beyond float16.", "Quantize again."
             )
 
 

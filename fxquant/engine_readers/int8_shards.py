@@ -1,4 +1,4 @@
-"""Linears of int8 weights: static and per-token."""
+"""Int8 shards: linears of int8 weights on one rank, static and per token."""
 
 from dataclasses import dataclass
 
@@ -70,7 +70,7 @@ class PerTokenShard:
         return y if self.bias is None else y + self.bias.float()
 
     def bound(self, x8: Tensor, x_scale: Tensor) -> Tensor:
-        """The sum times what its scale may be off by, and float64's own steps; a bias may cancel what carries them."""
+        """The sum times the error of its scale, and float64's own steps; a bias may cancel values, not their errors."""
         sums = self._sums(x8).abs() * x_scale.double()
         added = 0.0 if self.bias is None else self.bias.double().abs()
         return sums * self.scale_error + _FLOAT64_STEPS * (sums * self.weight_scale.double() + added)

@@ -1,4 +1,4 @@
-"""Linears outside the routed experts, and int8 and float experts: what every engine loads much alike."""
+"""Linear loader: linears outside the routed experts, and int8 and float experts; engines load them much alike."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ class LinearRules:
 
 @dataclass(frozen=True)
 class MixedLinear(Ranks):
-    """W8A8_MIX: static, `decode`, where tokens are decoded; itself per token, where prompts are read."""
+    """W8A8_MIX: itself per token, for prefill; `decode` is static, for decoding."""
 
     decode: Ranks
 
@@ -44,7 +44,9 @@ def load_linear(folder: WeightFolder, rules: LinearRules, module: str, split: Sp
     kind = folder.type_of(module)
     shape = folder.shape(f"{module}.weight")
     if len(shape) != 2:
-        raise FxquantError(f"{module}.weight", f"has shape {list(shape)}, a linear has two dimensions.", "Write it so.")
+        raise FxquantError(
+            f"{module}.weight", f"has shape {list(shape)}, a linear has two dimensions.", "Write [n, k]."
+        )
     tensors = folder.load(module, _expected(kind, shape, folder.dtype))
     if kind == FLOAT:
         return FloatLinear(tensors["weight"], tensors.get("bias"), folder.dtype)
@@ -82,10 +84,13 @@ def _expected(kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str
 def _static(folder: WeightFolder, rules: LinearRules, module: str, tensors: dict[str, Tensor], split: Split) -> Ranks:
     offset = tensors["input_offset"].float()
     if not torch.equal(offset, offset.round().clamp(-128, 127)):
-        raise FxquantError(f"{module}.input_offset", f"is {offset.item()}, engines hold it as int8.", "Calibrate anew.")
+        raise FxquantError(
+            f"{module}.input_offset", f"is {offset.item()}, engines hold it as int8.", "Calibrate again."
+        )
     activation = PerTensor(tensors["input_scale"].to(folder.dtype), offset.to(folder.dtype), rules.reciprocal)
 
     def shard(rank: int, rows: slice, inner: slice) -> Shard:
+        # the results of row-parallel ranks are summed, so only one of them adds the bias
         bias = tensors["quant_bias"][rows] if rank == 0 or not split.row_parallel else None
         return StaticShard(tensors["weight"][rows, inner].T.contiguous(), tensors["deq_scale"][rows], bias)
 

@@ -1,4 +1,4 @@
-"""Module paths as engines take them apart: which modules are fused, and which projection of which expert one is."""
+"""Module paths as engines parse them: which modules are fused, and which projection of which expert one is."""
 
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ PROJECTIONS = (*GATE_UP, DOWN)
 
 @dataclass(frozen=True)
 class ExpertPath:
-    """`<parent>.<index>.<projection>`; `stored`: the path under which its tensors lie."""
+    """`<parent>.<index>.<projection>`; `stored`: the path under which its tensors are stored."""
 
     parent: str
     index: int
@@ -27,16 +27,16 @@ class ExpertPath:
 
 
 def expert_path(module: str) -> ExpertPath:
-    """Raises FxquantError for a path that is no projection of a routed expert."""
+    """Raises FxquantError for a path that is not a projection of a routed expert."""
     parent, _, rest = module.rpartition(".experts.")
     index, _, projection = rest.partition(".")
     if not parent or not index.isdecimal() or projection not in PROJECTIONS:
         remedy = f"Routed experts are <mlp>.experts.<number>.{{{', '.join(PROJECTIONS)}}}."
-        raise FxquantError(module, "is no projection of a routed expert.", remedy)
+        raise FxquantError(module, "is not a projection of a routed expert.", remedy)
     return ExpertPath(f"{parent}.experts", int(index), projection, f"{parent}.experts.{index}")
 
 
 def fused_group(module: str) -> tuple[str, ...]:
-    """The modules that an engine loads into one with this one, itself included; empty if it stands alone."""
+    """The modules that an engine loads into one with this one, itself included; empty if it is not fused."""
     parent, _, name = module.rpartition(".")
     return next((tuple(f"{parent}.{shard}" for shard in group) for group in _FUSED if name in group), ())

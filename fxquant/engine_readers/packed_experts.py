@@ -1,4 +1,4 @@
-"""Routed experts of packed int4 in vllm-ascend's layout: w13 of gate_proj and up_proj, w2 of down_proj."""
+"""Packed int4 experts in vllm-ascend's layout: w13 of gate_proj and up_proj, w2 of down_proj."""
 
 from collections.abc import Iterator
 
@@ -16,17 +16,17 @@ from fxquant.engine_readers.split import Split
 from fxquant.errors import FxquantError
 
 SCALE_BIAS_COLUMNS = 16
-"""Of down_proj: any number of ranks that divides it takes its own consecutive columns."""
+"""Of down_proj: the number of ranks must divide it, and each rank takes its own consecutive columns."""
 
 KERNEL_K, LARGEST_K = 64, 18432
-"""Of k on a rank, the multiple and the maximum that the A8W4 grouped matmul takes (ops-transformer, tiling)."""
+"""Multiple and maximum of k on a rank that the A8W4 grouped matmul takes (ops-transformer, tiling)."""
 
 OUTPUT = torch.bfloat16
 """With a scale_bias vllm-ascend asks the operator for bfloat16 whatever the model's dtype."""
 
 
 class PackedExperts:
-    """Loads one projection of one expert. group_size 0: one scale a channel, and no second one in the files."""
+    """Loads one projection of one expert. group_size 0: one scale per channel, and no second one in the files."""
 
     def __init__(self, folder: WeightFolder, ranks: int, group_size: int) -> None:
         self._folder, self._ranks, self._group_size = folder, ranks, group_size
@@ -56,6 +56,7 @@ class PackedExperts:
         """Bytes, scales and scale_bias of each rank's rows of gate_proj or up_proj."""
         packed, scales, bias = self._load(module, 1)
         n, k = len(bias), packed.shape[1]
+        # unit 2: a byte holds two output channels
         for _, rows, _ in Split(self._ranks, row_parallel=False, whole=False).places(module, n, k, unit=2):
             bytes_of_rows = slice(rows.start // 2, rows.stop // 2)
             yield packed[bytes_of_rows], scales.rows(rows), bias[rows]

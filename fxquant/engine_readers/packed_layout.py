@@ -1,4 +1,4 @@
-"""Packed int4 as vllm-ascend holds it on the device: words, combined scales, scale_bias.
+"""Packed int4 layout of vllm-ascend on the device: words, combined scales, scale_bias.
 
 The steps are those of vllm-ascend's `process_weights_after_loading` for routed experts.
 """
@@ -54,6 +54,6 @@ def pack_layout(packed: Tensor, scales: TwoLevel, bias_columns: Tensor) -> Packe
 def unpack_words(words: Tensor) -> Tensor:
     """int32 [k, n / 8] → int8 [k, n] in [-8, 7]."""
     codes = torch.empty(*words.shape, NIBBLES_PER_WORD, dtype=torch.int8)
-    for nibble in range(NIBBLES_PER_WORD):  # to the top of the word, and back with its sign
+    for nibble in range(NIBBLES_PER_WORD):  # shift to the top of the word, then back with its sign
         codes[..., nibble] = words << 4 * (NIBBLES_PER_WORD - 1 - nibble) >> 28
     return codes.flatten(1)

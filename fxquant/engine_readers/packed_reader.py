@@ -1,4 +1,4 @@
-"""Packed int4 folders: the header decides between integer group scales and one scale per output channel."""
+"""Packed int4 reader: the header decides between integer group scales and one scale per output channel."""
 
 from pathlib import Path
 
@@ -12,10 +12,10 @@ PACKED_VERSION = "1.0.0"
 
 
 def open_packed(name: str, folder: Path, ranks: int, description: str, rules: LinearRules) -> EngineReader:
-    """The reader of an engine that goes by the header: group_size above 0: integer group scales; 0 or none: one scale
+    """The reader of an engine that follows the header: group_size above 0: integer group scales; 0 or none: one scale
     per output channel.
 
-    Raises FxquantError for a header with a group_size by which the weights are not packed.
+    Raises FxquantError for a header with a group_size and the version of unpacked weights.
     """
     files = WeightFolder(folder, description)
     group_size = stated_number(folder / description, files.description, "group_size")
@@ -28,5 +28,5 @@ def check_packed(files: WeightFolder) -> None:
     """Raises FxquantError unless the header's version says that two int4 share a byte."""
     version = files.description.get("version", "0")
     if version != PACKED_VERSION:
-        fact = f"version {version}: the engine takes the weights for unpacked."
+        fact = f"version {version}: the engine reads the weights as unpacked."
         raise FxquantError(files.path / files.description_name, fact, f'Write version "{PACKED_VERSION}".')

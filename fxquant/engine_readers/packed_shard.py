@@ -1,6 +1,6 @@
-"""One projection of packed int4 on one rank: the A8W4 grouped matmul.
+"""Packed int4 shard: one projection on one rank, by the A8W4 grouped matmul.
 
-The kernel multiplies nibbles: an int8 activation is `x = 16 hi + lo + 8`, and what the 8 contributes comes from
+The kernel multiplies nibbles: an int8 activation is `x = 16 hi + lo + 8`, and the part of the 8 comes from
 scale_bias, added before the per-token scale. Source: ops-transformer, grouped_matmul A8W4 MSD.
 """
 
@@ -38,14 +38,14 @@ class PackedShard:
     def kernel(self, x8: Tensor, x_scale: Tensor) -> Tensor:
         """`(16 Σ_g fp16(s_g Σ hi q) + Σ_g fp16(s_g Σ lo q) + scale_bias) * x_scale`, both sums over g in float16.
 
-        Of the scales the device reads 19 bits. The kernel has faster paths for some shapes, which round less.
+        The device reads 19 bits of the scales. The kernel has faster paths for some shapes, which round less.
         """
         scale = truncate_fp19(self.layout.combined(self.part))
         high, low = (_half_sum(group_sums(part, self._q, scale.shape[1]), scale) for part in nibbles(x8))
         return (16 * high + low + self.layout.scale_bias[self.part]) * x_scale
 
     def bound(self, x8: Tensor, x_scale: Tensor) -> Tensor:
-        """What separates `exact` from `Σ_g channel group_g Σ_k x q * x_scale`, the 8 and scale_bias cancelling:
+        """How far `exact` may be from `Σ_g channel group_g Σ_k x q * x_scale`, where the 8 and scale_bias cancel:
 
         - each s_g is off by its rounding to float16, times |Σ_k (x - 8) q| of the group;
         - with two levels, scale_bias is made of the channel scale rounded to bfloat16;
@@ -56,6 +56,7 @@ class PackedShard:
         channel = scales.channel.double()
         sums = group_sums(x8.double() - NIBBLE_OFFSET, self._q, steps.shape[1]).abs()
         columns = self.layout.bias_columns.shape[1]
+        # scale_bias is stored per column, so its roundings follow these sums and not x
         codes = NIBBLE_OFFSET * expand(self._q, steps).unflatten(1, (columns, -1)).sum(-1).double()
         bias_parts = codes.abs().sum(1) * channel
         bound = (sums * scales.error()).sum(-1) + 2 * U * bias_parts

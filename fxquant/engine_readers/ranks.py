@@ -1,4 +1,4 @@
-"""A quantized linear as the ranks of a tensor-parallel group hold it."""
+"""Tensor-parallel ranks: a quantized linear as the ranks of a group hold it."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -52,11 +52,11 @@ class Loaded(Protocol):
 
 @dataclass(frozen=True)
 class Ranks:
-    """`shards` in rank order; `row_parallel`: each reads its slice of x and the results are summed, else each makes its
-    part of n.
+    """`shards` in rank order; `row_parallel`: each reads its slice of x and the results are summed, else each computes
+    its part of n.
 
-    A per-token scale belongs to a rank's own slice of the row; EXACT takes the whole row's, so that the result does
-    not depend on how many ranks there are. dtype is that of the output on the device.
+    On the device, a per-token scale is that of the rank's own slice of the row; EXACT takes the whole row's, so that
+    the result does not depend on the number of ranks. dtype is that of the output on the device.
     """
 
     shards: tuple[Shard, ...]
@@ -70,7 +70,7 @@ class Ranks:
         return self.partials(x, arithmetic).float().sum(0).to(self.dtype).float()
 
     def quantize(self, x: Tensor, arithmetic: Arithmetic) -> tuple[Tensor, Tensor]:
-        """int8 [..., k] and the scale; in KERNEL, row parallel and per token, one scale a rank [..., ranks]."""
+        """int8 [..., k] and the scale; in KERNEL, row parallel and per token, one scale per rank [..., ranks]."""
         parts = self._inputs(x, arithmetic)
         if not self.row_parallel or arithmetic is Arithmetic.EXACT or parts[0][1].ndim < x.ndim:
             codes = torch.cat([part[0] for part in parts], -1) if self.row_parallel else parts[0][0]

@@ -1,4 +1,4 @@
-"""What the readers of all engines do alike: decide on types, refuse what disagrees, load module by module."""
+"""Engine reader, common part: decides on types, refuses modules that disagree, loads module by module."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ EXPERT_TYPES = (FLOAT, W8A8_DYNAMIC, W4A8_DYNAMIC)
 
 @dataclass(frozen=True)
 class EngineReader:
-    """One engine's way with a folder, for `ranks` tensor-parallel ranks.
+    """One engine's reading of a folder, for `ranks` tensor-parallel ranks.
 
     load_int4  how it loads one projection of a W4A8_DYNAMIC expert
     """
@@ -42,7 +42,7 @@ class EngineReader:
             raise FxquantError("tp", f"{self.ranks} ranks.", "Use at least one.")
 
     def linear(self, module: str, row_parallel: bool = False) -> Loaded:
-        """A linear outside the routed experts. Raises FxquantError where the engine fails, or would load garbage."""
+        """A linear outside the routed experts. Raises FxquantError if the engine fails, or would load garbage."""
         kind = self.folder.type_of(module)
         if kind not in LINEAR_TYPES:
             fact = f"{kind}; {self.name} takes {', '.join(LINEAR_TYPES)} for linears."
@@ -61,11 +61,11 @@ class EngineReader:
         return load_linear(self.folder, self.rules, path.module(path.projection), split)
 
     def locate(self, module: str) -> ExpertPath:
-        """Where an expert's tensors lie."""
+        """Where an expert's tensors are stored."""
         return expert_path(module)
 
     def fused_with(self, module: str) -> tuple[str, ...]:
-        """The modules that are loaded into one with this one, itself included; empty if it stands alone."""
+        """The modules that are loaded into one with this one, itself included; empty if it is not fused."""
         group = fused_group(module)
         return group if all(f"{shard}.weight" in self.folder.description for shard in group) else ()
 
@@ -84,16 +84,18 @@ class EngineReader:
             held = [self.folder.tensor(f"{module}.{suffix}").to(self.folder.dtype) for module in group]
             if any(not torch.equal(held[0], other) for other in held[1:]):
                 values = {module: value.item() for module, value in zip(group, held, strict=True)}
-                raise FxquantError(" + ".join(group), f"fused, but with {suffix} {values}.", "Calibrate them as one.")
+                raise FxquantError(" + ".join(group), f"fused, but with {suffix} {values}.", "Calibrate them together.")
 
     def _expert_type(self, path: ExpertPath) -> str:
-        """The one type of an expert's projections and of those of expert 0, which alone the engines look at."""
+        """The one type of an expert's projections and of those of expert 0, the only ones engines look at."""
         modules = [path.module(name) for name in PROJECTIONS]
         modules += [f"{path.parent}.0.{name}" for name in PROJECTIONS if path.index]
         types = {module: self.folder.type_of(module) for module in modules}
         kinds = set(types.values())
         if len(kinds) != 1:
-            raise FxquantError(path.stored, f"one module of types {types}.", "Give all experts of a layer one type.")
+            raise FxquantError(
+                path.stored, f"its tensors are of types {types}.", "Give all experts of a layer one type."
+            )
         kind = kinds.pop()
         if kind not in EXPERT_TYPES:
             fact = f"{kind}; {self.name} takes {', '.join(EXPERT_TYPES)} for experts."

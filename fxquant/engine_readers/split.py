@@ -1,4 +1,4 @@
-"""How the ranks of a tensor-parallel group share a weight [n, k]."""
+"""Tensor-parallel split: how the ranks of a group share a weight [n, k]."""
 
 from dataclasses import dataclass
 
@@ -9,8 +9,8 @@ from fxquant.errors import FxquantError
 class Split:
     """`row_parallel` splits k, else n is split.
 
-    `whole`: ranks that do not divide n all hold all of it, as engines hold q_a_proj and kv_a_proj_with_mqa; else it is
-    an error.
+    `whole`: if the ranks do not divide n, each holds all of it, as engines do with q_a_proj and kv_a_proj_with_mqa;
+    without `whole` that is an error.
     """
 
     ranks: int

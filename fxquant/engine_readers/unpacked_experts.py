@@ -1,4 +1,4 @@
-"""Routed experts of int4 stored one to an int8, as MindIE reads them."""
+"""Unpacked int4 experts, one int4 per int8, as MindIE reads them."""
 
 import torch
 
@@ -13,7 +13,7 @@ from fxquant.errors import FxquantError
 
 
 def load_unpacked(folder: WeightFolder, path: ExpertPath, ranks: int, group_size: int | None) -> Ranks:
-    """One projection of one expert, its rows or its groups of k shared by the ranks.
+    """One projection of one expert, its rows or its groups of k split over the ranks.
 
     group_size 0: one scale per output channel, which the ATB path rounds to float16 too; None: config.json lacks it.
     """
@@ -21,7 +21,7 @@ def load_unpacked(folder: WeightFolder, path: ExpertPath, ranks: int, group_size
     n, k = folder.shape(f"{module}.weight")
     if group_size is None or (group_size and k % group_size):
         fact = f"in_features {k}, and group_size {group_size} in quantization_config of config.json."
-        raise FxquantError(module, fact, "Quantize with a group_size that divides, and write it there.")
+        raise FxquantError(module, fact, "Quantize with a group_size that divides it, and write it there.")
     stored = folder.load(module, _expected(n, k, group_size))
     weight, second = stored["weight"], stored.get("weight_scale_second", torch.ones(n, 1))
     scales = TwoLevel(stored["weight_scale"].squeeze(1), second)

@@ -1,4 +1,4 @@
-"""One projection of unpacked int4 on one rank: int8 activations times integers, no scale_bias."""
+"""Unpacked int4 shard: one projection on one rank, int8 activations times integers, no scale_bias."""
 
 from dataclasses import dataclass
 
@@ -35,7 +35,7 @@ class UnpackedShard:
         return total * x_scale
 
     def bound(self, x8: Tensor, x_scale: Tensor) -> Tensor:
-        """Each group's sum times what its scale may be off by, and float64's steps."""
+        """Each group's sum times the error of its scale, and float64's steps."""
         steps = self.scales.steps()
         sums = group_sums(x8, self.weight, steps.shape[1]).abs()
         magnitude = sums * self.scales.channel.double().unsqueeze(1) * steps
