@@ -1,21 +1,17 @@
 """The errand "add an engine" (docs/extending-engine.md): add_engine.patch does it, in three files, on a copy."""
 
 import json
-import os
 import re
-import shutil
-import subprocess
-import sys
 import tomllib
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 import pytest
+from patched_tree import PatchedTree, patched, write_model
+from places import ROOT
 
-ROOT = Path(__file__).parents[2]
 PATCH = Path(__file__).with_name("add_engine.patch")
 COPIED = ("fxquant", "tests", "pyproject.toml")
-EXAMPLE = ROOT / "examples" / "tiny_deepseek_v3"
 NAME = "example-engine"
 POLICY = "deepseek_w4a8"
 INFER = """
@@ -26,9 +22,6 @@ from fxquant.verification.file_checks import infer_target
 out = Path(sys.argv[1])
 print(infer_target(load_program(out / "fxquant_graph.json"), out))
 """
-TIMEOUT = 900
-
-Command = Callable[..., subprocess.CompletedProcess]
 
 
 def patched_files() -> list[PurePosixPath]:
@@ -52,38 +45,31 @@ def test_an_installation_has_them() -> None:
 
 
 @pytest.fixture(scope="module")
-def patched(tmp_path_factory: pytest.TempPathFactory) -> Command:
-    """Runs `python` with its arguments on a copy of the project that has the engine."""
-    copy = tmp_path_factory.mktemp("project")
-    ignored = shutil.ignore_patterns("__pycache__", ".*")
-    for name in COPIED:
-        if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, copy / name, ignore=ignored)
-        else:
-            shutil.copy(ROOT / name, copy / name)
-    environment = {**os.environ, "PYTHONPATH": str(copy), "COLUMNS": "200"}
-    alone = {**environment, "GIT_CEILING_DIRECTORIES": str(copy.parent)}  # a folder of no repository
-    subprocess.run(["git", "apply", str(PATCH)], cwd=copy, env=alone, check=True, timeout=TIMEOUT)
-
-    def run(*arguments: object, code: int = 0) -> subprocess.CompletedProcess:
-        command = [sys.executable, *map(str, arguments)]
-        done = subprocess.run(
-            command, cwd=copy, env=environment, capture_output=True, text=True, check=False, timeout=TIMEOUT
-        )
-        assert done.returncode == code, done.stdout + done.stderr
-        return done
-
-    where = run("-c", "import fxquant; print(fxquant.__file__)").stdout
-    assert Path(where.strip()).is_relative_to(copy)
-    return run
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PatchedTree]:
+    """A copy of the project that has the engine."""
+    with patched(PATCH.name, tmp_path_factory.mktemp("project"), COPIED) as tree:
+        yield tree
 
 
 @pytest.fixture(scope="module")
-def compiled(patched: Command, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With two groups of 256 in the wider rows."""
+    return write_model(tmp_path_factory.mktemp("source") / "model", hidden_size=512)
+
+
+@pytest.fixture(scope="module")
+def compiled(tree: PatchedTree, model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
     """An output for the engine, and its report."""
     out = tmp_path_factory.mktemp("compiled") / "out"
-    options = ("-p", POLICY, "--target", NAME, "-o", out, "--no-export", "--json", "--quiet")
-    return out, json.loads(patched("-m", "fxquant", "compile", EXAMPLE, *options).stdout)
+    return out, json.loads(compile_for(NAME, tree, model, out, "--json", "--quiet"))
+
+
+def compile_for(target: str, tree: PatchedTree, model: Path, out: Path, *options: str) -> str:
+    """What `fxquant compile` prints."""
+    calib = model.with_name("calib.safetensors")
+    return tree.fxquant(
+        "compile", model, "-p", POLICY, "--target", target, "-o", out, "--calib", calib, "--no-export", *options
+    )
 
 
 @pytest.mark.slow
@@ -99,41 +85,42 @@ def test_compile_writes_the_engines_files_and_verifies_them(compiled: tuple[Path
 
 
 @pytest.mark.slow
-def test_verify_reads_an_output_and_knows_it_without_a_manifest(patched: Command, compiled: tuple[Path, dict]) -> None:
+def test_verify_reads_an_output_and_knows_it_without_a_manifest(
+    tree: PatchedTree, model: Path, compiled: tuple[Path, dict]
+) -> None:
     out, _ = compiled
-    printed = patched("-m", "fxquant", "verify", out, "--against", EXAMPLE).stdout
+    printed = tree.fxquant("verify", out, "--against", model)
     assert f"{NAME}: weights == graph" in printed and "FAILED" not in printed
-    assert patched("-c", INFER, out).stdout.strip() == NAME
+    assert tree.python("-c", INFER, out).strip() == NAME
 
 
 @pytest.mark.slow
 def test_convert_from_another_engine_gives_the_same_weights(
-    patched: Command, compiled: tuple[Path, dict], tmp_path: Path
+    tree: PatchedTree, model: Path, compiled: tuple[Path, dict], tmp_path: Path
 ) -> None:
     other, into = tmp_path / "ascend", tmp_path / "converted"
-    options = ("-p", POLICY, "--target", "ascend", "-o", other, "--no-verify", "--no-export")
-    patched("-m", "fxquant", "compile", EXAMPLE, *options)
-    patched("-m", "fxquant", "convert", other, "--target", NAME, "-o", into, "--no-export")
+    compile_for("ascend", tree, model, other, "--no-verify")
+    tree.fxquant("convert", other, "--target", NAME, "-o", into, "--no-export")
     for name in ("example_model.safetensors", "example_description.json", "config.json"):
         assert (into / name).read_bytes() == (compiled[0] / name).read_bytes(), name
 
 
 @pytest.mark.slow
-def test_help_contracts_and_refusals_name_it(patched: Command) -> None:
+def test_help_contracts_and_refusals_name_it(tree: PatchedTree, model: Path) -> None:
     for verb in ("compile", "plan"):
-        words = " ".join(re.sub(r"[│\s]+", " ", patched("-m", "fxquant", verb, "--help").stdout).split())
+        words = " ".join(re.sub(r"[│\s]+", " ", tree.fxquant(verb, "--help")).split())
         assert f"onnx or {NAME}: see fxquant targets." in words
-    printed = patched("-m", "fxquant", "targets", "--target", NAME).stdout
+    printed = tree.fxquant("targets", "--target", NAME)
     assert "ExampleEngine 1.0" in printed and "example-server --model OUT" in printed
     options = ("--table", "-p", "deepseek_w8a8_mix", "-t", NAME, "--tp", "1")
-    refused = " ".join(patched("-m", "fxquant", "targets", EXAMPLE, *options, code=1).stdout.split())
+    refused = " ".join(tree.fxquant("targets", model, *options, code=1).split())
     assert "a linear has one kind of activation (example-engine linear.py)" in refused
 
 
 @pytest.mark.slow
-def test_what_holds_of_every_engine_holds_of_it(patched: Command) -> None:
+def test_what_holds_of_every_engine_holds_of_it(tree: PatchedTree) -> None:
     """The table, and that nothing outside of the packages names an engine."""
-    printed = patched(
+    printed = tree.python(
         "-m", "pytest", "-o", "addopts=", "-q", "-p", "no:cacheprovider", "tests/engines/test_engine_table.py"
     )
-    assert " passed" in printed.stdout
+    assert " passed" in printed
