@@ -1,4 +1,4 @@
-"""Read back what was written and hold it against the source, the formulas and the graph."""
+"""Verification: read an output back and check it against the source, the formulas and the graph."""
 
 from fxquant.verification.rebuild import Rebuild
 from fxquant.verification.report import Check, VerifyReport

@@ -1,8 +1,8 @@
-"""How far a float32 statement of the emitted module may be from the graph's value.
+"""Bounds for the Ascend module: how far a float32 statement may be from the graph's value.
 
 The rules of `fxquant.verification.bounds`, and the engine's own arithmetic for int4. No rule means that both sides do
-the same arithmetic: the bound is 0. So it is with the integers of a fused norm and with its sum; swiglu reads its
-halves from one tensor here, so its last bit may differ, and with it a code.
+the same arithmetic: the bound is 0, as for the integers of a fused norm and for its sum. Swiglu reads its halves from
+one tensor here, so its last bit may differ, and with it a code.
 """
 
 import torch

@@ -1,7 +1,7 @@
-"""Emitted module × graph: every statement of a block, run alone on the graph's own values.
+"""Ascend statement check: every statement of an emitted block, run alone on the graph's own values.
 
-Each statement gets all its inputs from the graph, so an error shows where it is made and nowhere after, and a rounding
-that flips a choice of experts cannot spread.
+Each statement gets all its inputs from the graph, so an error shows only where it arises, and a rounding that flips a
+choice of experts cannot spread.
 """
 
 import ast
@@ -33,8 +33,8 @@ Weights = Mapping[str, Mapping[str, Tensor]]
 class StatementCheck:
     """One assigned variable. `error` and `bound` are the largest of the tensor; `ok` holds for each element.
 
-    For integers and booleans the bound is 0, but for codes that are as near to the next one as their floats are
-    uncertain. A shape that differs is an infinite error.
+    For integers and booleans the bound is 0, except for codes whose floats are within their own error of
+    the next code. A shape that differs is an infinite error.
     """
 
     node: str
@@ -45,9 +45,9 @@ class StatementCheck:
 
 
 class EmittedModule:
-    """The `model_ascend.py` of a folder: required to be, byte for byte, what `program` emits, and only then run.
+    """The `model_ascend.py` of a folder: run only if it is, byte for byte, what `program` emits.
 
-    `program` is that of the deployment.
+    `program` is the deployment's.
     """
 
     def __init__(self, program: Program, folder: Path) -> None:
@@ -83,12 +83,14 @@ def _require_equal(path: Path, stored: bytes, expected: bytes) -> None:
         return
     lines = zip(stored.split(b"\n"), expected.split(b"\n"), strict=False)
     first = next(
-        (number for number, (stored_line, expected_line) in enumerate(lines, 1) if stored_line != expected_line),
-        "at its end",
+        (
+            f"line {number}"
+            for number, (stored_line, expected_line) in enumerate(lines, 1)
+            if stored_line != expected_line
+        ),
+        "its end",
     )
-    raise FxquantError(
-        path, f"line {first} is not what the graph emits.", "Compile again; the file is not to be edited."
-    )
+    raise FxquantError(path, f"{first} is not what the graph emits.", "Compile again, and do not edit the file.")
 
 
 @torch.no_grad()
@@ -98,7 +100,7 @@ def check_statements(
     """Run every statement of `block` and compare what it assigns with the graph's value of the same node.
 
     weights  in float32, as `module.load(block)` gives them
-    values   graph node name → float32 value, for all nodes of the block, its parameters and what it reads
+    values   graph node name → float32 value, for all nodes of the block, its parameters and inputs
     """
     checks: list[StatementCheck] = []
     for call in module.of_block(block):
@@ -111,6 +113,7 @@ def check_statements(
                 node = call.variables.get(name)
                 if node is not None and node.name in values:
                     checks.append(_compare(node, environment[name], values))
+                    # later statements read the graph's value, so that an error does not spread
                     environment[name] = to_engine(node, values[node.name])
     return checks
 

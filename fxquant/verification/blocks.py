@@ -1,4 +1,4 @@
-"""Walk the rewritten graph block by block on the stored weights, all values of one block at a time."""
+"""Block walk: runs the rewritten graph on the stored weights, with all values of one block at a time."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -36,9 +36,9 @@ def block_names(program: Program) -> list[str]:
 
 @torch.no_grad()
 def walk(program: Program, read: Read, selected: set[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """For each wanted block its name and all values that its nodes read or make, by node name.
+    """For each selected block its name and all values that its nodes read or compute, by node name.
 
-    Blocks that are not wanted do not run: what later ones need of them is replaced by the latest value of the same
+    Other blocks do not run: the values that later blocks need of them are replaced by the latest value of the same
     traced shape, so that a sample of a large model costs a sample's time.
     """
     values: dict[fx.Node, Any] = {}
@@ -74,6 +74,7 @@ def _substitute(own: list[fx.Node], values: dict[fx.Node, Any], last_use: dict[f
     for node in own:
         leaves = last_use.get(node) is not None and last_use[node] not in members
         if leaves and isinstance(node.meta["val"], Tensor):
+            # a block is checked on its own inputs: any values do; no model has the traced dynamic sizes: shapes fit
             shape = tuple(node.meta["val"].shape)
             same = [n for n in values if isinstance(n.meta.get("val"), Tensor) and tuple(n.meta["val"].shape) == shape]
             values[node] = values[same[-1]]

@@ -1,4 +1,4 @@
-"""How far one float32 operator may be from another's result: rounding bounds, computed from the actual operands.
+"""Rounding bounds: how far one float32 operator may be from another's result, computed from the actual operands.
 
 U is half a step of float32 at 1. A sum of n products in any order is within n·U of the sum of magnitudes, and both
 sides round, so most bounds have a factor 2 (Higham 2002, Accuracy and Stability of Numerical Algorithms, section 3.1).
@@ -36,7 +36,7 @@ def values_of(call: fx.Node, value: Value, *names: str) -> list[Any]:
 
 
 def _relative(steps: int) -> Rule:
-    """Some roundings, each relative to the result."""
+    """`steps` roundings, each relative to the result."""
     return lambda call, value, expected: steps * U * expected.abs()
 
 
@@ -46,7 +46,7 @@ def _linear(call: fx.Node, value: Value, expected: Tensor) -> Tensor:
 
 
 def _rms_norm(call: fx.Node, value: Value, expected: Tensor) -> Tensor:
-    """The mean sums n squares and the root halves its error; a bias may cancel what carries it."""
+    """The mean sums n squares and the root halves its error; a bias may cancel the value, not the error."""
     return (expected.shape[-1] + 8) * U * (expected.abs() + 2 * _bias_magnitude(call, value))
 
 
@@ -104,7 +104,7 @@ def _mla_attention(call: fx.Node, value: Value, expected: Tensor) -> Tensor:
 
 
 def _dequantize_per_token(call: fx.Node, value: Value, expected: Tensor) -> Tensor:
-    """Two products and a sum on top of exact integers; a bias may cancel what carries the error."""
+    """Two products and a sum on top of exact integers; a bias may cancel the value, not the error."""
     return 8 * U * (expected.abs() + 2 * _bias_magnitude(call, value))
 
 

@@ -1,4 +1,4 @@
-"""The documents of an output against what the graph and the files make them say, to the byte."""
+"""Document checks: the JSON files of an output against what follows from the graph and the files, to the byte."""
 
 import json
 import os
@@ -23,12 +23,12 @@ from fxquant.verification.report import Check
 
 GRAPH_SAYS = "the graph says"
 CONFIG = "config.json"
-"""Has NaN, maybe, where the source's has it in a key that nobody reads."""
+"""May contain NaN, as the source's may, in a key that nobody reads."""
 
 
 @dataclass(frozen=True)
 class Documents:
-    """What the JSON files of an output have to say: path → entries, and who says so."""
+    """Expected JSON files of an output: path → entries, and where they come from."""
 
     folder: Path
     expected: dict[str, tuple[dict[str, Any], str]]
@@ -48,14 +48,14 @@ class Documents:
             check.expect(False, f"{file}: {error.fact}")
             return
         if not isinstance(written, dict):
-            check.expect(False, f"{file}: no object")
+            check.expect(False, f"{file}: not a JSON object")
             return
         for key, ours, theirs in _entries(expected, written):
             miss = f"{file}: {cut(key, 200)}: {theirs!r:.200}, {who} {ours!r:.200}"
             check.expect(ours == theirs or json_text(ours) == json_text(theirs), miss)
 
     def written(self, program: Program) -> Check:
-        """These files and the stored graph have the bytes that were written, not only the same entries."""
+        """These files and the stored graph have the expected bytes, not only the same entries."""
         check = Check("documents, as written", len(self.expected) + 1)
         texts = {file: document_text(document) for file, (document, _) in self.expected.items()} | {
             GRAPH: dump_program(program)
@@ -65,14 +65,14 @@ class Documents:
                 same = read_text(self.folder / file, GRAPH_BYTES) == text
             except FxquantError:
                 same = False
-            check.expect(same, f"{file}: other bytes than were written")
+            check.expect(same, f"{file}: its bytes differ from those written")
         return check
 
 
 def documents(
     program: Program, folder: Path, stored: list[StoredTensor], files: WeightFiles, target: Target
 ) -> Documents:
-    """config.json, description, and the index of several weight files, or where it is there."""
+    """config.json, description, and the index, for several weight files or if it exists."""
     engine = ENGINES[target]
     described = description(program, [FileLayout("", tuple(stored))], engine)
     expected = {CONFIG: (engine_config(program, engine), GRAPH_SAYS), engine.description: (described, GRAPH_SAYS)}
@@ -90,7 +90,7 @@ def json_text(value: Any) -> str:
 
 
 def _entries(expected: dict[str, Any], written: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Key and its value in both; those of an index's map one by one."""
+    """Key and its value in both; for the map of an index, one entry per tensor."""
     entries = []
     for key in sorted(set(expected) | set(written)):
         ours, theirs = expected.get(key), written.get(key)
@@ -102,7 +102,7 @@ def _entries(expected: dict[str, Any], written: dict[str, Any]) -> list[tuple[st
 
 
 def check_copies(source: Checkpoint, folder: Path) -> Check:
-    """Tokenizer files and the like are those of the source. For outputs without a manifest, which has their digests."""
+    """Tokenizer and other copied files equal the source's. For outputs without a manifest, which has their digests."""
     files = copied_files(source.folder)
     check = Check("copied files == source", len(files))
     for file in files:

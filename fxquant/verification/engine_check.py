@@ -1,7 +1,7 @@
-"""What an engine makes of the weight files against the graph: every quantized linear and expert projection of a block.
+"""Engine check: an engine's reading of the weight files against the graph, per quantized linear and projection.
 
-The engine is its reader, which knows the files only; each of its linears is fed the float values that the graph's
-quantization got.
+Its reader, which knows the files only, stands in for the engine; each linear gets the float inputs of the graph's
+quantization.
 """
 
 from collections.abc import Iterator
@@ -34,8 +34,8 @@ FLOAT64_STEPS = 16 * 2.0**-53
 class Site:
     """One quantized linear, or one projection of all experts: a call that reads its codes, and `node`, its result.
 
-    x, x8       the float input and its integers, [..., k], or [M, k] sorted by expert; no integers where it stays float
-    counts      rows of each expert, None outside routed experts
+    x, x8       the float input and its integers, [..., k], or [M, k] sorted by expert; no integers if it stays float
+    counts      rows per expert, None outside routed experts
     """
 
     node: fx.Node
@@ -47,7 +47,7 @@ class Site:
     counts: fx.Node | None
 
     def load(self, reader: EngineReader, expert: int) -> Loaded:
-        """The reader's linear; expert 0 is the one there is outside routed experts."""
+        """The reader's linear; outside routed experts the only expert is 0."""
         module = self.recipe.modules[expert]
         if self.counts is not None:
             return reader.expert_linear(module, self.recipe.row_parallel)
@@ -80,7 +80,7 @@ def sites(program: Program, block: str | None = None) -> Iterator[Site]:
 
 
 def _site(product: fx.Node, node: fx.Node, recipe: Recipe) -> Site:
-    """The call that reads a recipe's codes, and its reader, which ends the linear."""
+    """The site of `product`, which reads a recipe's codes, and `node`, which reads the product and ends the linear."""
     given = arguments(product)
     weight, second, counts = given["weight"], given.get("weight_scale_second"), given.get("counts")
     if not recipe.scheme.integer_inputs:
@@ -90,12 +90,12 @@ def _site(product: fx.Node, node: fx.Node, recipe: Recipe) -> Site:
 
 
 class EngineChecker:
-    """Holds an engine's reading of a folder against the graph, on the reader's ranks.
+    """Compares an engine's reading of a folder with the graph, on the reader's ranks.
 
-    `doubtful` names the modules that the contract calls unverified: that the engine does not read one is told and no
-    miss. `experts` limits how many of a layer are looked at. Integers must be equal, results within the reader's
-    derived bound and the graph's own rounding. How far the device's arithmetic is from the graph is told, and only a
-    value that is not finite is a miss.
+    `doubtful` names the modules that the contract calls unverified: if the engine does not read one, this is reported,
+    not a miss. `experts` limits the experts checked per layer. Integers must be equal, results within the reader's
+    derived bound and the graph's own rounding. The distance of the device's arithmetic from the graph is reported, and
+    only a value that is not finite is a miss.
     """
 
     def __init__(
@@ -126,7 +126,7 @@ class EngineChecker:
                     self._refused(site, expert, error)
 
     def _refused(self, site: Site, expert: int, error: FxquantError) -> None:
-        """Told for a doubtful module, a miss for any other."""
+        """Reported for a doubtful module, a miss for any other."""
         if site.recipe.module in self._doubtful:
             self._unread += 1
             self._codes.worst = f"{self._unread} unverified modules are not read"
@@ -134,7 +134,7 @@ class EngineChecker:
             _expect(self._codes, False, f"{site.recipe.modules[expert]}: not loaded: {error}")
 
     def _selected(self, site: Site, with_rows: list[int]) -> list[int]:
-        """All experts, or of a sample first those that have rows."""
+        """All experts, or a sample that begins with those that have rows."""
         everyone = range(len(site.recipe.modules))
         if self._experts is None:
             return list(everyone)
@@ -204,7 +204,7 @@ class _Operands:
         return cls(scale.squeeze(-1), given["x_scale"][rows], None, given.get("bias"))
 
     def bias_magnitude(self) -> Tensor:
-        """float64: what may cancel a result that carries rounding errors."""
+        """float64: magnitude of the bias, which may cancel a result but not its rounding errors."""
         return torch.zeros(1, dtype=torch.float64) if self.bias is None else self.bias.double().abs()
 
     def partials(self, x8: Tensor, codes: Tensor, ranks: int) -> Tensor:

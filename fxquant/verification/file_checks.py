@@ -1,4 +1,4 @@
-"""The files of an output folder against its manifest, and what the folder was compiled for where there is none."""
+"""File checks: the files of an output against its manifest, and the target of an output without one."""
 
 from pathlib import Path
 
@@ -19,16 +19,16 @@ ONNX_GRAPH = "model.onnx"
 
 
 def check_sizes(manifest: Manifest, folder: Path) -> Check:
-    """Every file that was written is there, as long as it was."""
+    """Every file that was written exists, with its size."""
     check = Check("files: present, size", len(manifest.files))
     sizes = file_sizes(folder)
     for name, size in manifest.files.items():
-        check.expect(sizes.get(name) == size, f"{name}: {sizes.get(name, 'missing')} bytes, written with {size}")
+        check.expect(sizes.get(name) == size, f"{name}: size {sizes.get(name, 'missing')}, written with {size}")
     return check
 
 
 def check_digests(manifest: Manifest, folder: Path, report: Reporter) -> Check:
-    """Every file that is there has the bytes that were written: documents whole, weights tensor by tensor."""
+    """Every existing file has the bytes that were written: documents whole, weights tensor by tensor."""
     check = Check("files: digest", len(manifest.digests) + len(manifest.weights) + len(manifest.units))
     present = file_sizes(folder)
     for name, digest in manifest.digests.items():
@@ -71,13 +71,13 @@ def _units_on_disk(manifest: Manifest, folder: Path) -> list[Unit]:
 
 
 def infer_target(program: Program, folder: Path) -> Target:
-    """The only target that writes such weights under such names. Raises FxquantError where several, or none, do."""
+    """The only target that writes such weights under such names. Raises FxquantError if several or none do."""
     targets = [target for target in Target if _could_be(target, program, folder)]
     if len(targets) == 1:
         return targets[0]
-    choice = f"{' or '.join(targets) or 'none'} by its files"
-    way_out = f"Say which: --target {targets[0] if targets else DEFAULT}."
-    raise FxquantError(folder, f"without its manifest, the target is {choice}.", way_out)
+    choice = " or ".join(targets) or "no target"
+    way_out = f"Name the target: --target {targets[0] if targets else DEFAULT}."
+    raise FxquantError(folder, f"has no manifest, and its files fit {choice}.", way_out)
 
 
 def _could_be(target: Target, program: Program, folder: Path) -> bool:

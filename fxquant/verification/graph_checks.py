@@ -1,4 +1,4 @@
-"""Emitted graphs against the rewritten fx graph: every operator of a block on the graph's own input values."""
+"""Graph checks: emitted graphs against the rewritten fx graph, every operator on the graph's own input values."""
 
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,7 +18,7 @@ from fxquant.verification.report import Check
 
 
 class GraphChecker(Protocol):
-    """Checks one block after another and keeps the account. `program`: whose blocks and values it takes."""
+    """Checks blocks one by one and collects the results. `program`: the one whose blocks and values it takes."""
 
     program: Program
     checks: list[Check]
@@ -28,7 +28,7 @@ class GraphChecker(Protocol):
 
 
 class Comparison:
-    """Two lines of the table: integers, which must be equal, and floats, which must lie within their bounds."""
+    """Two lines of the table: integers, which must be equal, and floats, which must be within their bounds."""
 
     def __init__(self, graph: str) -> None:
         self.integers = Check(f"{graph} == fx graph, integers", 0)
@@ -71,9 +71,9 @@ class AscendChecker:
 
 
 class OnnxChecker:
-    """Runs `model.onnx` operator by operator in ONNX Runtime, each fed what the fx graph fed it.
+    """Runs `model.onnx` operator by operator in ONNX Runtime, each with the inputs of the fx graph.
 
-    The model must be what the stored graph emits: no session is made of another.
+    The model must be what the stored graph emits: no session is created for any other.
     """
 
     def __init__(self, program: Program, folder: Path) -> None:

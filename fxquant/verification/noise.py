@@ -1,8 +1,8 @@
-"""How far the graph's own logits move when every float is off by its last bit.
+"""Logit noise: how far the graph's own logits move when every float is off by its last bit.
 
 Two engines that both round correctly still sum in different orders. Nearly always the logits then differ in their last
 digits; but a value on the edge between two int8 codes, or two experts with nearly equal scores, can fall either way,
-and everything after it moves. End-to-end comparisons of generated text are held against this distance.
+and everything after it moves. End-to-end comparisons of generated text are judged by this distance.
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""How far an emitted operator may be from the graph's value in float32: rounding bounds, from the actual operands.
+"""Bounds for the ONNX graph: how far an operator may be from the graph's float32 value, from the actual operands.
 
 Linear, norm, rotation, attention and gate have the bounds of `fxquant.verification.bounds`: both sides do the same sums
 in another order. Integer results are exact. Experts run as one unit, so a last bit of their swiglu may move an int8

@@ -1,4 +1,4 @@
-"""Make tensors from the source once more, with the kernels that a compile uses, and compare them with the files."""
+"""Rebuild: quantize the source again, with the kernels that a compile uses, and compare with the files."""
 
 import random
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +21,7 @@ from fxquant.verification.weight_checks import StoredCodes
 
 @dataclass(frozen=True)
 class Rebuild:
-    """How many units to derive anew; None: all of them."""
+    """Number of units to quantize again; None: all of them."""
 
     sample: int | None = None
 
@@ -29,8 +29,8 @@ class Rebuild:
 def check_rebuild(
     program: Program, files: WeightFiles, source: Checkpoint, sample: int | None, report: Reporter
 ) -> Check:
-    """Every unit, or a seeded `sample` of so many, derived again: all bytes must be the same. No other check need have
-    passed: a tensor that is not there, or has another size, is a miss. Codes of GPTQ are taken as they are stored."""
+    """Every unit, or `sample` of them (seeded), quantized again: all bytes must be the same. No other check need have
+    passed: a tensor that is missing, or has another size, is a miss. Codes of GPTQ are taken as they are stored."""
     stored = stored_tensors(program, source)
     units = collect_units((tensor, _place(tensor, files)) for tensor in stored)
     selected = units if sample is None or sample >= len(units) else random.Random(0).sample(units, sample)
@@ -48,20 +48,20 @@ def check_rebuild(
     ):
         for unit, other in pool.map(rebuilt, selected):
             for suffix in other:
-                check.misses.append(f"{unit.tensor_name(suffix)}: other bytes")
+                check.misses.append(f"{unit.tensor_name(suffix)}: bytes differ")
             check.checked += 1
             advance(unit.nbytes)
     return check
 
 
 def _place(tensor: StoredTensor, files: WeightFiles) -> Place:
-    """Where it lies, at the size it should have; nowhere if it is not there."""
+    """Where it is stored, with the size it should have; nowhere if it is missing."""
     info = files.infos.get(tensor.name)
     return Place("", 0, tensor.nbytes) if info is None else Place(info.file.name, info.start, tensor.nbytes)
 
 
 def _there(unit: Unit, files: WeightFiles) -> Unit:
-    """The unit without what is missing or has another size."""
+    """The unit without tensors that are missing or have another size."""
     infos = {suffix: files.infos.get(unit.tensor_name(suffix)) for suffix in unit.places}
     good = (suffix for suffix, info in infos.items() if info and info.nbytes == unit.places[suffix].nbytes)
     return replace(unit, places={suffix: unit.places[suffix] for suffix in good})

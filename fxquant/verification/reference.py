@@ -1,6 +1,6 @@
-"""The slow, obvious form of every stored tensor: row by row, as the format's formulas read.
+"""Slow reference of every stored tensor: row by row, as the format's formulas read.
 
-`verify` holds written files against it. It shares no arithmetic with `fxquant.kernels`.
+`verify` compares written files with it. It shares no arithmetic with `fxquant.kernels`.
 """
 
 import torch
@@ -10,7 +10,7 @@ from fxquant.schemes.schemes import Recipe, WeightAlgorithm, tensor_specs
 from fxquant.verification.reference_search import CodesAndScales, highest_code, searched_codes
 
 FEEDBACK_ERROR = 0.25
-"""Of a row's squares: what GPTQ's squared error stays below. Codes of another row are off by one to two times them."""
+"""Share of a row's squares that GPTQ's squared error stays below; codes of another row are off by one to two."""
 
 
 def expected_tensors(
@@ -22,8 +22,8 @@ def expected_tensors(
 ) -> dict[str, Tensor]:
     """Every tensor that one module of `recipe` owns, except the calibrated ones, from its weight [n, k].
 
-    `solved`: codes int8 [n, k] that calibration found, for GPTQ; all else follows from the weight. `searched`: what
-    `expected_codes` gave, where it was asked already.
+    `solved`: codes int8 [n, k] that calibration found, for GPTQ; all else follows from the weight. `searched`: the
+    result of `expected_codes`, if known already.
     """
     codes, scales, seconds = searched or expected_codes(recipe, weight)
     codes = codes if solved is None else solved.float()
@@ -61,7 +61,7 @@ def expected_codes(recipe: Recipe, weight: Tensor) -> CodesAndScales:
 def wrong_codes(recipe: Recipe, weight: Tensor, stored: Tensor, searched: CodesAndScales | None = None) -> str | None:
     """Why codes that calibration found cannot be those of the weight [n, k], or None.
 
-    They must be ones that the form can hold. And though GPTQ does not seek the nearest code, it stays near.
+    The format must be able to hold them. And though GPTQ does not choose the nearest codes, it stays near.
     """
     codes, scales, seconds = searched or expected_codes(recipe, weight)
     wide = seconds.repeat_interleave(codes.shape[1] // seconds.shape[1], 1)
@@ -72,7 +72,7 @@ def wrong_codes(recipe: Recipe, weight: Tensor, stored: Tensor, searched: CodesA
         return "a code times its second scale is beyond 119"
     steps, exact = scales.view(-1, 1) * wide, weight.float()
     far = ((stored * steps - exact) ** 2).sum(1) > FEEDBACK_ERROR * (exact**2).sum(1)
-    return f"row {int(far.nonzero()[0])} is far from the source's" if bool(far.any()) else None
+    return f"row {int(far.nonzero()[0])} is far from the source" if bool(far.any()) else None
 
 
 def contradiction(
@@ -80,11 +80,11 @@ def contradiction(
 ) -> str | None:
     """Why the calibrated tensors of a static linear disagree with its range or each other, the tensor first; or None.
 
-    `weight_scale` [n] is the one that follows from the source, where none is stored.
+    `weight_scale` [n] is the one that follows from the source, if none is stored.
     """
     observed = recipe.activation
     if observed is None:
-        return "input_scale is of no range: the graph holds none"
+        return "input_scale has no range: the graph holds none"
     dtype = observed.arithmetic
     low, high = torch.tensor(min(observed.low, 0), dtype=dtype), torch.tensor(max(observed.high, 0), dtype=dtype)
     scale = torch.maximum((high - low) / 255, torch.tensor(1.1920928955078125e-07, dtype=dtype))
@@ -126,7 +126,7 @@ def _two_level_row(row: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor
 
 
 def _pack(codes: Tensor) -> Tensor:
-    """Two rows a byte, the even one in the low nibble, two's complement."""
+    """Two rows per byte, the even one in the low nibble, two's complement."""
     unsigned = codes.to(torch.int32) % 16
     packed = unsigned[0::2] + 16 * unsigned[1::2]
     return torch.where(packed > 127, packed - 256, packed).to(torch.int8)
@@ -139,6 +139,7 @@ def _scale_bias(recipe: Recipe, codes: Tensor, scales: Tensor, seconds: Tensor) 
     for group in range(seconds.shape[1]):
         width = codes.shape[1] // seconds.shape[1]
         weights[:, group * width : (group + 1) * width] *= seconds[:, group : group + 1]
+    # as in the engines' reference: only the bias of two levels uses bfloat16 scales
     exact = scales.bfloat16() if recipe.group_size else scales
     sums = torch.stack([chunk.sum(1) for chunk in weights.chunk(chunks, 1)], 1)
     return (8 * exact.double().view(-1, 1) * sums).float()

@@ -1,7 +1,7 @@
-"""The slow form of algorithms that search for scales: each is tried on all rows, and each row keeps its best.
+"""Slow reference of scale searches: each scale is tried on all rows, and each row keeps its best.
 
-It shares no arithmetic with `fxquant.kernels`. A form says what scales s [n] make of the rows: their errors float64
-[n], scales that fit their codes, the codes.
+It shares no arithmetic with `fxquant.kernels`. A form gives, for scales s [n] of the rows, their errors float64 [n],
+scales that fit their codes, and the codes.
 """
 
 import torch
@@ -12,7 +12,7 @@ from fxquant.schemes.schemes import Recipe, WeightAlgorithm
 
 LANES = 32
 ROWS = 256
-"""Rows at a time: every temporary is float64 of as many."""
+"""Rows at a time, because every temporary is float64."""
 CodesAndScales = tuple[Tensor, Tensor, Tensor]
 """Codes [n, k], scales [n], second scales [n, G]."""
 
@@ -20,7 +20,7 @@ CodesAndScales = tuple[Tensor, Tensor, Tensor]
 def searched_codes(recipe: Recipe, weight: Tensor) -> CodesAndScales:
     """Codes, scales and second scales of a weight [n, k], by an algorithm of `SEARCHES`.
 
-    Raises InternalError for another one.
+    Raises InternalError for any other.
     """
     if recipe.algorithm.scales not in SEARCHES:
         raise InternalError(recipe.module, f"no reference for weights by {recipe.algorithm}")
@@ -52,10 +52,10 @@ def _grid(form: "_Channel | _TwoLevel") -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _least_squares(form: "_Channel | _TwoLevel") -> Tensor:
-    """The best scale on the ways from the start of the grid, from the best of it, and from the neighbors of that."""
+    """The best scale of iterations that start at the grid's first scale, at its best, and at the neighbors of that."""
     scales, errors, places = _grid(form)
     for start in (torch.zeros_like(places), places - 1, places, places + 1):
-        tried = form.on_grid(start.clamp(0, form.grid - 1))  # one outside is a start twice over: no harm
+        tried = form.on_grid(start.clamp(0, form.grid - 1))  # outside the grid: repeats a start, no harm
         for _ in range(form.rounds):
             fit = form.fit(tried)
             tried = torch.where((fit > 0) & (tried > 0), fit, tried)
@@ -78,7 +78,7 @@ def highest_code(recipe: Recipe) -> int:
 
 
 class _Channel:
-    """One scale a row, scales representable in the recipe's dtype."""
+    """One scale per row, representable in the recipe's dtype."""
 
     grid, rounds = 40, 20
 
@@ -114,7 +114,7 @@ class _Channel:
 
 
 class _TwoLevel:
-    """An integer second scale a group, chosen anew for every first-level scale."""
+    """An integer second scale per group, chosen again for every first-level scale."""
 
     grid, rounds = 8, 6
 
@@ -144,8 +144,8 @@ class _TwoLevel:
         return self._quotients(scale, seconds).flatten(1), scale, seconds
 
     def _seconds(self, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """Of each group: from the least of 1 … 17 that cuts none of its weights down to half, the best, ties to the
-        larger; and the errors of the rows."""
+        """Per group, the best of 1 … 17 that clips no weight to less than half, ties to the larger; and the errors of
+        the rows."""
         needed = torch.ceil(self.peaks / (7 * torch.where(scale > 0, scale, 1)).unsqueeze(1))
         widest = needed.clamp(1, 17)
         best, least = torch.ones_like(widest), torch.full_like(widest, torch.inf, dtype=torch.float64)
@@ -186,6 +186,7 @@ def _running(values: tuple[Tensor, ...]) -> Tensor:
 def _lane_sum(terms: Tensor) -> Tensor:
     """float64 [..., k] → [...]: column j into lane j mod 32, in order; then the upper half of the lanes onto the lower,
     until one is left."""
+    # the order of the kernels, so that the same scales win on both sides
     padded = torch.nn.functional.pad(terms, (0, -terms.shape[-1] % LANES))
     lanes = _running(padded.unflatten(-1, (-1, LANES)).unbind(-2))
     while lanes.shape[-1] > 1:

@@ -1,4 +1,4 @@
-"""Files of an output that are made again and compared, where no manifest has their digests."""
+"""Remade files: derived files of an output made again and compared, if no manifest has their digests."""
 
 import tempfile
 from dataclasses import dataclass, field
@@ -21,19 +21,19 @@ from fxquant.program.program_file import dump_program, load_program
 from fxquant.verification.report import Check
 
 EXPORTED = (PREFILL, DECODE)
-OWN = "what it computes: it is not the graph of such a checkpoint, and no model file is run to see whose it is"
+OWN = "what it computes: it is not the checkpoint's own graph, and verify runs no model file to compare it"
 
 
 @dataclass
 class Remade:
-    """`checks` of the files, and what they leave: `unread`, file → what of it is not looked at; "" for nothing."""
+    """`checks` of the files, and `unread`: file → the part of it that they do not look at; "" for none."""
 
     checks: list[Check] = field(default_factory=list)
     unread: dict[str, str] = field(default_factory=dict)
 
 
 def check_remade(folder: Path, program: Program, source: Checkpoint | None, exports: bool) -> Remade:
-    """Float graph and ledger against `source`, the checkpoint as it is; and, if `exports`, the .pt2 files there."""
+    """Float graph and ledger against `source`, the checkpoint as it is; and, if `exports`, existing .pt2 files."""
     remade = Remade()
     if source is not None:
         _check_float_graph(remade, folder / FLOAT_GRAPH, source)
@@ -44,7 +44,7 @@ def check_remade(folder: Path, program: Program, source: Checkpoint | None, expo
 
 
 def _check_float_graph(remade: Remade, path: Path, source: Checkpoint) -> None:
-    """A program over the source's tensors, as it is written; and that of a plain folder if it is equal to it."""
+    """A program over the source's tensors, in its written form; checked whole if it is the checkpoint's own graph."""
     check = Check("float graph", 1)
     remade.checks.append(check)
     try:
@@ -53,7 +53,7 @@ def _check_float_graph(remade: Remade, path: Path, source: Checkpoint) -> None:
     except FxquantError as error:
         check.expect(False, str(error))
         return
-    check.expect(text == dump_program(program), f"{path.name}: other bytes than were written")
+    check.expect(text == dump_program(program), f"{path.name}: its bytes differ from those written")
     remade.unread[path.name] = "" if text == _traced(source) else OWN
 
 
@@ -70,7 +70,7 @@ def _check_ledger(remade: Remade, path: Path, program: Program, source: Checkpoi
     remade.checks.append(check)
     try:
         same = read_text(path, GRAPH_BYTES) == document_text(build_ledger(program, source).as_json())
-        check.expect(same, f"{path.name}: not what graph and source make")
+        check.expect(same, f"{path.name}: not what follows from graph and source")
     except FxquantError as error:
         check.expect(False, f"{path.name}: {error.fact}")
     remade.unread[path.name] = ""
@@ -91,5 +91,5 @@ def _check_exported(remade: Remade, folder: Path, program: Program) -> None:
                 same = read_bytes(folder / name, len(exported)) == exported
             except FxquantError:
                 same = False
-            check.expect(same, f"{name}: not what torch {torch.__version__} exports of the graph")
+            check.expect(same, f"{name}: not what torch {torch.__version__} exports from the graph")
             remade.unread[name] = ""

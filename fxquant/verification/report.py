@@ -1,4 +1,4 @@
-"""What verification found."""
+"""Verification report: checks, their misses, and the verdict."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 
 @dataclass
 class Check:
-    """One line of the table: how many things of a sort were looked at, and what was wrong with them."""
+    """One line of the table: how many items of a kind were checked, and what was wrong with them."""
 
     name: str
     total: int
@@ -19,7 +19,7 @@ class Check:
         return not self.misses
 
     def expect(self, condition: object, miss: str) -> None:
-        """Count one look; note `miss` if the condition is false."""
+        """Count one item; add `miss` if the condition is false."""
         self.checked += 1
         if not condition:
             self.misses.append(miss)
@@ -27,7 +27,7 @@ class Check:
 
 @dataclass(kw_only=True)
 class VerifyReport:
-    """All checks of an output folder. `source` is None when there was nothing to hold the weights against.
+    """All checks of an output folder. `source` is None if there was nothing to compare the weights with.
 
     `logit_noise` is how far the graph's own logits move under last-bit noise; None for sampled models.
     `unread`: file → what of it no check has looked at.

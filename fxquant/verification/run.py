@@ -1,4 +1,4 @@
-"""All checks of an output folder, in order: files, values, graphs."""
+"""Verify: all checks of an output folder, in order: files, values, graphs."""
 
 import os
 from dataclasses import dataclass
@@ -59,11 +59,11 @@ def verify_output(
     target: Target | None = None,
     rebuild: Rebuild | None = None,
 ) -> VerifyReport:
-    """Hold `folder` against `source` (None: structure and graphs only). Streams; reads nothing whole but one module.
+    """Check `folder` against `source` (None: structure and graphs only). Streams; reads at most one module whole.
 
     `ranks`: tensor-parallel ranks that the engine's reader splits over; None: as many as it was compiled for.
-    `target`: None: the manifest's; without a manifest, the one that the files show. `rebuild`: derive weights anew too;
-    it needs `source`. A digest or a rebuilt tensor that differs stops no other check: they say what is wrong with it.
+    `target`: None: the manifest's; without a manifest, the one that the files show. `rebuild`: also quantize weights
+    again, which needs `source`. A digest or rebuilt tensor that differs stops no other check: those show what is wrong.
     """
     manifest = find_manifest(folder)
     program, files = load_program(folder / GRAPH), WeightFiles(folder)
@@ -90,6 +90,7 @@ def verify_output(
     rebuilt = []
     if rebuild is not None and source is not None:
         rebuilt = [check_rebuild(program, files, source, rebuild.sample, report)]
+    # each step reads what the one before it has checked
     if all(check.ok for check in checks):
         checks += _check_values(output, stored, report)
         if original is not None and source is not None and source.transforms:
@@ -114,7 +115,7 @@ def verify_output(
 
 @dataclass(frozen=True)
 class _Output:
-    """What is held against what: a folder and its graph, read for `target` on `ranks`."""
+    """What all checks read: a folder and its graph, for `target` on `ranks`, and the source."""
 
     folder: Path
     program: Program
@@ -126,7 +127,7 @@ class _Output:
 
 
 def _check_alone(output: _Output, said: Documents) -> list[Check]:
-    """What the digests of a manifest would have said of documents."""
+    """Checks of documents, in place of the digests of a manifest."""
     copies = [check_copies(output.source, output.folder)] if output.source is not None else []
     return [said.written(output.program), *copies]
 
@@ -148,7 +149,7 @@ def _transformed(source: Checkpoint | None, folder: Path) -> Checkpoint | None:
     if source is None or not os.path.lexists(saved):
         return source
     if not saved.is_file():
-        raise FxquantError(saved, "no regular file.", "Copy the file again, or compile again.")
+        raise FxquantError(saved, "not a regular file.", "Copy the file again, or compile again.")
     return source.transformed(load_calibration(saved).transforms)
 
 
@@ -169,7 +170,7 @@ def _check_source(program: Program, source: Checkpoint) -> Check:
 
 
 def _check_contract(program: Program, target: Target, ranks: int) -> Check:
-    """No linear is one that the target refuses on so many ranks."""
+    """The target refuses no linear on `ranks` ranks."""
     described = linears(program)
     check = Check(f"contract of {target}, ranks: {ranks}", len(described))
     refused = [
@@ -192,8 +193,8 @@ def _check_values(output: _Output, stored: list[StoredTensor], report: Reporter)
 def _check_graphs(output: _Output, report: Reporter) -> list[Check]:
     """Block by block: the emitted graph, and the engine that will read the weights.
 
-    The engine is held against the graph on the integers that the recipes make of the source: of a sampled model the
-    files were not compared in full.
+    The engine is compared with the graph on integers quantized from the source: for a sampled model, the files were not
+    compared in full.
     """
     program, folder, files = output.program, output.folder, output.files
     engine = ENGINES[output.target]
@@ -213,7 +214,7 @@ def _takes_dtype(program: Program, target: Target) -> bool:
 
 
 def _unverified(output: _Output) -> frozenset[str]:
-    """Modules of which nobody has shown whether the engine reads them; the report of `compile` names them."""
+    """Modules not shown to be read by the engine, nor to be refused; the report of `compile` names them."""
     verdicts = findings(load_contract(output.target), linears(output.program), output.ranks)
     return frozenset(finding.module for finding in verdicts if finding.verdict is Verdict.UNVERIFIED)
 

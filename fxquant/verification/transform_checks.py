@@ -1,5 +1,5 @@
-"""Smoothing changes numbers and no function: what was divided on one side is multiplied on the other, what was rotated
-by a matrix on one side by its inverse on the other."""
+"""Transform checks: smoothing and rotation keep the model's function. A value divided on one side is multiplied on the
+other; one rotated on one side is rotated back on the other."""
 
 from collections.abc import Sequence
 from itertools import combinations
@@ -20,7 +20,7 @@ from fxquant.verification.report import Check
 
 
 def check_smoothing(source: Checkpoint, transforms: WeightTransforms) -> Check:
-    """Every smoothed vector recomputed from `source`, untouched but rotated, `==`, and every scale on both sides."""
+    """Every smoothed vector `==` recomputed from `source`, rotated only, and every scale on both sides."""
     source = source.transformed(rotation_transforms(transforms.rotations, source))
     check = Check("smoothing keeps the function", len(transforms.tensors) + len(transforms.scales))
     read = set(transforms.columns.values())
@@ -29,18 +29,19 @@ def check_smoothing(source: Checkpoint, transforms: WeightTransforms) -> Check:
         check.expect(divided and key in read, f"{key}: its scale is on one side only")
     for name, tensor in sorted(transforms.tensors.items()):
         check.expect(
-            _agrees(tensor, _expected(name, source, transforms)), f"{name}: does not make up for scale and shift"
+            _agrees(tensor, _expected(name, source, transforms)), f"{name}: does not compensate scale and shift"
         )
     return check
 
 
 def check_rotation(program: Program, source: Checkpoint, transforms: WeightTransforms) -> Check:
-    """The rotations are those that the float graph `program` needs, no weight of a rotated value left out."""
+    """The rotations are those that the float graph `program` needs, without missing a weight of a rotated value."""
     check = Check("rotation keeps the function", len(transforms.rotations) + len(transforms.norms))
     candidates = [
         find_rotations(program, parts) for count in range(1, 1 + len(Rotate)) for parts in combinations(Rotate, count)
     ]
     applied = transforms.rotations
+    # an output does not say which parts its policy rotates
     closest = min(candidates, key=lambda rotations: len(set(applied.items()) ^ set(rotations.items())))
     for name in sorted({*applied, *closest}):
         same = applied.get(name) == closest.get(name)
@@ -51,7 +52,7 @@ def check_rotation(program: Program, source: Checkpoint, transforms: WeightTrans
 
 
 def check_calibration(folder: Path, values: Sequence[Check]) -> Check:
-    """Where no digest vouches for the calibration file: whether `values`, which are held against it, agree with it."""
+    """For a calibration file without a digest: whether `values`, the checks that read it, agree with it."""
     check = Check("weights fit the calibration", 1)
     there = (folder / CALIBRATION).is_file()
     fact = "contradicts the weights: one of them is damaged" if there else "missing, if weights are smoothed"
@@ -60,7 +61,7 @@ def check_calibration(folder: Path, values: Sequence[Check]) -> Check:
 
 
 def _expected(name: str, source: Checkpoint, transforms: WeightTransforms) -> Tensor:
-    """The vector that stands in the place of tensor `name`, float64 before its rounding where it is a sum."""
+    """The vector that replaces tensor `name`; a sum in float64, before its rounding."""
     module, role = module_and_role(name)
     weight = tensor_name(module, "weight")
     before = source.read(name) if name in source.tensors else torch.zeros(())
@@ -75,7 +76,7 @@ def _expected(name: str, source: Checkpoint, transforms: WeightTransforms) -> Te
 
 
 def _agrees(tensor: Tensor, expected: Tensor) -> bool:
-    """Equal, or for a sum in float64 within the rounding to the dtype of `tensor`, which halves may send either way."""
+    """Equal, or for a sum in float64 within the rounding to the dtype of `tensor`, where ties may go either way."""
     if expected.dtype is tensor.dtype:
         return bool((tensor == expected).all())
     error, step = (tensor.double() - expected).abs(), torch.finfo(tensor.dtype).eps

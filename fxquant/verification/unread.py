@@ -1,4 +1,4 @@
-"""What of an output verification has not looked at, file by file."""
+"""Unread parts of an output, file by file: what verification has not looked at."""
 
 import os
 from pathlib import Path
@@ -14,16 +14,16 @@ ALL = "all of it"
 
 
 def unread_with(folder: Path) -> dict[str, str]:
-    """File → what is not looked at, where every file but these has a digest in the manifest."""
+    """File → what is not looked at, if every other file has a digest in the manifest."""
     there = os.path.lexists(folder / STAMPS)
-    stamps = ALL if there else "it is not there; it only spares a later compile work"
-    return {MANIFEST: "what nothing else says, such as the policy's name", STAMPS: stamps}
+    stamps = ALL if there else "missing; it only saves a later compile work"
+    return {MANIFEST: "what no other file says, such as the policy's name", STAMPS: stamps}
 
 
 def unread_without(folder: Path, engine: Engine, known: set[str], rotated: bool) -> dict[str, str]:
-    """The same where the manifest is gone. `known`: files that were compared with the source, or read tensor by tensor.
+    """The same without a manifest. `known`: files that were compared with the source, or read tensor by tensor.
 
-    Files that every output has are named whether they are there or not: nothing says that they were.
+    Files that every output has are named whether they exist or not: nothing says that they did.
     """
     unread = dict.fromkeys((FLOAT_GRAPH, LEDGER, STAMPS, *((PREFILL, DECODE) if engine.npu_graph else ())), ALL)
     unread |= {GRAPH: "the policy's rules in it", CALIBRATION: "the ranges in it, and the text's hash"}

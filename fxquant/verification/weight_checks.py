@@ -1,4 +1,4 @@
-"""The weight files against the graph, the description and the source checkpoint."""
+"""Weight checks: the weight files against the graph, the description and the source checkpoint."""
 
 import random
 from pathlib import Path
@@ -37,7 +37,7 @@ def check_names(files: WeightFiles, stored: list[StoredTensor]) -> Check:
 
 
 def check_stored(program: Program, files: WeightFiles) -> None:
-    """Raise FxquantError unless every parameter of the graph lies in the files, in its shape: then it can be run."""
+    """Raise FxquantError unless the files have every parameter of the graph, in its shape: then it can be run."""
     specs = {
         tensor_name(module, role): spec.shape
         for recipe in program.recipes.values()
@@ -54,7 +54,7 @@ def check_stored(program: Program, files: WeightFiles) -> None:
 
 
 def sample(stored: list[StoredTensor], count: int | None) -> list[StoredTensor]:
-    """One StoredTensor a module (its weight) or float tensor; a seeded `count` of them, or all."""
+    """One StoredTensor per module (its weight) or float tensor; `count` of them (seeded), or all."""
     units = [t for t in stored if t.recipe is None or t.role == "weight"]
     if count is None or count >= len(units):
         return units
@@ -62,7 +62,7 @@ def sample(stored: list[StoredTensor], count: int | None) -> list[StoredTensor]:
 
 
 def check_values(units: list[StoredTensor], files: WeightFiles, source: Checkpoint, advance: Advance) -> list[Check]:
-    """Every chosen tensor recomputed from the source by the slow reference, `==`; static ones among themselves."""
+    """Every tensor of `units` `==` recomputed by the slow reference; static ones against each other."""
     static = [unit for unit in units if unit.recipe is not None and unit.recipe.scheme.static]
     quantized = Check("quantized tensors == slow reference", sum(_data_free(unit.recipe) for unit in units))
     floats = Check("float tensors == source", sum(unit.recipe is None for unit in units))
@@ -94,7 +94,7 @@ def _check_unit(
         solved = stored_codes(recipe, module, files)
         reason = wrong_codes(recipe, weight, solved, searched)
         quantized.expect(reason is None, f"{unit.name}: {reason}")
-        quantized.checked -= 1
+        quantized.checked -= 1  # of no tensor in the total
     for role, want in expected_tensors(recipe, weight, bias, solved, searched).items():
         name = tensor_name(module, role)
         quantized.expect(same_bytes(files.read(name), want), f"{name}: {_where(files, name, want)}")
@@ -116,7 +116,7 @@ def check_static(program: Program, files: WeightFiles) -> Check:
 
 
 class StoredCodes:
-    """The codes of every quantized module of a folder, from its weight files: of GPTQ's no source has them."""
+    """The codes of every quantized module of a folder, from its weight files: no source has those of GPTQ."""
 
     def __init__(self, program: Program, files: WeightFiles) -> None:
         self._recipes = {module: recipe for recipe in program.recipes.values() for module in recipe.modules}

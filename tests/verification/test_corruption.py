@@ -200,7 +200,7 @@ def test_without_a_manifest_it_asks_for_what_it_cannot_know(case: Callable, tmp_
     out = damaged(case(Target.VLLM_ASCEND).folder, tmp_path / "out", lambda folder: None)
     with pytest.raises(FxquantError, match=f"has no {MANIFEST}.*--against MODEL"):
         fxquant.verify(out)
-    with pytest.raises(FxquantError, match="the target is vllm-ascend or sglang-npu.*--target vllm-ascend"):
+    with pytest.raises(FxquantError, match="its files fit vllm-ascend or sglang-npu.*--target vllm-ascend"):
         fxquant.verify(out, against=case(Target.VLLM_ASCEND).source)
     command = ["verify", str(out), "--against", str(case(Target.VLLM_ASCEND).source), "--target", "vllm-ascend", "-q"]
     result = CliRunner().invoke(app, command, catch_exceptions=False)

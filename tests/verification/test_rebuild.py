@@ -137,7 +137,7 @@ def test_a_flipped_byte_is_found_and_named(suffix: str, fitted: bool, out: Path)
         digest = file_digest(info.file, info.start, info.nbytes)
         edit(out, lambda manifest: manifest["units"][EXPERT]["digests"].update({suffix: digest}))
     report = verify(out, rebuild=Rebuild())
-    assert report.verdict == "FAILED" and rebuilt(report).misses == [f"{EXPERT}.{suffix}: other bytes"]
+    assert report.verdict == "FAILED" and rebuilt(report).misses == [f"{EXPERT}.{suffix}: bytes differ"]
     (digests,) = (check for check in report.checks if check.name == "files: digest")
     assert digests.ok is fitted
     assert any("elements differ, first at" in miss for check in report.checks for miss in check.misses)
@@ -145,7 +145,7 @@ def test_a_flipped_byte_is_found_and_named(suffix: str, fitted: bool, out: Path)
 
 def test_a_kept_tensor_is_compared_too(out: Path) -> None:
     flip(tensor_of(out, "model.norm.weight"))
-    assert rebuilt(verify(out, rebuild=Rebuild())).misses == ["model.norm.weight: other bytes"]
+    assert rebuilt(verify(out, rebuild=Rebuild())).misses == ["model.norm.weight: bytes differ"]
 
 
 def test_other_misses_do_not_hide_which_tensor_is_different(out: Path) -> None:
@@ -159,7 +159,7 @@ def test_other_misses_do_not_hide_which_tensor_is_different(out: Path) -> None:
     save_file(tensors, file)
     (out / "config.json").write_text("{}")
     report = verify(out, rebuild=Rebuild())
-    assert sorted(rebuilt(report).misses) == sorted(f"{name}: other bytes" for name in wrong)
+    assert sorted(rebuilt(report).misses) == sorted(f"{name}: bytes differ" for name in wrong)
     assert not next(check for check in report.checks if check.name == "config.json").ok
 
 
@@ -171,7 +171,7 @@ def test_a_sample_is_told_as_one(out: Path) -> None:
     assert result.exit_code == 0 and f"3 of {units}" in result.output
     flip(tensor_of(out, f"{EXPERT}.weight"))
     result = CliRunner().invoke(app, ["verify", str(out), "--rebuild", "--quiet"])
-    assert result.exit_code == 1 and f"{EXPERT}.weight: other bytes" in " ".join(result.output.split())
+    assert result.exit_code == 1 and f"{EXPERT}.weight: bytes differ" in " ".join(result.output.split())
 
 
 def test_without_its_source_it_is_refused_with_the_way_out(out: Path, tiny_folder: Callable[..., Path]) -> None:
@@ -185,7 +185,7 @@ def test_without_its_source_it_is_refused_with_the_way_out(out: Path, tiny_folde
 
 def test_another_source_gives_other_bytes(out: Path, tiny_folder: Callable[..., Path]) -> None:
     report = verify(out, tiny_folder(**FEW_MODULES, fp8=True, seed=3), rebuild=Rebuild())
-    assert f"{EXPERT}.weight: other bytes" in rebuilt(report).misses
+    assert f"{EXPERT}.weight: bytes differ" in rebuilt(report).misses
 
 
 def test_a_sample_of_nothing_is_refused(out: Path) -> None:
