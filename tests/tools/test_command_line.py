@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 from commands import Fxquant
-from places import EXAMPLE
 from test_tables import compile_report_of, evaluation, verification
 from typer.testing import CliRunner
 
@@ -170,6 +169,20 @@ def test_the_table_of_targets_says_what_it_does(fxquant_: Fxquant, tiny_folder: 
 
 # any locale
 
+IN_TURN = """
+import sys
+from fxquant.__main__ import run
+verb, *options, folder, other = sys.argv[1:]
+codes = []
+for path in (folder, other):
+    sys.argv = ["fxquant", verb, path, *options]
+    try:
+        run()
+    except SystemExit as ended:
+        codes.append(ended.code)
+print(codes)
+"""
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
@@ -182,15 +195,19 @@ def test_the_table_of_targets_says_what_it_does(fxquant_: Fxquant, tiny_folder: 
     ids=["C", "ascii", "latin-1"],
 )
 @pytest.mark.parametrize("verb, words", [(["plan", "-p", "float", "--disk", "3"], "routed_expert"), (["show"], "-- ")])
-def test_in_any_locale(verb: list[str], words: str, environment: dict[str, str], encoding: str, tmp_path: Path) -> None:
+def test_in_any_locale(
+    verb: list[str], words: str, environment: dict[str, str], encoding: str, tmp_path: Path,
+    tiny_folder: Callable[..., Path],
+) -> None:  # fmt: skip
     """A table, lines with signs of ours, and an error, all about a folder whose name is no ASCII."""
     folder = tmp_path / "modèle"
     folder.mkdir()
-    for name in ("config.json", *(file.name for file in EXAMPLE.glob("model*.safet*") if verb == ["show"])):
-        (folder / name).symlink_to(EXAMPLE / name)
-    for path, code in ((folder, 0), (folder / "→", 1)):
-        command = [sys.executable, "-m", "fxquant", verb[0], str(path), *verb[1:]]
-        done = subprocess.run(command, capture_output=True, check=False, env={**os.environ, **environment})
-        out, told = done.stdout.decode(encoding), done.stderr.decode(encoding)
-        assert done.returncode == code and "Traceback" not in told, told
-        assert words in out if code == 0 else "no such file or folder." in told
+    for file in tiny_folder().iterdir():
+        if file.name == "config.json" or verb == ["show"]:
+            (folder / file.name).symlink_to(file)
+    command = [sys.executable, "-c", IN_TURN, *verb, str(folder), str(folder / "→")]
+    done = subprocess.run(command, capture_output=True, check=False, env={**os.environ, **environment})
+    out, told = done.stdout.decode(encoding), done.stderr.decode(encoding)
+    assert done.returncode == 0 and "Traceback" not in told, told
+    shown, codes = out.rstrip().rsplit("\n", 1)
+    assert codes == "[0, 1]" and words in shown and "no such file or folder." in told
