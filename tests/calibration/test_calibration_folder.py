@@ -3,17 +3,16 @@
 import errno
 import os
 import random
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from forked import forked
 from kills import Killed
 from output_folders import same_files
 from safetensors.torch import load_file
@@ -22,7 +21,7 @@ from token_files import token_ids
 from torch import fx
 
 from fxquant import CompileOptions, FxquantError, compile
-from fxquant.calibration.resume_folder import STATE
+from fxquant.calibration.resume_folder import STATE, CalibrationFolder
 from fxquant.calibration.resume_state import State, load_state, save_state
 from fxquant.calibration.run import CalibrationRun
 from fxquant.errors import StoppedError
@@ -233,21 +232,17 @@ def test_a_fault_of_the_input_leaves_nothing(ids: Path, tmp_path: Path) -> None:
 
 # a process that is killed
 
-COMPILE = """
-import sys, time
-import torch
-from pathlib import Path
-from fxquant import CompileOptions, compile
-from fxquant.calibration.resume_folder import CalibrationFolder
-torch.set_num_threads(1)
-save = CalibrationFolder.save
-def slowly(folder, state):  # as long as if the blocks were large
-    save(folder, state)
-    time.sleep(0.2)
-CalibrationFolder.save = slowly
-options = {"verify": False, "export": False, "batch_size": 2}
-compile(sys.argv[1], CompileOptions(policy=sys.argv[4], out=sys.argv[2], calib=sys.argv[3], **options))
-"""
+
+def compile_slowly(model: Path, out: Path, ids: Path) -> None:
+    """Blocks take as long as if they were large."""
+    save = CalibrationFolder.save
+
+    def slowly(folder: CalibrationFolder, state: State) -> None:
+        save(folder, state)
+        time.sleep(0.2)
+
+    CalibrationFolder.save = slowly  # type: ignore[method-assign]
+    compiled(model, out, ids)
 
 
 @pytest.mark.slow
@@ -256,12 +251,12 @@ def test_sigkill(model: Path, ids: Path, whole: Callable[[str], Path], tmp_path:
     expected, out, blocks = whole(M4), tmp_path / "out", []
     while not out.exists() and len(blocks) < 20:
         before = state_of(out).read_bytes() if state_of(out).is_file() else b""
-        process = subprocess.Popen([sys.executable, "-c", COMPILE, *map(str, (model, out, ids, M4))])
-        while process.poll() is None and not (state_of(out).is_file() and state_of(out).read_bytes() != before):
+        process = forked(partial(compile_slowly, model, out, ids))
+        while process.is_alive() and not (state_of(out).is_file() and state_of(out).read_bytes() != before):
             time.sleep(0.002)
-        if process.poll() is None and load_state(state_of(out)).blocks < BLOCKS:
-            process.send_signal(signal.SIGKILL)
+        if process.is_alive() and load_state(state_of(out)).blocks < BLOCKS:
+            process.kill()
             blocks.append(load_state(state_of(out)).blocks)
-        process.wait()
+        process.join()
     assert blocks == [1, 2, 3, 4] and same_files(out, expected)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -8,9 +8,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
+from forked import forked
 from kills import Killed, stop_after
 from output_folders import compile_weights, files_of, finished, same_files, wide_model
 
@@ -18,25 +20,12 @@ from fxquant import CompileOptions, FxquantError, compile
 from fxquant.errors import StoppedError
 from fxquant.lowering.destination import open_destination
 from fxquant.lowering.finish import Places
-from fxquant.lowering.weights import Unit
+from fxquant.lowering.weights import Filled, Unit
 from fxquant.lowering.weights.fill import FillJob
 from fxquant.lowering.workspace import open_workspace
 from fxquant.storage.safetensors import read_header
 
 POLICY = "deepseek_w4a8_dynamic"
-COMPILE = """
-import sys, time
-from fxquant import CompileOptions, compile
-from fxquant.lowering.weights import Workers
-from fxquant.lowering.weights.fill import FillJob
-fill = FillJob.fill
-def slowly(job, unit):  # as long as if the units were large
-    time.sleep(0.01)
-    return fill(job, unit)
-FillJob.fill = slowly
-options = CompileOptions(policy=sys.argv[3], out=sys.argv[2], verify=False, export=False, workers=Workers(jobs=2))
-compile(sys.argv[1], options)
-"""
 
 
 @pytest.fixture(scope="module")
@@ -199,8 +188,16 @@ def test_a_source_that_changes_meanwhile_stops_it(
 # a process that is killed
 
 
-def started(model: Path, out: Path) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-c", COMPILE, str(model), str(out), POLICY])
+def compile_slowly(model: Path, out: Path) -> None:
+    """Units take as long as if they were large."""
+    fill = FillJob.fill
+
+    def slowly(job: FillJob, unit: Unit) -> Filled:
+        time.sleep(0.01)
+        return fill(job, unit)
+
+    FillJob.fill = slowly  # type: ignore[method-assign]
+    compile_weights(model, out, jobs=2)
 
 
 @pytest.mark.slow
@@ -208,16 +205,16 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(model: Path, whole
     """SIGKILL after a random number of finished units, and at random times before and after the weights."""
     chance, out, kills = random.Random(5), tmp_path / "out", []
     while not out.exists():
-        process = started(model, out)
+        process = forked(partial(compile_slowly, model, out))
         goal, late = finished(out) + chance.randint(1, 40), chance.random() * 0.02
-        deadline = time.monotonic() + (chance.uniform(0.1, 12.0) if len(kills) % 3 == 0 else 120.0)
-        while process.poll() is None and time.monotonic() < deadline and finished(out) < goal:
+        deadline = time.monotonic() + (chance.uniform(0.01, 2.0) if len(kills) % 3 == 0 else 120.0)
+        while process.is_alive() and time.monotonic() < deadline and finished(out) < goal:
             time.sleep(0.002)
         time.sleep(late)
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
+        if process.is_alive():
+            process.kill()
             kills.append(finished(out))
-        process.wait()
+        process.join()
     assert len(kills) >= 5 and kills == sorted(kills), kills  # no kill loses what was finished
     assert same_files(out, whole)
     print(f"killed {len(kills)} times, with {kills} units finished")
