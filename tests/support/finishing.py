@@ -1,13 +1,15 @@
 """Work on an output that has come to its last steps."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 from output_folders import POLICY
+from remembered import remembering
 from stops import watched
 from tiny import write_checkpoint
 
@@ -15,12 +17,14 @@ from fxquant import CompileOptions
 from fxquant.api import _contents
 from fxquant.compilation.prepare import prepare
 from fxquant.frontend.source import open_source
+from fxquant.lowering.ascend import writer
 from fxquant.lowering.destination import Destination, open_destination
 from fxquant.lowering.output import Contents, Work, write_output
 from fxquant.lowering.weights.journal import go_on
 from fxquant.lowering.weights.work import Workers
 from fxquant.lowering.workspace import Workspace
 from fxquant.policy.policy import load_policy
+from fxquant.program.program_file import dump_program
 from fxquant.progress import silent
 
 ONE = Work(Workers(jobs=1))
@@ -32,16 +36,17 @@ class Stopped(BaseException):
 
 
 @pytest.fixture(scope="module")
-def case(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    """What an output is made of, the output, and an earlier one of other contents."""
+def case(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
+    """What an output is made of, the output, and an earlier one of other contents. The graph is fused once."""
     base = tmp_path_factory.mktemp("finish")
     shape = {"n_routed_experts": 2, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 0, "num_hidden_layers": 1}
     source = open_source(write_checkpoint(base / "model", **shape))
     options = CompileOptions(policy=POLICY, export=False)
     contents = _contents(prepare(source, load_policy(POLICY), options), options)
-    written(contents, base / "whole")
-    written(replace(contents, tp=2), base / "earlier")
-    return contents, base / "whole", base / "earlier"
+    with patch.object(writer, "deployment", remembering(writer.deployment, dump_program)):
+        written(contents, base / "whole")
+        written(replace(contents, tp=2), base / "earlier")
+        yield contents, base / "whole", base / "earlier"
 
 
 def written(contents: Contents, out: Path, force: bool = False, work: Work = ONE) -> Path:
