@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from calibrated import calibrated_once
 from measured import MACHINE, Measured
 from places import EXAMPLE
 from safetensors.torch import save_file
@@ -29,6 +30,7 @@ from fxquant.policy.policy import LEAVE_OUT, MtpMode, shipped_policies
 from fxquant.schemes.schemes import WeightAlgorithm
 from fxquant.tools.main import run
 
+__all__ = ["calibrated_once"]
 Folder = Callable[..., Path]
 
 
