@@ -5,7 +5,8 @@ from typing import Any
 from torch import fx
 
 from fxquant import ops
-from fxquant.lowering.ascend.emitter.segment_text import Call, Emitter, Writer
+from fxquant.lowering.ascend.emitter.calls import Call, Emitter
+from fxquant.lowering.ascend.emitter.segment_text import Writer
 
 
 def _write_latents(writer: Writer, node: fx.Node, cache: fx.Node, latents: fx.Node, slot_mapping: fx.Node) -> Call:

@@ -1,8 +1,8 @@
 """Methods of the emitted `Model` that run over a paged cache."""
 
 from fxquant.lowering.ascend.cached_graphs import Cached, latent_parts
+from fxquant.lowering.ascend.emitter.calls import INDENT
 from fxquant.lowering.ascend.emitter.forward import forward_lines
-from fxquant.lowering.ascend.emitter.segment_text import INDENT
 
 METHODS = '''\
     def empty_pages(self, num_blocks: int, block_size: int = 128, device: str = "cpu") -> list[Pages]:

@@ -12,6 +12,7 @@ import torch
 from fxquant.lowering.ascend.cached_graphs import cached_graphs
 from fxquant.lowering.ascend.emitted import cache, composites, norm_composites, norm_layouts, weight_loading
 from fxquant.lowering.ascend.emitter.cached_text import model_methods
+from fxquant.lowering.ascend.emitter.calls import INDENT, broken
 from fxquant.lowering.ascend.emitter.forward import forward_lines
 from fxquant.lowering.ascend.emitter.functions import (
     Emitted,
@@ -22,7 +23,6 @@ from fxquant.lowering.ascend.emitter.functions import (
     own_names,
     scheme_text,
 )
-from fxquant.lowering.ascend.emitter.segment_text import INDENT, broken
 from fxquant.lowering.ascend.emitter.structure import Segment, unique
 from fxquant.program.program import Program
 

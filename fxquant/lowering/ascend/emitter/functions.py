@@ -9,7 +9,8 @@ from torch import fx
 
 from fxquant import ops
 from fxquant.lowering.ascend.emitted import composites, norm_composites, norm_layouts, weight_loading
-from fxquant.lowering.ascend.emitter.segment_text import CHANGED, INDENT, Call, Writer
+from fxquant.lowering.ascend.emitter.calls import INDENT, Call
+from fxquant.lowering.ascend.emitter.segment_text import CHANGED, Writer
 from fxquant.lowering.ascend.emitter.statements import right_hand_side
 from fxquant.lowering.ascend.emitter.structure import AFTER, BEFORE, BETWEEN, Input, Names, Segment, segments, unique
 from fxquant.lowering.ascend.emitter.values import float32_values

@@ -5,7 +5,8 @@ from typing import Any
 from torch import fx
 
 from fxquant import ops
-from fxquant.lowering.ascend.emitter.segment_text import NPU, Call, Emitter, Writer
+from fxquant.lowering.ascend.emitter.calls import NPU, Call, Emitter
+from fxquant.lowering.ascend.emitter.segment_text import Writer
 
 
 def _add_rms_norm(

@@ -1,72 +1,22 @@
 """Text of one segment: its statements as source lines, and the weight table entries that they read."""
 
 import os.path
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx
 
 from fxquant.errors import FxquantError
+from fxquant.lowering.ascend.emitter.calls import Call, assignment
 from fxquant.lowering.ascend.emitter.structure import Names, Segment
 from fxquant.lowering.ascend.emitter.values import drops_last_dimension, is_int32
+from fxquant.program.operands import operand
 from fxquant.program.program import Program
 from fxquant.schemes.roles import tensor_name
 from fxquant.schemes.schemes import Recipe
 
-WIDTH = 120
-INDENT = "    "
-NPU = "torch.ops.npu."
 CHANGED = "The graph file was edited, or a pass has a bug: compile again."
 """Remedy for graphs that come from a file, which may have been edited."""
-
-
-@dataclass(frozen=True)
-class Call:
-    """`head(arguments)tail`; if too long for a line, it is broken between arguments.
-
-    `outputs`: for each result of the call, its index among the results of the graph's operator, None if that does not
-    have it. Empty: the same results in the same order.
-    """
-
-    head: str
-    arguments: tuple[str, ...]
-    tail: str = ""
-    outputs: tuple[int | None, ...] = ()
-
-    def __str__(self) -> str:
-        return f"{self.head}({', '.join(self.arguments)}){self.tail}"
-
-
-def assignment(target: str, value: Call | str, depth: int = 1) -> list[str]:
-    """Source lines of `target = value`, to be indented `depth` times. Many targets get a separate line."""
-    head = value.head if isinstance(value, Call) else ""
-    if len(f"{target} = {head}(") > WIDTH - depth * len(INDENT):
-        return ["(", f"{INDENT}{target}", *broken(") = ", value, "", depth)]
-    return broken(f"{target} = ", value, "", depth)
-
-
-def broken(before: str, value: Call | str, after: str, depth: int) -> list[str]:
-    """Source lines of `before + value + after`, no longer than WIDTH if it has arguments to break at."""
-    line, room = f"{before}{value}{after}", WIDTH - depth * len(INDENT)
-    if len(line) <= room or isinstance(value, str):
-        return [line]
-    rows = [INDENT]
-    for piece in _pieces(value.arguments, room - len(INDENT) - 1):
-        if rows[-1] != INDENT and len(rows[-1]) + len(piece) + 1 > room:
-            rows.append(INDENT)
-        rows[-1] += f"{piece}, "
-    rows[-1] = rows[-1].removesuffix(", ")
-    return [f"{before}{value.head}(", *(row.rstrip() for row in rows), f"){value.tail}{after}"]
-
-
-def _pieces(arguments: tuple[str, ...], room: int) -> Iterator[str]:
-    """Arguments; the items of a list that is too long for a line come one by one."""
-    for argument in arguments:
-        if len(argument) > room:
-            yield from argument.split(", ")
-        else:
-            yield argument
 
 
 @dataclass
@@ -155,6 +105,10 @@ class Writer:
         self.used.add(function)
         return Call(function, arguments)
 
+    def operand(self, node: fx.Node, name: str) -> Any:
+        """The operand of a call by its schema's name."""
+        return operand(node, name)
+
     def recipe(self, weight: fx.Node) -> Recipe:
         """The recipe that makes a quantized weight."""
         return self.program.recipes[self.program.parameters[str(weight.target)].module]
@@ -175,18 +129,3 @@ def template_of(names: tuple[str, ...]) -> tuple[str, str]:
     if middles == [str(index) for index in range(len(names))]:
         return f"{start}{{}}{end}", str(len(names))
     return f"{start}{{}}{end}", repr(tuple(middles))
-
-
-Emitter = Callable[..., Call | str]
-"""(writer, node, its operands by name) → source of the right-hand side of the node's statement."""
-
-
-@dataclass(frozen=True)
-class Fused:
-    """One statement for a call and the call that makes its operand `operand`, which has no separate statement.
-
-    statement  that of the outer call
-    """
-
-    operand: str
-    statement: Emitter

@@ -5,21 +5,23 @@ The A8W4 formula is that of the ops-transformer kernels (grouped_matmul, antiqua
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
 
 from fxquant import ops
 from fxquant.errors import FxquantError
-from fxquant.lowering.ascend.emitter.segment_text import NPU, Call, Fused, Writer
+from fxquant.lowering.ascend.emitter.calls import NPU, Call, Fused
 from fxquant.lowering.ascend.operators.arguments import OUTPUT_DTYPES, Kernel, dtype_of, require
 from fxquant.lowering.ascend.operators.shapes import output_dtype_of
 from fxquant.lowering.ascend.operators.shapes import rows as rows_of
 from fxquant.ops import int_matmul
 from fxquant.ops.quantized import decode_deq_scale
-from fxquant.program.operands import operand
-from fxquant.schemes.schemes import Recipe
+
+if TYPE_CHECKING:
+    from fxquant.lowering.ascend.emitter.segment_text import Writer
+    from fxquant.schemes.schemes import Recipe
 
 Multiply = Callable[[int, slice], Tensor]
 """(expert, its rows) → product [rows, n] before it is rounded."""
@@ -175,15 +177,15 @@ def grouped_matmul(x: str, operand_texts: list[str], counts: str, rest: tuple[st
 
 
 def _int4_linear(
-    writer: Writer, node: fx.Node, acc: fx.Node, x_scale: fx.Node, weight_scale: fx.Node, bias: fx.Node | None
+    writer: "Writer", node: fx.Node, acc: fx.Node, x_scale: fx.Node, weight_scale: fx.Node, bias: fx.Node | None
 ) -> Call:
-    recipe = writer.recipe(operand(acc, "weight"))
-    operand_texts = writer.value(operand(acc, "x")), writer.value(x_scale), *_int4_operands(writer, recipe)
+    recipe = writer.recipe(writer.operand(acc, "weight"))
+    operand_texts = writer.value(writer.operand(acc, "x")), writer.value(x_scale), *_int4_operands(writer, recipe)
     call = writer.call("int4_linear", *operand_texts, "dtype")
     return call if bias is None else Call(call.head, call.arguments, f" + {writer.value(bias)}")
 
 
-def _int4_operands(writer: Writer, recipe: Recipe) -> tuple[str, str, str]:
+def _int4_operands(writer: "Writer", recipe: "Recipe") -> tuple[str, str, str]:
     """Weight, combined scale and scale_bias."""
     weight, packed = int4_weight(writer, recipe, NAME), recipe.weight_format.packed
     scales = ("weight_scale", "weight_scale_second") if recipe.group_size else ("weight_scale",)
@@ -194,7 +196,7 @@ def _int4_operands(writer: Writer, recipe: Recipe) -> tuple[str, str, str]:
     return weight, scale, writer.computed(recipe, "scale_bias", layout, ("weight", *scales))
 
 
-def int4_weight(writer: Writer, recipe: Recipe, operator: str) -> str:
+def int4_weight(writer: "Writer", recipe: "Recipe", operator: str) -> str:
     """Source of int32 [experts, k, n / 8] for an operator. Raises FxquantError if n is not a whole number of words."""
     n = recipe.out_features
     if n % WORD:
@@ -205,22 +207,25 @@ def int4_weight(writer: Writer, recipe: Recipe, operator: str) -> str:
 
 
 def _int8_experts(
-    writer: Writer, node: fx.Node, acc: fx.Node, x_scale: fx.Node, weight_scale: fx.Node, counts: fx.Node
+    writer: "Writer", node: fx.Node, acc: fx.Node, x_scale: fx.Node, weight_scale: fx.Node, counts: fx.Node
 ) -> Call:
-    weight, scale = writer.value(operand(acc, "weight"), "int8_transposed"), writer.value(weight_scale, "expert_scale")
+    weight, scale = (
+        writer.value(writer.operand(acc, "weight"), "int8_transposed"),
+        writer.value(weight_scale, "expert_scale"),
+    )
     return _experts(writer, acc, [f"[{weight}]", f"scale=[{scale}]"], x_scale, counts)
 
 
 def _int4_experts(
-    writer: Writer, node: fx.Node, acc: fx.Node, x_scale: fx.Node, weight_scale: fx.Node, counts: fx.Node
+    writer: "Writer", node: fx.Node, acc: fx.Node, x_scale: fx.Node, weight_scale: fx.Node, counts: fx.Node
 ) -> Call:
-    weight, scale, bias = _int4_operands(writer, writer.recipe(operand(acc, "weight")))
+    weight, scale, bias = _int4_operands(writer, writer.recipe(writer.operand(acc, "weight")))
     return _experts(writer, acc, [f"[{weight}]", f"bias=[{bias}]", f"scale=[{scale}]"], x_scale, counts)
 
 
-def _experts(writer: Writer, acc: fx.Node, operand_texts: list[str], x_scale: fx.Node, counts: fx.Node) -> Call:
+def _experts(writer: "Writer", acc: fx.Node, operand_texts: list[str], x_scale: fx.Node, counts: fx.Node) -> Call:
     scaled = [*operand_texts, f"per_token_scale=[{writer.value(x_scale)}]"]
-    return grouped_matmul(writer.value(operand(acc, "x")), scaled, writer.value(counts), ("output_dtype=dtype",))
+    return grouped_matmul(writer.value(writer.operand(acc, "x")), scaled, writer.value(counts), ("output_dtype=dtype",))
 
 
 KERNELS: dict[str, Kernel] = {NAME: npu_grouped_matmul}

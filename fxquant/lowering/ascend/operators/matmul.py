@@ -3,18 +3,20 @@
 Formula: op-plugin documentation.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
 
 from fxquant import ops
-from fxquant.lowering.ascend.emitter.segment_text import NPU, Call, Fused, Writer
+from fxquant.lowering.ascend.emitter.calls import NPU, Call, Fused
 from fxquant.lowering.ascend.operators.arguments import OUTPUT_DTYPES, Kernel, dtype_of, require
 from fxquant.lowering.ascend.operators.shapes import output_dtype_of, rows
 from fxquant.ops import int_matmul
 from fxquant.ops.quantized import decode_deq_scale
-from fxquant.program.operands import operand
+
+if TYPE_CHECKING:
+    from fxquant.lowering.ascend.emitter.segment_text import Writer
 
 
 def npu_quant_matmul(
@@ -74,18 +76,18 @@ def npu_quant_matmul_shape(x1: Tensor, x2: Tensor, output_dtype: int | None = No
     return rows(x1, x2.shape[1], dtype=output_dtype_of(output_dtype, torch.int8))
 
 
-def _static_linear(writer: Writer, node: fx.Node, acc: fx.Node, deq_scale: fx.Node, quant_bias: fx.Node) -> Call:
-    x8, weight = operand(acc, "x"), operand(acc, "weight")
+def _static_linear(writer: "Writer", node: fx.Node, acc: fx.Node, deq_scale: fx.Node, quant_bias: fx.Node) -> Call:
+    x8, weight = writer.operand(acc, "x"), writer.operand(acc, "weight")
     operand_texts = writer.value(x8), writer.value(weight, "int8_transposed"), writer.value(deq_scale, "as_stored")
     bias = f"bias={writer.value(quant_bias, 'as_stored')}"
     return Call(f"{NPU}npu_quant_matmul", (*operand_texts, bias, "output_dtype=dtype"))
 
 
 def _per_token_linear(
-    writer: Writer, node: fx.Node, acc: fx.Node, x_scale: fx.Node, weight_scale: fx.Node, bias: fx.Node | None
+    writer: "Writer", node: fx.Node, acc: fx.Node, x_scale: fx.Node, weight_scale: fx.Node, bias: fx.Node | None
 ) -> Call:
     """The per-token scale is one number per row, so leading dimensions are flattened around the operator."""
-    x8, weight = writer.value(operand(acc, "x")), writer.value(operand(acc, "weight"), "int8_transposed")
+    x8, weight = writer.value(writer.operand(acc, "x")), writer.value(writer.operand(acc, "weight"), "int8_transposed")
     scale = writer.value(weight_scale, "channel_scale")
     operand_texts = [f"{x8}.flatten(0, -2)", weight, scale, f"pertoken_scale={writer.value(x_scale)}.flatten()"]
     if bias is not None:
