@@ -116,12 +116,12 @@ def _text(name: str) -> Read:
     return read
 
 
-def _worker(what: str, memory: int, seconds: float, **source: str) -> BoundedWorker:
+def _worker(what: str, memory: int, seconds: float, **content_of: str) -> BoundedWorker:
     """One for all cases that open the same: their text is what differs."""
-    content = hash_bytes(Path(source["file"]).read_bytes()) if "file" in source else source["source"]
+    content = hash_bytes(Path(content_of["file"]).read_bytes()) if "file" in content_of else content_of["text"]
     key = (what, seconds, content, os.getpid())  # the file of another process may be gone
     if key not in WORKERS:
-        WORKERS[key] = BoundedWorker(what, memory, seconds, **source)
+        WORKERS[key] = BoundedWorker(what, memory, seconds, **content_of)
         for old in list(WORKERS)[:-4]:
             del WORKERS[old]
     return WORKERS[key]
