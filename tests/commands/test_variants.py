@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from calibrated import calibrated_once
 from safetensors.torch import save_file
 from tiny import YARN
 
@@ -12,6 +13,7 @@ import fxquant
 from fxquant import CompileOptions
 from fxquant.engines.table import Target
 
+__all__ = ["calibrated_once"]
 SOURCES = {
     "float16": {"dtype": torch.float16},
     "float32": {"dtype": torch.float32},
