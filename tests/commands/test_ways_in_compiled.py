@@ -52,18 +52,25 @@ def way(
     return tiny_folder() if name is None else MODEL_FILES / name
 
 
+def compiled(model: Path, checkpoint: Path | None, out: Path) -> Path:
+    options = CompileOptions(policy="deepseek_w4a8_dynamic", out=out, checkpoint=checkpoint, verify=False)
+    return fxquant.compile(model, options).out
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_folder: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder, compiled."""
+    return compiled(tiny_folder(), None, tmp_path_factory.mktemp("plain") / "out")
+
+
 @pytest.mark.parametrize("way", WAYS, indirect=True)
-def test_the_same_weight_files(way: Path, tmp_path: Path, tiny_folder: Callable[..., Path]) -> None:
+def test_the_same_weight_files(way: Path, plain: Path, tmp_path: Path, tiny_folder: Callable[..., Path]) -> None:
     folder = tiny_folder()
     checkpoint = folder if way.suffix == ".py" else None
-    plain, source = open_source(folder), open_source(way, checkpoint)
-    assert structural_hash(source.program()) == structural_hash(plain.program())
-    assert dump_program(source.program()) == dump_program(plain.program())
-    outs = []
-    for model, weights, out in ((folder, None, tmp_path / "plain"), (way, checkpoint, tmp_path / "way")):
-        options = CompileOptions(policy="deepseek_w4a8_dynamic", out=out, checkpoint=weights, verify=False)
-        outs.append(fxquant.compile(model, options).out)
-    assert digests(outs[0]) == digests(outs[1])
+    known, program = open_source(folder).program(), open_source(way, checkpoint).program()
+    assert structural_hash(program) == structural_hash(known)
+    assert dump_program(program) == dump_program(known)
+    assert digests(compiled(way, checkpoint, tmp_path / "way")) == digests(plain)
 
 
 @pytest.mark.parametrize("way", ["transformers 5", "transformers 4"], indirect=True)
