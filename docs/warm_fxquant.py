@@ -17,6 +17,10 @@ import sys
 import tempfile
 import traceback
 from pathlib import Path
+from typing import Any
+
+from fxquant.calibration.calibration_file import CALIBRATION
+from fxquant.lowering.output_folder.manifest import MANIFEST, STAMPS
 
 CLIENT = """#!{python} -IS
 import json, os, socket, sys
@@ -49,8 +53,7 @@ def warm_folder() -> Path:
 
 def serve(address: str) -> None:
     """Answer calls until the standard input ends, which is when the process that asked for this one is gone."""
-    import fxquant.api  # noqa: F401
-
+    _calibrate_once(Path(address).with_name("calibrations"))
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(address)
         listener.listen()
@@ -66,6 +69,27 @@ def serve(address: str) -> None:
                 if os.fork() == 0:
                     _answer(call)
                 call.close()
+
+
+def _calibrate_once(folder: Path) -> None:
+    """Commands take the calibration of an earlier one on the same text, as from an earlier output of the same name."""
+    from fxquant import api
+
+    folder.mkdir()
+    known_folders, compiled = api.known_folders, api._compiled
+
+    def known(destination: Any) -> list[Path]:
+        return [*known_folders(destination), *folder.iterdir()]
+
+    def keep(*arguments: Any) -> Any:
+        report = compiled(*arguments)
+        if report.calibration is not None:
+            for name in (MANIFEST, STAMPS, CALIBRATION):
+                (folder / str(os.getpid()) / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(report.out / name, folder / str(os.getpid()) / name)
+        return report
+
+    vars(api).update(known_folders=known, _compiled=keep)
 
 
 def _reaped() -> bool:
