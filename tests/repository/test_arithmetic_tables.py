@@ -24,7 +24,7 @@ def recipe(scheme: Scheme) -> Recipe:
 
 def test_every_scheme_with_integer_weights_has_a_form_and_no_form_is_of_none() -> None:
     assert {(scheme.weight_bits, scheme.activation) for scheme in QUANTIZED} == LINEAR_FORMS.keys()
-    with pytest.raises(InternalError, match="no form of a linear for FLOAT"):
+    with pytest.raises(InternalError, match="linears have no form of FLOAT"):
         form_of(recipe(Scheme.FLOAT))
 
 
