@@ -76,9 +76,8 @@ def report(before: dict[str, dict[str, str]], after: dict[str, dict[str, str]]) 
         names = sorted(old.keys() | new.keys())
         weights = [name for name in names if name.endswith(".safetensors") and "/" not in name]
         others = [name for name in names if name not in weights]
-        equal, differs = (
-            [name for name in names if (old.get(name) == new.get(name)) is same] for same in (True, False)
-        )
+        differs = [name for name in names if old.get(name) != new.get(name)]
+        equal = set(names).difference(differs)
         wrong += not equal.issuperset(weights)
         counts = (len(weights), len(equal.intersection(weights)), len(others), len(equal.intersection(others)))
         table.add_row(*key.split(), *map(str, counts), ", ".join(differs))

@@ -6,6 +6,7 @@ from pathlib import Path
 from fxquant.engines.table import DEFAULT, Target
 from fxquant.errors import FxquantError
 from fxquant.frontend.source import TRACE_TIMEOUT
+from fxquant.inputs.choices import choice
 from fxquant.lowering.destination import Input
 from fxquant.lowering.output_folder.layout import MAX_SHARD_SIZE
 from fxquant.lowering.output_folder.manifest import MANIFEST
@@ -98,6 +99,19 @@ class CompileOptions(SourceOptions, CalibrationOptions, WorkOptions, OutputOptio
     mtp: MtpMode | None = None
     mix: bool | None = None
     kv_cache: str | None = None
+
+    def __post_init__(self) -> None:
+        """Raise FxquantError for values that the command line would refuse."""
+        choice("target", self.target, Target)
+        if self.mtp is not None:
+            choice("mtp", self.mtp, MtpMode)
+        for name in ("tp", "samples", "seq_len", "batch_size", "max_shard_size"):
+            number = getattr(self, name)
+            if type(number) is not int or number < 1:
+                raise FxquantError(f"{name}={number!r}", "not a whole number of 1 or more.", f"Pass {name}=1 or more.")
+        if not isinstance(self.workers, Workers):
+            fact = "not a Workers of fxquant.lowering.weights."
+            raise FxquantError(f"workers={self.workers!r}", fact, "Pass Workers(), or Workers(jobs=2).")
 
     def earlier_output(self, out: Path) -> Path | None:
         """The folder to reuse unchanged tensors from."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from fxquant.errors import FxquantError
+from fxquant.kernels.search import ROW_KERNELS
 from fxquant.passes.base import Pass, PassResult
 from fxquant.passes.write_form import expert_form
 from fxquant.policy.kinds import Kind
@@ -102,6 +103,9 @@ def _recipe(program: Program, site: LinearSite, rule: Rule) -> Recipe:
     )
     if site.parameter.stacked and expert_form(recipe) is None:
         raise FxquantError(site.module, _no_expert_form(recipe.scheme), "Use W8A8_DYNAMIC or W4A8_DYNAMIC.")
+    if recipe.bits not in ROW_KERNELS[recipe.algorithm.scales].by_bits:
+        fact = f"{recipe.algorithm} has no kernel for {recipe.bits}-bit weights."
+        raise FxquantError(f"layer {site.module}", fact, "Use another algorithm or scheme for it.")
     reason = why_not(recipe)
     if reason:
         raise FxquantError(f"layer {site.module}", f"{recipe.scheme}: {reason}.", _way_out(recipe))

@@ -65,9 +65,9 @@ class Machine:
     peak_bytes: int = 0
 
 
-def kernel_name(int4: bool, group_size: int, fp8: bool, algorithm: str = MIN_MAX) -> str:
-    """Which of the kernels of `kernel_rates` a weight takes; FP8 is decoded on the way, 16 bits stand for the rest."""
-    form = f"{'int4' if int4 else 'int8'}{' groups' if int4 and group_size else ''}"
+def kernel_name(bits: int, group_size: int, fp8: bool, algorithm: str = MIN_MAX) -> str:
+    """Kernel of `kernel_rates` for a weight of `bits`; FP8 is decoded on the way, 16 bits stand for other dtypes."""
+    form = f"int{bits}{' groups' if group_size else ''}"
     return f"{form}{'' if algorithm == MIN_MAX else f' {algorithm}'} of {'fp8' if fp8 else 'bf16'}"
 
 
@@ -134,10 +134,13 @@ def _calls(n: int, searches: bool) -> dict[str, Callable[[], object]]:
             continue
         for fp8, rows in block_sources(n).items():
             given = rows, FLOAT32, *kernels.options
-            calls[kernel_name(False, 0, fp8, algorithm)] = partial(kernels.by_bits[8], *given, codes, scale, sums)
-            for size, second in seconds.items():
-                call = partial(kernels.by_bits[4], *given, codes[: n // 2], scale, second, bias)
-                calls[kernel_name(True, size, fp8, algorithm)] = call
+            for bits, work in kernels.by_bits.items():
+                if bits != 4:
+                    calls[kernel_name(bits, 0, fp8, algorithm)] = partial(work, *given, codes, scale, sums)
+                    continue
+                for size, second in seconds.items():
+                    call = partial(work, *given, codes[: n // 2], scale, second, bias)
+                    calls[kernel_name(bits, size, fp8, algorithm)] = call
     return calls
 
 

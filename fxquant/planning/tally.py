@@ -91,7 +91,7 @@ def _recipe(totals: Tally, kind: Kind, recipe: Recipe, checkpoint: Checkpoint) -
     totals.add(kind, recipe.scheme.value, len(recipe.modules), sizes, written * len(recipe.modules))
     fp8 = recipe.weight_names[0] in checkpoint.scales
     weights = recipe.out_features * recipe.in_features * len(recipe.modules)
-    totals.do(kernel_name(recipe.int4, recipe.group_size, fp8, recipe.algorithm.scales), weights)
+    totals.do(kernel_name(recipe.bits, recipe.group_size, fp8, recipe.algorithm.scales), weights)
     if recipe.algorithm.from_inputs:
         totals.do(GPTQ_FEEDBACK, feedback_work(recipe.out_features, recipe.in_features) * len(recipe.modules))
 

@@ -164,6 +164,13 @@ class Recipe:
     algorithm: WeightAlgorithm = WeightAlgorithm.MIN_MAX
 
     @property
+    def bits(self) -> int:
+        """Bits of a code."""
+        bits = self.scheme.weight_bits
+        assert bits is not None, f"{self.module}: {self.scheme} has float weights"
+        return bits
+
+    @property
     def int4(self) -> bool:
         """Whether its weights have four bits."""
         return self.scheme.weight_bits == 4

@@ -8,6 +8,7 @@ import typer
 
 from fxquant.engines.table import Target
 from fxquant.errors import FxquantError
+from fxquant.inputs.choices import choice
 from fxquant.tools.completion import one_of, policies, targets
 
 if TYPE_CHECKING:
@@ -137,9 +138,7 @@ Verify = Annotated[
 
 def parse_target(name: str) -> Target:
     """The target of that name."""
-    if name not in list(Target):
-        raise FxquantError(f"--target {name}", "unknown.", f"Choose one of: {', '.join(Target)}.")
-    return Target(name)
+    return choice("--target", name, Target)
 
 
 def parse_workers(kind: str, jobs: int | None, address: str | None) -> "Workers":
@@ -147,23 +146,20 @@ def parse_workers(kind: str, jobs: int | None, address: str | None) -> "Workers"
     from fxquant.lowering.weights import WorkerKind, Workers
     from fxquant.lowering.weights.work import cores
 
-    if kind not in list(WorkerKind):
-        raise FxquantError(f"--workers {kind}", "unknown.", f"Choose one of: {', '.join(WorkerKind)}.")
+    worker_kind = choice("--workers", kind, WorkerKind)
     if address is not None and kind != WorkerKind.RAY:
         raise FxquantError(f"--address {address}", "applies only to a Ray cluster.", "Pass --workers ray as well.")
     if address is not None and jobs is not None:
         fact = "sets how many workers start on this machine; a cluster has one per core."
         raise FxquantError(f"--jobs {jobs}", fact, "Leave out --jobs or --address.")
-    return Workers(WorkerKind(kind), jobs or cores(), address)
+    return Workers(worker_kind, jobs or cores(), address)
 
 
 def parse_mtp(name: str | None) -> "MtpMode | None":
     """The mode of that name."""
     from fxquant.policy.policy import MtpMode
 
-    if name is not None and name not in list(MtpMode):
-        raise FxquantError(f"--mtp {name}", "unknown.", f"Choose one of: {', '.join(MtpMode)}.")
-    return None if name is None else MtpMode(name)
+    return None if name is None else choice("--mtp", name, MtpMode)
 
 
 def parse_size(text: str) -> int:

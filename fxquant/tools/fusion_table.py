@@ -7,9 +7,9 @@ from fxquant.tools.tables import NamedTable
 
 
 def fusion_table(deployed: Deployment) -> NamedTable:
-    """One row per pass: operators before and after, how many it rewrote, and why it kept the others."""
-    headings = ("pass", "rewritten", "operators before", "after", "kept")
-    table = NamedTable("Fused for deployment", headings, prose=("kept",))
+    """One row per pass: operators before and after, how many it rewrote, and why it skipped the others."""
+    headings = ("pass", "rewritten", "operators before", "after", "skipped")
+    table = NamedTable("Fused for deployment", headings, prose=("skipped",))
     for step in deployed.steps:
         counts = (len(step.result.rewritten), step.calls_before, step.calls_after)
         table.add_row(step.result.name, *(f"{count:,}" for count in counts), skip_reasons(step))

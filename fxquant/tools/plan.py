@@ -109,7 +109,7 @@ def print_plan(plan: "Plan", console: Console = console) -> None:
     print_line(
         (size(plan.bytes_out), "bold"),
         f" out of {size(plan.bytes_in)}: {parameters:,} parameters of {modules:,} "
-        f"modules; {plan.operators[0]:,} operators, rewritten {plan.operators[1]:,}; {_total(plan)}, "
+        f"modules; {plan.operators[0]:,} operators; {plan.operators[1]:,} after rewriting; {_total(plan)}, "
         f"{size(plan.memory.peak)} of memory",
         to=console,
     )
@@ -143,7 +143,7 @@ def _time(plan: "Plan") -> list[str]:
     compute = f"({' + '.join(parts)}) / {time.workers} workers = {time.computing:,.1f} s"
     unknown = ", ".join(kernel for kernel in time.compute if kernel not in known)
     if unknown:
-        compute += f", and {unknown}: not measured in time, as kernels compile once, in seconds; run plan again"
+        compute += f", and {unknown}: no rate yet, kernels are still compiling (first run only); run plan again"
     total = f"max of both + {time.fixed:.1f} s of tracing, passes and layout = {_total(plan)}"
     return [f"disk     {disk}", f"compute  {compute}", f"time     {total}"]
 

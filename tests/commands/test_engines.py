@@ -31,10 +31,10 @@ from fxquant.text.load import load_batches
 __all__ = ["calibrated_once"]
 NPU = [Target.ASCEND, Target.MINDIE, Target.VLLM_ASCEND, Target.SGLANG_NPU]
 FAST = (Target.ASCEND, Target.VLLM_ASCEND)
-DIALECTS = [
-    pytest.param(Target.ASCEND, id="A", marks=pytest.mark.slow),
-    pytest.param(Target.MINDIE, id="B"),
-    pytest.param(Target.VLLM_ASCEND, id="C"),
+FORMATS = [
+    pytest.param(Target.ASCEND, id="packed", marks=pytest.mark.slow),
+    pytest.param(Target.MINDIE, id="unpacked"),
+    pytest.param(Target.VLLM_ASCEND, id="per_channel"),
 ]
 BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"
 SHAPE: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 64}
@@ -124,7 +124,7 @@ SOURCES: dict[str, tuple[torch.dtype, bool, torch.dtype]] = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", DIALECTS)
+@pytest.mark.parametrize("target", FORMATS)
 def test_equal_values_of_any_dtype_give_equal_integers(target: Target, tmp_path: Path) -> None:
     """format `per_channel` rounds scales to the model's dtype, so there float16 has integers of its own."""
     tensors = {}
@@ -148,7 +148,7 @@ def test_equal_values_of_any_dtype_give_equal_integers(target: Target, tmp_path:
 # linear biases
 
 
-@pytest.mark.parametrize("target", DIALECTS)
+@pytest.mark.parametrize("target", FORMATS)
 def test_a_bias_is_stored_once_and_folded_once(
     target: Target, ids: Path, tiny_folder: Callable, tmp_path: Path
 ) -> None:

@@ -1,8 +1,9 @@
-"""Options as text."""
+"""Options as text, and by keyword."""
 
 import pytest
 
-from fxquant import FxquantError
+from fxquant import CompileOptions, FxquantError
+from fxquant.engines.table import Target
 from fxquant.tools.compile_options import parse_size
 
 SIZES = {"4GiB": 4 << 30, "500MB": 500_000_000, "1000000": 1_000_000, "1.5kB": 1500}
@@ -17,3 +18,21 @@ def test_a_size(text: str) -> None:
 def test_what_is_no_size(text: str) -> None:
     with pytest.raises(FxquantError, match="not a size"):
         parse_size(text)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"target": "tensorrt"}, {"target": "vllm_ascend"}, {"mtp": "x"}, {"tp": 0}, {"tp": "2"}, {"tp": True},
+        {"samples": 0}, {"batch_size": 1.5}, {"workers": "dask"}, {"max_shard_size": -1},
+    ],
+)  # fmt: skip
+def test_values_that_the_command_line_refuses(wrong: dict) -> None:
+    (name,) = wrong
+    with pytest.raises(FxquantError, match=f"^{name}") as caught:
+        CompileOptions(**wrong)
+    assert "vllm_ascend" not in wrong.values() or "Did you mean vllm-ascend?" in str(caught.value)
+
+
+def test_targets_by_name() -> None:
+    assert CompileOptions(target="onnx", mtp="quant").target == Target.ONNX  # type: ignore[arg-type]

@@ -10,8 +10,8 @@ import pytest
 from fxquant.planning.gptq_rates import feedback_work, inverse_work
 from fxquant.planning.host_benchmark import COPY, DISK_BYTES, GPTQ, Measuring, disk_rates, kernel_name
 
-FORMS = ((False, 0), (True, 0), (True, 64))
-KERNELS = {COPY} | {kernel_name(four, size, fp8) for four, size in FORMS for fp8 in (False, True)}
+FORMS = ((8, 0), (4, 0), (4, 64))
+KERNELS = {COPY} | {kernel_name(bits, size, fp8) for bits, size in FORMS for fp8 in (False, True)}
 
 
 def test_the_measurement(tmp_path: Path) -> None:
@@ -23,11 +23,11 @@ def test_the_measurement(tmp_path: Path) -> None:
 
 
 def test_kernels_that_search_are_measured_where_they_are_needed(tmp_path: Path) -> None:
-    needed = [kernel_name(True, 64, False, "clip"), kernel_name(False, 0, True, "least_squares"), COPY]
+    needed = [kernel_name(4, 64, False, "clip"), kernel_name(8, 0, True, "least_squares"), COPY]
     with Measuring(tmp_path, seconds=300) as measuring:
         machine = measuring.result(needed)
     assert machine.kernels.keys() == KERNELS | set(needed)
-    assert 0 < machine.kernels[needed[0]] < machine.kernels[kernel_name(True, 64, False)]
+    assert 0 < machine.kernels[needed[0]] < machine.kernels[kernel_name(4, 64, False)]
 
 
 def test_gptq_is_measured_where_it_is_needed(tmp_path: Path) -> None:

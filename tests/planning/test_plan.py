@@ -246,7 +246,7 @@ def test_the_work_of_every_algorithm_is_counted(tmp_path: Path) -> None:
         policy = tmp_path / f"{algorithm}.yaml"
         policy.write_text(f"description: one\nextends: deepseek_w4a8\nrules: [{rule.format(algorithm)}]\n")
         work = planned(EXAMPLE, str(policy)).work
-        assert kernel_name(True, 64, True, algorithm.scales) in work and GPTQ.isdisjoint(work) != algorithm.from_inputs
+        assert kernel_name(4, 64, True, algorithm.scales) in work and GPTQ.isdisjoint(work) != algorithm.from_inputs
     config = json.loads((EXAMPLE / "config.json").read_text())
     experts = config["n_routed_experts"] * (config["num_hidden_layers"] - config["first_k_dense_replace"])
     hidden, width = config["hidden_size"], config["moe_intermediate_size"]
@@ -255,10 +255,10 @@ def test_the_work_of_every_algorithm_is_counted(tmp_path: Path) -> None:
 
 
 def test_the_estimate_is_its_arithmetic() -> None:
-    work = {kernel_name(True, 0, False): 40 * 10**9, COPY: 20 * 10**9}
+    work = {kernel_name(4, 0, False): 40 * 10**9, COPY: 20 * 10**9}
     estimated = estimate(60 * 10**9, 30 * 10**9, work, MACHINE, None, 5.0)
     assert (estimated.read, estimated.write, estimated.workers) == (30.0, 30.0, 2)
-    assert estimated.compute == {kernel_name(True, 0, False): 20.0, COPY: 1.0}
+    assert estimated.compute == {kernel_name(4, 0, False): 20.0, COPY: 1.0}
     assert estimated.total == 60.0 + 5.0 and estimated.complete
     faster = replace(MACHINE, disk_read=100.0, disk_write=100.0)
     assert estimate(60 * 10**9, 30 * 10**9, work, faster, 1, 5.0).total == 42.0 + 5.0

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from fxquant.planning.host_benchmark import COPY, Machine, Measuring, kernel_name
 
-KERNELS = [kernel_name(four, size, fp8) for four, size in ((False, 0), (True, 0), (True, 64)) for fp8 in (False, True)]
+KERNELS = [kernel_name(bits, size, fp8) for bits, size in ((8, 0), (4, 0), (4, 64)) for fp8 in (False, True)]
 RATES = {COPY: 10.0} | dict.fromkeys(KERNELS, 1.0)
 MACHINE = Machine(
     cores=2, kernels=RATES, disk_read=2.0, disk_write=1.0, disk_unknown="", kernel_bytes=1 << 20, peak_bytes=1 << 27
