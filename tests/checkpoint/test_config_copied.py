@@ -94,7 +94,12 @@ def config_of_an_output(folder: Path, program: Program) -> Check:
 
 @pytest.mark.parametrize(
     ("content", "fact"),
-    [("{", "not JSON"), ("null", "no object"), ("[]", "no object"), ("[" * 9999, "nested more than 64 levels deep")],
+    [
+        ("{", "not JSON"),
+        ("null", "not a JSON object"),
+        ("[]", "not a JSON object"),
+        ("[" * 9999, "nested more than 64 levels deep"),
+    ],
 )
 def test_a_spoiled_config_of_an_output_is_named(
     content: str, fact: str, tiny: Callable[..., Checkpoint], tmp_path: Path
