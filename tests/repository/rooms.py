@@ -2,11 +2,12 @@
 
 `python tests/repository/rooms.py` prints the tree of docs/architecture.md.
 
-A room is a folder or a file directly in `fxquant/`. An arrow is an import; those for typing, and those inside
-functions, count.
+A room is a folder or a file directly in `fxquant/`. An arrow is an import; those for typing, those inside
+functions, and modules that are named by a string, count.
 """
 
 import ast
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,7 @@ tools
 __main__
 """
 """From the ground up: a room imports only what stands below it."""
+DOTTED = re.compile(r"fxquant(\.\w+)+")
 FLOOR = {room: floor for floor, line in enumerate(FLOORS.split("\n")[1:-1]) for room in line.split()}
 ROOMS = tuple(FLOOR)
 
@@ -77,6 +79,8 @@ def _imported(tree: ast.Module, known: set[str]) -> Iterator[str]:
             names = [f"{node.module}.{alias.name}" for alias in node.names]
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and DOTTED.fullmatch(node.value):
+            names = [node.value]
         for name in names:
             if name.split(".")[0] == "fxquant":
                 yield _module(name.split(".")[1:], known)

@@ -84,6 +84,7 @@ def test_the_instrument_sees_an_import_up_and_a_circle(tmp_path: Path) -> None:
     for name, text in {
         "__init__": "",
         "errors": "def late():\n    from fxquant.policy import rule\n",
+        "inputs/__init__": "import importlib\nimportlib.import_module('fxquant.policy.kinds')\n",
         "policy/__init__": "",
         "policy/rule": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import fxquant.policy.kinds\n",
         "policy/kinds": "from fxquant.policy.rule import Rule\n",
@@ -91,7 +92,7 @@ def test_the_instrument_sees_an_import_up_and_a_circle(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / f"{name}.py").write_text(text)
     imported = imports(tmp_path)
-    assert upward(imported) == [Import("errors", "policy/rule")]
+    assert upward(imported) == [Import("errors", "policy/rule"), Import("inputs/__init__", "policy/kinds")]
     assert circles(imported) == [["policy/kinds", "policy/rule"]]
 
 
