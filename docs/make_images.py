@@ -15,6 +15,7 @@ from fxquant import CompileOptions, compare, compile, evaluate, plan
 from fxquant.api import open_graph, sensitivity
 from fxquant.engines.table import Target
 from fxquant.planning.support_matrix import RANKS, deployments, float_program
+from fxquant.policy.policy import load_policy
 from fxquant.program.text import format_program
 from fxquant.tools import targets
 from fxquant.tools.compare import comparison_table
@@ -53,10 +54,11 @@ def main() -> None:
         _save(screen, "expert_layer.svg", "fxquant show: an expert layer in integers")
         draw(sensitivity(out, TEXT), HERE / "images" / "sensitivity.svg")
 
-    policies = ["deepseek_w4a8", "deepseek_w4a8_per_channel", "deepseek_w4a8_shared_w4", "deepseek_w8a8_mix"]
+    names = ["deepseek_w4a8", "deepseek_w4a8_per_channel", "deepseek_w4a8_shared_w4", "deepseek_w8a8_mix"]
     screen = _screen(110)
-    screen.print("$ fxquant targets --table " + " ".join(f"-p {name}" for name in policies), style="bold")
-    targets.print_table(deployments(float_program(), policies, list(Target)), list(RANKS), screen)
+    screen.print("$ fxquant targets --table " + " ".join(f"-p {name}" for name in names), style="bold")
+    verdicts = deployments(float_program(), [load_policy(name) for name in names], list(Target))
+    targets.print_table(verdicts, list(RANKS), screen)
     _save(screen, "targets.svg", "fxquant targets: DeepSeek-V3 671B")
 
 

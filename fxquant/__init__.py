@@ -9,16 +9,15 @@ if TYPE_CHECKING:
         CompileOptions,
         CompileReport,
         ConvertReport,
-        Plan,
         compare,
         compile,
         convert,
         evaluate,
-        plan,
         run,
         verify,
     )
     from fxquant.errors import FxquantError
+    from fxquant.planning.plan import Plan, plan
     from fxquant.policy.policy import load_policy, shipped_policies
 
 _HOMES = {

@@ -140,7 +140,7 @@ def _fused(contract: Contract, linears: list[Linear]) -> Iterator[Finding]:
             for sibling in rule.members[rule.members.index(name) + 1 :]:
                 other = known.get(f"{parent}.{sibling}")
                 if other is not None and not _alike(linear.recipe, other.recipe):
-                    fact = f"{_says(linear.recipe)}, {sibling} has {_says(other.recipe)}; the engine loads both as one "
+                    fact = f"{_says(linear.recipe)}, {sibling} has {_says(other.recipe)}; the engine fuses both into "
                     way_out = "Give them one scheme, calibrated on the same input."
                     yield Finding(module, Verdict.REFUSED, fact + rule.name, way_out, rule.reference)
 

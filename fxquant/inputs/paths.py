@@ -39,7 +39,7 @@ def not_a_model(path: Path, remedy: str = MODEL) -> FxquantError | None:
     if path.is_dir() or (path.suffix == ".py" and path.is_file()):
         return None
     fact = "neither a folder nor a .py file."
-    inside = path.is_file() and (path.parent / "config.json").is_file()
+    inside = path.is_file() and ((path.parent / "config.json").is_file() or (path.parent / MANIFEST).is_file())
     return FxquantError(path, fact, f"Pass its folder: {path.parent}" if inside else remedy)
 
 

@@ -19,7 +19,7 @@ from fxquant.frontend.source import open_source
 from fxquant.models import DeepseekV3
 from fxquant.passes import AssignSchemes
 from fxquant.passes.check_contract import linears
-from fxquant.policy.policy import Policy, load_policy
+from fxquant.policy.policy import Policy
 from fxquant.program.program import MtpLayers, Program
 from fxquant.progress import Reporter, silent
 from fxquant.tracing import trace
@@ -61,13 +61,13 @@ def _published() -> dict[str, Any]:
 
 def deployments(
     program: Program,
-    policies: Sequence[str],
+    policies: Sequence[Policy],
     targets: Sequence[Target],
     ranks: Sequence[int] = RANKS,
     report: Reporter = silent,
 ) -> list[Deployment]:
     """Every combination, in the order given. `program` is a float graph, and is not changed."""
-    pairs = [(policy, target) for policy in [load_policy(name) for name in policies] for target in targets]
+    pairs = [(policy, target) for policy in policies for target in targets]
     verdicts = []
     with report("check", len(pairs), "policies on targets") as advance:
         for policy, target in pairs:

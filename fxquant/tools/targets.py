@@ -59,11 +59,12 @@ def command(
         _print_contracts(targets, as_json)
         return
     from fxquant.planning.support_matrix import RANKS, deployments, float_program
-    from fxquant.policy.policy import shipped_policies
+    from fxquant.policy.policy import load_policy, shipped_policies
 
     ranks = tp or list(RANKS)
+    policies = [load_policy(name) for name in policy or shipped_policies()]  # refused before the model is traced
     report = reporter(as_json)
-    verdicts = deployments(float_program(model, report), policy or shipped_policies(), targets, ranks, report)
+    verdicts = deployments(float_program(model, report), policies, targets, ranks, report)
     if as_json:
         print_json([vars(deployment) for deployment in verdicts])
     elif markdown:

@@ -15,7 +15,7 @@ from fxquant.storage.safetensors import TensorInfo
 from fxquant.transforms.rotation import Rotation
 from fxquant.transforms.weight_transforms import WeightTransforms
 
-SCALES, SHIFTS, TENSORS, NORMS = "smooth_scale/", "smooth_shift/", "smoothed/", "rotation_norm/"
+SCALES, SHIFTS, TENSORS, NORMS = "smooth_scale/", "smooth_shift/", "transformed/", "rotation_norm/"
 AGAIN = "Calibrate again: pass --calib TEXT instead."
 
 

@@ -163,7 +163,7 @@ def test_shards_of_a_fused_module_share_a_scheme(target: Target, module: str, ot
         assert (
             finding.module == module
             and other.rpartition(".")[2] in finding.fact
-            and "loads both as one" in finding.fact
+            and "fuses both into" in finding.fact
         )
     assert not check(load_contract(target), [linear(name, kind, Scheme.W8A8_DYNAMIC) for name in (module, other)])
 
@@ -183,7 +183,7 @@ def test_static_shards_share_a_range(target: Target) -> None:
 def test_experts_of_a_layer_share_a_scheme(target: Target) -> None:
     down = linear(f"{MLP}experts.down_proj", Kind.ROUTED_EXPERT, Scheme.W8A8_DYNAMIC)
     size = 0 if target is Target.VLLM_ASCEND else 256
-    assert "one experts" in refused(target, [expert("gate_proj", size), expert("up_proj", size), down]).fact
+    assert "fuses both into experts" in refused(target, [expert("gate_proj", size), expert("up_proj", size), down]).fact
 
 
 def test_mixing_shared_experts_in_mindie() -> None:

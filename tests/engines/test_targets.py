@@ -14,7 +14,7 @@ from fxquant.engines.contract import load_contract
 from fxquant.engines.serving import Serving
 from fxquant.engines.table import ENGINES, Target
 from fxquant.planning.support_matrix import RANKS, Deployment, deployments, float_program
-from fxquant.policy.policy import shipped_policies
+from fxquant.policy.policy import load_policy, shipped_policies
 from fxquant.tools.main import app
 
 TWO_LEVEL = (
@@ -35,7 +35,7 @@ def targets(*arguments: str) -> Result:
 
 def published(policies: Sequence[str]) -> dict[tuple[str, Target, int], Deployment]:
     """The policies on every target, from the configuration of the 671B model."""
-    matrix = deployments(float_program(), policies, list(Target))
+    matrix = deployments(float_program(), [load_policy(name) for name in policies], list(Target))
     return {(deployment.policy, deployment.target, deployment.ranks): deployment for deployment in matrix}
 
 
@@ -87,7 +87,7 @@ def test_contracts_as_json() -> None:
 @pytest.fixture(scope="module")
 def small(tiny_folder: Callable[..., Path]) -> tuple[str, dict[tuple[str, Target, int], Deployment]]:
     """A folder whose config.json is all that is read, and its verdicts: one group of 256 on one rank."""
-    matrix = deployments(float_program(tiny_folder()), SHOWN, list(Target))
+    matrix = deployments(float_program(tiny_folder()), [load_policy(name) for name in SHOWN], list(Target))
     return str(tiny_folder()), {
         (deployment.policy, deployment.target, deployment.ranks): deployment for deployment in matrix
     }

@@ -1,6 +1,6 @@
 """Damaged outputs without their manifest: verification names the tensor, and the engine's reader alone sees it too.
 
-`pytest -s -m "slow or not slow" tests/verification/test_corruption.py` prints which checks caught what on which target.
+`pytest -s -m "" tests/verification/test_corruption.py` prints which checks caught what on which target.
 """
 
 import shutil

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxquant.lowering.ascend.emitter.calls import Call
+from fxquant.lowering.ascend.calls import Call
 from fxquant.lowering.ascend.emitter.segment_text import Writer
 from fxquant.program.operands import arguments, item_of, operand
 

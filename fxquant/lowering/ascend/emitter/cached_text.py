@@ -1,7 +1,7 @@
 """Methods of the emitted `Model` that run over a paged cache."""
 
 from fxquant.lowering.ascend.cached_graphs import Cached, latent_parts
-from fxquant.lowering.ascend.emitter.calls import INDENT
+from fxquant.lowering.ascend.calls import INDENT
 from fxquant.lowering.ascend.emitter.forward import forward_lines
 
 METHODS = '''\

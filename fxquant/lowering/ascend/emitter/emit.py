@@ -10,9 +10,9 @@ from types import ModuleType
 import torch
 
 from fxquant.lowering.ascend.cached_graphs import cached_graphs
+from fxquant.lowering.ascend.calls import INDENT, broken
 from fxquant.lowering.ascend.emitted import cache, composites, norm_composites, norm_layouts, weight_loading
 from fxquant.lowering.ascend.emitter.cached_text import model_methods
-from fxquant.lowering.ascend.emitter.calls import INDENT, broken
 from fxquant.lowering.ascend.emitter.forward import forward_lines
 from fxquant.lowering.ascend.emitter.functions import (
     Emitted,

@@ -6,7 +6,7 @@ from itertools import groupby
 
 from torch import fx
 
-from fxquant.lowering.ascend.emitter.calls import INDENT, Call, assignment
+from fxquant.lowering.ascend.calls import INDENT, Call, assignment
 from fxquant.lowering.ascend.emitter.functions import Emitted
 from fxquant.lowering.ascend.emitter.structure import Input, base_name
 from fxquant.passes.npu.page_latents import caches, is_paged

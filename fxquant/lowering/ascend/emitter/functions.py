@@ -8,8 +8,8 @@ from typing import Any
 from torch import fx
 
 from fxquant import ops
+from fxquant.lowering.ascend.calls import INDENT, Call
 from fxquant.lowering.ascend.emitted import composites, norm_composites, norm_layouts, weight_loading
-from fxquant.lowering.ascend.emitter.calls import INDENT, Call
 from fxquant.lowering.ascend.emitter.segment_text import CHANGED, Writer
 from fxquant.lowering.ascend.emitter.statements import right_hand_side
 from fxquant.lowering.ascend.emitter.structure import AFTER, BEFORE, BETWEEN, Input, Names, Segment, segments, unique

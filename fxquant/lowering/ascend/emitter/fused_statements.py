@@ -5,7 +5,7 @@ from typing import Any
 from torch import fx
 
 from fxquant import ops
-from fxquant.lowering.ascend.emitter.calls import NPU, Call, Emitter
+from fxquant.lowering.ascend.calls import NPU, Call, Emitter
 from fxquant.lowering.ascend.emitter.segment_text import Writer
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import fx
 
 from fxquant.errors import FxquantError
-from fxquant.lowering.ascend.emitter.calls import Call, assignment
+from fxquant.lowering.ascend.calls import Call, assignment
 from fxquant.lowering.ascend.emitter.structure import Names, Segment
 from fxquant.lowering.ascend.emitter.values import drops_last_dimension, is_int32
 from fxquant.program.operands import operand

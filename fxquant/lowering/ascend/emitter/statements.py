@@ -9,9 +9,9 @@ from typing import Any
 from torch import fx
 
 from fxquant import ops
+from fxquant.lowering.ascend.calls import NPU, Call, Emitter, Fused
 from fxquant.lowering.ascend.emitter.aten import aten_call
 from fxquant.lowering.ascend.emitter.cache_statements import CACHE_EMITTERS
-from fxquant.lowering.ascend.emitter.calls import NPU, Call, Emitter, Fused
 from fxquant.lowering.ascend.emitter.fused_statements import FUSED_EMITTERS
 from fxquant.lowering.ascend.emitter.segment_text import CHANGED, Writer
 from fxquant.lowering.ascend.emitter.structure import is_attention_mask

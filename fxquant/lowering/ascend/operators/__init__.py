@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fxquant.lowering.ascend.emitter.calls import Fused
+from fxquant.lowering.ascend.calls import Fused
 from fxquant.lowering.ascend.operators import grouped_matmul, matmul, shapes
 from fxquant.lowering.ascend.operators.arguments import Kernel, only_supported
 from fxquant.lowering.ascend.operators.attention import npu_fused_infer_attention_score, npu_interleave_rope

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from fxquant import ops
 from fxquant.errors import FxquantError
-from fxquant.lowering.ascend.emitter.calls import NPU, Call, Fused
+from fxquant.lowering.ascend.calls import NPU, Call, Fused
 from fxquant.lowering.ascend.operators.arguments import OUTPUT_DTYPES, Kernel, dtype_of, require
 from fxquant.lowering.ascend.operators.shapes import output_dtype_of
 from fxquant.lowering.ascend.operators.shapes import rows as rows_of

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from fxquant import ops
-from fxquant.lowering.ascend.emitter.calls import NPU, Call, Fused
+from fxquant.lowering.ascend.calls import NPU, Call, Fused
 from fxquant.lowering.ascend.operators.arguments import OUTPUT_DTYPES, Kernel, dtype_of, require
 from fxquant.lowering.ascend.operators.shapes import output_dtype_of, rows
 from fxquant.ops import int_matmul
