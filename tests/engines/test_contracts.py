@@ -161,9 +161,7 @@ def test_shards_of_a_fused_module_share_a_scheme(target: Target, module: str, ot
     for scheme in (Scheme.W8A8, Scheme.FLOAT):
         finding = refused(target, [linear(module, kind, Scheme.W8A8_DYNAMIC), linear(other, kind, scheme)])
         assert (
-            finding.module == module
-            and other.rpartition(".")[2] in finding.fact
-            and "fuses both into" in finding.fact
+            finding.module == module and other.rpartition(".")[2] in finding.fact and "fuses both into" in finding.fact
         )
     assert not check(load_contract(target), [linear(name, kind, Scheme.W8A8_DYNAMIC) for name in (module, other)])
 
