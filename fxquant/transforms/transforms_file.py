@@ -79,4 +79,4 @@ def _check(path: Path, transforms: WeightTransforms) -> None:
             raise FxquantError(path, f"invalid rotation of {name}: {rotation}.", AGAIN)
     for name, tensor in (transforms.tensors | transforms.norms).items():
         if tensor.ndim != 1 or not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
-            raise FxquantError(path, f"smoothed {name} is not a vector of finite floats.", AGAIN)
+            raise FxquantError(path, f"transformed {name} is not a vector of finite floats.", AGAIN)
