@@ -14,6 +14,8 @@ from fxquant.engines.table import ENGINES
 from fxquant.frontend.source import Source
 from fxquant.lowering.output_folder.description import description_size, engine_config, index_size, json_size
 from fxquant.lowering.output_folder.layout import FileLayout, plan_files, stored_tensors
+from fxquant.lowering.output_folder.rotation_file import FILE as ROTATION_FILE
+from fxquant.lowering.output_folder.rotation_file import rotation_file_size
 from fxquant.models.deepseek_v3 import mtp_paths
 from fxquant.passes import Pass, PassResult, choices, findings, run_passes
 from fxquant.passes.check_contract import linears
@@ -117,4 +119,6 @@ def _documents(program: Program, files: list[FileLayout], engine: Engine) -> dic
     sizes = {engine.description: description_size(program, files, engine)}
     if len(files) > 1 or engine.numbered:
         sizes[engine.index] = index_size(files)
+    if program.stream:
+        sizes[ROTATION_FILE] = rotation_file_size(program.stream)
     return sizes | {"config.json": json_size(engine_config(program, engine))}
