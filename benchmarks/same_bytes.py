@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--target", action="append", help="default: every target")
     options = parser.parse_args()
     policies = options.policy or sorted(path.stem for path in (ROOT / "fxquant/policy/shipped").glob("*.yaml"))
-    targets = options.target or ["ascend", "mindie", "vllm-ascend", "sglang-npu", "onnx"]
+    targets = options.target or ["ascend", "mindie", "mindie-2.1rc1", "vllm-ascend", "sglang-npu", "onnx"]
     pairs = [(policy, target) for policy in policies for target in targets]
     before, after = (outputs(commit, pairs) for commit in (options.before, options.after))
     sys.exit(report(before, after))

@@ -1,6 +1,6 @@
 """Python API, the verbs as functions: compile, plan, convert, verify, run, evaluate, sensitivity, compare."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from fxquant.calibration.calibration_file import Calibration
@@ -11,6 +11,7 @@ from fxquant.compilation.ledger import Ledger
 from fxquant.compilation.options import CompileOptions, as_path, refuse_kv_cache
 from fxquant.compilation.prepare import Prepared, named_policy, open_model, prepare, source_inputs
 from fxquant.engines.contract import Contract, load_contract
+from fxquant.engines.reserves import reserves
 from fxquant.engines.serving import Serving
 from fxquant.engines.table import ENGINES, Target
 from fxquant.errors import FxquantError
@@ -22,7 +23,8 @@ from fxquant.lowering.output import Contents, Output, Work, write_output
 from fxquant.lowering.output_folder.manifest import GRAPH, MANIFEST, SourceFile, find_manifest
 from fxquant.lowering.weights import CheckpointProducer, Workers
 from fxquant.lowering.workspace import known_folders
-from fxquant.passes import CheckContract, PassResult, findings
+from fxquant.passes import CheckContract, PassResult, choices, findings
+from fxquant.passes.check_contract import linears
 from fxquant.planning.plan import Plan, plan
 from fxquant.policy.policy import Policy, Rule, load_policy
 from fxquant.program.program import Program
@@ -39,6 +41,7 @@ class CompileReport:
 
     input_kind       the kind of MODEL: a folder, or a model.py of some family
     structural_hash  of the float graph, equal for graphs that compute the same
+    reserves         what the target accepts though nobody ran it, by how that is known
     calibration      what static linears and experts saw, None if nothing is static
     """
 
@@ -51,6 +54,7 @@ class CompileReport:
     passes: list[PassResult]
     unused_rules: list[Rule]
     output: Output
+    reserves: list[str] = field(default_factory=list)
     verification: VerifyReport | None = None
     calibration: Calibration | None = None
 
@@ -68,6 +72,11 @@ class CompileReport:
     def serve(self) -> str:
         """How to serve the output: a command or a setting, as one line."""
         return ENGINES[self.target].serve(Serving(str(self.out)))
+
+    @property
+    def choices(self) -> list[str]:
+        """What the policy left open, as it was decided."""
+        return choices(self.passes)
 
     @property
     def unverified(self) -> list[str]:
@@ -122,6 +131,7 @@ def _compiled(
         passes=prepared.passes,
         unused_rules=prepared.program.unused_rules,
         output=output,
+        reserves=reserves(load_contract(options.target), linears(prepared.program)),
         verification=verification,
         calibration=prepared.calibration,
     )

@@ -137,12 +137,12 @@ def passes_for(
     for_engine: bool = True,
 ) -> list[Pass]:
     """The pipeline of these options; `layers` are the checkpoint's multi-token prediction layers."""
-    weight_format = ENGINES[options.target].weight_format
+    engine = ENGINES[options.target]
     contract = CheckContract(policy.name, load_contract(options.target), options.tp, options.mix)
     return pipeline(
-        AssignSchemes(policy, layers, weight_format),
+        AssignSchemes(policy, layers, engine.weight_format, engine.int4_group_size, options.target),
         calibrate,
-        mtp=AssignMtp(policy, source.config, source.checkpoint, weight_format),
+        mtp=AssignMtp(policy, source.config, source.checkpoint, engine.weight_format),
         rotation=FindRotation(policy),
         smoothing=PairSmoothing(policy),
         contract=contract if for_engine else None,

@@ -1,6 +1,6 @@
 """Int4 terms that all layouts share: sums over groups of k, and the rounding of combined scales."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -11,16 +11,21 @@ from fxquant.errors import FxquantError
 
 @dataclass(frozen=True)
 class TwoLevel:
-    """The stored scales of n rows: channel float32 [n], group float32 [n, G] of integers, or None for one level."""
+    """The stored scales of n rows: channel float32 [n], group float32 [n, G] of integers, or None for one level.
+
+    held: dtype to which an engine rounds each of them, and their product, on load; it holds the integers exactly.
+    """
 
     channel: Tensor
     group: Tensor | None
+    held: torch.dtype = torch.float32
 
     def combined(self) -> Tensor:
         """float32 [n, G] as engines load it: `f32(fp16(channel * group))`, or `channel` [n, 1] as it is."""
+        channel = self.channel.unsqueeze(1).to(self.held)
         if self.group is None:
-            return self.channel.unsqueeze(1)
-        return (self.channel.unsqueeze(1) * self.group).to(torch.float16).float()
+            return channel.float()
+        return (channel * self.group.to(self.held)).to(torch.float16).float()
 
     def steps(self) -> Tensor:
         """int32 [n, G]: the integer by which the codes of a group are multiplied."""
@@ -29,19 +34,23 @@ class TwoLevel:
         return self.group.to(torch.int32)
 
     def error(self) -> Tensor:
-        """float64 [n, G]: bound on `|combined - channel * group|`, one rounding to float32 and one to float16."""
+        """float64 [n, G]: bound on `|combined - channel * group|`: the channel scale is rounded to `held`, the product
+        to `held` and to float32, then to float16."""
+        channel = self.channel.unsqueeze(1)
+        narrowed = half_step(channel, self.held)
         if self.group is None:
-            return torch.zeros(len(self.channel), 1, dtype=torch.float64)
-        product = self.channel.unsqueeze(1) * self.group
-        return half_step(product, torch.float16) + 2 * U * product.double()
+            return narrowed
+        product = channel.to(self.held).float() * self.group
+        rounded = half_step(product, self.held) + half_step(product.to(self.held).float(), torch.float16)
+        return narrowed * self.group.double() + rounded + 2 * U * product.double()
 
     def rows(self, part: slice) -> "TwoLevel":
         """The scales of some rows."""
-        return TwoLevel(self.channel[part], None if self.group is None else self.group[part])
+        return replace(self, channel=self.channel[part], group=None if self.group is None else self.group[part])
 
     def groups(self, part: slice) -> "TwoLevel":
         """The scales of some groups."""
-        return TwoLevel(self.channel, None if self.group is None else self.group[:, part])
+        return replace(self, group=None if self.group is None else self.group[:, part])
 
     def check(self, module: str) -> None:
         """Raises FxquantError for group scales that are not integers, and for a combined scale beyond float16."""

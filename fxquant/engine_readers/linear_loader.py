@@ -1,7 +1,7 @@
 """Linear loader: linears outside the routed experts, and int8 and float experts; engines load them much alike."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -39,15 +39,20 @@ class MixedLinear(Ranks):
     decode: Ranks
 
 
-def load_linear(folder: WeightFolder, rules: LinearRules, module: str, split: Split) -> Loaded:
-    """One linear of type FLOAT, W8A8, W8A8_DYNAMIC or W8A8_MIX."""
-    kind = folder.type_of(module)
+def load_linear(
+    folder: WeightFolder, rules: LinearRules, module: str, split: Split, read_as: str | None = None
+) -> Loaded:
+    """One linear of type FLOAT, W8A8, W8A8_DYNAMIC or W8A8_MIX; `read_as`: the type under which the engine reads it,
+    if that is not the described one."""
+    described = folder.type_of(module)
+    kind = read_as or described
     shape = folder.shape(f"{module}.weight")
     if len(shape) != 2:
         raise FxquantError(
             f"{module}.weight", f"has shape {list(shape)}, a linear has two dimensions.", "Write [n, k]."
         )
-    tensors = folder.load(module, _expected(kind, shape, folder.dtype))
+    stored = {name: replace(want, required=False) for name, want in _expected(described, shape, folder.dtype).items()}
+    tensors = folder.load(module, stored | _expected(kind, shape, folder.dtype))
     if kind == FLOAT:
         return FloatLinear(tensors["weight"], tensors.get("bias"), folder.dtype)
     loaders = {W8A8: _static, W8A8_DYNAMIC: _per_token}

@@ -1,6 +1,7 @@
 """Packed int4 experts in vllm-ascend's layout: w13 of gate_proj and up_proj, w2 of down_proj."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -26,10 +27,14 @@ OUTPUT = torch.bfloat16
 
 
 class PackedExperts:
-    """Loads one projection of one expert. group_size 0: one scale per channel, and no second one in the files."""
+    """Loads one projection of one expert. group_size 0: one scale per channel, and no second one in the files.
 
-    def __init__(self, folder: WeightFolder, ranks: int, group_size: int) -> None:
-        self._folder, self._ranks, self._group_size = folder, ranks, group_size
+    by_name  the engine asks for what it reads by name, and takes no notice of offsets. It rounds scales to the model's
+             dtype, then all of them to float16, and the output has the model's dtype (MindIE)
+    """
+
+    def __init__(self, folder: WeightFolder, ranks: int, group_size: int, by_name: bool = False) -> None:
+        self._folder, self._ranks, self._group_size, self._by_name = folder, ranks, group_size, by_name
 
     def load(self, path: ExpertPath) -> Ranks:
         """Its part of w13 or w2 on every rank."""
@@ -41,7 +46,8 @@ class PackedExperts:
         for layout, half in self._layouts(path):
             second = path.projection == GATE_UP[1]
             shards.append(PackedShard(layout, slice(half, None) if second else slice(0, half)))
-        return Ranks(tuple(shards), row_parallel, PerToken(self._folder.dtype), OUTPUT)
+        output = self._folder.dtype if self._by_name else OUTPUT
+        return Ranks(tuple(shards), row_parallel, PerToken(self._folder.dtype), output)
 
     def _layouts(self, path: ExpertPath) -> Iterator[tuple[PackedLayout, int]]:
         """The layout on each rank, and how many of its n are the first projection's."""
@@ -67,7 +73,7 @@ class PackedExperts:
         unit, share = self._group_size or 1, SCALE_BIAS_COLUMNS // self._ranks
         for rank, _, inner in Split(self._ranks, row_parallel=True).places(module, n, k, unit):
             groups = slice(inner.start // unit, inner.stop // unit)
-            own = scales.groups(groups)
+            own = scales.groups(groups) if self._group_size else scales
             columns = bias[:, rank * share : (rank + 1) * share]
             yield self._layout(module, packed[:, inner], own, columns), n
 
@@ -86,28 +92,32 @@ class PackedExperts:
         if self._group_size and k % self._group_size:
             fact = f"in_features {k} is not a multiple of group_size {self._group_size}."
             raise FxquantError(module, fact, "Quantize with another group_size.")
-        stored = self._folder.load(module, _expected(n, k, self._group_size, columns))
+        stored = self._folder.load(module, _expected(n, k, self._group_size, columns, not self._by_name))
         scales = TwoLevel(stored["weight_scale"].squeeze(1), stored.get("weight_scale_second"))
+        if self._by_name:
+            second = torch.ones(n, 1) if scales.group is None else scales.group
+            scales = TwoLevel(scales.channel, second, self._folder.dtype)
         scales.check(module)
         return stored["weight"], scales, stored["scale_bias"]
 
 
-def _expected(n: int, k: int, group_size: int, columns: int) -> dict[str, Expected]:
-    """What a ModelSlim expert has. Its weight_offset is allocated and loaded, but no operator reads it."""
+def _expected(n: int, k: int, group_size: int, columns: int, offsets: bool) -> dict[str, Expected]:
+    """What a ModelSlim expert has. Its weight_offset is allocated and loaded, but no operator reads it; `offsets`:
+    the engine fails without."""
     parameters = {
         "weight": Expected((n // 2, k), (torch.int8,)),
         "weight_scale": Expected((n, 1), (torch.float32,)),
-        "weight_offset": Expected((n, 1), (torch.float32,)),
+        "weight_offset": Expected((n, 1), (torch.float32,), offsets),
         "scale_bias": Expected((n, columns), (torch.float32,)),
     }
     if group_size:
         parameters["weight_scale_second"] = Expected((n, k // group_size), (torch.float32,))
-        parameters["weight_offset_second"] = Expected((n, k // group_size), (torch.float32, torch.int64))
+        parameters["weight_offset_second"] = Expected((n, k // group_size), (torch.float32, torch.int64), offsets)
     return parameters
 
 
 def _stack(first: TwoLevel, second: TwoLevel) -> TwoLevel:
     channel = torch.cat((first.channel, second.channel))
     if first.group is None or second.group is None:
-        return TwoLevel(channel, None)
-    return TwoLevel(channel, torch.cat((first.group, second.group)))
+        return replace(first, channel=channel)
+    return replace(first, channel=channel, group=torch.cat((first.group, second.group)))

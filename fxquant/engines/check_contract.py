@@ -44,7 +44,7 @@ def check(contract: Contract, linears: Iterable[Linear], ranks: int = 1, mix: bo
         findings += _schemes(contract, linear)
         findings += _sizes(contract, linear, ranks)
         findings += _mix(contract, linear, mix)
-    return [*findings, *_fused(contract, linears)]
+    return [*findings, *_fused(contract, linears), *_sections(contract, linears)]
 
 
 def refusal(findings: list[Finding]) -> Finding | None:
@@ -143,6 +143,22 @@ def _fused(contract: Contract, linears: list[Linear]) -> Iterator[Finding]:
                     fact = f"{_says(linear.recipe)}, {sibling} has {_says(other.recipe)}; the engine fuses both into "
                     way_out = "Give them one scheme, calibrated on the same input."
                     yield Finding(module, Verdict.REFUSED, fact + rule.name, way_out, rule.reference)
+
+
+def _sections(contract: Contract, linears: list[Linear]) -> Iterator[Finding]:
+    """The first linear of each section that is not of the section's type."""
+    for section in contract.sections:
+        members = [linear for linear in linears if linear.kind in section.kind]
+        if section.float_beside:
+            members = [linear for linear in members if linear.recipe.scheme.weight_bits is not None]
+        for linear in members:
+            schemes = linear.recipe.scheme, members[0].recipe.scheme
+            if schemes[0] is not schemes[1] and not set(schemes) <= set(section.alike):
+                first, named = members[0].recipe.module, " and ".join(section.kind)
+                fact = f"{schemes[0]}, {first} has {schemes[1]}; {section.key} of config.json is one type for {named}"
+                way_out = "Give them one scheme."
+                yield Finding(linear.recipe.module, Verdict.REFUSED, fact, way_out, section.reference)
+                break
 
 
 def _alike(recipe: Recipe, other: Recipe) -> bool:

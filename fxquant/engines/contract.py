@@ -26,6 +26,21 @@ class Verdict(StrEnum):
     REFUSED = "refused"
 
 
+class Evidence(StrEnum):
+    """How a verdict is known, the strongest first; the reference says where.
+
+    RUN         the engine's own code loaded such bytes, and what it then held was compared
+    READ        a line of its source says so, nobody ran it
+    DOCUMENTED  a document says so
+    ASSUMED     nothing says so: like engines do it
+    """
+
+    RUN = "run"
+    READ = "read"
+    DOCUMENTED = "documented"
+    ASSUMED = "assumed"
+
+
 class _Data(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -42,6 +57,7 @@ class Cell(_Data):
     kind: tuple[Kind, ...]
     scheme: tuple[Scheme, ...] | Literal["any"]
     verdict: Verdict
+    evidence: Evidence
     reference: str
     module: str = "*"
     group_size: tuple[int, ...] | None = None
@@ -101,12 +117,37 @@ class Fused(_Data):
 
 
 class Release(_Data):
-    """Engine releases, by date or commit, and the formats that they load; `since` is empty if unknown."""
+    """Releases of an engine by number, `first` to `last` (empty: the newest, or unknown), and what they load."""
 
     engine: str
-    since: str
-    until: str = ""
+    first: str
+    last: str = ""
     loads: str
+    evidence: Evidence
+    reference: str
+
+    @property
+    def span(self) -> str:
+        """Its numbers in words."""
+        if not self.first:
+            return f"up to {self.last}" if self.last else "of unknown number"
+        if not self.last:
+            return f"{self.first} and later"
+        return self.first if self.first == self.last else f"{self.first} to {self.last}"
+
+
+class Section(_Data):
+    """Modules that the engine reads as one type, which `key` of config.json gives.
+
+    alike         schemes that it reads as one
+    float_beside  float ones may stand beside quantized ones
+    """
+
+    key: str
+    kind: tuple[Kind, ...]
+    alike: tuple[Scheme, ...] = ()
+    float_beside: bool = True
+    evidence: Evidence
     reference: str
 
 
@@ -129,6 +170,7 @@ class Contract(_Data):
     multiples: tuple[Multiples, ...] = ()
     tensor_parallel: TensorParallel
     fused: tuple[Fused, ...] = ()
+    sections: tuple[Section, ...] = ()
     header: tuple[str, ...]
     releases: tuple[Release, ...]
     shared_expert_mix: SharedExpertMix | None = None
@@ -141,11 +183,18 @@ class Contract(_Data):
 
 def _unknown(kind: Kind, scheme: Scheme) -> Cell:
     why = f"the engine has no {scheme} for {kind}"
-    return Cell(kind=(kind,), scheme=(scheme,), verdict=Verdict.REFUSED, reference="not in its contract", why=why)
+    return Cell(
+        kind=(kind,),
+        scheme=(scheme,),
+        verdict=Verdict.REFUSED,
+        evidence=Evidence.ASSUMED,
+        reference="not in its contract",
+        why=why,
+    )
 
 
 @cache
 def load_contract(target: Target) -> Contract:
     """The contract of a target."""
-    file = resources.files("fxquant.engines") / target.value.replace("-", "_") / "contract.yaml"
+    file = resources.files("fxquant.engines") / target.package / "contract.yaml"
     return Contract.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))

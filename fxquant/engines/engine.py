@@ -20,6 +20,7 @@ class Engine:
     """Names, and functions of the rewritten program. What the engine refuses is in the contract.yaml beside it.
 
     weight_format    group size of the int4 linears (0: per channel, or there are none) → format on disk
+    int4_group_size  the group size of rules that say `auto`: the largest that its newest release loads; 0: per channel
     stem             beginning of the names of weight files
     numbered         a single weight file has a part number and an index too
     description      name of the description file
@@ -40,6 +41,7 @@ class Engine:
     config: Callable[["Program"], JsonObject]
     open_reader: Callable[[Path, int, int], "EngineReader"] | None
     serve: Callable[[Serving], str]
+    int4_group_size: int = 256
     numbered: bool = False
     mtp_files: bool = True
     npu_graph: bool = True

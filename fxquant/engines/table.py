@@ -3,23 +3,30 @@
 from enum import StrEnum
 from pathlib import Path
 
-from fxquant.engines import ascend, mindie, onnx, sglang_npu, vllm_ascend
+from fxquant.engines import ascend, mindie, mindie_2_1rc1, onnx, sglang_npu, vllm_ascend
 from fxquant.engines.engine import Engine
 
 
 class Target(StrEnum):
-    """Values of `--target`, and of `target` in manifests and contracts. The package of "some-name" is `some_name`."""
+    """Values of `--target`, and of `target` in manifests and contracts."""
 
     ASCEND = "ascend"
     MINDIE = "mindie"
+    MINDIE_2_1RC1 = "mindie-2.1rc1"
     VLLM_ASCEND = "vllm-ascend"
     SGLANG_NPU = "sglang-npu"
     ONNX = "onnx"
+
+    @property
+    def package(self) -> str:
+        """Name of its package in `fxquant.engines`: that of "some-1.name" is `some_1_name`."""
+        return self.value.replace("-", "_").replace(".", "_")
 
 
 ENGINES: dict[Target, Engine] = {
     Target.ASCEND: ascend.ENGINE,
     Target.MINDIE: mindie.ENGINE,
+    Target.MINDIE_2_1RC1: mindie_2_1rc1.ENGINE,
     Target.VLLM_ASCEND: vllm_ascend.ENGINE,
     Target.SGLANG_NPU: sglang_npu.ENGINE,
     Target.ONNX: onnx.ENGINE,

@@ -36,6 +36,8 @@ from fxquant.lowering.weights.digests import file_digest
 from fxquant.lowering.weights.producer import BLOCK_BYTES, CheckpointProducer, tensor_bytes
 from fxquant.lowering.weights.unit import Unit
 from fxquant.ops.quantized import expand_int4
+from fxquant.policy.policy import load_policy, shipped_policies
+from fxquant.policy.rule import AUTO
 from fxquant.program.program import Program
 from fxquant.program.program_file import load_program, recipe_arguments
 from fxquant.schemes.roles import tensor_name
@@ -44,6 +46,8 @@ from fxquant.schemes.weight_formats import WeightFormat
 from fxquant.storage.hashing import hash_bytes, hash_text
 from fxquant.storage.safetensors import header_bytes
 from fxquant.storage.system_errors import stopping
+
+PER_CHANNEL = "deepseek_w4a8_per_channel"
 
 
 def converted_contents(folder: Path, target: Target, into: Path) -> Contents:
@@ -55,7 +59,7 @@ def converted_contents(folder: Path, target: Target, into: Path) -> Contents:
     for recipe in sorted(old.values(), key=lambda recipe: -recipe.group_size):  # groups first: they need another policy
         reason = why_not(recipe, form)
         if reason is not None:
-            policy = "deepseek_w4a8_per_channel" if recipe.group_size else manifest.policy
+            policy = _policy_for(manifest.policy, recipe)
             command = ["fxquant", "compile", source, "--policy", policy, "--target", target, "-o", into]
             raise FxquantError(
                 f"layer {recipe.module}",
@@ -82,6 +86,16 @@ def converted_contents(folder: Path, target: Target, into: Path) -> Contents:
         reusable=False,
         documents=manifest.digests,
     )
+
+
+def _policy_for(policy: str, recipe: Recipe) -> str:
+    """The policy with which to quantize again: the same, unless it is for groups on every target."""
+    fits = recipe.group_size == 0 or policy not in shipped_policies() or _sizes_itself(policy)
+    return policy if fits else PER_CHANNEL
+
+
+def _sizes_itself(policy: str) -> bool:
+    return any(rule.group_size == AUTO for rule in load_policy(policy).rules)
 
 
 def check_documents(folder: Path) -> Manifest:

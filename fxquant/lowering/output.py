@@ -32,6 +32,7 @@ from fxquant.lowering.output_folder.manifest import (
     file_sizes,
     relative,
 )
+from fxquant.lowering.output_folder.rotation_file import write_rotation
 from fxquant.lowering.weights.digests import file_digest
 from fxquant.lowering.weights.journal import Fingerprint, Journal
 from fxquant.lowering.weights.producer import Producer
@@ -211,6 +212,8 @@ def _write_documents(
     write_json(folder / LEDGER, contents.ledger)
     if len(files) > 1 or engine.numbered:
         write_json(folder / engine.index, index(files))
+    if program.stream:
+        write_rotation(folder, program.stream)
     (folder / FLOAT_GRAPH).write_text(contents.float_graph, encoding="utf-8")
     return _write_graph(contents, engine, files, folder, report)
 

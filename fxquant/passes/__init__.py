@@ -2,7 +2,7 @@
 
 from fxquant.passes.assign_mtp import AssignMtp
 from fxquant.passes.assign_schemes import AssignSchemes
-from fxquant.passes.base import Pass, PassResult, RewritePass, findings, run_passes
+from fxquant.passes.base import Pass, PassResult, RewritePass, choices, findings, run_passes
 from fxquant.passes.calibrate import Calibrate
 from fxquant.passes.check_contract import CheckContract
 from fxquant.passes.check_coverage import CheckCoverage
@@ -31,6 +31,7 @@ __all__ = [
     "QuantizeLinear",
     "RewritePass",
     "ShareQuantize",
+    "choices",
     "findings",
     "pipeline",
     "run_passes",

@@ -10,8 +10,10 @@ from fxquant.errors import FxquantError
 from fxquant.kernels.search import ROW_KERNELS
 from fxquant.passes.base import Pass, PassResult
 from fxquant.passes.write_form import expert_form
+from fxquant.policy.group_sizes import choose
 from fxquant.policy.kinds import Kind
 from fxquant.policy.policy import LEAVE_OUT, Policy, Rule
+from fxquant.policy.rule import AUTO
 from fxquant.program.linears import LinearSite, decided_modules, linear_sites
 from fxquant.program.program import Program
 from fxquant.schemes.roles import module_and_role
@@ -26,22 +28,27 @@ class AssignSchemes(Pass):
     Raises FxquantError for a linear that no rule covers, a scheme that does not fit a linear, a rule that matches
     nothing. `mtp` names the checkpoint's multi-token prediction layers, which are not in the graph: here they get
     their rules, which `AssignMtp` applies. `weight_format` gives the target's format for a group size of the int4
-    linears (0: per channel, or there are none).
+    linears (0: per channel, or there are none), `int4_group_size` the size that rules with `group_size: auto` get on
+    `target`.
     """
 
     policy: Policy
     mtp: tuple[str, ...] = ()
     weight_format: Callable[[int], WeightFormat] = lambda group_size: WeightFormat.PACKED
+    int4_group_size: int = 256
+    target: str = "the target"
     name = "assign-schemes"
 
     def apply(self, program: Program) -> PassResult:
         sites = list(linear_sites(program))
         weights = {str(site.weight.target) for site in sites}
         biases = {str(site.bias.target) for site in sites if site.bias is not None}
-        used: set[Rule] = set()
-        for site in sites:
-            rule = self._rule(site.module, site.kind, True)
-            used.add(rule)
+        decided = [(site, self._rule(site.module, site.kind, True)) for site in sites]
+        used = {rule for _, rule in decided}
+        widths = {site.module: _width(program, site) for site, rule in decided if rule.group_size == AUTO}
+        chosen = choose(self.target, self.int4_group_size, widths)
+        for site, asked in decided:
+            rule = asked.sized(chosen.size)
             program.rules[site.module] = rule
             if rule.quantizes:
                 program.recipes[site.module] = _recipe(program, site, rule)
@@ -61,7 +68,7 @@ class AssignSchemes(Pass):
             program.recipes[module] = replace(recipe, weight_format=weight_format, scale_dtype=scales)
         program.unused_rules = self.policy.unused_rules(used, decided_modules(program))
         skipped = {module: str(rule) for module, rule in program.rules.items() if not rule.quantizes}
-        return PassResult(self.name, tuple(program.recipes), skipped)
+        return PassResult(self.name, tuple(program.recipes), skipped, choices=(chosen.why,) if widths else ())
 
     def _group_size(self, program: Program) -> int:
         int4 = [recipe for recipe in program.recipes.values() if recipe.scheme.grouped]
@@ -82,6 +89,10 @@ class AssignSchemes(Pass):
             way_out = f"Add a rule for kind {kind} or path {module}; scheme FLOAT keeps it as it is."
             raise FxquantError(f"policy {self.policy.name}", f"no rule covers {module} ({kind}).", way_out)
         return rule
+
+
+def _width(program: Program, site: LinearSite) -> int:
+    return program.graph.tensor(str(site.weight.target)).shape[-1]
 
 
 def _recipe(program: Program, site: LinearSite, rule: Rule) -> Recipe:

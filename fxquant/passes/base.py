@@ -17,12 +17,14 @@ class PassResult:
     rewritten  names of the nodes that changed, or of the modules that the pass decided
     skipped    node that could have been rewritten and was not → reason
     findings   fact to report, though nothing is refused → its source
+    choices    what the policy left open and the pass decided, with the reason
     """
 
     name: str
     rewritten: tuple[str, ...] = ()
     skipped: dict[str, str] = field(default_factory=dict)
     findings: dict[str, str] = field(default_factory=dict)
+    choices: tuple[str, ...] = ()
 
 
 class Pass(ABC):
@@ -78,6 +80,11 @@ def findings(results: Sequence[PassResult]) -> list[str]:
     """What has been shown neither to work nor to fail on the target, each with its source, once."""
     items = (item for result in results for item in result.findings.items())
     return list(dict.fromkeys(f"{fact} ({reference})" for fact, reference in items))
+
+
+def choices(results: Sequence[PassResult]) -> list[str]:
+    """What policies left open, as it was decided."""
+    return [choice for result in results for choice in result.choices]
 
 
 def _has_effect(node: fx.Node) -> bool:

@@ -39,6 +39,7 @@ class FindRotation(Pass):
             raise FxquantError(f"policy {self.policy.name}", fact, "Leave them out with --mtp none, or rotate heads.")
         try:
             program.rotations = find_rotations(program, self.policy.rotate)
+            program.stream = _size(program, _stream(program)) if Rotate.HIDDEN in self.policy.rotate else 0
         except NotRotatedError as error:
             way_out = "Remove it from rotate in the policy."
             raise FxquantError(f"policy {self.policy.name}", f"rotate: {error}.", way_out) from None
@@ -91,7 +92,7 @@ def _heads(program: Program, uses: Counter[str]) -> Iterator[tuple[fx.Node, Rota
 
 def _hidden(program: Program, uses: Counter[str]) -> Iterator[tuple[fx.Node, Rotation]]:
     stream = _stream(program)
-    size = _shape(program, operand_node(stream[0], WRITES[ops.embedding]))[1]
+    size = _size(program, stream)
     base_order(size)
     for node in stream:
         if node.target in WRITES:
@@ -103,6 +104,10 @@ def _hidden(program: Program, uses: Counter[str]) -> Iterator[tuple[fx.Node, Rot
         for norm in node.users:
             if norm.target == ops.rms_norm:
                 yield from _after_norm(program, norm, uses)
+
+
+def _size(program: Program, stream: list[fx.Node]) -> int:
+    return _shape(program, operand_node(stream[0], WRITES[ops.embedding]))[1]
 
 
 def _after_norm(program: Program, norm: fx.Node, uses: Counter[str]) -> Iterator[tuple[fx.Node, Rotation]]:

@@ -7,13 +7,18 @@ from fxquant.checkpoint.checkpoint import Checkpoint
 from fxquant.compilation.ledger import build_ledger, check_parameters, mtp_modules
 from fxquant.compilation.options import CompileOptions
 from fxquant.compilation.prepare import passes_for, with_mtp
+from fxquant.engines.contract import load_contract
 from fxquant.engines.engine import Engine
+from fxquant.engines.reserves import reserves
 from fxquant.engines.table import ENGINES
 from fxquant.frontend.source import Source
 from fxquant.lowering.output_folder.description import description_size, engine_config, index_size, json_size
 from fxquant.lowering.output_folder.layout import FileLayout, plan_files, stored_tensors
+from fxquant.lowering.output_folder.rotation_file import FILE as ROTATION_FILE
+from fxquant.lowering.output_folder.rotation_file import rotation_file_size
 from fxquant.models.deepseek_v3 import mtp_paths
-from fxquant.passes import Pass, PassResult, findings, run_passes
+from fxquant.passes import Pass, PassResult, choices, findings, run_passes
+from fxquant.passes.check_contract import linears
 from fxquant.planning.config_checkpoint import config_checkpoint
 from fxquant.planning.tally import PlanRow, tally
 from fxquant.policy.policy import LEAVE_OUT, Policy
@@ -31,6 +36,8 @@ class PlanContents:
     documents   description, index where there is one, and config.json → bytes
     operators   calls in the float graph, and in the rewritten one
     unverified  what has not been shown to work on the target
+    choices     what the policy left open, as it was decided
+    reserves    what the target accepts though nobody ran it, by how that is known
     whole       memory of a worker while rotation mixes the rows of the largest weight: twice that weight
     """
 
@@ -40,6 +47,8 @@ class PlanContents:
     documents: dict[str, int]
     operators: tuple[int, int]
     unverified: list[str]
+    choices: list[str]
+    reserves: list[str]
     whole: int
 
     @property
@@ -87,6 +96,8 @@ def planned(source: Source, policy: Policy, options: CompileOptions) -> PlanCont
         documents=_documents(program, files, engine),
         operators=(before, _calls(program)),
         unverified=findings(results),
+        choices=choices(results),
+        reserves=reserves(load_contract(options.target), linears(program)),
         whole=2
         * max(
             (_numbers(checkpoint, name) for name, rotation in program.rotations.items() if rotation.heads), default=0
@@ -108,4 +119,6 @@ def _documents(program: Program, files: list[FileLayout], engine: Engine) -> dic
     sizes = {engine.description: description_size(program, files, engine)}
     if len(files) > 1 or engine.numbered:
         sizes[engine.index] = index_size(files)
+    if program.stream:
+        sizes[ROTATION_FILE] = rotation_file_size(program.stream)
     return sizes | {"config.json": json_size(engine_config(program, engine))}

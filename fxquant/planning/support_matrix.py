@@ -12,7 +12,8 @@ import torch
 from fxquant.checkpoint.checkpoint import Checkpoint
 from fxquant.checkpoint.config import parse_config
 from fxquant.engines.check_contract import Finding, check, refusal
-from fxquant.engines.contract import Verdict, load_contract
+from fxquant.engines.contract import Evidence, Verdict, load_contract
+from fxquant.engines.reserves import weakest
 from fxquant.engines.table import ENGINES, Target
 from fxquant.errors import FxquantError
 from fxquant.frontend.source import open_source
@@ -30,13 +31,19 @@ RANKS = (1, 2, 4, 8, 16)
 
 @dataclass(frozen=True)
 class Deployment:
-    """One policy on one target with N ranks; `words` say why it is refused, or what is unverified."""
+    """One policy on one target with N ranks; `words` say why it is refused, or what is unverified.
+
+    evidence  how the least known of its acceptances is known
+    choice    the group size that `auto` became, and why; "" without such a rule
+    """
 
     policy: str
     target: Target
     ranks: int
     verdict: Verdict
     words: str = ""
+    evidence: Evidence = Evidence.RUN
+    choice: str = ""
 
 
 def float_program(model: Path | None = None, report: Reporter = silent) -> Program:
@@ -79,21 +86,25 @@ def deployments(
 def _of(program: Program, policy: Policy, target: Target, ranks: Sequence[int]) -> list[Deployment]:
     assigned = replace(program, recipes={}, rules={}, unused_rules=[], mtp=MtpLayers())
     try:
-        AssignSchemes(policy, (), ENGINES[target].weight_format).apply(assigned)
+        engine = ENGINES[target]
+        assigning = AssignSchemes(policy, (), engine.weight_format, engine.int4_group_size, target)
+        choice = "; ".join(assigning.apply(assigned).choices)
     except FxquantError as error:  # the policy does not fit the model or format, whatever the number of ranks
         words = f"{error.place}: {error.fact}"
         return [Deployment(policy.name, target, count, Verdict.REFUSED, words) for count in ranks]
     described, contract = linears(assigned), load_contract(target)
-    return [_verdict(policy, target, count, check(contract, described, count)) for count in ranks]
+    evidence = weakest(contract, described)
+    verdicts = (_verdict(policy, target, count, check(contract, described, count), evidence) for count in ranks)
+    return [replace(verdict, choice=choice) for verdict in verdicts]
 
 
-def _verdict(policy: Policy, target: Target, ranks: int, findings: list[Finding]) -> Deployment:
+def _verdict(policy: Policy, target: Target, ranks: int, findings: list[Finding], evidence: Evidence) -> Deployment:
     refused = refusal(findings)
     if refused is not None:
         return Deployment(policy.name, target, ranks, Verdict.REFUSED, _words(refused))
     if findings:
         return Deployment(policy.name, target, ranks, Verdict.UNVERIFIED, _words(findings[0]))
-    return Deployment(policy.name, target, ranks, Verdict.ACCEPTED)
+    return Deployment(policy.name, target, ranks, Verdict.ACCEPTED, evidence=evidence)
 
 
 def _words(finding: Finding) -> str:

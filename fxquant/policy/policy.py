@@ -17,7 +17,7 @@ from fxquant.policy.policy_file import (
     open_policy,
     shipped_policies,
 )
-from fxquant.policy.rule import LEAVE_OUT, Rule
+from fxquant.policy.rule import AUTO, AUTO_WORD, LEAVE_OUT, Rule
 from fxquant.policy.smooth_rules import NormBias, PairKind, SmoothRule
 from fxquant.policy.unused_rules import Decided, why_unused
 from fxquant.policy.unused_smoothing import SeenValue, why_unused_smoothing
@@ -151,7 +151,7 @@ def _resolved(document: PolicyDocument, parent: Policy | None) -> Policy:
     )
     sizes = {rule.group_size for rule in says.rules if rule.grouped}
     if len(sizes) > 1:
-        fact = f"has group sizes {sorted(sizes)}."
+        fact = f"has group sizes {', '.join(AUTO_WORD if size == AUTO else str(size) for size in sorted(sizes))}."
         raise FxquantError(document.line("rules"), fact, "A weight file has one group_size: choose one.")
     return Policy(
         name=document.path.stem if document.path else document.place.removeprefix("policy "),

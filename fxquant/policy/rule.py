@@ -1,9 +1,9 @@
 """Policy rule: the modules that it selects, and the scheme that it gives them."""
 
 from fnmatch import fnmatchcase
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, ValidatorFunctionWrapHandler, field_validator, model_validator
 
 from fxquant.policy.kinds import Kind
 from fxquant.policy.smooth_rules import checked_pattern, one_as_list
@@ -12,10 +12,15 @@ from fxquant.schemes.schemes import Scheme, WeightAlgorithm
 LEAVE_OUT: Literal["LEAVE_OUT"] = "LEAVE_OUT"
 """In place of a scheme: tensors of the selected modules are left out of the output."""
 GROUP_SIZES = (0, 32, 64, 128, 256)
+AUTO, AUTO_WORD = -1, "auto"
+"""`group_size: auto` and its value: the size that the target takes, `fxquant.policy.group_sizes.choose`."""
 
 
 class Rule(BaseModel):
-    """`kind` and `path` (a shell pattern on the module path) select; both must hold when both are given."""
+    """`kind` and `path` (a shell pattern on the module path) select; both must hold when both are given.
+
+    per_channel_algorithm  in place of `algorithm` where `group_size: auto` becomes 0
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     kind: tuple[Kind, ...] = ()
@@ -23,17 +28,21 @@ class Rule(BaseModel):
     scheme: Scheme | Literal["LEAVE_OUT"]
     group_size: int = 0
     algorithm: WeightAlgorithm = WeightAlgorithm.MIN_MAX
+    per_channel_algorithm: WeightAlgorithm | None = None
     optional: bool = False
     why: str = ""
 
     _accept_one_kind = field_validator("kind", mode="before")(one_as_list)
     _check_path = field_validator("path")(checked_pattern)
 
-    @field_validator("group_size")
+    @field_validator("group_size", mode="wrap")
     @classmethod
-    def _check_group_size(cls, size: int) -> int:
+    def _check_group_size(cls, given: Any, as_number: ValidatorFunctionWrapHandler) -> int:
+        if given == AUTO_WORD:
+            return AUTO
+        size: int = as_number(given)
         if size not in GROUP_SIZES:
-            raise ValueError(f"{size} is not one of {', '.join(map(str, GROUP_SIZES))}")
+            raise ValueError(f"{size} is not one of {', '.join(map(str, GROUP_SIZES))} or {AUTO_WORD}")
         return size
 
     @model_validator(mode="after")
@@ -45,6 +54,8 @@ class Rule(BaseModel):
             raise ValueError(f"group_size is for {named}, not for {self.scheme}")
         if self.algorithm is not WeightAlgorithm.MIN_MAX and not self.quantizes:
             raise ValueError(f"algorithm {self.algorithm} needs an integer scheme, and {self.scheme} is not one")
+        if self.per_channel_algorithm is not None and self.group_size != AUTO:
+            raise ValueError(f"per_channel_algorithm is for group_size: {AUTO_WORD}")
         if self.algorithm is not WeightAlgorithm.MIN_MAX and Kind.MTP in self.kind:
             raise ValueError(f"algorithm {self.algorithm}: mtp layers support only {WeightAlgorithm.MIN_MAX}")
         return self
@@ -59,6 +70,14 @@ class Rule(BaseModel):
         """Whether its scheme supports groups with second scales."""
         return isinstance(self.scheme, Scheme) and self.scheme.grouped
 
+    def sized(self, size: int) -> "Rule":
+        """This rule with `size` in place of `auto`."""
+        if self.group_size != AUTO:
+            return self
+        algorithm = self.algorithm if size or self.per_channel_algorithm is None else self.per_channel_algorithm
+        update = {"group_size": size, "algorithm": algorithm, "per_channel_algorithm": None}
+        return self.model_copy(update=update)
+
     def selects(self, module: str, kind: Kind) -> bool:
         """Whether the rule's patterns match a module, regardless of earlier rules."""
         return (not self.kind or kind in self.kind) and (self.path is None or fnmatchcase(module, self.path))
@@ -66,6 +85,6 @@ class Rule(BaseModel):
     def __str__(self) -> str:
         where = [", ".join(self.kind)] if self.kind else []
         where += [self.path] if self.path is not None else []
-        size = f" group_size {self.group_size}" if self.group_size else ""
+        size = f" group_size {AUTO_WORD if self.group_size == AUTO else self.group_size}" if self.group_size else ""
         by = f" by {self.algorithm}" if self.algorithm is not WeightAlgorithm.MIN_MAX else ""
         return f"{' at '.join(where)} → {self.scheme}{size}{by}"

@@ -57,6 +57,7 @@ def build_program(document: Document, place: object) -> Program:
             document.mtp.float_tensors,
             tuple(document.mtp.gate_biases),
         ),
+        stream=document.rotated_stream,
     )
 
 

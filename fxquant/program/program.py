@@ -85,6 +85,7 @@ class Program:
     mtp         the multi-token prediction layers of the output
     pairs       values that calibration will smooth, in graph order; added: the biases (on meta) that shifts need
     rotations   checkpoint weight → how it is rotated
+    stream      features of the residual stream, if it is rotated; else 0
 
     Every node carries `meta["module"]`, the path of the module that made it, `meta["kind"]` and `meta["block"]`: the
     path of its decoder layer, or "before", "between_0", …, "after" for nodes outside of any.
@@ -102,6 +103,7 @@ class Program:
     pairs: list[Pair] = field(default_factory=list)
     added: dict[str, torch.Tensor] = field(default_factory=dict)
     rotations: dict[str, Rotation] = field(default_factory=dict)
+    stream: int = 0
 
     def nodes(self, target: Any) -> list[fx.Node]:
         """Calls of one operator, in graph order."""

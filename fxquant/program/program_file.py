@@ -41,6 +41,8 @@ def dump_program(program: Program) -> str:
             "gate_biases": list(program.mtp.gate_biases),
         },
     }
+    if program.stream:
+        document["rotated_stream"] = program.stream
     head = json.dumps(document, ensure_ascii=False)[:-1]
     body = ",\n".join(json.dumps(node, ensure_ascii=False) for node in nodes)
     return f'{head},\n"nodes": [\n{body}\n]}}\n'

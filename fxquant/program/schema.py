@@ -119,6 +119,7 @@ class Document(Fields):
     recipes: Annotated[dict[Place, RecipeFields], Field(max_length=NODES)]
     rules: Annotated[dict[Place, dict[str, Any]], Field(max_length=NODES)]
     mtp: MtpFields
+    rotated_stream: Count = 0
     nodes: Annotated[list[NodeFields], Field(max_length=NODES)]
 
 

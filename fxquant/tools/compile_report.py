@@ -31,6 +31,8 @@ def as_document(report: "CompileReport") -> dict:
         "target": report.target.value,
         "ledger": report.ledger.as_json()["totals"],
         "unverified": report.unverified,
+        "choices": report.choices,
+        "reserves": report.reserves,
         "serve": report.serve,
         "unused_rules": [str(rule) for rule in report.unused_rules],
         "files": {file.name: file.nbytes for file in report.output.files},
@@ -101,6 +103,8 @@ def print_report(report: "CompileReport", console: Console = console) -> None:
     _print_output(report, console)
     for reason in report.unverified:
         print_line(("unverified ", "yellow"), reason, to=console)
+    for line in (*report.choices, *report.reserves):
+        print_line((line, "dim"), to=console)
     for note in report.notes:
         print_line((note, "yellow"), to=console)
     _print_serving(report, console)

@@ -103,6 +103,8 @@ def print_plan(plan: "Plan", console: Console = console) -> None:
     console.print(_files(plan))
     for line in (*_time(plan), _memory(plan)):
         print_line(line, to=console)
+    for line in (*plan.choices, *plan.reserves):
+        print_line((line, "dim"), to=console)
     for reason in plan.unverified:
         print_line(("unverified ", "yellow"), reason, to=console)
     modules, parameters = (sum(getattr(row, key) for row in plan.rows) for key in ("modules", "parameters"))

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from fxquant.engines.table import Target
     from fxquant.planning.support_matrix import Deployment
 
+EVIDENCE = {"read": "r", "documented": "d", "assumed": "a"}
+"""What nobody ran, in one letter."""
 MARKS = {"accepted": ("✓", "green"), "unverified": ("?", "yellow"), "refused": ("✗", "red")}
 
 
@@ -50,7 +52,8 @@ def command(
 ) -> None:
     """Show what each engine loads, and which policies run on it with how many ranks.
 
-    Verdicts: accepted, refused, or unverified (neither has been shown). No weights are read.
+    Verdicts: accepted, refused, or unverified (neither has been shown). Evidence: run (the engine's own code loaded
+    such files), read (in its source), documented, or assumed. No weights are read.
     """
     from fxquant.engines.table import Target
 
@@ -86,22 +89,23 @@ def _print_contracts(targets: list["Target"], as_json: bool) -> None:
         print_json([loaded.model_dump(mode="json") | {"serve": serve[target]} for target, loaded in contracts.items()])
         return
     for target, contract in contracts.items():
-        headings = ("modules", "scheme", "verdict", "reference")
-        table = NamedTable(f"{contract.target}: {contract.title}", headings, prose=("verdict", "reference"), names=2)
+        headings = ("modules", "scheme", "verdict", "evidence", "reference")
+        table = NamedTable(
+            f"{contract.target}: {contract.title}", headings, prose=("verdict", "evidence", "reference"), names=2
+        )
         for cell in contract.cells:
             sizes = "" if cell.group_size is None else f" group_size {', '.join(map(str, cell.group_size))}"
             where = ", ".join(cell.kind) + ("" if cell.module == "*" else f" ({cell.module})")
             where += {None: "", True: " with a bias", False: " without a bias"}[cell.bias]
             mark, style = MARKS[cell.verdict]
             verdict = f"{mark} {cell.verdict}" + (f": {cell.why}" if cell.why else "")
-            table.add_row(where, ", ".join(cell.scheme) + sizes, (verdict, style), cell.reference)
+            table.add_row(where, ", ".join(cell.scheme) + sizes, (verdict, style), cell.evidence, cell.reference)
         console.print(table)
         sizes = ", ".join(map(str, contract.tensor_parallel.sizes))
         print_line(f"tensor parallel {sizes}; description: {', '.join(contract.header)}")
         for release in contract.releases:
-            until = f" to {release.until}" if release.until else " on"
-            span = f" from {release.since}{until}" if release.since else " (first version unknown)"
-            print_line((f"{release.engine}{span} loads {release.loads} ({release.reference})", "dim"))
+            known = f"{release.evidence}: {release.reference}"
+            print_line((f"{release.engine} {release.span} loads {release.loads} ({known})", "dim"))
         print_whole(serve[target], "dim")
         console.print()
 
@@ -110,6 +114,11 @@ def footnotes(verdicts: list["Deployment"]) -> dict[str, int]:
     """Words of refused and unverified deployments → their numbers, from 1."""
     words = dict.fromkeys(deployment.words for deployment in verdicts if deployment.words)
     return {text: number for number, text in enumerate(words, 1)}
+
+
+def choices(verdicts: list["Deployment"]) -> list[str]:
+    """What `auto` became, once each."""
+    return list(dict.fromkeys(deployment.choice for deployment in verdicts if deployment.choice))
 
 
 def rows(verdicts: list["Deployment"], ranks: list[int]) -> list[tuple[str, str, list["Deployment"]]]:
@@ -133,11 +142,27 @@ def print_table(verdicts: list["Deployment"], ranks: list[int], console: Console
     console.print(table)
     for text, number in notes.items():
         print_line((f"{number} ", "dim"), text, to=console)
+    for evidence in dict.fromkeys(deployment.evidence for deployment in verdicts if _reserved(deployment)):
+        print_line((f"{EVIDENCE[evidence]} accepted ({evidence}), nobody ran it", "dim"), to=console)
+    for choice in choices(verdicts):
+        print_line((choice, "dim"), to=console)
 
 
 def _mark(deployment: "Deployment", notes: dict[str, int]) -> tuple[str, str]:
     mark, style = MARKS[deployment.verdict]
+    mark += f" {EVIDENCE[deployment.evidence]}" if _reserved(deployment) else ""
     return mark + (f" {notes[deployment.words]}" if deployment.words else ""), style
+
+
+def _words(deployment: "Deployment", notes: dict[str, int]) -> str:
+    note = f" ({notes[deployment.words]})" if deployment.words else ""
+    known = f" ({deployment.evidence})" if _reserved(deployment) else ""
+    return deployment.verdict.value + known + note
+
+
+def _reserved(deployment: "Deployment") -> bool:
+    """Whether it is accepted without that anybody ran it."""
+    return deployment.verdict == "accepted" and deployment.evidence != "run"
 
 
 def markdown_table(verdicts: list["Deployment"], ranks: list[int]) -> str:
@@ -146,9 +171,7 @@ def markdown_table(verdicts: list["Deployment"], ranks: list[int]) -> str:
     lines = ["| policy | target | " + " | ".join(f"TP {count}" for count in ranks) + " |"]
     lines.append("|---" * (2 + len(ranks)) + "|")
     for policy, target, group in rows(verdicts, ranks):
-        cells = (
-            deployment.verdict.value + (f" ({notes[deployment.words]})" if deployment.words else "")
-            for deployment in group
-        )
+        cells = (_words(deployment, notes) for deployment in group)
         lines.append(f"| {policy} | {target} | " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", *(f"{number}. {text}" for text, number in notes.items())])
+    lines += ["", *(f"{number}. {text}" for text, number in notes.items())]
+    return "\n".join([*lines, *([""] if notes else []), *choices(verdicts)])

@@ -95,7 +95,8 @@ class EngineChecker:
     `doubtful` names the modules that the contract calls unverified: if the engine does not read one, this is reported,
     not a miss. `experts` limits the experts checked per layer. Integers must be equal, results within the reader's
     derived bound and the graph's own rounding. The distance of the device's arithmetic from the graph is reported, and
-    only a value that is not finite is a miss.
+    only a value that is not finite is a miss. A static linear that the engine reads per token is held against the
+    stored integers and scales, with the engine's own quantization of the input; how many there are is reported.
     """
 
     def __init__(
@@ -113,7 +114,7 @@ class EngineChecker:
         self._outputs = Check(f"{engine}: results ≈ graph", 0)
         self._device = Check(f"{engine}: device rounding", 0)
         self.checks = [self._codes, self._inputs, self._outputs, self._device]
-        self._worst, self._furthest, self._unread = 0.0, 0.0, 0
+        self._worst, self._furthest, self._unread, self._per_token = 0.0, 0.0, 0, 0
 
     def check(self, block: str, values: dict[str, Any]) -> None:
         """`values`: every value that the block's nodes read or make, by node name."""
@@ -156,7 +157,10 @@ class EngineChecker:
         assert site.x8 is not None
         module, x = site.recipe.modules[expert], values[site.x.name][rows]
         x8, expected = values[site.x8.name][rows], values[site.node.name][rows]
-        quantized = loaded.quantize(x, Arithmetic.EXACT)[0]
+        quantized, x_scale = loaded.quantize(x, Arithmetic.EXACT)
+        if site.node.target is ops.dequantize_static and x_scale.ndim == x.ndim:
+            self._check_per_token(site, values, x, loaded)
+            return
         _expect(self._inputs, torch.equal(quantized, x8), f"{module}: input: {_difference(quantized, x8)}")
         operands = _Operands.of(site, values, expert, rows)
         partials, bounds = loaded.partials(x, Arithmetic.EXACT), loaded.partial_bounds(x)
@@ -167,6 +171,20 @@ class EngineChecker:
             for rank, (part, want, off) in enumerate(zip(partials, ideal, bounds, strict=True)):
                 self._check_close(f"{module} on rank {rank}", part, want, off + FLOAT64_STEPS * want.abs())
         self._tell_device(module, loaded(x, Arithmetic.KERNEL), expected, values[site.node.name])
+
+    def _check_per_token(self, site: Site, values: dict[str, Any], x: Tensor, loaded: Loaded) -> None:
+        """The engine's result is `x8 @ codes * weight_scale * x_scale`; deq_scale / input_scale has two roundings."""
+        assert site.x8 is not None
+        self._per_token += 1
+        self._inputs.worst = f"{self._per_token} static linears are read per token"
+        x8, x_scale = loaded.quantize(x, Arithmetic.EXACT)
+        input_scale = values[operand_node(site.x8, "input_scale").name].double()
+        scale = _Operands.of(site, values, 0, ...).scale.double() / input_scale
+        expected = x8.double() @ site.codes(values, 0).double().T * scale * x_scale.double()
+        bound = loaded.bound(x) + 4 * U * expected.abs()
+        self._check_close(site.recipe.module, loaded(x, Arithmetic.EXACT), expected, bound)
+        graph = values[site.node.name]
+        self._tell_device(site.recipe.module, loaded(x, Arithmetic.KERNEL), graph, graph)
 
     def _check_close(self, place: str, result: Tensor, expected: Tensor, bound: Tensor) -> None:
         error = (result.double() - expected.double()).abs()

@@ -15,6 +15,7 @@ from fxquant.errors import FxquantError
 from fxquant.lowering.output import copied_files
 from fxquant.lowering.output_folder.layout import StoredTensor
 from fxquant.lowering.output_folder.manifest import FLOAT_GRAPH, GRAPH, find_manifest
+from fxquant.lowering.output_folder.rotation_file import FILE as ROTATION_FILE
 from fxquant.lowering.output_folder.weight_files import WeightFiles
 from fxquant.passes.check_contract import linears
 from fxquant.program.program import Program
@@ -30,7 +31,12 @@ from fxquant.verification.noise import logit_noise
 from fxquant.verification.rebuild import Rebuild, check_rebuild
 from fxquant.verification.remade import Remade, check_remade
 from fxquant.verification.report import Check, VerifyReport
-from fxquant.verification.transform_checks import check_calibration, check_rotation, check_smoothing
+from fxquant.verification.transform_checks import (
+    check_calibration,
+    check_rotation,
+    check_rotation_file,
+    check_smoothing,
+)
 from fxquant.verification.unread import unread_with, unread_without
 from fxquant.verification.weight_checks import (
     StoredCodes,
@@ -87,6 +93,7 @@ def verify_output(
     others = [name for name in said.expected if name != "config.json"]
     checks += [check_names(files, stored), said.check("description and index", others)]
     checks += [said.check("config.json", ["config.json"]), _check_contract(program, target, ranks)]
+    checks += [check_rotation_file(folder, program.stream)] if program.stream else []
     rebuilt = []
     if rebuild is not None and source is not None:
         rebuilt = [check_rebuild(program, files, source, rebuild.sample, report)]
@@ -137,6 +144,7 @@ def _unread(output: _Output, again: Remade, alone: bool) -> dict[str, str]:
         return unread_with(output.folder)
     source = output.source
     known = {info.file.name for info in output.files.infos.values()}
+    known |= {ROTATION_FILE} if output.program.stream else set()
     known |= {file.name for file in copied_files(source.folder)} if source is not None else set()
     rotated = source is not None and bool(source.transforms.rotations)
     unread = unread_without(output.folder, ENGINES[output.target], known, rotated) | again.unread

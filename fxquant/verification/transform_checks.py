@@ -6,11 +6,14 @@ from itertools import combinations
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fxquant.calibration.calibration_file import CALIBRATION
 from fxquant.checkpoint.checkpoint import Checkpoint
 from fxquant.checkpoint.rotated import rotation_transforms
+from fxquant.lowering.output_folder.rotation_file import FILE as ROTATION_FILE
+from fxquant.lowering.output_folder.rotation_file import TENSOR, rotation_rows
 from fxquant.passes.find_rotation import find_rotations
 from fxquant.program.program import Program
 from fxquant.schemes.roles import module_and_role, tensor_name
@@ -48,6 +51,23 @@ def check_rotation(program: Program, source: Checkpoint, transforms: WeightTrans
         check.expect(same, f"{name}: rotated by {applied.get(name)}, the graph says {closest.get(name)}")
     for name, norm in transforms.norms.items():
         check.expect(name in source.tensors and torch.equal(norm, source.read(name)), f"{name}: not the source's")
+    return check
+
+
+def check_rotation_file(folder: Path, size: int) -> Check:
+    """The matrix beside the weights is the one by which the residual stream, of `size` features, is rotated."""
+    check = Check("rotation matrix == Q", 1)
+    try:
+        with safe_open(folder / ROTATION_FILE, "pt") as file:
+            stored = file.get_slice(TENSOR)
+            fits = list(file.keys()) == [TENSOR] and (stored.get_dtype(), stored.get_shape()) == ("F32", [size, size])
+            start = 0
+            for rows in rotation_rows(size) if fits else ():
+                fits = fits and torch.equal(stored[start : start + len(rows)], rows)
+                start += len(rows)
+    except (OSError, SafetensorError):
+        fits = False
+    check.expect(fits, f"{ROTATION_FILE}: missing, or another matrix")
     return check
 
 

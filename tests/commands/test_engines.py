@@ -29,11 +29,11 @@ from fxquant.schemes.weight_formats import WeightFormat
 from fxquant.text.load import load_batches
 
 __all__ = ["calibrated_once"]
-NPU = [Target.ASCEND, Target.MINDIE, Target.VLLM_ASCEND, Target.SGLANG_NPU]
+NPU = [Target.ASCEND, Target.MINDIE, Target.MINDIE_2_1RC1, Target.VLLM_ASCEND, Target.SGLANG_NPU]
 FAST = (Target.ASCEND, Target.VLLM_ASCEND)
 FORMATS = [
     pytest.param(Target.ASCEND, id="packed", marks=pytest.mark.slow),
-    pytest.param(Target.MINDIE, id="unpacked"),
+    pytest.param(Target.MINDIE_2_1RC1, id="unpacked"),
     pytest.param(Target.VLLM_ASCEND, id="per_channel"),
 ]
 BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"
@@ -177,6 +177,7 @@ def test_a_bias_is_stored_once_and_folded_once(
 POLICIES = {
     Target.ASCEND: "deepseek_w4a8",
     Target.MINDIE: "deepseek_w4a8",
+    Target.MINDIE_2_1RC1: "deepseek_w4a8_dynamic",
     Target.VLLM_ASCEND: "deepseek_w4a8_per_channel_static",
     Target.SGLANG_NPU: "deepseek_w4a8_dynamic",
 }

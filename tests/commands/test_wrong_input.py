@@ -165,7 +165,7 @@ def test_int8_kv_cache(fxquant: Fxquant, folder: Path) -> None:
 
 
 def test_unknown_target(fxquant: Fxquant, folder: Path) -> None:
-    targets = "ascend, mindie, vllm-ascend, sglang-npu, onnx"
+    targets = "ascend, mindie, mindie-2.1rc1, vllm-ascend, sglang-npu, onnx"
     refused(fxquant, folder, "--target tpu", targets, options=("--target", "tpu"))
 
 

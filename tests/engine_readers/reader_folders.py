@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 VLLM_DESCRIPTION = "quant_model_description.json"
-MINDIE_DESCRIPTION = "quant_model_description_w8a8_dynamic.json"
+UNPACKED_DESCRIPTION = "quant_model_description_w8a8_dynamic.json"
 WEIGHTS = "quant_model_weight_w8a8_dynamic.safetensors"
 EXPERTS = "model.layers.3.mlp.experts"
 
@@ -107,11 +107,23 @@ class Draft:
             self.expert(f"{EXPERTS}.{expert}.down_proj", hidden, width, group, 16, packed)
         self.header["group_size"] = group
 
-    def for_mindie(self, group: int) -> "Draft":
-        """The names and keys MindIE looks for."""
-        self.header, self.description = {"model_quant_type": "W8A8_DYNAMIC"}, MINDIE_DESCRIPTION
+    def for_mindie(self, group: int, **types: str) -> "Draft":
+        """The names and keys MindIE looks for; `types` of its sections, w8a8_dynamic and w4a8_dynamic if not given."""
+        self.header["group_size"] = group
+        self.config |= {"quantize": "w8a8_dynamic", "moe_quantize": "w4a8_dynamic"} | types
         self.config |= {"model_type": "deepseekv2", "n_routed_experts": 2, "quantization_config": {"group_size": group}}
         return self
+
+    def for_mindie_2_1rc1(self, group: int) -> "Draft":
+        """The names and keys MindIE 2.1.RC1 looks for."""
+        self.for_mindie(group)
+        self.header, self.description = {"model_quant_type": "W8A8_DYNAMIC"}, UNPACKED_DESCRIPTION
+        return self
+
+    def for_engine(self, engine: str, group: int) -> "Draft":
+        """As that engine looks for it."""
+        fits = {"mindie": self.for_mindie, "mindie-2.1rc1": self.for_mindie_2_1rc1}
+        return fits[engine](group) if engine in fits else self
 
     def write(self, folder: Path) -> Path:
         """All files."""

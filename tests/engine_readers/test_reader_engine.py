@@ -40,6 +40,7 @@ CASES = {
     "vllm-ascend-per-group": (Target.ASCEND, "deepseek_w4a8"),
     "sglang-npu": (Target.SGLANG_NPU, "deepseek_w4a8_per_channel_static"),
     "mindie": (Target.MINDIE, "deepseek_w4a8"),
+    "mindie-2.1rc1": (Target.MINDIE_2_1RC1, "deepseek_w4a8_dynamic"),
 }
 DOWN = "model.layers.1.mlp.experts.3.down_proj"
 STATIC = "model.layers.0.self_attn.q_a_proj"

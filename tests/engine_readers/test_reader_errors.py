@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from open_readers import open_reader
-from reader_folders import EXPERTS, MINDIE_DESCRIPTION, WEIGHTS, Draft
+from reader_folders import EXPERTS, UNPACKED_DESCRIPTION, WEIGHTS, Draft
 from safetensors.torch import save_file
 
+from fxquant.engine_readers import Arithmetic
 from fxquant.engines.mindie.reader import open_mindie
 from fxquant.errors import FxquantError
 
@@ -98,14 +99,14 @@ def test_a_header_that_contradicts_the_experts(tmp_path: Path) -> None:
     ("engine", "module", "kind", "message"),
     [
         ("vllm-ascend", LINEAR, "W4A8_DYNAMIC", "W4A8_DYNAMIC; vllm-ascend takes FLOAT, W8A8"),
-        ("mindie", LINEAR, "W8A16", "W8A16; mindie takes FLOAT, W8A8, W8A8_DYNAMIC, W8A8_MIX"),
+        ("mindie", LINEAR, "W8A16", "W8A16, but mla_quantize of config.json is w8a8, for all modules of the section"),
     ],
 )
 def test_types_of_linears(tmp_path: Path, engine: str, module: str, kind: str, message: str) -> None:
     draft = static_pair()
     draft.types |= dict.fromkeys(draft.types, kind)
     if engine == "mindie":
-        draft.for_mindie(256)
+        draft.for_mindie(256, mla_quantize="w8a8")
     with pytest.raises(FxquantError, match=message):
         open_reader(engine, draft.write(tmp_path)).linear(module)
 
@@ -147,7 +148,7 @@ def test_shards_of_a_fused_module_agree(tmp_path: Path) -> None:
         reader.check_fused(FUSED)
     for name in [name for name in draft.types if name.startswith(OTHER)]:
         draft.types[name] = "FLOAT"
-    reader = open_reader("mindie", draft.for_mindie(256).write(tmp_path / "type"))
+    reader = open_reader("sglang-npu", draft.write(tmp_path / "type"))
     with pytest.raises(FxquantError, match="fused, but of types"):
         reader.check_fused(FUSED)
 
@@ -167,15 +168,33 @@ def test_ranks_that_do_not_fit_the_experts(tmp_path: Path, group: int, ranks: in
         open_reader("sglang-npu", folder, ranks).expert_linear(DOWN, row_parallel=True)
 
 
-def test_mindie_wants_its_model_type_group_size_and_unpacked_weights(tmp_path: Path) -> None:
-    packed = experts(256).for_mindie(256)
+def test_older_mindie_wants_group_size_and_unpacked_weights(tmp_path: Path) -> None:
+    packed, engine = experts(256).for_mindie_2_1rc1(256), "mindie-2.1rc1"
     with pytest.raises(FxquantError, match=r"weight_scale: F32 \[256, 1\]; .*\[128, 1\]|has no parameter"):
-        open_reader("mindie", packed.write(tmp_path / "packed")).expert_linear(DOWN, row_parallel=True)
-    draft = experts(256, packed=False).for_mindie(256)
-    open_reader("mindie", draft.write(tmp_path / "right")).expert_linear(DOWN, row_parallel=True)
+        open_reader(engine, packed.write(tmp_path / "packed")).expert_linear(DOWN, row_parallel=True)
+    draft = experts(256, packed=False).for_mindie_2_1rc1(256)
+    open_reader(engine, draft.write(tmp_path / "right")).expert_linear(DOWN, row_parallel=True)
     draft.config["quantization_config"] = {}
     with pytest.raises(FxquantError, match="group_size None in quantization_config"):
-        open_reader("mindie", draft.write(tmp_path / "size")).expert_linear(DOWN, row_parallel=True)
+        open_reader(engine, draft.write(tmp_path / "size")).expert_linear(DOWN, row_parallel=True)
+
+
+def test_mindie_wants_its_model_type_scale_bias_and_group_sizes(tmp_path: Path) -> None:
+    draft = experts(256).for_mindie(256)
+    open_reader("mindie", draft.write(tmp_path / "right")).expert_linear(DOWN, row_parallel=True)
+    offsets = [name for name in draft.tensors if "_offset" in name]
+    for name in offsets:  # it reads by name, and never these
+        del draft.tensors[name], draft.types[name]
+    open_reader("mindie", draft.write(tmp_path / "offsets")).expert_linear(DOWN, row_parallel=True)
+    bias = draft.tensors.pop(f"{DOWN}.scale_bias")
+    with pytest.raises(FxquantError, match=r"down_proj.scale_bias: missing"):
+        open_reader("mindie", draft.write(tmp_path / "bias")).expert_linear(DOWN, row_parallel=True)
+    draft.tensors[f"{DOWN}.scale_bias"] = bias
+    del draft.header["group_size"], draft.config["quantization_config"]
+    open_reader("mindie", draft.write(tmp_path / "no size")).expert_linear(DOWN, row_parallel=True)
+    draft.header["group_size"] = 32
+    with pytest.raises(FxquantError, match="group_size 32; MindIE takes 0, 64, 128, 256"):
+        open_reader("mindie", draft.write(tmp_path / "size"))
     draft.config["model_type"] = "deepseek_v3"
     with pytest.raises(FxquantError, match="MindIE runs DeepSeek as deepseekv2"):
         open_reader("mindie", draft.write(tmp_path / "type"))
@@ -183,7 +202,7 @@ def test_mindie_wants_its_model_type_group_size_and_unpacked_weights(tmp_path: P
 
 def test_mindie_takes_the_shared_expert_in_four_bits_only_with_the_routed_ones(tmp_path: Path) -> None:
     shared = "model.layers.3.mlp.shared_experts"
-    draft = experts(256, packed=False).for_mindie(256)
+    draft = experts(256).for_mindie(256)
     for name in ("gate_proj", "up_proj", "down_proj"):
         draft.per_token(f"{shared}.{name}", 256, 256)
     reader = open_mindie(draft.write(tmp_path), 1)
@@ -196,11 +215,31 @@ def test_mindie_takes_the_shared_expert_in_four_bits_only_with_the_routed_ones(t
 def test_mindie_loads_gate_biases_and_norm_biases(tmp_path: Path) -> None:
     draft = Draft().for_mindie(256)
     draft.put("mlp.gate", "FLOAT", e_score_correction_bias=torch.tensor([3.0, 1.0, 2.0]))
-    draft.put("norm", "FLOAT", weight=torch.ones(3), bias=torch.zeros(3))
+    draft.put("norm", "FLOAT", weight=torch.ones(3), bias=torch.full((3,), 2.0))
     draft.put("plain_norm", "FLOAT", weight=torch.ones(3))
     reader = open_mindie(draft.write(tmp_path), 1)
     assert reader.gate_bias("mlp.gate.e_score_correction_bias").tolist() == [2.0, 0.0, 1.0]
-    assert reader.norm("norm")[1] is not None and reader.norm("plain_norm")[1] is None
+    assert torch.equal(reader.norm("norm")[1], torch.full((3,), 2.0))
+    assert torch.equal(reader.norm("plain_norm")[1], torch.zeros(3))
+
+
+def test_mindie_reads_a_section_under_one_type(tmp_path: Path) -> None:
+    """Static tensors under w8a8_dynamic are read per token, dynamic ones under w8a8 not at all, nor an unknown type."""
+    draft, mlp = static_pair(), "model.layers.0.mlp.down_proj"
+    draft.static(mlp, 64, 256)
+    reader = open_mindie(draft.for_mindie(0, mla_quantize="w8a8").write(tmp_path / "static"), 1)
+    x = torch.randn(3, 256)
+    static, read_per_token = reader.linear(LINEAR), reader.linear(mlp, row_parallel=True)
+    assert static.quantize(x, Arithmetic.EXACT)[1].shape == (1,)
+    x8, x_scale = read_per_token.quantize(x, Arithmetic.EXACT)
+    ideal = draft.truths[mlp].result(x8, x_scale)
+    assert x_scale.shape == (3, 1)
+    assert ((read_per_token(x, Arithmetic.EXACT).double() - ideal).abs() <= read_per_token.bound(x)).all()
+    draft.types |= {name: "W8A8_DYNAMIC" for name in draft.types if name.startswith(LINEAR)}
+    with pytest.raises(FxquantError, match="W8A8_DYNAMIC, but mla_quantize of config.json is w8a8"):
+        open_mindie(draft.write(tmp_path / "dynamic"), 1).linear(LINEAR)
+    with pytest.raises(FxquantError, match="mla_quantize 'w8a8_mix' of config.json; MindIE knows"):
+        open_mindie(draft.for_mindie(0, mla_quantize="w8a8_mix").write(tmp_path / "mix"), 1).linear(LINEAR)
 
 
 def test_folders_that_contradict_themselves(tmp_path: Path) -> None:
@@ -213,8 +252,8 @@ def test_folders_that_contradict_themselves(tmp_path: Path) -> None:
     save_file({f"{LINEAR}.weight": torch.ones(2, 2)}, folder / "other.safetensors")
     with pytest.raises(FxquantError, match="in other.safetensors and in"):
         open_reader("vllm-ascend", folder)
-    with pytest.raises(FxquantError, match=f"{MINDIE_DESCRIPTION}: missing; there is config.json, quant_model_desc"):
-        open_reader("mindie", folder)
+    with pytest.raises(FxquantError, match=f"{UNPACKED_DESCRIPTION}: missing; there is config.json, quant_model_desc"):
+        open_reader("mindie-2.1rc1", folder)
 
 
 def test_numbers_of_ranks_and_names_of_experts(tmp_path: Path) -> None:

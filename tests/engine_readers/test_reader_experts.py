@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from open_readers import open_reader
-from reader_folders import EXPERTS, Draft
+from reader_folders import EXPERTS, Draft, Truth
 from torch import Tensor
 
 from fxquant.engine_readers import Arithmetic, Loaded
@@ -18,7 +18,8 @@ ENGINES = {
     "vllm-ascend": (0, True),
     "vllm-ascend-per-group": (256, True),
     "sglang-npu": (0, True),
-    "mindie": (256, False),
+    "mindie": (256, True),
+    "mindie-2.1rc1": (256, False),
 }
 
 
@@ -26,7 +27,7 @@ def draft_for(engine: str, dtype: torch.dtype = torch.bfloat16) -> Draft:
     group, packed = ENGINES[engine]
     draft = Draft(dtype)
     draft.expert_layer(HIDDEN, WIDTH, group, packed)
-    return draft if packed else draft.for_mindie(group)
+    return draft.for_engine(engine, group)
 
 
 @pytest.fixture(scope="module")
@@ -50,9 +51,13 @@ def random_input(projection: str) -> Tensor:
 
 def miss(loaded: Loaded, draft: Draft, projection: str, expert: int = 1) -> float:
     """Largest distance from what is stored, in bounds; above one is a miss."""
-    x = random_input(projection)
+    return miss_of(loaded, draft.truths[f"{EXPERTS}.{expert}.{projection}"], random_input(projection))
+
+
+def miss_of(loaded: Loaded, truth: Truth, x: Tensor) -> float:
+    """As `miss`, for any input."""
     x8, x_scale = loaded.quantize(x, Arithmetic.EXACT)
-    ideal = draft.truths[f"{EXPERTS}.{expert}.{projection}"].result(x8, x_scale)
+    ideal = truth.result(x8, x_scale)
     return float(((loaded(x, Arithmetic.EXACT).double() - ideal).abs() / loaded.bound(x)).max())
 
 
@@ -117,14 +122,22 @@ def test_float16_models(tmp_path: Path, engine: str) -> None:
         assert miss(load(engine, folder, projection), draft, projection) <= 1
 
 
-def test_mindie_rounds_the_scales_of_channels_too(tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", ["mindie", "mindie-2.1rc1"])
+def test_mindie_rounds_the_scales_of_channels_too(tmp_path: Path, engine: str) -> None:
+    """To float16, and before, since 3.0.0, to the model's dtype; scale_bias holds the scale as it is."""
     draft = Draft()
-    draft.expert_layer(HIDDEN, 256, 0, packed=False)
-    folder, x = draft.for_mindie(0).write(tmp_path), random_input("gate_proj")
+    draft.expert_layer(HIDDEN, 1024, 0, packed=engine == "mindie")
+    folder, x = draft.for_engine(engine, 0).write(tmp_path), random_input("gate_proj").repeat(1, 4)
     module = f"{EXPERTS}.1.down_proj"
-    draft.truths[module] = replace(draft.truths[module], scale=draft.truths[module].scale.half().double())
+    held = draft.truths[module].scale.bfloat16() if engine == "mindie" else draft.truths[module].scale
+    if engine == "mindie":
+        loaded = open_reader(engine, folder).expert_linear(module, row_parallel=True)
+        assert torch.equal(loaded.shards[0].layout.combined(slice(None))[:, 0].double(), held.half().double())
+        assert miss_of(loaded, draft.truths[module], x) <= 1
+        return
+    draft.truths[module] = replace(draft.truths[module], scale=held.half().double())
     for ranks in (1, 2, 16):
-        loaded = open_reader("mindie", folder, ranks).expert_linear(module, row_parallel=True)
+        loaded = open_reader(engine, folder, ranks).expert_linear(module, row_parallel=True)
         x8, x_scale = loaded.quantize(x, Arithmetic.EXACT)
         ideal = draft.truths[module].result(x8, x_scale)
         assert ((loaded(x, Arithmetic.EXACT).double() - ideal).abs() <= 2.0**-23 * ideal.abs()).all()
@@ -147,7 +160,7 @@ def test_with_mix_shared_routing_the_shared_expert_is_the_one_after_the_last(tmp
     draft, shared = draft_for("mindie"), "model.layers.3.mlp.shared_experts"
     for name in PROJECTIONS:
         n, k = (HIDDEN, WIDTH) if name == "down_proj" else (WIDTH, HIDDEN)
-        draft.expert(f"{shared}.{name}", n, k, 256, 16, packed=False)
+        draft.expert(f"{shared}.{name}", n, k, 256, 16 if name == "down_proj" else 1)
     reader, x = open_reader("mindie", draft.write(tmp_path), 2), random_input("down_proj")
     linear = reader.linear(f"{shared}.down_proj", row_parallel=True)
     expert = reader.expert_linear(f"{EXPERTS}.2.down_proj", row_parallel=True)

@@ -132,7 +132,7 @@ def test_a_wrong_group_scale_shows_in_the_integers(tmp_path: Path) -> None:
     def shift(tensors: Tensors) -> None:
         tensors[f"{DOWN}.weight_scale_second"] = tensors[f"{DOWN}.weight_scale_second"].roll(1, 1)
 
-    for engine in ("vllm-ascend-per-group", "mindie"):
+    for engine in ("vllm-ascend-per-group", "mindie", "mindie-2.1rc1"):
         draft, folder = spoiled(engine, tmp_path / engine, shift)
         assert not torch.equal(load(engine, folder, "down_proj").codes().long(), draft.truths[DOWN].codes)
 
@@ -141,6 +141,6 @@ def test_values_beyond_int4_show_where_they_are_not_packed(tmp_path: Path) -> No
     def widen(tensors: Tensors) -> None:
         tensors[f"{DOWN}.weight"][3, 7] = 8
 
-    _, folder = spoiled("mindie", tmp_path, widen)
+    _, folder = spoiled("mindie-2.1rc1", tmp_path, widen)
     with pytest.raises(Exception, match=r"down_proj.weight: holds -8 … 8, int4 is -8 … 7"):
-        load("mindie", folder, "down_proj")
+        load("mindie-2.1rc1", folder, "down_proj")

@@ -38,6 +38,7 @@ print(json.dumps([codes, loaded]))
 OPENERS = {
     "ascend": ("open_vllm_ascend_per_group", 256),
     "mindie": ("open_mindie", 256),
+    "mindie_2_1rc1": ("open_mindie_2_1rc1", 256),
     "sglang_npu": ("open_sglang_npu", 256),
     "vllm_ascend": ("open_vllm_ascend", 0),
 }
@@ -88,9 +89,8 @@ def test_a_reader_reads_without_any_code_of_the_writers(tmp_path: Path, engine: 
     """Nothing but errors and readers is loaded: the packages that the module lies in are empty ones here."""
     opener, group = OPENERS[engine]
     draft, module = Draft(), f"{EXPERTS}.1.down_proj"
-    draft.expert_layer(256, 256, group, packed=engine != "mindie")
-    if engine == "mindie":
-        draft.for_mindie(group)
+    draft.expert_layer(256, 256, group, packed=engine != "mindie_2_1rc1")
+    draft.for_engine(engine.replace("_", "-", 1).replace("_", "."), group)
     argument = json.dumps([engine, opener, str(draft.write(tmp_path)), module, True])
     done = subprocess.run(
         [sys.executable, "-c", ALONE, argument], capture_output=True, text=True, check=False, cwd=PACKAGE.parent

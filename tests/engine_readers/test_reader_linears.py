@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from open_readers import open_reader
-from reader_folders import MINDIE_DESCRIPTION, Draft
+from reader_folders import UNPACKED_DESCRIPTION, Draft
 from torch import Tensor
 
 from fxquant.engine_readers import Arithmetic
@@ -89,12 +89,11 @@ def test_static_kernel_rounds_reciprocal_scale_and_output(tmp_path: Path, dtype:
 
 @DTYPES
 @ROWS
-@pytest.mark.parametrize("engine", ["vllm-ascend", "sglang-npu", "mindie"])
+@pytest.mark.parametrize("engine", ["vllm-ascend", "sglang-npu", "mindie", "mindie-2.1rc1"])
 def test_per_token_on_any_ranks(tmp_path: Path, dtype: torch.dtype, row_parallel: bool, engine: str) -> None:
     draft = Draft(dtype)
-    draft.per_token(LINEAR, N, K, biased=engine == "mindie")
-    if engine == "mindie":
-        draft.for_mindie(256)
+    draft.per_token(LINEAR, N, K, biased=engine == "mindie-2.1rc1")
+    draft.for_engine(engine, 256)
     folder, x, results = draft.write(tmp_path), random_input(), []
     for ranks in RANKS:
         loaded = open_reader(engine, folder, ranks).linear(LINEAR, row_parallel)
@@ -128,7 +127,7 @@ def test_outputs_that_ranks_do_not_divide_are_held_whole(tmp_path: Path) -> None
 
 
 def test_a_narrow_weight_scale_costs_what_the_bound_says(tmp_path: Path) -> None:
-    """MindIE keeps the float32 scale, vllm-ascend rounds it: the bound differs, and 16-bit scales cost nothing."""
+    """vllm-ascend rounds the float32 scale, and the bound knows; 16-bit scales cost nothing."""
     draft = Draft()
     draft.per_token(LINEAR, N, K)
     x = random_input()
@@ -145,7 +144,7 @@ def test_mixed_linears_are_static_in_decode_and_per_token_in_prefill(tmp_path: P
     draft = Draft()
     draft.static(LINEAR, N, K, "W8A8_MIX")
     if engine == "mindie":
-        draft.for_mindie(256)
+        draft.for_mindie(256, mla_quantize="w8a8_pdmix")
     loaded, x = open_reader(engine, draft.write(tmp_path), 2).linear(LINEAR), random_input()
     assert isinstance(loaded, MixedLinear)
     x8, x_scale = loaded.quantize(x, Arithmetic.EXACT)
@@ -173,17 +172,16 @@ def biased(tmp_path: Path, engine: str, values: Tensor) -> Loaded:
     draft = Draft()
     draft.per_token(LINEAR, N, K, biased=True)
     draft.tensors[f"{LINEAR}.bias"] = values
-    if engine == "mindie":
-        draft.for_mindie(256)
-    return open_reader(engine, draft.write(tmp_path)).linear(LINEAR)
+    return open_reader(engine, draft.for_engine(engine, 256).write(tmp_path)).linear(LINEAR)
 
 
 def test_vllm_ascend_would_skip_a_bias_that_is_not_folded(tmp_path: Path) -> None:
-    with pytest.raises(FxquantError, match=r"q_b_proj.bias.*skips"):
-        biased(tmp_path / "one", "vllm-ascend", torch.ones(N).bfloat16())
-    biased(tmp_path / "zero", "vllm-ascend", torch.zeros(N))
-    with_bias = biased(tmp_path / "mindie", "mindie", torch.full((N,), 3.0))
-    without = biased(tmp_path / "none", "mindie", torch.zeros(N))
+    for engine in ("vllm-ascend", "mindie"):
+        with pytest.raises(FxquantError, match=r"q_b_proj.bias.*skips"):
+            biased(tmp_path / engine / "one", engine, torch.ones(N).bfloat16())
+        biased(tmp_path / engine / "zero", engine, torch.zeros(N))
+    with_bias = biased(tmp_path / "mindie-2.1rc1", "mindie-2.1rc1", torch.full((N,), 3.0))
+    without = biased(tmp_path / "none", "mindie-2.1rc1", torch.zeros(N))
     x = random_input()
     added = with_bias(x, Arithmetic.EXACT) - without(x, Arithmetic.EXACT)
     assert torch.allclose(added, torch.tensor(3.0), atol=2.0**-20, rtol=0)  # |y| < 8: half a step of float32, twice
@@ -198,8 +196,8 @@ def test_the_bias_of_a_static_linear_is_in_quant_bias_and_not_added_again(tmp_pa
     assert torch.equal(plain, again)
 
 
-def test_mindie_looks_for_its_own_description(tmp_path: Path) -> None:
+def test_older_mindie_looks_for_its_own_description(tmp_path: Path) -> None:
     draft = Draft()
     draft.per_token(LINEAR, N, K)
-    with pytest.raises(FxquantError, match=f"{MINDIE_DESCRIPTION}.*missing"):
-        open_reader("mindie", draft.write(tmp_path))
+    with pytest.raises(FxquantError, match=f"{UNPACKED_DESCRIPTION}.*missing"):
+        open_reader("mindie-2.1rc1", draft.write(tmp_path))

@@ -12,7 +12,8 @@ from slowness import others_slow
 from fxquant.api import CompileReport, compile
 from fxquant.compilation.options import CompileOptions
 from fxquant.engines.check_contract import Finding, Linear, check, refusal
-from fxquant.engines.contract import Verdict, load_contract
+from fxquant.engines.contract import Cell, Evidence, Release, Verdict, load_contract
+from fxquant.engines.reserves import reserves, weakest
 from fxquant.engines.table import ENGINES, Target
 from fxquant.errors import FxquantError
 from fxquant.lowering.output_folder.manifest import GRAPH
@@ -23,7 +24,7 @@ from fxquant.storage.safetensors import TensorInfo
 from fxquant.verification import Check
 
 Folder = Callable[..., Path]
-NPU = [Target.ASCEND, Target.MINDIE, Target.VLLM_ASCEND, Target.SGLANG_NPU]
+NPU = [Target.ASCEND, Target.MINDIE, Target.MINDIE_2_1RC1, Target.VLLM_ASCEND, Target.SGLANG_NPU]
 MLP = "model.layers.3.mlp."
 
 
@@ -55,7 +56,7 @@ def test_every_cell_has_a_source_and_refusals_a_reason(target: Target) -> None:
     contract = load_contract(target)
     assert contract.target is target and contract.releases
     for cell in contract.cells:
-        assert cell.reference, cell
+        assert cell.reference and cell.evidence in Evidence, cell
         assert cell.why or cell.verdict is Verdict.ACCEPTED, cell
         assert cell.way_out or cell.verdict is not Verdict.REFUSED, cell
 
@@ -70,7 +71,7 @@ def test_every_kind_may_stay_float_and_what_is_not_named_is_refused(target: Targ
     assert cell.verdict is Verdict.REFUSED and "no W8A8 for head" in cell.why
 
 
-SIZES = [(target, size) for target in Target for size in (0, 256) if (target, size) != (Target.VLLM_ASCEND, 256)]
+SIZES = [(target, size) for target in Target for size in (0, 256) if size in (0, ENGINES[target].int4_group_size)]
 
 
 @pytest.mark.parametrize(("target", "group_size"), others_slow(SIZES, SIZES[:2]))
@@ -90,7 +91,7 @@ def test_two_level_experts(target: Target) -> None:
     if target is Target.VLLM_ASCEND:
         finding = refusal(findings)
         assert finding is not None and finding.module == f"{MLP}experts.gate_proj"
-        assert "group_size 256" in finding.fact and "2026-08-08" in finding.fact and "#13713" in finding.reference
+        assert "group_size 256" in finding.fact and "after 0.26.0rc1" in finding.fact and "#13713" in finding.reference
         assert "group_size: 0" in finding.way_out and "--target ascend" in finding.way_out
     else:
         assert not findings
@@ -104,12 +105,12 @@ def test_groups_of_other_sizes_are_unverified_or_refused(target: Target) -> None
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
-@pytest.mark.parametrize("target", [Target.ASCEND, Target.MINDIE, Target.SGLANG_NPU])
+@pytest.mark.parametrize("target", [Target.ASCEND, Target.MINDIE, Target.MINDIE_2_1RC1])
 def test_a_rank_has_whole_groups(target: Target, ranks: int) -> None:
     assert not check(load_contract(target), experts(), ranks)
 
 
-@pytest.mark.parametrize("target", [Target.ASCEND, Target.MINDIE, Target.SGLANG_NPU])
+@pytest.mark.parametrize("target", [Target.ASCEND, Target.MINDIE, Target.MINDIE_2_1RC1])
 def test_a_part_of_a_group_is_refused(target: Target) -> None:
     finding = refused(target, experts(), 16)
     assert finding.module.endswith("down_proj") and "128 on each of 16 ranks" in finding.fact and "256" in finding.fact
@@ -122,8 +123,65 @@ def test_numbers_of_ranks(target: Target, ranks: int) -> None:
     assert "tensor-parallel ranks must be 1" in refused(target, [], ranks).fact
 
 
-def test_mindie_has_no_sixteen_columns() -> None:
-    assert not check(load_contract(Target.MINDIE), experts(0), 32)
+def test_unpacked_experts_have_no_sixteen_columns() -> None:
+    assert not check(load_contract(Target.MINDIE_2_1RC1), experts(0), 32)
+
+
+LAYERS = [f"model.layers.{layer}." for layer in (3, 4)]
+
+
+def in_two_layers(name: str, kind: Kind, *schemes: Scheme) -> list[Linear]:
+    return [linear(f"{layer}{name}", kind, scheme) for layer, scheme in zip(LAYERS, schemes, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "schemes", "key"),
+    [
+        ("self_attn.o_proj", Kind.ATTENTION, (Scheme.W8A8, Scheme.W8A8_DYNAMIC), "mla_quantize"),
+        ("mlp.experts.up_proj", Kind.ROUTED_EXPERT, (Scheme.W4A8_DYNAMIC, Scheme.W8A8_DYNAMIC), "moe_quantize"),
+        ("mlp.experts.up_proj", Kind.ROUTED_EXPERT, (Scheme.FLOAT, Scheme.W8A8_DYNAMIC), "moe_quantize"),
+        ("mlp.shared_experts.up_proj", Kind.SHARED_EXPERT, (Scheme.W8A8, Scheme.W4A8_DYNAMIC), "mix_shared_routing"),
+    ],
+)
+def test_mindie_has_one_type_for_each_section(name: str, kind: Kind, schemes: tuple[Scheme, Scheme], key: str) -> None:
+    finding = refused(Target.MINDIE, in_two_layers(name, kind, *schemes))
+    assert finding.module == f"{LAYERS[1]}{name}" and key in finding.fact and LAYERS[0] in finding.fact
+    assert not check(load_contract(Target.MINDIE), in_two_layers(name, kind, schemes[1], schemes[1]))
+
+
+def test_what_a_section_of_mindie_may_hold_beside_its_type() -> None:
+    """A float linear; static ones of MLPs, which it reads per token."""
+    beside = in_two_layers("self_attn.o_proj", Kind.ATTENTION, Scheme.FLOAT, Scheme.W8A8)
+    beside += in_two_layers("mlp.up_proj", Kind.DENSE_MLP, Scheme.W8A8, Scheme.W8A8_DYNAMIC)
+    assert not check(load_contract(Target.MINDIE), beside)
+
+
+def test_accepted_without_reserve_is_what_was_run() -> None:
+    layer = [linear(f"{MLP}shared_experts.up_proj", Kind.SHARED_EXPERT, Scheme.W8A8), *experts()]
+    run, read = load_contract(Target.ASCEND), load_contract(Target.MINDIE)
+    assert weakest(run, layer) is Evidence.RUN and reserves(run, layer) == []
+    assert weakest(read, layer) is Evidence.READ
+    (line,) = reserves(read, layer)
+    assert line.startswith("accepted (read): W4A8_DYNAMIC with group_size 256 on routed_expert; W8A8 (read per token")
+    with pytest.raises(ValueError, match="evidence"):
+        Cell.model_validate({"kind": "head", "scheme": "FLOAT", "verdict": "accepted", "reference": "none"})
+
+
+def test_releases_have_numbers() -> None:
+    told = {"engine": "x", "loads": "y", "evidence": Evidence.RUN, "reference": "z"}
+    spans = {
+        ("1.0", ""): "1.0 and later",
+        ("", "2.1"): "up to 2.1",
+        ("1.0", "1.0"): "1.0",
+        ("1.0", "2.0"): "1.0 to 2.0",
+    }
+    assert {key: Release(first=key[0], last=key[1], **told).span for key in spans} == spans
+
+
+@pytest.mark.parametrize("target", list(Target))
+def test_auto_is_the_largest_group_that_is_accepted(target: Target) -> None:
+    size = ENGINES[target].int4_group_size
+    assert not check(load_contract(target), experts(size)) and size in (0, 256)
 
 
 @pytest.mark.parametrize(("n", "k", "fact"), [(2044, 7168, "out_features 2044"), (2048, 7200, "in_features 7200"),
@@ -158,6 +216,8 @@ PAIRS = [
 @pytest.mark.parametrize(("module", "other", "kind"), PAIRS)
 @pytest.mark.parametrize("target", NPU)
 def test_shards_of_a_fused_module_share_a_scheme(target: Target, module: str, other: str, kind: Kind) -> None:
+    if target is Target.MINDIE and kind is Kind.ATTENTION:
+        pytest.skip("they are linears of their own")
     for scheme in (Scheme.W8A8, Scheme.FLOAT):
         finding = refused(target, [linear(module, kind, Scheme.W8A8_DYNAMIC), linear(other, kind, scheme)])
         assert (
@@ -166,7 +226,7 @@ def test_shards_of_a_fused_module_share_a_scheme(target: Target, module: str, ot
     assert not check(load_contract(target), [linear(name, kind, Scheme.W8A8_DYNAMIC) for name in (module, other)])
 
 
-@pytest.mark.parametrize("target", NPU)
+@pytest.mark.parametrize("target", [target for target in NPU if target is not Target.MINDIE])
 def test_static_shards_share_a_range(target: Target) -> None:
     def static(name: str, high: float) -> Linear:
         recipe = linear(name, Kind.ATTENTION, Scheme.W8A8).recipe
@@ -195,11 +255,12 @@ def test_mixing_shared_experts_in_mindie() -> None:
         assert f"mix_shared_routing {state}" in finding.fact and "ValueError" not in finding.fact
 
 
-@pytest.mark.parametrize("target", [Target.VLLM_ASCEND, Target.SGLANG_NPU])
+@pytest.mark.parametrize("target", [Target.VLLM_ASCEND, Target.SGLANG_NPU, Target.MINDIE])
 def test_a_bias_that_is_not_loaded(target: Target) -> None:
     dynamic = linear(ATTENTION + "q_a_proj", Kind.ATTENTION, Scheme.W8A8_DYNAMIC).recipe
     biased = Linear(replace(dynamic, bias=True), Kind.ATTENTION)
-    assert "not loaded" in refused(target, [biased]).fact
+    fact = refused(target, [biased]).fact
+    assert "not loaded" in fact or "built without .bias" in fact
     assert not check(load_contract(target), [Linear(replace(biased.recipe, scheme=Scheme.W8A8), Kind.ATTENTION)])
 
 
@@ -224,8 +285,8 @@ def test_nothing_is_read_before_a_refusal(tiny_folder: Folder, tmp_path: Path, m
 
     monkeypatch.setattr(TensorInfo, "read", read)
     monkeypatch.setattr(TensorInfo, "read_bytes", read)
-    options = CompileOptions(policy="deepseek_w4a8", out=tmp_path / "out", target=Target.VLLM_ASCEND)
-    with pytest.raises(FxquantError, match="two-level experts are rejected") as caught:
+    options = CompileOptions(policy="deepseek_w4a8_msmodelslim", out=tmp_path / "out", target=Target.VLLM_ASCEND)
+    with pytest.raises(FxquantError, match="load experts with one scale per channel only") as caught:
         compile(tiny_folder(), options)
     assert caught.value.place.startswith("layer model.layers.") and "group_size: 0" in str(caught.value.remedy)
     assert not list(tmp_path.iterdir())

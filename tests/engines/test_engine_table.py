@@ -60,7 +60,7 @@ def test_the_instrument_sees_names_files_and_members() -> None:
 
 def test_every_target_is_in_the_table_with_a_package_of_its_name() -> None:
     packages = {path.parent.name for path in ENGINE_FILES.glob("*/__init__.py")}
-    assert list(ENGINES) == list(Target) and packages == {target.replace("-", "_") for target in Target}
+    assert list(ENGINES) == list(Target) and packages == {target.package for target in Target}
     assert DEFAULT in ENGINES and onnx_targets() == [Target.ONNX]
     assert all(load_contract(target).target is target for target in Target)
 

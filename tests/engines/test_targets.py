@@ -22,6 +22,7 @@ TWO_LEVEL = (
     "deepseek_w4a8_shared_w4",
 )  # fmt: skip
 ONE_LEVEL = ("deepseek_w4a8_per_channel", "deepseek_w4a8_per_channel_static")
+EXPLICIT = ("deepseek_w4a8_msmodelslim", "deepseek_w4a8_msmodelslim_m4")
 WITHOUT_INT4 = ("deepseek_w8a8", "deepseek_w8a8_mix", "float")
 FIRST = ("deepseek_w4a8", "deepseek_w4a8_per_channel", "deepseek_w8a8_mix")
 REST = (*TWO_LEVEL[1:], *ONE_LEVEL[1:], "deepseek_w8a8", "float")
@@ -41,10 +42,12 @@ def published(policies: Sequence[str]) -> dict[tuple[str, Target, int], Deployme
 
 def expected(policy: str, target: Target, ranks: int) -> str:
     """The verdict, as engines are published: 2048 / ranks inputs of down_proj are whole groups of 256."""
-    two_level = policy in TWO_LEVEL
+    two_level = policy in TWO_LEVEL and (ENGINES[target].int4_group_size or policy in EXPLICIT)
     if target is Target.ONNX:
         return "accepted" if ranks == 1 else "refused"
     if two_level and (target is Target.VLLM_ASCEND or 2048 // ranks % 256):
+        return "refused"
+    if policy == "deepseek_w4a8_shared_w4" and target is Target.VLLM_ASCEND:
         return "refused"
     shared = policy == "deepseek_w4a8_shared_w4" and target in (Target.ASCEND, Target.SGLANG_NPU)
     mixed = policy == "deepseek_w8a8_mix" and target is Target.SGLANG_NPU
@@ -62,7 +65,9 @@ def test_every_verdict_on_the_published_model(policies: Sequence[str]) -> None:
     if policies is FIRST:
         words = matrix["deepseek_w4a8", Target.ASCEND, 16].words
         assert "128 on each of 16 ranks is not a multiple of group_size 256" in words
-        assert "#13713" in matrix["deepseek_w4a8", Target.VLLM_ASCEND, 1].words
+        assert "group_size auto → 0" in matrix["deepseek_w4a8", Target.VLLM_ASCEND, 1].choice
+        known = {target: matrix["deepseek_w4a8", target, 1].evidence for target in (Target.VLLM_ASCEND, Target.MINDIE)}
+        assert known == {Target.VLLM_ASCEND: "run", Target.MINDIE: "read"}
 
 
 def test_contracts_name_cells_releases_and_how_to_serve() -> None:
@@ -73,8 +78,7 @@ def test_contracts_name_cells_releases_and_how_to_serve() -> None:
         contract = load_contract(target)
         assert ENGINES[target].serve(Serving("OUT")) in words and " ".join(contract.title.split()) in words
         for release in contract.releases:
-            when = f" from {release.since}" if release.since else " (first version unknown) loads"
-            assert release.engine + when in words
+            assert f"{release.engine} {release.span} loads {release.loads} ({release.evidence}: " in words
 
 
 def test_contracts_as_json() -> None:
@@ -128,13 +132,15 @@ def test_the_published_model_as_json() -> None:
     result = targets("--table", "--json", "-p", "deepseek_w4a8", "-t", "ascend", "--tp", "8", "--tp", "16")
     eight, sixteen = json.loads(result.output)
     assert (eight["verdict"], sixteen["verdict"]) == ("accepted", "refused") and result.exit_code == 0
-    assert eight == {"policy": "deepseek_w4a8", "target": "ascend", "ranks": 8, "verdict": "accepted", "words": ""}
+    known = {"words": "", "evidence": "run", "choice": "group_size auto → 256: ascend loads groups of 256"}
+    assert eight == {"policy": "deepseek_w4a8", "target": "ascend", "ranks": 8, "verdict": "accepted"} | known
 
 
 @pytest.mark.parametrize(
     ("policy", "target", "ranks", "code"),
     [
-        ("deepseek_w4a8", "vllm-ascend", "1", 1),
+        ("deepseek_w4a8_msmodelslim", "vllm-ascend", "1", 1),
+        ("deepseek_w4a8", "vllm-ascend", "1", 0),
         ("deepseek_w4a8_per_channel", "vllm-ascend", "4", 0),
         ("deepseek_w4a8", "mindie", "1", 0),
         ("deepseek_w4a8", "mindie", "2", 1),

@@ -20,7 +20,7 @@ from fxquant.policy.policy import MtpMode
 from fxquant.tools.main import app
 
 TWO_LEVEL, PER_CHANNEL = "deepseek_w4a8", "deepseek_w4a8_per_channel"
-STATIC = "deepseek_w4a8_per_channel_static"
+STATIC, EXPLICIT = "deepseek_w4a8_per_channel_static", "deepseek_w4a8_msmodelslim"
 Compiled = Callable[..., Path]
 
 
@@ -62,8 +62,11 @@ def converted(out: Path, target: Target, into: Path) -> Path:
 
 def test_packed_to_unpacked_and_back(compiled: Compiled, tmp_path: Path) -> None:
     packed = compiled(Target.ASCEND, TWO_LEVEL)
-    unpacked = converted(packed, Target.MINDIE, tmp_path / "B")
-    assert different(unpacked, compiled(Target.MINDIE, TWO_LEVEL)) == []
+    unpacked = converted(packed, Target.MINDIE_2_1RC1, tmp_path / "B")
+    assert different(unpacked, compiled(Target.MINDIE_2_1RC1, TWO_LEVEL)) == []
+    today = converted(unpacked, Target.MINDIE, tmp_path / "M")
+    assert different(today, converted(packed, Target.MINDIE, tmp_path / "N")) == []
+    assert different(converted(today, Target.MINDIE_2_1RC1, tmp_path / "O"), unpacked) == []
     again = converted(unpacked, Target.ASCEND, tmp_path / "A")
     assert different(again, packed) == []
     back, first = read_manifest(again), read_manifest(packed)
@@ -98,8 +101,8 @@ def test_dynamic_scales_of_the_models_dtype_fit_float32(compiled: Compiled, tmp_
 
 
 REFUSED = {
-    "two levels": (Target.ASCEND, TWO_LEVEL, Target.VLLM_ASCEND, "second scales have no place", PER_CHANNEL),
-    "two levels, unpacked": (Target.MINDIE, TWO_LEVEL, Target.VLLM_ASCEND, "second scales", PER_CHANNEL),
+    "two levels": (Target.ASCEND, TWO_LEVEL, Target.VLLM_ASCEND, "second scales have no place", TWO_LEVEL),
+    "two levels, unpacked": (Target.MINDIE_2_1RC1, EXPLICIT, Target.VLLM_ASCEND, "second scales", PER_CHANNEL),
     "float32 scales": (Target.ASCEND, PER_CHANNEL, Target.VLLM_ASCEND, "weight scales need float32", PER_CHANNEL),
     "static without weight_scale": (Target.VLLM_ASCEND, STATIC, Target.ASCEND, "has weight_scale beside", STATIC),
 }
@@ -117,7 +120,7 @@ def test_what_has_no_place_is_refused_with_a_command(
     assert caught.value.place.startswith("layer model.layers.") and not list(tmp_path.iterdir())
     command = shlex.split(re.search(r"fxquant (compile .*)", caught.value.remedy).group(1))
     assert command == ["compile", str(source.resolve()), "--policy", anew, "--target", str(target), "-o", str(into)]
-    if anew is STATIC:  # it takes calibration text, which lies beside a real model and not beside this one
+    if anew in (STATIC, TWO_LEVEL):  # it takes calibration text, which lies beside a real model and not beside this one
         command += ["--calib", str(compiled(start, policy).parent / "ids.safetensors")]
     result = CliRunner().invoke(app, [*command, "--quiet", "--no-verify"], catch_exceptions=False)
     assert result.exit_code == 0 and different(into, compiled(target, anew)) == [], result.output
@@ -127,8 +130,8 @@ def test_what_has_no_place_is_refused_with_a_command(
 @pytest.mark.parametrize("mtp", [MtpMode.FLOAT, MtpMode.QUANT])
 def test_multi_token_prediction_layers_go_along(compiled: Compiled, tmp_path: Path, mtp: MtpMode) -> None:
     packed = compiled(Target.ASCEND, TWO_LEVEL, mtp)
-    unpacked = converted(packed, Target.MINDIE, tmp_path / "B")
-    assert different(unpacked, compiled(Target.MINDIE, TWO_LEVEL, mtp)) == []
+    unpacked = converted(packed, Target.MINDIE_2_1RC1, tmp_path / "B")
+    assert different(unpacked, compiled(Target.MINDIE_2_1RC1, TWO_LEVEL, mtp)) == []
     assert different(converted(unpacked, Target.ASCEND, tmp_path / "A"), packed) == []
     (description,) = unpacked.glob("quant_model_description*.json")
     types = {kind for name, kind in json.loads(description.read_text()).items() if name.startswith("model.layers.2.")}

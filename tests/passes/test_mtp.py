@@ -24,7 +24,7 @@ from fxquant.verification.reference import expected_tensors
 Folder = Callable[..., Path]
 DYNAMIC = {Target.VLLM_ASCEND: "deepseek_w4a8_per_channel"}
 LAYER = "model.layers.2."
-TARGETS = [Target.ASCEND, Target.MINDIE, Target.VLLM_ASCEND]
+TARGETS = [Target.ASCEND, Target.MINDIE_2_1RC1, Target.VLLM_ASCEND]
 KEPT = [(Target.ASCEND, True), (Target.VLLM_ASCEND, False)]
 SOURCES = others_slow([(target, fp8) for target in TARGETS for fp8 in (False, True)], KEPT)
 LINEARS = 4 + 3 + 3 * 8  # q_a, q_b, kv_a, o; the shared expert; eight experts

@@ -222,7 +222,7 @@ def test_errors_are_one_screen(monkeypatch: Any, capsys: Any, tmp_path: Path, ti
     assert "policy none unknown" in refused(monkeypatch, capsys, tiny_folder(), "-p", "none")
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     assert "are dense" in refused(monkeypatch, capsys, tmp_path)
-    words = refused(monkeypatch, capsys, tiny_folder(), "-p", "deepseek_w4a8", "-t", "vllm-ascend")
+    words = refused(monkeypatch, capsys, tiny_folder(), "-p", "deepseek_w4a8_msmodelslim", "-t", "vllm-ascend")
     assert "target vllm-ascend refuses it" in words
 
 

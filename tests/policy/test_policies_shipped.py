@@ -24,7 +24,7 @@ SHIPPED = {  # policy → attention, dense MLP, shared expert, routed expert
     "float": ("FLOAT", "FLOAT", "FLOAT", "FLOAT"),
 }
 KV_B = "attention at *.kv_b_proj → FLOAT"
-SHARED, EXPERTS = "shared_expert → W8A8", "routed_expert → W4A8_DYNAMIC group_size 256 by clip"
+SHARED, EXPERTS = "shared_expert → W8A8", "routed_expert → W4A8_DYNAMIC group_size auto by clip"
 OVERRIDDEN = {  # policy → inherited rules that its own leave without a module
     "deepseek_w4a8_dynamic": {KV_B, "attention → W8A8", SHARED, EXPERTS},
     "deepseek_w4a8_per_channel": {KV_B, "attention → W8A8", SHARED, EXPERTS},

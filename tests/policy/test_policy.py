@@ -191,7 +191,7 @@ def test_nothing_that_the_graph_reads_is_left_out(kind: str, assign: Assign, wri
 @pytest.mark.parametrize("sizes", [(256, 128), (256, 0)])
 def test_two_group_sizes_in_a_file_are_refused(sizes: tuple[int, int], write: Write) -> None:
     rules = [f"{{path: '*.{size}', scheme: W4A8_DYNAMIC, group_size: {size}}}" for size in sizes]
-    with pytest.raises(FxquantError, match=r"group sizes \[.*, 256\]"):
+    with pytest.raises(FxquantError, match=r"has group sizes \d+, 256\."):
         load_policy(write(f"rules: [{', '.join(rules)}]"))
 
 

@@ -86,6 +86,7 @@ OUTPUTS: dict[str, dict] = {
     "ascend": {"target": Target.ASCEND, "policy": GROUPS, "export": True},
     "ascend, sharded": {"target": Target.ASCEND, "policy": GROUPS, "max_shard_size": 60_000, "export": False},
     "mindie": {"target": Target.MINDIE, "policy": GROUPS, "export": False},
+    "mindie-2.1rc1": {"target": Target.MINDIE_2_1RC1, "policy": GROUPS, "export": False},
     "vllm-ascend": {"target": Target.VLLM_ASCEND, "policy": PER_CHANNEL, "export": False},
     "sglang-npu": {"target": Target.SGLANG_NPU, "policy": PER_CHANNEL, "export": False},
     "onnx": {"target": Target.ONNX, "policy": GROUPS},

@@ -38,14 +38,16 @@ SHAPE: dict[str, Any] = {
 GROUPS = """
 description: static attention, int4 experts in two groups
 extends: deepseek_w4a8
-rules: [{kind: routed_expert, scheme: W4A8_DYNAMIC, group_size: 32}]
+rules: [{kind: routed_expert, scheme: W4A8_DYNAMIC, group_size: 64}]
 """
 IDS = "ids.safetensors"
 PER_CHANNEL = "deepseek_w4a8_per_channel_static"
-NPU = {Target.ASCEND: GROUPS, Target.MINDIE: GROUPS, Target.SGLANG_NPU: GROUPS, Target.VLLM_ASCEND: PER_CHANNEL}
-TARGETS = [pytest.param(target, marks=pytest.mark.slow if target is Target.SGLANG_NPU else ()) for target in NPU]
+NPU = {Target.ASCEND: GROUPS, Target.MINDIE: GROUPS, Target.MINDIE_2_1RC1: GROUPS, Target.SGLANG_NPU: GROUPS}
+NPU |= {Target.VLLM_ASCEND: PER_CHANNEL}
+SLOW = (Target.SGLANG_NPU, Target.MINDIE_2_1RC1)
+TARGETS = [pytest.param(target, marks=pytest.mark.slow if target in SLOW else ()) for target in NPU]
 """SGLang's two-level form is that of ascend, under other names and another reader."""
-LACKS = {Target.MINDIE: ".scale_bias", Target.VLLM_ASCEND: ".weight_scale_second"}
+LACKS = {Target.MINDIE_2_1RC1: ".scale_bias", Target.VLLM_ASCEND: ".weight_scale_second"}
 """What a form does not store can't be damaged."""
 STATED = (Target.VLLM_ASCEND,)
 """Targets that an output without a manifest does not show by its files: SGLang loads the same."""

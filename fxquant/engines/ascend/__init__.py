@@ -1,4 +1,4 @@
-"""Common Ascend format, `packed`, which SGLang-NPU and vllm-ascend releases up to 2026-07 load."""
+"""Common Ascend format, `packed`, which vllm-ascend 0.11.0 to 0.26.0rc1 load."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 
 
 def _open_reader(folder: Path, ranks: int, group_size: int) -> "EngineReader":
-    """Two-level experts as vllm-ascend read them, per-channel ones as SGLang does."""
+    """The same releases read experts of two levels and of one."""
     from fxquant.engines.ascend.reader import open_vllm_ascend_per_group
-    from fxquant.engines.sglang_npu.reader import open_sglang_npu
+    from fxquant.engines.vllm_ascend.reader import open_vllm_ascend
 
-    return (open_vllm_ascend_per_group if group_size else open_sglang_npu)(folder, ranks)
+    return (open_vllm_ascend_per_group if group_size else open_vllm_ascend)(folder, ranks)
 
 
 ENGINE = Engine(

@@ -1,4 +1,4 @@
-"""vllm-ascend releases from 2025-08-20 to 2026-08-07: packed int4 experts with integer group scales.
+"""vllm-ascend 0.11.0 to 0.26.0rc1: packed int4 experts with integer group scales.
 
 Its combined scale is rounded to float16. Source: vllm-ascend, quantization/w4a8_dynamic.py of these releases.
 """

@@ -21,6 +21,7 @@ def _open_reader(folder: Path, ranks: int, group_size: int) -> "EngineReader":
 ENGINE = Engine(
     weight_format=lambda group_size: WeightFormat.PACKED if group_size else WeightFormat.PER_CHANNEL,
     stem="quant_model_weights",
+    int4_group_size=0,
     numbered=True,
     description="quant_model_description.json",
     header=versioned_header,

@@ -1,4 +1,4 @@
-"""vllm-ascend from the release of 2026-08 on: format `per_channel`."""
+"""vllm-ascend from 0.11.0 on, newer releases included: format `per_channel`."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -44,6 +44,7 @@ def _open_reader(folder: Path, ranks: int, group_size: int) -> "EngineReader":
 ENGINE = Engine(
     weight_format=lambda group_size: WeightFormat.PER_CHANNEL,
     stem="quant_model_weights",
+    int4_group_size=0,
     numbered=True,
     description="quant_model_description.json",
     header=_header,

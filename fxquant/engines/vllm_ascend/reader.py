@@ -1,6 +1,6 @@
-"""vllm-ascend from 2026-08-08 on: routed experts int4 with one scale per output channel.
+"""vllm-ascend from 0.11.0 on: routed experts int4 with one scale per output channel.
 
-Per-group experts are refused since pull request 13713. Source: vllm-ascend, quantization/methods.
+Per-group experts are refused since pull request 13713, after 0.26.0rc1. Source: vllm-ascend, quantization/methods.
 """
 
 from pathlib import Path
@@ -23,5 +23,5 @@ def open_vllm_ascend(folder: Path, ranks: int) -> EngineReader:
     group_size = stated_number(folder / DESCRIPTION, files.description, "group_size")
     if group_size > 0:
         fact = f"group_size {group_size}: per-group experts are no longer read, only per-channel ones."
-        raise FxquantError(folder / DESCRIPTION, fact, "Use group_size: 0, or a release before 2026-08-08.")
+        raise FxquantError(folder / DESCRIPTION, fact, "Use group_size: 0, or a release up to 0.26.0rc1.")
     return EngineReader("vllm-ascend", files, ranks, RULES, PackedExperts(files, ranks, 0).load)

@@ -7,6 +7,7 @@ from typing import Any
 
 from fxquant.engines.engine import Engine
 from fxquant.lowering.output_folder.layout import FileLayout
+from fxquant.lowering.output_folder.rotation_file import rotation_header
 from fxquant.program.program import Program
 from fxquant.storage.safetensors import quoted
 
@@ -32,14 +33,18 @@ def json_size(document: Any) -> int:
 def description(program: Program, files: Sequence[FileLayout], engine: Engine) -> dict[str, Any]:
     """Header keys, then one entry per stored tensor: its type."""
     entries = {tensor.name: tensor.spec.description for file in files for tensor in file.tensors}
-    return engine.header(program) | dict(sorted(entries.items()))
+    return _header(program, engine) | dict(sorted(entries.items()))
+
+
+def _header(program: Program, engine: Engine) -> dict[str, Any]:
+    return engine.header(program) | rotation_header(program.stream)
 
 
 def description_size(program: Program, files: Sequence[FileLayout], engine: Engine) -> int:
     """Bytes of `description` as JSON, counted without writing it."""
     types = sum(len(quoted(spec.description)) * count for file in files for spec, count in file.specs)
     # with one empty entry the last line of the header has its comma, as it has before the tensors' lines
-    return json_size(engine.header(program) | {"": ""}) - len('\n  "": ""') + _lines(files, types, depth=1)
+    return json_size(_header(program, engine) | {"": ""}) - len('\n  "": ""') + _lines(files, types, depth=1)
 
 
 def index(files: Sequence[FileLayout]) -> dict[str, Any]:
