@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, replace
 
 from fxquant.checkpoint.checkpoint import Checkpoint
+from fxquant.compilation.engine_graph import check_graph
 from fxquant.compilation.ledger import build_ledger, check_parameters, mtp_modules
 from fxquant.compilation.options import CompileOptions
 from fxquant.compilation.prepare import passes_for, with_mtp
@@ -12,6 +13,7 @@ from fxquant.engines.table import ENGINES
 from fxquant.frontend.source import Source
 from fxquant.lowering.output_folder.description import description_size, engine_config, index_size, json_size
 from fxquant.lowering.output_folder.layout import FileLayout, plan_files, stored_tensors
+from fxquant.lowering.output_folder.serving_page import serve_line, serving_of
 from fxquant.models.deepseek_v3 import mtp_paths
 from fxquant.passes import Pass, PassResult, findings, run_passes
 from fxquant.planning.config_checkpoint import config_checkpoint
@@ -31,6 +33,7 @@ class PlanContents:
     documents   description, index where there is one, and config.json → bytes
     operators   calls in the float graph, and in the rewritten one
     unverified  what has not been shown to work on the target
+    serve       how to serve it: a command or a setting, as one line
     whole       memory of a worker while rotation mixes the rows of the largest weight: twice that weight
     """
 
@@ -40,6 +43,7 @@ class PlanContents:
     documents: dict[str, int]
     operators: tuple[int, int]
     unverified: list[str]
+    serve: str
     whole: int
 
     @property
@@ -70,6 +74,7 @@ def planned(source: Source, policy: Policy, options: CompileOptions) -> PlanCont
         source = replace(source, checkpoint=config_checkpoint(source.checkpoint, program, source.config))
     else:
         check_parameters(program, source.checkpoint)
+    check_graph(source, program, options)
     before = _calls(program)
     layers = mtp_modules(source.checkpoint, mtp_paths(source.config))
     policy = policy if options.mtp is None else with_mtp(policy, options.mtp, source, layers)
@@ -84,14 +89,21 @@ def planned(source: Source, policy: Policy, options: CompileOptions) -> PlanCont
         rows=list(totals.rows.values()),
         work=totals.work,
         files={file.name: file.nbytes for file in files},
-        documents=_documents(program, files, engine),
+        documents=_documents(program, files, engine, checkpoint),
         operators=(before, _calls(program)),
         unverified=findings(results),
+        serve=_serve(program, options),
         whole=2
         * max(
             (_numbers(checkpoint, name) for name, rotation in program.rotations.items() if rotation.heads), default=0
         ),
     )
+
+
+def _serve(program: Program, options: CompileOptions) -> str:
+    alone = options.graph_only and ENGINES[options.target].model_code
+    serving = None if alone else serving_of(program, options.target, options.tp, options.ep)
+    return serve_line(options.target, serving, "OUT" if options.out is None else str(options.out))
 
 
 def _numbers(checkpoint: Checkpoint, name: str) -> int:
@@ -103,9 +115,9 @@ def _calls(program: Program) -> int:
     return sum(node.op == "call_function" for node in program.graph.graph.nodes)
 
 
-def _documents(program: Program, files: list[FileLayout], engine: Engine) -> dict[str, int]:
+def _documents(program: Program, files: list[FileLayout], engine: Engine, checkpoint: Checkpoint) -> dict[str, int]:
     """Document → its bytes, as `lowering.output` writes it."""
     sizes = {engine.description: description_size(program, files, engine)}
     if len(files) > 1 or engine.numbered:
         sizes[engine.index] = index_size(files)
-    return sizes | {"config.json": json_size(engine_config(program, engine))}
+    return sizes | {"config.json": json_size(engine_config(program, engine, checkpoint.folder))}

@@ -93,6 +93,7 @@ def compile_report_of(out: Path, **changes: Any) -> Any:
         policy=SimpleNamespace(name=POLICIES[0]), unused_rules=[], output=output, verification=verification(),
         calibration=seen, contract=load_contract(Target.ASCEND), unverified=["W8A8_MIX on routed_expert (a, b)"],
         notes=[f"made {out.parent}"], serve=serve_line(Target.ASCEND, out),
+        graph_only=False,
     )  # fmt: skip
     return SimpleNamespace(**{**vars(report), **changes})
 
@@ -106,6 +107,7 @@ def plan() -> Plan:
         documents={"quant_model_weight_w8a8.safetensors.index.json": 20_327_586},
         operators=(1940, 4268),
         unverified=[],
+        serve="serve OUT",
         whole=0,
         model=Path("fxquant/models/deepseek_v3_671b.json"),
         input_kind="config.json",
