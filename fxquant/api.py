@@ -11,16 +11,22 @@ from fxquant.compilation.ledger import Ledger
 from fxquant.compilation.options import CompileOptions, as_path, refuse_kv_cache
 from fxquant.compilation.prepare import Prepared, named_policy, open_model, prepare, source_inputs
 from fxquant.engines.contract import Contract, load_contract
+from fxquant.engines.rank_layout import checked_layout
 from fxquant.engines.reserves import reserves
-from fxquant.engines.serving import Serving
 from fxquant.engines.table import ENGINES, Target
 from fxquant.errors import FxquantError
 from fxquant.evaluation.verbs import compare, engine_perplexities, evaluate, open_output, run, sensitivity
 from fxquant.frontend.source import TRACE_TIMEOUT, Source, open_source
-from fxquant.lowering.convert import converted_contents
+from fxquant.lowering.convert import ConvertOptions, converted_contents
 from fxquant.lowering.destination import Destination, Input, open_destination
 from fxquant.lowering.output import Contents, Output, Work, write_output
-from fxquant.lowering.output_folder.manifest import GRAPH, MANIFEST, SourceFile, find_manifest
+from fxquant.lowering.output_folder.manifest import (
+    GRAPH,
+    MANIFEST,
+    SourceFile,
+    find_manifest,
+)
+from fxquant.lowering.output_folder.serving_page import serve_line, serving_of
 from fxquant.lowering.weights import CheckpointProducer, Workers
 from fxquant.lowering.workspace import known_folders
 from fxquant.passes import CheckContract, PassResult, choices, findings
@@ -43,6 +49,8 @@ class CompileReport:
     structural_hash  of the float graph, equal for graphs that compute the same
     reserves         what the target accepts though nobody ran it, by how that is known
     calibration      what static linears and experts saw, None if nothing is static
+    serve            how to serve the output: a command or a setting, as one line
+    graph_only       the output is for the graph beside the weights alone
     """
 
     out: Path
@@ -54,6 +62,8 @@ class CompileReport:
     passes: list[PassResult]
     unused_rules: list[Rule]
     output: Output
+    serve: str
+    graph_only: bool = False
     reserves: list[str] = field(default_factory=list)
     verification: VerifyReport | None = None
     calibration: Calibration | None = None
@@ -67,11 +77,6 @@ class CompileReport:
     def contract(self) -> Contract:
         """What the target loads."""
         return load_contract(self.target)
-
-    @property
-    def serve(self) -> str:
-        """How to serve the output: a command or a setting, as one line."""
-        return ENGINES[self.target].serve(Serving(str(self.out)))
 
     @property
     def choices(self) -> list[str]:
@@ -120,7 +125,8 @@ def _compiled(
     with calibration_folder(destination.out, options.restart, source.checkpoint) as folder:
         prepared = prepare(source, policy, options, report, known=known, folder=folder)
         work = Work(options.workers, reuse, options.restart, options.reuse is None, folder.remove)
-        output, verification = _written(prepared, options, destination, work, report)
+        contents = _contents(prepared, options)
+        output, verification = _written(prepared, contents, options, destination, work, report)
     return CompileReport(
         out=destination.named,
         input_kind=source.input_kind,
@@ -132,15 +138,22 @@ def _compiled(
         unused_rules=prepared.program.unused_rules,
         output=output,
         reserves=reserves(load_contract(options.target), linears(prepared.program)),
+        serve=serve_line(contents.target, contents.serving, str(destination.named)),
+        graph_only=contents.serving is None,
         verification=verification,
         calibration=prepared.calibration,
     )
 
 
 def _written(
-    prepared: Prepared, options: CompileOptions, destination: Destination, work: Work, report: Reporter
+    prepared: Prepared,
+    contents: Contents,
+    options: CompileOptions,
+    destination: Destination,
+    work: Work,
+    report: Reporter,
 ) -> tuple[Output, VerifyReport | None]:
-    with write_output(_contents(prepared, options), destination, work, report) as output:
+    with write_output(contents, destination, work, report) as output:
         if not options.verify:
             return output, None
         verification = verify_output(output.folder, prepared.source.checkpoint, full=False, report=report)
@@ -162,6 +175,8 @@ def refuse_unverified(output: Output, destination: Destination, verification: Ve
 def _contents(prepared: Prepared, options: CompileOptions) -> Contents:
     source = prepared.source
     stamps = stamp_files(checkpoint_files(source.checkpoint))
+    contract, described = load_contract(options.target), linears(prepared.program)
+    alone = options.graph_only and ENGINES[options.target].model_code
     return Contents(
         program=prepared.program,
         checkpoint=prepared.checkpoint,
@@ -176,7 +191,8 @@ def _contents(prepared: Prepared, options: CompileOptions) -> Contents:
         policy=prepared.policy.name,
         target=options.target,
         max_shard_size=options.max_shard_size,
-        tp=options.tp,
+        layout=checked_layout(contract, described, options.tp, options.ep, options.mix),
+        serving=None if alone else serving_of(prepared.program, options.target, options.tp, options.ep),
         export=options.export,
     )
 
@@ -189,6 +205,7 @@ class ConvertReport:
     target: Target
     policy: str
     output: Output
+    serve: str
     verification: VerifyReport | None = None
 
     @property
@@ -201,13 +218,15 @@ def convert(
     out: str | Path,
     target: Target,
     into: str | Path | None = None,
-    tp: int = 1,
+    tp: int | None = None,
     verify: bool = True,
     force: bool = False,
     report: Reporter = silent,
     export: bool = True,
     workers: Workers | None = None,
     restart: bool = False,
+    ep: int | None = None,
+    graph_only: bool = False,
 ) -> ConvertReport:
     """Write the weights of `out` in another target's format, integers unchanged, and the matching graph.
 
@@ -218,14 +237,22 @@ def convert(
     with stopping():
         destination = open_destination(new, force, [Input("the folder to convert", folder)])
         with destination.telling():
-            contents = replace(converted_contents(folder, target, new), tp=tp, export=export)
-            CheckContract(contents.policy, load_contract(target), tp)(contents.program)
+            contents = converted_contents(folder, target, new, ConvertOptions(tp, ep, graph_only, export))
+            if contents.serving is not None:
+                CheckContract(contents.policy, load_contract(target), tp, ep)(contents.program)
             source = open_checkpoint(contents.origin) if contents.origin.is_dir() else None
             with write_output(contents, destination, Work(workers or Workers(), None, restart), report) as output:
                 verification = verify_output(output.folder, source, full=False, report=report) if verify else None
                 if verification is not None:
                     refuse_unverified(output, destination, verification)
-    return ConvertReport(out=new, target=target, policy=contents.policy, output=output, verification=verification)
+    return ConvertReport(
+        out=new,
+        target=target,
+        policy=contents.policy,
+        output=output,
+        serve=serve_line(target, contents.serving, str(new)),
+        verification=verification,
+    )
 
 
 def verify(
@@ -236,10 +263,11 @@ def verify(
     tp: int | None = None,
     target: Target | None = None,
     rebuild: Rebuild | None = None,
+    ep: int | None = None,
 ) -> VerifyReport:
     """Check `out` against MODEL (default: the manifest's source), its own graph, and its engine's reader.
 
-    `tp`: ranks that the reader splits over; None: as many as `out` was compiled for.
+    `tp`, `ep`: ranks that the reader splits over; None: those that `out` was compiled for.
     `target`: for a folder without a manifest; None: as the files show. `against` must then be given.
     `rebuild`: quantize that many units again from the source with the kernels, and compare bytes.
     """
@@ -254,7 +282,7 @@ def verify(
         checkpoint = open_checkpoint(manifest.checkpoint_path(folder))
     if rebuild is not None and checkpoint is None:
         raise FxquantError(folder, "the source to rebuild it from is missing.", "Pass --against MODEL.")
-    return verify_output(folder, checkpoint, full, report, tp, target, rebuild)
+    return verify_output(folder, checkpoint, full, report, tp, target, rebuild, ep)
 
 
 def open_graph(model: str | Path, checkpoint: Path | None = None, trace_timeout: float = TRACE_TIMEOUT) -> Program:

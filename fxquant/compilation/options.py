@@ -69,6 +69,7 @@ class OutputOptions:
 
     out             output folder; None: `./<name>-<policy>-<target>`
     target          the engine that will load it
+    graph_only      for the graph beside the weights alone: no engine is promised, which a changed graph needs
     max_shard_size  bytes of tensor data a weight file may hold
     export          also write the NPU graph as torch.export programs (.pt2)
     force           replace an earlier output of fxquant at `out`
@@ -77,6 +78,7 @@ class OutputOptions:
 
     out: Name = None
     target: Target = DEFAULT
+    graph_only: bool = False
     max_shard_size: int = MAX_SHARD_SIZE
     export: bool = True
     force: bool = False
@@ -88,14 +90,16 @@ class CompileOptions(SourceOptions, CalibrationOptions, WorkOptions, OutputOptio
     """What `compile` takes besides the model.
 
     policy    name of a shipped policy or path of a YAML file; None: the model file's POLICY or deepseek_w4a8
-    tp        tensor-parallel ranks that the output will be served on
+    tp        tensor-parallel ranks that the output will be served on; None: not known, checked for one
+    ep        expert-parallel ranks, each with whole experts; None or 1: every expert is split over `tp` ranks
     mtp       multi-token prediction layers: none, float or quant; None: as the policy says
     mix       whether the engine will run shared experts as routed ones; None: as the policy needs it
     kv_cache  None or "float": int8 is refused
     """
 
     policy: str | None = None
-    tp: int = 1
+    tp: int | None = None
+    ep: int | None = None
     mtp: MtpMode | None = None
     mix: bool | None = None
     kv_cache: str | None = None
@@ -105,9 +109,10 @@ class CompileOptions(SourceOptions, CalibrationOptions, WorkOptions, OutputOptio
         choice("target", self.target, Target)
         if self.mtp is not None:
             choice("mtp", self.mtp, MtpMode)
-        for name in ("tp", "samples", "seq_len", "batch_size", "max_shard_size"):
+        for name in ("tp", "ep", "samples", "seq_len", "batch_size", "max_shard_size"):
             number = getattr(self, name)
-            if type(number) is not int or number < 1:
+            absent = number is None and name in ("tp", "ep")
+            if not absent and (type(number) is not int or number < 1):
                 raise FxquantError(f"{name}={number!r}", "not a whole number of 1 or more.", f"Pass {name}=1 or more.")
         if not isinstance(self.workers, Workers):
             fact = "not a Workers of fxquant.lowering.weights."

@@ -11,6 +11,7 @@ from fxquant.calibration.gptq_codes import SolvedCodes
 from fxquant.calibration.resume_folder import CalibrationFolder
 from fxquant.checkpoint.checkpoint import Checkpoint
 from fxquant.checkpoint.stamped_bytes import checkpoint_files, stamp_files
+from fxquant.compilation.engine_graph import check_graph
 from fxquant.compilation.ledger import Ledger, build_ledger, check_parameters, mtp_modules
 from fxquant.compilation.mtp_layers import why_no_mtp
 from fxquant.compilation.options import (
@@ -91,6 +92,8 @@ def prepare(
         program = source.program()
         advance(1)
     check_parameters(program, source.checkpoint)
+    if for_engine:
+        check_graph(source, program, options)
     float_graph, digest = dump_program(program), structural_hash(program)  # passes rewrite the program in place
     results = run_passes(program, passes_for(source, policy, options, layers, calibrate, for_engine))
     ledger = build_ledger(program, source.checkpoint)
@@ -138,14 +141,14 @@ def passes_for(
 ) -> list[Pass]:
     """The pipeline of these options; `layers` are the checkpoint's multi-token prediction layers."""
     engine = ENGINES[options.target]
-    contract = CheckContract(policy.name, load_contract(options.target), options.tp, options.mix)
+    contract = CheckContract(policy.name, load_contract(options.target), options.tp, options.ep, options.mix)
     return pipeline(
         AssignSchemes(policy, layers, engine.weight_format, engine.int4_group_size, options.target),
         calibrate,
         mtp=AssignMtp(policy, source.config, source.checkpoint, engine.weight_format),
         rotation=FindRotation(policy),
         smoothing=PairSmoothing(policy),
-        contract=contract if for_engine else None,
+        contract=contract if for_engine and not options.graph_only else None,
     )
 
 

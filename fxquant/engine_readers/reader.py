@@ -1,7 +1,8 @@
 """Engine reader, common part: decides on types, refuses modules that disagree, loads module by module."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 
@@ -28,7 +29,8 @@ EXPERT_TYPES = (FLOAT, W8A8_DYNAMIC, W4A8_DYNAMIC)
 class EngineReader:
     """One engine's reading of a folder, for `ranks` tensor-parallel ranks.
 
-    load_int4  how it loads one projection of a W4A8_DYNAMIC expert
+    load_int4      how it loads one projection of a W4A8_DYNAMIC expert
+    whole_experts  an expert is whole on its rank, as expert-parallel ranks have it
     """
 
     name: str
@@ -36,10 +38,21 @@ class EngineReader:
     ranks: int
     rules: LinearRules
     load_int4: Callable[[ExpertPath], Loaded]
+    whole_experts: bool = False
 
     def __post_init__(self) -> None:
         if self.ranks < 1:
             raise FxquantError("tp", f"{self.ranks} ranks.", "Use at least one.")
+
+    @property
+    def shown(self) -> str:
+        """Its name, and its ranks if there are several."""
+        whole = ", experts whole" if self.whole_experts else ""
+        return self.name if self.ranks == 1 else f"{self.name} on {self.ranks} ranks{whole}"
+
+    def with_whole_experts(self, on_one: "EngineReader") -> Self:
+        """This reading with experts as `on_one`, the same engine's reader for one rank, loads them."""
+        return replace(self, load_int4=on_one.load_int4, whole_experts=True)
 
     def linear(self, module: str, row_parallel: bool = False) -> Loaded:
         """A linear outside the routed experts. Raises FxquantError if the engine fails, or would load garbage."""
@@ -57,7 +70,7 @@ class EngineReader:
         kind = self._expert_type(path)
         if kind == W4A8_DYNAMIC:
             return self.load_int4(path)
-        split = Split(self.ranks, row_parallel, whole=False)
+        split = Split(1 if self.whole_experts else self.ranks, row_parallel, whole=False)
         return load_linear(self.folder, self.rules, path.module(path.projection), split)
 
     def locate(self, module: str) -> ExpertPath:

@@ -1,4 +1,4 @@
-"""Contract check: recipes × contract × number of ranks → what the engine refuses, and what is unverified."""
+"""Contract check: recipes × contract × ranks → what the engine refuses, and what is unverified."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from fxquant.engines.contract import Cell, Contract, Verdict
 from fxquant.policy.kinds import Kind
 from fxquant.schemes.schemes import Recipe
 
-EXPERT_PARALLEL = "serve with expert parallelism, which keeps experts whole"
+EXPERT_PARALLEL = "keep experts whole with expert parallelism, --ep N"
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,12 @@ class Linear:
     recipe: Recipe
     kind: Kind
     heads: int = 0
+
+    @property
+    def experts(self) -> int:
+        """How many experts it is the projection of; 0: none."""
+        stacked = self.kind is Kind.ROUTED_EXPERT or len(self.recipe.modules) > 1
+        return len(self.recipe.modules) if stacked else 0
 
 
 @dataclass(frozen=True)
@@ -30,19 +36,21 @@ class Finding:
     reference: str
 
 
-def check(contract: Contract, linears: Iterable[Linear], ranks: int = 1, mix: bool | None = None) -> list[Finding]:
+def check(
+    contract: Contract, linears: Iterable[Linear], ranks: int = 1, mix: bool | None = None, ep: int = 1
+) -> list[Finding]:
     """All findings, in the order of the linears: verdicts on schemes, sizes, ranks, then fused modules.
 
-    mix: whether the engine will run shared experts as routed ones; None: as the schemes need it.
+    ranks  tensor-parallel ranks
+    mix    whether the engine will run shared experts as routed ones; None: as the schemes need it
+    ep     expert-parallel ranks, a multiple of `ranks`: each has whole experts; 1: `ranks` split every expert
     """
     linears = list(linears)
-    findings: list[Finding] = []
-    if ranks not in contract.tensor_parallel.sizes:
-        findings.append(_ranks(contract))
-    findings += _dtypes(contract, linears)
+    findings = [*_ranks(contract, ranks, ep), *_dtypes(contract, linears)]
     for linear in linears:
         findings += _schemes(contract, linear)
-        findings += _sizes(contract, linear, ranks)
+        findings += _expert_ranks(contract, linear, ranks, ep)
+        findings += _sizes(contract, linear, 1 if ep > 1 and _runs_as_expert(contract, linear) else ranks)
         findings += _mix(contract, linear, mix)
     return [*findings, *_fused(contract, linears), *_sections(contract, linears)]
 
@@ -52,11 +60,37 @@ def refusal(findings: list[Finding]) -> Finding | None:
     return next((finding for finding in findings if finding.verdict is Verdict.REFUSED), None)
 
 
-def _ranks(contract: Contract) -> Finding:
+def _ranks(contract: Contract, ranks: int, ep: int) -> Iterator[Finding]:
     rule = contract.tensor_parallel
-    sizes = ", ".join(map(str, rule.sizes))
-    way_out = f"Use one of {sizes}, or data and expert parallelism." if len(rule.sizes) > 1 else "Run it on one rank."
-    return Finding("", Verdict.REFUSED, f"tensor-parallel ranks must be {sizes}: {rule.why}", way_out, rule.reference)
+    several = len(rule.sizes) > 1
+    if ranks not in rule.sizes:
+        sizes = ", ".join(map(str, rule.sizes))
+        way_out = f"Use --tp with one of {sizes}; more ranks with --ep." if several else "Run it on one rank."
+        fact = f"tensor-parallel ranks must be {sizes}: {rule.why}"
+        yield Finding("", Verdict.REFUSED, fact, way_out, rule.reference)
+    if ep > 1 and not several:
+        fact = f"{ep} expert-parallel ranks: {rule.why}"
+        yield Finding("", Verdict.REFUSED, fact, "Run it on one rank.", rule.reference)
+    elif ep > 1 and ep % ranks:
+        fact = f"{ep} expert-parallel ranks are not a multiple of {ranks} tensor-parallel ranks"
+        yield Finding("", Verdict.REFUSED, fact, f"Use --ep {ranks} or a multiple of it.", rule.reference)
+
+
+def _expert_ranks(contract: Contract, linear: Linear, ranks: int, ep: int) -> Iterator[Finding]:
+    recipe, rule = linear.recipe, contract.tensor_parallel
+    if ep > 1 and linear.experts and linear.experts % ep:
+        fact = f"{linear.experts} experts do not split over {ep} expert-parallel ranks"
+        yield _size(recipe, fact, f"Use --ep with a number that divides {linear.experts}.", rule.reference)
+    if rule.experts_whole and ranks > 1 and ep == 1 and linear.experts and recipe.int4:
+        fact = f"experts that {ranks} ranks split are read wrong"
+        yield _size(recipe, fact, f"Use one rank, or {EXPERT_PARALLEL}.", rule.reference)
+
+
+def _runs_as_expert(contract: Contract, linear: Linear) -> bool:
+    """Whether expert parallelism keeps it whole: a routed expert, or a shared one that runs with them."""
+    rule = contract.shared_expert_mix
+    mixed = rule is not None and linear.kind is Kind.SHARED_EXPERT and linear.recipe.scheme is rule.needs
+    return bool(linear.experts) or mixed
 
 
 def _dtypes(contract: Contract, linears: list[Linear]) -> Iterator[Finding]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fxquant.engines.serving import Serving
+from fxquant.engines.serving import RankLayout, Serving
 from fxquant.schemes.weight_formats import WeightFormat
 
 if TYPE_CHECKING:
@@ -30,6 +30,8 @@ class Engine:
     open_reader      folder, tensor-parallel ranks, group size → the engine's reader of the files; raises FxquantError
                      if the engine refuses the whole folder. None: no Ascend engine reads them
     serve            how to start the engine on an output: a command or a setting, as one line
+    where            where that line goes, unless it is a shell command
+    model_code       it runs model code of its own on the weights, not the graph beside them
     npu_graph        the graph beside the weights calls NPU operators; else it is ONNX
     reads_tokenizer  it needs tokenizer files in the folder
     """
@@ -42,10 +44,19 @@ class Engine:
     open_reader: Callable[[Path, int, int], "EngineReader"] | None
     serve: Callable[[Serving], str]
     int4_group_size: int = 256
+    where: str = ""
+    model_code: bool = True
     numbered: bool = False
     mtp_files: bool = True
     npu_graph: bool = True
     reads_tokenizer: bool = True
+
+    def read(self, folder: Path, layout: RankLayout, group_size: int) -> "EngineReader | None":
+        """Its reader of `folder` on these ranks, with whole experts if they are expert parallel."""
+        if self.open_reader is None:
+            return None
+        reader = self.open_reader(folder, layout.tp, group_size)
+        return reader if layout.ep == 1 else reader.with_whole_experts(self.open_reader(folder, 1, group_size))
 
     @property
     def index(self) -> str:

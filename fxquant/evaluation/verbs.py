@@ -110,10 +110,10 @@ def engine_perplexities(
     folder = Path(out)
     manifest, (program, read) = read_manifest(folder), open_output(folder)
     engine = ENGINES[Target(manifest.target)]
-    if engine.open_reader is None:
+    reader = engine.read(folder, manifest.layout, group_size(program))
+    if reader is None:
         raise FxquantError(folder, f"target {manifest.target} has no engine to emulate.", "Leave out --as-engine.")
     batches = load_batches(Path(text), Checkpoint(folder, program.config, {}), samples, seq_len)
-    reader = engine.open_reader(folder, manifest.tp, group_size(program))
     ways = {"exact": Arithmetic.EXACT, "device": Arithmetic.KERNEL}
     return {
         f"{reader.name}, {way}": reader_perplexity(program, reader, read, batches, arithmetic, report)

@@ -27,6 +27,7 @@ class Source:
 
     program     a fresh copy of the float program at each call
     input_kind  the kind of source, as a report shows it
+    from_file   a model.py defines its graph; else it is the published one
     """
 
     path: Path
@@ -35,6 +36,7 @@ class Source:
     program: Callable[[], Program]
     policy: str | None = None
     input_kind: str = "checkpoint folder"
+    from_file: bool = False
 
     @property
     def name(self) -> str:
@@ -64,7 +66,8 @@ def open_source(
     traced = trace_in_child(path, checkpoint, timeout)
     opened = open_config(traced.checkpoint) if config_only else open_checkpoint(traced.checkpoint)
     config = parse_config(opened.config, traced.checkpoint / "config.json")
-    return Source(path, opened, config, lambda: parse_program(traced.program, path), traced.policy, traced.input_kind)
+    program = traced.program
+    return Source(path, opened, config, lambda: parse_program(program, path), traced.policy, traced.input_kind, True)
 
 
 def _config_file(path: Path) -> Checkpoint:

@@ -3,7 +3,7 @@
 import json
 import shlex
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -13,13 +13,17 @@ from torch import Tensor
 from fxquant.calibration.calibration_file import CALIBRATION, load_calibration
 from fxquant.checkpoint.checkpoint import Checkpoint
 from fxquant.checkpoint.stamped_bytes import FileStamp, StampedBytes, Stamps, checkpoint_files, stamp_files
+from fxquant.engines.contract import load_contract
 from fxquant.engines.documents import group_size
+from fxquant.engines.rank_layout import checked_layout
 from fxquant.engines.table import ENGINES, Target
 from fxquant.errors import FxquantError
+from fxquant.frontend.published import refuse_changed
 from fxquant.inputs.json_file import read_json, read_text
 from fxquant.inputs.limits import GRAPH_BYTES
 from fxquant.kernels.module_tensors import int4_tensors
-from fxquant.lowering.output import DAMAGED, Contents, damaged, is_copied
+from fxquant.lowering.output import Contents
+from fxquant.lowering.output_folder.copies import DAMAGED, damaged, may_be_copied
 from fxquant.lowering.output_folder.layout import MAX_SHARD_SIZE
 from fxquant.lowering.output_folder.manifest import (
     FLOAT_GRAPH,
@@ -30,12 +34,14 @@ from fxquant.lowering.output_folder.manifest import (
     UnitRecord,
     read_manifest,
 )
+from fxquant.lowering.output_folder.serving_page import serving_of
 from fxquant.lowering.output_folder.weight_files import WeightFiles
 from fxquant.lowering.own_files import is_plain
 from fxquant.lowering.weights.digests import file_digest
 from fxquant.lowering.weights.producer import BLOCK_BYTES, CheckpointProducer, tensor_bytes
 from fxquant.lowering.weights.unit import Unit
 from fxquant.ops.quantized import expand_int4
+from fxquant.passes.check_contract import linears
 from fxquant.policy.policy import load_policy, shipped_policies
 from fxquant.policy.rule import AUTO
 from fxquant.program.program import Program
@@ -50,9 +56,25 @@ from fxquant.storage.system_errors import stopping
 PER_CHANNEL = "deepseek_w4a8_per_channel"
 
 
-def converted_contents(folder: Path, target: Target, into: Path) -> Contents:
-    """Contents of `into`. Raises FxquantError if a module of `folder` does not fit the target's weight format."""
+@dataclass(frozen=True)
+class ConvertOptions:
+    """As `CompileOptions` has them."""
+
+    tp: int | None = None
+    ep: int | None = None
+    graph_only: bool = False
+    export: bool = True
+
+
+def converted_contents(
+    folder: Path, target: Target, into: Path, options: ConvertOptions = ConvertOptions()
+) -> Contents:
+    """Contents of `into`. Raises FxquantError if a module of `folder` does not fit the target's weight format, or the
+    target's engine does not run its graph."""
     manifest = check_documents(folder)
+    alone = options.graph_only and ENGINES[target].model_code
+    if not alone:
+        _check_graph(folder, manifest, target)
     program, files, source = load_program(folder / GRAPH), WeightFiles(folder), manifest.source_path(folder)
     form = ENGINES[target].weight_format(group_size(program))
     old = {**program.recipes, **program.mtp.recipes}
@@ -69,6 +91,7 @@ def converted_contents(folder: Path, target: Target, into: Path) -> Contents:
     checkpoint = Checkpoint(folder, program.config, dict(files.infos))
     stamps = stamp_files(checkpoint_files(checkpoint))
     saved = folder / CALIBRATION
+    layout = checked_layout(load_contract(target), linears(program), options.tp, options.ep)
     return Contents(
         program=_reformed(program, form),
         checkpoint=checkpoint,
@@ -83,6 +106,9 @@ def converted_contents(folder: Path, target: Target, into: Path) -> Contents:
         policy=manifest.policy,
         target=target,
         max_shard_size=MAX_SHARD_SIZE,
+        layout=layout,
+        serving=None if alone else serving_of(program, target, options.tp, options.ep),
+        export=options.export,
         reusable=False,
         documents=manifest.digests,
     )
@@ -98,11 +124,19 @@ def _sizes_itself(policy: str) -> bool:
     return any(rule.group_size == AUTO for rule in load_policy(policy).rules)
 
 
+def _check_graph(folder: Path, manifest: Manifest, target: Target) -> None:
+    """Raise FxquantError if the target's engine runs another graph than that of `folder`."""
+    promised = ENGINES[Target(manifest.target)].model_code and not manifest.graph_only
+    from_file = manifest.source != manifest.checkpoint
+    if ENGINES[target].model_code and not promised and from_file:
+        refuse_changed(load_program(folder / FLOAT_GRAPH), target)
+
+
 def check_documents(folder: Path) -> Manifest:
     """The manifest of an output, after checking the files that `convert` reads: all exist and are as they were written;
     of weight files only the headers are compared. Raises FxquantError for the first that differs."""
     manifest = read_manifest(folder)
-    read = {GRAPH, FLOAT_GRAPH, LEDGER, CALIBRATION} | {name for name in manifest.digests if is_copied(Path(name))}
+    read = {GRAPH, FLOAT_GRAPH, LEDGER, CALIBRATION} | {name for name in manifest.digests if may_be_copied(name)}
     for name in sorted(read & manifest.digests.keys() | manifest.weights.keys()):
         file = folder / name
         if not is_plain(name) or not file.is_file():

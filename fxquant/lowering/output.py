@@ -11,7 +11,8 @@ from fxquant.calibration.calibration_file import CALIBRATION, Calibration
 from fxquant.checkpoint.checkpoint import Checkpoint
 from fxquant.checkpoint.stamped_bytes import Stamps
 from fxquant.engines.engine import Engine
-from fxquant.engines.table import ENGINES, Target, description_stems
+from fxquant.engines.serving import RankLayout, Serving
+from fxquant.engines.table import ENGINES, Target
 from fxquant.errors import FxquantError
 from fxquant.kernels.version import KERNEL_VERSION
 from fxquant.lowering.ascend.deployment import Deployment
@@ -19,6 +20,7 @@ from fxquant.lowering.ascend.export.exported import write_exported
 from fxquant.lowering.ascend.writer import write_ascend
 from fxquant.lowering.destination import Destination
 from fxquant.lowering.onnx.writer import write_onnx
+from fxquant.lowering.output_folder.copies import copied_files, write_copy
 from fxquant.lowering.output_folder.description import description, engine_config, index, write_json
 from fxquant.lowering.output_folder.layout import FileLayout, plan_files, stored_tensors
 from fxquant.lowering.output_folder.manifest import (
@@ -33,6 +35,7 @@ from fxquant.lowering.output_folder.manifest import (
     relative,
 )
 from fxquant.lowering.output_folder.rotation_file import write_rotation
+from fxquant.lowering.output_folder.serving_page import SERVING, serving_page
 from fxquant.lowering.weights.digests import file_digest
 from fxquant.lowering.weights.journal import Fingerprint, Journal
 from fxquant.lowering.weights.producer import Producer
@@ -52,14 +55,9 @@ from fxquant.program.program_file import dump_program, save_program
 from fxquant.progress import Reporter
 from fxquant.storage.hashing import hash_bytes, hash_text
 from fxquant.storage.safetensors import read_header
-from fxquant.storage.system_errors import stopping
 from fxquant.version import __version__
 
-COPIED_SUFFIXES = (".json", ".jinja", ".model")
-COPIED = ("merges.txt", "vocab.txt")
-OWN = ("fxquant_", *description_stems())
 EXISTS = "Pass --force to replace it, or choose another -o."
-DAMAGED = "Copy the file again, or compile again with --force: damaged parts are made again from the source."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +69,7 @@ class Contents:
     sources       identities of the checkpoint's files for the manifest
     calibration   the calibration that static ranges were made from, if any
     float_graph   the graph before its rewrite, as text; ledger: where every tensor of the checkpoint went
+    layout        ranks that it is checked for; `serving`: how SERVING.md says to serve it, None: no engine does
     export        also write the NPU graph as torch.export programs
     source        MODEL as the user named it, and `origin`: the checkpoint folder behind it
     reusable      later compiles may reuse units of the output
@@ -90,19 +89,21 @@ class Contents:
     policy: str
     target: Target
     max_shard_size: int
-    tp: int = 1
+    layout: RankLayout = RankLayout()
+    serving: Serving | None = Serving()
     export: bool = True
     reusable: bool = True
     documents: Mapping[str, str] = field(default_factory=dict)
 
     def identity(self, out: Path) -> str:
         """Hash of everything that the documents of `out` are made from; weights have their own keys."""
-        copied = {file.name: file_digest(file) for file in copied_files(self.checkpoint.folder)}
+        copied = {name: file_digest(file) for name, file in copied_files(self.checkpoint).items()}
         paths = [relative(self.source, out), relative(self.origin, out)]
-        options = [self.policy, self.target.value, self.tp, self.export, self.reusable]
+        options = [self.policy, self.target.value, str(self.layout), self.export, self.reusable]
         seen = None if self.calibration is None else vars(self.calibration.seen)
         sources = {name: file.model_dump() for name, file in self.sources.items()}
-        texts = [dump_program(self.program), self.float_graph, self.ledger]
+        page = serving_page(self.program, self.target, self.policy, self.serving)
+        texts = [dump_program(self.program), self.float_graph, self.ledger, page]
         return hash_text(json.dumps([texts, sources, seen, options, paths, copied], sort_keys=True))
 
 
@@ -205,43 +206,19 @@ def _write_documents(
 ) -> Deployment | None:
     """Write everything except weights and manifest; return how the NPU graph was made, if there is one."""
     program, engine = contents.program, ENGINES[contents.target]
-    for file in copied_files(contents.checkpoint.folder):
-        write_copy(file, folder / file.name, contents.documents.get(file.name))
+    for name, file in copied_files(contents.checkpoint).items():
+        write_copy(file, folder / name, contents.documents.get(name))
     write_json(folder / engine.description, description(program, files, engine))
-    write_json(folder / "config.json", engine_config(program, engine))
+    write_json(folder / "config.json", engine_config(program, engine, contents.checkpoint.folder))
     write_json(folder / LEDGER, contents.ledger)
+    page = serving_page(program, contents.target, contents.policy, contents.serving)
+    (folder / SERVING).write_text(page, encoding="utf-8")
     if len(files) > 1 or engine.numbered:
         write_json(folder / engine.index, index(files))
     if program.stream:
         write_rotation(folder, program.stream)
     (folder / FLOAT_GRAPH).write_text(contents.float_graph, encoding="utf-8")
     return _write_graph(contents, engine, files, folder, report)
-
-
-def copied_files(folder: Path) -> list[Path]:
-    """Files of a checkpoint's folder that are copied to an output unchanged."""
-    return [file for file in sorted(folder.iterdir()) if is_copied(file) and file.is_file()]
-
-
-def write_copy(file: Path, target: Path, digest: str | None) -> None:
-    """Copy a document. Raises FxquantError unless its bytes are those of `digest`."""
-    with stopping(file, "cannot be copied"):
-        data = file.read_bytes()
-        if digest is not None and hash_bytes(data) != digest:
-            raise damaged(file)
-        target.write_bytes(data)
-
-
-def damaged(file: Path, tensor: str = "") -> FxquantError:
-    """The error for a file of an output that is not as it was written."""
-    what = f"tensor {tensor} is" if tensor else "is"
-    return FxquantError(file, f"{what} not as it was written: the manifest has another hash.", DAMAGED)
-
-
-def is_copied(file: Path) -> bool:
-    """Whether it is a tokenizer file or the like: neither the config, which is rewritten, nor an index or our own."""
-    own = file.name == "config.json" or file.name.endswith(".index.json") or file.name.startswith(OWN)
-    return not own and (file.suffix in COPIED_SUFFIXES or file.name in COPIED)
 
 
 def _write_graph(
@@ -278,7 +255,9 @@ def _write_manifest(contents: Contents, plan: WeightPlan, journal: Journal, spac
         checkpoint=relative(contents.origin, space.destination.out),
         policy=contents.policy,
         target=contents.target.value,
-        tp=contents.tp,
+        tp=contents.layout.tp,
+        ep=contents.layout.ep,
+        graph_only=contents.serving is None,
         sources=contents.sources,
         files=sizes,
         digests={name: file_digest(folder / name) for name in sizes if name not in weights},

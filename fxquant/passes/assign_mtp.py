@@ -8,16 +8,18 @@ import torch
 from fxquant.checkpoint.checkpoint import Checkpoint
 from fxquant.checkpoint.config import DeepseekV3Config
 from fxquant.errors import FxquantError
-from fxquant.models.mtp import MtpLinear, mtp_gate_biases, mtp_linears
+from fxquant.models.deepseek_v3 import mtp_paths
+from fxquant.models.mtp import MtpLinear, mtp_gate_biases, mtp_linears, mtp_tensors
 from fxquant.passes.base import Pass, PassResult
 from fxquant.policy.kinds import Kind
 from fxquant.policy.policy import LEAVE_OUT, Policy
 from fxquant.program.program import MtpLayers, Program
 from fxquant.program.rotary_buffers import frequency_name_of_layer
-from fxquant.schemes.roles import module_and_role, tensor_name
+from fxquant.schemes.roles import module_and_role
 from fxquant.schemes.schemes import Recipe, Scheme
 from fxquant.schemes.weight_formats import WeightFormat
 
+REMEDY = "Use --mtp none, or complete the checkpoint."
 CHOICES = (LEAVE_OUT, Scheme.FLOAT, Scheme.W8A8_DYNAMIC)
 """Schemes that a rule may give to such a layer."""
 
@@ -37,6 +39,7 @@ class AssignMtp(Pass):
     name = "assign-mtp"
 
     def apply(self, program: Program) -> PassResult:
+        self._check(program)
         for path in program.mtp.layers:
             rule = program.rules[path]
             if rule.scheme not in CHOICES:
@@ -53,17 +56,24 @@ class AssignMtp(Pass):
         for linear in mtp_linears(self.config, path):
             rule = self.policy.rule_for(linear.module, linear.kind, True)
             if linear.kind is not Kind.MTP and rule is not None and rule.quantizes:
-                self._check(linear)
                 program.mtp.recipes[linear.module] = _recipe(linear, program, weight_format)
 
-    def _check(self, linear: MtpLinear) -> None:
-        for module in linear.modules:
-            name = tensor_name(module, "weight")
-            info = self.checkpoint.tensors.get(name)
-            shape = (linear.out_features, linear.in_features)
-            if info is None or info.shape != shape:
-                fact = f"tensor {name} is {'missing' if info is None else list(info.shape)}, expected {list(shape)}."
-                raise FxquantError(self.checkpoint.folder, fact, "Use --mtp none, or complete the checkpoint.")
+    def _check(self, program: Program) -> None:
+        """Raise FxquantError unless all layers that config.json announces are kept, or none is, and those that are kept
+        have every tensor in its shape: engines would serve the rest from memory that nobody wrote."""
+        kept = [path for path in program.mtp.layers if program.rules[path].scheme != LEAVE_OUT]
+        absent = [path for path in mtp_paths(self.config) if path not in kept]
+        if kept and absent:
+            fact = f"{absent[0]} is not in the checkpoint or left out, {kept[0]} is kept; config.json announces both."
+            raise FxquantError(self.checkpoint.folder, fact, REMEDY)
+        for path in kept:
+            for names, shape in mtp_tensors(self.config, path):
+                for name in names:
+                    info = self.checkpoint.tensors.get(name)
+                    if info is None or info.shape != shape:
+                        found = "missing" if info is None else list(info.shape)
+                        fact = f"tensor {name} is {found}, expected {list(shape)}."
+                        raise FxquantError(self.checkpoint.folder, fact, REMEDY)
 
     def _keep(self, mtp: MtpLayers, path: str) -> None:
         """Keep every tensor of the layer that no recipe reads and config.json does not give."""

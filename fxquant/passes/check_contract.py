@@ -6,6 +6,7 @@ from typing import Any
 from fxquant import ops
 from fxquant.engines.check_contract import Finding, Linear, check, refusal
 from fxquant.engines.contract import Contract
+from fxquant.engines.rank_layout import checked_layout
 from fxquant.errors import FxquantError
 from fxquant.passes.base import Pass, PassResult
 from fxquant.policy.kinds import Kind
@@ -19,18 +20,22 @@ from fxquant.schemes.schemes import Recipe, Scheme
 class CheckContract(Pass):
     """Raises FxquantError for the first thing the engine refuses; what is unverified is in the result's findings.
 
-    ranks  size of the tensor-parallel group it will be served on
-    mix    whether the engine will run shared experts as routed ones; None: as the policy needs it
+    tp   tensor-parallel ranks it will be served on; None: one, or what fits `ep`
+    ep   expert-parallel ranks, which have whole experts; None: none
+    mix  whether the engine will run shared experts as routed ones; None: as the policy needs it
     """
 
     policy: str
     contract: Contract
-    ranks: int = 1
+    tp: int | None = None
+    ep: int | None = None
     mix: bool | None = None
     name = "check-contract"
 
     def apply(self, program: Program) -> PassResult:
-        findings = check(self.contract, linears(program), self.ranks, self.mix)
+        described = linears(program)
+        layout = checked_layout(self.contract, described, self.tp, self.ep, self.mix)
+        findings = check(self.contract, described, layout.tp, self.mix, layout.ep)
         refused = refusal(findings)
         if refused is not None:
             raise FxquantError(*as_error(refused, self.policy, self.contract))

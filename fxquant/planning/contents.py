@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, replace
 
 from fxquant.checkpoint.checkpoint import Checkpoint
+from fxquant.compilation.engine_graph import check_graph
 from fxquant.compilation.ledger import build_ledger, check_parameters, mtp_modules
 from fxquant.compilation.options import CompileOptions
 from fxquant.compilation.prepare import passes_for, with_mtp
@@ -16,6 +17,7 @@ from fxquant.lowering.output_folder.description import description_size, engine_
 from fxquant.lowering.output_folder.layout import FileLayout, plan_files, stored_tensors
 from fxquant.lowering.output_folder.rotation_file import FILE as ROTATION_FILE
 from fxquant.lowering.output_folder.rotation_file import rotation_file_size
+from fxquant.lowering.output_folder.serving_page import serve_line, serving_of
 from fxquant.models.deepseek_v3 import mtp_paths
 from fxquant.passes import Pass, PassResult, choices, findings, run_passes
 from fxquant.passes.check_contract import linears
@@ -38,6 +40,7 @@ class PlanContents:
     unverified  what has not been shown to work on the target
     choices     what the policy left open, as it was decided
     reserves    what the target accepts though nobody ran it, by how that is known
+    serve       how to serve it: a command or a setting, as one line
     whole       memory of a worker while rotation mixes the rows of the largest weight: twice that weight
     """
 
@@ -49,6 +52,7 @@ class PlanContents:
     unverified: list[str]
     choices: list[str]
     reserves: list[str]
+    serve: str
     whole: int
 
     @property
@@ -79,6 +83,7 @@ def planned(source: Source, policy: Policy, options: CompileOptions) -> PlanCont
         source = replace(source, checkpoint=config_checkpoint(source.checkpoint, program, source.config))
     else:
         check_parameters(program, source.checkpoint)
+    check_graph(source, program, options)
     before = _calls(program)
     layers = mtp_modules(source.checkpoint, mtp_paths(source.config))
     policy = policy if options.mtp is None else with_mtp(policy, options.mtp, source, layers)
@@ -93,16 +98,23 @@ def planned(source: Source, policy: Policy, options: CompileOptions) -> PlanCont
         rows=list(totals.rows.values()),
         work=totals.work,
         files={file.name: file.nbytes for file in files},
-        documents=_documents(program, files, engine),
+        documents=_documents(program, files, engine, checkpoint),
         operators=(before, _calls(program)),
         unverified=findings(results),
         choices=choices(results),
         reserves=reserves(load_contract(options.target), linears(program)),
+        serve=_serve(program, options),
         whole=2
         * max(
             (_numbers(checkpoint, name) for name, rotation in program.rotations.items() if rotation.heads), default=0
         ),
     )
+
+
+def _serve(program: Program, options: CompileOptions) -> str:
+    alone = options.graph_only and ENGINES[options.target].model_code
+    serving = None if alone else serving_of(program, options.target, options.tp, options.ep)
+    return serve_line(options.target, serving, "OUT" if options.out is None else str(options.out))
 
 
 def _numbers(checkpoint: Checkpoint, name: str) -> int:
@@ -114,11 +126,11 @@ def _calls(program: Program) -> int:
     return sum(node.op == "call_function" for node in program.graph.graph.nodes)
 
 
-def _documents(program: Program, files: list[FileLayout], engine: Engine) -> dict[str, int]:
+def _documents(program: Program, files: list[FileLayout], engine: Engine, checkpoint: Checkpoint) -> dict[str, int]:
     """Document → its bytes, as `lowering.output` writes it."""
     sizes = {engine.description: description_size(program, files, engine)}
     if len(files) > 1 or engine.numbered:
         sizes[engine.index] = index_size(files)
     if program.stream:
         sizes[ROTATION_FILE] = rotation_file_size(program.stream)
-    return sizes | {"config.json": json_size(engine_config(program, engine))}
+    return sizes | {"config.json": json_size(engine_config(program, engine, checkpoint.folder))}

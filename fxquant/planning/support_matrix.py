@@ -1,29 +1,22 @@
 """Support matrix: the verdict on policy × target × number of ranks, known from a config.json alone."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
-import torch
-
-from fxquant.checkpoint.checkpoint import Checkpoint
-from fxquant.checkpoint.config import parse_config
 from fxquant.engines.check_contract import Finding, check, refusal
 from fxquant.engines.contract import Evidence, Verdict, load_contract
 from fxquant.engines.reserves import weakest
 from fxquant.engines.table import ENGINES, Target
 from fxquant.errors import FxquantError
+from fxquant.frontend.published import published_program
 from fxquant.frontend.source import open_source
-from fxquant.models import DeepseekV3
 from fxquant.passes import AssignSchemes
 from fxquant.passes.check_contract import linears
 from fxquant.policy.policy import Policy
 from fxquant.program.program import MtpLayers, Program
 from fxquant.progress import Reporter, silent
-from fxquant.tracing import trace
 
 PUBLISHED = "models/deepseek_v3_671b.json"
 RANKS = (1, 2, 4, 8, 16)
@@ -31,7 +24,8 @@ RANKS = (1, 2, 4, 8, 16)
 
 @dataclass(frozen=True)
 class Deployment:
-    """One policy on one target with N ranks; `words` say why it is refused, or what is unverified.
+    """One policy on one target on tensor-parallel `ranks` and `ep` expert-parallel ones; `words` say why it is refused,
+    or what is unverified.
 
     evidence  how the least known of its acceptances is known
     choice    the group size that `auto` became, and why; "" without such a rule
@@ -44,6 +38,7 @@ class Deployment:
     words: str = ""
     evidence: Evidence = Evidence.RUN
     choice: str = ""
+    ep: int = 1
 
 
 def float_program(model: Path | None = None, report: Reporter = silent) -> Program:
@@ -56,14 +51,7 @@ def float_program(model: Path | None = None, report: Reporter = silent) -> Progr
 
 
 def _published_program() -> Program:
-    config, place = _published(), Path(PUBLISHED)
-    with torch.device("meta"):
-        module = DeepseekV3(parse_config(config, place))
-    return trace(module, Checkpoint(place, config, {}))
-
-
-def _published() -> dict[str, Any]:
-    return json.loads((resources.files("fxquant") / PUBLISHED).read_text(encoding="utf-8"))
+    return published_program((resources.files("fxquant") / PUBLISHED).read_text(encoding="utf-8"), Path(PUBLISHED))
 
 
 def deployments(
@@ -72,18 +60,19 @@ def deployments(
     targets: Sequence[Target],
     ranks: Sequence[int] = RANKS,
     report: Reporter = silent,
+    ep: int = 1,
 ) -> list[Deployment]:
     """Every combination, in the order given. `program` is a float graph, and is not changed."""
     pairs = [(policy, target) for policy in policies for target in targets]
     verdicts = []
     with report("check", len(pairs), "policies on targets") as advance:
         for policy, target in pairs:
-            verdicts += _of(program, policy, target, ranks)
+            verdicts += _of(program, policy, target, ranks, ep)
             advance(1, at=policy.name)
     return verdicts
 
 
-def _of(program: Program, policy: Policy, target: Target, ranks: Sequence[int]) -> list[Deployment]:
+def _of(program: Program, policy: Policy, target: Target, ranks: Sequence[int], ep: int) -> list[Deployment]:
     assigned = replace(program, recipes={}, rules={}, unused_rules=[], mtp=MtpLayers())
     try:
         engine = ENGINES[target]
@@ -91,11 +80,11 @@ def _of(program: Program, policy: Policy, target: Target, ranks: Sequence[int]) 
         choice = "; ".join(assigning.apply(assigned).choices)
     except FxquantError as error:  # the policy does not fit the model or format, whatever the number of ranks
         words = f"{error.place}: {error.fact}"
-        return [Deployment(policy.name, target, count, Verdict.REFUSED, words) for count in ranks]
+        return [Deployment(policy.name, target, count, Verdict.REFUSED, words, ep=ep) for count in ranks]
     described, contract = linears(assigned), load_contract(target)
     evidence = weakest(contract, described)
-    verdicts = (_verdict(policy, target, count, check(contract, described, count), evidence) for count in ranks)
-    return [replace(verdict, choice=choice) for verdict in verdicts]
+    verdicts = (_verdict(policy, target, count, check(contract, described, count, ep=ep), evidence) for count in ranks)
+    return [replace(verdict, ep=ep, choice=choice) for verdict in verdicts]
 
 
 def _verdict(policy: Policy, target: Target, ranks: int, findings: list[Finding], evidence: Evidence) -> Deployment:

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from torch import fx
 
@@ -19,12 +20,21 @@ def structural_hash(program: Program) -> str:
     Names of nodes and the order of parameters in the graph do not count.
     """
     digest = hashlib.sha256()
-    for line in _lines(program):
-        digest.update(line.encode() + b"\n")
+    for line in structure(program):
+        digest.update(line.text.encode() + b"\n")
     return digest.hexdigest()
 
 
-def _lines(program: Program) -> Iterator[str]:
+class Line(NamedTuple):
+    """What counts of one input or call: all of it as text, its module ("" outside of them), and its operator."""
+
+    text: str
+    module: str
+    operator: str
+
+
+def structure(program: Program) -> Iterator[Line]:
+    """Inputs and calls in graph order: graphs with equal texts make the same calls on the same parameters."""
     positions: dict[fx.Node, str] = {}
     inputs = calls = 0
     for node in program.graph.graph.nodes:
@@ -34,12 +44,14 @@ def _lines(program: Program) -> Iterator[str]:
             continue
         if node.op == "placeholder":
             positions[node], inputs = f"input {inputs}", inputs + 1
-            yield f"{positions[node]} {node.meta['val'].dtype} {input_shape(node)}"
+            yield Line(f"{positions[node]} {node.meta['val'].dtype} {input_shape(node)}", "", "an input")
             continue
         arguments = encode((node.args, dict(sorted(node.kwargs.items()))), positions.__getitem__)
         positions[node], calls = f"call {calls}", calls + 1
         place = [str(node.meta.get(key, "")) for key in ("module", "kind", "block")]
-        yield f"{node.op} {target_name(node)} {arguments} {place if node.op == 'call_function' else ''}"
+        name = target_name(node)
+        text = f"{node.op} {name} {arguments} {place if node.op == 'call_function' else ''}"
+        yield Line(text, place[0], "the output" if node.op == "output" else name)
 
 
 def _parameter(program: Program, target: str) -> str:

@@ -48,7 +48,25 @@ TargetName = Annotated[
     ),
 ]
 Ranks = Annotated[
-    int, typer.Option("--tp", metavar="N", help="Tensor-parallel ranks to check the output for.", min=1, max=4096)
+    int | None,
+    typer.Option("--tp", metavar="N", help="Tensor-parallel ranks to check the output for.", min=1, max=4096),
+]
+ExpertRanks = Annotated[
+    int | None,
+    typer.Option(
+        "--ep",
+        metavar="N",
+        help="Expert-parallel ranks, each with whole experts. [dim]default: experts are split over --tp[/]",
+        min=1,
+        max=4096,
+    ),
+]
+GraphOnly = Annotated[
+    bool,
+    typer.Option(
+        "--graph-only",
+        help="For the graph beside the weights alone. Needed for a changed graph, which no engine runs.",
+    ),
 ]
 MtpName = Annotated[
     str | None,

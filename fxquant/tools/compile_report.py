@@ -34,6 +34,8 @@ def as_document(report: "CompileReport") -> dict:
         "choices": report.choices,
         "reserves": report.reserves,
         "serve": report.serve,
+        "graph_only": report.graph_only,
+        "tokenizer": not lacks_tokenizer(report),
         "unused_rules": [str(rule) for rule in report.unused_rules],
         "files": {file.name: file.nbytes for file in report.output.files},
         "bytes": asdict(report.output.work),
@@ -125,9 +127,17 @@ def _print_output(report: "CompileReport", console: Console) -> None:
 
 def _print_serving(report: "CompileReport", console: Console) -> None:
     """How to serve it, as one line to copy."""
-    print_line((f"for {report.contract.title}", "dim"), to=console)
-    if ENGINES[report.target].reads_tokenizer and not any((report.out / name).is_file() for name in TOKENIZERS):
+    engine = ENGINES[report.target]
+    where = f", {engine.where}" if engine.where else ""
+    claim = "for its own graph alone, no engine" if report.graph_only else f"for {report.contract.title}{where}"
+    print_line((claim, "dim"), to=console)
+    if engine.reads_tokenizer and lacks_tokenizer(report):
         fact = f"the model came without tokenizer files ({', '.join(TOKENIZERS)}): the engine needs them in that folder"
         print_line((fact, "yellow"), to=console)
         return
     print_whole(report.serve, "dim", console)
+
+
+def lacks_tokenizer(report: "CompileReport") -> bool:
+    """Whether the output has no tokenizer."""
+    return not any((report.out / name).is_file() for name in TOKENIZERS)

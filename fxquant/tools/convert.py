@@ -7,8 +7,10 @@ import typer
 
 from fxquant.tools.compile_options import (
     AsJson,
+    ExpertRanks,
     Export,
     Force,
+    GraphOnly,
     Jobs,
     Ranks,
     Restart,
@@ -39,7 +41,9 @@ def command(
         Path | None,
         typer.Option("-o", "--out", metavar="FOLDER", help="Output folder. [dim]default: ./<OUT>-<target>[/]"),
     ] = None,
-    tp: Ranks = 1,
+    tp: Ranks = None,
+    ep: ExpertRanks = None,
+    graph_only: GraphOnly = False,
     export: Export = True,
     verify: Verify = True,
     jobs: Jobs = None,
@@ -57,11 +61,27 @@ def command(
 
     workers = parse_workers("local", jobs, None)
     report = convert(
-        out, parse_target(target), into, tp, verify, force, reporter(quiet or as_json), export, workers, restart
+        out,
+        parse_target(target),
+        into,
+        tp,
+        verify,
+        force,
+        reporter(quiet or as_json),
+        export,
+        workers,
+        restart,
+        ep,
+        graph_only,
     )
     verification = report.verification
     if as_json:
-        document = {"out": str(report.out), "target": report.target.value, "policy": report.policy}
+        document = {
+            "out": str(report.out),
+            "target": report.target.value,
+            "policy": report.policy,
+            "serve": report.serve,
+        }
         results = {"notes": report.notes, "verification": verification.as_json() if verification else None}
         print_json(document | results)
         return
@@ -74,3 +94,4 @@ def command(
     written = sum(file.nbytes for file in report.output.files)
     print_whole(str(report.out), "bold")
     print_line(f"{size(written)} of weights for {report.target}")
+    print_whole(report.serve, "dim")

@@ -12,6 +12,8 @@ from fxquant.engines.table import DEFAULT
 from fxquant.tools.compile_options import (
     AsJson,
     CheckpointFolder,
+    ExpertRanks,
+    GraphOnly,
     Jobs,
     Mix,
     MtpName,
@@ -25,7 +27,7 @@ from fxquant.tools.compile_options import (
     parse_size,
     parse_target,
 )
-from fxquant.tools.console import console, print_json, print_line, size
+from fxquant.tools.console import console, print_json, print_line, print_whole, size
 from fxquant.tools.stages import duration
 from fxquant.tools.tables import NamedTable
 
@@ -50,7 +52,9 @@ def command(
     policy: PolicyName = None,
     out: OutFolder = None,
     target: TargetName = DEFAULT.value,
-    tp: Ranks = 1,
+    tp: Ranks = None,
+    ep: ExpertRanks = None,
+    graph_only: GraphOnly = False,
     mtp: MtpName = None,
     mix: Mix = None,
     max_shard_size: ShardSize = "4GiB",
@@ -78,7 +82,8 @@ def command(
 
         options = CompileOptions(
             policy=policy, out=out, target=parse_target(target), checkpoint=checkpoint, trace_timeout=trace_timeout,
-            max_shard_size=parse_size(max_shard_size), tp=tp, mtp=parse_mtp(mtp), mix=mix,
+            max_shard_size=parse_size(max_shard_size), tp=tp, ep=ep,
+            mtp=parse_mtp(mtp), mix=mix, graph_only=graph_only,
         )  # fmt: skip
         planned = plan(model, options, jobs, lambda machine: _assumed(machine, cores, disk), measuring)
         print_json(planned.as_json()) if as_json else print_plan(planned)
@@ -115,6 +120,7 @@ def print_plan(plan: "Plan", console: Console = console) -> None:
         f"{size(plan.memory.peak)} of memory",
         to=console,
     )
+    print_whole(plan.serve, "dim", console)
 
 
 def _files(plan: "Plan") -> NamedTable:

@@ -47,6 +47,12 @@ def command(
         list[int] | None,
         typer.Option("--tp", metavar="N", help="Tensor-parallel ranks. [dim]default: 1, 2, 4, 8, 16[/]", min=1),
     ] = None,
+    ep: Annotated[
+        int | None,
+        typer.Option(
+            "--ep", metavar="N", help="Expert-parallel ranks, a multiple of --tp. [dim]default: none[/]", min=1
+        ),
+    ] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -58,7 +64,7 @@ def command(
     from fxquant.engines.table import Target
 
     targets = [parse_target(name) for name in target] if target else list(Target)
-    if not (table or model or policy or tp or markdown):
+    if not (table or model or policy or tp or ep or markdown):
         _print_contracts(targets, as_json)
         return
     from fxquant.planning.support_matrix import RANKS, deployments, float_program
@@ -67,7 +73,7 @@ def command(
     ranks = tp or list(RANKS)
     policies = [load_policy(name) for name in policy or shipped_policies()]  # refused before the model is traced
     report = reporter(as_json)
-    verdicts = deployments(float_program(model, report), policies, targets, ranks, report)
+    verdicts = deployments(float_program(model, report), policies, targets, ranks, report, ep or 1)
     if as_json:
         print_json([vars(deployment) for deployment in verdicts])
     elif markdown:
@@ -80,11 +86,14 @@ def command(
 
 def _print_contracts(targets: list["Target"], as_json: bool) -> None:
     from fxquant.engines.contract import load_contract
+    from fxquant.engines.rank_layout import served_layout
     from fxquant.engines.serving import Serving
     from fxquant.engines.table import ENGINES
+    from fxquant.lowering.output_folder.serving_page import release_words
 
     contracts = {target: load_contract(target) for target in targets}
-    serve = {target: ENGINES[target].serve(Serving("OUT")) for target in targets}
+    layouts = {target: served_layout(contract, (), None, None) for target, contract in contracts.items()}
+    serve = {target: ENGINES[target].serve(Serving("OUT", layouts[target])) for target in targets}
     if as_json:
         print_json([loaded.model_dump(mode="json") | {"serve": serve[target]} for target, loaded in contracts.items()])
         return
@@ -105,7 +114,7 @@ def _print_contracts(targets: list["Target"], as_json: bool) -> None:
         print_line(f"tensor parallel {sizes}; description: {', '.join(contract.header)}")
         for release in contract.releases:
             known = f"{release.evidence}: {release.reference}"
-            print_line((f"{release.engine} {release.span} loads {release.loads} ({known})", "dim"))
+            print_line((f"{release_words(release)} ({known})", "dim"))
         print_whole(serve[target], "dim")
         console.print()
 
@@ -128,9 +137,15 @@ def rows(verdicts: list["Deployment"], ranks: list[int]) -> list[tuple[str, str,
     return [(group[0].policy, group[0].target.value, group) for group in groups]
 
 
+def _headings(verdicts: list["Deployment"], ranks: list[int]) -> list[str]:
+    """`TP 8`, or `TP 8 EP 16`."""
+    ep = verdicts[0].ep if verdicts else 1
+    return [f"TP {count}" + (f" EP {ep}" if ep > 1 else "") for count in ranks]
+
+
 def print_table(verdicts: list["Deployment"], ranks: list[int], console: Console = console) -> None:
     """The table and its footnotes."""
-    headings = ("policy", "target", *(f"TP {count}" for count in ranks))
+    headings = ("policy", "target", *_headings(verdicts, ranks))
     table = NamedTable("policy × target × tensor-parallel ranks", headings, left=headings, names=2)
     notes, previous = footnotes(verdicts), ""
     for policy, target, group in rows(verdicts, ranks):
@@ -168,7 +183,7 @@ def _reserved(deployment: "Deployment") -> bool:
 def markdown_table(verdicts: list["Deployment"], ranks: list[int]) -> str:
     """The same table as Markdown."""
     notes = footnotes(verdicts)
-    lines = ["| policy | target | " + " | ".join(f"TP {count}" for count in ranks) + " |"]
+    lines = ["| policy | target | " + " | ".join(_headings(verdicts, ranks)) + " |"]
     lines.append("|---" * (2 + len(ranks)) + "|")
     for policy, target, group in rows(verdicts, ranks):
         cells = (_words(deployment, notes) for deployment in group)

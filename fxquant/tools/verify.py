@@ -30,6 +30,15 @@ def command(
             "--tp", metavar="N", help="Tensor-parallel ranks to check for. [dim]default: those of the compile[/]", min=1
         ),
     ] = None,
+    ep: Annotated[
+        int | None,
+        typer.Option(
+            "--ep",
+            metavar="N",
+            help="Expert-parallel ranks to check for. [dim]default: those of the compile[/]",
+            min=1,
+        ),
+    ] = None,
     target: Annotated[
         str | None,
         typer.Option(
@@ -61,7 +70,7 @@ def command(
         raise FxquantError(f"--sample {sample}", "applies only to --rebuild.", "Pass --rebuild as well.")
     anew = Rebuild(sample) if rebuild else None
     engine = None if target is None else parse_target(target)
-    report = verify(out, against, full, reporter(quiet or as_json), tp, engine, anew)
+    report = verify(out, against, full, reporter(quiet or as_json), tp, engine, anew, ep)
     if as_json:
         print_json(report.as_json())
     else:

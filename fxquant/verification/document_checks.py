@@ -12,7 +12,7 @@ from fxquant.errors import FxquantError
 from fxquant.inputs.json_file import read_json, read_text
 from fxquant.inputs.limits import GRAPH_BYTES, INDEX_BYTES
 from fxquant.inputs.validation import cut
-from fxquant.lowering.output import copied_files
+from fxquant.lowering.output_folder.copies import copied_files
 from fxquant.lowering.output_folder.description import description, document_text, engine_config
 from fxquant.lowering.output_folder.layout import FileLayout, StoredTensor
 from fxquant.lowering.output_folder.manifest import GRAPH
@@ -75,7 +75,10 @@ def documents(
     """config.json, description, and the index, for several weight files or if it exists."""
     engine = ENGINES[target]
     described = description(program, [FileLayout("", tuple(stored))], engine)
-    expected = {CONFIG: (engine_config(program, engine), GRAPH_SAYS), engine.description: (described, GRAPH_SAYS)}
+    expected = {
+        CONFIG: (engine_config(program, engine, folder), GRAPH_SAYS),
+        engine.description: (described, GRAPH_SAYS),
+    }
     several = len({info.file for info in files.infos.values()}) > 1
     if several or engine.numbered or os.path.lexists(folder / engine.index):
         weight_map = {name: info.file.name for name, info in sorted(files.infos.items())}
@@ -103,10 +106,10 @@ def _entries(expected: dict[str, Any], written: dict[str, Any]) -> list[tuple[st
 
 def check_copies(source: Checkpoint, folder: Path) -> Check:
     """Tokenizer and other copied files equal the source's. For outputs without a manifest, which has their digests."""
-    files = copied_files(source.folder)
+    files = copied_files(source)
     check = Check("copied files == source", len(files))
-    for file in files:
-        copy = folder / file.name
+    for name, file in files.items():
+        copy = folder / name
         same = copy.is_file() and copy.read_bytes() == file.read_bytes()
-        check.expect(same, f"{file.name}: {'differs from' if copy.is_file() else 'missing, it is in'} the source")
+        check.expect(same, f"{name}: {'differs from' if copy.is_file() else 'missing, it is in'} the source")
     return check

@@ -108,7 +108,7 @@ class EngineChecker:
     ) -> None:
         self.program, self._doubtful, self._experts = program, doubtful, experts
         self._reader = reader
-        engine = reader.name if reader.ranks == 1 else f"{reader.name} on {reader.ranks} ranks"
+        engine = reader.shown
         self._codes = Check(f"{engine}: weights == graph", 0)
         self._inputs = Check(f"{engine}: activations == graph", 0)
         self._outputs = Check(f"{engine}: results ≈ graph", 0)

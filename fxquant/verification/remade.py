@@ -26,10 +26,14 @@ OWN = "what it computes: it is not the checkpoint's own graph, and verify runs n
 
 @dataclass
 class Remade:
-    """`checks` of the files, and `unread`: file → the part of it that they do not look at; "" for none."""
+    """`checks` of the files, and `unread`: file → the part of it that they do not look at; "" for none.
+
+    published: no other float graph than the checkpoint's own was seen, which is the one that engines run.
+    """
 
     checks: list[Check] = field(default_factory=list)
     unread: dict[str, str] = field(default_factory=dict)
+    published: bool = True
 
 
 def check_remade(folder: Path, program: Program, source: Checkpoint | None, exports: bool) -> Remade:
@@ -54,7 +58,8 @@ def _check_float_graph(remade: Remade, path: Path, source: Checkpoint) -> None:
         check.expect(False, str(error))
         return
     check.expect(text == dump_program(program), f"{path.name}: its bytes differ from those written")
-    remade.unread[path.name] = "" if text == _traced(source) else OWN
+    remade.published = text == _traced(source)
+    remade.unread[path.name] = "" if remade.published else OWN
 
 
 def _traced(source: Checkpoint) -> str | None:

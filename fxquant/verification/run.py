@@ -10,11 +10,13 @@ from fxquant.compilation.ledger import build_ledger, check_parameters
 from fxquant.engines.check_contract import check as findings
 from fxquant.engines.contract import Verdict, load_contract
 from fxquant.engines.documents import group_size
+from fxquant.engines.rank_layout import checked_layout
+from fxquant.engines.serving import RankLayout
 from fxquant.engines.table import ENGINES, Target
 from fxquant.errors import FxquantError
-from fxquant.lowering.output import copied_files
+from fxquant.lowering.output_folder.copies import copied_files
 from fxquant.lowering.output_folder.layout import StoredTensor
-from fxquant.lowering.output_folder.manifest import FLOAT_GRAPH, GRAPH, find_manifest
+from fxquant.lowering.output_folder.manifest import FLOAT_GRAPH, GRAPH, Manifest, find_manifest
 from fxquant.lowering.output_folder.rotation_file import FILE as ROTATION_FILE
 from fxquant.lowering.output_folder.weight_files import WeightFiles
 from fxquant.passes.check_contract import linears
@@ -52,6 +54,7 @@ SAMPLE_ABOVE = 1 << 30
 SAMPLED_TENSORS = 256
 SAMPLED_EXPERTS = 8
 NOISE_SEEDS = 8
+UNCLAIMED = {"weight files": "as an engine reads them: the output is for its own graph alone"}
 VALUE_CACHE = 1 << 28
 """Bytes of weights that a walk over the graph keeps."""
 
@@ -61,13 +64,14 @@ def verify_output(
     source: Checkpoint | None,
     full: bool,
     report: Reporter,
-    ranks: int | None = None,
+    tp: int | None = None,
     target: Target | None = None,
     rebuild: Rebuild | None = None,
+    ep: int | None = None,
 ) -> VerifyReport:
     """Check `folder` against `source` (None: structure and graphs only). Streams; reads at most one module whole.
 
-    `ranks`: tensor-parallel ranks that the engine's reader splits over; None: as many as it was compiled for.
+    `tp`, `ep`: ranks that the engine's reader splits over; None: those it was checked for when it was written.
     `target`: None: the manifest's; without a manifest, the one that the files show. `rebuild`: also quantize weights
     again, which needs `source`. A digest or rebuilt tensor that differs stops no other check: those show what is wrong.
     """
@@ -75,10 +79,10 @@ def verify_output(
     program, files = load_program(folder / GRAPH), WeightFiles(folder)
     original, source = source, _transformed(source, folder)
     target = target or (Target(manifest.target) if manifest else infer_target(program, folder))
-    ranks = ranks or (manifest.tp if manifest else 1)
+    layout = _layout(manifest, program, target, tp, ep)
     stored = expected_stored(program, source, files)
     sampled = not full and sum(tensor.nbytes for tensor in stored) > SAMPLE_ABOVE
-    output = _Output(folder, program, files, source, target, ranks, sampled)
+    output = _Output(folder, program, files, source, target, layout, sampled)
     said = documents(program, folder, stored, files, target)
     again = Remade()
     if manifest:
@@ -86,13 +90,15 @@ def verify_output(
     else:
         again = check_remade(folder, program, original, exports=ENGINES[target].npu_graph and not sampled)
         digests = [*_check_alone(output, said), *again.checks]
+    claimed = not manifest.graph_only if manifest else again.published
     checks = [check_sizes(manifest, folder)] if manifest else []
     if original is not None and source is not None:
         checks.append(_check_source(program, original))
         check_parameters(program, source)
     others = [name for name in said.expected if name != "config.json"]
     checks += [check_names(files, stored), said.check("description and index", others)]
-    checks += [said.check("config.json", ["config.json"]), _check_contract(program, target, ranks)]
+    checks.append(said.check("config.json", ["config.json"]))
+    checks += [_check_contract(program, target, layout)] if claimed else []
     checks += [check_rotation_file(folder, program.stream)] if program.stream else []
     rebuilt = []
     if rebuild is not None and source is not None:
@@ -105,31 +111,39 @@ def verify_output(
         if manifest is None and source is not None:
             checks.append(check_calibration(folder, checks))
     if all(check.ok for check in checks):
-        checks += _check_graphs(output, report)
-    noise = None
-    if not sampled and all(check.ok for check in checks):
-        inputs = list(probe_inputs(program).values())
-        noise = logit_noise(program, Cached(files.read, SAMPLE_ABOVE), inputs, NOISE_SEEDS)
+        checks += _check_graphs(output, claimed, report)
+    noise = _noise(program, files) if not sampled and all(check.ok for check in checks) else None
     named = None if source is None else str(source.folder)
     return VerifyReport(
         checks=[*digests, *rebuilt, *checks],
         source=named,
         sampled=sampled,
         logit_noise=noise,
-        unread=_unread(output, again, manifest is None),
+        unread=_unread(output, again, manifest is None) | ({} if claimed else UNCLAIMED),
     )
+
+
+def _noise(program: Program, files: WeightFiles) -> float:
+    inputs = list(probe_inputs(program).values())
+    return logit_noise(program, Cached(files.read, SAMPLE_ABOVE), inputs, NOISE_SEEDS)
+
+
+def _layout(manifest: Manifest | None, program: Program, target: Target, tp: int | None, ep: int | None) -> RankLayout:
+    if tp is None and ep is None:
+        return manifest.layout if manifest else RankLayout()
+    return checked_layout(load_contract(target), linears(program), tp, ep)
 
 
 @dataclass(frozen=True)
 class _Output:
-    """What all checks read: a folder and its graph, for `target` on `ranks`, and the source."""
+    """What all checks read: a folder and its graph, for `target` on the ranks of `layout`, and the source."""
 
     folder: Path
     program: Program
     files: WeightFiles
     source: Checkpoint | None
     target: Target
-    ranks: int
+    layout: RankLayout
     sampled: bool
 
 
@@ -145,7 +159,7 @@ def _unread(output: _Output, again: Remade, alone: bool) -> dict[str, str]:
     source = output.source
     known = {info.file.name for info in output.files.infos.values()}
     known |= {ROTATION_FILE} if output.program.stream else set()
-    known |= {file.name for file in copied_files(source.folder)} if source is not None else set()
+    known |= set(copied_files(source)) if source is not None else set()
     rotated = source is not None and bool(source.transforms.rotations)
     unread = unread_without(output.folder, ENGINES[output.target], known, rotated) | again.unread
     return {name: what for name, what in unread.items() if what}
@@ -177,13 +191,12 @@ def _check_source(program: Program, source: Checkpoint) -> Check:
     return check
 
 
-def _check_contract(program: Program, target: Target, ranks: int) -> Check:
-    """The target refuses no linear on `ranks` ranks."""
+def _check_contract(program: Program, target: Target, layout: RankLayout) -> Check:
+    """The target refuses no linear on these ranks."""
     described = linears(program)
-    check = Check(f"contract of {target}, ranks: {ranks}", len(described))
-    refused = [
-        finding for finding in findings(load_contract(target), described, ranks) if finding.verdict is Verdict.REFUSED
-    ]
+    check = Check(f"contract of {target}, {layout}", len(described))
+    verdicts = findings(load_contract(target), described, layout.tp, ep=layout.ep)
+    refused = [finding for finding in verdicts if finding.verdict is Verdict.REFUSED]
     check.checked = len(described)
     check.misses += (f"{finding.module}: {finding.fact} ({finding.reference})" for finding in refused)
     return check
@@ -198,8 +211,8 @@ def _check_values(output: _Output, stored: list[StoredTensor], report: Reporter)
         return check_values(units, output.files, output.source, advance)
 
 
-def _check_graphs(output: _Output, report: Reporter) -> list[Check]:
-    """Block by block: the emitted graph, and the engine that will read the weights.
+def _check_graphs(output: _Output, claimed: bool, report: Reporter) -> list[Check]:
+    """Block by block: the emitted graph, and, if it is `claimed`, the engine that will read the weights.
 
     The engine is compared with the graph on integers quantized from the source: for a sampled model, the files were not
     compared in full.
@@ -208,10 +221,12 @@ def _check_graphs(output: _Output, report: Reporter) -> list[Check]:
     engine = ENGINES[output.target]
     graph: GraphChecker = (AscendChecker if engine.npu_graph else OnnxChecker)(program, folder)
     checks = _check_graph("verify graph", graph, files.read, output.sampled, report)
-    if engine.open_reader is None or not _takes_dtype(program, output.target):
+    if not claimed or not _takes_dtype(program, output.target):
+        return checks
+    reader = engine.read(folder, output.layout, group_size(program))
+    if reader is None:
         return checks
     sampled = SAMPLED_EXPERTS if output.sampled else None
-    reader = engine.open_reader(folder, output.ranks, group_size(program))
     checker = EngineChecker(program, reader, _unverified(output), sampled)
     read = files.read if output.source is None else RecipeWeights(program, output.source, StoredCodes(program, files))
     return checks + _check_graph("verify reader", checker, read, output.sampled, report)
@@ -223,7 +238,7 @@ def _takes_dtype(program: Program, target: Target) -> bool:
 
 def _unverified(output: _Output) -> frozenset[str]:
     """Modules not shown to be read by the engine, nor to be refused; the report of `compile` names them."""
-    verdicts = findings(load_contract(output.target), linears(output.program), output.ranks)
+    verdicts = findings(load_contract(output.target), linears(output.program), output.layout.tp, ep=output.layout.ep)
     return frozenset(finding.module for finding in verdicts if finding.verdict is Verdict.UNVERIFIED)
 
 

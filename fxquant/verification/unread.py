@@ -9,6 +9,7 @@ from fxquant.lowering.ascend.export.exported import DECODE, PREFILL
 from fxquant.lowering.ascend.writer import FILE as ASCEND_GRAPH
 from fxquant.lowering.onnx.writer import FILE as ONNX_GRAPH
 from fxquant.lowering.output_folder.manifest import FLOAT_GRAPH, GRAPH, LEDGER, MANIFEST, STAMPS
+from fxquant.lowering.output_folder.serving_page import SERVING
 
 ALL = "all of it"
 
@@ -25,7 +26,9 @@ def unread_without(folder: Path, engine: Engine, known: set[str], rotated: bool)
 
     Files that every output has are named whether they exist or not: nothing says that they did.
     """
-    unread = dict.fromkeys((FLOAT_GRAPH, LEDGER, STAMPS, *((PREFILL, DECODE) if engine.npu_graph else ())), ALL)
+    unread = dict.fromkeys(
+        (FLOAT_GRAPH, LEDGER, SERVING, STAMPS, *((PREFILL, DECODE) if engine.npu_graph else ())), ALL
+    )
     unread |= {GRAPH: "the policy's rules in it", CALIBRATION: "the ranges in it, and the text's hash"}
     unread |= {} if engine.npu_graph else {ONNX_GRAPH: "the version of fxquant that it names"}
     if rotated:

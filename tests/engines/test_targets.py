@@ -11,6 +11,7 @@ from typer.testing import CliRunner, Result
 
 from fxquant import FxquantError
 from fxquant.engines.contract import load_contract
+from fxquant.engines.rank_layout import served_layout
 from fxquant.engines.serving import Serving
 from fxquant.engines.table import ENGINES, Target
 from fxquant.planning.support_matrix import RANKS, Deployment, deployments, float_program
@@ -70,13 +71,19 @@ def test_every_verdict_on_the_published_model(policies: Sequence[str]) -> None:
         assert known == {Target.VLLM_ASCEND: "run", Target.MINDIE: "read"}
 
 
+def serve_words(target: Target) -> str:
+    layout = served_layout(load_contract(target), (), None, None)
+    assert layout.tp == (1 if target is Target.ONNX else 8)
+    return ENGINES[target].serve(Serving("OUT", layout))
+
+
 def test_contracts_name_cells_releases_and_how_to_serve() -> None:
     result = targets()
     assert result.exit_code == 0
     words = " ".join(result.output.split())
     for target in Target:
         contract = load_contract(target)
-        assert ENGINES[target].serve(Serving("OUT")) in words and " ".join(contract.title.split()) in words
+        assert serve_words(target) in words and " ".join(contract.title.split()) in words
         for release in contract.releases:
             assert f"{release.engine} {release.span} loads {release.loads} ({release.evidence}: " in words
 
@@ -84,7 +91,7 @@ def test_contracts_name_cells_releases_and_how_to_serve() -> None:
 def test_contracts_as_json() -> None:
     result = targets("--json", "--target", "mindie")
     (document,) = json.loads(result.output)
-    serve = {"serve": ENGINES[Target.MINDIE].serve(Serving("OUT"))}
+    serve = {"serve": serve_words(Target.MINDIE)}
     assert document == load_contract(Target.MINDIE).model_dump(mode="json") | serve and result.exit_code == 0
 
 
@@ -132,8 +139,11 @@ def test_the_published_model_as_json() -> None:
     result = targets("--table", "--json", "-p", "deepseek_w4a8", "-t", "ascend", "--tp", "8", "--tp", "16")
     eight, sixteen = json.loads(result.output)
     assert (eight["verdict"], sixteen["verdict"]) == ("accepted", "refused") and result.exit_code == 0
-    known = {"words": "", "evidence": "run", "choice": "group_size auto → 256: ascend loads groups of 256"}
-    assert eight == {"policy": "deepseek_w4a8", "target": "ascend", "ranks": 8, "verdict": "accepted"} | known
+    same = {"policy": "deepseek_w4a8", "target": "ascend", "words": "", "verdict": "accepted"}
+    same |= {"evidence": "run", "choice": "group_size auto → 256: ascend loads groups of 256"}
+    assert eight == same | {"ranks": 8, "ep": 1}
+    result = targets("--table", "--json", "-p", "deepseek_w4a8", "-t", "ascend", "--tp", "16", "--ep", "16")
+    assert json.loads(result.output) == [same | {"ranks": 16, "ep": 16}]
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from finishing import ONE, Made, Stopped, case, complete, written
 from output_folders import same_files
 
 from fxquant import FxquantError
+from fxquant.engines.serving import RankLayout
 from fxquant.errors import StoppedError
 from fxquant.lowering.destination import open_destination
 from fxquant.lowering.finish import Places, State, give_name
@@ -40,7 +41,7 @@ def raises(*arguments: object) -> None:
 
 def test_with_its_name_other_work_says_that_it_exists_and_force_replaces_it(case: Made, tmp_path: Path) -> None:
     contents, whole, earlier = case
-    other, out = replace(contents, tp=2), tmp_path / "out"
+    other, out = replace(contents, layout=RankLayout(2)), tmp_path / "out"
     named(case, out)
     with pytest.raises(FxquantError, match="exists and is not empty"):
         written(other, out)

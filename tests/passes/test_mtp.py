@@ -1,13 +1,14 @@
 """Multi-token prediction layers: absent, kept and quantized outputs are each complete, described and counted."""
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from slowness import others_slow
 from tiny import write_checkpoint
 
@@ -166,3 +167,53 @@ def test_layers_that_config_json_does_not_speak_of_are_announced(tmp_path: Path)
     out = compiled(folder, tmp_path / "out", Target.VLLM_ASCEND, MtpMode.FLOAT)
     assert json.loads((out / "config.json").read_text())["num_nextn_predict_layers"] == 1
     assert verify(out, folder).verdict == "verified"
+
+
+INCOMPLETE = ["eh_proj", "self_attn.o_proj", "mlp.experts.5.up_proj", "shared_head.head"]
+
+
+@pytest.fixture(scope="module")
+def two_layers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two prediction layers, announced and held."""
+    return write_checkpoint(tmp_path_factory.mktemp("mtp") / "model", num_nextn_predict_layers=2)
+
+
+def without(folder: Path, name: str, into: Path) -> Path:
+    """`folder` without the tensors whose name begins so."""
+    shutil.copytree(folder, into)
+    for file in into.glob("*.safetensors"):
+        kept = {key: tensor for key, tensor in load_file(file).items() if not key.startswith(name)}
+        save_file(kept, file, {"format": "pt"})
+    for index in into.glob("*.index.json"):
+        document = json.loads(index.read_text())
+        held = {key: file for key, file in document["weight_map"].items() if not key.startswith(name)}
+        index.write_text(json.dumps(document | {"weight_map": held}))
+    return into
+
+
+@pytest.mark.parametrize("mode", [MtpMode.FLOAT, MtpMode.QUANT])
+@pytest.mark.parametrize("module", [f"{name}.weight" for name in INCOMPLETE] + ["mlp.gate.e_score_correction_bias"])
+def test_a_layer_that_lacks_a_tensor_is_refused_by_its_name(
+    module: str, mode: MtpMode, two_layers: Path, tmp_path: Path
+) -> None:
+    folder = without(two_layers, f"model.layers.3.{module}", tmp_path / "model")
+    options = CompileOptions(policy="deepseek_w4a8_dynamic", out=tmp_path / "out", mtp=mode)
+    with pytest.raises(FxquantError, match=rf"tensor model\.layers\.3\.{module} is missing") as caught:
+        compile(folder, options)
+    assert "--mtp none" in caught.value.remedy and not (tmp_path / "out").exists()
+    compile(folder, CompileOptions(policy="float", out=tmp_path / "none", mtp=MtpMode.NONE, verify=False))
+
+
+def test_a_layer_of_two_is_refused_when_a_policy_keeps_it(two_layers: Path, tmp_path: Path) -> None:
+    policy = tmp_path / "policy.yaml"
+    policy.write_text("extends: deepseek_w4a8_dynamic\nrules: [{kind: mtp, scheme: FLOAT}]")
+    folder = without(two_layers, "model.layers.3.", tmp_path / "model")
+    with pytest.raises(FxquantError, match=r"model\.layers\.3 is not in the checkpoint or left out, model\.layers\.2"):
+        compile(folder, CompileOptions(policy=str(policy), out=tmp_path / "out"))
+
+
+def test_no_layer_is_announced_where_the_source_is_silent(tmp_path: Path) -> None:
+    """transformers takes a config.json without the key for one layer."""
+    folder = said(write_checkpoint(tmp_path / "model"), None)
+    out = compiled(folder, tmp_path / "out", Target.ASCEND, None)
+    assert json.loads((out / "config.json").read_text())["num_nextn_predict_layers"] == 0

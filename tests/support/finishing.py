@@ -16,6 +16,7 @@ from tiny import write_checkpoint
 from fxquant import CompileOptions
 from fxquant.api import _contents
 from fxquant.compilation.prepare import prepare
+from fxquant.engines.serving import RankLayout
 from fxquant.frontend.source import open_source
 from fxquant.lowering.ascend import writer
 from fxquant.lowering.destination import Destination, open_destination
@@ -45,7 +46,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
     contents = _contents(prepare(source, load_policy(POLICY), options), options)
     with patch.object(writer, "deployment", remembering(writer.deployment, dump_program)):
         written(contents, base / "whole")
-        written(replace(contents, tp=2), base / "earlier")
+        written(replace(contents, layout=RankLayout(2)), base / "earlier")
         yield contents, base / "whole", base / "earlier"
 
 

@@ -94,6 +94,7 @@ def compile_report_of(out: Path, **changes: Any) -> Any:
         calibration=seen, contract=load_contract(Target.ASCEND), unverified=["W8A8_MIX on routed_expert (a, b)"],
         choices=["group_size auto → 256: it loads groups of 256"], reserves=["accepted (read): W8A8 on attention"],
         notes=[f"made {out.parent}"], serve=serve_line(Target.ASCEND, out),
+        graph_only=False,
     )  # fmt: skip
     return SimpleNamespace(**{**vars(report), **changes})
 
@@ -109,6 +110,7 @@ def plan() -> Plan:
         unverified=[],
         choices=[],
         reserves=[],
+        serve="serve OUT",
         whole=0,
         model=Path("fxquant/models/deepseek_v3_671b.json"),
         input_kind="config.json",

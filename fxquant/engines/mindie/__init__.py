@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from fxquant.engines.documents import group_size, scheme_keys, versioned_header
 from fxquant.engines.engine import Engine, JsonObject
-from fxquant.engines.mindie.serving import serve
+from fxquant.engines.mindie.serving import WHERE, serve
 from fxquant.schemes.weight_formats import WeightFormat
 
 if TYPE_CHECKING:
@@ -38,4 +38,5 @@ ENGINE = Engine(
     config=_config,
     open_reader=_open_reader,
     serve=serve,
+    where=WHERE,
 )

@@ -6,4 +6,12 @@ from fxquant.engines import ascend
 from fxquant.engines.engine import Engine
 from fxquant.engines.onnx.serving import serve
 
-ENGINE: Engine = replace(ascend.ENGINE, open_reader=None, serve=serve, npu_graph=False, reads_tokenizer=False)
+ENGINE: Engine = replace(
+    ascend.ENGINE,
+    open_reader=None,
+    serve=serve,
+    where="in Python",
+    model_code=False,
+    npu_graph=False,
+    reads_tokenizer=False,
+)

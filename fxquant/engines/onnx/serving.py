@@ -5,4 +5,5 @@ from fxquant.engines.serving import Serving
 
 def serve(serving: Serving) -> str:
     """Python."""
-    return f"onnxruntime.InferenceSession({f'{serving.folder}/model.onnx'!r})"
+    graph = f"{serving.folder}/model.onnx" if serving.folder else "model.onnx"
+    return f"onnxruntime.InferenceSession({graph!r})"

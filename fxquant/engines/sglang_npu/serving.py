@@ -4,7 +4,11 @@ from fxquant.engines.serving import Serving
 
 
 def serve(serving: Serving) -> str:
-    """A command."""
-    device = "--device npu --attention-backend ascend"
-    command = f"python -m sglang.launch_server --model-path {serving.quoted} --quantization modelslim"
-    return f"{command} {device} --tp-size 8"
+    """A command. `--tp-size` counts all ranks there; attention is split over those of one data-parallel copy."""
+    layout = serving.layout
+    words = ["python -m sglang.launch_server --model-path", serving.quoted]
+    words += ["--quantization modelslim"] if serving.quantized else []
+    words += [f"--device npu --attention-backend ascend --tp-size {layout.ranks}"]
+    words += [f"--dp-size {layout.replicas} --enable-dp-attention"] if layout.replicas > 1 else []
+    words += [f"--ep-size {layout.ep}"] if layout.ep > 1 else []
+    return " ".join(words)

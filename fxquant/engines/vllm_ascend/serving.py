@@ -1,8 +1,14 @@
-"""How to serve an output with vllm-ascend from 2026-08-08 on."""
+"""How to serve an output with vllm-ascend."""
 
 from fxquant.engines.serving import Serving
 
 
 def serve(serving: Serving) -> str:
-    """A command."""
-    return f"vllm serve {serving.quoted} --quantization ascend --tensor-parallel-size 8 --enable-expert-parallel"
+    """A command. Experts are whole with one flag: there are then as many expert-parallel ranks as ranks."""
+    layout = serving.layout
+    words = ["vllm serve", serving.quoted]
+    words += ["--quantization ascend"] if serving.quantized else []
+    words += [f"--tensor-parallel-size {layout.tp}"]
+    words += [f"--data-parallel-size {layout.replicas}"] if layout.replicas > 1 else []
+    words += ["--enable-expert-parallel"] if layout.ep > 1 else []
+    return " ".join(words)

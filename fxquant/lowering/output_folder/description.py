@@ -7,6 +7,7 @@ from typing import Any
 
 from fxquant.engines.engine import Engine
 from fxquant.lowering.output_folder.layout import FileLayout
+from fxquant.lowering.output_folder.remote_code import AUTO_MAP, code_files
 from fxquant.lowering.output_folder.rotation_file import rotation_header
 from fxquant.program.program import Program
 from fxquant.storage.safetensors import quoted
@@ -69,14 +70,14 @@ def _lines(files: Sequence[FileLayout], values: int, depth: int) -> int:
     return sum(file.names_size for file in files) + values + count * (len("\n: ,") + INDENT * depth) - 1
 
 
-def engine_config(program: Program, engine: Engine) -> dict[str, Any]:
+def engine_config(program: Program, engine: Engine, folder: Path) -> dict[str, Any]:
     """The source's config.json without its `quantization_config`, plus the keys by which an engine knows the format.
 
-    It announces multi-token prediction layers exactly if they are in the output.
+    It announces multi-token prediction layers exactly if they are in the output: without the key engines and
+    transformers take it for one. It has `auto_map` exactly if `folder` has the files that it names.
     """
     config = {key: value for key, value in program.config.items() if key != "quantization_config"}
-    if config.get(MTP_LAYERS) and not program.mtp.stored:
-        config[MTP_LAYERS] = 0
-    if config.get(MTP_LAYERS) is None and program.mtp.stored:
-        config[MTP_LAYERS] = len(program.mtp.layers)
+    if code_files(config, folder) is None:
+        del config[AUTO_MAP]
+    config[MTP_LAYERS] = len(program.mtp.layers) if program.mtp.stored else 0
     return config | engine.config(program)

@@ -6,6 +6,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from fxquant.engines.serving import RankLayout
 from fxquant.engines.table import Target, description_stems, weight_stems
 from fxquant.errors import FxquantError
 from fxquant.inputs.json_file import read_json
@@ -82,7 +83,8 @@ class Manifest(BaseModel):
     """Paths are relative to the output folder, so that a folder and its source can move together.
 
     kernels  version of the weight kernels
-    tp       tensor-parallel ranks it was compiled for
+    tp       tensor-parallel ranks it was checked for, and `ep`, expert-parallel ones; 1 where none were asked for
+    graph_only  it is for the graph beside the weights alone, no engine is promised
     sources  file of the checkpoint → its header's hash and its size
     files    name → size in bytes, of every file except this one and the stamps
     digests  name → XXH3-128 in hex, of every file except weight files
@@ -98,11 +100,18 @@ class Manifest(BaseModel):
     policy: Name
     target: TargetName
     tp: Annotated[int, Field(ge=1, le=RANKS)] = 1
+    ep: Annotated[int, Field(ge=1, le=RANKS)] = 1
+    graph_only: bool = False
     sources: dict[FilePath, SourceFile]
     files: dict[FilePath, Bytes]
     digests: dict[FilePath, Digest]
     weights: dict[FilePath, Digest]
     units: dict[Name, UnitRecord]
+
+    @property
+    def layout(self) -> RankLayout:
+        """Its ranks."""
+        return RankLayout(self.tp, self.ep)
 
     def source_path(self, folder: Path) -> Path:
         """MODEL as given to `compile`."""
