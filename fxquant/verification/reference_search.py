@@ -58,7 +58,10 @@ def _least_squares(form: "_Channel | _TwoLevel") -> Tensor:
         tried = form.on_grid(start.clamp(0, form.grid - 1))  # outside the grid: repeats a start, no harm
         for _ in range(form.rounds):
             fit = form.fit(tried)
-            tried = torch.where((fit > 0) & (tried > 0), fit, tried)
+            fitted = torch.where((fit > 0) & (tried > 0), fit, tried)
+            if torch.equal(fitted, tried):  # it stays there
+                break
+            tried = fitted
             error = form.error(tried)
             better = (tried > 0) & (error < errors)
             scales, errors = torch.where(better, tried, scales), torch.where(better, error, errors)
