@@ -4,6 +4,7 @@ Prints a table of what lay under the final name after the fault, and whether the
 """
 
 import argparse
+import gc
 import json
 import shutil
 import sys
@@ -20,7 +21,7 @@ from faults.campaign import plan, prepared, run_rounds, table
 from faults.operations import Fault
 from faults.ray_rounds import ray_rounds
 from faults.scenarios import scenarios
-from remembered import traced_once
+from remembered import computed_once, exported_once, traced_once
 
 import fxquant
 from fxquant import CompileOptions
@@ -44,7 +45,7 @@ def main() -> int:
     base = Path(tempfile.mkdtemp(prefix="fxquant-faults-", dir=SHARED_MEMORY if SHARED_MEMORY.is_dir() else None))
     start = time.monotonic()
     try:
-        with traced_once():
+        with traced_once(), computed_once(), exported_once():
             results = _rounds(base, options) if options.rounds else []
         results += ray_rounds(options.ray, base) if options.ray else []
     finally:
@@ -78,18 +79,18 @@ def _rounds(base: Path, options: argparse.Namespace) -> list:
 
 
 def _warm(base: Path) -> bool:
-    """Import, trace and compile kernels here, so that children need not."""
+    """Import, trace, export and compile kernels here, so that children need not: they know what was computed here."""
     from faults.scenarios import write_template
 
     folder = write_template(base / "warm")
-    for number, name in enumerate(("deepseek_w8a8", "gptq.yaml", "other.yaml")):
+    for number, name in enumerate(("deepseek_w8a8", "gptq.yaml", "other.yaml", "data_free.yaml")):
         policy = str(folder / name) if name.endswith("yaml") else name
-        calib = folder / "text.safetensors"
-        options = CompileOptions(
-            policy=policy, out=folder / f"o{number}", calib=calib, export=False, verify=number == 0
-        )
+        whole, calib = name == "data_free.yaml", folder / "text.safetensors"
+        options = CompileOptions(policy=policy, out=folder / f"o{number}", calib=calib, export=whole, verify=whole)
         fxquant.compile(folder / "checkpoint", options)
     shutil.rmtree(folder)
+    gc.collect()
+    gc.freeze()  # else each child walks, and so copies, all that was imported
     return True
 
 

@@ -1,4 +1,4 @@
-"""Slow reference of every stored tensor: row by row, as the format's formulas read.
+"""Slow reference of every stored tensor, as the format's formulas read.
 
 `verify` compares written files with it. It shares no arithmetic with `fxquant.kernels`.
 """
@@ -48,14 +48,9 @@ def expected_codes(recipe: Recipe, weight: Tensor) -> CodesAndScales:
     if recipe.algorithm.scales is not WeightAlgorithm.MIN_MAX:
         return searched_codes(recipe, weight)
     high = highest_code(recipe)
-    rows = []
-    for row in weight:
-        if recipe.group_size:
-            rows.append(_two_level_row(row.float(), recipe.group_size))
-        else:
-            rows.append((*_symmetric_row(row.float(), high, -high - 1, high, recipe.scale_dtype), torch.ones(1)))
-    codes, scales, seconds = (torch.stack(column) for column in zip(*rows, strict=True))
-    return codes, scales, seconds
+    if recipe.group_size:
+        return _two_level(weight.float(), recipe.group_size)
+    return *_symmetric(weight.float(), high, -high - 1, high, recipe.scale_dtype), torch.ones(len(weight), 1)
 
 
 def wrong_codes(recipe: Recipe, weight: Tensor, stored: Tensor, searched: CodesAndScales | None = None) -> str | None:
@@ -99,30 +94,30 @@ def contradiction(
     weight_scale = stored.get("weight_scale", weight_scale)
     if weight_scale is not None and not torch.equal(deq_scale, input_scale * weight_scale.flatten()):
         return "deq_scale is not input_scale * weight_scale"
-    for row, q in enumerate(stored["weight"]):
+    sums = stored["weight"].long().sum(1).tolist()
+    biases = stored["quant_bias"].tolist()
+    for row, total in enumerate(sums):
         folded = float(bias[row].float() / deq_scale[row]) if bias is not None and deq_scale[row] > 0 else 0.0
-        if stored["quant_bias"][row].item() != round(folded - offset * int(q.long().sum())):
+        if biases[row] != round(folded - offset * total):
             return f"quant_bias of output {row} does not follow from bias, deq_scale, input_offset and weight"
     return None
 
 
-def _symmetric_row(
-    row: Tensor, maximum: int, low: int, high: int, rounded_to: torch.dtype = torch.float32
+def _symmetric(
+    rows: Tensor, maximum: int, low: int, high: int, rounded_to: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:
-    """q = clamp(rne(w / s)), s = max|w| / maximum in `rounded_to`; a row of zeros stays zeros with scale 0."""
-    scale = (row.abs().max() / maximum).to(rounded_to).float()
-    q = torch.zeros_like(row) if scale == 0 else torch.round(row / scale).clamp(low, high)
-    return q, scale
+    """q = clamp(rne(w / s)), s = max|w| / maximum per row in `rounded_to`; a row of zeros stays so, scale 0."""
+    scales = (rows.abs().amax(1) / maximum).to(rounded_to).float()
+    q = torch.round(rows / torch.where(scales == 0, 1, scales).unsqueeze(1)).clamp(low, high)
+    return torch.where((scales == 0).unsqueeze(1), 0, q), scales
 
 
-def _two_level_row(row: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    q8, scale = _symmetric_row(row, 119, -119, 119)
-    seconds, codes = [], []
-    for group in q8.split(group_size):
-        second = max(1.0, float(torch.round(group.abs().max() / 7)))
-        seconds.append(second)
-        codes.append(torch.round(group / second).clamp(-8, 7))
-    return torch.cat(codes), scale, torch.tensor(seconds)
+def _two_level(rows: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    q8, scales = _symmetric(rows, 119, -119, 119)
+    groups = q8.unflatten(1, (-1, group_size))
+    seconds = torch.round(groups.abs().amax(-1) / 7).clamp(min=1)
+    codes = torch.round(groups / seconds.unsqueeze(-1)).clamp(-8, 7)
+    return codes.flatten(1), scales, seconds
 
 
 def _pack(codes: Tensor) -> Tensor:

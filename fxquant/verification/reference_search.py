@@ -11,8 +11,8 @@ from fxquant.errors import InternalError
 from fxquant.schemes.schemes import Recipe, WeightAlgorithm
 
 LANES = 32
-ROWS = 256
-"""Rows at a time, because every temporary is float64."""
+NUMBERS = 1 << 15
+"""Numbers at a time: float64 temporaries of so many stay in a processor's cache."""
 CodesAndScales = tuple[Tensor, Tensor, Tensor]
 """Codes [n, k], scales [n], second scales [n, G]."""
 
@@ -24,7 +24,7 @@ def searched_codes(recipe: Recipe, weight: Tensor) -> CodesAndScales:
     """
     if recipe.algorithm.scales not in SEARCHES:
         raise InternalError(recipe.module, f"no reference for weights by {recipe.algorithm}")
-    blocks = [_searched(recipe, rows.float()) for rows in weight.split(ROWS)]
+    blocks = [_searched(recipe, rows.float()) for rows in weight.split(max(1, NUMBERS // weight.shape[1]))]
     codes, scales, seconds = (torch.cat(column) for column in zip(*blocks, strict=True))
     return codes, scales, seconds
 
@@ -58,7 +58,10 @@ def _least_squares(form: "_Channel | _TwoLevel") -> Tensor:
         tried = form.on_grid(start.clamp(0, form.grid - 1))  # outside the grid: repeats a start, no harm
         for _ in range(form.rounds):
             fit = form.fit(tried)
-            tried = torch.where((fit > 0) & (tried > 0), fit, tried)
+            fitted = torch.where((fit > 0) & (tried > 0), fit, tried)
+            if torch.equal(fitted, tried):  # it stays there
+                break
+            tried = fitted
             error = form.error(tried)
             better = (tried > 0) & (error < errors)
             scales, errors = torch.where(better, tried, scales), torch.where(better, error, errors)
@@ -83,7 +86,7 @@ class _Channel:
     grid, rounds = 40, 20
 
     def __init__(self, rows: Tensor, recipe: Recipe) -> None:
-        self.rows, self.dtype = rows, recipe.scale_dtype
+        self.rows, self.exact, self.dtype = rows, rows.double(), recipe.scale_dtype
         self.high = highest_code(recipe)
         self.widest = self.of(rows.abs().amax(1))
 
@@ -96,11 +99,11 @@ class _Channel:
 
     def error(self, scale: Tensor) -> Tensor:
         q = self._quotients(scale)
-        return _lane_sum((self.rows.double() - scale.double().unsqueeze(1) * q.double()) ** 2)
+        return _lane_sum((self.exact - scale.double().unsqueeze(1) * q.double()) ** 2)
 
     def fit(self, scale: Tensor) -> Tensor:
         q = self._quotients(scale).double()
-        return self._rounded(_quotient(_lane_sum(self.rows.double() * q), _lane_sum(q * q)))
+        return self._rounded(_quotient(_lane_sum(self.exact * q), _lane_sum(q * q)))
 
     def codes(self, scale: Tensor) -> CodesAndScales:
         return self._quotients(scale), scale, torch.ones(len(scale), 1)
@@ -120,8 +123,9 @@ class _TwoLevel:
 
     def __init__(self, rows: Tensor, group_size: int) -> None:
         self.rows, self.groups = rows, rows.unflatten(1, (-1, group_size))
-        self.peaks = self.groups.abs().amax(-1)
+        self.exact, self.peaks = self.groups.double(), self.groups.abs().amax(-1)
         self.widest = self.of(rows.abs().amax(1))
+        self.last: tuple[Tensor, tuple[Tensor, Tensor]] | None = None
 
     def of(self, magnitude: Tensor) -> Tensor:
         """First-level scales whose largest product of code and second scale stands for these magnitudes [n]."""
@@ -136,7 +140,7 @@ class _TwoLevel:
     def fit(self, scale: Tensor) -> Tensor:
         seconds = self._seconds(scale)[0]
         q, factors = self._quotients(scale, seconds).double(), seconds.double()
-        dots = _in_order(factors * _lane_sum(self.groups.double() * q))
+        dots = _in_order(factors * _lane_sum(self.exact * q))
         return _quotient(dots, _in_order(factors * factors * _lane_sum(q * q))).float()
 
     def codes(self, scale: Tensor) -> CodesAndScales:
@@ -144,17 +148,24 @@ class _TwoLevel:
         return self._quotients(scale, seconds).flatten(1), scale, seconds
 
     def _seconds(self, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """As `_chosen`; a scale that was fitted is asked for its error and then for a better one."""
+        if self.last is None or self.last[0] is not scale:
+            self.last = scale, self._chosen(scale)
+        return self.last[1]
+
+    def _chosen(self, scale: Tensor) -> tuple[Tensor, Tensor]:
         """Per group, the best of 1 … 17 that clips no weight to less than half, ties to the larger; and the errors of
         the rows."""
         needed = torch.ceil(self.peaks / (7 * torch.where(scale > 0, scale, 1)).unsqueeze(1))
         widest = needed.clamp(1, 17)
         best, least = torch.ones_like(widest), torch.full_like(widest, torch.inf, dtype=torch.float64)
         for second in range(17, 0, -1):
-            seconds = torch.full_like(widest, second)
-            q = self._quotients(scale, seconds).double()
-            steps = (scale.double().unsqueeze(1) * second).unsqueeze(-1)
-            error = _lane_sum((self.groups.double() - steps * q) ** 2)
             tried = (second <= widest) & (2 * second >= widest) & (scale > 0).unsqueeze(1)
+            if not tried.any():
+                continue
+            q = self._quotients(scale, torch.full_like(widest, second)).double()
+            steps = (scale.double().unsqueeze(1) * second).unsqueeze(-1)
+            error = _lane_sum((self.exact - steps * q) ** 2)
             better = tried & (error < least)
             best, least = torch.where(better, second, best), torch.where(better, error, least)
         return best, _in_order(least)
@@ -187,7 +198,8 @@ def _lane_sum(terms: Tensor) -> Tensor:
     """float64 [..., k] → [...]: column j into lane j mod 32, in order; then the upper half of the lanes onto the lower,
     until one is left."""
     # the order of the kernels, so that the same scales win on both sides
-    padded = torch.nn.functional.pad(terms, (0, -terms.shape[-1] % LANES))
+    beyond = -terms.shape[-1] % LANES
+    padded = torch.nn.functional.pad(terms, (0, beyond)) if beyond else terms
     lanes = _running(padded.unflatten(-1, (-1, LANES)).unbind(-2))
     while lanes.shape[-1] > 1:
         lower, upper = lanes.chunk(2, -1)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from graph_attacks import ATTACKS, Attack, attacked, attribute_chain, placeholder_target
 from safetensors.torch import save_file
-from tiny import rewritten
+from tiny import FEW_MODULES, rewritten
 from typer.testing import CliRunner
 from watching import watched
 
@@ -29,6 +29,7 @@ from fxquant.program.bounded_shapes import BoundedRules
 from fxquant.program.program_file import dump_program, parse_program
 from fxquant.tools.main import app
 
+GROUPED = {"n_routed_experts": 4, "n_group": 2}
 CODE = "__import__('os').system('exit 1')"
 HOSTILE: list[Any] = [
     None, True, -1, 0, 1, 10**12, 10**30, 0.5, 1e308, "", "x", "w", "torch", "output", "__class__", "a.__class__.b",
@@ -43,8 +44,19 @@ HOSTILE: list[Any] = [
 
 @pytest.fixture(scope="module")
 def document(tiny: Callable[..., Checkpoint]) -> dict[str, Any]:
-    """What is written of the tiny model with a quantized MTP layer."""
-    checkpoint = tiny(fp8=True, num_nextn_predict_layers=1)
+    """What is written of a model with both kinds of layers and a quantized MTP layer."""
+    return written(tiny)
+
+
+@pytest.fixture(scope="module")
+def one_layer(tiny: Callable[..., Checkpoint]) -> dict[str, Any]:
+    """Of a model with one layer, of experts, beside the MTP layer: a second has the same fields once more."""
+    return written(tiny, num_hidden_layers=1, first_k_dense_replace=0)
+
+
+def written(tiny: Callable[..., Checkpoint], **changes: Any) -> dict[str, Any]:
+    """With as many experts as groups need."""
+    checkpoint = tiny(fp8=True, num_nextn_predict_layers=1, **FEW_MODULES | GROUPED | changes)
     return json.loads(dump_program(rewritten(checkpoint, "deepseek_w4a8")))
 
 
@@ -152,15 +164,17 @@ def thousands(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("thousands")
-def test_every_place_spoiled(document: dict[str, Any]) -> None:
-    """Every field of every node and document in one way, and each sort of place in a dozen."""
+def test_every_place_spoiled(one_layer: dict[str, Any], document: dict[str, Any]) -> None:
+    """Every field of every node of a layer in one way, and each sort of place of all layers in a dozen."""
     generator, seen = random.Random(1), set()
-    for path in list(places(document)):
-        sort = pattern(document, path)
-        for number, value in enumerate(generator.sample(HOSTILE, 1 if sort in seen else 12)):
-            for _ in map(check, spoiled(document, path, value, gone=number == 0)):
-                pass
-        seen.add(sort)
+    for whole, again in ((one_layer, 1), (document, 0)):
+        for path in list(places(whole)):
+            sort = pattern(whole, path)
+            for number, value in enumerate(generator.sample(HOSTILE, again if sort in seen else 12)):
+                for _ in map(check, spoiled(whole, path, value, gone=number == 0)):
+                    pass
+            seen.add(sort)
+    assert len(seen) > 470
 
 
 # the attacks that once ran

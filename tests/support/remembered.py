@@ -8,6 +8,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -17,7 +18,9 @@ from torch import Tensor, nn
 
 from fxquant.checkpoint.checkpoint import Checkpoint
 from fxquant.frontend import source
+from fxquant.lowering import output
 from fxquant.lowering.ascend import writer
+from fxquant.lowering.ascend.export.exported import write_exported
 from fxquant.program.program import Program
 from fxquant.program.program_file import dump_program
 from fxquant.schemes.schemes import Recipe
@@ -54,6 +57,23 @@ def computed_once() -> Iterator[None]:
         ),
         patch.object(weight_checks, "expected_codes", remembering(weight_checks.expected_codes, codes_key)),
     ):
+        yield
+
+
+@contextmanager
+def exported_once() -> Iterator[None]:
+    """The .pt2 files of equal graphs, whose bytes follow from the graph (test_exported.py): written each time."""
+    known: dict[str, dict[str, bytes]] = {}
+
+    def write(program: Program, folder: Path) -> None:
+        key = dump_program(program)
+        if key not in known:
+            known[key] = {file.name: file.read_bytes() for file in write_exported(program, folder)}
+            return
+        for name, data in known[key].items():
+            (folder / name).write_bytes(data)
+
+    with patch.object(output, "write_exported", write):
         yield
 
 

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
+from forked import renew_threads
 
 OPERATIONS = ("rename", "replace", "unlink", "remove", "rmdir", "mkdir", "fsync", "ftruncate")
 """Of `os`; what changes names, or brings bytes to the disk."""
@@ -36,6 +37,7 @@ def killed_at(count: int, work: Callable[[], object]) -> bool:
     if child == 0:
         code = 1
         try:
+            renew_threads()
             with watched(lambda number, name: os._exit(9) if number == count else None):
                 work()
             code = 0

@@ -9,6 +9,8 @@ import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from forked import renew_threads
+
 from faults.operations import SIGNALS, Fault, Injector
 from faults.scenarios import Scenario, output_files
 
@@ -139,6 +141,7 @@ def command(folder: Path, arguments: tuple[str, ...], fault: Fault | None = None
 def _child(folder: Path, arguments: tuple[str, ...], fault: Fault | None, at: int) -> None:
     code = LOST
     try:
+        renew_threads()
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         log = os.open(folder / LOG, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)

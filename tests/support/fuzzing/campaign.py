@@ -17,6 +17,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from random import Random
 
+from forked import renew_threads
+
 from fuzzing.guard import SECONDS, Guard, limit_memory
 from fuzzing.mutators import Mutator
 from fuzzing.targets import Target, make_case
@@ -130,6 +132,7 @@ class Campaign:
 
     def _work(self, chunk: Chunk, folder: Path) -> None:
         """In the child."""
+        renew_threads()
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         log = os.open(folder / "stderr", os.O_WRONLY | os.O_CREAT)
         os.dup2(log, 1)

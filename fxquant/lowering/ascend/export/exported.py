@@ -23,6 +23,7 @@ from torch._subclasses import FakeTensorMode
 from torch.export import Dim, ExportedProgram
 from torch.utils._pytree import tree_map
 
+from fxquant.gc_pause import uncollected
 from fxquant.lowering.ascend.emitter.emit import ascend_code
 from fxquant.lowering.ascend.export.fake_weights import fake_weights
 from fxquant.program.program import Program
@@ -119,7 +120,8 @@ def to_bytes(exported: ExportedProgram) -> bytes:
             node.meta = {"val": node.meta["val"]} if "val" in node.meta else {}
     exported.example_inputs = None
     stored, rewritten = io.BytesIO(), io.BytesIO()
-    torch.export.save(exported, stored)
+    with uncollected():  # what is serialized stays until it is written
+        torch.export.save(exported, stored)
     with zipfile.ZipFile(stored) as archive, zipfile.ZipFile(rewritten, "w", zipfile.ZIP_STORED) as target:
         for name in sorted(archive.namelist()):
             target.writestr(zipfile.ZipInfo(name, FIRST_DAY), archive.read(name))
