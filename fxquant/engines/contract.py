@@ -98,10 +98,16 @@ class Dtypes(_Data):
 
 
 class TensorParallel(_Data):
-    """sizes: ranks that the format allows. whole_groups: in_features per rank must be a multiple of the group size."""
+    """How the engine splits linears over ranks.
+
+    sizes          ranks that the format allows
+    whole_groups   in_features per rank must be a multiple of the group size
+    experts_whole  int4 experts are right on one rank or with expert parallelism only
+    """
 
     sizes: tuple[int, ...]
     whole_groups: bool
+    experts_whole: bool = False
     why: str
     reference: str
 

@@ -55,7 +55,7 @@ class Graph:
         program = load_program(folder / GRAPH)
         recipes = {name: recipe for recipe in program.recipes.values() for name in recipe.modules}
         mtp = {name: recipe for recipe in program.mtp.recipes.values() for name in recipe.modules}
-        return cls(recipes | mtp, WeightFiles(folder), next(iter(recipes.values())).dtype)
+        return cls(recipes | mtp, WeightFiles(folder), program.dtype)
 
     def codes(self, module: str) -> Tensor:
         """float64 [n, k], with two levels the codes times their group's scale."""

@@ -72,6 +72,8 @@ def check_linear(rank: Rank, name: str, layer: Any) -> None:
     members, row_parallel = rank.members(name), name.endswith(ROW_PARALLEL)
     rank.seen.update(members)
     emulated = _emulated(rank, members, row_parallel)
+    if name.endswith(".kv_b_proj"):
+        rank.by_graph.differences.append(f"{name}: decoding multiplies by its halves in floating point")
     known = [member for member in members if member in rank.graph.recipes]
     if len(known) != len(members):
         rank.by_graph.differences.append(f"{name}: read as quantized, but is float")
@@ -136,4 +138,6 @@ def _check_product(rank: Rank, name: str, layer: Any, x: Tensor, members: list[s
     off = torch.zeros(1) if added else half_step(scale, rank.dtype)
     expected = sums * scale.double() * tokens.double()
     bound = sums.abs() * off.double() * tokens.double() + 4 * U * expected.abs()
+    if not added and rank.graph.recipes[members[0]].bias and not rank.place.rank:
+        expected = expected + torch.cat([rank.part(rank.graph.files.read(f"{m}.bias"), name) for m in members])
     rank.by_graph.within(name, product.result, expected, bound)
