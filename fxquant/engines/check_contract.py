@@ -30,10 +30,13 @@ class Finding:
     reference: str
 
 
-def check(contract: Contract, linears: Iterable[Linear], ranks: int = 1, mix: bool | None = None) -> list[Finding]:
+def check(
+    contract: Contract, linears: Iterable[Linear], ranks: int = 1, mix: bool | None = None, ep: int = 1
+) -> list[Finding]:
     """All findings, in the order of the linears: verdicts on schemes, sizes, ranks, then fused modules.
 
-    mix: whether the engine will run shared experts as routed ones; None: as the schemes need it.
+    mix  whether the engine will run shared experts as routed ones; None: as the schemes need it
+    ep   expert-parallel ranks, each with whole experts; 1: `ranks` split every expert
     """
     linears = list(linears)
     findings: list[Finding] = []
@@ -42,7 +45,8 @@ def check(contract: Contract, linears: Iterable[Linear], ranks: int = 1, mix: bo
     findings += _dtypes(contract, linears)
     for linear in linears:
         findings += _schemes(contract, linear)
-        findings += _sizes(contract, linear, ranks)
+        findings += _split_experts(contract, linear, ranks, ep)
+        findings += _sizes(contract, linear, 1 if ep > 1 and linear.kind is Kind.ROUTED_EXPERT else ranks)
         findings += _mix(contract, linear, mix)
     return [*findings, *_fused(contract, linears), *_sections(contract, linears)]
 
@@ -57,6 +61,13 @@ def _ranks(contract: Contract) -> Finding:
     sizes = ", ".join(map(str, rule.sizes))
     way_out = f"Use one of {sizes}, or data and expert parallelism." if len(rule.sizes) > 1 else "Run it on one rank."
     return Finding("", Verdict.REFUSED, f"tensor-parallel ranks must be {sizes}: {rule.why}", way_out, rule.reference)
+
+
+def _split_experts(contract: Contract, linear: Linear, ranks: int, ep: int) -> Iterator[Finding]:
+    recipe, rule = linear.recipe, contract.tensor_parallel
+    if rule.experts_whole and ranks > 1 and ep == 1 and linear.kind is Kind.ROUTED_EXPERT and recipe.int4:
+        fact = f"experts that {ranks} ranks split are read wrong"
+        yield _size(recipe, fact, f"Use one rank, or {EXPERT_PARALLEL}.", rule.reference)
 
 
 def _dtypes(contract: Contract, linears: list[Linear]) -> Iterator[Finding]:

@@ -57,6 +57,12 @@ class Graph:
         mtp = {name: recipe for recipe in program.mtp.recipes.values() for name in recipe.modules}
         return cls(recipes | mtp, WeightFiles(folder), program.dtype)
 
+    def linears(self, mtp: str, draft: bool) -> list[str]:
+        """Paths of all linears with a weight [n, k], float ones too, of the model or of its layer `mtp`."""
+        ends = ("_proj.weight", "_with_mqa.weight")
+        weights = [name.removesuffix(".weight") for name in self.files.infos if name.endswith(ends)]
+        return sorted(name for name in {*weights, *self.recipes} if name.startswith(f"{mtp}.") == draft)
+
     def codes(self, module: str) -> Tensor:
         """float64 [n, k], with two levels the codes times their group's scale."""
         stored, second = self.files.read(f"{module}.weight"), f"{module}.weight_scale_second"

@@ -41,6 +41,7 @@ OWN_POLICIES = {
     "static_everywhere": [
         _FLOAT_KV_B, "{kind: [attention, dense_mlp, shared_expert], scheme: W8A8}"
     ],
+    "shifted": [_FLOAT_KV_B, "{kind: attention, scheme: W8A8}"],
     "mixed_attention": [_FLOAT_KV_B, "{kind: attention, scheme: W8A8_MIX}"],
     "mixed_mlp": ["{kind: dense_mlp, scheme: W8A8_MIX}"],
     "int4_dense": ["{kind: dense_mlp, scheme: W4A8_DYNAMIC, group_size: 0}"],
@@ -52,10 +53,15 @@ OWN_POLICIES = {
     "float_dense": ["{kind: [dense_mlp, shared_expert], scheme: FLOAT}"],
     "float_experts": ["{kind: routed_expert, scheme: FLOAT}"],
     "int8_experts": ["{kind: routed_expert, scheme: W8A8_DYNAMIC}"],
+    "groups_of_256": ["{kind: routed_expert, scheme: W4A8_DYNAMIC, group_size: 256}"],
     "groups_of_128": ["{kind: routed_expert, scheme: W4A8_DYNAMIC, group_size: 128}"],
     "int8_head": ["{kind: head, scheme: W8A8_DYNAMIC}"],
 }  # fmt: skip
 """Each: what it changes of deepseek_w4a8_per_channel, to ask for one cell of the contract."""
+
+
+SHIFTED = "smooth: [{kind: attention, method: m4, alpha: 0.5}]\nnorm_bias: every\n"
+"""Of "shifted": a bias beside every norm, and of every linear that reads a shifted one."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +109,8 @@ class Folders:
             return policy
         file = self._place / f"{policy}.yaml"
         rules = "\n".join(f"  - {rule}" for rule in OWN_POLICIES[policy])
-        file.write_text(f"extends: {PER_CHANNEL}\nrules:\n{rules}\n", encoding="utf-8")
+        smooth = SHIFTED if policy == "shifted" else ""
+        file.write_text(f"extends: {PER_CHANNEL}\n{smooth}rules:\n{rules}\n", encoding="utf-8")
         return str(file)
 
 

@@ -112,9 +112,7 @@ class SGLang:
         try:
             model.load_weights(_tensors(folder))
             empty = [name for name, parameter in model.named_parameters() if _untouched(parameter)]
-            self._loader.DefaultModelLoader.load_weights_and_postprocess(
-                _Filled(model), iter(()), torch.device("cpu")
-            )
+            self._loader.DefaultModelLoader.load_weights_and_postprocess(_Filled(model), iter(()), torch.device("cpu"))
         finally:
             log.removeHandler(warnings)
         return Loaded(model, warnings.names, empty)

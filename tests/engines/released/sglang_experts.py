@@ -66,8 +66,7 @@ def _check_half(rank: Rank, layer: Any, half: str, index: int, members: list[str
         return
     try:
         emulated: list[Any] = [rank.experts.expert_linear(member, half == "w2") for member in members]
-    except FxquantError as error:
-        rank.refused.append(str(error))
+    except FxquantError:
         return
     shards = [linear.shards[rank.place.rank if len(linear.shards) > 1 else 0] for linear in emulated]
     by, place = rank.by_emulation, f"{members[0]} as {half}"

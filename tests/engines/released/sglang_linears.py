@@ -31,7 +31,7 @@ class Rank:
     """One rank of an engine in comparison with the graph, and with the emulation that `reader` and `experts` are.
 
     draft     checkpoint path of the multi-token-prediction layer in the engine's hands, "" for the model
-    refused   what the emulation says instead of reading; without `reader` it refused the folder
+    reader    none if the emulation refuses the folder
     seen      modules of the graph that the engine holds as quantized
     """
 
@@ -44,7 +44,6 @@ class Rank:
     draft: str = ""
     by_graph: Comparison = field(default_factory=Comparison)
     by_emulation: Comparison = field(default_factory=Comparison)
-    refused: list[str] = field(default_factory=list)
     seen: set[str] = field(default_factory=set)
 
     def members(self, name: str) -> list[str]:
@@ -93,8 +92,7 @@ def _emulated(rank: Rank, members: list[str], row_parallel: bool) -> list[Any]:
     try:
         rank.reader.check_fused(tuple(members))
         return [rank.reader.linear(member, row_parallel) for member in members]
-    except FxquantError as error:
-        rank.refused.append(str(error))
+    except FxquantError:
         return []
 
 

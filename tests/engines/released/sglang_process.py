@@ -1,6 +1,6 @@
 """A process that loads folders with one release of SGLang: cases as JSON from stdin, findings as JSON into a file.
 
-    python sglang_process.py FINDINGS PACKAGE BESIDE … < cases.json
+python sglang_process.py FINDINGS PACKAGE BESIDE … < cases.json
 """
 
 import json
@@ -12,8 +12,9 @@ from typing import Any
 from comparison import Graph
 from sglang_engine import Loaded, Place, SGLang
 from sglang_experts import check_experts
-from sglang_linears import Rank, check_linear
+from sglang_linears import ROW_PARALLEL, Rank, check_linear
 
+from fxquant.engine_readers import EngineReader
 from fxquant.engines.sglang_npu.reader import open_sglang_npu
 from fxquant.errors import FxquantError
 
@@ -49,15 +50,17 @@ class Finding:
 def find(engine: SGLang, case: dict[str, Any]) -> Finding:
     """All chosen ranks of one case."""
     folder, size, whole = Path(case["folder"]), int(case["ranks"]), case["parallel"] == "ep"
-    emulated: list[str] = []
-    try:
-        reader = open_sglang_npu(folder, size)
-        experts = open_sglang_npu(folder, 1) if whole else reader
-    except FxquantError as error:
-        reader = experts = None
-        emulated.append(str(error))
     graph = Graph.of(folder)
     layer = f"model.layers.{json.loads((folder / 'config.json').read_text())['num_hidden_layers']}"
+    reader = experts = None
+    emulated: list[str] = []
+    try:
+        if case["quantized"]:  # else it is served as a float model, which our readers have nothing to do with
+            reader = open_sglang_npu(folder, size)
+            experts = open_sglang_npu(folder, 1) if whole else reader
+            emulated += refused(graph, reader, experts, layer, case["draft"])
+    except FxquantError as error:
+        emulated.append(str(error))
     ranks, skipped = [], set()
     try:
         for number in _chosen(size):
@@ -72,11 +75,27 @@ def find(engine: SGLang, case: dict[str, Any]) -> Finding:
     return Finding(
         wrong=[text for rank in ranks for text in rank.by_graph.differences],
         skipped=sorted(skipped),
-        emulated=[*emulated, *(text for rank in ranks for text in rank.refused)][:8],
+        emulated=emulated,
         differs=[text for rank in ranks for text in rank.by_emulation.differences],
         compared=sum(rank.by_graph.compared for rank in ranks),
         worst=max((rank.by_graph.worst for rank in ranks), default=0.0),
     )
+
+
+def refused(graph: Graph, reader: EngineReader, experts: EngineReader, mtp: str, draft: bool) -> list[str]:
+    """What the emulation refuses of the modules of the graph, each told once."""
+    said: dict[str, str] = {}
+    for module in graph.linears(mtp, draft):
+        try:
+            if ".experts." in module:
+                experts.expert_linear(module, module.endswith(ROW_PARALLEL))
+            else:
+                reader.linear(module, module.endswith(ROW_PARALLEL))
+                if group := reader.fused_with(module):
+                    reader.check_fused(group)
+        except FxquantError as error:
+            said.setdefault(str(error).partition(": ")[2], str(error))
+    return list(said.values())
 
 
 def check_model(rank: Rank, loaded: Loaded, mtp: str) -> None:
@@ -103,8 +122,10 @@ def check_floats(rank: Rank, loaded: Loaded) -> None:
         shared = rank.draft and name in LEFT_TO_THE_MODEL
         if stored in infos and not shared and module not in rank.graph.recipes and "experts." not in stored:
             whole = rank.graph.files.read(stored).to(parameter.dtype)
-            part = whole.chunk(rank.place.size)[rank.place.rank] if whole.shape != parameter.shape else whole
-            rank.by_graph.equal(name, parameter.data, part)
+            if whole.shape != parameter.shape:
+                axis = 1 if module.endswith(ROW_PARALLEL) else 0
+                whole = whole.chunk(rank.place.size, axis)[rank.place.rank]
+            rank.by_graph.equal(name, parameter.data, whole)
     empty = set(loaded.not_loaded) - (LEFT_TO_THE_MODEL if rank.draft else set())
     rank.by_graph.differences += [f"{name}: not loaded" for name in sorted(empty) if not name.endswith(NOT_READ)]
 

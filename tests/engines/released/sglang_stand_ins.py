@@ -99,7 +99,7 @@ class _Finder(MetaPathFinder, Loader):
 
 
 def _sglang_asks() -> bool:
-    """Whether the importing file is one of SGLang: torch and transformers shall not find packages that are not there."""
+    """Whether the importing file is one of SGLang: torch and transformers must not find what is not there."""
     frame = sys._getframe(2)
     while frame.f_back is not None and "importlib" in frame.f_code.co_filename:
         frame = frame.f_back
