@@ -69,6 +69,7 @@ class Case:
     """A folder on ranks: "tp" splits experts over them, "ep" keeps them whole.
 
     draft      the multi-token-prediction layer in place of the model
+    truth      the folder that `folder` is a damaged copy of; empty: itself
     quantized  served with --quantization modelslim; a float draft with --speculative-draft-model-quantization unquant
     """
 
@@ -77,6 +78,7 @@ class Case:
     parallel: str = "tp"
     draft: bool = False
     quantized: bool = True
+    truth: str = ""
 
 
 class Folders:

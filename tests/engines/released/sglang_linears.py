@@ -79,10 +79,24 @@ def check_linear(rank: Rank, name: str, layer: Any) -> None:
         return
     codes = [rank.part(rank.part(rank.graph.codes(member), name), name, 1) for member in members]
     rank.by_graph.equal(name, layer.weight.T.double(), torch.cat(codes))
+    _check_parameters(rank, name, layer, members)
     x = torch.randn(TOKENS, layer.weight.shape[0], generator=torch.Generator().manual_seed(0)).to(rank.dtype)
     if emulated:
         _check_emulated(rank, name, layer, emulated, x)
     _check_product(rank, name, layer, x, members, torch.cat(codes))
+
+
+def _check_parameters(rank: Rank, name: str, layer: Any, members: list[str]) -> None:
+    """Of a static linear: per output those of all members, and the one scale and offset of its input."""
+    if rank.graph.quant_bias(members[0]) is None:
+        return
+    read = rank.graph.files.read
+    for suffix in ("deq_scale", "quant_bias"):
+        whole = [rank.part(read(f"{member}.{suffix}"), name) for member in members]
+        rank.by_graph.equal(f"{name}.{suffix}", getattr(layer, suffix).data, torch.cat(whole))
+    for suffix in ("input_scale", "input_offset"):
+        stored = read(f"{members[0]}.{suffix}").to(rank.dtype)
+        rank.by_graph.equal(f"{name}.{suffix}", getattr(layer, suffix).data, stored)
 
 
 def _emulated(rank: Rank, members: list[str], row_parallel: bool) -> list[Any]:

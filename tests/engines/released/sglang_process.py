@@ -50,7 +50,7 @@ class Finding:
 def find(engine: SGLang, case: dict[str, Any]) -> Finding:
     """All chosen ranks of one case."""
     folder, size, whole = Path(case["folder"]), int(case["ranks"]), case["parallel"] == "ep"
-    graph = Graph.of(folder)
+    graph = Graph.of(Path(case["truth"] or folder))
     layer = f"model.layers.{json.loads((folder / 'config.json').read_text())['num_hidden_layers']}"
     reader = experts = None
     emulated: list[str] = []
