@@ -82,9 +82,46 @@ def test_releases_for_groups_refuse_channels_and_unpacked_weights(tmp_path: Path
         open_reader("vllm-ascend-per-group", experts().write(tmp_path / "channel"))
     draft = experts(256)
     del draft.header["version"]
-    for engine in ("vllm-ascend-per-group", "sglang-npu"):
-        with pytest.raises(FxquantError, match="reads the weights as unpacked"):
-            open_reader(engine, draft.write(tmp_path / engine))
+    with pytest.raises(FxquantError, match="reads the weights as unpacked"):
+        open_reader("vllm-ascend-per-group", draft.write(tmp_path / "unpacked"))
+
+
+def test_sglang_refuses_what_its_releases_do_not_serve(tmp_path: Path) -> None:
+    with pytest.raises(FxquantError, match="group_size 256: every release skips weight_scale_second"):
+        open_reader("sglang-npu", experts(256).write(tmp_path / "groups"))
+    with pytest.raises(FxquantError, match="float16: per-token linears"):
+        draft = Draft(torch.float16)
+        draft.per_token(LINEAR, 64, 64)
+        open_reader("sglang-npu", draft.write(tmp_path / "half"))
+    folder = experts().write(tmp_path / "channels")
+    open_reader("sglang-npu", folder).expert_linear(DOWN, row_parallel=True)
+    for projection in ("gate_proj", "down_proj"):
+        with pytest.raises(FxquantError, match="int4 on 2 ranks: each adds the whole scale_bias"):
+            module = f"{EXPERTS}.1.{projection}"
+            open_reader("sglang-npu", folder, 2).expert_linear(module, row_parallel=projection == "down_proj")
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "message"),
+    [
+        ("q_b_proj", "W8A8_MIX", "no scheme for it on linears"),
+        ("q_b_proj", "W4A8_DYNAMIC", "no scheme for it on linears"),
+        ("kv_b_proj", "W8A8_DYNAMIC", "computes it in floating point"),
+    ],
+)
+def test_linears_that_sglang_has_no_scheme_for(tmp_path: Path, name: str, kind: str, message: str) -> None:
+    draft, module = Draft(), f"{ATTENTION}.{name}"
+    draft.per_token(module, 64, 64)
+    draft.types |= dict.fromkeys((key for key in draft.types if key.startswith(module)), kind)
+    with pytest.raises(FxquantError, match=message):
+        open_reader("sglang-npu", draft.write(tmp_path)).linear(module)
+
+
+def test_sglang_has_no_float_experts(tmp_path: Path) -> None:
+    draft = experts()
+    draft.types |= dict.fromkeys(draft.types, "FLOAT")
+    with pytest.raises(FxquantError, match="no float experts"):
+        open_reader("sglang-npu", draft.write(tmp_path)).expert_linear(DOWN, row_parallel=True)
 
 
 def test_a_header_that_contradicts_the_experts(tmp_path: Path) -> None:
@@ -159,13 +196,18 @@ def test_shards_of_a_fused_module_agree(tmp_path: Path) -> None:
         (0, 3, "3 ranks do not divide the 16 columns"),
         (0, 32, "32 ranks do not divide"),
         (0, 8, "in_features 32 on one rank; the kernel takes multiples of 64"),
-        (256, 2, "in_features 256 is not a multiple of 2 ranks x 256"),
     ],
 )
 def test_ranks_that_do_not_fit_the_experts(tmp_path: Path, group: int, ranks: int, message: str) -> None:
     folder = experts(group).write(tmp_path)
     with pytest.raises(FxquantError, match=message):
-        open_reader("sglang-npu", folder, ranks).expert_linear(DOWN, row_parallel=True)
+        open_reader("vllm-ascend", folder, ranks).expert_linear(DOWN, row_parallel=True)
+
+
+def test_groups_that_ranks_do_not_share(tmp_path: Path) -> None:
+    with pytest.raises(FxquantError, match="in_features 256 is not a multiple of 2 ranks x 256"):
+        folder = experts(256).write(tmp_path)
+        open_reader("vllm-ascend-per-group", folder, 2).expert_linear(DOWN, row_parallel=True)
 
 
 def test_older_mindie_wants_group_size_and_unpacked_weights(tmp_path: Path) -> None:

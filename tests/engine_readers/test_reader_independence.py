@@ -39,7 +39,7 @@ OPENERS = {
     "ascend": ("open_vllm_ascend_per_group", 256),
     "mindie": ("open_mindie", 256),
     "mindie_2_1rc1": ("open_mindie_2_1rc1", 256),
-    "sglang_npu": ("open_sglang_npu", 256),
+    "sglang_npu": ("open_sglang_npu", 0),
     "vllm_ascend": ("open_vllm_ascend", 0),
 }
 

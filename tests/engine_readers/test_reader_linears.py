@@ -91,6 +91,8 @@ def test_static_kernel_rounds_reciprocal_scale_and_output(tmp_path: Path, dtype:
 @ROWS
 @pytest.mark.parametrize("engine", ["vllm-ascend", "sglang-npu", "mindie", "mindie-2.1rc1"])
 def test_per_token_on_any_ranks(tmp_path: Path, dtype: torch.dtype, row_parallel: bool, engine: str) -> None:
+    if engine == "sglang-npu" and dtype is torch.float16:
+        pytest.skip("it does not serve float16 models")
     draft = Draft(dtype)
     draft.per_token(LINEAR, N, K, biased=engine == "mindie-2.1rc1")
     draft.for_engine(engine, 256)

@@ -25,6 +25,8 @@ from fxquant.verification import Check
 
 Folder = Callable[..., Path]
 NPU = [Target.ASCEND, Target.MINDIE, Target.MINDIE_2_1RC1, Target.VLLM_ASCEND, Target.SGLANG_NPU]
+ONE_LEVEL = (Target.VLLM_ASCEND, Target.SGLANG_NPU)
+"""They read experts with one scale per output channel."""
 MLP = "model.layers.3.mlp."
 
 
@@ -64,7 +66,7 @@ def test_every_cell_has_a_source_and_refusals_a_reason(target: Target) -> None:
 @pytest.mark.parametrize("target", list(Target))
 def test_every_kind_may_stay_float_and_what_is_not_named_is_refused(target: Target) -> None:
     contract = load_contract(target)
-    for kind in Kind:
+    for kind in set(Kind) - ({Kind.ROUTED_EXPERT} if target is Target.SGLANG_NPU else set()):
         assert contract.cell(kind, linear("x", kind, Scheme.FLOAT).recipe).verdict is Verdict.ACCEPTED
     nothing = contract.model_copy(update={"cells": ()})
     cell = nothing.cell(Kind.HEAD, linear("x", Kind.HEAD, Scheme.W8A8).recipe)
@@ -93,6 +95,9 @@ def test_two_level_experts(target: Target) -> None:
         assert finding is not None and finding.module == f"{MLP}experts.gate_proj"
         assert "group_size 256" in finding.fact and "after 0.26.0rc1" in finding.fact and "#13713" in finding.reference
         assert "group_size: 0" in finding.way_out and "--target ascend" in finding.way_out
+    elif target is Target.SGLANG_NPU:
+        finding = refusal(findings)
+        assert finding is not None and "weight_scale_second" in finding.fact and "group_size: 0" in finding.way_out
     else:
         assert not findings
 
@@ -100,7 +105,7 @@ def test_two_level_experts(target: Target) -> None:
 @pytest.mark.parametrize("target", NPU)
 def test_groups_of_other_sizes_are_unverified_or_refused(target: Target) -> None:
     findings = check(load_contract(target), experts(64))
-    expected = Verdict.REFUSED if target is Target.VLLM_ASCEND else Verdict.UNVERIFIED
+    expected = Verdict.REFUSED if target in ONE_LEVEL else Verdict.UNVERIFIED
     assert {finding.verdict for finding in findings} == {expected}
 
 
@@ -240,7 +245,7 @@ def test_static_shards_share_a_range(target: Target) -> None:
 @pytest.mark.parametrize("target", NPU)
 def test_experts_of_a_layer_share_a_scheme(target: Target) -> None:
     down = linear(f"{MLP}experts.down_proj", Kind.ROUTED_EXPERT, Scheme.W8A8_DYNAMIC)
-    size = 0 if target is Target.VLLM_ASCEND else 256
+    size = 0 if target in ONE_LEVEL else 256
     assert "fuses both into experts" in refused(target, [expert("gate_proj", size), expert("up_proj", size), down]).fact
 
 
@@ -270,7 +275,17 @@ def test_dtypes_of_models(target: Target) -> None:
     (finding,) = check(load_contract(target), [Linear(replace(recipe, dtype=torch.float32), Kind.ATTENTION)])
     assert "float32" in finding.fact and "torch_dtype" in finding.way_out
     assert finding.verdict is (Verdict.UNVERIFIED if target is Target.ASCEND else Verdict.REFUSED)
-    assert not check(load_contract(target), [Linear(replace(recipe, dtype=torch.float16), Kind.ATTENTION)])
+    half = check(load_contract(target), [Linear(replace(recipe, dtype=torch.float16), Kind.ATTENTION)])
+    assert [finding.verdict for finding in half] == ([Verdict.REFUSED] if target is Target.SGLANG_NPU else [])
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8, 16])
+def test_sglang_keeps_int4_experts_whole(ranks: int) -> None:
+    finding = refused(Target.SGLANG_NPU, experts(0), ranks)
+    assert f"{ranks} ranks split" in finding.fact and "expert parallelism" in finding.way_out
+    assert not check(load_contract(Target.SGLANG_NPU), experts(0), ranks, ep=ranks)
+    dynamic = [linear(f"{MLP}experts.gate_proj", Kind.ROUTED_EXPERT, Scheme.W8A8_DYNAMIC)]
+    assert not check(load_contract(Target.SGLANG_NPU), dynamic, ranks)
 
 
 @pytest.mark.parametrize("target", [Target.MINDIE, Target.VLLM_ASCEND, Target.SGLANG_NPU])

@@ -1,4 +1,4 @@
-"""SGLang on NPU, whose reader takes two-level files for a positive group_size and per-channel ones for 0."""
+"""SGLang on NPU, which reads int4 experts per channel: format `per_channel`."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +19,7 @@ def _open_reader(folder: Path, ranks: int, group_size: int) -> "EngineReader":
 
 
 ENGINE = Engine(
-    weight_format=lambda group_size: WeightFormat.PACKED if group_size else WeightFormat.PER_CHANNEL,
+    weight_format=lambda group_size: WeightFormat.PER_CHANNEL,
     stem="quant_model_weights",
     int4_group_size=0,
     numbered=True,
