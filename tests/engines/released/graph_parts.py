@@ -17,6 +17,10 @@ from fxquant.schemes.schemes import Recipe, Scheme
 FLOAT = Scheme.FLOAT.value
 
 
+class NotDivisibleError(Exception):
+    """The groups of a linear can't be dealt out: whatever an engine made of them, it is not the graph."""
+
+
 @dataclass(frozen=True)
 class Part:
     """A linear, or a rank's part of it: `y = x_hat @ (codes * scale).T`, and what static schemes add.
@@ -46,7 +50,7 @@ class Part:
         if "scale_bias" in tensors:
             tensors["scale_bias"] = tensors["scale_bias"].chunk(ranks, 1)[rank]
         if self.second is not None and self.second.shape[1] % ranks:
-            raise ValueError(f"{self.second.shape[1]} groups of k on {ranks} ranks")
+            raise NotDivisibleError(f"{self.second.shape[1]} groups of k on {ranks} ranks")
         second = None if self.second is None else self.second.chunk(ranks, 1)[rank]
         return Part(self.kind, self.codes.chunk(ranks, 1)[rank], self.scale, second, tensors)
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 import torch
-from graph_parts import FLOAT, GraphParts, Part, stacked
+from graph_parts import FLOAT, GraphParts, NotDivisibleError, Part, stacked
 from torch import Tensor, nn
 from vllm_world import Place
 
@@ -27,12 +27,15 @@ def differences(model: nn.Module, graph: GraphParts, place: Place) -> Iterator[s
         path = name.replace(".mtp_block.", ".")
         if drafts and path == "model.embed_tokens":  # one for all draft layers
             path = f"{drafts[-1]}.embed_tokens"
-        if "w13_weight" in own:
-            yield from _experts(path.removesuffix(".routed_experts"), layer, graph, place)
-        elif isinstance(getattr(layer, "weight", None), Tensor) and _last(path) in LINEARS:
-            yield from _linear(path, layer, expected_linear(path, graph, place))
-        else:
-            yield from _floats(path, own, graph, place)
+        try:
+            if "w13_weight" in own:
+                yield from _experts(path.removesuffix(".routed_experts"), layer, graph, place)
+            elif isinstance(getattr(layer, "weight", None), Tensor) and _last(path) in LINEARS:
+                yield from _linear(path, layer, expected_linear(path, graph, place), graph.program.dtype)
+            else:
+                yield from _floats(path, own, graph, place)
+        except NotDivisibleError as error:
+            yield f"{path}: {error}"
 
 
 def expected_linear(path: str, graph: GraphParts, place: Place) -> Part:
@@ -72,13 +75,13 @@ def _last(path: str) -> str:
     return path.rpartition(".")[2]
 
 
-def _linear(path: str, layer: nn.Module, want: Part) -> Iterator[str]:
+def _linear(path: str, layer: nn.Module, want: Part, dtype: torch.dtype) -> Iterator[str]:
     held = layer.weight.data
     if want.kind == FLOAT:
         yield from _unequal(f"{path}.weight", held, want.codes.to(held.dtype))
         return
     if want.kind == "W4A8_DYNAMIC":
-        yield from _int4(path, held, layer.weight_scale_second.data.T, want, layer.weight_scale.dtype)
+        yield from _int4(path, held, layer.weight_scale_second.data.T, want, dtype)
         return
     yield from _unequal(f"{path}.weight", held.T.to(torch.int32), want.codes)
     if want.kind != "W8A8":
@@ -109,12 +112,7 @@ def _int4_codes(want: Part) -> Tensor:
 
 
 def _experts(path: str, layer: nn.Module, graph: GraphParts, place: Place) -> Iterator[str]:
-    try:
-        expected = expected_experts(path, graph, place)
-    except ValueError as error:
-        yield f"{path}: {error}"
-        return
-    for name, parts in zip(("w13", "w2"), expected, strict=True):
+    for name, parts in zip(("w13", "w2"), expected_experts(path, graph, place), strict=True):
         weight = getattr(layer, f"{name}_weight").data
         if len(weight) != len(parts):
             yield f"{path}.{name}: {len(weight)} experts, the graph has {len(parts)} for this rank"

@@ -33,14 +33,28 @@ class Outcome:
 
 
 def table(outcomes: Iterable[Outcome]) -> str:
-    """Markdown: a row for each engine, release, policy, parallelism and verdict; ranks of equal words are one row."""
-    rows: dict[tuple[str, ...], list[int]] = {}
+    """Markdown: a row for each engine, release, parallelism and verdict, with the words on the fewest ranks.
+
+    Policies of which everything is equal share their rows.
+    """
+    rows: dict[tuple[str, str, str], dict[tuple[str, str], list[Outcome]]] = {}
     for one in outcomes:
-        key = (one.engine, one.release, one.policy, one.parallel, one.verdict.value, one.words)
-        rows.setdefault(key, []).append(one.ranks)
+        of_policy = rows.setdefault((one.engine, one.release, one.policy), {})
+        of_policy.setdefault((one.parallel, one.verdict.value), []).append(one)
+    alike: dict[tuple[str, str, tuple[tuple[str, ...], ...]], list[str]] = {}
+    for (engine, release, policy), groups in rows.items():
+        cells = tuple(
+            (parallel.upper(), _listed(group), verdict, min(group, key=lambda one: one.ranks).words)
+            for (parallel, verdict), group in groups.items()
+        )
+        alike.setdefault((engine, release, cells), []).append(policy)
     lines = ["| engine | release | policy | parallel | ranks | verdict | words |", "|---|---|---|---|---|---|---|"]
-    for (engine, release, policy, parallel, verdict, words), ranks in rows.items():
-        listed = ", ".join(str(rank) for rank in sorted(set(ranks)))
-        cells = (engine, release, policy, parallel.upper(), listed, verdict, words.replace("|", "\\|"))
-        lines.append("| " + " | ".join(cells) + " |")
+    for (engine, release, cells), policies in alike.items():
+        for parallel, ranks, verdict, words in cells:
+            row = (engine, release, "<br>".join(policies), parallel, ranks, verdict, words.replace("|", "\\|"))
+            lines.append("| " + " | ".join(row) + " |")
     return "\n".join(lines)
+
+
+def _listed(group: list[Outcome]) -> str:
+    return ", ".join(str(ranks) for ranks in sorted({one.ranks for one in group}))

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest.mock import MagicMock
 
 import npu_operators
 import torch
@@ -26,7 +27,14 @@ model_hosting_container_standards mooncake msgpack msgspec openai openai_harmony
 pandas partial_json_parser prometheus_client pybase64 pydantic_settings quart scipy sentencepiece setproctitle starlette
 tiktoken torchair torchvision transformers uvicorn uvloop watchfiles xgrammar zmq
 """.split()
-COMPILED = ["torch_npu", "vllm._C", "vllm._moe_C", "vllm.vllm_flash_attn", "vllm_ascend.vllm_ascend_C", "vllm.env_override"]
+COMPILED = [
+    "torch_npu",
+    "vllm._C",
+    "vllm._moe_C",
+    "vllm.vllm_flash_attn",
+    "vllm_ascend.vllm_ascend_C",
+    "vllm.env_override",
+]
 OTHER_MODELS = [
     f"vllm_ascend.ops.{name}"
     for name in (
@@ -68,6 +76,8 @@ class VllmAscend:
             experts.AscendSharedFusedMoE._validate_shared_expert_consistency = lambda experts: None
         context = importlib.import_module("vllm_ascend.ascend_forward_context")
         context._mc2_tokens_capacity = 64
+        importlib.import_module("vllm.forward_context")._forward_context = vllm_world.Settings()
+        self._utils._WEIGHT_PREFETCH_METHOD = MagicMock()  # moves weights into caches ahead of time
         self._patch()
 
     def _patch(self) -> None:
@@ -137,4 +147,3 @@ class VllmAscend:
             parameter.data.fill_(UNSET)
         module = importlib.import_module("vllm.model_executor.model_loader.default_loader")
         module.DefaultModelLoader(settings.load_config).load_weights(model, settings.model_config)
-

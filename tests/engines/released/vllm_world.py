@@ -90,7 +90,10 @@ def configure(folder: Path, place: Place, mtp: bool) -> Settings:
         scheduler_config=Settings(max_num_batched_tokens=64, max_num_seqs=8, decode_max_num_seqs=0),
         device_config=Settings(device="cpu", device_type="cpu"),
         load_config=Settings(
-            load_format="safetensors", model_loader_extra_config={}, use_tqdm_on_load=False, device="cpu",
+            load_format="safetensors",
+            model_loader_extra_config={},
+            use_tqdm_on_load=False,
+            device="cpu",
             safetensors_load_strategy="lazy",
         ),
         speculative_config=_speculation(model) if mtp else None,
