@@ -53,7 +53,7 @@ def _unzip(wheel: Path, inside: Path) -> None:
 
 
 def _archive(name: str, version: str, scratch: Path) -> Path:
-    """The source archive, found by pip's own finder: `pip download` would build its metadata, and with it the package."""
+    """The source archive, found by pip's own finder: `pip download` would build the package to read its metadata."""
     from pip._internal.commands.download import DownloadCommand
     from pip._vendor.packaging.specifiers import SpecifierSet
 

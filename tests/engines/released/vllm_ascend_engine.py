@@ -20,13 +20,13 @@ from released import unpacked, unpacked_sources
 from stand_ins import stand_in_for
 from torch import nn
 
-THIRD_PARTIES = """
+_THIRD_PARTIES = """
 PIL acl aiohttp anthropic arctic_inference blake3 cachetools cbor2 cloudpickle compressed_tensors cpuinfo cv2 depyf
 diskcache einops fastapi flashinfer gguf ijson lark llguidance mcp memcache_hybrid memfabric_hybrid mistral_common
 model_hosting_container_standards mooncake msgpack msgspec openai openai_harmony opentelemetry outlines outlines_core
 pandas partial_json_parser prometheus_client pybase64 pydantic_settings quart scipy sentencepiece setproctitle starlette
 tiktoken torchair torchvision transformers uvicorn uvloop watchfiles xgrammar zmq
-""".split()
+"""
 COMPILED = [
     "torch_npu",
     "vllm._C",
@@ -58,7 +58,7 @@ class VllmAscend:
         os.environ |= {"VLLM_VERSION": release, "VLLM_LOGGING_LEVEL": "CRITICAL"}
         sys.path[:0] = [str(unpacked("vllm-ascend", release)), str(unpacked_sources("vllm", release, "vllm"))]
         npu_operators.install()
-        stand_in_for([*THIRD_PARTIES, *COMPILED, *OTHER_MODELS])
+        stand_in_for([*_THIRD_PARTIES.split(), *COMPILED, *OTHER_MODELS])
         importlib.import_module("vllm").__version__ = release
         self._groups = [
             importlib.import_module(f"{package}.distributed.parallel_state") for package in ("vllm", "vllm_ascend")

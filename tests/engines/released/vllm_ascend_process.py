@@ -1,7 +1,7 @@
 """One release in a process of its own: `python vllm_ascend_process.py RELEASE < requests.json > answers.json`.
 
-A request is {"folder", "graph", "ranks", "rank", "expert_parallel", "mtp", "compute"}; `graph` is the folder whose graph
-decides, another than `folder` where that is damaged. An answer is [verdict, words].
+A request is {"folder", "graph", "ranks", "rank", "expert_parallel", "mtp", "compute"}; `graph` is the folder whose
+graph decides, another than `folder` where that is damaged. An answer is [verdict, words].
 """
 
 import contextlib

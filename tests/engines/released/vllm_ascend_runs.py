@@ -69,9 +69,8 @@ def _outcomes(release: str, runs: Sequence[Run]) -> list[Outcome]:
 def ask(release: str, requests: list[dict[str, Any]]) -> list[list[str]]:
     """Answers of one process."""
     command = [sys.executable, str(Path(__file__).with_name("vllm_ascend_process.py")), release]
-    done = subprocess.run(
-        command, input=json.dumps(requests), capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
+    environment, given = os.environ | {"OMP_NUM_THREADS": "1"}, json.dumps(requests)
+    done = subprocess.run(command, check=False, input=given, capture_output=True, text=True, env=environment)
     if done.returncode:
         raise RuntimeError(f"vllm-ascend {release}: {done.stderr[-3000:]}")
     return json.loads(done.stdout)

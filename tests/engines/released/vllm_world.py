@@ -58,7 +58,7 @@ class _Group:
 
 
 def enter(place: Place, *modules: ModuleType) -> None:
-    """Set the groups of vLLM's and the plugin's parallel states: tensor and expert groups of all ranks, others of one."""
+    """Set the groups in the parallel states of vLLM and the plugin: of tensors and experts all ranks, others of one."""
     whole, alone = _Group(place.ranks, place.rank), _Group(1, 0)
     for module in modules:
         for name in [name for name in vars(module) if name.startswith("_") and name[1:2].isupper()]:
