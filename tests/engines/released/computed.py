@@ -33,10 +33,11 @@ def differences(model: nn.Module, graph: GraphParts, place: Place, dtype: torch.
         elif isinstance(getattr(layer, "weight", None), Tensor) and path.rpartition(".")[2] in LINEARS:
             want = expected_linear(path, graph, place)
             if want.kind != FLOAT:
-                yield from _linear(path, layer, want, place, _draw((ROWS, want.codes.shape[1]), dtype, draw))
+                yield from _linear(path, layer, want, place, draw_rows((ROWS, want.codes.shape[1]), dtype, draw))
 
 
-def _draw(shape: tuple[int, ...], dtype: torch.dtype, draw: torch.Generator) -> Tensor:
+def draw_rows(shape: tuple[int, ...], dtype: torch.dtype, draw: torch.Generator) -> Tensor:
+    """Activations, as the model's dtype has them."""
     return torch.randn(shape, generator=draw).to(dtype)
 
 
@@ -117,11 +118,7 @@ def _experts(
     w13, w2 = expected_experts(path, graph, place)
     if w13[0].kind == FLOAT:
         return
-    x = _draw((2 * len(w13), w13[0].codes.shape[1]), dtype, draw)
-    x8, x_scale = ops.quantize_per_token(x.float())
-    npu_operators.CALLS.clear()
-    _run_experts(layer, x8, x_scale.squeeze(-1), torch.full((len(w13),), 2))
-    products = [call for call in npu_operators.CALLS if call.name == "npu_grouped_matmul"]
+    products = run_experts(layer, draw_rows((2 * len(w13), w13[0].codes.shape[1]), dtype, draw))
     for name, call, parts in zip(("w13", "w2"), products, (w13, w2), strict=True):
         given, scales = call.given["x"][0], call.given["per_token_scale"][0]
         for expert, want in enumerate(parts):
@@ -151,8 +148,9 @@ def _expert(x8: Tensor, x_scale: Tensor, want: Part, held: torch.dtype) -> tuple
     return exact, (bound + (2 * groups + 40) * U * magnitude) * by_token
 
 
-def _run_experts(layer: Any, x8: Tensor, x_scale: Tensor, counts: Tensor) -> None:
-    """The engine's function for experts, with what its scheme's `apply` hands it."""
+def run_experts(layer: Any, x: Tensor) -> list[npu_operators.Call]:
+    """The engine's function for experts, with what its scheme's `apply` hands it, two rows an expert: both products."""
+    x8, x_scale = ops.quantize_per_token(x.float())
     first = "vllm_ascend.ops.moe.moe_mlp", "vllm_ascend.ops.fused_moe.moe_mlp"
     module = _module(first)
     module.dispose_tensor = lambda tensor: None  # its inputs are looked at afterwards
@@ -170,7 +168,10 @@ def _run_experts(layer: Any, x8: Tensor, x_scale: Tensor, counts: Tensor) -> Non
         given["use_w4a8_per_channel_gmm_swiglu"] = True
         module.enable_custom_op = lambda: True
         torch.ops._C_ascend.grouped_matmul_swiglu_quant_v2 = npu_operators.swiglu_quant
-    module.quant_apply_mlp(x8, group_list=counts, group_list_type=1, dynamic_scale=x_scale, **given)
+    counts = torch.full((len(layer.w13_weight),), 2)
+    npu_operators.CALLS.clear()
+    module.quant_apply_mlp(x8, group_list=counts, group_list_type=1, dynamic_scale=x_scale.squeeze(-1), **given)
+    return [call for call in npu_operators.CALLS if call.name == "npu_grouped_matmul"]
 
 
 def _module(names: tuple[str, ...]) -> Any:

@@ -15,6 +15,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[2] / "support"))
 
 import computed
+import emulated
 import held
 import torch
 from graph_parts import GraphParts
@@ -48,6 +49,8 @@ def answer(engine: VllmAscend, request: dict[str, Any]) -> tuple[str, str]:
         return (Verdict.WRONG if found else Verdict.LOADED).value, found[0] if found else ""
     try:
         found = list(computed.differences(model, graph, place, graph.program.dtype))
+        if not found and not request["mtp"]:
+            found = list(emulated.differences(model, graph, Path(request["folder"]), place, graph.program.dtype))
     except ValueError as error:  # our operators take what the device's are documented to take
         return Verdict.LOADED.value, f"operator refuses: {error}"
     return (Verdict.WRONG if found else Verdict.EQUAL).value, found[0] if found else ""
