@@ -4,10 +4,11 @@ from dataclasses import dataclass
 
 from fxquant.errors import FxquantError
 
-_FUSED = (("gate_proj", "up_proj"), ("q_a_proj", "kv_a_proj_with_mqa"))
+GATE_UP = ("gate_proj", "up_proj")
+QKV_A = ("q_a_proj", "kv_a_proj_with_mqa")
+_FUSED = (GATE_UP, QKV_A)
 """gate_up_proj and fused_qkv_a_proj of vllm-ascend's ModelSlim configuration."""
 
-GATE_UP = ("gate_proj", "up_proj")
 DOWN = "down_proj"
 PROJECTIONS = (*GATE_UP, DOWN)
 
@@ -34,6 +35,11 @@ def expert_path(module: str) -> ExpertPath:
         remedy = f"Routed experts are <mlp>.experts.<number>.{{{', '.join(PROJECTIONS)}}}."
         raise FxquantError(module, "is not a projection of a routed expert.", remedy)
     return ExpertPath(f"{parent}.experts", int(index), projection, f"{parent}.experts.{index}")
+
+
+def ranks_of(module: str, ranks: int) -> int:
+    """Over how many of `ranks` a linear is split: every rank holds all of what makes the latents (vLLM deepseek_v2)."""
+    return 1 if module.rpartition(".")[2] in QKV_A else ranks
 
 
 def fused_group(module: str) -> tuple[str, ...]:

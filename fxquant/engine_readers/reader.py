@@ -16,7 +16,7 @@ from fxquant.engine_readers.linear_loader import (
     LinearRules,
     load_linear,
 )
-from fxquant.engine_readers.names import DOWN, PROJECTIONS, ExpertPath, expert_path, fused_group
+from fxquant.engine_readers.names import DOWN, PROJECTIONS, ExpertPath, expert_path, fused_group, ranks_of
 from fxquant.engine_readers.ranks import Loaded
 from fxquant.engine_readers.split import Split
 from fxquant.errors import FxquantError
@@ -60,7 +60,7 @@ class EngineReader:
         if kind not in LINEAR_TYPES:
             fact = f"{kind}; {self.name} takes {', '.join(LINEAR_TYPES)} for linears."
             raise FxquantError(module, fact, "Use one of them.")
-        return load_linear(self.folder, self.rules, module, Split(self.ranks, row_parallel))
+        return load_linear(self.folder, self.rules, module, Split(ranks_of(module, self.ranks), row_parallel))
 
     def expert_linear(self, module: str, row_parallel: bool = False) -> Loaded:
         """One projection of one routed expert."""

@@ -1,23 +1,36 @@
 """Released packages of engines and peers: downloaded without what they need, unpacked, imported apart."""
 
+import hashlib
 import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 
 def unpacked(name: str, version: str) -> Path:
     """Folder with the contents of a package's wheel, downloaded once a machine; the package is not installed."""
-    folder = _cache() / f"{name}-{version}"
+    return _once(f"{name}-{version}", lambda inside, scratch: _unzip(_wheel(f"{name}=={version}", scratch), inside))
+
+
+def unpacked_sources(name: str, version: str, package: str) -> Path:
+    """Folder with the Python files of `package` from a source archive: where wheels are too large, or none is built."""
+    return _once(
+        f"{name}-{version}-sources", lambda inside, scratch: _untar(_archive(name, version, scratch), inside, package)
+    )
+
+
+def _once(folder_name: str, fill: Callable[[Path, Path], None]) -> Path:
+    folder = _cache() / folder_name
     if not folder.is_dir():
         with tempfile.TemporaryDirectory(dir=_cache()) as scratch:
-            wheel = _download(f"{name}=={version}", Path(scratch) / "wheel")
             inside = Path(scratch) / "inside"
-            with zipfile.ZipFile(wheel) as archive:
-                archive.extractall(inside)
+            inside.mkdir()
+            fill(inside, Path(scratch))
             _place(inside, folder)
     return folder
 
@@ -28,10 +41,54 @@ def _cache() -> Path:
     return folder
 
 
-def _download(requirement: str, folder: Path) -> Path:
+def _wheel(requirement: str, scratch: Path) -> Path:
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    subprocess.run([*pip, "--only-binary", ":all:", "-d", str(folder), requirement], check=True)
-    return next(folder.glob("*.whl"))
+    subprocess.run([*pip, "--only-binary", ":all:", "-d", str(scratch / "wheel"), requirement], check=True)
+    return next((scratch / "wheel").glob("*.whl"))
+
+
+def _unzip(wheel: Path, inside: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(inside)
+
+
+def _archive(name: str, version: str, scratch: Path) -> Path:
+    """The source archive, found by pip's own finder: `pip download` would build the package to read its metadata."""
+    from pip._internal.commands.download import DownloadCommand
+    from pip._vendor.packaging.specifiers import SpecifierSet
+
+    command = DownloadCommand("download", "source archives")
+    with command.main_context():
+        options, _ = command.parse_args(["--quiet", "--no-deps", "--no-binary", ":all:", name])
+        session = command.get_default_session(options)
+        finder = command._build_package_finder(options=options, session=session)
+        best = finder.find_best_candidate(name, SpecifierSet(f"=={version}")).best_candidate
+        if best is None:
+            raise FileNotFoundError(f"{name} {version}: no source archive in the index")
+        answer = session.get(best.link.url_without_fragment)
+        answer.raise_for_status()
+    if best.link.hash_name and hashlib.new(best.link.hash_name, answer.content).hexdigest() != best.link.hash:
+        raise ValueError(f"{best.link.filename}: not the bytes of which the index has the hash")
+    path = scratch / best.link.filename
+    path.write_bytes(answer.content)
+    return path
+
+
+def _untar(archive: Path, inside: Path, package: str) -> None:
+    """The package's `*.py`, without the folder that holds everything in an archive."""
+    with tarfile.open(archive) as opened:
+        for member in opened:
+            path = Path(*Path(member.name).parts[1:])
+            if member.isfile() and path.parts[:1] == (package,) and path.suffix == ".py":
+                member.name = str(path)
+                opened.extract(member, inside, filter="data")
+
+
+def newest(name: str) -> str:
+    """The newest version of a package that pip finds; release candidates are left out."""
+    pip = [sys.executable, "-m", "pip", "index", "versions", name, "--disable-pip-version-check"]
+    first = subprocess.run(pip, check=True, capture_output=True, text=True).stdout.splitlines()[0]
+    return first.partition("(")[2].rstrip(")")
 
 
 def _place(inside: Path, folder: Path) -> None:
