@@ -29,7 +29,7 @@ FP16, FP19 = 2.0**-11, 2.0**-10
 
 
 def reader(folder: Path, two_level: bool, ranks: int) -> EngineReader:
-    """As targets `ascend` and `vllm-ascend` open a folder; two levels are split as 0.11.0, alone of all, splits them."""
+    """As targets `ascend` and `vllm-ascend` open a folder; two levels are split as 0.11.0 alone splits them."""
     if not two_level:
         return open_vllm_ascend(folder, ranks)
     opened = open_vllm_ascend_per_group(folder, 1)
