@@ -146,8 +146,12 @@ def test_force_replaces_only_what_fxquant_wrote(fxquant: Fxquant, folder: Path) 
 
 def test_hidden_size_not_a_multiple_of_the_group_size(fxquant: Fxquant, tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "model", hidden_size=320)
+    policy = tmp_path / "policy.yaml"
+    policy.write_text(
+        "extends: deepseek_w4a8_dynamic\nrules: [{kind: routed_expert, scheme: W4A8_DYNAMIC, group_size: 256}]"
+    )
     words = ("experts.gate_proj", "in_features 320", "group_size 256", "group_size: 64")
-    refused(fxquant, folder, *words)
+    refused(fxquant, folder, *words, options=("-p", policy))
 
 
 def test_no_calibration_text(fxquant: Fxquant, folder: Path) -> None:
