@@ -17,6 +17,11 @@ class Verdict(Enum):
     REFUSED = "refused"
     """Stopped by the engine; the words are its own."""
 
+    @property
+    def loads(self) -> bool:
+        """Whether the folder can be served."""
+        return self in (Verdict.EQUAL, Verdict.LOADED)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
