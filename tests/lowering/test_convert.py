@@ -143,7 +143,7 @@ def test_ranks_are_checked_and_written_down(compiled: Compiled, tmp_path: Path) 
     with pytest.raises(FxquantError, match="128 on each of 2 ranks is not a multiple of group_size 256"):
         convert(compiled(Target.ASCEND, TWO_LEVEL), Target.MINDIE, tmp_path / "B", tp=2)
     assert not list(tmp_path.iterdir())
-    command = ["convert", str(compiled(Target.VLLM_ASCEND, PER_CHANNEL)), "--target", "sglang-npu", "--tp", "2"]
+    command = ["convert", str(compiled(Target.SGLANG_NPU, PER_CHANNEL)), "--target", "vllm-ascend", "--tp", "2"]
     result = CliRunner().invoke(app, [*command, "-o", str(tmp_path / "C")], catch_exceptions=False)
-    assert result.exit_code == 0 and "sglang-npu on 2 ranks" in result.output, result.output
-    assert read_manifest(tmp_path / "C").tp == 2 and read_manifest(tmp_path / "C").target == "sglang-npu"
+    assert result.exit_code == 0 and "vllm-ascend on 2 ranks" in result.output, result.output
+    assert read_manifest(tmp_path / "C").tp == 2 and read_manifest(tmp_path / "C").target == "vllm-ascend"

@@ -22,7 +22,7 @@ from fxquant.runtime.execute import execute, prefill_inputs
 from fxquant.transforms.weight_transforms import WeightTransforms
 
 M4 = "deepseek_w4a8_msmodelslim_m4"
-TARGETS = ("ascend", "mindie", "sglang-npu", "onnx")
+TARGETS = ("ascend", "mindie", "onnx")
 Smoothed = tuple[Program, Checkpoint]
 
 

@@ -71,8 +71,6 @@ def check_linear(rank: Rank, name: str, layer: Any) -> None:
     members, row_parallel = rank.members(name), name.endswith(ROW_PARALLEL)
     rank.seen.update(members)
     emulated = _emulated(rank, members, row_parallel)
-    if name.endswith(".kv_b_proj"):
-        rank.by_graph.differences.append(f"{name}: decoding multiplies by its halves in floating point")
     known = [member for member in members if member in rank.graph.recipes]
     if len(known) != len(members):
         rank.by_graph.differences.append(f"{name}: read as quantized, but is float")

@@ -13,6 +13,7 @@ from comparison import Graph
 from sglang_engine import Loaded, Place, SGLang
 from sglang_experts import check_experts
 from sglang_linears import ROW_PARALLEL, Rank, check_linear
+from torch import Tensor
 
 from fxquant.engine_readers import EngineReader
 from fxquant.engines.sglang_npu.reader import open_sglang_npu
@@ -106,6 +107,11 @@ def check_model(rank: Rank, loaded: Loaded, mtp: str) -> None:
             check_linear(rank, name, module)
         elif method == "ModelSlimFusedMoEMethod":
             check_experts(rank, name, module)
+        elif isinstance(getattr(module, "w_kc", None), Tensor) and f"{name}.kv_b_proj" in rank.graph.recipes:
+            assert module.w_kc.is_floating_point(), name
+            rank.by_graph.differences.append(
+                f"{name}.kv_b_proj: decoding multiplies by its halves in {module.w_kc.dtype}"
+            )
     check_floats(rank, loaded)
     own = {module for module in rank.graph.recipes if module.startswith(f"{mtp}.") == bool(rank.draft)}
     for module in sorted(own - rank.seen):

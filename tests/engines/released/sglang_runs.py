@@ -20,6 +20,7 @@ LAYOUTS = [(ranks, "tp") for ranks in (1, 2, 4, 8, 16)] + [(ranks, "ep") for ran
 ON_ALL = (PER_CHANNEL, STATIC, "deepseek_w8a8")
 """Policies that are shown on all layouts; others, which do not load or load as these do, on one rank."""
 ON_ONE = ("deepseek_w4a8", "deepseek_w8a8_mix", "float", *(name for name in OWN_POLICIES if name != "shifted"))
+TWO_LEVEL = "groups_of_256"
 OTHER_SOURCES = [(policy, source) for source in ("fp8", "fp16", "biased") for policy in (PER_CHANNEL, STATIC)]
 DRAFT_LAYOUTS = [(1, "tp"), (4, "tp"), (8, "ep")]
 
@@ -68,14 +69,14 @@ def refused_by_contract(shown: Shown) -> Finding | None:
 
 
 def outcomes(release: str, cases: Iterable[Shown], found: Iterable[dict[str, Any]]) -> list[Outcome]:
-    """Rows of the matrix: the model of every policy, from a bfloat16 source."""
+    """Rows of the matrix: the model of every shipped policy and of two-level experts, from a bfloat16 source."""
     return [
         Outcome(
             engine="SGLang", release=release, policy=case.policy, ranks=case.case.ranks, parallel=case.case.parallel,
             verdict=verdict(finding), words=_words(finding),
         )
         for case, finding in zip(cases, found, strict=True)
-        if case.source == "bf16" and case.mtp == "none" and case.policy not in OWN_POLICIES
+        if case.source == "bf16" and case.mtp == "none" and case.policy not in {*OWN_POLICIES} - {TWO_LEVEL}
     ]  # fmt: skip
 
 
