@@ -10,6 +10,7 @@ from open_readers import open_reader
 from reader_folders import EXPERTS, MINDIE_DESCRIPTION, WEIGHTS, Draft
 from safetensors.torch import save_file
 
+from fxquant.engines.ascend.reader import open_vllm_ascend_per_group
 from fxquant.engines.mindie.reader import open_mindie
 from fxquant.errors import FxquantError
 
@@ -84,6 +85,13 @@ def test_releases_for_groups_refuse_channels_and_unpacked_weights(tmp_path: Path
     for engine in ("vllm-ascend-per-group", "sglang-npu"):
         with pytest.raises(FxquantError, match="reads the weights as unpacked"):
             open_reader(engine, draft.write(tmp_path / engine))
+
+
+def test_split_experts_of_two_levels(tmp_path: Path) -> None:
+    """No release from 0.13.0 on loads them (tests/engines/released)."""
+    reader = open_vllm_ascend_per_group(experts(256).write(tmp_path), 2)
+    with pytest.raises(FxquantError, match="two-level, split over ranks: .* 0.23.0 leaves it unset"):
+        reader.expert_linear(DOWN, row_parallel=True)
 
 
 def test_a_header_that_contradicts_the_experts(tmp_path: Path) -> None:

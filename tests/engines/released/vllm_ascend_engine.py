@@ -7,6 +7,8 @@ models. One process can hold one release.
 
 import importlib
 import os
+import re
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -55,11 +57,13 @@ class VllmAscend:
 
     def __init__(self, release: str) -> None:
         self.release = release
-        os.environ |= {"VLLM_VERSION": release, "VLLM_LOGGING_LEVEL": "CRITICAL"}
-        sys.path[:0] = [str(unpacked("vllm-ascend", release)), str(unpacked_sources("vllm", release, "vllm"))]
+        os.environ |= {"VLLM_VERSION": vllm, "VLLM_LOGGING_LEVEL": "CRITICAL"}
+        vllm = re.split(r"rc|\.post", release)[0]
+        self._plugin = _plugin(release)
+        sys.path[:0] = [str(self._plugin), str(unpacked_sources("vllm", vllm, "vllm"))]
         npu_operators.install()
         stand_in_for([*_THIRD_PARTIES.split(), *COMPILED, *OTHER_MODELS])
-        importlib.import_module("vllm").__version__ = release
+        importlib.import_module("vllm").__version__ = vllm
         self._groups = [
             importlib.import_module(f"{package}.distributed.parallel_state") for package in ("vllm", "vllm_ascend")
         ]
@@ -82,7 +86,7 @@ class VllmAscend:
 
     def _patch(self) -> None:
         """Patches one by one: their package imports the patches of all models and of the device's compiler."""
-        folder = unpacked("vllm-ascend", self.release) / "vllm_ascend" / "patch" / "worker"
+        folder = self._plugin / "vllm_ascend" / "patch" / "worker"
         package = ModuleType("vllm_ascend.patch.worker")
         package.__path__ = [str(folder)]
         sys.modules[package.__name__] = package
@@ -147,3 +151,14 @@ class VllmAscend:
             parameter.data.fill_(UNSET)
         module = importlib.import_module("vllm.model_executor.model_loader.default_loader")
         module.DefaultModelLoader(settings.load_config).load_weights(model, settings.model_config)
+
+
+def _plugin(release: str) -> Path:
+    """The plugin, from its wheel; from its sources where there is none, with what its build would have said."""
+    try:
+        return unpacked("vllm-ascend", release)
+    except subprocess.CalledProcessError:
+        built = ModuleType("vllm_ascend._build_info")
+        built.__device_type__ = "A2"  # type: ignore[attr-defined]
+        sys.modules[built.__name__] = built
+        return unpacked_sources("vllm-ascend", release, "vllm_ascend")
