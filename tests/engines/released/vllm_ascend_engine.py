@@ -44,8 +44,10 @@ OTHER_MODELS = [
     )
 ]  # fmt: skip
 
-CONFIG_MODULES = ("vllm_ascend.quantization.quant_config", "vllm_ascend.quantization.modelslim_config")
-"""Where the quantization config is, to 0.13 and later."""
+CONFIG_MODULES = tuple(
+    f"vllm_ascend.quantization.{name}" for name in ("configs.modelslim_config", "modelslim_config", "quant_config")
+)
+"""Where the quantization config is, the newest place first."""
 PATCHES = ("patch_deepseek", "patch_weight", "patch_process_weights")
 """Beginnings of the names of the plugin's patches of vLLM, of those that a worker applies, that concern weights."""
 UNSET = 77
@@ -57,8 +59,8 @@ class VllmAscend:
 
     def __init__(self, release: str) -> None:
         self.release = release
-        os.environ |= {"VLLM_VERSION": vllm, "VLLM_LOGGING_LEVEL": "CRITICAL"}
         vllm = re.split(r"rc|\.post", release)[0]
+        os.environ |= {"VLLM_VERSION": vllm, "VLLM_LOGGING_LEVEL": "CRITICAL"}
         self._plugin = _plugin(release)
         sys.path[:0] = [str(self._plugin), str(unpacked_sources("vllm", vllm, "vllm"))]
         npu_operators.install()
@@ -129,7 +131,7 @@ class VllmAscend:
     def _quant_config(self, settings: vllm_world.Settings) -> Any:
         """The engine's, of the folder's description, or of what it takes for one in config.json."""
         utilities = importlib.import_module("vllm.model_executor.model_loader.weight_utils")
-        importlib.import_module(CONFIG_MODULES[0 if self.release in ("0.11.0", "0.13.0") else 1])  # registers it
+        first_of(CONFIG_MODULES)  # registers it
         config = utilities.get_quant_config(settings.model_config, settings.load_config)
         if hasattr(config, "maybe_update_config"):
             config.maybe_update_config(settings.model_config.model)
@@ -151,6 +153,17 @@ class VllmAscend:
             parameter.data.fill_(UNSET)
         module = importlib.import_module("vllm.model_executor.model_loader.default_loader")
         module.DefaultModelLoader(settings.load_config).load_weights(model, settings.model_config)
+
+
+def first_of(names: tuple[str, ...]) -> Any:
+    """The first module that there is."""
+    for name in names:
+        try:
+            return importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name is None or not name.startswith(error.name):
+                raise
+    raise ModuleNotFoundError(" or ".join(names))
 
 
 def _plugin(release: str) -> Path:

@@ -41,6 +41,8 @@ def answer(engine: VllmAscend, request: dict[str, Any]) -> tuple[str, str]:
     place = Place(request["ranks"], request["rank"], request["expert_parallel"])
     try:
         model = engine.load(Path(request["folder"]), place, request["mtp"])
+    except ModuleNotFoundError:  # ours to stand in for
+        raise
     except Exception as error:  # whatever an engine raises
         return Verdict.REFUSED.value, f"{type(error).__name__}: {' '.join(str(error).split())[:MOST_WORDS]}"
     graph = _graph(request["graph"])
