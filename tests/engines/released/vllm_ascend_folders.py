@@ -9,6 +9,7 @@ from recorded import Trait, traits
 from vllm_ascend_runs import COMPUTED_ON, RANKS, Run, every_way
 
 from fxquant import FxquantError
+from fxquant.engines.table import Target
 
 DRAFT = " draft"
 """End of the name of a run of the multi-token prediction layer, as the draft model that an engine makes of it."""
@@ -45,8 +46,9 @@ def make(root: Path) -> Made:
 
 
 def _runs(source: Source, folder: Path) -> Iterator[tuple[str, list[Run]]]:
-    """Of variants of a policy, the model on fewer ranks, and the draft model on all."""
+    """On fewer ranks variants of a policy, and what both targets write alike; draft models on all."""
     variant = source.mtp != "none" or source.model
-    yield source.name, every_way(source.name, folder, ranks=COMPUTED_ON if variant else RANKS)
+    alike = source.target is Target.ASCEND and Trait.TWO_LEVEL not in traits(folder)
+    yield source.name, every_way(source.name, folder, ranks=COMPUTED_ON if variant or alike else RANKS)
     if source.mtp != "none":
         yield source.name + DRAFT, every_way(source.name + DRAFT, folder, mtp=True)
