@@ -14,9 +14,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2] / "support"))
 
 import torch
-from faults import fault_table, plant, seen
 from outcome import Outcome, table
 from places import ROOT
+from planted_faults import fault_table, plant, seen
 from released import newest
 from vllm_ascend_folders import make
 from vllm_ascend_runs import ENGINE, RELEASES, outcomes

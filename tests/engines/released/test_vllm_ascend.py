@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import pytest
 from contract_view import refused
-from faults import Fault, plant, seen
 from outcome import Outcome, Verdict
+from planted_faults import Fault, plant, seen
 from recorded import CONTRACT_GAPS, NOTICED, UNREAD, Trait, as_recorded, stumbles
 from vllm_ascend_folders import Made, make
 from vllm_ascend_runs import RELEASES, outcomes

@@ -44,6 +44,8 @@ def answer(engine: VllmAscend, request: dict[str, Any]) -> tuple[str, str]:
     except ModuleNotFoundError:  # ours to stand in for
         raise
     except Exception as error:  # whatever an engine raises
+        if isinstance(error, AttributeError) and "'NoneType' object" in str(error):  # a setting that we don't have
+            raise
         return Verdict.REFUSED.value, f"{type(error).__name__}: {' '.join(str(error).split())[:MOST_WORDS]}"
     graph = _graph(request["graph"])
     found = list(held.differences(model, graph, place))
