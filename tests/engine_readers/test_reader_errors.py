@@ -11,6 +11,7 @@ from reader_folders import EXPERTS, UNPACKED_DESCRIPTION, WEIGHTS, Draft
 from safetensors.torch import save_file
 
 from fxquant.engine_readers import Arithmetic
+from fxquant.engines.ascend.reader import open_vllm_ascend_per_group
 from fxquant.engines.mindie.reader import open_mindie
 from fxquant.errors import FxquantError
 
@@ -122,6 +123,13 @@ def test_sglang_has_no_float_experts(tmp_path: Path) -> None:
     draft.types |= dict.fromkeys(draft.types, "FLOAT")
     with pytest.raises(FxquantError, match="no float experts"):
         open_reader("sglang-npu", draft.write(tmp_path)).expert_linear(DOWN, row_parallel=True)
+
+
+def test_split_experts_of_two_levels(tmp_path: Path) -> None:
+    """No release from 0.13.0 on loads them (tests/engines/released)."""
+    reader = open_vllm_ascend_per_group(experts(256).write(tmp_path), 2)
+    with pytest.raises(FxquantError, match="two-level, split over ranks: .* 0.23.0 leaves it unset"):
+        reader.expert_linear(DOWN, row_parallel=True)
 
 
 def test_a_header_that_contradicts_the_experts(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ def unpacked(name: str, version: str) -> Path:
 
 
 def unpacked_sources(name: str, version: str, package: str) -> Path:
-    """Folder with the Python files of `package` from a source archive: where wheels are too large, or none is built."""
+    """Folder with `package`'s Python files and metadata from a source archive: where wheels are large, or not built."""
     return _once(
         f"{name}-{version}-sources", lambda inside, scratch: _untar(_archive(name, version, scratch), inside, package)
     )
@@ -75,11 +75,12 @@ def _archive(name: str, version: str, scratch: Path) -> Path:
 
 
 def _untar(archive: Path, inside: Path, package: str) -> None:
-    """The package's `*.py`, without the folder that holds everything in an archive."""
+    """The package's `*.py` and metadata, without the folder that holds everything in an archive."""
     with tarfile.open(archive) as opened:
         for member in opened:
             path = Path(*Path(member.name).parts[1:])
-            if member.isfile() and path.parts[:1] == (package,) and path.suffix == ".py":
+            described = path.parts[:1] == (f"{package}.egg-info",)
+            if member.isfile() and (described or (path.parts[:1] == (package,) and path.suffix == ".py")):
                 member.name = str(path)
                 opened.extract(member, inside, filter="data")
 

@@ -31,6 +31,10 @@ class _AnyObject(metaclass=_AnyClass):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Takes anything."""
 
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> Any:
+        return {"type": "any"}
+
 
 class StandIn(ModuleType):
     """Module whose names are made when they are asked for: a class for `LikeThis`, a mock for `like_this`."""

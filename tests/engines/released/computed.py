@@ -5,7 +5,6 @@ they may be one off, where the engine multiplies by a reciprocal rounded to the 
 graph's result is formed in float64, and every rounding of the engine's is counted.
 """
 
-import importlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 from graph_parts import FLOAT, GraphParts, Part
 from held import LINEARS, ROW_PARALLEL, U, combined_scale, expected_experts, expected_linear
 from torch import Tensor, nn
+from vllm_ascend_engine import first_of
 from vllm_world import Place
 
 from fxquant import ops
@@ -151,8 +151,7 @@ def _expert(x8: Tensor, x_scale: Tensor, want: Part, held: torch.dtype) -> tuple
 def run_experts(layer: Any, x: Tensor) -> list[npu_operators.Call]:
     """The engine's function for experts, with what its scheme's `apply` hands it, two rows an expert: both products."""
     x8, x_scale = ops.quantize_per_token(x.float())
-    first = "vllm_ascend.ops.moe.moe_mlp", "vllm_ascend.ops.fused_moe.moe_mlp"
-    module = _module(first)
+    module = first_of(("vllm_ascend.ops.fused_moe.moe_mlp", "vllm_ascend.ops.moe.moe_mlp"))
     module.dispose_tensor = lambda tensor: None  # its inputs are looked at afterwards
     as_list = not module.__name__.startswith("vllm_ascend.ops.moe.")
     int4 = layer.w13_weight.dtype is torch.int32
@@ -172,12 +171,3 @@ def run_experts(layer: Any, x: Tensor) -> list[npu_operators.Call]:
     npu_operators.CALLS.clear()
     module.quant_apply_mlp(x8, group_list=counts, group_list_type=1, dynamic_scale=x_scale.squeeze(-1), **given)
     return [call for call in npu_operators.CALLS if call.name == "npu_grouped_matmul"]
-
-
-def _module(names: tuple[str, ...]) -> Any:
-    for name in names:
-        try:
-            return importlib.import_module(name)
-        except ModuleNotFoundError:
-            continue
-    raise ModuleNotFoundError(" or ".join(names))

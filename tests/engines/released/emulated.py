@@ -4,7 +4,6 @@ Engine and reader get the same input, and the reader the integers that the engin
 """
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +12,13 @@ import npu_operators
 import torch
 from graph_parts import FLOAT, GraphParts
 from held import FUSED, LINEARS, ROW_PARALLEL, expected_experts, expected_linear
+from open_readers import open_reader
 from torch import Tensor, nn
 from vllm_world import Place
 
 from fxquant.engine_readers import Arithmetic, EngineReader
 from fxquant.engine_readers.arithmetic import half_step, nibbles
 from fxquant.engine_readers.linear_loader import MixedLinear
-from fxquant.engine_readers.packed_experts import PackedExperts
-from fxquant.engines.ascend.reader import open_vllm_ascend_per_group
-from fxquant.engines.vllm_ascend.reader import open_vllm_ascend
 from fxquant.errors import FxquantError
 
 FP16, FP19 = 2.0**-11, 2.0**-10
@@ -29,12 +26,8 @@ FP16, FP19 = 2.0**-11, 2.0**-10
 
 
 def reader(folder: Path, two_level: bool, ranks: int) -> EngineReader:
-    """As targets `ascend` and `vllm-ascend` open a folder; two levels are split as 0.11.0 alone splits them."""
-    if not two_level:
-        return open_vllm_ascend(folder, ranks)
-    opened = open_vllm_ascend_per_group(folder, 1)
-    group_size = int(opened.folder.description["group_size"])
-    return replace(opened, ranks=ranks, load_int4=PackedExperts(opened.folder, ranks, group_size).load)
+    """As targets `ascend` and `vllm-ascend` open a folder; split experts of two levels as 0.11.0 reads them."""
+    return open_reader("vllm-ascend-per-group" if two_level else "vllm-ascend", folder, ranks)
 
 
 def differences(model: nn.Module, graph: GraphParts, folder: Path, place: Place, dtype: torch.dtype) -> Iterator[str]:

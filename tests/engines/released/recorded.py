@@ -113,3 +113,27 @@ def as_recorded(outcome: Outcome, of_folder: frozenset[Trait]) -> bool:
         # of float16 models npu_quant_matmul gets a scale in float16, which it is not documented to take
         return outcome.verdict is Verdict.LOADED
     return outcome.verdict is Verdict.EQUAL
+
+
+TWO, ONE = "two-level", "per channel"
+NOTICED = {
+    ("extra tensor in a module", TWO), ("extra tensor in a module", ONE),
+    ("extra tensor of no module", TWO), ("extra tensor of no module", ONE),
+    ("group_size stale", TWO),
+}  # fmt: skip
+"""Faults in the bytes that the newest release stops at."""
+UNREAD = {
+    # all ranks' columns are added up where experts are whole
+    ("scale_bias columns one rank on", TWO), ("two scale_bias columns swapped", TWO),
+    *(
+        (fault, form)
+        for form in (TWO, ONE)
+        for fault in (
+            "weight_offset not zero", "type of one tensor stale", "type of one module stale",
+            "moe_quantize of config.json stale",
+        )
+    ),
+    # a scale made by the reference tool's newer form is one of bfloat16 in any case
+    ("weight_scale in bfloat16", ONE),
+}  # fmt: skip
+"""Faults of which it holds and computes nothing else: it asks for the types of expert 0 alone. All others it serves."""

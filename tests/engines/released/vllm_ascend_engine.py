@@ -7,6 +7,8 @@ models. One process can hold one release.
 
 import importlib
 import os
+import re
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -42,8 +44,10 @@ OTHER_MODELS = [
     )
 ]  # fmt: skip
 
-CONFIG_MODULES = ("vllm_ascend.quantization.quant_config", "vllm_ascend.quantization.modelslim_config")
-"""Where the quantization config is, to 0.13 and later."""
+CONFIG_MODULES = tuple(
+    f"vllm_ascend.quantization.{name}" for name in ("configs.modelslim_config", "modelslim_config", "quant_config")
+)
+"""Where the quantization config is, the newest place first."""
 PATCHES = ("patch_deepseek", "patch_weight", "patch_process_weights")
 """Beginnings of the names of the plugin's patches of vLLM, of those that a worker applies, that concern weights."""
 UNSET = 77
@@ -55,11 +59,13 @@ class VllmAscend:
 
     def __init__(self, release: str) -> None:
         self.release = release
-        os.environ |= {"VLLM_VERSION": release, "VLLM_LOGGING_LEVEL": "CRITICAL"}
-        sys.path[:0] = [str(unpacked("vllm-ascend", release)), str(unpacked_sources("vllm", release, "vllm"))]
+        vllm = re.split(r"rc|\.post", release)[0]
+        os.environ |= {"VLLM_VERSION": vllm, "VLLM_LOGGING_LEVEL": "CRITICAL"}
+        self._plugin = _plugin(release)
+        sys.path[:0] = [str(self._plugin), str(unpacked_sources("vllm", vllm, "vllm"))]
         npu_operators.install()
         stand_in_for([*_THIRD_PARTIES.split(), *COMPILED, *OTHER_MODELS])
-        importlib.import_module("vllm").__version__ = release
+        importlib.import_module("vllm").__version__ = vllm
         self._groups = [
             importlib.import_module(f"{package}.distributed.parallel_state") for package in ("vllm", "vllm_ascend")
         ]
@@ -82,7 +88,7 @@ class VllmAscend:
 
     def _patch(self) -> None:
         """Patches one by one: their package imports the patches of all models and of the device's compiler."""
-        folder = unpacked("vllm-ascend", self.release) / "vllm_ascend" / "patch" / "worker"
+        folder = self._plugin / "vllm_ascend" / "patch" / "worker"
         package = ModuleType("vllm_ascend.patch.worker")
         package.__path__ = [str(folder)]
         sys.modules[package.__name__] = package
@@ -125,7 +131,7 @@ class VllmAscend:
     def _quant_config(self, settings: vllm_world.Settings) -> Any:
         """The engine's, of the folder's description, or of what it takes for one in config.json."""
         utilities = importlib.import_module("vllm.model_executor.model_loader.weight_utils")
-        importlib.import_module(CONFIG_MODULES[0 if self.release in ("0.11.0", "0.13.0") else 1])  # registers it
+        first_of(CONFIG_MODULES)  # registers it
         config = utilities.get_quant_config(settings.model_config, settings.load_config)
         if hasattr(config, "maybe_update_config"):
             config.maybe_update_config(settings.model_config.model)
@@ -147,3 +153,25 @@ class VllmAscend:
             parameter.data.fill_(UNSET)
         module = importlib.import_module("vllm.model_executor.model_loader.default_loader")
         module.DefaultModelLoader(settings.load_config).load_weights(model, settings.model_config)
+
+
+def first_of(names: tuple[str, ...]) -> Any:
+    """The first module that there is."""
+    for name in names:
+        try:
+            return importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name is None or not name.startswith(error.name):
+                raise
+    raise ModuleNotFoundError(" or ".join(names))
+
+
+def _plugin(release: str) -> Path:
+    """The plugin, from its wheel; from its sources where there is none, with what its build would have said."""
+    try:
+        return unpacked("vllm-ascend", release)
+    except subprocess.CalledProcessError:
+        built = ModuleType("vllm_ascend._build_info")
+        built.__device_type__ = "A2"  # type: ignore[attr-defined]
+        sys.modules[built.__name__] = built
+        return unpacked_sources("vllm-ascend", release, "vllm_ascend")

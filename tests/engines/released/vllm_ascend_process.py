@@ -41,7 +41,11 @@ def answer(engine: VllmAscend, request: dict[str, Any]) -> tuple[str, str]:
     place = Place(request["ranks"], request["rank"], request["expert_parallel"])
     try:
         model = engine.load(Path(request["folder"]), place, request["mtp"])
+    except ModuleNotFoundError:  # ours to stand in for
+        raise
     except Exception as error:  # whatever an engine raises
+        if isinstance(error, AttributeError) and "'NoneType' object" in str(error):  # a setting that we don't have
+            raise
         return Verdict.REFUSED.value, f"{type(error).__name__}: {' '.join(str(error).split())[:MOST_WORDS]}"
     graph = _graph(request["graph"])
     found = list(held.differences(model, graph, place))
@@ -49,7 +53,7 @@ def answer(engine: VllmAscend, request: dict[str, Any]) -> tuple[str, str]:
         return (Verdict.WRONG if found else Verdict.LOADED).value, found[0] if found else ""
     try:
         found = list(computed.differences(model, graph, place, graph.program.dtype))
-        if not found and not request["mtp"]:
+        if not found and not request["mtp"] and request["folder"] == request["graph"]:
             found = list(emulated.differences(model, graph, Path(request["folder"]), place, graph.program.dtype))
     except ValueError as error:  # our operators take what the device's are documented to take
         return Verdict.LOADED.value, f"operator refuses: {error}"

@@ -100,6 +100,7 @@ def configure(folder: Path, place: Place, mtp: bool) -> Settings:
         kernel_config=Settings(
             moe_backend="auto", ir_op_priority=Settings(rms_norm=["native"], fused_add_rms_norm=["native"])
         ),
+        attention_config=Settings(),
         additional_config={},
         compute_hash=str,
         instance_id="tests",
