@@ -15,6 +15,7 @@ from fxquant.engines.serving import Serving
 from fxquant.engines.table import ENGINES, Target
 from fxquant.errors import FxquantError
 from fxquant.evaluation.verbs import compare, engine_perplexities, evaluate, open_output, run, sensitivity
+from fxquant.foreign.found import is_foreign
 from fxquant.frontend.source import TRACE_TIMEOUT, Source, open_source
 from fxquant.lowering.convert import converted_contents
 from fxquant.lowering.destination import Destination, Input, open_destination
@@ -30,7 +31,7 @@ from fxquant.program.program_file import load_program
 from fxquant.progress import Reporter, silent
 from fxquant.runtime.device import open_device
 from fxquant.storage.system_errors import stopping
-from fxquant.verification import Rebuild, VerifyReport, verify_output
+from fxquant.verification import Rebuild, VerifyReport, verify_foreign, verify_output
 
 
 @dataclass(kw_only=True)
@@ -229,11 +230,15 @@ def verify(
 ) -> VerifyReport:
     """Check `out` against MODEL (default: the manifest's source), its own graph, and its engine's reader.
 
+    A folder that others wrote, without a file of ours, is checked tensor by tensor, within its schemes.
+
     `tp`: ranks that the reader splits over; None: as many as `out` was compiled for.
     `target`: for a folder without a manifest; None: as the files show. `against` must then be given.
     `rebuild`: quantize that many units again from the source with the kernels, and compare bytes.
     """
     folder = Path(out)
+    if is_foreign(folder):
+        return _verify_foreign(folder, against, full, report, tp, target, rebuild)
     manifest = find_manifest(folder)
     checkpoint = None
     if against is not None:
@@ -245,6 +250,21 @@ def verify(
     if rebuild is not None and checkpoint is None:
         raise FxquantError(folder, "the source to rebuild it from is missing.", "Pass --against MODEL.")
     return verify_output(folder, checkpoint, full, report, tp, target, rebuild)
+
+
+def _verify_foreign(
+    folder: Path,
+    against: str | Path | None,
+    full: bool,
+    report: Reporter,
+    tp: int | None,
+    target: Target | None,
+    rebuild: Rebuild | None,
+) -> VerifyReport:
+    if rebuild is not None:
+        raise FxquantError("--rebuild", f"{folder} was not written by fxquant.", "Leave it out.")
+    source = None if against is None else open_source(Path(against))
+    return verify_foreign(folder, source, full, report, tp, target)
 
 
 def open_graph(model: str | Path, checkpoint: Path | None = None, trace_timeout: float = TRACE_TIMEOUT) -> Program:

@@ -30,6 +30,7 @@ class Engine:
                      if the engine refuses the whole folder. None: no Ascend engine reads them
     serve            how to start the engine on an output: a command or a setting, as one line
     npu_graph        the graph beside the weights calls NPU operators; else it is ONNX
+    reads_sections   it takes the types of linears from config.json, one for each section, not from the description
     reads_tokenizer  it needs tokenizer files in the folder
     """
 
@@ -43,6 +44,7 @@ class Engine:
     numbered: bool = False
     mtp_files: bool = True
     npu_graph: bool = True
+    reads_sections: bool = False
     reads_tokenizer: bool = True
 
     @property

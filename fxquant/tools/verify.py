@@ -75,7 +75,12 @@ def command(
 
 def verification_table(report: "VerifyReport") -> NamedTable:
     """One row per check."""
-    colour = {"verified": "green", "sample verified": "green", "structure only": "yellow"}.get(report.verdict, "red")
+    colour = {
+        "verified": "green",
+        "sample verified": "green",
+        "structure only": "yellow",
+        "partly verified": "yellow",
+    }.get(report.verdict, "red")
     headings = ("check", "checked", "misses", "largest error")
     table = NamedTable((report.verdict, colour), headings, prose=("largest error",))
     for check in report.checks:

@@ -86,7 +86,7 @@ def verify_output(
         check_parameters(program, source)
     others = [name for name in said.expected if name != "config.json"]
     checks += [check_names(files, stored), said.check("description and index", others)]
-    checks += [said.check("config.json", ["config.json"]), _check_contract(program, target, ranks)]
+    checks += [said.check("config.json", ["config.json"]), check_contract(program, target, ranks)]
     rebuilt = []
     if rebuild is not None and source is not None:
         rebuilt = [check_rebuild(program, files, source, rebuild.sample, report)]
@@ -169,7 +169,7 @@ def _check_source(program: Program, source: Checkpoint) -> Check:
     return check
 
 
-def _check_contract(program: Program, target: Target, ranks: int) -> Check:
+def check_contract(program: Program, target: Target, ranks: int) -> Check:
     """The target refuses no linear on `ranks` ranks."""
     described = linears(program)
     check = Check(f"contract of {target}, ranks: {ranks}", len(described))
@@ -200,22 +200,23 @@ def _check_graphs(output: _Output, report: Reporter) -> list[Check]:
     engine = ENGINES[output.target]
     graph: GraphChecker = (AscendChecker if engine.npu_graph else OnnxChecker)(program, folder)
     checks = _check_graph("verify graph", graph, files.read, output.sampled, report)
-    if engine.open_reader is None or not _takes_dtype(program, output.target):
+    if engine.open_reader is None or not takes_dtype(program, output.target):
         return checks
     sampled = SAMPLED_EXPERTS if output.sampled else None
     reader = engine.open_reader(folder, output.ranks, group_size(program))
-    checker = EngineChecker(program, reader, _unverified(output), sampled)
+    checker = EngineChecker(program, reader, unverified(program, output.target, output.ranks), sampled)
     read = files.read if output.source is None else RecipeWeights(program, output.source, StoredCodes(program, files))
     return checks + _check_graph("verify reader", checker, read, output.sampled, report)
 
 
-def _takes_dtype(program: Program, target: Target) -> bool:
+def takes_dtype(program: Program, target: Target) -> bool:
+    """Whether the target takes models of this dtype."""
     return str(program.dtype).removeprefix("torch.") in load_contract(target).dtypes.accepted
 
 
-def _unverified(output: _Output) -> frozenset[str]:
+def unverified(program: Program, target: Target, ranks: int) -> frozenset[str]:
     """Modules not shown to be read by the engine, nor to be refused; the report of `compile` names them."""
-    verdicts = findings(load_contract(output.target), linears(output.program), output.ranks)
+    verdicts = findings(load_contract(target), linears(program), ranks)
     return frozenset(finding.module for finding in verdicts if finding.verdict is Verdict.UNVERIFIED)
 
 

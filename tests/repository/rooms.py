@@ -27,7 +27,7 @@ tracing calibration
 frontend passes
 lowering
 adapters
-compilation
+compilation foreign
 planning verification
 evaluation
 api

@@ -34,4 +34,5 @@ ENGINE = Engine(
     config=_config,
     open_reader=_open_reader,
     serve=serve,
+    reads_sections=True,
 )

@@ -1,0 +1,298 @@
+"""Weights of a folder that others wrote, against the source: every integer within half a step of what it stands for."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fxquant.checkpoint.checkpoint import Checkpoint
+from fxquant.foreign.found import FoundFolder
+from fxquant.lowering.output_folder.layout import StoredTensor
+from fxquant.ops.quantized import decode_deq_scale, expand_int4
+from fxquant.program.program import Program
+from fxquant.progress import Advance
+from fxquant.schemes.roles import module_and_role, tensor_name
+from fxquant.schemes.schemes import Recipe, tensor_specs
+from fxquant.verification.foreign_smoothing import Factor, Smoothing, Value
+from fxquant.verification.foreign_static import contradiction
+from fxquant.verification.reference import FEEDBACK_ERROR, scale_bias
+from fxquant.verification.report import Check
+
+ROUNDED = 1.02
+"""Slack of that comparison, for solvers that compute in the model's dtype."""
+MANY = 0.02
+"""Share of elements beyond half a step that a fault does not reach, and feedback between codes does."""
+UNBIASED = 0.02
+"""Relative deviation of feedback's codes from the source, over a matrix; an edited scale is off as a whole."""
+SLACK = 2.0**-18
+"""Of float32 arithmetic on both sides."""
+
+
+@dataclass(frozen=True)
+class Dequantized:
+    """What a weight stands for: float32 [n, k]. `half`: half a step of each element, `end`: what it may be off instead
+    where it has one of the `last` codes."""
+
+    values: Tensor
+    half: Tensor
+    end: Tensor
+    last: Tensor
+
+
+def codes_of(recipe: Recipe, stored: dict[str, Tensor]) -> Tensor:
+    """int8 [n, k]."""
+    packed = recipe.int4 and recipe.weight_format.packed
+    return expand_int4(stored["weight"], None) if packed else stored["weight"]
+
+
+def scales_of(recipe: Recipe, stored: dict[str, Tensor]) -> Tensor:
+    """float32 [n, 1]; of a static linear without weight_scale the one that deq_scale holds."""
+    if "weight_scale" in stored:
+        return stored["weight_scale"].float()
+    return (decode_deq_scale(stored["deq_scale"]) / stored["input_scale"].float()).view(-1, 1)
+
+
+def dequantized(recipe: Recipe, stored: dict[str, Tensor], source: Tensor) -> Dequantized:
+    """`source` [n, k] in float32: how far a last code may be from it depends on it."""
+    codes, scale = codes_of(recipe, stored).float(), scales_of(recipe, stored)
+    last = (codes >= recipe.highest_code) | (codes <= -recipe.highest_code)
+    # a division in the model's dtype comes before the rounding to an integer, and a product of scales in it may
+    rounding = source.abs() * torch.finfo(recipe.dtype).eps * (0.5 if "weight_scale" in stored else 1.5)
+    if not recipe.group_size:
+        half = 0.5 * scale + rounding
+        values = codes * scale
+        end = torch.where(_pays(values, source, recipe.highest_code), source.abs(), half)
+        return Dequantized(values, half, torch.where(values.abs() < source.abs(), end, half), last)
+    steps = stored["weight_scale_second"].float().repeat_interleave(recipe.group_size, 1)
+    # second scales are rounded: a group of integers up to 7 * second + 3.5 has its largest at the last code
+    half = scale * (0.5 * steps + 0.5) + rounding
+    end = scale * ((0.5 * steps).clamp(min=3.5) + 0.5) + rounding
+    return Dequantized(codes * steps * scale, half, end, last)
+
+
+def _pays(values: Tensor, source: Tensor, highest: int) -> Tensor:
+    """[n, 1]: whether a row's squared error is at most that of the scale that clips nothing, as solvers see to it."""
+    scale = source.abs().amax(1, keepdim=True) / highest
+    plain = torch.round(source / scale.clamp(min=1e-30)) * scale
+    errors = [((each - source).double() ** 2).sum(1, keepdim=True) for each in (values, plain)]
+    return errors[0] <= ROUNDED * errors[1]
+
+
+@dataclass
+class ForeignWeights:
+    """Compares one module or float tensor after the other. `uncompared`: weight → why it is neither right nor wrong."""
+
+    found: FoundFolder
+    source: Checkpoint
+    program: Program
+    original: Program
+    advance: Advance
+    uncompared: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.quantized = Check("quantized weights ≈ source, within half a step", 0)
+        self.floats = Check("float tensors == source, or smoothed", 0)
+        self.formulas = Check("scale_bias, offsets and static parameters recomputed", 0)
+        self.checks = [self.quantized, self.floats, self.formulas]
+        self._recipes = {n: r for r in self.program.recipes.values() for n in r.weight_names}
+        self._recipes |= {n: r for r in self.program.mtp.recipes.values() for n in r.weight_names}
+        half_step = torch.finfo(self.program.dtype).eps / 2
+        self._smoothing = Smoothing(self.original, self._norm, half_step)
+        self._rows: dict[str, Factor | None] = {}
+        self._half_step = half_step
+
+    def check(self, unit: StoredTensor) -> None:
+        """One unit: a float tensor, or the weight of a module with all that belongs to it."""
+        if unit.name not in self.found.infos:
+            return  # the check of names has it
+        if unit.recipe is not None:
+            self._formulas(unit.recipe, unit.module)
+        biased = module_and_role(unit.name)[1] == "bias"
+        if unit.name not in self.source.tensors and not biased:
+            check = self.floats if unit.recipe is None else self.quantized
+            _count(check, False, f"{unit.name}: the source has no such tensor")
+        elif unit.recipe is not None:
+            self._matrix(unit.name, self.quantized)
+            self._bias(unit)
+        elif len(unit.spec.shape) == 2:
+            self._matrix(unit.name, self.floats)
+        else:
+            self._vector(unit.name)
+        self.advance(unit.nbytes)
+
+    def _norm(self, name: str) -> tuple[Tensor, Tensor] | None:
+        """A norm's weight here and in the source; None unless both have it in one shape."""
+        here, there = self.found.infos.get(name), self.source.tensors.get(name)
+        if here is None or there is None or here.shape != there.shape:
+            return None
+        return self.found.read(name), self.source.read(name)
+
+    def smoothed(self) -> list[str]:
+        """Tensors that made smoothed values."""
+        return sorted(self._smoothing.seen)
+
+    def _matrix(self, name: str, check: Check) -> None:
+        reason = self._reason(name)
+        if name not in self.uncompared:
+            _count(check, reason is None, f"{name}: {reason}")
+
+    def _reason(self, name: str) -> str | None:
+        """Why a weight can't be the source's, or None. Keeps the factor of its rows, if that explains it."""
+        self._rows[name] = None
+        source = self.source.read(name).float()
+        if source.shape != self._shape(name):
+            return f"{list(self._shape(name))}, the source has {list(source.shape)}"
+        columns = self._smoothing.columns(name, self._rows_of)
+        spread = 0.0
+        if columns is not None:
+            source, spread = (source.double() * columns.values).float(), columns.spread
+        far, stored = self._far(name, source, spread)
+        if not far.any():
+            return None
+        if name in self._smoothing.makers and not self._smoothing.makers[name].norm:
+            rows = self._factor(stored, source, self._smoothing.makers[name])
+            rescaled = (source.double() * rows.values[:, None]).float()
+            if not self._far(name, rescaled, spread + rows.spread)[0].any():
+                self._rows[name] = rows
+                return None
+        if name in self._recipes and _feedback(stored, source, far):
+            self.uncompared[name] = (
+                "its codes are not the nearest ones, as GPTQ's are not: only their sum of squares fits"
+            )
+            return None
+        value = self._smoothing.read_by(name)
+        maker = f", as {value.maker} is smoothed" if columns is not None and value is not None else ""
+        return _where(far, stored, source) + maker
+
+    def _rows_of(self, name: str) -> Factor | None:
+        if name not in self._rows and name in self.found.infos and name in self.source.tensors:
+            self._reason(name)
+        return self._rows.get(name)
+
+    def _far(self, name: str, source: Tensor, spread: float) -> tuple[Tensor, Tensor]:
+        """Where a weight is beyond what its scheme allows from `source`, and what it stands for."""
+        recipe, allowed = self._recipes.get(name), source.abs() * (spread + SLACK)
+        if recipe is None:
+            stored = self.found.read(name).float()
+            bound = (spread + self._half_step) * source.abs() if spread else torch.zeros_like(source)
+            return ~((stored - source).abs() <= bound), stored
+        weight = dequantized(recipe, self._tensors(recipe, module_and_role(name)[0]), source)
+        bound = torch.where(weight.last, weight.end, weight.half) + allowed
+        return ~((weight.values - source).abs() <= bound), weight.values
+
+    def _factor(self, stored: Tensor, source: Tensor, value: Value) -> Factor:
+        """Of each row the multiple of the source that comes nearest, and how far rounding may move it."""
+        wide, exact = stored.double(), source.double()
+        squares = (exact**2).sum(1).clamp(min=1e-300)
+        rows = (wide * exact).sum(1) / squares
+        rows = value.scaled(torch.where(rows > 0, rows, 1.0))
+        noise = ((wide - rows[:, None] * exact) ** 2).sum(1) / squares / rows**2
+        # the mean of k roundings: four standard deviations of it
+        spread = 4 * float(noise.max()) ** 0.5 / exact.shape[1] ** 0.5
+        return Factor(rows, min(spread, 0.05) + 2 * self._half_step)
+
+    def _vector(self, name: str) -> None:
+        stored = self.found.read(name)
+        module, role = module_and_role(name)
+        norm = tensor_name(module, "weight")
+        value = self._smoothing.makers.get(norm)
+        if role == "bias" and name not in self.source.tensors:
+            shifts = value is not None and value.norm
+            _count(self.floats, shifts or not stored.any(), f"{name}: not zero, and the source has none")
+            return
+        source = self.source.read(name)
+        same = stored.shape == source.shape and torch.equal(stored, source.to(stored.dtype))
+        may = value is not None and value.norm and stored.shape == source.shape and bool((stored / source > 0).all())
+        if may and not same:
+            self._smoothing.columns(value.readers[0], self._rows_of) if value else None
+        _count(self.floats, same or may, f"{name}: {_first(stored, source)}")
+
+    def _bias(self, unit: StoredTensor) -> None:
+        """bias' = bias + W @ shift, if the norm before it shifts."""
+        assert unit.recipe is not None
+        name = tensor_name(unit.module, "bias")
+        if not unit.recipe.bias or name not in self.found.infos:
+            return
+        weight = self.source.read(unit.name).double()
+        before = self.source.read(name).double() if name in self.source.tensors else torch.zeros(len(weight)).double()
+        shift, factor = self._shift(unit.name), self._rows_of(unit.name)
+        expected = before + weight @ shift
+        expected = expected if factor is None else expected * factor.values
+        bound = 8 * self._half_step * (weight.abs() @ shift.abs() + expected.abs())
+        far = ~((self.found.read(name).double() - expected).abs() <= bound)
+        reason = "the shift of the norm before it, times the weight, gives another"
+        _count(self.floats, not far.any(), f"{name}: {int(far.sum())} elements differ: {reason}")
+
+    def _shift(self, name: str) -> Tensor:
+        value = self._smoothing.read_by(name)
+        zero = torch.zeros(self._shape(name)[1]).double()
+        if value is None or not value.norm:
+            return zero
+        bias = tensor_name(module_and_role(value.maker)[0], "bias")
+        if bias not in self.found.infos or bias in self.source.tensors:
+            return zero
+        columns = self._smoothing.columns(name, self._rows_of)
+        stored = self.found.read(bias).double()
+        return -stored if columns is None else -stored * columns.values
+
+    def _formulas(self, recipe: Recipe, module: str) -> None:
+        stored = self._tensors(recipe, module)
+        for role in ("weight_offset", "weight_offset_second"):
+            if role in stored:
+                _count(self.formulas, not stored[role].any(), f"{tensor_name(module, role)}: not zero")
+        if "scale_bias" in stored:
+            reason = _wrong_bias(recipe, stored)
+            _count(self.formulas, reason is None, f"{tensor_name(module, 'scale_bias')}: {reason}")
+        if recipe.scheme.static:
+            bias = stored.get("bias")
+            reason = contradiction(recipe, stored, bias)
+            _count(self.formulas, reason is None, f"{module}.{reason}")
+
+    def _tensors(self, recipe: Recipe, module: str) -> dict[str, Tensor]:
+        return {role: self.found.read(tensor_name(module, role)) for role in tensor_specs(recipe)}
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        recipe = self._recipes.get(name)
+        return self.found.infos[name].shape if recipe is None else (recipe.out_features, recipe.in_features)
+
+
+def _wrong_bias(recipe: Recipe, stored: dict[str, Tensor]) -> str | None:
+    """scale_bias, with scales as they are or rounded to bfloat16, up to the order of a sum in float32."""
+    codes, scales = codes_of(recipe, stored), stored["weight_scale"].flatten()
+    second = stored.get("weight_scale_second", torch.ones(len(scales), 1))
+    held = stored["scale_bias"].double()
+    ways = [scale_bias(recipe, codes, each, second).double() for each in (scales, scales.bfloat16().float())]
+    sums = scale_bias(recipe, codes.abs(), scales, second).double() * 2.0**-20
+    if any(bool(((held - way).abs() <= sums).all()) for way in ways):
+        return None
+    far = (held - ways[0]).abs() > sums
+    return f"not 8 times the sums of the codes times their scales: {_where(far, held, ways[0])}"
+
+
+def _feedback(stored: Tensor, source: Tensor, far: Tensor) -> bool:
+    """Whether codes look as if they compensate each other's errors: many are off, none far, and the sum is not."""
+    squares = (source.double() ** 2).sum(1)
+    near = bool((((stored - source).double() ** 2).sum(1) <= FEEDBACK_ERROR * squares).all())
+    rows = (stored.double() * source.double()).sum(1) / squares.clamp(min=1e-300)
+    unbiased = abs(float(rows.mean()) - 1) <= UNBIASED and bool(((rows - 1).abs() <= 5 * UNBIASED).all())
+    return near and unbiased and float(far.float().mean()) >= MANY
+
+
+def _where(far: Tensor, stored: Tensor, source: Tensor) -> str:
+    if not far.any():
+        return "equal"
+    place = tuple(far.nonzero()[0].tolist())
+    count = f"{int(far.sum()):,} of {far.numel():,} elements are beyond it"
+    return f"{count}, first at {list(place)}: {stored[place].item():.6g}, the source gives {source[place].item():.6g}"
+
+
+def _first(stored: Tensor, source: Tensor) -> str:
+    if stored.shape != source.shape:
+        return f"{list(stored.shape)}, the source has {list(source.shape)}"
+    different = (stored != source).nonzero()
+    return f"differs from the source, first at {different[0].tolist()}" if len(different) else "equal"
+
+
+def _count(check: Check, condition: object, miss: str) -> None:
+    check.total += 1
+    check.expect(condition, miss)
