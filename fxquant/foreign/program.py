@@ -64,7 +64,7 @@ def found_program(found: FoundFolder, source: Source) -> FoundProgram:
     if len(sizes) > 1:
         said = ", ".join(f"{size} for {module}" for size, module in sorted(sizes.items()))
         types.faults.append(f"group sizes {said}; a folder has one")
-    if not forms:
+    if not forms and not types.faults:
         types.faults.append("its quantized modules are not all in one format: some lack tensors that others have")
     if types.faults:
         return result

@@ -80,7 +80,7 @@ def check_header(found: FoundFolder, program: FoundProgram, engine: Engine) -> C
     """The keys by which engines know the format, against the tensors."""
     check = Check("description: header", 4)
     header, place = found.header, found.description
-    size, first = next(iter(program.sizes.items()), (0, ""))
+    size, first = max(program.sizes.items(), default=(0, ""))
     said = header.get("group_size")
     needed = "group_size" in _keys(engine, program.program, "header") or said is not None
     right = type(said or 0) is int and (said or 0) == size and (said is not None or not size)
