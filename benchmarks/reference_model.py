@@ -21,11 +21,17 @@ class Layer(DeepseekV3DecoderLayer):
 
     def __init__(self, config: DeepseekV3Config, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
+        gate = getattr(self.mlp, "gate", None)
+        if gate is not None:  # the tool loads parameters alone, and transformers has this in a buffer
+            bias = gate._buffers.pop("e_score_correction_bias")
+            gate.e_score_correction_bias = nn.Parameter(bias.float(), requires_grad=False)
         self._rotary = [DeepseekV3RotaryEmbedding(config=config)]  # in a list: no buffer of this module
 
     def forward(
         self, hidden_states: Tensor, position_ids: Tensor | None = None, position_embeddings: Any = None, **given: Any
     ) -> Any:
+        # the tool makes eh_proj in float32, and so what it feeds to the layer of multi-token prediction
+        hidden_states = hidden_states.to(self.input_layernorm.weight.dtype)
         if position_embeddings is None:
             position_embeddings = self._rotary[0](hidden_states, position_ids)
         given["past_key_value"], given["use_cache"] = None, False

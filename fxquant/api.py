@@ -15,6 +15,7 @@ from fxquant.engines.serving import Serving
 from fxquant.engines.table import ENGINES, Target
 from fxquant.errors import FxquantError
 from fxquant.evaluation.verbs import compare, engine_perplexities, evaluate, open_output, run, sensitivity
+from fxquant.foreign.contents import foreign_contents
 from fxquant.foreign.found import is_foreign
 from fxquant.frontend.source import TRACE_TIMEOUT, Source, open_source
 from fxquant.lowering.convert import converted_contents
@@ -199,9 +200,11 @@ def convert(
     export: bool = True,
     workers: Workers | None = None,
     restart: bool = False,
+    against: str | Path | None = None,
 ) -> ConvertReport:
     """Write the weights of `out` in another target's format, integers unchanged, and the matching graph.
 
+    `against`: the model that a folder of others was made from; None: its config.json says what the model is.
     Raises FxquantError if that format cannot hold them, with the command that quantizes again.
     """
     folder, target = Path(out), Target(target)
@@ -209,14 +212,25 @@ def convert(
     with stopping():
         destination = open_destination(new, force, [Input("the folder to convert", folder)])
         with destination.telling():
-            contents = replace(converted_contents(folder, target, new), tp=tp, export=export)
+            contents = replace(_convertible(folder, target, new, against), tp=tp, export=export)
             CheckContract(contents.policy, load_contract(target), tp)(contents.program)
-            source = open_checkpoint(contents.origin) if contents.origin.is_dir() else None
+            there = contents.origin.is_dir() and contents.origin != folder
+            source = open_checkpoint(contents.origin) if there else None
             with write_output(contents, destination, Work(workers or Workers(), None, restart), report) as output:
                 verification = verify_output(output.folder, source, full=False, report=report) if verify else None
                 if verification is not None:
                     refuse_unverified(output, destination, verification)
     return ConvertReport(out=new, target=target, policy=contents.policy, output=output, verification=verification)
+
+
+def _convertible(folder: Path, target: Target, into: Path, against: str | Path | None) -> Contents:
+    if is_foreign(folder):
+        source = None if against is None else open_source(Path(against))
+        return foreign_contents(folder, target, source)
+    if against is not None:
+        fact = f"applies only to folders that others wrote; {folder} names its model."
+        raise FxquantError(f"--against {against}", fact, "Leave it out.")
+    return converted_contents(folder, target, into)
 
 
 def verify(
@@ -245,6 +259,8 @@ def verify(
         checkpoint = open_source(Path(against)).checkpoint
     elif manifest is None:
         raise FxquantError(folder, f"has no {MANIFEST} to say what it was made from.", "Pass --against MODEL.")
+    elif manifest.foreign and manifest.checkpoint == manifest.source:
+        checkpoint = None  # converted without its model
     elif manifest.checkpoint_path(folder).is_dir():
         checkpoint = open_checkpoint(manifest.checkpoint_path(folder))
     if rebuild is not None and checkpoint is None:

@@ -51,8 +51,7 @@ class FoundProgram:
 def found_program(found: FoundFolder, source: Source) -> FoundProgram:
     """The program of `found`, on the graph of `source`."""
     original, program = source.program(), source.program()
-    for each in (original, program):
-        restore_biases(each, found.infos.keys())
+    restore_biases(program, found.infos.keys())
     types = _Types(found)
     recipes = _recipes(program, types)
     mtp = _mtp_recipes(program, source.config, types)

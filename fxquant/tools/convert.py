@@ -39,6 +39,15 @@ def command(
         Path | None,
         typer.Option("-o", "--out", metavar="FOLDER", help="Output folder. [dim]default: ./<OUT>-<target>[/]"),
     ] = None,
+    against: Annotated[
+        Path | None,
+        typer.Option(
+            "--against",
+            "--source",
+            metavar="MODEL",
+            help="The source model of a folder that others wrote. [dim]default: its config.json describes the model[/]",
+        ),
+    ] = None,
     tp: Ranks = 1,
     export: Export = True,
     verify: Verify = True,
@@ -57,7 +66,17 @@ def command(
 
     workers = parse_workers("local", jobs, None)
     report = convert(
-        out, parse_target(target), into, tp, verify, force, reporter(quiet or as_json), export, workers, restart
+        out,
+        parse_target(target),
+        into,
+        tp,
+        verify,
+        force,
+        reporter(quiet or as_json),
+        export,
+        workers,
+        restart,
+        against,
     )
     verification = report.verification
     if as_json:

@@ -12,10 +12,10 @@ from fxquant.engines.documents import group_size
 from fxquant.engines.engine import Engine
 from fxquant.engines.table import DEFAULT, ENGINES, Target
 from fxquant.errors import FxquantError
-from fxquant.foreign.config import model_config
 from fxquant.foreign.found import CONFIG, FoundFolder, find_folder
+from fxquant.foreign.model import source_of_found
 from fxquant.foreign.program import FoundProgram, found_program
-from fxquant.frontend.source import Source, source_of_config
+from fxquant.frontend.source import Source
 from fxquant.lowering.output import copied_files
 from fxquant.lowering.output_folder.layout import StoredTensor, stored_tensors
 from fxquant.passes.check_contract import linears
@@ -34,7 +34,7 @@ from fxquant.verification.foreign_documents import (
     rotation,
     sections,
 )
-from fxquant.verification.foreign_weights import ForeignWeights
+from fxquant.verification.foreign_weights import compare_foreign, formulas_alone
 from fxquant.verification.report import Check, VerifyReport
 from fxquant.verification.run import (
     SAMPLE_ABOVE,
@@ -84,16 +84,17 @@ def verify_foreign(
     contract = check_contract(program, target, ranks or 1)
     checks = [*documents, names, contract]
     unread = _unread(found, program, engine, target, checkpoint)
-    weights = None
-    if checkpoint is not None and not rotation(found):
-        wrong = wrong_modules(found, stored)
+    wrong, uncompared = wrong_modules(found, stored), dict[str, str]()
+    if checkpoint is None:
+        checks.append(formulas_alone(found, program, wrong))
+    elif rotation(found):
+        uncompared["weights"] = "not compared with the source: rotated, says the description"
+        checks.append(formulas_alone(found, program, wrong))
+    else:
         intact = [tensor for tensor in stored if tensor.module not in wrong]
         units = sample(intact, SAMPLED_TENSORS if sampled else None)
-        weights = _compare(found, checkpoint, result, program, units, report)
-        checks += weights.checks
-        unread |= weights.uncompared
-    elif checkpoint is not None:
-        unread["weights"] = "not compared with the source: rotated, says the description"
+        values, uncompared = compare_foreign(found, checkpoint, program, result.original, units, report)
+        checks += values
     if names.ok and all(check.ok for check in (documents[1], documents[3])):
         checks += _read_as_engine(found, program, engine, target, ranks or 1, sampled, report)
     else:
@@ -102,8 +103,8 @@ def verify_foreign(
         checks=checks,
         source=named,
         sampled=sampled,
-        partial=weights is None or bool(weights.uncompared),
-        unread=unread,
+        partial=bool(uncompared),
+        unread=unread | uncompared,
     )
 
 
@@ -124,13 +125,6 @@ def infer_target(found: FoundFolder, result: FoundProgram) -> Target:
         )
 
     return max(Target, key=fit)
-
-
-def source_of_found(found: FoundFolder) -> Source:
-    """The model that config.json of the folder describes, without weights."""
-    if found.config is None:
-        raise FxquantError(found.path, f"has no {CONFIG} to say what the model is.", "Pass --against MODEL.")
-    return source_of_config(model_config(found.config), found.path / CONFIG)
 
 
 def check_shapes(found: FoundFolder, stored: list[StoredTensor]) -> Check:
@@ -173,24 +167,6 @@ def _believed(found: FoundFolder, program: Program, source: Checkpoint | None) -
         name: HeldTensor(name, torch.empty(0, device="meta")) for name in program.mtp.float_tensors
     }
     return Checkpoint(found.path, program.config, {**meta, **tensors, **found.infos})
-
-
-def _compare(
-    found: FoundFolder,
-    source: Checkpoint,
-    result: FoundProgram,
-    program: Program,
-    units: list[StoredTensor],
-    report: Reporter,
-) -> ForeignWeights:
-    with report("verify weights", sum(unit.nbytes for unit in units), "bytes") as advance:
-        weights = ForeignWeights(found, source, program, result.original, advance)
-        for unit in units:
-            weights.check(unit)
-    smoothed = weights.smoothed()
-    if smoothed:
-        weights.quantized.worst = f"{len(smoothed)} values are smoothed, the first by {smoothed[0]}"
-    return weights
 
 
 def _read_as_engine(

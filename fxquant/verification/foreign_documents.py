@@ -9,8 +9,8 @@ from fxquant.engines.documents import FORMAT_VERSION, scheme_keys
 from fxquant.engines.engine import Engine
 from fxquant.engines.table import ENGINES, Target
 from fxquant.errors import FxquantError
-from fxquant.foreign.config import model_config
 from fxquant.foreign.found import CONFIG, FoundFolder
+from fxquant.foreign.model import model_config
 from fxquant.foreign.program import FoundProgram
 from fxquant.inputs.json_file import read_json
 from fxquant.inputs.limits import INDEX_BYTES

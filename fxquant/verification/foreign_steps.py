@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fxquant.ops.quantized import decode_deq_scale, expand_int4
 from fxquant.schemes.schemes import Recipe
-from fxquant.verification.reference import FEEDBACK_ERROR, scale_bias
+from fxquant.verification.reference import FEEDBACK_ERROR
 
 ROUNDED = 1.02
 """Slack of that comparison, for solvers that compute in the model's dtype."""
@@ -65,19 +65,6 @@ def _pays(values: Tensor, source: Tensor, highest: int) -> Tensor:
     plain = torch.round(source / scale.clamp(min=1e-30)) * scale
     errors = [((each - source).double() ** 2).sum(1, keepdim=True) for each in (values, plain)]
     return errors[0] <= ROUNDED * errors[1]
-
-
-def wrong_scale_bias(recipe: Recipe, stored: dict[str, Tensor]) -> str | None:
-    """scale_bias, with scales as they are or rounded to bfloat16, up to the order of a sum in float32."""
-    codes, scales = codes_of(recipe, stored), stored["weight_scale"].flatten()
-    second = stored.get("weight_scale_second", torch.ones(len(scales), 1))
-    held = stored["scale_bias"].double()
-    ways = [scale_bias(recipe, codes, each, second).double() for each in (scales, scales.bfloat16().float())]
-    sums = scale_bias(recipe, codes.abs(), scales, second).double() * 2.0**-20
-    if any(bool(((held - way).abs() <= sums).all()) for way in ways):
-        return None
-    far = (held - ways[0]).abs() > sums
-    return f"not 8 times the sums of the codes times their scales: {difference(far, held, ways[0])}"
 
 
 def looks_fed_back(stored: Tensor, source: Tensor, far: Tensor) -> bool:

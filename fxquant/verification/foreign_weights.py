@@ -1,20 +1,20 @@
 """Weights of a folder that others wrote, against the source: every integer within half a step of what it stands for."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from fxquant.checkpoint.checkpoint import Checkpoint
-from fxquant.foreign.found import FoundFolder
 from fxquant.lowering.output_folder.layout import StoredTensor
+from fxquant.passes.pair_smoothing import restore_biases
 from fxquant.program.program import Program
-from fxquant.progress import Advance
+from fxquant.progress import Advance, Reporter
 from fxquant.schemes.roles import module_and_role, tensor_name
-from fxquant.schemes.schemes import Recipe, tensor_specs
+from fxquant.verification.foreign_formulas import FORMULAS, Tensors, check_formulas, count, tensors_of
 from fxquant.verification.foreign_smoothing import Factor, Smoothing, Value
-from fxquant.verification.foreign_static import contradiction
-from fxquant.verification.foreign_steps import dequantized, difference, looks_fed_back, wrong_scale_bias
+from fxquant.verification.foreign_steps import dequantized, difference, looks_fed_back
 from fxquant.verification.report import Check
 
 SLACK = 2.0**-18
@@ -25,7 +25,7 @@ SLACK = 2.0**-18
 class ForeignWeights:
     """Compares one module or float tensor after the other. `uncompared`: weight → why it is neither right nor wrong."""
 
-    found: FoundFolder
+    found: Tensors
     source: Checkpoint
     program: Program
     original: Program
@@ -35,7 +35,7 @@ class ForeignWeights:
     def __post_init__(self) -> None:
         self.quantized = Check("quantized weights ≈ source, within half a step", 0)
         self.floats = Check("float tensors == source, or smoothed", 0)
-        self.formulas = Check("scale_bias, offsets and static parameters recomputed", 0)
+        self.formulas = Check(FORMULAS, 0)
         self.checks = [self.quantized, self.floats, self.formulas]
         self._recipes = {n: r for r in self.program.recipes.values() for n in r.weight_names}
         self._recipes |= {n: r for r in self.program.mtp.recipes.values() for n in r.weight_names}
@@ -49,11 +49,11 @@ class ForeignWeights:
         if unit.name not in self.found.infos:
             return  # the check of names has it
         if unit.recipe is not None:
-            self._formulas(unit.recipe, unit.module)
+            check_formulas(self.formulas, unit.recipe, unit.module, tensors_of(self.found, unit.recipe, unit.module))
         biased = module_and_role(unit.name)[1] == "bias"
         if unit.name not in self.source.tensors and not biased:
             check = self.floats if unit.recipe is None else self.quantized
-            _count(check, False, f"{unit.name}: the source has no such tensor")
+            count(check, False, f"{unit.name}: the source has no such tensor")
         elif unit.recipe is not None:
             self._matrix(unit.name, self.quantized)
             self._bias(unit)
@@ -77,7 +77,7 @@ class ForeignWeights:
     def _matrix(self, name: str, check: Check) -> None:
         reason = self._reason(name)
         if name not in self.uncompared:
-            _count(check, reason is None, f"{name}: {reason}")
+            count(check, reason is None, f"{name}: {reason}")
 
     def _reason(self, name: str) -> str | None:
         """Why a weight can't be the source's, or None. Keeps the factor of its rows, if that explains it."""
@@ -119,7 +119,7 @@ class ForeignWeights:
             stored = self.found.read(name).float()
             bound = (spread + self._half_step) * source.abs() if spread else torch.zeros_like(source)
             return ~((stored - source).abs() <= bound), stored
-        weight = dequantized(recipe, self._tensors(recipe, module_and_role(name)[0]), source)
+        weight = dequantized(recipe, tensors_of(self.found, recipe, module_and_role(name)[0]), source)
         bound = torch.where(weight.last, weight.end, weight.half) + allowed
         return ~((weight.values - source).abs() <= bound), weight.values
 
@@ -141,14 +141,14 @@ class ForeignWeights:
         value = self._smoothing.makers.get(norm)
         if role == "bias" and name not in self.source.tensors:
             shifts = value is not None and value.norm
-            _count(self.floats, shifts or not stored.any(), f"{name}: not zero, and the source has none")
+            count(self.floats, shifts or not stored.any(), f"{name}: not zero, and the source has none")
             return
         source = self.source.read(name)
         same = stored.shape == source.shape and torch.equal(stored, source.to(stored.dtype))
         may = value is not None and value.norm and stored.shape == source.shape and bool((stored / source > 0).all())
         if may and not same:
             self._smoothing.columns(value.readers[0], self._rows_of) if value else None
-        _count(self.floats, same or may, f"{name}: {_first(stored, source)}")
+        count(self.floats, same or may, f"{name}: {_first(stored, source)}")
 
     def _bias(self, unit: StoredTensor) -> None:
         """bias' = bias + W @ shift, if the norm before it shifts."""
@@ -164,7 +164,7 @@ class ForeignWeights:
         bound = 8 * self._half_step * (weight.abs() @ shift.abs() + expected.abs())
         far = ~((self.found.read(name).double() - expected).abs() <= bound)
         reason = "the shift of the norm before it, times the weight, gives another"
-        _count(self.floats, not far.any(), f"{name}: {int(far.sum())} elements differ: {reason}")
+        count(self.floats, not far.any(), f"{name}: {int(far.sum())} elements differ: {reason}")
 
     def _shift(self, name: str) -> Tensor:
         value = self._smoothing.read_by(name)
@@ -178,30 +178,39 @@ class ForeignWeights:
         stored = self.found.read(bias).double()
         return -stored if columns is None else -stored * columns.values
 
-    def _formulas(self, recipe: Recipe, module: str) -> None:
-        stored = self._tensors(recipe, module)
-        for role in ("weight_offset", "weight_offset_second"):
-            if role in stored:
-                _count(self.formulas, not stored[role].any(), f"{tensor_name(module, role)}: not zero")
-        if "weight_scale_second" in stored:
-            second = stored["weight_scale_second"]
-            whole = torch.equal(second, second.round().clamp(1, 17))
-            name = tensor_name(module, "weight_scale_second")
-            _count(self.formulas, whole, f"{name}: not all integers 1 … 17")
-        if "scale_bias" in stored:
-            reason = wrong_scale_bias(recipe, stored)
-            _count(self.formulas, reason is None, f"{tensor_name(module, 'scale_bias')}: {reason}")
-        if recipe.scheme.static:
-            bias = stored.get("bias")
-            reason = contradiction(recipe, stored, bias)
-            _count(self.formulas, reason is None, f"{module}.{reason}")
-
-    def _tensors(self, recipe: Recipe, module: str) -> dict[str, Tensor]:
-        return {role: self.found.read(tensor_name(module, role)) for role in tensor_specs(recipe)}
-
     def _shape(self, name: str) -> tuple[int, ...]:
         recipe = self._recipes.get(name)
         return self.found.infos[name].shape if recipe is None else (recipe.out_features, recipe.in_features)
+
+
+def compare_foreign(
+    folder: Tensors,
+    source: Checkpoint,
+    program: Program,
+    original: Program,
+    units: list[StoredTensor],
+    report: Reporter,
+) -> tuple[list[Check], dict[str, str]]:
+    """Checks of `units` against `source`, `original` being the float graph; and weight → why it was not compared."""
+    restore_biases(original, folder.infos.keys())
+    with report("verify weights", sum(unit.nbytes for unit in units), "bytes") as advance:
+        weights = ForeignWeights(folder, source, program, original, advance)
+        for unit in units:
+            weights.check(unit)
+    smoothed = weights.smoothed()
+    if smoothed:
+        weights.quantized.worst = f"{len(smoothed)} values are smoothed, the first by {smoothed[0]}"
+    return weights.checks, weights.uncompared
+
+
+def formulas_alone(folder: Tensors, program: Program, wrong: Collection[str] = ()) -> Check:
+    """What follows from the tensors of each module that is not in `wrong`."""
+    check = Check(FORMULAS, 0)
+    for recipe in (*program.recipes.values(), *program.mtp.recipes.values()):
+        for module in recipe.modules:
+            if module not in wrong:
+                check_formulas(check, recipe, module, tensors_of(folder, recipe, module))
+    return check
 
 
 def _first(stored: Tensor, source: Tensor) -> str:
@@ -209,8 +218,3 @@ def _first(stored: Tensor, source: Tensor) -> str:
         return f"{list(stored.shape)}, the source has {list(source.shape)}"
     different = (stored != source).nonzero()
     return f"differs from the source, first at {different[0].tolist()}" if len(different) else "equal"
-
-
-def _count(check: Check, condition: object, miss: str) -> None:
-    check.total += 1
-    check.expect(condition, miss)

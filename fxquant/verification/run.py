@@ -25,6 +25,7 @@ from fxquant.verification.blocks import block_names, probe_inputs, walk
 from fxquant.verification.document_checks import Documents, check_copies, documents
 from fxquant.verification.engine_check import EngineChecker
 from fxquant.verification.file_checks import check_digests, check_sizes, infer_target
+from fxquant.verification.foreign_weights import compare_foreign, formulas_alone
 from fxquant.verification.graph_checks import AscendChecker, GraphChecker, OnnxChecker
 from fxquant.verification.noise import logit_noise
 from fxquant.verification.rebuild import Rebuild, check_rebuild
@@ -70,9 +71,10 @@ def verify_output(
     original, source = source, _transformed(source, folder)
     target = target or (Target(manifest.target) if manifest else infer_target(program, folder))
     ranks = ranks or (manifest.tp if manifest else 1)
-    stored = expected_stored(program, source, files)
+    foreign = manifest is not None and manifest.foreign
+    stored = expected_stored(program, None if foreign else source, files)
     sampled = not full and sum(tensor.nbytes for tensor in stored) > SAMPLE_ABOVE
-    output = _Output(folder, program, files, source, target, ranks, sampled)
+    output = _Output(folder, program, files, source, target, ranks, sampled, foreign)
     said = documents(program, folder, stored, files, target)
     again = Remade()
     if manifest:
@@ -83,39 +85,43 @@ def verify_output(
     checks = [check_sizes(manifest, folder)] if manifest else []
     if original is not None and source is not None:
         checks.append(_check_source(program, original))
-        check_parameters(program, source)
+        if not foreign:
+            check_parameters(program, source)
     others = [name for name in said.expected if name != "config.json"]
     checks += [check_names(files, stored), said.check("description and index", others)]
     checks += [said.check("config.json", ["config.json"]), check_contract(program, target, ranks)]
     rebuilt = []
     if rebuild is not None and source is not None:
         rebuilt = [check_rebuild(program, files, source, rebuild.sample, report)]
+    uncompared: dict[str, str] = {}
     # each step reads what the one before it has checked
     if all(check.ok for check in checks):
-        checks += _check_values(output, stored, report)
+        values, uncompared = _check_values(output, stored, report)
+        checks += values
         if original is not None and source is not None and source.transforms:
             checks += _check_transforms(original, source, folder)
         if manifest is None and source is not None:
             checks.append(check_calibration(folder, checks))
     if all(check.ok for check in checks):
         checks += _check_graphs(output, report)
-    noise = None
-    if not sampled and all(check.ok for check in checks):
-        inputs = list(probe_inputs(program).values())
-        noise = logit_noise(program, Cached(files.read, SAMPLE_ABOVE), inputs, NOISE_SEEDS)
+    noise = _noise(output) if all(check.ok for check in checks) else None
     named = None if source is None else str(source.folder)
     return VerifyReport(
         checks=[*digests, *rebuilt, *checks],
         source=named,
         sampled=sampled,
+        partial=bool(uncompared),
         logit_noise=noise,
-        unread=_unread(output, again, manifest is None),
+        unread=_unread(output, again, manifest is None) | uncompared,
     )
 
 
 @dataclass(frozen=True)
 class _Output:
-    """What all checks read: a folder and its graph, for `target` on `ranks`, and the source."""
+    """What all checks read: a folder and its graph, for `target` on `ranks`, and the source.
+
+    `foreign`: others chose its integers.
+    """
 
     folder: Path
     program: Program
@@ -124,12 +130,20 @@ class _Output:
     target: Target
     ranks: int
     sampled: bool
+    foreign: bool
 
 
 def _check_alone(output: _Output, said: Documents) -> list[Check]:
     """Checks of documents, in place of the digests of a manifest."""
     copies = [check_copies(output.source, output.folder)] if output.source is not None else []
     return [said.written(output.program), *copies]
+
+
+def _noise(output: _Output) -> float | None:
+    if output.sampled:
+        return None
+    inputs = list(probe_inputs(output.program).values())
+    return logit_noise(output.program, Cached(output.files.read, SAMPLE_ABOVE), inputs, NOISE_SEEDS)
 
 
 def _unread(output: _Output, again: Remade, alone: bool) -> dict[str, str]:
@@ -181,13 +195,18 @@ def check_contract(program: Program, target: Target, ranks: int) -> Check:
     return check
 
 
-def _check_values(output: _Output, stored: list[StoredTensor], report: Reporter) -> list[Check]:
-    """Every tensor, or a sample, against the source; without one, static parameters among themselves."""
-    if output.source is None:
-        return [check_static(output.program, output.files)]
+def _check_values(output: _Output, stored: list[StoredTensor], report: Reporter) -> tuple[list[Check], dict[str, str]]:
+    """Every tensor, or a sample, against the source; without one, static parameters among themselves. And what could
+    not be compared."""
+    program, source = output.program, output.source
+    if source is None:
+        return [formulas_alone(output.files, program) if output.foreign else check_static(program, output.files)], {}
     units = sample(stored, SAMPLED_TENSORS if output.sampled else None)
+    if output.foreign:
+        original = load_program(output.folder / FLOAT_GRAPH)
+        return compare_foreign(output.files, source, program, original, units, report)
     with report("verify weights", sum(unit.nbytes for unit in units), "bytes") as advance:
-        return check_values(units, output.files, output.source, advance)
+        return check_values(units, output.files, source, advance), {}
 
 
 def _check_graphs(output: _Output, report: Reporter) -> list[Check]:
@@ -205,7 +224,12 @@ def _check_graphs(output: _Output, report: Reporter) -> list[Check]:
     sampled = SAMPLED_EXPERTS if output.sampled else None
     reader = engine.open_reader(folder, output.ranks, group_size(program))
     checker = EngineChecker(program, reader, unverified(program, output.target, output.ranks), sampled)
-    read = files.read if output.source is None else RecipeWeights(program, output.source, StoredCodes(program, files))
+    own = output.source is None or output.foreign
+    read = (
+        files.read
+        if own or output.source is None
+        else RecipeWeights(program, output.source, StoredCodes(program, files))
+    )
     return checks + _check_graph("verify reader", checker, read, output.sampled, report)
 
 

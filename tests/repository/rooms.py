@@ -27,7 +27,8 @@ tracing calibration
 frontend passes
 lowering
 adapters
-compilation foreign
+compilation
+foreign
 planning verification
 evaluation
 api
