@@ -1,7 +1,7 @@
 """Start of the reference quantizer on a machine without its device, in its own environment.
 
-The tool moves the modules of multi-token prediction to "npu" whatever --device says. Here "npu" is the CPU: nothing else
-of it is changed.
+The tool moves the modules of multi-token prediction to "npu" whatever --device says. Here "npu" is the CPU; nothing
+else of it is changed.
 """
 
 import sys

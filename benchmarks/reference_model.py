@@ -1,5 +1,6 @@
-"""Model code that the reference quantizer loads with a checkpoint: transformers' DeepSeek-V3, with layers that find their
-own rotary tables, since the tool calls the layer of multi-token prediction without any.
+"""Model code that the reference quantizer loads with a checkpoint: transformers' DeepSeek-V3.
+
+Its layers find their own rotary tables: the tool calls the layer of multi-token prediction without any.
 
 `reference_quantizer.py` copies it beside the weights, as `auto_map` of config.json wants it. It runs in the environment
 of the tool alone.

@@ -63,6 +63,16 @@ class ForeignWeights:
             self._vector(unit.name)
         self.advance(unit.nbytes)
 
+    def squared_error(self, name: str) -> tuple[float, float]:
+        """Of a quantized weight the squared error against the source, smoothed as the folder is, and its squares."""
+        source = self.source.read(name).double()
+        columns = self._smoothing.columns(name, self._rows_of)
+        rows = self._rows_of(name)
+        source = source if columns is None else source * columns.values
+        source = source if rows is None else source * rows.values[:, None]
+        stored = self._far(name, source.float(), 0.0)[1].double()
+        return float(((stored - source) ** 2).sum()), float((source**2).sum())
+
     def _norm(self, name: str) -> tuple[Tensor, Tensor] | None:
         """A norm's weight here and in the source; None unless both have it in one shape."""
         here, there = self.found.infos.get(name), self.source.tensors.get(name)

@@ -10,12 +10,30 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fxquant.engines.table import ENGINES, Target
+from fxquant.engines.table import ENGINES
 from fxquant.lowering.output_folder.description import write_json
 from fxquant.schemes.weight_formats import WeightFormat
+from fxquant.verification import VerifyReport
 
 NAMES = {"quant_model_weight_w8a8": "quant_model_weight_w8a8_dynamic"}
 """Stem of our weight files → of the reference tool's, where it is another."""
+SHAPE: dict[str, Any] = {
+    "hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 128, "n_routed_experts": 2, "n_group": 1,
+    "topk_group": 1,
+}  # fmt: skip
+GROUPS = "[{kind: routed_expert, scheme: W4A8_DYNAMIC, group_size: 32}]"
+POLICIES = {
+    "groups": f"description: two levels\nextends: deepseek_w4a8\nrules: {GROUPS}\n",
+    "m4": f"description: as the W4A8 script smooths\nextends: deepseek_w4a8_msmodelslim_m4\nrules: {GROUPS}\n",
+    "flex": (
+        "description: scales alone\nextends: deepseek_w4a8_per_channel\nsmooth: [{kind: attention, method: flex}]\n"
+    ),
+    "gptq": (
+        "description: codes of GPTQ\nextends: deepseek_w4a8_per_channel\n"
+        "rules: [{kind: routed_expert, scheme: W4A8_DYNAMIC, algorithm: gptq}]\n"
+    ),
+    "static": "deepseek_w4a8_per_channel_static",
+}
 UNPACKED = next(target for target, engine in ENGINES.items() if engine.weight_format(32) is WeightFormat.UNPACKED)
 
 
@@ -93,5 +111,6 @@ def edited(folder: Path, copy: Path, edit: Edit) -> Path:
     return copy
 
 
-def target_of(name: str) -> Target:
-    return UNPACKED if name == "unpacked" else Target(name)
+def misses(report: VerifyReport) -> list[str]:
+    """Every difference, after the name of its check."""
+    return [f"{check.name}: {miss}" for check in report.checks for miss in check.misses]
