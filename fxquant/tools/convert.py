@@ -23,7 +23,9 @@ from fxquant.tools.stages import reporter
 
 
 def command(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="A compiled folder.", show_default=False)],
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="A compiled folder, or one that others wrote.", show_default=False)
+    ],
     target: Annotated[
         str,
         typer.Option(

@@ -78,7 +78,7 @@ def check_entries(found: FoundFolder, stored: list[StoredTensor]) -> Check:
 
 def check_header(found: FoundFolder, program: FoundProgram, engine: Engine) -> Check:
     """The keys by which engines know the format, against the tensors."""
-    check = Check("description: header", 4)
+    check = Check("description: header", 2 + len(CACHE_KEYS))
     header, place = found.header, found.description
     size, first = max(program.sizes.items(), default=(0, ""))
     said = header.get("group_size")
@@ -91,9 +91,8 @@ def check_header(found: FoundFolder, program: FoundProgram, engine: Engine) -> C
     wrong = f"{place}: version {_shown(version)}, packed int4 is {FORMAT_VERSION}"
     check.expect(not packed or version == FORMAT_VERSION, wrong)
     for key in CACHE_KEYS:
-        if header.get(key):
-            check.misses.append(f"{place}: {key} {_shown(header[key])}; fxquant knows no quantized cache or all-reduce")
-    check.checked = 4
+        fact = f"{place}: {key} {_shown(header.get(key))}; fxquant knows no quantized cache or all-reduce"
+        check.expect(not header.get(key), fact)
     return check
 
 
