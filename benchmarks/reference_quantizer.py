@@ -37,10 +37,10 @@ from fxquant.foreign.found import find_folder
 from fxquant.foreign.program import found_program
 from fxquant.frontend.source import Source, open_source
 from fxquant.program.program import Program
-from fxquant.progress import silent
 from fxquant.runtime.weight_providers import Cached, Read
 from fxquant.text.load import load_batches
-from fxquant.tools.console import console, size
+from fxquant.tools.console import console, errors, size
+from fxquant.tools.stages import reporter
 from fxquant.verification.foreign_weights import ForeignWeights
 
 HERE = Path(__file__).parent
@@ -117,18 +117,19 @@ def measure(options: argparse.Namespace, name: str, python: Path, place: Path, t
     source = open_source(options.models / name)
     calib, text = options.models / "calib.txt", options.models / "val.txt"
     windows = load_batches(calib, source.checkpoint, options.samples, options.seq_len)
-    rows = [reference(source, windows, python, place)]
+    rows = list(reference(source, windows, python, place))
     rows += [ours(source, windows, policy, place) for policy in options.policies]
     documents = load_batches(text, source.checkpoint, options.documents, options.seq_len)
     opened = [open_row(row, source) for row in rows]
     original = (source.program(), Cached(source.checkpoint.read))
-    results = evaluate_programs(original, [(program, read) for program, read, _ in opened], documents, silent)
+    candidates = [(program, read) for program, read, _ in opened]
+    results = evaluate_programs(original, candidates, documents, reporter(quiet=not errors.is_terminal))
     for row, (_, _, weights), result in zip(rows, opened, results, strict=True):
         verdict = fxquant.verify(row.folder, against=options.models / name).verdict
         table.add_row(name, row.label, verdict, *figures(row, result))
-        errors = [f"{layer}: {error:.2e}" for layer, error in by_layer(weights)]
-        layers.add_row(name, row.label, *errors)
-        while len(layers.columns) < len(errors) + 2:
+        each = [f"{layer}: {error:.2e}" for layer, error in by_layer(weights)]
+        layers.add_row(name, row.label, *each)
+        while len(layers.columns) < len(each) + 2:
             layers.add_column("")
 
 
@@ -147,9 +148,9 @@ def figures(row: Row, result: Evaluation) -> tuple[str, ...]:
     )
 
 
-def reference(source: Source, windows: list[Tensor], python: Path, place: Path) -> Row:
-    """The tool's output, without the prediction layer that it was given."""
-    model, out = place / "model", place / "reference"
+def reference(source: Source, windows: list[Tensor], python: Path, place: Path) -> Iterator[Row]:
+    """The tool's outputs, without the prediction layer that it was given."""
+    model = place / "model"
     model.mkdir(mode=0o750)
     give(source.checkpoint, model)
     tokenizer = Tokenizer.from_file(str(source.checkpoint.folder / "tokenizer.json"))
@@ -160,11 +161,15 @@ def reference(source: Source, windows: list[Tensor], python: Path, place: Path) 
     practice.write_text((installed / PRACTICE).read_text("utf-8").replace("mix_calib.jsonl", str(calib)), "utf-8")
     for file in (calib, practice):
         file.chmod(0o640)  # the tool refuses files that others may write
+    out, script = place / "reference", place / "reference_w4a8"
     command = [python, HERE / "reference_driver.py", "quant", "--model_type", MODEL_TYPE, "--model_path", model]
     command += ["--save_path", out, "--device", "cpu", "--config_path", practice, "--trust_remote_code", "True"]
-    seconds, peak = timed(command, place / "reference.log")
+    measured = timed(command, place / "reference.log")
     drop_layer(out, source.config.num_hidden_layers)
-    return Row("msmodelslim 26.1.0, deepseek_w4a8_per_channel.yaml", out, seconds, peak)
+    yield Row("msmodelslim 26.1.0, deepseek_w4a8_per_channel.yaml", out, *measured)
+    measured = timed([python, HERE / "reference_w4a8.py", model, script, calib], place / "script.log")
+    shutil.copyfile(source.checkpoint.folder / "config.json", script / "config.json")
+    yield Row("msmodelslim 26.1.0, settings of the W4A8 script", script, *measured)
 
 
 def ours(source: Source, windows: list[Tensor], policy: str, place: Path) -> Row:
@@ -178,7 +183,7 @@ def ours(source: Source, windows: list[Tensor], policy: str, place: Path) -> Row
         command += ["--calib", ids, "-o", out, "--no-verify", "--no-export", "--quiet"]
         try:
             seconds, peak = timed(command, place / f"{policy}.log")
-        except subprocess.CalledProcessError:
+        except subprocess.CalledProcessError:  # refused: the next one
             continue
         return Row(f"fxquant, {policy} for {target}", out, seconds, peak)
     raise SystemExit((place / f"{policy}.log").read_text())
@@ -193,7 +198,7 @@ def timed(command: list[Any], log: Path) -> tuple[float, int]:
         _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        print(log.read_text(encoding="utf-8")[-2000:], file=sys.stderr)
+        print(f"{log.stem}: exit code {process.returncode}: {log.read_text(encoding='utf-8')[-200:]}", file=sys.stderr)
         raise subprocess.CalledProcessError(process.returncode, command)
     return time.perf_counter() - start, usage.ru_maxrss * 1024
 
