@@ -16,6 +16,8 @@ from fxquant.engines.reserves import reserves
 from fxquant.engines.table import ENGINES, Target
 from fxquant.errors import FxquantError
 from fxquant.evaluation.verbs import compare, engine_perplexities, evaluate, open_output, run, sensitivity
+from fxquant.foreign.contents import foreign_contents
+from fxquant.foreign.found import is_foreign
 from fxquant.frontend.source import TRACE_TIMEOUT, Source, open_source
 from fxquant.lowering.convert import ConvertOptions, converted_contents
 from fxquant.lowering.destination import Destination, Input, open_destination
@@ -38,7 +40,7 @@ from fxquant.program.program_file import load_program
 from fxquant.progress import Reporter, silent
 from fxquant.runtime.device import open_device
 from fxquant.storage.system_errors import stopping
-from fxquant.verification import Rebuild, VerifyReport, verify_output
+from fxquant.verification import Rebuild, VerifyReport, verify_foreign, verify_output
 
 
 @dataclass(kw_only=True)
@@ -227,9 +229,11 @@ def convert(
     restart: bool = False,
     ep: int | None = None,
     graph_only: bool = False,
+    against: str | Path | None = None,
 ) -> ConvertReport:
     """Write the weights of `out` in another target's format, integers unchanged, and the matching graph.
 
+    `against`: the model that a folder of others was made from; None: its config.json says what the model is.
     Raises FxquantError if that format cannot hold them, with the command that quantizes again.
     """
     folder, target = Path(out), Target(target)
@@ -237,10 +241,11 @@ def convert(
     with stopping():
         destination = open_destination(new, force, [Input("the folder to convert", folder)])
         with destination.telling():
-            contents = converted_contents(folder, target, new, ConvertOptions(tp, ep, graph_only, export))
+            contents = _convertible(folder, target, new, against, ConvertOptions(tp, ep, graph_only, export))
             if contents.serving is not None:
                 CheckContract(contents.policy, load_contract(target), tp, ep)(contents.program)
-            source = open_checkpoint(contents.origin) if contents.origin.is_dir() else None
+            there = contents.origin.is_dir() and contents.origin != folder
+            source = open_checkpoint(contents.origin) if there else None
             with write_output(contents, destination, Work(workers or Workers(), None, restart), report) as output:
                 verification = verify_output(output.folder, source, full=False, report=report) if verify else None
                 if verification is not None:
@@ -255,6 +260,18 @@ def convert(
     )
 
 
+def _convertible(
+    folder: Path, target: Target, into: Path, against: str | Path | None, options: ConvertOptions
+) -> Contents:
+    if is_foreign(folder):
+        source = None if against is None else open_source(Path(against))
+        return foreign_contents(folder, target, source, options)
+    if against is not None:
+        fact = f"applies only to folders that others wrote; {folder} names its model."
+        raise FxquantError(f"--against {against}", fact, "Leave it out.")
+    return converted_contents(folder, target, into, options)
+
+
 def verify(
     out: str | Path,
     against: str | Path | None = None,
@@ -267,22 +284,44 @@ def verify(
 ) -> VerifyReport:
     """Check `out` against MODEL (default: the manifest's source), its own graph, and its engine's reader.
 
+    A folder that others wrote, without a file of ours, is checked tensor by tensor, within its schemes.
+
     `tp`, `ep`: ranks that the reader splits over; None: those that `out` was compiled for.
     `target`: for a folder without a manifest; None: as the files show. `against` must then be given.
     `rebuild`: quantize that many units again from the source with the kernels, and compare bytes.
     """
     folder = Path(out)
+    if is_foreign(folder):
+        return _verify_foreign(folder, against, full, report, tp, target, rebuild, ep)
     manifest = find_manifest(folder)
     checkpoint = None
     if against is not None:
         checkpoint = open_source(Path(against)).checkpoint
     elif manifest is None:
         raise FxquantError(folder, f"has no {MANIFEST} to say what it was made from.", "Pass --against MODEL.")
+    elif manifest.foreign and manifest.checkpoint == manifest.source:
+        checkpoint = None  # converted without its model
     elif manifest.checkpoint_path(folder).is_dir():
         checkpoint = open_checkpoint(manifest.checkpoint_path(folder))
     if rebuild is not None and checkpoint is None:
         raise FxquantError(folder, "the source to rebuild it from is missing.", "Pass --against MODEL.")
     return verify_output(folder, checkpoint, full, report, tp, target, rebuild, ep)
+
+
+def _verify_foreign(
+    folder: Path,
+    against: str | Path | None,
+    full: bool,
+    report: Reporter,
+    tp: int | None,
+    target: Target | None,
+    rebuild: Rebuild | None,
+    ep: int | None,
+) -> VerifyReport:
+    if rebuild is not None:
+        raise FxquantError("--rebuild", f"{folder} was not written by fxquant.", "Leave it out.")
+    source = None if against is None else open_source(Path(against))
+    return verify_foreign(folder, source, full, report, tp, target, ep)
 
 
 def open_graph(model: str | Path, checkpoint: Path | None = None, trace_timeout: float = TRACE_TIMEOUT) -> Program:

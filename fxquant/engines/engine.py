@@ -33,6 +33,7 @@ class Engine:
     where            where that line goes, unless it is a shell command
     model_code       it runs model code of its own on the weights, not the graph beside them
     npu_graph        the graph beside the weights calls NPU operators; else it is ONNX
+    reads_sections   it takes the types of linears from config.json, one for each section, not from the description
     reads_tokenizer  it needs tokenizer files in the folder
     """
 
@@ -49,6 +50,7 @@ class Engine:
     numbered: bool = False
     mtp_files: bool = True
     npu_graph: bool = True
+    reads_sections: bool = False
     reads_tokenizer: bool = True
 
     def read(self, folder: Path, layout: RankLayout, group_size: int) -> "EngineReader | None":

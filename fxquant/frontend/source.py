@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -68,6 +69,12 @@ def open_source(
     config = parse_config(opened.config, traced.checkpoint / "config.json")
     program = traced.program
     return Source(path, opened, config, lambda: parse_program(program, path), traced.policy, traced.input_kind, True)
+
+
+def source_of_config(config: dict[str, Any], place: Path) -> Source:
+    """The model of a config.json that was read from `place`; its checkpoint has no tensors."""
+    config = with_dtype(config, (), place)
+    return _from_config(place, Checkpoint(place.absolute().parent, config, {}), place)
 
 
 def _config_file(path: Path) -> Checkpoint:

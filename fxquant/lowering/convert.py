@@ -93,7 +93,7 @@ def converted_contents(
     saved = folder / CALIBRATION
     layout = checked_layout(load_contract(target), linears(program), options.tp, options.ep)
     return Contents(
-        program=_reformed(program, form),
+        program=reformed(program, form),
         checkpoint=checkpoint,
         producer=Converter(checkpoint, stamps, old, manifest.units),
         stamps=stamps,
@@ -148,7 +148,8 @@ def check_documents(folder: Path) -> Manifest:
     return manifest
 
 
-def _reformed(program: Program, form: WeightFormat) -> Program:
+def reformed(program: Program, form: WeightFormat) -> Program:
+    """The program with its linears in another format."""
     recipes = {module: replace(recipe, weight_format=form) for module, recipe in program.recipes.items()}
     mtp = {module: replace(recipe, weight_format=form) for module, recipe in program.mtp.recipes.items()}
     return replace(program, recipes=recipes, mtp=replace(program.mtp, recipes=mtp))
@@ -173,18 +174,22 @@ def why_not(recipe: Recipe, form: WeightFormat) -> str | None:
 
 
 class Converter:
-    """Producer of units in the new format from the tensors of the old one, block by block."""
+    """Producer of units in the new format from the tensors of the old one, block by block.
+
+    `units`: the manifest's, with the hashes that tensors must have; None for a folder without a manifest.
+    """
 
     def __init__(
-        self, checkpoint: Checkpoint, stamps: Stamps, old: dict[str, Recipe], units: Mapping[str, UnitRecord]
+        self, checkpoint: Checkpoint, stamps: Stamps, old: dict[str, Recipe], units: Mapping[str, UnitRecord] | None
     ) -> None:
         self._checkpoint, self._old, self._units = checkpoint, old, units
         self._files, self._float = StampedBytes(stamps), CheckpointProducer(checkpoint, stamps)
 
     def key(self, unit: Unit) -> str:
         arguments = None if unit.recipe is None else recipe_arguments(unit.recipe)
+        made = unit.name if self._units is None else self._record(unit.name).key
         # no compile has such a key, so --reuse never takes a converted unit
-        return hash_text(json.dumps(["converted", self._record(unit.name).key, arguments]))
+        return hash_text(json.dumps(["converted", made, arguments]))
 
     def stamps_of(self, unit: Unit) -> list[FileStamp]:
         return []
@@ -249,11 +254,13 @@ class Converter:
         self._compare(module, suffix, digest.hexdigest())
 
     def _compare(self, unit: str, suffix: str, digest: str) -> None:
+        if self._units is None:
+            return
         if self._record(unit).digests.get(suffix) != digest:
             name = tensor_name(unit, suffix)
             raise damaged(self._checkpoint.tensors[name].parts[0].file, name)
 
     def _record(self, unit: str) -> UnitRecord:
-        if unit not in self._units:
+        if self._units is None or unit not in self._units:
             raise FxquantError(self._checkpoint.folder / MANIFEST, f"has no hash of {unit}.", DAMAGED)
         return self._units[unit]

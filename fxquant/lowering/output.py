@@ -73,6 +73,7 @@ class Contents:
     export        also write the NPU graph as torch.export programs
     source        MODEL as the user named it, and `origin`: the checkpoint folder behind it
     reusable      later compiles may reuse units of the output
+    foreign       others chose its integers: they follow from no policy
     documents     copied file of the checkpoint's folder → XXH3-128 that it must have, if known
     """
 
@@ -93,6 +94,7 @@ class Contents:
     serving: Serving | None = Serving()
     export: bool = True
     reusable: bool = True
+    foreign: bool = False
     documents: Mapping[str, str] = field(default_factory=dict)
 
     def identity(self, out: Path) -> str:
@@ -263,5 +265,6 @@ def _write_manifest(contents: Contents, plan: WeightPlan, journal: Journal, spac
         digests={name: file_digest(folder / name) for name in sizes if name not in weights},
         weights=weights,
         units=units,
+        foreign=contents.foreign,
     )
-    write_json(folder / MANIFEST, manifest.model_dump())
+    write_json(folder / MANIFEST, manifest.model_dump(exclude=set() if contents.foreign else {"foreign"}))

@@ -25,7 +25,9 @@ from fxquant.tools.stages import reporter
 
 
 def command(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="A compiled folder.", show_default=False)],
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="A compiled folder, or one that others wrote.", show_default=False)
+    ],
     target: Annotated[
         str,
         typer.Option(
@@ -44,6 +46,15 @@ def command(
     tp: Ranks = None,
     ep: ExpertRanks = None,
     graph_only: GraphOnly = False,
+    against: Annotated[
+        Path | None,
+        typer.Option(
+            "--against",
+            "--source",
+            metavar="MODEL",
+            help="The source model of a folder that others wrote. [dim]default: its config.json describes the model[/]",
+        ),
+    ] = None,
     export: Export = True,
     verify: Verify = True,
     jobs: Jobs = None,
@@ -73,6 +84,7 @@ def command(
         restart,
         ep,
         graph_only,
+        against,
     )
     verification = report.verification
     if as_json:

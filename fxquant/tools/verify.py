@@ -19,7 +19,9 @@ SHOWN_MISSES = 10
 
 
 def command(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="A compiled folder.", show_default=False)],
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="A compiled folder, or one that others wrote.", show_default=False)
+    ],
     against: Annotated[
         Path | None,
         typer.Option(metavar="MODEL", help="The source model. [dim]default: the path in the manifest[/]"),
@@ -61,7 +63,8 @@ def command(
 ) -> None:
     """Check OUT against its source checkpoint, the quantization formulas and its graph.
 
-    Without the source the verdict is “structure only”. Exit code 1 if anything differs.
+    OUT may be a folder of the reference quantizer, without a file of fxquant. Without the source the verdict is
+    “structure only”. Exit code 1 if anything differs.
     """
     from fxquant.api import verify
     from fxquant.verification import Rebuild
@@ -84,7 +87,12 @@ def command(
 
 def verification_table(report: "VerifyReport") -> NamedTable:
     """One row per check."""
-    colour = {"verified": "green", "sample verified": "green", "structure only": "yellow"}.get(report.verdict, "red")
+    colour = {
+        "verified": "green",
+        "sample verified": "green",
+        "structure only": "yellow",
+        "partly verified": "yellow",
+    }.get(report.verdict, "red")
     headings = ("check", "checked", "misses", "largest error")
     table = NamedTable((report.verdict, colour), headings, prose=("largest error",))
     for check in report.checks:

@@ -37,7 +37,7 @@ def expected_tensors(
         "weight_offset_second": torch.zeros(n, groups, dtype=torch.int64),
     }
     if packed and recipe.scheme.integer_inputs:
-        expected["scale_bias"] = _scale_bias(recipe, codes, scales, seconds)
+        expected["scale_bias"] = scale_bias(recipe, codes, scales, seconds)
     if bias is not None:
         expected["bias"] = bias.to(torch.float32 if recipe.weight_format.float32_parameters else recipe.dtype)
     return {suffix: expected[suffix] for suffix in tensor_specs(recipe) if suffix in expected}
@@ -127,7 +127,7 @@ def _pack(codes: Tensor) -> Tensor:
     return torch.where(packed > 127, packed - 256, packed).to(torch.int8)
 
 
-def _scale_bias(recipe: Recipe, codes: Tensor, scales: Tensor, seconds: Tensor) -> Tensor:
+def scale_bias(recipe: Recipe, codes: Tensor, scales: Tensor, seconds: Tensor) -> Tensor:
     """8 * scale * sum of codes * second, over all of k or over 16 runs of it."""
     chunks = 16 if recipe.row_parallel else 1
     weights = codes.to(torch.int64).double()

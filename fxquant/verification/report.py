@@ -30,12 +30,13 @@ class VerifyReport:
     """All checks of an output folder. `source` is None if there was nothing to compare the weights with.
 
     `logit_noise` is how far the graph's own logits move under last-bit noise; None for sampled models.
-    `unread`: file → what of it no check has looked at.
+    `unread`: file → what of it no check has looked at. `partial`: weights are among that, though there is a source.
     """
 
     checks: list[Check]
     source: str | None
     sampled: bool = False
+    partial: bool = False
     logit_noise: float | None = None
     unread: dict[str, str] = field(default_factory=dict)
 
@@ -45,11 +46,13 @@ class VerifyReport:
 
     @property
     def verdict(self) -> str:
-        """`verified`, `sample verified`, `structure only`, or `FAILED`."""
+        """`verified`, `sample verified`, `partly verified`, `structure only`, or `FAILED`."""
         if not self.ok:
             return "FAILED"
         if self.source is None:
             return "structure only"
+        if self.partial:
+            return "partly verified"
         return "sample verified" if self.sampled else "verified"
 
     def as_json(self) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from fxquant.verification.blocks import block_names, probe_inputs, walk
 from fxquant.verification.document_checks import Documents, check_copies, documents
 from fxquant.verification.engine_check import EngineChecker
 from fxquant.verification.file_checks import check_digests, check_sizes, infer_target
+from fxquant.verification.foreign_weights import compare_foreign, formulas_alone
 from fxquant.verification.graph_checks import AscendChecker, GraphChecker, OnnxChecker
 from fxquant.verification.noise import logit_noise
 from fxquant.verification.rebuild import Rebuild, check_rebuild
@@ -80,9 +81,10 @@ def verify_output(
     original, source = source, _transformed(source, folder)
     target = target or (Target(manifest.target) if manifest else infer_target(program, folder))
     layout = _layout(manifest, program, target, tp, ep)
-    stored = expected_stored(program, source, files)
+    foreign = manifest is not None and manifest.foreign
+    stored = expected_stored(program, None if foreign else source, files)
     sampled = not full and sum(tensor.nbytes for tensor in stored) > SAMPLE_ABOVE
-    output = _Output(folder, program, files, source, target, layout, sampled)
+    output = _Output(folder, program, files, source, target, layout, sampled, foreign)
     said = documents(program, folder, stored, files, target)
     again = Remade()
     if manifest:
@@ -92,40 +94,35 @@ def verify_output(
         digests = [*_check_alone(output, said), *again.checks]
     claimed = not manifest.graph_only if manifest else again.published
     checks = [check_sizes(manifest, folder)] if manifest else []
-    if original is not None and source is not None:
-        checks.append(_check_source(program, original))
+    checks += [] if original is None else [_check_source(program, original)]
+    if source is not None and not foreign:
         check_parameters(program, source)
-    others = [name for name in said.expected if name != "config.json"]
-    checks += [check_names(files, stored), said.check("description and index", others)]
-    checks.append(said.check("config.json", ["config.json"]))
-    checks += [_check_contract(program, target, layout)] if claimed else []
-    checks += [check_rotation_file(folder, program.stream)] if program.stream else []
+    checks += [check_names(files, stored), *_check_documents(output, said)]
+    checks += [check_contract(program, target, layout)] if claimed else []
     rebuilt = []
     if rebuild is not None and source is not None:
         rebuilt = [check_rebuild(program, files, source, rebuild.sample, report)]
+    uncompared: dict[str, str] = {}
     # each step reads what the one before it has checked
     if all(check.ok for check in checks):
-        checks += _check_values(output, stored, report)
+        values, uncompared = _check_values(output, stored, report)
+        checks += values
         if original is not None and source is not None and source.transforms:
             checks += _check_transforms(original, source, folder)
         if manifest is None and source is not None:
             checks.append(check_calibration(folder, checks))
     if all(check.ok for check in checks):
         checks += _check_graphs(output, claimed, report)
-    noise = _noise(program, files) if not sampled and all(check.ok for check in checks) else None
+    noise = _noise(output) if all(check.ok for check in checks) else None
     named = None if source is None else str(source.folder)
     return VerifyReport(
         checks=[*digests, *rebuilt, *checks],
         source=named,
         sampled=sampled,
+        partial=bool(uncompared),
         logit_noise=noise,
-        unread=_unread(output, again, manifest is None) | ({} if claimed else UNCLAIMED),
+        unread=_unread(output, again, manifest is None) | uncompared | ({} if claimed else UNCLAIMED),
     )
-
-
-def _noise(program: Program, files: WeightFiles) -> float:
-    inputs = list(probe_inputs(program).values())
-    return logit_noise(program, Cached(files.read, SAMPLE_ABOVE), inputs, NOISE_SEEDS)
 
 
 def _layout(manifest: Manifest | None, program: Program, target: Target, tp: int | None, ep: int | None) -> RankLayout:
@@ -136,7 +133,10 @@ def _layout(manifest: Manifest | None, program: Program, target: Target, tp: int
 
 @dataclass(frozen=True)
 class _Output:
-    """What all checks read: a folder and its graph, for `target` on the ranks of `layout`, and the source."""
+    """What all checks read: a folder and its graph, for `target` on the ranks of `layout`, and the source.
+
+    `foreign`: others chose its integers.
+    """
 
     folder: Path
     program: Program
@@ -145,12 +145,27 @@ class _Output:
     target: Target
     layout: RankLayout
     sampled: bool
+    foreign: bool
+
+
+def _check_documents(output: _Output, said: Documents) -> list[Check]:
+    others = [name for name in said.expected if name != "config.json"]
+    checks = [said.check("description and index", others), said.check("config.json", ["config.json"])]
+    stream = output.program.stream
+    return [*checks, check_rotation_file(output.folder, stream)] if stream else checks
 
 
 def _check_alone(output: _Output, said: Documents) -> list[Check]:
     """Checks of documents, in place of the digests of a manifest."""
     copies = [check_copies(output.source, output.folder)] if output.source is not None else []
     return [said.written(output.program), *copies]
+
+
+def _noise(output: _Output) -> float | None:
+    if output.sampled:
+        return None
+    inputs = list(probe_inputs(output.program).values())
+    return logit_noise(output.program, Cached(output.files.read, SAMPLE_ABOVE), inputs, NOISE_SEEDS)
 
 
 def _unread(output: _Output, again: Remade, alone: bool) -> dict[str, str]:
@@ -191,7 +206,7 @@ def _check_source(program: Program, source: Checkpoint) -> Check:
     return check
 
 
-def _check_contract(program: Program, target: Target, layout: RankLayout) -> Check:
+def check_contract(program: Program, target: Target, layout: RankLayout) -> Check:
     """The target refuses no linear on these ranks."""
     described = linears(program)
     check = Check(f"contract of {target}, {layout}", len(described))
@@ -202,13 +217,18 @@ def _check_contract(program: Program, target: Target, layout: RankLayout) -> Che
     return check
 
 
-def _check_values(output: _Output, stored: list[StoredTensor], report: Reporter) -> list[Check]:
-    """Every tensor, or a sample, against the source; without one, static parameters among themselves."""
-    if output.source is None:
-        return [check_static(output.program, output.files)]
+def _check_values(output: _Output, stored: list[StoredTensor], report: Reporter) -> tuple[list[Check], dict[str, str]]:
+    """Every tensor, or a sample, against the source; without one, static parameters among themselves. And what could
+    not be compared."""
+    program, source = output.program, output.source
+    if source is None:
+        return [formulas_alone(output.files, program) if output.foreign else check_static(program, output.files)], {}
     units = sample(stored, SAMPLED_TENSORS if output.sampled else None)
+    if output.foreign:
+        original = load_program(output.folder / FLOAT_GRAPH)
+        return compare_foreign(output.files, source, program, original, units, report)
     with report("verify weights", sum(unit.nbytes for unit in units), "bytes") as advance:
-        return check_values(units, output.files, output.source, advance)
+        return check_values(units, output.files, source, advance), {}
 
 
 def _check_graphs(output: _Output, claimed: bool, report: Reporter) -> list[Check]:
@@ -221,24 +241,26 @@ def _check_graphs(output: _Output, claimed: bool, report: Reporter) -> list[Chec
     engine = ENGINES[output.target]
     graph: GraphChecker = (AscendChecker if engine.npu_graph else OnnxChecker)(program, folder)
     checks = _check_graph("verify graph", graph, files.read, output.sampled, report)
-    if not claimed or not _takes_dtype(program, output.target):
+    if not claimed or not takes_dtype(program, output.target):
         return checks
     reader = engine.read(folder, output.layout, group_size(program))
     if reader is None:
         return checks
     sampled = SAMPLED_EXPERTS if output.sampled else None
-    checker = EngineChecker(program, reader, _unverified(output), sampled)
-    read = files.read if output.source is None else RecipeWeights(program, output.source, StoredCodes(program, files))
+    checker = EngineChecker(program, reader, unverified(program, output.target, output.layout), sampled)
+    given = None if output.foreign else output.source
+    read = files.read if given is None else RecipeWeights(program, given, StoredCodes(program, files))
     return checks + _check_graph("verify reader", checker, read, output.sampled, report)
 
 
-def _takes_dtype(program: Program, target: Target) -> bool:
+def takes_dtype(program: Program, target: Target) -> bool:
+    """Whether the target takes models of this dtype."""
     return str(program.dtype).removeprefix("torch.") in load_contract(target).dtypes.accepted
 
 
-def _unverified(output: _Output) -> frozenset[str]:
+def unverified(program: Program, target: Target, layout: RankLayout) -> frozenset[str]:
     """Modules not shown to be read by the engine, nor to be refused; the report of `compile` names them."""
-    verdicts = findings(load_contract(output.target), linears(output.program), output.layout.tp, ep=output.layout.ep)
+    verdicts = findings(load_contract(target), linears(program), layout.tp, ep=layout.ep)
     return frozenset(finding.module for finding in verdicts if finding.verdict is Verdict.UNVERIFIED)
 
 

@@ -28,6 +28,7 @@ frontend passes
 lowering
 adapters
 compilation
+foreign
 planning verification
 evaluation
 api

@@ -39,4 +39,5 @@ ENGINE = Engine(
     open_reader=_open_reader,
     serve=serve,
     where=WHERE,
+    reads_sections=True,
 )

@@ -90,6 +90,7 @@ class Manifest(BaseModel):
     digests  name → XXH3-128 in hex, of every file except weight files
     weights  weight file → XXH3-128 of its header; the units have the digests of its data
     units    module or float tensor → key and digests
+    foreign  others chose the integers, and no policy says which; written only if it is so
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -107,6 +108,7 @@ class Manifest(BaseModel):
     digests: dict[FilePath, Digest]
     weights: dict[FilePath, Digest]
     units: dict[Name, UnitRecord]
+    foreign: bool = False
 
     @property
     def layout(self) -> RankLayout:

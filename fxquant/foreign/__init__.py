@@ -1,0 +1,1 @@
+"""Weight folders that others wrote, the reference quantizer or its users: description and config.json → a program."""
