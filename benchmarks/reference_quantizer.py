@@ -91,13 +91,10 @@ def main() -> int:
         print(f"{options.models}: no such folder; pass a folder of checkpoints with calib.txt and val.txt")
         return 2
     python = environment()
-    table = Table(*HEADINGS, title="Reference quantizer beside fxquant")
-    layers = Table("model", "integers", title="Squared weight error / squares of the weight, by layer")
     for name in options.names:
         with tempfile.TemporaryDirectory() as place:
-            measure(options, name, python, Path(place), table, layers)
-    console.print(table)
-    console.print(layers)
+            for table in measure(options, name, python, Path(place)):
+                console.print(table)
     return 0
 
 
@@ -112,8 +109,10 @@ def environment() -> Path:
     return python
 
 
-def measure(options: argparse.Namespace, name: str, python: Path, place: Path, table: Table, layers: Table) -> None:
-    """The rows of one model."""
+def measure(options: argparse.Namespace, name: str, python: Path, place: Path) -> tuple[Table, Table]:
+    """The rows of one model, and its errors by layer."""
+    table = Table(*HEADINGS, title=f"{name}: the reference quantizer beside fxquant")
+    layers = Table("integers", title=f"{name}: squared weight error / squares of the weight, by layer")
     source = open_source(options.models / name)
     calib, text = options.models / "calib.txt", options.models / "val.txt"
     windows = load_batches(calib, source.checkpoint, options.samples, options.seq_len)
@@ -126,11 +125,12 @@ def measure(options: argparse.Namespace, name: str, python: Path, place: Path, t
     results = evaluate_programs(original, candidates, documents, reporter(quiet=not errors.is_terminal))
     for row, (_, _, weights), result in zip(rows, opened, results, strict=True):
         verdict = fxquant.verify(row.folder, against=options.models / name).verdict
-        table.add_row(name, row.label, verdict, *figures(row, result))
+        table.add_row(row.label, verdict, *figures(row, result))
         each = [f"{layer}: {error:.2e}" for layer, error in by_layer(weights)]
-        layers.add_row(name, row.label, *each)
-        while len(layers.columns) < len(each) + 2:
+        layers.add_row(row.label, *each)
+        while len(layers.columns) < len(each) + 1:
             layers.add_column("")
+    return table, layers
 
 
 def figures(row: Row, result: Evaluation) -> tuple[str, ...]:

@@ -15,7 +15,8 @@ def group_size(found: FoundFolder, modules: Iterable[str]) -> dict[int, str]:
     """Group size, from the shapes of second scales (0: there are none) → the first int4 module that has it."""
     sizes: dict[int, str] = {}
     for module in modules:
-        if found.types.get(tensor_name(module, "weight")) == Scheme.W4A8_DYNAMIC:
+        name = tensor_name(module, "weight")
+        if found.types.get(name) == Scheme.W4A8_DYNAMIC and name in found.infos and found.infos[name].shape:
             sizes.setdefault(group_size_of(found, module), module)
     return sizes
 
@@ -24,7 +25,7 @@ def group_size_of(found: FoundFolder, module: str) -> int:
     """in_features by second scale; 0 without one, or if shapes do not fit."""
     weight = found.infos.get(tensor_name(module, "weight"))
     second = found.infos.get(tensor_name(module, "weight_scale_second"))
-    if weight is None or second is None or len(second.shape) != 2 or not prod(second.shape):
+    if weight is None or second is None or not weight.shape or len(second.shape) != 2 or not prod(second.shape):
         return 0
     return weight.shape[-1] // second.shape[1]
 
@@ -36,8 +37,9 @@ def possible_forms(found: FoundFolder, dtype: torch.dtype, out_features: dict[st
     for module in out_features:
         kind = found.types.get(tensor_name(module, "weight"))
         own = roles.get(module, frozenset())
-        if kind == Scheme.W4A8_DYNAMIC:
-            packed = found.infos[tensor_name(module, "weight")].shape[0] < out_features[module]
+        weight = found.infos.get(tensor_name(module, "weight"))
+        if kind == Scheme.W4A8_DYNAMIC and weight is not None and weight.shape:
+            packed = weight.shape[0] < out_features[module]
             forms &= {WeightFormat.PACKED, WeightFormat.PER_CHANNEL} if packed else {WeightFormat.UNPACKED}
         if "weight_scale_second" in own:
             forms -= {WeightFormat.PER_CHANNEL}

@@ -42,6 +42,16 @@ def dropped(name: str) -> Edit:
     return drop
 
 
+def lost(part: str) -> Edit:
+    """Tensors with this in their names; their entries stay."""
+
+    def lose(published: Published) -> None:
+        for name in [name for name in published.tensors if part in name]:
+            del published.tensors[name]
+
+    return lose
+
+
 def changed(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Edit:
     return lambda published: published.tensors.update({name: change(published.tensors[name])})
 
@@ -102,6 +112,9 @@ EDITS: dict[str, tuple[Edit, str]] = {
     "attention called dynamic": (retyped(OUT, "W8A8_DYNAMIC"), f"{OUT}.deq_scale: no engine reads it"),
     "a quantized linear called float": (retyped(DENSE, "FLOAT"), f"{DENSE}.weight_scale"),
     "tensor dropped": (dropped(f"{EXPERT}.scale_bias"), f"{EXPERT}.scale_bias: missing"),
+    "weight lost, its entry kept": (lost(f"{EXPERT}.weight"), f"{EXPERT}.weight: missing"),
+    "weights of all experts lost": (lost(".experts."), "down_proj.weight: missing"),
+    "weight without a shape": (changed(f"{EXPERT}.weight", lambda t: t[0, 0]), f"{EXPERT}.weight: int8[]"),
     "float head dropped": (dropped("lm_head.weight"), "lm_head.weight: missing"),
     "tensor renamed": (
         lambda published: [
