@@ -36,7 +36,7 @@ class Seen:
     """Provenance of observed ranges.
 
     graph      structural hash of the float graph
-    weights    "float", or "rounded" and the hash of the recipes
+    weights    "float", or "rounded" and the hash of the recipes; scales of smoothing are those of float weights
     text       XXH3-128 of the batches of token ids
     smooth     hash of smoothing and rotation, "" for none
     statistic  the statistic of each input: "extremes", "percentile 99.99" or "histogram"
@@ -156,7 +156,8 @@ def _rule(pair: Pair) -> tuple[str, float]:
     return pair.rule.method.value, pair.rule.alpha
 
 
-def rounded_by(recipes: dict[str, Recipe]) -> str:
+def rounded_by(program: Program) -> str:
     """The value of `Seen.weights` for ranges observed on rounded weights."""
-    arguments = [(module, recipe_arguments(recipe)) for module, recipe in sorted(recipes.items())]
-    return f"rounded {hash_text(repr(arguments))}"
+    arguments = [(module, recipe_arguments(recipe)) for module, recipe in sorted(program.recipes.items())]
+    smoothed = ["pairs smoothed in float"] if program.pairs else []
+    return f"rounded {hash_text(repr(arguments + smoothed))}"

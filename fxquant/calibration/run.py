@@ -1,6 +1,7 @@
 """Calibration run: the float graph over calibration text, block by block, with all observers."""
 
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from fxquant import ops
 from fxquant.calibration.batches import Batch, count_experts, real_tokens
 from fxquant.calibration.gptq import Solver, solved_modules
 from fxquant.calibration.gptq_codes import SolvedCodes
-from fxquant.calibration.observers import Observer
+from fxquant.calibration.observers import Observer as RangeObserver
 from fxquant.calibration.resume_folder import CalibrationFolder
 from fxquant.calibration.resume_state import Key, State
 from fxquant.calibration.smoother import Smoother
@@ -19,16 +20,26 @@ from fxquant.errors import FxquantError
 from fxquant.policy.policy import UnseenExperts
 from fxquant.program.program import Program
 from fxquant.progress import Reporter
-from fxquant.runtime.execute import Values, prefill_inputs
-from fxquant.runtime.stream import Stream
+from fxquant.runtime.execute import Observer, Values, prefill_inputs
+from fxquant.runtime.stream import Prepare, Stream
 from fxquant.runtime.weight_providers import CPU, RoundedWeights
 from fxquant.storage.hashing import hash_text
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One run over the graph, and who looks at it."""
+
+    stream: Stream
+    see: Observer
+    prepare: Prepare | None = None
 
 
 class CalibrationRun:
     """Smooths `program.pairs` as their values are computed, and observes inputs of linears. Padding is excluded.
 
-    Only nodes that these values depend on run, on `device`; all results are on the CPU.
+    Only nodes that these values depend on run, on `device`; all results are on the CPU. With `rounded` ranges the graph
+    runs twice: on float weights for the scales of pairs, then on the smoothed and rounded ones for the ranges.
 
     ranges   node → lows and highs from the observer, float32 [batches] or [1] each
     experts  routing module → int64 [E]: tokens routed to each expert
@@ -39,7 +50,7 @@ class CalibrationRun:
         program: Program,
         source: Checkpoint,
         batches: Sequence[Batch],
-        observer: Observer,
+        observer: RangeObserver,
         rounded: bool,
         device: torch.device = CPU,
     ) -> None:
@@ -65,22 +76,23 @@ class CalibrationRun:
 
         After each block a state is saved to `folder`, from which a run with the same `key` resumes.
         """
-        stream, stage, done = self._stream(observed), "calibrate", 0
+        stages, stage, done = self._stages(observed), "calibrate", 0
         if folder is not None:
             own = {"policy": observed_hash(self._program, observed), "device": self._device.type}
             state, other = folder.begin({**(key or {}), **own})
             if state is not None:
-                self._go_on(stream, state, folder)
+                self._go_on(stages, state, folder)
                 stage, done = f"resume: block {state.blocks}", state.blocks
             elif other:
                 stage = f"calibrate again: {other} changed"
-        sizes = [len(block.nodes) for block in stream.blocks]
+        work = [(part, block) for part in stages for block in part.stream.blocks]
+        sizes = [len(block.nodes) for _, block in work]
         with report(stage, sum(sizes), "nodes") as advance:
             advance(sum(sizes[:done]))
-            for index, block in enumerate(stream.blocks[done:], done):
-                stream.run(block, lambda node, values, inputs: self._see(observed, node, values, inputs), advance)
+            for index, (part, block) in enumerate(work[done:], done):
+                part.stream.run(block, part.see, advance, part.prepare)
                 if folder is not None:
-                    folder.save(self._state(stream, index + 1))
+                    folder.save(self._state(part.stream, index + 1))
         if folder is not None:
             folder.running = False
 
@@ -89,15 +101,28 @@ class CalibrationRun:
         lows, highs = zip(*(self.ranges[node] for node in nodes), strict=True)
         return torch.stack(lows).amin(0), torch.stack(highs).amax(0)
 
-    def _stream(self, observed: Collection[fx.Node]) -> Stream:
-        program, read = self._program, self.smoother.checkpoint.read
+    def _stages(self, observed: Collection[fx.Node]) -> list["Stage"]:
+        program, smoother, read = self._program, self.smoother, self.smoother.checkpoint.read
         inputs = [prefill_inputs(program, batch.ids, mask=batch.mask) for batch in self._batches]
-        seen = {*observed, *(pair.value for pair in program.pairs), *program.nodes(ops.moe_gate)}
-        seen |= set(self._solver.sites()) if self._solver else set()
-        return Stream(program, RoundedWeights(program, read) if self._rounded else read, inputs, seen, self._device)
+        pairs = {pair.value for pair in program.pairs}
+        seen = {*observed, *program.nodes(ops.moe_gate), *(self._solver.sites() if self._solver else ())}
+
+        def see(node: fx.Node, values: list[Any], inputs: Values) -> None:
+            self._see(observed, node, values, inputs)
+
+        def smooth_and_see(node: fx.Node, values: list[Any], inputs: Values) -> None:
+            smoother.observe(node, values, inputs)  # first: it replaces `values` by the smoothed ones
+            see(node, values, inputs)
+
+        if not self._rounded:
+            stream = Stream(program, read, inputs, seen | pairs, self._device)
+            return [Stage(stream, smooth_and_see, smoother.prepare)]
+        rounded = Stage(Stream(program, RoundedWeights(program, read), inputs, seen, self._device), see)
+        if not pairs:
+            return [rounded]
+        return [Stage(Stream(program, read, inputs, pairs, self._device), smoother.observe, smoother.prepare), rounded]
 
     def _see(self, observed: Collection[fx.Node], node: fx.Node, values: list[Any], inputs: Values) -> None:
-        self.smoother.observe(node, values, inputs)  # first: it replaces `values` by the smoothed ones
         if self._solver is not None:
             self._solver.observe(node, inputs)
         if node in observed:
@@ -114,8 +139,11 @@ class CalibrationRun:
         ranges = {node.name: extremes for node, extremes in self.ranges.items()}
         return State(blocks, values, ranges, self.experts, self.smoother.transforms)
 
-    def _go_on(self, stream: Stream, state: State, folder: CalibrationFolder) -> None:
-        live = stream.skip(state.blocks)
+    def _go_on(self, stages: Sequence["Stage"], state: State, folder: CalibrationFolder) -> None:
+        blocks, (stream, *later) = state.blocks, [stage.stream for stage in stages]
+        while later and blocks >= len(stream.blocks):
+            blocks, stream = blocks - len(stream.blocks), later.pop(0)
+        live = stream.skip(blocks)
         if {node.name for node in live} != set(state.values):
             raise folder.damaged()
         for node in live:

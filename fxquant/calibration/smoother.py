@@ -1,12 +1,13 @@
 """Smoothing during the calibration run: each pair gets its scales when its value is computed, and the graph continues
 on the smoothed weights."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.nn.functional import silu
 
 from fxquant import ops
 from fxquant.calibration.smoothquant import SEARCH_TOKENS, ConsumerWeight, channel_scales
@@ -14,7 +15,7 @@ from fxquant.checkpoint.checkpoint import Checkpoint
 from fxquant.checkpoint.rotated import rotation_transforms
 from fxquant.errors import FxquantError
 from fxquant.policy.smooth_rules import PairKind, SmoothMethod
-from fxquant.program.linears import pair_consumers
+from fxquant.program.linears import PROJECTIONS, pair_consumers
 from fxquant.program.operands import operand, operand_node
 from fxquant.program.program import Pair, Program
 from fxquant.runtime.execute import Values
@@ -24,8 +25,12 @@ from fxquant.transforms.weight_transforms import WeightTransforms
 
 SEARCH_EXPERTS = 2
 """Experts of a stack that a search looks at, evenly spaced."""
+EXPERT_TOKENS = 8
+"""An expert that fewer tokens chose keeps scale 1: their largest magnitudes say nothing about those of others."""
 RealTokens = Callable[[list[Tensor]], Tensor]
 """Values [batch, length, k] per batch → float32 [tokens, k] without padding."""
+Reader = tuple[Recipe, str]
+"""A quantized weight that reads a value: how it is quantized, and its name."""
 
 
 class Smoother:
@@ -54,20 +59,44 @@ class Smoother:
     def observe(self, node: fx.Node, values: list[Any], inputs: Values) -> None:
         """If `node` is the value of a pair, smooth the pair and replace `values` by those of the smoothed graph."""
         pair = self._pairs.get(node)
-        if pair is None:
+        if pair is None or node.target == ops.moe_experts:
             return
         rows = self._tokens(values)
-        largest, weights = rows.abs().amax(0).cpu(), self._largest_weights(pair)
-        selected = rows[:: max(1, -(-len(rows) // SEARCH_TOKENS))].cpu()
-        consumers = list(self._some_consumers(pair)) if pair.rule.method is SmoothMethod.FLEX else []
-        scale = channel_scales(pair.rule, largest, weights, selected, consumers).to(self._program.dtype).float()
-        if not bool((torch.isfinite(scale) & (scale > 0)).all()):
-            fact = f"smoothing scales {scale.min():g} … {scale.max():g} do not fit {self._program.dtype}."
-            raise FxquantError(pair.value.name, fact, "Use method: none for it.")
+        scale = self._scale(pair, rows, list(self._quantized(pair)))
         if pair.kind is PairKind.NORM:
             self._smooth_norm(pair, scale, rows, values, inputs[operand_node(node, "x")])
         else:
             self._smooth_linear(pair, scale, values)
+
+    def prepare(self, node: fx.Node, inputs: Values) -> None:
+        """Before `node` runs: if it is the experts of a pair, smooth each on its own tokens."""
+        pair = self._pairs.get(node)
+        if pair is None or node.target != ops.moe_experts:
+            return
+        x, ids = (self._tokens(inputs[operand_node(node, name)]) for name in ("x", "ids"))
+        gates, ups, downs = (self._program.parameter(operand_node(node, name)) for name in PROJECTIONS)
+        recipe = self._program.recipes[downs.module]
+        for expert, (gate, up, down) in enumerate(zip(gates.names, ups.names, downs.names, strict=True)):
+            rows = x[(ids == expert).any(-1)]
+            if len(rows) >= EXPERT_TOKENS:
+                # smoothed weights: the norm before the experts has its scales by now
+                gate_proj, up_proj = (self.checkpoint.read(name).float().to(x.device) for name in (gate, up))
+                hidden = silu(rows @ gate_proj.T) * (rows @ up_proj.T)
+                self._scale_rows(up, self._scale(pair, hidden, [(recipe, down)]), 1, [down])
+
+    def _scale(self, pair: Pair, rows: Tensor, readers: Sequence[Reader]) -> Tensor:
+        """The scales float32 [k] of values `rows` [tokens, k] that `readers` multiply, exact in the model's dtype."""
+        largest, weights = rows.abs().amax(0).cpu(), self._largest_weights(readers)
+        selected = rows[:: max(1, -(-len(rows) // SEARCH_TOKENS))].cpu()
+        consumers = list(self._some_consumers(pair, readers)) if pair.rule.method is SmoothMethod.FLEX else []
+        scale = channel_scales(pair.rule, largest, weights, selected, consumers)
+        if pair.kind is PairKind.SWIGLU:  # the largest value stays as large, or float16 might overflow where it did not
+            scale = scale * ((largest / scale).max() / largest.max().clamp(min=torch.finfo(torch.float32).tiny))
+        scale = scale.to(self._program.dtype).float()
+        if not bool((torch.isfinite(scale) & (scale > 0)).all()):
+            fact = f"smoothing scales {scale.min():g} … {scale.max():g} do not fit {self._program.dtype}."
+            raise FxquantError(pair.value.name, fact, "Use method: none for it.")
+        return scale
 
     def _smooth_norm(self, pair: Pair, scale: Tensor, rows: Tensor, values: list[Tensor], before: list[Tensor]) -> None:
         transforms, (name,) = self.transforms, self._program.parameters[pair.maker].names
@@ -102,34 +131,37 @@ class Smoother:
             self.transforms.tensors[bias] = (old + weight.double() @ shift.double()).to(weight.dtype)
 
     def _smooth_linear(self, pair: Pair, scale: Tensor, values: list[Tensor]) -> None:
-        """Scale the rows of the weight that produce the attention's values; rows for keys stay."""
+        """Scale the rows of the weight that produce the values; of an attention's, rows for keys stay."""
         (name,) = self._program.parameters[pair.maker].names
-        self.transforms.scales[name] = scale
-        self.transforms.rows[name] = operand(pair.value, "num_heads")
-        self.transforms.columns |= dict.fromkeys(pair_consumers(self._program, pair), name)
+        heads = operand(pair.value, "num_heads") if pair.kind is PairKind.LINEAR else 1
+        self._scale_rows(name, scale, heads, pair_consumers(self._program, pair))
         values[:] = [value / scale.to(value.device) for value in values]
 
-    def _largest_weights(self, pair: Pair) -> Tensor:
-        """float32 [k]: the largest magnitude of each column over all quantized weights that read the value."""
+    def _scale_rows(self, maker: str, scale: Tensor, heads: int, readers: Iterable[str]) -> None:
+        self.transforms.scales[maker] = scale
+        self.transforms.rows[maker] = heads
+        self.transforms.columns |= dict.fromkeys(readers, maker)
+
+    def _largest_weights(self, readers: Sequence[Reader]) -> Tensor:
+        """float32 [k]: the largest magnitude of each column over all quantized weights that read a value."""
         largest = None
-        for _, name in self._quantized(pair):
+        for _, name in readers:
             columns = self._source.read(name).abs().amax(0).float()
             largest = columns if largest is None else torch.maximum(largest, columns)
         assert largest is not None
         return largest
 
-    def _quantized(self, pair: Pair) -> Iterator[tuple[Recipe, str]]:
+    def _quantized(self, pair: Pair) -> Iterator[Reader]:
         for target in pair.consumers:
             parameter = self._program.parameters[target]
             recipe = self._program.recipes.get(parameter.module)
             if recipe is not None:
                 yield from ((recipe, name) for name in parameter.names)
 
-    def _some_consumers(self, pair: Pair) -> Iterator[ConsumerWeight]:
+    def _some_consumers(self, pair: Pair, readers: Sequence[Reader]) -> Iterator[ConsumerWeight]:
         for target in pair.consumers:
-            parameter = self._program.parameters[target]
-            recipe = self._program.recipes.get(parameter.module)
-            if recipe is not None:
-                names = parameter.names[:: max(1, len(parameter.names) // SEARCH_EXPERTS)]
+            module = self._program.parameters[target].module
+            named = [(recipe, name) for recipe, name in readers if recipe.module == module]
+            for recipe, name in named[:: max(1, len(named) // SEARCH_EXPERTS)]:
                 plain = replace(recipe, algorithm=WeightAlgorithm.MIN_MAX)
-                yield from (ConsumerWeight(plain, self._source.read(name)) for name in names)
+                yield ConsumerWeight(plain, self._source.read(name))

@@ -130,7 +130,7 @@ class Calibrate(Pass):
 
     def _weights(self, program: Program) -> str:
         rounded = self.policy.calibration_weights is CalibrationWeights.ROUNDED
-        return rounded_by(program.recipes) if rounded else self.policy.calibration_weights.value
+        return rounded_by(program) if rounded else self.policy.calibration_weights.value
 
 
 def _check_range(recipe: Recipe) -> None:

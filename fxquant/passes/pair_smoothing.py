@@ -1,4 +1,5 @@
-"""SmoothQuant pairs, found in the graph: norm(x) → linears, and linear(x) → attention → linear.
+"""SmoothQuant pairs, found in the graph: norm(x) → linears, linear(x) → attention → linear, and up_proj(x) → swiglu →
+down_proj, of a dense MLP or of each expert: silu(gate) * up is linear in up.
 
 The value between them becomes `(value - shift) / scale`, and the weights on both sides compensate for it, see
 `fxquant.transforms.weight_transforms`. This pass gives pairs their rules, and shifts their place: a bias of the norm
@@ -8,6 +9,7 @@ and of each linear. Calibration finds the numbers.
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -19,11 +21,26 @@ from fxquant.policy.kinds import Kind
 from fxquant.policy.policy import Policy
 from fxquant.policy.smooth_rules import PairKind, SmoothMethod, SmoothRule
 from fxquant.policy.unused_smoothing import SeenValue
-from fxquant.program.linears import READS, decided_modules, is_parameter, not_scalable, weight_uses
+from fxquant.program.linears import (
+    READS,
+    decided_modules,
+    experts_not_scalable,
+    is_parameter,
+    not_scalable,
+    weight_uses,
+)
 from fxquant.program.node_builder import Surgery
 from fxquant.program.operands import operand, operand_node, set_operand
 from fxquant.program.program import Pair, Program
 from fxquant.schemes.roles import tensor_name
+
+PAIRS: dict[Any, PairKind] = {
+    ops.rms_norm: PairKind.NORM,
+    ops.mla_attention: PairKind.LINEAR,
+    ops.swiglu: PairKind.SWIGLU,
+    ops.moe_experts: PairKind.SWIGLU,
+}
+"""Operator whose value may be smoothed → what makes it."""
 
 
 @dataclass
@@ -42,7 +59,7 @@ class PairSmoothing(Pass):
         skipped: dict[str, str] = {}
         weights = weight_uses(program)
         for node in list(program.graph.graph.nodes):
-            if node.target in (ops.rms_norm, ops.mla_attention):
+            if node.target in PAIRS:
                 reason = self._pair(program, node, weights)
                 skipped |= {node.name: reason} if reason else {}
         if self.policy.norm_bias == "every":
@@ -52,14 +69,11 @@ class PairSmoothing(Pass):
         return PassResult(self.name, tuple(pair.value.name for pair in program.pairs), skipped)
 
     def _pair(self, program: Program, node: fx.Node, weights: Counter[str]) -> str | None:
-        kind = PairKind.NORM if node.target == ops.rms_norm else PairKind.LINEAR
-        maker = node if kind is PairKind.NORM else operand_node(node, "kv")
-        consumers = [
-            (user, str(operand_node(user, name).target)) for user in node.users for name in READS.get(user.target, ())
-        ]
+        kind, (maker, weight) = PAIRS[node.target], _maker(node)
+        consumers = _consumers(node)
         modules = _modules(program, [name for _, name in consumers])
         quantized = [(module, kind) for module, kind in modules if module in program.recipes]
-        reason = not_scalable(node, maker, weights)
+        reason = _why_no_pair(node, maker, weights)
         if reason is None and not quantized:
             reason = "all its consumers stay in float"
         rule = None if reason else self.policy.smooth_rule_for(kind, quantized)
@@ -70,7 +84,7 @@ class PairSmoothing(Pass):
             self.used.add(rule)
         if rule is None or rule.method is SmoothMethod.NONE:
             return "no rule smooths it" if rule is None else f"policy: {rule}"
-        pair = Pair(kind, node, str(operand_node(maker, "weight").target), tuple(name for _, name in consumers), rule)
+        pair = Pair(kind, node, str(operand_node(maker, weight).target), tuple(name for _, name in consumers), rule)
         if kind is PairKind.NORM and rule.method is SmoothMethod.M4:
             self._shift(program, pair, [user for user, _ in consumers])
         program.pairs.append(pair)
@@ -84,6 +98,33 @@ class PairSmoothing(Pass):
         _give_norm_bias(program, pair.value)
         for consumer in consumers:
             _give_linear_bias(program, consumer)
+
+
+def _maker(node: fx.Node) -> tuple[fx.Node, str]:
+    """The call that sets the scale of a value, and its argument for the weight that does."""
+    if node.target == ops.moe_experts:
+        return node, "up_proj"
+    made_by = {ops.mla_attention: "kv", ops.swiglu: "up"}
+    return (operand_node(node, made_by[node.target]) if node.target in made_by else node), "weight"
+
+
+def _consumers(node: fx.Node) -> list[tuple[fx.Node, str]]:
+    """The calls that multiply a value by weights, and the targets of these."""
+    if node.target == ops.moe_experts:
+        return [(node, str(operand_node(node, "down_proj").target))]
+    return [(user, str(operand_node(user, name).target)) for user in node.users for name in READS.get(user.target, ())]
+
+
+def _why_no_pair(node: fx.Node, maker: fx.Node, weights: Counter[str]) -> str | None:
+    """Why the value of `node` cannot be scaled; None if it can."""
+    if node.target == ops.moe_experts:
+        return experts_not_scalable(node, weights)
+    if node.target == ops.swiglu and operand(node, "gate") is maker:
+        return "its gate and its values are the same"
+    reason = not_scalable(node, maker, weights)
+    if reason is None and maker is not node and operand(maker, "bias") is not None:
+        return "the linear before it has a bias"
+    return reason
 
 
 def _modules(program: Program, weights: list[str]) -> list[tuple[str, Kind]]:

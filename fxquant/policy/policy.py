@@ -68,6 +68,11 @@ class Policy:
     def rules(self) -> tuple[Rule, ...]:
         return self.own + self.inherited
 
+    @property
+    def unguarded(self) -> bool:
+        """Whether it quantizes, and neither smooths nor rotates: large channels then take the range of all others."""
+        return not self.smooth and not self.rotate and any(rule.quantizes for rule in self.rules)
+
     def rule_for(self, module: str, kind: Kind, quantizable: bool) -> Rule | None:
         """The first rule for a module. Quantizing rules skip modules that are not linear."""
         for rule in self.rules:

@@ -42,10 +42,11 @@ class SmoothMethod(StrEnum):
 
 
 class PairKind(StrEnum):
-    """The producer of the smoothed value: a norm, or a linear through the attention."""
+    """The producer of the smoothed value: a norm, a linear through the attention, or up_proj through the swiglu."""
 
     NORM = "norm"
     LINEAR = "linear"
+    SWIGLU = "swiglu"
 
 
 class SmoothRule(BaseModel):

@@ -38,7 +38,7 @@ def why_unused_smoothing(rule: SmoothRule, values: Sequence[SeenValue], modules:
     any_pair = _of_any_pair(rule)
     pairs = [value for value in values if any_pair.selects(value.made_by, list(value.consumers))]
     if not pairs:
-        fact = f"matches no pair: {some(selected)} reads no output of a norm or an attention."
+        fact = f"matches no pair: {some(selected)} reads no output of a norm, an attention or a swiglu."
         return fact, f"Smoothing rules select the modules that read a value. {OPTIONAL}"
     of_kind = [value for value in pairs if rule.pair is None or value.made_by is rule.pair]
     if not of_kind:

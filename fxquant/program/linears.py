@@ -94,6 +94,14 @@ def not_scalable(node: fx.Node, maker: fx.Node, weights: Counter[str]) -> str | 
     return None if all(weights[name] == 1 for name in shared) else "a weight before or after it is used elsewhere too"
 
 
+def experts_not_scalable(node: fx.Node, weights: Counter[str]) -> str | None:
+    """Why the values between up_proj and down_proj of a `fxq::moe_experts` cannot be scaled; None if they can."""
+    operands = [operand(node, name) for name in ("up_proj", "down_proj")]
+    if not all(map(is_parameter, operands)):
+        return "a weight of its experts is computed, not a parameter"
+    return None if all(weights[str(weight.target)] == 1 for weight in operands) else "its experts share weights"
+
+
 def weight_uses(program: Program) -> Counter[str]:
     """Graph target → how many nodes read it."""
     return Counter(str(node.target) for node in program.graph.graph.nodes if node.op == "get_attr")

@@ -61,8 +61,9 @@ class MtpLayers:
 class Pair:
     """A value to smooth by `rule`: the weight that scales it on one side, the weights that read it on the other.
 
-    value      the node of a norm or of an attention; its last axis is scaled
-    maker      target of the norm's weight, or of the weight that computes the attention's values
+    value      the node of a norm, an attention or a swiglu, whose last axis is scaled, or that of experts: then it is
+               what each of them multiplies by its own down_proj
+    maker      target of the norm's weight, or of the weight that computes the attention's values or the swiglu's up
     consumers  targets of the weights that it is multiplied by
     """
 

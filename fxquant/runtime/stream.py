@@ -1,6 +1,6 @@
 """Block-wise runner: runs the nodes that some nodes need, block by block over all batches; only live values stay."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -16,6 +16,9 @@ from fxquant.program.program import Program
 from fxquant.progress import Advance
 from fxquant.runtime.execute import Observer, Values, call, last_uses, of_batch
 from fxquant.runtime.weight_providers import CPU, LazyStack, Read, load
+
+Prepare = Callable[[fx.Node, Values], None]
+"""Called with a call node and all live values."""
 
 
 @dataclass(frozen=True)
@@ -58,14 +61,17 @@ class Stream:
         }
 
     @torch.no_grad()
-    def run(self, block: Block, observe: Observer, advance: Advance) -> None:
-        """Run the next block; `observe` sees each of its calls, with its inputs still alive."""
+    def run(self, block: Block, observe: Observer, advance: Advance, prepare: Prepare | None = None) -> None:
+        """Run the next block; `observe` sees each of its calls, with its inputs still alive, `prepare` before it
+        runs: experts that it changes are read changed."""
         values = self.values
         for node in block.nodes:
             for argument in node.all_input_nodes:
                 if argument.op == "get_attr" and argument not in values:
                     weight = load(self._program, str(argument.target), self._read, device=self._device)
                     values[argument] = [weight] * self._count
+            if prepare:
+                prepare(node, values)
             values[node] = self._call(node)
             observe(node, values[node], values)
             for dead in self._dead.get(node, ()):

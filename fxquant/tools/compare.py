@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 HEADINGS = ("policy", "weights", "float ppl", "quantized ppl", "KL per token", "95 % interval", "top-1 agreement")
 
+OUTLIERS = "they neither smooth nor rotate; see docs/accuracy.md for what that costs on a model that has some."
+
 
 def command(
     model: Model,
@@ -43,7 +45,7 @@ def command(
 ) -> None:
     """Compare perplexity, KL divergence and size of MODEL under each policy; nothing is written."""
     from fxquant.api import CompileOptions, compare
-    from fxquant.policy.policy import shipped_policies
+    from fxquant.policy.policy import load_policy, shipped_policies
 
     options = CompileOptions(calib=calib, checkpoint=checkpoint, trace_timeout=trace_timeout, device=device)
     names = policy or shipped_policies()
@@ -52,6 +54,9 @@ def command(
         print_json({name: result.as_json() | {"bytes": nbytes} for name, (result, nbytes) in results.items()})
         return
     console.print(comparison_table(str(model), text.name, results))
+    unguarded = [name for name in results if load_policy(name).unguarded]
+    if unguarded:
+        console.print(f"Nothing against outliers in {', '.join(unguarded)}: {OUTLIERS}")
 
 
 def comparison_table(model: str, text: str, results: "dict[str, tuple[Evaluation, int]]") -> NamedTable:

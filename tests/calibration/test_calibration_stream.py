@@ -21,8 +21,8 @@ from fxquant.policy.policy import CalibrationWeights, load_policy
 from fxquant.program.linears import PROJECTIONS, linear_sites
 from fxquant.program.operands import operand_node
 from fxquant.program.program import Program
-from fxquant.runtime.execute import Observer, call, of_batch, prefill_inputs
-from fxquant.runtime.stream import Stream, experts_together
+from fxquant.runtime.execute import Observer, Values, call, of_batch, prefill_inputs
+from fxquant.runtime.stream import Prepare, Stream, experts_together
 from fxquant.runtime.weight_providers import LazyStack, Read, RoundedWeights, load
 from fxquant.tools.main import app
 from fxquant.transforms.transforms_file import transform_tensors
@@ -70,7 +70,9 @@ def static_inputs(program: Program) -> dict[str, fx.Node]:
 # what it sees
 
 
-def whole_run(program: Program, read: Read, batches: list[Batch], see: Observer) -> dict[fx.Node, list[Any]]:
+def whole_run(
+    program: Program, read: Read, batches: list[Batch], see: Observer, prepare: Prepare
+) -> dict[fx.Node, list[Any]]:
     """Every node of the graph, one after the other, each value and weight kept to the end."""
     inputs = [prefill_inputs(program, batch.ids, mask=batch.mask) for batch in batches]
     values: dict[fx.Node, list[Any]] = {}
@@ -82,8 +84,8 @@ def whole_run(program: Program, read: Read, batches: list[Batch], see: Observer)
             for argument in node.all_input_nodes:
                 if argument.op == "get_attr" and argument not in values:
                     weight = load(program, str(argument.target), read)
-                    weight = torch.stack(list(weight)) if isinstance(weight, LazyStack) else weight
                     values[argument] = [weight] * len(batches)
+            prepare(node, values)
             values[node] = outputs(node, values)
             see(node, values[node], values)
     return values
@@ -110,17 +112,22 @@ def test_it_sees_what_a_run_of_the_whole_graph_sees(
     experts: dict[str, Tensor] = {}
     inputs_of, ranges = static_inputs(program), {}
 
-    def see(node: fx.Node, values: list[Any], inputs: object) -> None:
-        smoother.observe(node, values, inputs)  # type: ignore[arg-type]
+    def see(node: fx.Node, values: list[Any], inputs: Values) -> None:
+        if not rounded:
+            smoother.observe(node, values, inputs)
         if node in inputs_of.values():
             ranges[node] = [(value.min(), value.max()) for value in real(values)]
         if node.target == ops.moe_gate:
             count_experts(experts, node, values, batches)
 
     read: Read = smoother.checkpoint.read
-    if load_policy(policy).calibration_weights is CalibrationWeights.ROUNDED:
+    rounded = load_policy(policy).calibration_weights is CalibrationWeights.ROUNDED
+    if rounded:  # scales are those of float weights, ranges those of rounded ones
+        whole_run(program, read, batches, smoother.observe, smoother.prepare)
         read = RoundedWeights(program, read)
-    values = whole_run(program, read, batches, see)
+    values = whole_run(
+        program, read, batches, see, lambda node, inputs: None if rounded else smoother.prepare(node, inputs)
+    )
     assert "lm_head" in {node.name for node in values} and set(calibration.ranges) == set(inputs_of)
     for module, (low, high) in calibration.ranges.items():
         assert list(zip(low, high, strict=True)) == ranges[inputs_of[module]], module
@@ -179,7 +186,7 @@ def test_smoothing_reads_experts_once_more(
     checkpoint: Checkpoint, documents: list[Tensor], tmp_path: Path, reads: Counter[str]
 ) -> None:
     """Those that read a smoothed value, for their largest magnitudes."""
-    (tmp_path / "policy.yaml").write_text(f"extends: {FLEX}\nsmooth: [{{method: smoothquant}}]")
+    (tmp_path / "policy.yaml").write_text(f"extends: {FLEX}\nsmooth: [{{pair: norm, method: smoothquant}}]")
     calibrated(checkpoint, str(tmp_path / "policy.yaml"), documents, size=1)
     experts = {name: count for name, count in reads.items() if ".experts." in name}
     for name in (name for name in checkpoint.tensors if ".experts." in name):
@@ -240,7 +247,8 @@ def test_operators_make_their_index_tensors_where_their_inputs_are(checkpoint: C
         for tensor in result if isinstance(result, tuple | list) else (result,):
             assert tensor.device.type == "cpu", node
 
-    whole_run(program, checkpoint.transformed(Smoother(program, checkpoint, torch.cat).transforms).read, batches, again)
+    read = checkpoint.transformed(Smoother(program, checkpoint, torch.cat).transforms).read
+    whole_run(program, read, batches, again, lambda node, inputs: None)
 
 
 @pytest.mark.parametrize(

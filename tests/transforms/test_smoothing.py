@@ -56,7 +56,7 @@ def test_pairs_are_found_in_the_graph(tiny: Callable[..., Checkpoint], tmp_path:
     pairs = {(pair.kind.value, pair.maker, pair.consumers) for pair in program.pairs}
     layer = "model.layers.1"
     attention, mlp = f"{layer}.self_attn", f"{layer}.mlp"
-    assert len(pairs) == 8
+    assert len(pairs) == 11
     assert {pair for pair in pairs if layer in pair[1]} == {
         ("norm", f"{layer}.input_layernorm.weight",
          (f"{attention}.q_a_proj.weight", f"{attention}.kv_a_proj_with_mqa.weight")),
@@ -65,6 +65,8 @@ def test_pairs_are_found_in_the_graph(tiny: Callable[..., Checkpoint], tmp_path:
         ("norm", f"{layer}.post_attention_layernorm.weight",
          (f"{mlp}.gate.weight", f"{mlp}.experts.gate_proj.weight", f"{mlp}.experts.up_proj.weight",
           f"{mlp}.shared_experts.gate_proj.weight", f"{mlp}.shared_experts.up_proj.weight")),
+        ("swiglu", f"{mlp}.experts.up_proj.weight", (f"{mlp}.experts.down_proj.weight",)),
+        ("swiglu", f"{mlp}.shared_experts.up_proj.weight", (f"{mlp}.shared_experts.down_proj.weight",)),
     }  # fmt: skip
 
 
@@ -153,7 +155,7 @@ RULES = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_the_function_stays(tiny: Callable[..., Checkpoint], tmp_path: Path, text: str, dtype: torch.dtype) -> None:
     """Scales round once on each side of a pair: two relative errors of eps / 2 a factor, which add up like a random
-    walk over the two sides of the eight pairs. In float32 the sums over k are sqrt(k) steps more.
+    walk over the two sides of the eleven pairs. In float32 the sums over k are sqrt(k) steps more.
     Of all tokens the median: one that is near a tie of two experts may go to the other."""
     checkpoint = tiny(dtype=dtype)
     program, after = smoothed(checkpoint, policy_of(tmp_path, text))
@@ -184,7 +186,75 @@ def test_outliers_go_where_they_do_no_harm(tiny_folder: Callable[..., Path], tmp
     assert norm[3] < 12 * norm.median() < checkpoint.read("model.layers.0.input_layernorm.weight")[3]
 
 
+# up_proj to down_proj
+
+
+def mlp(x: Tensor, read: Callable[[str], Tensor], path: str) -> Tensor:
+    """In float64."""
+    gate, up, down = (read(f"{path}.{name}.weight").double() for name in ("gate_proj", "up_proj", "down_proj"))
+    return (torch.nn.functional.silu(x @ gate.T) * (x @ up.T)) @ down.T
+
+
+def test_up_and_down_of_every_expert_keep_its_function(tiny: Callable[..., Checkpoint], tmp_path: Path) -> None:
+    """Each expert has scales of its own. up and down round once each to bfloat16: a relative error of eps / 2 a
+    weight, independent of one another, so that of a sum of their products is less than eps of its size."""
+    before = tiny()
+    policy = "smooth: [{pair: swiglu, method: smoothquant}]\n"
+    _, after = smoothed(before, policy_of(tmp_path, policy), rows=8)
+    x = torch.randn(16, 256, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    scales = {key.removesuffix(".up_proj.weight"): scale for key, scale in after.transforms.scales.items()}
+    assert {"model.layers.0.mlp", "model.layers.1.mlp.shared_experts"} < set(scales) and len(scales) > 6
+    assert len({tuple(scale.tolist()) for scale in scales.values()}) == len(scales)
+    for path, scale in scales.items():
+        up, down = (f"{path}.{name}.weight" for name in ("up_proj", "down_proj"))
+        assert torch.equal(after.read(up), (before.read(up).float() / scale.unsqueeze(1)).bfloat16())
+        assert torch.equal(after.read(down), (before.read(down).float() * scale).bfloat16())
+        assert torch.equal(after.read(f"{path}.gate_proj.weight"), before.read(f"{path}.gate_proj.weight"))
+        expected = mlp(x, before.read, path)
+        error = (mlp(x, after.read, path) - expected).pow(2).mean().sqrt()
+        assert 0 < error < torch.finfo(torch.bfloat16).eps * expected.pow(2).mean().sqrt()
+
+
+def test_in_exact_arithmetic_the_function_is_the_same(tiny: Callable[..., Checkpoint], tmp_path: Path) -> None:
+    """Without the roundings of the weights, what remains are those of float64."""
+    before = tiny()
+    _, after = smoothed(before, policy_of(tmp_path, "smooth: [{pair: swiglu, method: flex}]"), rows=8)
+    x = torch.randn(16, 256, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+
+    def exact(name: str) -> Tensor:
+        weight, columns = before.read(name).double(), after.transforms.column_scale(name)
+        rows = after.transforms.row_scale(name, len(weight))
+        weight = weight if columns is None else weight * columns.double()
+        return weight if rows is None else weight / rows.double().unsqueeze(1)
+
+    for path in [key.removesuffix(".up_proj.weight") for key in after.transforms.scales]:
+        expected = mlp(x, before.read, path)
+        assert (mlp(x, exact, path) - expected).abs().max() < 1e-13 * expected.abs().max()  # sums of 256 products
+
+
+def test_an_expert_that_few_tokens_chose_stays(tiny: Callable[..., Checkpoint], tmp_path: Path) -> None:
+    """24 tokens go to two of eight experts each: some see fewer than eight."""
+    _, after = smoothed(
+        tiny(), policy_of(tmp_path, "smooth: [{kind: routed_expert, pair: swiglu, method: flex}]"), rows=1
+    )
+    experts = [key for key in after.transforms.scales if ".mlp.experts." in key]
+    assert 0 < len(experts) < 8 and len(experts) == len(after.transforms.columns)
+
+
 # outputs
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_scaled_experts_reach_every_output(
+    tiny_folder: Callable[..., Path], ids: Path, tmp_path: Path, target: str
+) -> None:
+    """`compile` verifies all of them: integers from the source, graph and engine's reader."""
+    policy = policy_of(tmp_path, "smooth: [{method: flex}]")
+    options = CompileOptions(policy=policy, out=tmp_path / "out", target=target, calib=ids, export=False)  # type: ignore[arg-type]
+    report = compile(tiny_folder(fp8=True), options)
+    assert report.verification is not None and report.verification.ok
+    scales = load_calibration(tmp_path / "out" / CALIBRATION).transforms.scales
+    assert any(".mlp.experts." in name for name in scales)
 
 
 @pytest.fixture(scope="module")
