@@ -70,14 +70,14 @@ def _lines(files: Sequence[FileLayout], values: int, depth: int) -> int:
     return sum(file.names_size for file in files) + values + count * (len("\n: ,") + INDENT * depth) - 1
 
 
-def engine_config(program: Program, engine: Engine, folder: Path) -> dict[str, Any]:
+def engine_config(program: Program, engine: Engine, folder: Path | None = None) -> dict[str, Any]:
     """The source's config.json without its `quantization_config`, plus the keys by which an engine knows the format.
 
     It announces multi-token prediction layers exactly if they are in the output: without the key engines and
     transformers take it for one. It has `auto_map` exactly if `folder` has the files that it names.
     """
     config = {key: value for key, value in program.config.items() if key != "quantization_config"}
-    if code_files(config, folder) is None:
-        del config[AUTO_MAP]
+    if folder is None or code_files(config, folder) is None:
+        config.pop(AUTO_MAP, None)
     config[MTP_LAYERS] = len(program.mtp.layers) if program.mtp.stored else 0
     return config | engine.config(program)
