@@ -73,10 +73,10 @@ def serve(address: str) -> None:
 
 def _calibrate_once(folder: Path) -> None:
     """Commands take the calibration of an earlier one on the same text, as from an earlier output of the same name."""
-    from fxquant import api
+    from fxquant.verbs import compile
 
     folder.mkdir()
-    known_folders, compiled = api.known_folders, api._compiled
+    known_folders, compiled = compile.known_folders, compile._compiled
 
     def known(destination: Any) -> list[Path]:
         return [*known_folders(destination), *folder.iterdir()]
@@ -89,7 +89,7 @@ def _calibrate_once(folder: Path) -> None:
                 shutil.copy(report.out / name, folder / str(os.getpid()) / name)
         return report
 
-    vars(api).update(known_folders=known, _compiled=keep)
+    vars(compile).update(known_folders=known, _compiled=keep)
 
 
 def _reaped() -> bool:

@@ -145,7 +145,7 @@ def test_killed_after_calibration_nothing_runs_again(
 ) -> None:
     expected, out = whole(M4), tmp_path / "out"
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr("fxquant.api.write_output", lambda *arguments: (_ for _ in ()).throw(Killed()))
+        patch.setattr("fxquant.verbs.compile.write_output", lambda *arguments: (_ for _ in ()).throw(Killed()))
         compiled(model, out, ids)
     ran.clear()
     assert same_files(compiled(model, out, ids), expected) and not ran and not state_of(out).parent.exists()

@@ -61,7 +61,7 @@ def test_compile_knows_all_its_inputs(
 ) -> None:
     out = output(tmp_path / "out", ("mine.yaml",))
     untouched()
-    monkeypatch.setattr("fxquant.api.open_model", lambda *arguments: pytest.fail("work began"))
+    monkeypatch.setattr("fxquant.verbs.compile.open_model", lambda *arguments: pytest.fail("work began"))
     inside = out / "mine.yaml"
     options = {} if what == "model" else {what: str(inside)}
     with pytest.raises(FxquantError, match="contains"):
@@ -166,7 +166,7 @@ def test_a_place_that_cannot_be_written_is_found_out_before_any_work(
         raise OSError(code, os.strerror(code), str(path))
 
     monkeypatch.setattr(os, "mkdir", mkdir)
-    monkeypatch.setattr("fxquant.api.open_model", lambda *arguments: pytest.fail("work began"))
+    monkeypatch.setattr("fxquant.verbs.compile.open_model", lambda *arguments: pytest.fail("work began"))
     for out in (tmp_path / "out", tmp_path / "new" / "out"):
         with pytest.raises(StoppedError, match=ERRORS[code]) as caught:
             compile(tmp_path / "model", CompileOptions(policy=POLICY, out=out))

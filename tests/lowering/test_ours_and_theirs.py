@@ -40,7 +40,7 @@ def test_it_is_refused_before_the_model_is_opened(
     (tmp_path / f"out.{kind}").mkdir()
     (tmp_path / f"out.{kind}" / "mine").write_text("mine")
     untouched()
-    monkeypatch.setattr("fxquant.api.open_model", lambda *arguments: pytest.fail("work began"))
+    monkeypatch.setattr("fxquant.verbs.compile.open_model", lambda *arguments: pytest.fail("work began"))
     with pytest.raises(FxquantError, match="was not made by fxquant for this output: mine"):
         compile(tmp_path / "model", CompileOptions(policy=POLICY, out=tmp_path / "out", force=True, restart=restart))
 

@@ -31,6 +31,7 @@ compilation
 foreign
 planning verification
 evaluation
+verbs
 api
 __init__
 tools

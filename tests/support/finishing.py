@@ -14,7 +14,7 @@ from stops import watched
 from tiny import write_checkpoint
 
 from fxquant import CompileOptions
-from fxquant.api import _contents
+from fxquant.verbs.compile import _contents
 from fxquant.compilation.prepare import prepare
 from fxquant.engines.serving import RankLayout
 from fxquant.frontend.source import open_source
