@@ -26,6 +26,7 @@ class Trait(StrEnum):
     INT4_LINEAR = "int4 linears outside experts"
     MIXED = "W8A8_MIX"
     FLOAT16 = "float16"
+    NOTHING = "nothing quantized"
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,9 @@ def traits(folder: Path) -> frozenset[Trait]:
 
 
 def _traits(program: Program) -> set[Trait]:
-    found = {Trait.FLOAT16} if str(program.dtype) == "torch.float16" else set()
+    found = set() if program.recipes else {Trait.NOTHING}
+    if str(program.dtype) == "torch.float16":
+        found.add(Trait.FLOAT16)
     for recipe in program.recipes.values():
         expert = program.parameters[recipe.weight_target].kind is Kind.ROUTED_EXPERT
         if recipe.scheme is Scheme.W8A8_MIX:
@@ -109,7 +112,7 @@ def as_recorded(outcome: Outcome, of_folder: frozenset[Trait]) -> bool:
     if applying:
         patterns = [stumble.words for stumble in applying]
         return outcome.verdict is applying[0].verdict and any(re.search(words, outcome.words) for words in patterns)
-    if Trait.FLOAT16 in of_folder or outcome.ranks not in COMPUTED_ON:
+    if {Trait.FLOAT16, Trait.NOTHING} & of_folder or outcome.ranks not in COMPUTED_ON:
         # of float16 models npu_quant_matmul gets a scale in float16, which it is not documented to take
         return outcome.verdict is Verdict.LOADED
     return outcome.verdict is Verdict.EQUAL

@@ -41,7 +41,8 @@ def make(root: Path) -> Made:
         for name, runs in _runs(source, folder):
             made.runs.extend(runs)
             made.sources[name] = source
-            made.traits[name] = frozenset() if name.endswith(DRAFT) else traits(folder)
+            draft = frozenset({Trait.NOTHING} if source.mtp == "float" else ())
+            made.traits[name] = draft if name.endswith(DRAFT) else traits(folder)
     return made
 
 

@@ -49,7 +49,9 @@ def answer(engine: VllmAscend, request: dict[str, Any]) -> tuple[str, str]:
         return Verdict.REFUSED.value, f"{type(error).__name__}: {' '.join(str(error).split())[:MOST_WORDS]}"
     graph = _graph(request["graph"])
     found = list(held.differences(model, graph, place))
-    if found or not request["compute"]:
+    program = graph.program
+    quantized = program.mtp.recipes if request["mtp"] else program.recipes  # of float layers nothing is computed
+    if found or not (request["compute"] and quantized):
         return (Verdict.WRONG if found else Verdict.LOADED).value, found[0] if found else ""
     try:
         found = list(computed.differences(model, graph, place, graph.program.dtype))
