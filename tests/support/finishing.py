@@ -14,7 +14,6 @@ from stops import watched
 from tiny import write_checkpoint
 
 from fxquant import CompileOptions
-from fxquant.verbs.compile import _contents
 from fxquant.compilation.prepare import prepare
 from fxquant.engines.serving import RankLayout
 from fxquant.frontend.source import open_source
@@ -27,6 +26,7 @@ from fxquant.lowering.workspace import Workspace
 from fxquant.policy.policy import load_policy
 from fxquant.program.program_file import dump_program
 from fxquant.progress import silent
+from fxquant.verbs.compile import _contents
 
 ONE = Work(Workers(jobs=1))
 Made = tuple[Contents, Path, Path]
