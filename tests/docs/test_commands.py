@@ -17,6 +17,7 @@ REASONS = {
     "a pattern": "OUT, MODEL and FILE stand for the reader's own",
     "a sketch": "of a pass",
     "changes the start-up file of your shell": "completion",
+    "downloads engines; pytest -m engines runs it": "",
     "downloads a task": "of lm-evaluation-harness",
     "installs packages": "into the environment that runs the tests",
     "installs packages: .ci/run runs it": "the README's two blocks",
