@@ -77,7 +77,7 @@ def test_one_process_has_no_ranks() -> None:
 
 def test_an_engine_that_reads_split_experts_wrong() -> None:
     contract = load_contract(Target.ASCEND)
-    ranks = contract.tensor_parallel.model_copy(update={"experts_whole": True})
+    ranks = contract.tensor_parallel.model_copy(update={"experts_whole": "int4"})
     contract = contract.model_copy(update={"tensor_parallel": ranks})
     assert not check(contract, [expert(group_size=0)]) and not check(contract, [expert(group_size=0)], 8, ep=8)
     assert "8 ranks split are read wrong" in refused(contract, [expert(group_size=0)], 8, 1).fact
