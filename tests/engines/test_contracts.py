@@ -110,12 +110,20 @@ def test_groups_of_other_sizes_are_unverified_or_refused(target: Target) -> None
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
-@pytest.mark.parametrize("target", [Target.ASCEND, Target.MINDIE, Target.MINDIE_2_1RC1])
+@pytest.mark.parametrize("target", [Target.MINDIE, Target.MINDIE_2_1RC1])
 def test_a_rank_has_whole_groups(target: Target, ranks: int) -> None:
     assert not check(load_contract(target), experts(), ranks)
 
 
-@pytest.mark.parametrize("target", [Target.ASCEND, Target.MINDIE, Target.MINDIE_2_1RC1])
+@pytest.mark.parametrize("ranks", [2, 4, 8, 16])
+def test_ascend_keeps_two_level_experts_whole(ranks: int) -> None:
+    finding = refused(Target.ASCEND, experts(), ranks)
+    assert f"{ranks} ranks split" in finding.fact and "expert parallelism" in finding.way_out
+    assert not check(load_contract(Target.ASCEND), experts(), ranks, ep=ranks)
+    assert not check(load_contract(Target.ASCEND), experts(0), ranks)
+
+
+@pytest.mark.parametrize("target", [Target.MINDIE, Target.MINDIE_2_1RC1])
 def test_a_part_of_a_group_is_refused(target: Target) -> None:
     finding = refused(target, experts(), 16)
     assert finding.module.endswith("down_proj") and "128 on each of 16 ranks" in finding.fact and "256" in finding.fact
@@ -277,6 +285,10 @@ def test_dtypes_of_models(target: Target) -> None:
     assert finding.verdict is (Verdict.UNVERIFIED if target is Target.ASCEND else Verdict.REFUSED)
     half = check(load_contract(target), [Linear(replace(recipe, dtype=torch.float16), Kind.ATTENTION)])
     assert [finding.verdict for finding in half] == ([Verdict.REFUSED] if target is Target.SGLANG_NPU else [])
+    dynamic = replace(recipe, dtype=torch.float16, scheme=Scheme.W8A8_DYNAMIC)
+    if target in (Target.ASCEND, Target.VLLM_ASCEND):
+        (finding,) = check(load_contract(target), [Linear(dynamic, Kind.ATTENTION)])
+        assert finding.verdict is Verdict.UNVERIFIED and "scales of float16" in finding.fact
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 8, 16])
@@ -339,5 +351,5 @@ def reader_check(report: CompileReport) -> Check:
 
 def test_ranks_are_checked_by_compile(tiny_folder: Folder, tmp_path: Path) -> None:
     options = CompileOptions(policy="deepseek_w4a8_dynamic", out=tmp_path / "out", tp=2)
-    with pytest.raises(FxquantError, match="128 on each of 2 ranks is not a multiple of group_size 256"):
+    with pytest.raises(FxquantError, match="experts that 2 ranks split are read wrong"):
         compile(tiny_folder(), options)

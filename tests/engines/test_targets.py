@@ -14,6 +14,7 @@ from fxquant.engines.contract import load_contract
 from fxquant.engines.rank_layout import served_layout
 from fxquant.engines.serving import Serving
 from fxquant.engines.table import ENGINES, Target
+from fxquant.lowering.output_folder.serving_page import release_words
 from fxquant.planning.support_matrix import RANKS, Deployment, deployments, float_program
 from fxquant.policy.policy import load_policy, shipped_policies
 from fxquant.tools.main import app
@@ -45,11 +46,13 @@ def published(policies: Sequence[str]) -> dict[tuple[str, Target, int], Deployme
 
 
 def expected(policy: str, target: Target, ranks: int) -> str:
-    """The verdict, as engines are published: 2048 / ranks inputs of down_proj are whole groups of 256."""
+    """The verdict, as engines are published: 2048 / ranks inputs of down_proj are whole groups of 256, where split
+    experts of two levels are read at all."""
     two_level = policy in TWO_LEVEL and (ENGINES[target].int4_group_size or policy in EXPLICIT)
     if target is Target.ONNX:
         return "accepted" if ranks == 1 else "refused"
-    if two_level and (target is Target.VLLM_ASCEND or 2048 // ranks % 256):
+    split = target is Target.ASCEND and ranks > 1
+    if two_level and (target is Target.VLLM_ASCEND or split or 2048 // ranks % 256):
         return "refused"
     if policy == "deepseek_w4a8_shared_w4" and target is Target.VLLM_ASCEND:
         return "refused"
@@ -73,7 +76,8 @@ def test_every_verdict_on_the_published_model(policies: Sequence[str]) -> None:
     for deployment in matrix.values():
         assert bool(deployment.words) is (deployment.verdict != "accepted"), deployment
     if policies is FIRST:
-        words = matrix["deepseek_w4a8", Target.ASCEND, 16].words
+        assert "experts that 2 ranks split" in matrix["deepseek_w4a8", Target.ASCEND, 2].words
+        words = matrix["deepseek_w4a8", Target.MINDIE, 16].words
         assert "128 on each of 16 ranks is not a multiple of group_size 256" in words
         assert "group_size auto → 0" in matrix["deepseek_w4a8", Target.VLLM_ASCEND, 1].choice
         known = {target: matrix["deepseek_w4a8", target, 1].evidence for target in (Target.VLLM_ASCEND, Target.MINDIE)}
@@ -94,7 +98,8 @@ def test_contracts_name_cells_releases_and_how_to_serve() -> None:
         contract = load_contract(target)
         assert serve_words(target) in words and " ".join(contract.title.split()) in words
         for release in contract.releases:
-            assert f"{release.engine} {release.span} loads {release.loads} ({release.evidence}: " in words
+            assert f"{release_words(release)} ({release.evidence}: " in words
+    assert "but not W8A8_MIX" in words
 
 
 def test_contracts_as_json() -> None:
@@ -145,12 +150,12 @@ def test_the_document_is_what_the_command_prints() -> None:
 
 
 def test_the_published_model_as_json() -> None:
-    result = targets("--table", "--json", "-p", "deepseek_w4a8", "-t", "ascend", "--tp", "8", "--tp", "16")
-    eight, sixteen = json.loads(result.output)
-    assert (eight["verdict"], sixteen["verdict"]) == ("accepted", "refused") and result.exit_code == 0
+    result = targets("--table", "--json", "-p", "deepseek_w4a8", "-t", "ascend", "--tp", "1", "--tp", "16")
+    one, sixteen = json.loads(result.output)
+    assert (one["verdict"], sixteen["verdict"]) == ("accepted", "refused") and result.exit_code == 0
     same = {"policy": "deepseek_w4a8", "target": "ascend", "words": "", "verdict": "accepted"}
     same |= {"evidence": "run", "choice": "group_size auto → 256: ascend loads groups of 256"}
-    assert eight == same | {"ranks": 8, "ep": 1}
+    assert one == same | {"ranks": 1, "ep": 1}
     result = targets("--table", "--json", "-p", "deepseek_w4a8", "-t", "ascend", "--tp", "16", "--ep", "16")
     assert json.loads(result.output) == [same | {"ranks": 16, "ep": 16}]
 
