@@ -47,6 +47,12 @@ def experts(group_size: int = 256) -> list[Linear]:
     return [expert(name, group_size) for name in ("gate_proj", "up_proj", "down_proj")]
 
 
+def stacked(linears: list[Linear]) -> list[Linear]:
+    """Each as that of 256 experts."""
+    modules = tuple(f"{MLP}experts.{index}" for index in range(256))
+    return [replace(one, recipe=replace(one.recipe, modules=modules)) for one in linears]
+
+
 def refused(target: Target, linears: list[Linear], ranks: int = 1, mix: bool | None = None) -> Finding:
     finding = refusal(check(load_contract(target), linears, ranks, mix))
     assert finding is not None
@@ -119,7 +125,7 @@ def test_a_rank_has_whole_groups(target: Target, ranks: int) -> None:
 def test_ascend_keeps_two_level_experts_whole(ranks: int) -> None:
     finding = refused(Target.ASCEND, experts(), ranks)
     assert f"{ranks} ranks split" in finding.fact and "expert parallelism" in finding.way_out
-    assert not check(load_contract(Target.ASCEND), experts(), ranks, ep=ranks)
+    assert not check(load_contract(Target.ASCEND), stacked(experts()), ranks, ep=ranks)
     assert not check(load_contract(Target.ASCEND), experts(0), ranks)
 
 
@@ -293,10 +299,7 @@ def test_dtypes_of_models(target: Target) -> None:
 
 @pytest.mark.parametrize("ranks", [2, 4, 8, 16])
 def test_sglang_keeps_int4_experts_whole(ranks: int) -> None:
-    whole = [
-        replace(one, recipe=replace(one.recipe, modules=tuple(f"{MLP}experts.{index}" for index in range(256))))
-        for one in experts(0)
-    ]
+    whole = stacked(experts(0))
     finding = refused(Target.SGLANG_NPU, whole, ranks)
     assert f"{ranks} ranks split" in finding.fact and "expert parallelism" in finding.way_out
     assert not check(load_contract(Target.SGLANG_NPU), whole, ranks, ep=ranks)
