@@ -100,6 +100,11 @@ def spoil(folder: Path, copy: Path, change: Callable[[dict[str, Tensor]], object
 @pytest.mark.parametrize("dtype", others_slow([torch.bfloat16, torch.float16], [torch.bfloat16]), ids=str)
 @pytest.mark.parametrize("reader", CASES)
 def test_every_engine_reads_what_the_graph_computes(compiled: Compile, reader: str, dtype: torch.dtype) -> None:
+    """SGLang takes bfloat16 alone, so for float16 nothing is written that its reader could see."""
+    if CASES[reader][0] is Target.SGLANG_NPU and dtype is torch.float16:
+        with pytest.raises(FxquantError, match="models in float16: the engine loads bfloat16"):
+            compiled(*CASES[reader], dtype=dtype)
+        return
     checks = compiled(*CASES[reader], dtype=dtype).check(reader)
     assert {name: check.misses for name, check in checks.items()} == dict.fromkeys(checks, [])
     assert checks["weights"].checked == 8 * 3 + 2 * 4 + 3 + 3, "experts, attentions, the dense MLP, the shared expert"
