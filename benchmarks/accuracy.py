@@ -136,12 +136,14 @@ def variations(base: str, changes: dict[str, dict[str, Any]]) -> list[tuple[str,
 
 
 def _rules_with(policy: Policy, keys: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rules of a policy in order, without those that earlier ones override; `keys` go to all that quantize."""
+    """The rules of a policy in order, without those that earlier ones override; `keys` go to all
+    that quantize layers of the graph."""
     rules: list[dict[str, Any]] = []
     covered: set[Kind] = set()
     for rule in policy.rules:
         if not rule.kind or not covered.issuperset(rule.kind):
-            more = {} if rule.scheme in (Scheme.FLOAT, LEAVE_OUT) else keys
+            plain = rule.scheme in (Scheme.FLOAT, LEAVE_OUT) or Kind.MTP in rule.kind  # whose layers no search fits
+            more = {} if plain else keys
             rules.append(rule.model_dump(mode="json", exclude_defaults=True) | more)
         covered |= set() if rule.path else set(rule.kind)
     return rules

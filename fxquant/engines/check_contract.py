@@ -81,7 +81,8 @@ def _expert_ranks(contract: Contract, linear: Linear, ranks: int, ep: int) -> It
     if ep > 1 and linear.experts and linear.experts % ep:
         fact = f"{linear.experts} experts do not split over {ep} expert-parallel ranks"
         yield _size(recipe, fact, f"Use --ep with a number that divides {linear.experts}.", rule.reference)
-    if rule.experts_whole and ranks > 1 and ep == 1 and linear.experts and recipe.int4:
+    whole = (rule.experts_whole == "int4" and recipe.int4) or (rule.experts_whole == "grouped" and recipe.group_size)
+    if whole and ranks > 1 and ep == 1 and linear.experts:
         fact = f"experts that {ranks} ranks split are read wrong"
         yield _size(recipe, fact, f"Use one rank, or {EXPERT_PARALLEL}.", rule.reference)
 

@@ -14,6 +14,7 @@ from fxquant.policy.kinds import Kind
 from fxquant.schemes.schemes import Recipe, Scheme
 
 FORMAT = 1
+Dtype = Literal["bfloat16", "float16", "float32"]
 ANY: Literal["any"] = "any"
 """In place of a list of schemes: all of them."""
 
@@ -52,6 +53,7 @@ class Cell(_Data):
     module      shell pattern of the last part of the module's path
     group_size  for schemes with groups: the group sizes it applies to; None: all
     bias        whether it applies to linears with or without a bias; None: to both
+    dtype       the dtypes of models it applies to; None: all
     """
 
     kind: tuple[Kind, ...]
@@ -62,6 +64,7 @@ class Cell(_Data):
     module: str = "*"
     group_size: tuple[int, ...] | None = None
     bias: bool | None = None
+    dtype: tuple[Dtype, ...] | None = None
     why: str = ""
     way_out: str = ""
 
@@ -75,7 +78,8 @@ class Cell(_Data):
         sized = self.group_size is None or recipe.group_size in self.group_size
         named = fnmatchcase(recipe.module.rpartition(".")[2], self.module) and self.bias in (None, recipe.bias)
         schemed = self.scheme == ANY or recipe.scheme in self.scheme
-        return kind in self.kind and schemed and sized and named
+        typed = self.dtype is None or str(recipe.dtype).removeprefix("torch.") in self.dtype
+        return kind in self.kind and schemed and sized and named and typed
 
 
 class Multiples(_Data):
@@ -92,7 +96,7 @@ class Multiples(_Data):
 class Dtypes(_Data):
     """Dtypes of models that the engine takes, and the verdict on others."""
 
-    accepted: tuple[Literal["bfloat16", "float16", "float32"], ...]
+    accepted: tuple[Dtype, ...]
     others: Verdict
     reference: str
 
@@ -102,12 +106,12 @@ class TensorParallel(_Data):
 
     sizes          ranks that the format allows
     whole_groups   in_features per rank must be a multiple of the group size
-    experts_whole  int4 experts are right on one rank or with expert parallelism only
+    experts_whole  which experts are right on one rank or with expert parallelism only: those of two levels, or of int4
     """
 
     sizes: tuple[int, ...]
     whole_groups: bool
-    experts_whole: bool = False
+    experts_whole: Literal["none", "grouped", "int4"] = "none"
     why: str
     reference: str
 
@@ -123,12 +127,16 @@ class Fused(_Data):
 
 
 class Release(_Data):
-    """Releases of an engine by number, `first` to `last` (empty: the newest, or unknown), and what they load."""
+    """Releases of an engine by number, `first` to `last` (empty: the newest, or unknown), and what they load.
+
+    but  what of that they do not load after all, in words; the contract, which is of all releases, accepts it
+    """
 
     engine: str
     first: str
     last: str = ""
     loads: str
+    but: str = ""
     evidence: Evidence
     reference: str
 

@@ -13,6 +13,7 @@ from fxquant.errors import FxquantError
 from fxquant.inputs.json_file import read_json
 from fxquant.inputs.limits import CONFIG_BYTES, INDEX_BYTES
 from fxquant.inputs.paths import GRAPH, MANIFEST, not_compiled
+from fxquant.lowering.output_folder.manifest import FLOAT_GRAPH, LEDGER
 from fxquant.schemes.roles import module_and_role
 from fxquant.schemes.schemes import Scheme
 from fxquant.storage.safetensors import TensorInfo, read_header
@@ -20,6 +21,8 @@ from fxquant.storage.safetensors import TensorInfo, read_header
 CONFIG = "config.json"
 INDEX = ".safetensors.index.json"
 AGAIN = "Copy the folder again, or quantize the model again."
+
+OWN = (MANIFEST, GRAPH, FLOAT_GRAPH, LEDGER)
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ class FoundFolder:
 
 def is_foreign(folder: Path) -> bool:
     """Whether it has weights and a description, and no file of ours."""
-    if not folder.is_dir() or any(os.path.lexists(folder / name) for name in (MANIFEST, GRAPH)):
+    if not folder.is_dir() or any(os.path.lexists(folder / name) for name in OWN):
         return False
     return any(folder.glob("*.safetensors")) and (_named_for_engines(folder) or bool(_descriptions(folder, "")))
 

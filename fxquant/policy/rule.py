@@ -3,7 +3,14 @@
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidatorFunctionWrapHandler, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    ValidatorFunctionWrapHandler,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
 
 from fxquant.policy.kinds import Kind
 from fxquant.policy.smooth_rules import checked_pattern, one_as_list
@@ -44,6 +51,10 @@ class Rule(BaseModel):
         if size not in GROUP_SIZES:
             raise ValueError(f"{size} is not one of {', '.join(map(str, GROUP_SIZES))} or {AUTO_WORD}")
         return size
+
+    @field_serializer("group_size", when_used="json")
+    def _say_group_size(self, size: int) -> int | str:
+        return AUTO_WORD if size == AUTO else size
 
     @model_validator(mode="after")
     def _check(self) -> "Rule":

@@ -106,6 +106,7 @@ def _print_contracts(targets: list["Target"], as_json: bool) -> None:
             sizes = "" if cell.group_size is None else f" group_size {', '.join(map(str, cell.group_size))}"
             where = ", ".join(cell.kind) + ("" if cell.module == "*" else f" ({cell.module})")
             where += {None: "", True: " with a bias", False: " without a bias"}[cell.bias]
+            where += f" of {', '.join(cell.dtype)} models" if cell.dtype else ""
             mark, style = MARKS[cell.verdict]
             verdict = f"{mark} {cell.verdict}" + (f": {cell.why}" if cell.why else "")
             table.add_row(where, ", ".join(cell.scheme) + sizes, (verdict, style), cell.evidence, cell.reference)

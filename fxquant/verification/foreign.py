@@ -117,14 +117,14 @@ def infer_target(found: FoundFolder, result: FoundProgram) -> Target:
     """The target that such a folder is for: by format, description, keys of config.json, names of weight files."""
     files = {info.file.name for info in found.infos.values()}
 
-    def fit(target: Target) -> tuple[bool, ...]:
+    def fit(target: Target) -> tuple[int, ...]:
         engine = ENGINES[target]
         keys = {} if result.program is None else engine.config(result.program)
         return (
             engine.open_reader is not None,
             result.read_by(engine),
             engine.description == found.description,
-            all((found.config or {}).get(key) == value for key, value in keys.items()),
+            -sum((found.config or {}).get(key) != value for key, value in keys.items()),
             all(name.startswith((f"{engine.stem}-", f"{engine.stem}.")) for name in files),
             target is DEFAULT,
         )

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,14 +65,20 @@ def ids(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(("target", "ranks"), RANKS)
 def test_ranks_share_a_wide_model(target: Target, ranks: int, tiny_folder: Callable, tmp_path_factory: Any) -> None:
-    source = tiny_folder(**WIDE)
+    """SGLang keeps int4 experts whole, so each of its ranks has one of sixteen."""
+    whole = target is Target.SGLANG_NPU
+    source = tiny_folder(**WIDE | ({"n_routed_experts": 16} if whole else {}))
     out = tmp_path_factory.getbasetemp() / f"wide-{target}"
     if not out.exists():
         options = CompileOptions(policy="deepseek_w4a8_per_channel", target=target, out=out, tp=16, verify=False)
+        if whole:
+            with pytest.raises(FxquantError, match="experts that 16 ranks split are read wrong"):
+                fxquant.compile(source, options)
+            options = replace(options, ep=16)
         fxquant.compile(source, options)
-    report = fxquant.verify(out, source, tp=ranks)
+    report = fxquant.verify(out, source, tp=ranks, ep=ranks if whole else None)
     assert report.verdict == "verified", [check.misses for check in report.checks]
-    name = "" if ranks == 1 else f" on {ranks} ranks"
+    name = "" if ranks == 1 else f" on {ranks} ranks" + (", experts whole" if whole else "")
     assert any(check.name.endswith(f"{name}: results ≈ graph") and check.checked > 9 for check in report.checks)
 
 
@@ -204,16 +211,25 @@ def example(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Target, str],
 @pytest.mark.parametrize("target", NPU)
 @pytest.mark.parametrize("ranks", [2, 4, 8, 16])
 def test_the_example_on_ranks(example: Callable, target: Target, ranks: int) -> None:
-    """Its experts are 256 wide: four ranks get the 64 that the int4 kernels need, eight are refused."""
+    """Its experts are 256 wide: four ranks get the 64 that the int4 kernels need, eight are refused.
+
+    SGLang keeps its eight experts whole: eight ranks get one each, and without expert parallelism it is refused.
+    """
     out = example(target, "deepseek_w4a8_per_channel")
-    report = fxquant.verify(out, EXAMPLE, tp=ranks)
+    whole = target is Target.SGLANG_NPU
+    report = fxquant.verify(out, EXAMPLE, tp=ranks, ep=ranks if whole else None)
     misses = [f"{check.name}: {miss}" for check in report.checks for miss in check.misses]
-    if ranks <= 4:
+    if ranks <= (8 if whole else 4):
         assert report.verdict == "verified", misses
     else:
-        assert all(miss.startswith("contract of") for miss in misses) and "not a multiple of 64" in " ".join(misses)
+        fact = "8 experts do not split over 16" if whole else "not a multiple of 64"
+        assert all(miss.startswith("contract of") for miss in misses) and fact in " ".join(misses)
+    if whole or ranks > 4:
+        words = (
+            "experts that . ranks split|8 heads do not split over 16" if whole else "not a multiple of 64|do not split"
+        )
         options = CompileOptions(policy="deepseek_w4a8_per_channel", target=target, out=out / "none", tp=ranks)
-        with pytest.raises(FxquantError, match="not a multiple of 64|do not split"):
+        with pytest.raises(FxquantError, match=words):
             fxquant.compile(EXAMPLE, options)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny import FEW_MODULES
 from typer.testing import CliRunner, Result
 
@@ -57,7 +58,7 @@ def test_ranks_asked_for_are_checked_read_and_written(tiny_folder: Callable[...,
     page, manifest = (out / SERVING).read_text(), read_manifest(out)
     assert f'vllm serve "$PWD" {line}\n' in page and "fxquant verify . --tp 2 --ep 2\n" in page
     assert (manifest.tp, manifest.ep, manifest.graph_only) == (2, 2, False) and SERVING in manifest.digests
-    assert "| int4 scales | two-level, groups of 256 |" in page and "2025-08-20" in page
+    assert "| int4 scales | two-level, groups of 256 |" in page and "vllm-ascend 0.11.0" in page
     misses = [miss for check in fxquant.verify(out, source, tp=2).checks for miss in check.misses]
     assert misses and all("group" in miss for miss in misses)
     assert fxquant.verify(out, source, ep=4).verdict == "verified"
@@ -109,7 +110,7 @@ def test_onnx_runs_any_graph_and_is_no_way_to_an_engine(halved: Path, tmp_path: 
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "plain": {}, "no q_lora": {"q_lora_rank": None}, "biased": {"attention_bias": True},
-    "float16": {"torch_dtype": "float16"},
+    "float16": {"dtype": torch.float16},
 }  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from fxquant.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from fxquant.compilation.ledger import Bucket, Ledger, build_ledger, check_parameters, mtp_modules
 from fxquant.errors import FxquantError
 from fxquant.passes import AssignSchemes
-from fxquant.policy.policy import load_policy, shipped_policies
+from fxquant.policy.policy import MtpMode, load_policy, shipped_policies
 from fxquant.program.program import Program
 
 Tiny = Callable[..., Checkpoint]
@@ -78,7 +78,7 @@ def test_every_tensor_is_in_its_bucket(options: dict[str, Any], tiny: Tiny) -> N
 def test_totals_sum_to_the_checkpoint(policy: str, options: dict[str, Any], tiny: Tiny) -> None:
     """Of the float graph with recipes, as a plan sees it."""
     checkpoint, program = tiny(**options), float_program(tiny(**options))
-    AssignSchemes(load_policy(policy), mtp_of(checkpoint))(program)
+    AssignSchemes(load_policy(policy).with_mtp(MtpMode.NONE), mtp_of(checkpoint))(program)
     totals = build_ledger(program, checkpoint).totals()
     counts, sizes = zip(*totals.values(), strict=True)
     assert sum(counts) == len(checkpoint.tensors) + len(checkpoint.scales)

@@ -281,9 +281,13 @@ def test_dtypes_of_models(target: Target) -> None:
 
 @pytest.mark.parametrize("ranks", [2, 4, 8, 16])
 def test_sglang_keeps_int4_experts_whole(ranks: int) -> None:
-    finding = refused(Target.SGLANG_NPU, experts(0), ranks)
+    whole = [
+        replace(one, recipe=replace(one.recipe, modules=tuple(f"{MLP}experts.{index}" for index in range(256))))
+        for one in experts(0)
+    ]
+    finding = refused(Target.SGLANG_NPU, whole, ranks)
     assert f"{ranks} ranks split" in finding.fact and "expert parallelism" in finding.way_out
-    assert not check(load_contract(Target.SGLANG_NPU), experts(0), ranks, ep=ranks)
+    assert not check(load_contract(Target.SGLANG_NPU), whole, ranks, ep=ranks)
     dynamic = [linear(f"{MLP}experts.gate_proj", Kind.ROUTED_EXPERT, Scheme.W8A8_DYNAMIC)]
     assert not check(load_contract(Target.SGLANG_NPU), dynamic, ranks)
 

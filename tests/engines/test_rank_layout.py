@@ -49,9 +49,8 @@ def test_whole_experts_keep_their_groups(target: Target) -> None:
     assert "--ep N" in refused(contract, [expert()], 16, 1).way_out
     assert not check(contract, [expert()], 16, ep=16)
     int8 = replace(expert().recipe, scheme=Scheme.W8A8_DYNAMIC, group_size=0, in_features=24)
-    assert not check(contract, [Linear(int8, Kind.MTP)], 16, ep=16) and refused(
-        contract, [Linear(int8, Kind.MTP)], 16, 1
-    )
+    assert refusal(check(contract, [Linear(int8, Kind.MTP)], 16, ep=16)) is None
+    assert refused(contract, [Linear(int8, Kind.MTP)], 16, 1)
     shared = Linear(replace(int8, modules=int8.modules[:1]), Kind.SHARED_EXPERT)
     assert "24 does not split over 16 ranks" in refused(contract, [shared], 16, 16).fact
 
@@ -78,7 +77,7 @@ def test_one_process_has_no_ranks() -> None:
 
 def test_an_engine_that_reads_split_experts_wrong() -> None:
     contract = load_contract(Target.ASCEND)
-    ranks = contract.tensor_parallel.model_copy(update={"experts_whole": True})
+    ranks = contract.tensor_parallel.model_copy(update={"experts_whole": "int4"})
     contract = contract.model_copy(update={"tensor_parallel": ranks})
     assert not check(contract, [expert(group_size=0)]) and not check(contract, [expert(group_size=0)], 8, ep=8)
     assert "8 ranks split are read wrong" in refused(contract, [expert(group_size=0)], 8, 1).fact
@@ -104,13 +103,14 @@ def test_no_policy_gets_a_number_of_ranks_that_its_contract_refuses(
     program, contract = float_program(tiny_folder(num_attention_heads=heads)), load_contract(target)
     for name in shipped_policies():
         assigned = replace(program, recipes={}, rules={}, unused_rules=[])
-        AssignSchemes(load_policy(name), (), ENGINES[target].weight_format).apply(assigned)
+        engine = ENGINES[target]
+        AssignSchemes(load_policy(name), (), engine.weight_format, engine.int4_group_size, target).apply(assigned)
         described = linears(assigned)
         layout = served_layout(contract, described, None, None)
         if refusal(check(contract, described)) is None:
             assert refusal(check(contract, described, layout.tp, ep=layout.ep)) is None
             split = target is not Target.ONNX and name != INT4_SHARED
-            assert layout.tp == ({4: 4, 6: 2}[heads] if split else 1) or target is Target.MINDIE
+            assert layout.tp == ({4: 4, 6: 2}[heads] if split else 1) or target in (Target.MINDIE, Target.MINDIE_2_1RC1)
 
 
 def lines(**layout: int) -> dict[Target, str]:

@@ -19,10 +19,13 @@ from fxquant.policy.policy import load_policy, shipped_policies
 from fxquant.tools.main import app
 
 TWO_LEVEL = (
-    "deepseek_w4a8", "deepseek_w4a8_dynamic", "deepseek_w4a8_msmodelslim", "deepseek_w4a8_msmodelslim_m4",
-    "deepseek_w4a8_shared_w4",
+    "deepseek_w4a8", "deepseek_w4a8_dynamic", "deepseek_w4a8_dynamic_rotated", "deepseek_w4a8_msmodelslim",
+    "deepseek_w4a8_msmodelslim_m4", "deepseek_w4a8_shared_w4",
 )  # fmt: skip
-ONE_LEVEL = ("deepseek_w4a8_per_channel", "deepseek_w4a8_per_channel_static")
+ONE_LEVEL = (
+    "deepseek_w4a8_per_channel", "deepseek_w4a8_msmodelslim_per_channel", "deepseek_w4a8_per_channel_rotated",
+    "deepseek_w4a8_per_channel_static",
+)  # fmt: skip
 EXPLICIT = ("deepseek_w4a8_msmodelslim", "deepseek_w4a8_msmodelslim_m4")
 WITHOUT_INT4 = ("deepseek_w8a8", "deepseek_w8a8_mix", "float")
 FIRST = ("deepseek_w4a8", "deepseek_w4a8_per_channel", "deepseek_w8a8_mix")

@@ -83,11 +83,11 @@ def test_row_parallel_is_in_the_graph_and_not_in_the_names(checkpoint: Checkpoin
     ("changes", "policy", "layer", "facts", "way_out"),
     [
         (
-            {"moe_intermediate_size": 128}, "deepseek_w4a8", "experts.down_proj",
+            {"moe_intermediate_size": 128}, "deepseek_w4a8_msmodelslim", "experts.down_proj",
             "in_features 128 is not a multiple of group_size 256", "group_size: 128",
         ),
         (
-            {"moe_intermediate_size": 320}, "deepseek_w4a8", "experts.down_proj",
+            {"moe_intermediate_size": 320}, "deepseek_w4a8_msmodelslim", "experts.down_proj",
             "in_features 320 is not a multiple of group_size 256", "group_size: 64",
         ),
         (

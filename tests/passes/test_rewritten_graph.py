@@ -22,9 +22,12 @@ OPERATORS = (
 COUNTS = {
     "deepseek_w4a8": (3, 0, 11, 4, 14, 0, 0, 3, 11, 3, 3),
     "deepseek_w4a8_dynamic": (3, 0, 0, 12, 14, 0, 0, 3, 0, 14, 3),
+    "deepseek_w4a8_dynamic_rotated": (3, 0, 0, 12, 14, 0, 0, 3, 0, 14, 3),
     "deepseek_w4a8_msmodelslim": (3, 0, 8, 6, 14, 0, 0, 3, 8, 6, 3),
     "deepseek_w4a8_msmodelslim_m4": (3, 0, 8, 6, 14, 0, 0, 3, 8, 6, 3),
+    "deepseek_w4a8_msmodelslim_per_channel": (3, 0, 0, 12, 14, 0, 0, 3, 0, 14, 3),
     "deepseek_w4a8_per_channel": (3, 0, 0, 12, 14, 0, 0, 3, 0, 14, 3),
+    "deepseek_w4a8_per_channel_rotated": (3, 0, 0, 12, 14, 0, 0, 3, 0, 14, 3),
     "deepseek_w4a8_per_channel_static": (3, 0, 8, 6, 14, 0, 0, 3, 8, 6, 3),
     "deepseek_w4a8_shared_w4": (3, 0, 8, 6, 11, 3, 0, 3, 8, 6, 3),
     "deepseek_w8a8": (3, 0, 8, 6, 14, 0, 3, 0, 8, 6, 3),

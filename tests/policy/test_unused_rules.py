@@ -95,7 +95,7 @@ def test_only_what_it_may_decide_counts_as_taken(assign: Assign, policy: Callabl
         ("path: '*.q_c_proj', method: flex", "matches no path", "*.q_b_proj"),
         ("path: model.layers.1, method: flex", "not the modules in it", "model.layers.1.*"),
         (f"path: {EXPERTS}.0.*, method: flex", "names single experts", ""),
-        ("kind: embedding, method: flex", "model.embed_tokens reads no output of a norm or an attention", ""),
+        ("kind: embedding, method: flex", "model.embed_tokens reads no output of a norm, an attention or a swiglu", ""),
         ("kind: norm, path: '*.o_proj', method: flex", "path and kind exclude each other", ""),
         ("path: '*.kv_b_proj', method: flex", "kv_b_proj and 1 more reads no output", ""),
         ("path: lm_head, method: flex", "for the input of lm_head, all its consumers stay in float", ""),

@@ -32,7 +32,7 @@ from fxquant.verification.weight_checks import check_stored
 DIGEST = "0" * 32
 GOOD: dict[str, Any] = {
     "fxquant": "0.1.0", "kernels": 1, "source": "../in", "checkpoint": "../in", "policy": "float", "target": "ascend",
-    "tp": 1, "ep": 1, "graph_only": False,
+    "tp": 1, "ep": 1, "graph_only": False, "foreign": False,
     "sources": {"model.safetensors": {"header": DIGEST, "size": 8}}, "files": {"config.json": 3},
     "digests": {"optional/x": DIGEST}, "weights": {"w.safetensors": DIGEST},
     "units": {"lm_head": {"key": DIGEST, "digests": {"weight": DIGEST}}},

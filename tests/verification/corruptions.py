@@ -61,6 +61,7 @@ class Corruption:
     needs     the suffix, or the file's key, without which it makes no sense
     named     what one of the misses must hold
     unread    the engine reads nothing of it, so its reader can't see it
+    sections  it is in the types of config.json, one for each section
     ranks     tensor-parallel ranks on which the engine's reader sees it
     """
 
@@ -68,6 +69,7 @@ class Corruption:
     named: str
     needs: str = ""
     unread: bool = False
+    sections: bool = False
     ranks: int = 1
 
     def fits(self, folder: Folder) -> bool:
@@ -217,6 +219,6 @@ CORRUPTIONS = {
     "type of one tensor stale": Corruption(describe(f"{DOWN}.weight_scale"), f"{DOWN}.weight_scale: 'W8A8_DYNAMIC'"),
     "type of one module stale": Corruption(describe_module, f"{DOWN}.weight: 'W8A8_DYNAMIC'"),
     "group_size stale": Corruption(stale_group_size, "group_size"),
-    "moe_quantize of config.json stale": Corruption(stale_quantize, "moe_quantize", unread=True),
+    "moe_quantize of config.json stale": Corruption(stale_quantize, "moe_quantize", unread=True, sections=True),
 }
 """`unread` by the reader: engines read float tensors and config.json, but no quantized linear does."""

@@ -21,7 +21,7 @@ SHAPE: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 128, "n_routed_experts": 2, "n_group": 1,
     "topk_group": 1,
 }  # fmt: skip
-GROUPS = "[{kind: routed_expert, scheme: W4A8_DYNAMIC, group_size: 32}]"
+GROUPS = "[{kind: routed_expert, scheme: W4A8_DYNAMIC, group_size: 64}]"
 POLICIES = {
     "groups": f"description: two levels\nextends: deepseek_w4a8\nrules: {GROUPS}\n",
     "m4": f"description: as the W4A8 script smooths\nextends: deepseek_w4a8_msmodelslim_m4\nrules: {GROUPS}\n",

@@ -86,5 +86,6 @@ def _rows(program: Program, contract: Contract, serving: Serving) -> Iterable[tu
 
 
 def release_words(release: Release) -> str:
-    """An engine's releases and what they load, as contract and SERVING.md say it."""
-    return f"{release.engine} {release.span} loads {release.loads}"
+    """An engine's releases, what they load, and what they do not, as contract and SERVING.md say it."""
+    but = f", but not {release.but}" if release.but else ""
+    return f"{release.engine} {release.span} loads {release.loads}{but}"

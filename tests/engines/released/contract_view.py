@@ -12,7 +12,6 @@ from fxquant.engines.table import ENGINES, Target
 from fxquant.passes import AssignSchemes
 from fxquant.passes.check_contract import linears
 from fxquant.planning.support_matrix import float_program
-from fxquant.policy.kinds import Kind
 from fxquant.policy.policy import load_policy
 from fxquant.program.program import MtpLayers
 
@@ -20,15 +19,13 @@ from fxquant.program.program import MtpLayers
 def refused(source: Source, checkpoint: Path, ranks: int, parallel: str) -> str | None:
     """The first refusal, None without one."""
     described, contract = _linears(source.policy, source.target, checkpoint), load_contract(source.target)
-    experts = [linear for linear in described if linear.kind is Kind.ROUTED_EXPERT]
-    others = [linear for linear in described if linear.kind is not Kind.ROUTED_EXPERT]
-    findings = check(contract, others, ranks) + check(contract, experts, 1 if parallel == "ep" else ranks)
-    found = refusal(findings)
+    found = refusal(check(contract, described, ranks, ep=ranks if parallel == "ep" else 1))
     return None if found is None else found.fact
 
 
 @cache
 def _linears(policy: str, target: Target, checkpoint: Path) -> list[Linear]:
     assigned = replace(float_program(checkpoint), recipes={}, rules={}, unused_rules=[], mtp=MtpLayers())
-    AssignSchemes(load_policy(policy), (), ENGINES[target].weight_format).apply(assigned)
+    engine = ENGINES[target]
+    AssignSchemes(load_policy(policy), (), engine.weight_format, engine.int4_group_size, target).apply(assigned)
     return linears(assigned)

@@ -64,11 +64,13 @@ CONTRACT_GAPS = {
     ("0.11.0", Trait.MIXED, "tp"),
     ("0.11.0", Trait.MIXED, "ep"),
     ("0.13.0", Trait.PER_CHANNEL, "tp"),
-    ("0.13.0", Trait.TWO_LEVEL, "tp"),
-    ("0.18.0", Trait.TWO_LEVEL, "tp"),
-    ("0.23.0", Trait.TWO_LEVEL, "tp"),
 }
-"""Release, trait, parallelism: our contracts, which know no releases, accept some ranks that the release does not."""
+"""Release, trait, parallelism: our contracts, which are of all releases, accept some ranks that the release does not.
+Of each `but` of the release tells."""
+REFUSED_SPLIT = {Trait.TWO_LEVEL}
+"""What our contract refuses where ranks split it."""
+TOO_STRICT = {("0.11.0", Trait.TWO_LEVEL, "tp")}
+"""The other way round: refused for all releases, where this one loads it on some ranks."""
 
 
 def traits(folder: Path) -> frozenset[Trait]:

@@ -14,12 +14,16 @@ from fxquant.engines.table import Target
 from fxquant.lowering.output_folder.manifest import GRAPH
 from fxquant.passes.check_contract import linears
 from fxquant.policy.kinds import Kind
+from fxquant.policy.policy import shipped_policies
 from fxquant.program.program_file import load_program
 
 LAYOUTS = [(ranks, "tp") for ranks in (1, 2, 4, 8, 16)] + [(ranks, "ep") for ranks in (2, 4, 8, 16)]
 ON_ALL = (PER_CHANNEL, STATIC, "deepseek_w8a8")
 """Policies that are shown on all layouts; others, which do not load or load as these do, on one rank."""
-ON_ONE = ("deepseek_w4a8", "deepseek_w8a8_mix", "float", *(name for name in OWN_POLICIES if name != "shifted"))
+ON_ONE = (
+    *(name for name in shipped_policies() if name not in ON_ALL),
+    *(name for name in OWN_POLICIES if name != "shifted"),
+)
 TWO_LEVEL = "groups_of_256"
 OTHER_SOURCES = [(policy, source) for source in ("fp8", "fp16", "biased") for policy in (PER_CHANNEL, STATIC)]
 DRAFT_LAYOUTS = [(1, "tp"), (4, "tp"), (8, "ep")]

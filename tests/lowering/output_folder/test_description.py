@@ -42,7 +42,10 @@ def test_the_description_has_one_entry_a_tensor(policy: str, tiny: Tiny) -> None
 CONFIG_KEYS = {  # policy → mla_quantize, moe_quantize
     "deepseek_w4a8": ("w8a8", "w4a8_dynamic"),
     "deepseek_w4a8_dynamic": ("w8a8_dynamic", "w4a8_dynamic"),
+    "deepseek_w4a8_dynamic_rotated": ("w8a8_dynamic", "w4a8_dynamic"),
     "deepseek_w4a8_msmodelslim": ("w8a8", "w4a8_dynamic"),
+    "deepseek_w4a8_msmodelslim_per_channel": ("w8a8_dynamic", "w4a8_dynamic"),
+    "deepseek_w4a8_per_channel_rotated": ("w8a8_dynamic", "w4a8_dynamic"),
     "deepseek_w4a8_msmodelslim_m4": ("w8a8", "w4a8_dynamic"),
     "deepseek_w4a8_per_channel": ("w8a8_dynamic", "w4a8_dynamic"),
     "deepseek_w4a8_per_channel_static": ("w8a8", "w4a8_dynamic"),
