@@ -216,5 +216,6 @@ def test_without_a_manifest_it_asks_for_what_it_cannot_know(case: Callable, tmp_
     command = ["verify", str(out), "--against", str(case(Target.VLLM_ASCEND).source), "--target", "vllm-ascend", "-q"]
     result = CliRunner().invoke(app, command, catch_exceptions=False)
     assert result.exit_code == 0 and "verified" in result.output and "digest" not in result.output
-    (out / GRAPH).unlink()  # now it is like a folder that others wrote
+    for name in (GRAPH, FLOAT_GRAPH, LEDGER):
+        (out / name).unlink()  # now it is like a folder that others wrote
     assert fxquant.verify(out, against=case(Target.VLLM_ASCEND).source).verdict == "verified"
