@@ -33,8 +33,9 @@ GROUP_SIZE, FP8_BLOCK = 256, 128
 MIN_MAX = "min_max"
 """The weight algorithm (`fxquant.schemes.schemes`) whose kernels have no name of their own."""
 KERNEL_SECONDS = 0.08
-SECONDS, LAST_WAIT = 4.0, 0.25
-"""Seconds to measure: enough unless kernels are compiled for the first time, which takes ten seconds."""
+SECONDS, LAST_WAIT = 4.0, 4.0
+"""Seconds to measure, from the start and from the ask: enough unless kernels are compiled for the first time, which
+takes ten seconds. Kernels that search for scales begin at the ask, which comes after tracing, late for a large model."""
 COPY, COPY_BYTES = "copy", 64 << 20
 GPTQ_INVERSE, GPTQ_FEEDBACK = "inverses for gptq", "codes by gptq"
 GPTQ = {GPTQ_INVERSE, GPTQ_FEEDBACK}
