@@ -35,7 +35,7 @@ MIN_MAX = "min_max"
 KERNEL_SECONDS = 0.08
 SECONDS, LAST_WAIT = 4.0, 4.0
 """Seconds to measure, from the start and from the ask: enough unless kernels are compiled for the first time, which
-takes ten seconds. Kernels that search for scales begin at the ask, which comes after tracing, late for a large model."""
+takes ten seconds. Kernels that search for scales begin at the ask, which comes after tracing, late for large ones."""
 COPY, COPY_BYTES = "copy", 64 << 20
 GPTQ_INVERSE, GPTQ_FEEDBACK = "inverses for gptq", "codes by gptq"
 GPTQ = {GPTQ_INVERSE, GPTQ_FEEDBACK}

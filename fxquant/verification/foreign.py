@@ -19,13 +19,13 @@ from fxquant.foreign.found import CONFIG, FoundFolder, find_folder
 from fxquant.foreign.model import source_of_found
 from fxquant.foreign.program import FoundProgram, found_program
 from fxquant.frontend.source import Source
-from fxquant.lowering.output import copied_files
+from fxquant.lowering.output_folder.copies import copied_files
 from fxquant.lowering.output_folder.layout import StoredTensor, stored_tensors
 from fxquant.passes.check_contract import linears
 from fxquant.program.program import Program
 from fxquant.progress import Reporter
 from fxquant.runtime.weight_providers import Cached
-from fxquant.verification.blocks import walk
+from fxquant.verification.blocks import block_names, walk
 from fxquant.verification.engine_check import EngineChecker
 from fxquant.verification.foreign_documents import (
     check_config,
@@ -195,8 +195,7 @@ def _read_as_engine(
     if reader is None:
         return []
     checker = EngineChecker(program, reader, unverified(program, target, ranks), SAMPLED_EXPERTS if sampled else None)
-    blocks = list(dict.fromkeys(n.meta["block"] for n in program.graph.graph.nodes if n.op == "call_function"))
-    selected = set(one_of_each_kind(program)) if sampled else set(blocks)
+    selected = set(one_of_each_kind(program) if sampled else block_names(program))
     with report("verify reader", len(selected), "blocks") as advance:
         for block, values in walk(program, Cached(found.read, VALUE_CACHE), selected):
             checker.check(block, values)

@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fxquant.engines.ascend.serving import serve
 from fxquant.engines.documents import scheme_keys, versioned_header
 from fxquant.engines.engine import Engine
+from fxquant.engines.vllm_ascend.serving import serve
 from fxquant.schemes.weight_formats import WeightFormat
 
 if TYPE_CHECKING:

@@ -5,13 +5,13 @@ and the deq_scale of bfloat16 models are kept, everything else is rounded to the
 Source: MindIE-LLM, atb_llm: utils/weights.py, utils/quantize, models/deepseek and models/deepseekv2.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from fxquant.engine_readers.folder import WeightFolder, stated_number
+from fxquant.engine_readers.folder import stated_number
 from fxquant.engine_readers.linear_loader import (
     FLOAT,
     W4A8_DYNAMIC,
@@ -21,17 +21,17 @@ from fxquant.engine_readers.linear_loader import (
     LinearRules,
     load_linear,
 )
-from fxquant.engine_readers.names import ExpertPath, expert_path
+from fxquant.engine_readers.names import ExpertPath
 from fxquant.engine_readers.packed_experts import PackedExperts
 from fxquant.engine_readers.ranks import Loaded
-from fxquant.engine_readers.reader import EngineReader
+from fxquant.engine_readers.shared_as_routed import SharedAsRoutedReader, open_model_type
 from fxquant.engine_readers.split import Split
 from fxquant.errors import FxquantError
 
 DESCRIPTION = "quant_model_description.json"
 MODEL_TYPE = "deepseekv2"
 GROUP_SIZES = (0, 64, 128, 256)
-ATTENTION, SHARED = "self_attn", "shared_experts"
+ATTENTION = "self_attn"
 
 RULES = LinearRules(reciprocal=False, narrow_scale=True, biased=False)
 """Linears are built without `.bias` unless config.json has attention_bias; weight_scale has the model's dtype."""
@@ -47,30 +47,21 @@ token, from weight and weight_scale (quantize/pack_type.py)."""
 
 
 @dataclass(frozen=True)
-class MindieReader(EngineReader):
-    """With mix_shared_routing the shared expert runs as one more routed expert, with the number after the last.
-
-    Only then is it of type W4A8_DYNAMIC: MindIE refuses that type without the option, and other types with it.
-    """
+class MindieReader(SharedAsRoutedReader):
+    """A module is read as the one type that config.json gives its section."""
 
     def linear(self, module: str, row_parallel: bool = False) -> Loaded:
-        mlp, _, projection = module.rpartition(f".{SHARED}.")
-        if mlp and self.folder.type_of(module) == W4A8_DYNAMIC:
-            return self.expert_linear(f"{mlp}.experts.{self._routed}.{projection}", row_parallel)
+        if self.as_routed(module) is not None:
+            return super().linear(module, row_parallel)
         section = "mla_quantize" if f".{ATTENTION}." in module else "quantize"
         kind = self._read_as(module, self.folder.type_of(module), section)
         return load_linear(self.folder, self.rules, module, Split(self.ranks, row_parallel), kind)
 
     def locate(self, module: str) -> ExpertPath:
-        """The expert after the last routed one is stored under shared_experts; all its projections are W4A8_DYNAMIC."""
-        path = expert_path(module)
-        if path.index == self._routed:
-            path = replace(path, stored=f"{path.parent.removesuffix('.experts')}.{SHARED}")
-        kind = self.folder.type_of(path.module(path.projection))
-        if path.index == self._routed and kind != W4A8_DYNAMIC:
-            fact = f"{kind}; with mix_shared_routing it runs with the routed experts."
-            raise FxquantError(path.module(path.projection), fact, "Give it W4A8_DYNAMIC, or switch the option off.")
-        self._read_as(path.module(path.projection), kind, "moe_quantize")
+        """A routed expert, or the shared one that runs with them: of the type of their section."""
+        path = super().locate(module)
+        projection = path.module(path.projection)
+        self._read_as(projection, self.folder.type_of(projection), "moe_quantize")
         return path
 
     def fused_with(self, module: str) -> tuple[str, ...]:
@@ -81,15 +72,6 @@ class MindieReader(EngineReader):
         """Read per token, static shards need no common scale."""
         if self._section_type("quantize") != "w8a8_dynamic":
             super().check_fused(group)
-
-    def mix_shared_routing(self, mlp: str) -> bool:
-        """Whether the shared expert of an MoE layer can run with this option only."""
-        return self.folder.type_of(f"{mlp}.{SHARED}.gate_proj") == W4A8_DYNAMIC
-
-    def gate_bias(self, name: str) -> Tensor:
-        """float32 [experts]: e_score_correction_bias as loaded, its minimum subtracted, which changes no choice."""
-        bias = self.folder.tensor(name).float()
-        return bias - bias.min()
 
     def norm(self, module: str) -> tuple[Tensor, Tensor]:
         """weight and bias of a norm; a missing bias is zeros."""
@@ -114,21 +96,11 @@ class MindieReader(EngineReader):
         stated = self.folder.config.get(section, self.folder.config.get("quantize"))
         return "w8a8_pdmix" if section == "quantize" and stated == "w8a8_mix" else str(stated)
 
-    @property
-    def _routed(self) -> int:
-        return stated_number(self.folder.path / "config.json", self.folder.config, "n_routed_experts")
-
 
 def open_mindie(folder: Path, ranks: int) -> MindieReader:
     """Raises FxquantError for a model_type under which MindIE looks for another model, and for other group sizes than
     it takes."""
-    files = WeightFolder(folder, DESCRIPTION)
-    if files.config.get("model_type") != MODEL_TYPE:
-        fact = f"model_type is {files.config.get('model_type')}; MindIE runs DeepSeek as {MODEL_TYPE}."
-        raise FxquantError(folder / "config.json", fact, f"Set it to {MODEL_TYPE}.")
-    quantization = files.config.get("quantization_config") or {}
-    if not isinstance(quantization, dict):
-        raise FxquantError(folder / "config.json", "quantization_config is not a JSON object.", "Write it again.")
+    files, quantization = open_model_type(folder, DESCRIPTION, "MindIE", MODEL_TYPE)
     merged = quantization | files.description  # the description's keys overrule those of config.json
     group_size = stated_number(folder / DESCRIPTION, merged, "group_size")
     if group_size not in GROUP_SIZES:
