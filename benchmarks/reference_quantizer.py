@@ -52,10 +52,14 @@ SHARD = "model-{:05d}-of-000163.safetensors"
 """The tool reads the prediction layer from the last of 163 files, as layer 61, whatever the model."""
 MODELS = HERE.parent.parent / "shared" / "models" / "tiny"
 NAMES = ("bf16", "outlier")
-POLICIES = ("deepseek_w4a8_per_channel", "deepseek_w4a8_per_channel_static", "deepseek_w4a8")
+POLICIES = (
+    "deepseek_w4a8_msmodelslim_per_channel",
+    "deepseek_w4a8_per_channel",
+    "deepseek_w4a8_per_channel_static",
+    "deepseek_w4a8",
+)
 TARGETS = (Target.VLLM_ASCEND, Target.ASCEND)
 HEADINGS = (
-    "model",
     "integers",
     "verify",
     "perplexity",
@@ -126,10 +130,10 @@ def measure(options: argparse.Namespace, name: str, python: Path, place: Path) -
     for row, (_, _, weights), result in zip(rows, opened, results, strict=True):
         verdict = fxquant.verify(row.folder, against=options.models / name).verdict
         table.add_row(row.label, verdict, *figures(row, result))
-        each = [f"{layer}: {error:.2e}" for layer, error in by_layer(weights)]
-        layers.add_row(row.label, *each)
-        while len(layers.columns) < len(each) + 1:
-            layers.add_column("")
+        each = list(by_layer(weights))
+        for layer, _ in each[len(layers.columns) - 1 :]:
+            layers.add_column(f"layer {layer}")
+        layers.add_row(row.label, *(f"{error:.2e}" for _, error in each))
     return table, layers
 
 

@@ -6,8 +6,8 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -32,8 +32,13 @@ class Ended:
     @property
     def last_line(self) -> str:
         """The last non-empty line of the output, or ""."""
-        lines = self.output.decode(errors="replace").splitlines()
-        return next((line.strip() for line in reversed(lines) if line.strip()), "")
+        return last_line(self.output)
+
+
+def last_line(output: bytes | bytearray) -> str:
+    """The last line that is not empty, or ""."""
+    lines = output.decode(errors="replace").splitlines()
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
 
 def run_to_end(
@@ -44,23 +49,41 @@ def run_to_end(
     When it exits or times out, or when this process dies for any reason, all its descendants are killed, even those in
     other sessions. Output is drained continuously and never waited for. Memory is not bounded.
     """
-    # a session of its own: Ctrl-C in the terminal reaches this process alone, which then ends the command
+    tail = bytearray()
+    with supervised(command, handles, environment) as process:
+        thread = drained(process.stdout, tail)
+        try:
+            process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            raise TimeoutError(f"still running after {seconds:g} seconds") from None
+    thread.join(1.0)  # a process that could not be killed may hold the pipe open
+    return Ended(process.returncode, bytes(tail))
+
+
+@contextmanager
+def supervised(
+    command: Sequence[str], handles: Sequence[int] = (), environment: Mapping[str, str] | None = None
+) -> "Iterator[subprocess.Popen[bytes]]":
+    """The supervisor of `command` while the block is open: its stdout and its status are the command's.
+
+    It is in a session of its own: Ctrl-C in the terminal reaches this process alone, which then ends the command.
+    """
     process = subprocess.Popen(
         [sys.executable, "-I", "-S", str(SUPERVISOR), str(os.getpid()), ",".join(map(str, handles)), *command],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, pass_fds=handles, env=environment,
         start_new_session=True,
     )  # fmt: skip
-    tail = bytearray()
-    thread = threading.Thread(target=_read, args=(process.stdout, tail), daemon=True)
     try:
-        thread.start()
-        process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        raise TimeoutError(f"still running after {seconds:g} seconds") from None
+        yield process
     finally:
         _end(process)
-    thread.join(1.0)  # a process that could not be killed may hold the pipe open
-    return Ended(process.returncode, bytes(tail))
+
+
+def drained(stream: IO[bytes] | None, tail: bytearray) -> threading.Thread:
+    """A thread, started, that reads `stream` to its end and keeps its last `OUTPUT_BYTES` in `tail`."""
+    thread = threading.Thread(target=_read, args=(stream, tail), daemon=True)
+    thread.start()
+    return thread
 
 
 def _read(stream: IO[bytes], tail: bytearray) -> None:

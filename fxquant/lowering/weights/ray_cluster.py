@@ -9,7 +9,7 @@ import socket
 import sys
 import threading
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout
 from functools import lru_cache
 from itertools import islice
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 from fxquant.errors import FxquantError, StoppedError
 from fxquant.kernels.version import KERNEL_VERSION
 from fxquant.lowering.weights.fill import FillJob
+from fxquant.lowering.weights.ray_head import ask_for_a_token, own_cluster
 from fxquant.lowering.weights.unit import Filled, Unit
 from fxquant.processes.command import run_to_end
 from fxquant.version import __version__
@@ -30,9 +31,10 @@ NEVER = -1
 """For max_retries: Ray never stops retrying a task whose worker died."""
 ANSWER_SECONDS = 5
 CONNECT_SECONDS = 60
+CANCEL_SECONDS = 10
 PROBE = "import ray, sys; ray.init(address=sys.argv[1], log_to_driver=False); ray.shutdown()"
 VERSIONS = (__version__, KERNEL_VERSION)
-REMEDY = "Start one with ray start --head, or leave --address out."
+REMEDY = "Start one with ray start --head, set RAY_AUTH_MODE=token if it has a token, or leave --address out."
 
 
 def fill_ray(job: FillJob, units: Sequence[Unit], jobs: int, address: str | None) -> Generator[Filled, None, None]:
@@ -43,20 +45,15 @@ def fill_ray(job: FillJob, units: Sequence[Unit], jobs: int, address: str | None
     printed meanwhile goes to stderr: Ray prints which machine it lost, and stdout may carry JSON.
     """
     ray = _ray()
-    started = not ray.is_initialized()
-    with redirect_stdout(sys.stderr):
-        if started:
-            _connect(ray, jobs, address)
+    stays = ray.is_initialized()
+    with redirect_stdout(sys.stderr), nullcontext() if stays else _connected(ray, jobs, address):
         try:
-            yield from _fill(ray, job, units)
+            yield from _fill(ray, job, units, stays)
         except ray.exceptions.RayTaskError as error:
             raise (error.cause if isinstance(error.cause, FxquantError) else error) from None
         except ray.exceptions.RayError as error:
             fact = f"the cluster failed: {_first_line(error)}"
             raise StoppedError("--workers ray", fact, "Check its machines with ray status.") from None
-        finally:
-            if started:
-                ray.shutdown()
 
 
 def check_cluster(address: str | None) -> None:
@@ -64,6 +61,8 @@ def check_cluster(address: str | None) -> None:
 
     The attempt runs in a separate process: Ray itself waits longer, and writes its own messages to the terminal.
     """
+    if address is None:
+        ask_for_a_token()
     _ray()
     if address is None:
         return
@@ -91,14 +90,18 @@ def _reach(address: str, place: str) -> None:
         raise FxquantError(place, f"no Ray cluster answers: {reason}.", REMEDY) from None
 
 
-def _connect(ray: Any, jobs: int, address: str | None) -> None:
-    own = {"num_cpus": jobs, "include_dashboard": False} if address is None else {}
-    try:
-        with _same_signals():
-            ray.init(address=address or "local", log_to_driver=False, logging_level=logging.CRITICAL, **own)
-    except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
-        place = "--workers ray" if address is None else f"--address {address}"
-        raise StoppedError(place, f"no Ray cluster answers: {_first_line(error)}", REMEDY) from None
+@contextmanager
+def _connected(ray: Any, jobs: int, address: str | None) -> Iterator[None]:
+    with ExitStack() as stack:
+        try:
+            with _same_signals():
+                place = stack.enter_context(own_cluster(jobs)) if address is None else address
+                stack.callback(ray.shutdown)
+                ray.init(address=place, log_to_driver=False, logging_level=logging.CRITICAL)
+        except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+            place = "--workers ray" if address is None else f"--address {address}"
+            raise StoppedError(place, f"no Ray cluster answers: {_first_line(error)}", REMEDY) from None
+        yield
 
 
 @contextmanager
@@ -118,7 +121,9 @@ def _same_signals() -> Iterator[None]:
             signal.raise_signal(signal.SIGTERM)  # again, for the restored handler
 
 
-def _fill(ray: Any, job: FillJob, units: Sequence[Unit]) -> Iterator[Filled]:
+def _fill(ray: Any, job: FillJob, units: Sequence[Unit], stays: bool) -> Iterator[Filled]:
+    """`stays`: the connection outlives the work. Where it does not, Ray ends what still runs when it is closed, while a
+    task that completes when it is cancelled by force ends the process: a check in Ray that fails."""
     shared, fill = ray.put(job), ray.remote(max_retries=NEVER)(_fill_some)
     waiting = iter(_tasks(units, _cores(ray)))
     running: list[Any] = []
@@ -131,8 +136,10 @@ def _fill(ray: Any, job: FillJob, units: Sequence[Unit]) -> Iterator[Filled]:
             finished, running = ray.wait(running)
             yield from ray.get(finished[0])
     finally:
-        for task in running:
-            ray.cancel(task, force=True)
+        if stays and running:
+            for task in running:
+                ray.cancel(task)
+            ray.wait(running, num_returns=len(running), timeout=CANCEL_SECONDS)
 
 
 def _cores(ray: Any) -> int:
