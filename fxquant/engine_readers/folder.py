@@ -148,6 +148,15 @@ def stated_number(place: Path, document: Mapping[str, Any], key: str) -> int:
     return value
 
 
+def stated_group_size(place: Path, document: Mapping[str, Any], default: int = 0) -> int:
+    """The group size of a header, `default` without one. Engines compare what they find with 0, so that null is no
+    number either. Raises FxquantError for other values."""
+    value = document.get("group_size", default)
+    if type(value) is not int or value < 0:
+        raise FxquantError(place, f"group_size {str(value)[:40]}: not a whole number.", "Write it again.")
+    return value
+
+
 def _check_index(index: Path, files: Mapping[str, Path]) -> None:
     listed = _read_json(index.parent, index.name).get("weight_map", {})
     if not isinstance(listed, dict):

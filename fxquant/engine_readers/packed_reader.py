@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from fxquant.engine_readers.folder import WeightFolder, stated_number
+from fxquant.engine_readers.folder import WeightFolder, stated_group_size
 from fxquant.engine_readers.linear_loader import LinearRules
 from fxquant.engine_readers.packed_experts import PackedExperts
 from fxquant.engine_readers.reader import EngineReader
@@ -18,7 +18,7 @@ def open_packed(name: str, folder: Path, ranks: int, description: str, rules: Li
     Raises FxquantError for a header with a group_size and the version of unpacked weights.
     """
     files = WeightFolder(folder, description)
-    group_size = stated_number(folder / description, files.description, "group_size")
+    group_size = stated_group_size(folder / description, files.description)
     if group_size:
         check_packed(files)
     return EngineReader(name, files, ranks, rules, PackedExperts(files, ranks, group_size).load)

@@ -121,7 +121,8 @@ def _sizes(contract: Contract, linear: Linear, ranks: int) -> Iterator[Finding]:
     recipe, reference = linear.recipe, contract.tensor_parallel.reference
     n, k = recipe.out_features, recipe.in_features
     if linear.heads and recipe.row_parallel and linear.heads % ranks:  # told once a layer, where heads come together
-        yield _size(recipe, f"{linear.heads} heads do not split over {ranks} ranks", _divides(linear.heads), reference)
+        fact = f"{linear.heads} heads do not split over {ranks} ranks"
+        yield _size(recipe, fact, _divides(linear.heads), "each rank has whole heads")
     if linear.kind is not Kind.ATTENTION:
         axis, size = ("in_features", k) if recipe.row_parallel else ("out_features", n)
         if size % ranks:

@@ -25,18 +25,22 @@ def checked_layout(
 def served_layout(
     contract: Contract, linears: Iterable[Linear], tp: int | None, ep: int | None, mix: bool | None = None
 ) -> RankLayout:
-    """The layout to serve on: as asked, else the most ranks up to 8 that the contract does not refuse for this model,
-    with whole experts only where it refuses split ones."""
+    """The layout to serve on: as asked, else the most ranks up to 8 that the contract does not refuse for this model.
+
+    Int4 experts stay whole where their number allows it: of the releases that a contract has, some don't load them
+    split. Others are split unless that is refused.
+    """
     if tp is not None or ep is not None:
         return checked_layout(contract, linears, tp, ep, mix)
-    return _first(contract, linears, list(_layouts(contract)), mix)
+    linears = list(linears)
+    whole = any(linear.experts and linear.recipe.int4 for linear in linears)
+    return _first(contract, linears, list(_layouts(contract, whole)), mix)
 
 
-def _layouts(contract: Contract) -> Iterator[RankLayout]:
+def _layouts(contract: Contract, whole: bool) -> Iterator[RankLayout]:
     for size in sorted(contract.tensor_parallel.sizes, reverse=True):
         if 1 < size <= MOST:
-            yield RankLayout(size)
-            yield RankLayout(size, size)
+            yield from sorted((RankLayout(size), RankLayout(size, size)), key=lambda each: (each.ep > 1) is not whole)
     yield RankLayout()
 
 

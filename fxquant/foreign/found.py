@@ -78,6 +78,8 @@ def is_foreign(folder: Path) -> bool:
     """Whether it has weights and a description, and no file of ours."""
     if not folder.is_dir() or any(os.path.lexists(folder / name) for name in OWN):
         return False
+    if _stored_descriptions(folder):
+        return True
     return any(folder.glob("*.safetensors")) and (_named_for_engines(folder) or bool(_descriptions(folder, "")))
 
 
@@ -88,7 +90,7 @@ def find_folder(folder: Path, preferred: str) -> FoundFolder:
     """
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        raise not_compiled(folder, True)
+        raise _without_weights(folder)
     infos: dict[str, TensorInfo] = {}
     twice: dict[str, tuple[str, str]] = {}
     for file in files:
@@ -98,14 +100,39 @@ def find_folder(folder: Path, preferred: str) -> FoundFolder:
             infos[name] = info
     descriptions = _descriptions(folder, preferred)
     if not descriptions:
-        beside = ", ".join(sorted(file.name for file in folder.glob("*.json"))) or "no JSON file"
-        fact = f"has no description of its tensors: there is {beside}."
-        raise FxquantError(folder, fact, f"Copy {preferred} from where the weights came from.")
+        raise _without_description(folder, preferred)
     config = folder / CONFIG
     document = read_json(config, CONFIG_BYTES, AGAIN, lenient=True) if os.path.lexists(config) else None
     if document is not None and not isinstance(document, dict):
         raise FxquantError(config, "not a JSON object.", AGAIN)
     return FoundFolder(folder, infos, twice, descriptions, document)
+
+
+def _stored_descriptions(folder: Path) -> list[Path]:
+    """Files under the names of descriptions, whatever they hold."""
+    return [path for stem in description_stems() if os.path.lexists(path := folder / f"{stem}.json")]
+
+
+def _without_weights(folder: Path) -> FxquantError:
+    """The error for a folder that has a description, or nothing, and no weight file."""
+    for index in sorted(folder.glob(f"*{INDEX}")):
+        document = read_json(index, INDEX_BYTES, AGAIN)
+        listed = document.get("weight_map") if isinstance(document, dict) else None
+        if isinstance(listed, dict) and listed:
+            names = ", ".join(sorted({str(name)[:80] for name in listed.values()})[:3])
+            return FxquantError(folder, f"has no *.safetensors; {index.name} names {names}.", AGAIN)
+    if _stored_descriptions(folder):
+        return FxquantError(folder, "has a description of tensors, and no *.safetensors.", AGAIN)
+    return not_compiled(folder, True)
+
+
+def _without_description(folder: Path, preferred: str) -> FxquantError:
+    remedy = f"Copy {preferred} from where the weights came from."
+    for path in _stored_descriptions(folder):
+        fact = f'no entry says what a tensor is, such as {{"lm_head.weight": "{Scheme.FLOAT}"}}.'
+        return FxquantError(path, fact, remedy)
+    beside = ", ".join(sorted(file.name for file in folder.glob("*.json"))) or "no JSON file"
+    return FxquantError(folder, f"has no description of its tensors: there is {beside}.", remedy)
 
 
 def _named_for_engines(folder: Path) -> bool:

@@ -169,7 +169,7 @@ def why_not(recipe: Recipe, form: WeightFormat) -> str | None:
         and not recipe.weight_format.static_weight_scale
         and recipe.scheme.activation is Activation.PER_TENSOR
     ):
-        return "this format has weight_scale beside a static linear, which the other one does not store"
+        return "the new format has weight_scale beside a static linear, which these files do not hold"
     return None
 
 

@@ -20,7 +20,7 @@ from fxquant.lowering.ascend.export.exported import write_exported
 from fxquant.lowering.ascend.writer import write_ascend
 from fxquant.lowering.destination import Destination
 from fxquant.lowering.onnx.writer import write_onnx
-from fxquant.lowering.output_folder.copies import copied_files, write_copy
+from fxquant.lowering.output_folder.copies import copied_files, left_out_code, write_copy
 from fxquant.lowering.output_folder.description import description, engine_config, index, write_json
 from fxquant.lowering.output_folder.layout import FileLayout, plan_files, stored_tensors
 from fxquant.lowering.output_folder.manifest import (
@@ -155,7 +155,7 @@ def write_output(contents: Contents, destination: Destination, work: Work, repor
         done = write_weights(plan, contents.producer, journal, space.folder, work.workers, earlier, report)
         deployed = _write_documents(contents, plan.files, space.folder, report)
         _write_manifest(contents, plan, journal, space)
-        notes = destination.notes + (earlier.notes if earlier else [])
+        notes = destination.notes + (earlier.notes if earlier else []) + left_out_code(contents.checkpoint)
         output = Output(space.folder, plan.files, done, deployed, notes)
         yield output
         space.finish(journal, identity, work.named)

@@ -34,9 +34,9 @@ from fxquant.verification.foreign_documents import (
     check_header,
     check_layout,
     check_mtp,
-    rotation,
     sections,
 )
+from fxquant.verification.foreign_rotation import check_rotation, rotation
 from fxquant.verification.foreign_weights import compare_foreign, formulas_alone
 from fxquant.verification.report import Check, VerifyReport
 from fxquant.verification.run import (
@@ -94,6 +94,7 @@ def verify_foreign(
         checks.append(formulas_alone(found, program, wrong))
     elif rotation(found):
         uncompared["weights"] = "not compared with the source: rotated, says the description"
+        checks.append(check_rotation(found, program.config["hidden_size"]))
         checks.append(formulas_alone(found, program, wrong))
     else:
         intact = [tensor for tensor in stored if tensor.module not in wrong]

@@ -24,7 +24,6 @@ from fxquant.verification.report import Check
 
 SECTIONS = {Kind.ATTENTION: "mla_quantize", Kind.ROUTED_EXPERT: "moe_quantize", Kind.MTP: "mtp_quantize"}
 CACHE_KEYS = ("kv_cache_type", "kv_quant_type", "fa_quant_type", "reduce_quant_type")
-ROTATED = "quarot"
 
 
 def check_layout(found: FoundFolder, engine: Engine, target: Target) -> Check:
@@ -82,8 +81,9 @@ def check_header(found: FoundFolder, program: FoundProgram, engine: Engine) -> C
     header, place = found.header, found.description
     size, first = max(program.sizes.items(), default=(0, ""))
     said = header.get("group_size")
-    needed = "group_size" in _keys(engine, program.program, "header") or said is not None
-    right = type(said or 0) is int and (said or 0) == size and (said is not None or not size)
+    int4 = program.program is not None and any(recipe.int4 for recipe in program.program.recipes.values())
+    needed = "group_size" in header or (int4 and "group_size" in _keys(engine, program.program, "header"))
+    right = type(said) is int and said == size
     fact = f"the second scales of {first} have groups of {size}" if size else "there are no second scales"
     check.expect(right or not needed, f"{place}: group_size {_shown(said)}, {fact}")
     version = header.get("version")
@@ -180,12 +180,6 @@ def check_mtp(found: FoundFolder, program: Program) -> Check:
     there = "are stored" if held != 1 else "is stored"
     check.expect(found.config is None or said == held, f"{CONFIG}: num_nextn_predict_layers {said}, {held} {there}")
     return check
-
-
-def rotation(found: FoundFolder) -> bool:
-    """Whether the header says that weights were rotated."""
-    optional = found.header.get("optional")
-    return isinstance(optional, dict) and ROTATED in optional
 
 
 def _keys(engine: Engine, program: Program | None, which: str) -> dict[str, Any]:

@@ -222,7 +222,7 @@ def test_serve_lines_can_be_pasted(target: Target, folder: str) -> None:
 
 def test_the_line_for_onnx_is_python() -> None:
     text = serve_line(Target.ONNX, "/it's")
-    assert text == """onnxruntime.InferenceSession("/it's/model.onnx")"""
+    assert text == """import onnxruntime; session = onnxruntime.InferenceSession("/it's/model.onnx")"""
 
 
 def test_the_ways_of_a_table() -> None:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import fxquant
 from fxquant import FxquantError
+from fxquant.checkpoint.checkpoint import open_checkpoint
 from fxquant.engines.table import Target
 from fxquant.verification import Rebuild
 
@@ -64,13 +65,69 @@ def test_codes_of_gptq_are_not_called_verified(published: Fixture, plain: Path) 
     assert any(name.startswith("model.layers.1.mlp.experts.") and "GPTQ" in why for name, why in report.unread.items())
 
 
-def test_a_folder_that_says_that_it_is_rotated_is_not_compared(published: Fixture, plain: Path, tmp_path: Path) -> None:
-    def rotate(it: Published) -> None:
-        it.description["optional"] = {"quarot": {"rotation_map": {}}}
+ROTATED = {"quarot": {"rotation_map": {"global_rotation": "optional/q.safetensors"}}}
 
-    report = fxquant.verify(edited(published("static", Target.VLLM_ASCEND), tmp_path / "it", rotate), against=plain)
-    assert report.verdict == "partly verified"
+
+@pytest.mark.parametrize(
+    "optional, entry, said",
+    [
+        (ROTATED, 1.0, None),
+        (ROTATED, 1.01, "is no rotation"),
+        (ROTATED, float("nan"), "is no rotation"),
+        (ROTATED, None, "is no file of the folder"),
+        ({"quarot": {"rotation_map": {"global_rotation": "../q.safetensors"}}}, 1.0, "is no file of the folder"),
+        ({"quarot": {"rotation_map": {"global_rotation": 7}}}, 1.0, "names no file"),
+        ({"quarot": {"rotation_map": []}}, 1.0, "names no file"),
+        ({"quarot": []}, 1.0, "names no file"),
+    ],
+)
+def test_weights_that_are_said_to_be_rotated_need_a_rotation(
+    optional: dict, entry: float | None, said: str | None, published: Fixture, plain: Path, tmp_path: Path
+) -> None:
+    """With one they are not compared, and that is said."""
+
+    def rotate(it: Published) -> None:
+        it.description["optional"] = optional
+
+    out = edited(published("static", Target.VLLM_ASCEND), tmp_path / "it", rotate)
+    if entry is not None:
+        (out / "optional").mkdir(exist_ok=True)
+        matrix = torch.eye(open_checkpoint(plain).config["hidden_size"])
+        matrix[0, 0] = entry
+        save_file({"global_rotation": matrix}, out / "optional" / "q.safetensors")
+    report = fxquant.verify(out, against=plain)
+    assert report.verdict == ("FAILED" if said else "partly verified")
     assert "rotated" in report.unread["weights"]
+    assert [said in miss for miss in misses(report)] == [True] if said else misses(report) == []
+
+
+def test_int4_per_channel_states_its_group_size(published: Fixture, plain: Path, tmp_path: Path) -> None:
+    """Releases take 256 where it is missing, and compare null with 0."""
+    for value in (None, "absent"):
+
+        def edit(it: Published, value: object = value) -> None:
+            it.description["group_size"] = value
+            if value == "absent":
+                del it.description["group_size"]
+
+        out = edited(published("static", Target.VLLM_ASCEND), tmp_path / str(value), edit)
+        found = misses(fxquant.verify(out, against=plain, target=Target.VLLM_ASCEND))
+        assert any("group_size is missing" in miss for miss in found), found
+
+
+def test_a_folder_that_lacks_its_weights_or_entries_says_so(published: Fixture, tmp_path: Path) -> None:
+    def refusal() -> str:
+        with pytest.raises(FxquantError) as caught:
+            fxquant.verify(out)
+        return str(caught.value)
+
+    out = Path(shutil.copytree(published("static", Target.VLLM_ASCEND), tmp_path / "out"))
+    for text in ("[]", "{}", "0"):
+        (out / "quant_model_description.json").write_text(text)
+        assert "no entry says what a tensor is" in refusal()
+    for file in out.glob("*.safetensors"):
+        file.unlink()
+    assert "has no *.safetensors; " in refusal()
 
 
 def test_scales_between_up_and_down_of_an_expert_are_seen(published: Fixture, plain: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fxquant.engine_readers.folder import stated_number
+from fxquant.engine_readers.folder import stated_group_size
 from fxquant.engine_readers.linear_loader import (
     FLOAT,
     W4A8_DYNAMIC,
@@ -102,7 +102,7 @@ def open_mindie(folder: Path, ranks: int) -> MindieReader:
     it takes."""
     files, quantization = open_model_type(folder, DESCRIPTION, "MindIE", MODEL_TYPE)
     merged = quantization | files.description  # the description's keys overrule those of config.json
-    group_size = stated_number(folder / DESCRIPTION, merged, "group_size")
+    group_size = stated_group_size(folder / DESCRIPTION, merged)
     if group_size not in GROUP_SIZES:
         fact = f"group_size {group_size}; MindIE takes {', '.join(map(str, GROUP_SIZES))}."
         raise FxquantError(folder / DESCRIPTION, fact, "Quantize with one of them.")

@@ -6,4 +6,4 @@ from fxquant.engines.serving import Serving
 def serve(serving: Serving) -> str:
     """Python."""
     graph = f"{serving.folder}/model.onnx" if serving.folder else "model.onnx"
-    return f"onnxruntime.InferenceSession({graph!r})"
+    return f"import onnxruntime; session = onnxruntime.InferenceSession({graph!r})"

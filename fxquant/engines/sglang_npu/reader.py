@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from fxquant.engine_readers.folder import WeightFolder, stated_number
+from fxquant.engine_readers.folder import WeightFolder, stated_group_size
 from fxquant.engine_readers.linear_loader import FLOAT, W8A8, W8A8_DYNAMIC, LinearRules
 from fxquant.engine_readers.names import ExpertPath
 from fxquant.engine_readers.packed_experts import PackedExperts
@@ -52,7 +52,7 @@ def open_sglang_npu(folder: Path, ranks: int) -> EngineReader:
     """Raises FxquantError for a header with a group_size, whose weight_scale_second it skips, and a float16 model."""
     files = WeightFolder(folder, DESCRIPTION)
     place = folder / DESCRIPTION
-    group_size = stated_number(place, files.description, "group_size")
+    group_size = stated_group_size(place, files.description)
     if group_size:
         fact = f"group_size {group_size}: every release skips weight_scale_second and reads per channel."
         raise FxquantError(place, fact, "Use group_size: 0.")

@@ -8,8 +8,8 @@ from fxquant.engines.table import description_stems
 from fxquant.errors import FxquantError
 from fxquant.inputs.json_file import read_json
 from fxquant.inputs.limits import CONFIG_BYTES
+from fxquant.lowering.output_folder.remote_code import AUTO_MAP, code_files
 from fxquant.lowering.output_folder.remote_code import OWN as OWN_CODE
-from fxquant.lowering.output_folder.remote_code import code_files
 from fxquant.storage.hashing import hash_bytes
 from fxquant.storage.system_errors import stopping
 
@@ -33,6 +33,13 @@ def copied_files(checkpoint: Checkpoint) -> dict[str, Path]:
     for document in (checkpoint.config, _tokenizer_config(folder)):
         files |= code_files(document, folder) or {}
     return dict(sorted(files.items()))
+
+
+def left_out_code(checkpoint: Checkpoint) -> list[str]:
+    """A line for the user if config.json names remote code that can't be copied, so that `auto_map` is left out."""
+    if code_files(checkpoint.config, checkpoint.folder) is not None:
+        return []
+    return [f"{AUTO_MAP} of config.json was left out: not every file that it names is in {checkpoint.folder}"]
 
 
 def is_copied(name: str) -> bool:
