@@ -37,7 +37,8 @@ Modules = Callable[[], Sequence[Decided]]
 
 
 class MtpMode(StrEnum):
-    """Treatment of multi-token prediction layers: left out, as in the checkpoint, or in dynamic int8."""
+    """Treatment of multi-token prediction layers: left out, as in the checkpoint, or in int8, static where the policy
+    gives a static scheme to such linears of decoder layers."""
 
     NONE = "none"
     FLOAT = "float"
@@ -73,6 +74,11 @@ class Policy:
         """Whether it quantizes, and neither smooths nor rotates: large channels then take the range of all others."""
         return not self.smooth and not self.rotate and any(rule.quantizes for rule in self.rules)
 
+    @property
+    def _static(self) -> bool:
+        """Whether a rule of decoder layers gives a static scheme."""
+        return any(isinstance(rule.scheme, Scheme) and rule.scheme.static for rule in self.rules)
+
     def rule_for(self, module: str, kind: Kind, quantizable: bool) -> Rule | None:
         """The first rule for a module. Quantizing rules skip modules that are not linear."""
         for rule in self.rules:
@@ -102,7 +108,7 @@ class Policy:
         schemes: dict[MtpMode, Scheme | Literal["LEAVE_OUT"]] = {
             MtpMode.NONE: LEAVE_OUT,
             MtpMode.FLOAT: Scheme.FLOAT,
-            MtpMode.QUANT: Scheme.W8A8_DYNAMIC,
+            MtpMode.QUANT: Scheme.W8A8 if self._static else Scheme.W8A8_DYNAMIC,
         }
         why = f"--mtp {mode}"
         asked = Rule(kind=(Kind.MTP,), scheme=schemes[mode], optional=mode is MtpMode.NONE, why=why)
