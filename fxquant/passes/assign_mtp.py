@@ -47,7 +47,7 @@ class AssignMtp(Pass):
                 fact, way_out = f"rule “{rule}” gives {rule.scheme} to {path}.", f"Use one of {', '.join(CHOICES)}."
                 raise FxquantError(f"policy {self.policy.name}", fact, way_out)
             if rule.quantizes:
-                self._quantize(program, path, Scheme(rule.scheme).static)
+                self._quantize(program, path, rule.static)
             if rule.scheme != LEAVE_OUT:
                 self._keep(program.mtp, path)
         return PassResult(self.name, tuple(program.mtp.recipes))
@@ -57,9 +57,8 @@ class AssignMtp(Pass):
         for linear in mtp_linears(self.config, path):
             rule = self.policy.rule_for(linear.module, linear.kind, True)
             if linear.kind is not Kind.MTP and rule is not None and rule.quantizes:
-                own = Scheme(rule.scheme)
-                alike = static and own.static and linear.kind is not Kind.ROUTED_EXPERT
-                scheme = own if alike else Scheme.W8A8_DYNAMIC
+                alike = static and rule.static and linear.kind is not Kind.ROUTED_EXPERT
+                scheme = Scheme(rule.scheme) if alike else Scheme.W8A8_DYNAMIC
                 program.mtp.recipes[linear.module] = _recipe(linear, scheme, program, weight_format)
 
     def _check(self, program: Program) -> None:

@@ -74,11 +74,6 @@ class Policy:
         """Whether it quantizes, and neither smooths nor rotates: large channels then take the range of all others."""
         return not self.smooth and not self.rotate and any(rule.quantizes for rule in self.rules)
 
-    @property
-    def _static(self) -> bool:
-        """Whether a rule of decoder layers gives a static scheme."""
-        return any(isinstance(rule.scheme, Scheme) and rule.scheme.static for rule in self.rules)
-
     def rule_for(self, module: str, kind: Kind, quantizable: bool) -> Rule | None:
         """The first rule for a module. Quantizing rules skip modules that are not linear."""
         for rule in self.rules:
@@ -103,12 +98,13 @@ class Policy:
         """The location of a rule, for errors."""
         return self.lines.get(rule, f"policy {self.name}")
 
-    def with_mtp(self, mode: MtpMode) -> "Policy":
-        """This policy with its rules for kind mtp replaced by one for `mode`."""
+    def with_mtp(self, mode: MtpMode, static: bool = False) -> "Policy":
+        """This policy with its rules for kind mtp replaced by one for `mode`; `static`: whether other rules give static
+        schemes to linears of these layers."""
         schemes: dict[MtpMode, Scheme | Literal["LEAVE_OUT"]] = {
             MtpMode.NONE: LEAVE_OUT,
             MtpMode.FLOAT: Scheme.FLOAT,
-            MtpMode.QUANT: Scheme.W8A8 if self._static else Scheme.W8A8_DYNAMIC,
+            MtpMode.QUANT: Scheme.W8A8 if static else Scheme.W8A8_DYNAMIC,
         }
         why = f"--mtp {mode}"
         asked = Rule(kind=(Kind.MTP,), scheme=schemes[mode], optional=mode is MtpMode.NONE, why=why)

@@ -53,7 +53,7 @@ def calibrated(
 ) -> tuple[Program, Calibration]:
     """The program, and its calibration."""
     (tmp_path / "policy.yaml").write_text(f"{POLICY}\n{more}")
-    policy = load_policy(str(tmp_path / "policy.yaml")).with_mtp(MtpMode.QUANT)
+    policy = load_policy(str(tmp_path / "policy.yaml")).with_mtp(MtpMode.QUANT, static=True)
     config, program = parse_config(checkpoint.config, "config.json"), float_program(checkpoint)
     AssignSchemes(policy, mtp_paths(config))(program)
     AssignMtp(policy, config, checkpoint, lambda group_size: WeightFormat.PACKED)(program)
