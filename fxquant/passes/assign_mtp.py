@@ -60,6 +60,9 @@ class AssignMtp(Pass):
                 alike = static and rule.static and linear.kind is not Kind.ROUTED_EXPERT
                 scheme = Scheme(rule.scheme) if alike else Scheme.W8A8_DYNAMIC
                 program.mtp.recipes[linear.module] = _recipe(linear, scheme, program, weight_format)
+        if static and not program.mtp.static:
+            fact = f"rule “{program.rules[path]}” finds no linear of {path} with a static scheme in decoder layers."
+            raise FxquantError(f"policy {self.policy.name}", fact, "Use W8A8_DYNAMIC for kind mtp.")
 
     def _check(self, program: Program) -> None:
         """Raise FxquantError unless all layers that config.json announces are kept, or none is, and those that are kept

@@ -114,6 +114,14 @@ def test_a_scheme_that_a_whole_layer_cannot_have_is_refused(scheme: str, tiny_fo
         compile(folder, CompileOptions(policy=str(policy), out=tmp_path / "out"))
 
 
+def test_a_static_rule_without_static_linears_is_refused(tiny_folder: Folder, tmp_path: Path) -> None:
+    policy = tmp_path / "policy.yaml"
+    policy.write_text("extends: deepseek_w4a8_dynamic\nrules: [{kind: mtp, scheme: W8A8}]")
+    folder = tiny_folder(num_nextn_predict_layers=1)
+    with pytest.raises(FxquantError, match=r"finds no linear of model\.layers\.2 with a static scheme"):
+        compile(folder, CompileOptions(policy=str(policy), out=tmp_path / "out"))
+
+
 @pytest.mark.parametrize("mode", [MtpMode.FLOAT, MtpMode.QUANT])
 def test_asking_for_layers_that_are_not_there_is_an_error(mode: MtpMode, tiny_folder: Folder, tmp_path: Path) -> None:
     options = CompileOptions(policy="deepseek_w4a8_dynamic", out=tmp_path / "out", mtp=mode)
