@@ -158,6 +158,7 @@ def _rule(pair: Pair) -> tuple[str, float]:
 
 def rounded_by(program: Program) -> str:
     """The value of `Seen.weights` for ranges observed on rounded weights."""
-    arguments = [(module, recipe_arguments(recipe)) for module, recipe in sorted(program.recipes.items())]
+    recipes = program.recipes | (program.mtp.recipes if program.mtp.static else {})
+    arguments = [(module, recipe_arguments(recipe)) for module, recipe in sorted(recipes.items())]
     smoothed = ["pairs smoothed in float"] if program.pairs else []
     return f"rounded {hash_text(repr(arguments + smoothed))}"

@@ -28,6 +28,7 @@ from fxquant.frontend.source import Source, open_source
 from fxquant.lowering.destination import Input
 from fxquant.lowering.workspace import made_of
 from fxquant.models.deepseek_v3 import mtp_paths
+from fxquant.models.mtp import mtp_linears
 from fxquant.passes import (
     AssignMtp,
     AssignSchemes,
@@ -40,6 +41,7 @@ from fxquant.passes import (
     pipeline,
     run_passes,
 )
+from fxquant.policy.kinds import Kind
 from fxquant.policy.policy import MtpMode, Policy
 from fxquant.program.program import Program
 from fxquant.program.program_file import dump_program
@@ -128,7 +130,9 @@ def with_mtp(policy: Policy, mode: MtpMode, source: Source, layers: tuple[str, .
     if mode is not MtpMode.NONE and (not layers or len(layers) != announced):
         fact, way_out = why_no_mtp(source.checkpoint, source.config, layers)
         raise FxquantError(f"--mtp {mode}", fact, way_out)
-    return policy.with_mtp(mode)
+    linears = [linear for path in layers for linear in mtp_linears(source.config, path)]
+    rules = [policy.rule_for(linear.module, linear.kind, True) for linear in linears if linear.kind is not Kind.MTP]
+    return policy.with_mtp(mode, any(rule is not None and rule.static for rule in rules))
 
 
 def passes_for(

@@ -12,11 +12,21 @@ EXPERT_PARALLEL = "keep experts whole with expert parallelism, --ep N"
 
 @dataclass(frozen=True)
 class Linear:
-    """What the check needs of one linear, float ones too; `heads`: of its attention, split over ranks, else 0."""
+    """What the check needs of one linear, float ones too.
+
+    heads   of its attention, split over ranks, else 0
+    inside  kind of its module, where `kind` says that it is of a prediction layer
+    """
 
     recipe: Recipe
     kind: Kind
     heads: int = 0
+    inside: Kind | None = None
+
+    @property
+    def section(self) -> Kind:
+        """The kind by which config.json gives its type: attention of prediction layers is read as any other."""
+        return Kind.ATTENTION if self.inside is Kind.ATTENTION else self.kind
 
     @property
     def experts(self) -> int:
@@ -184,7 +194,7 @@ def _fused(contract: Contract, linears: list[Linear]) -> Iterator[Finding]:
 def _sections(contract: Contract, linears: list[Linear]) -> Iterator[Finding]:
     """The first linear of each section that is not of the section's type."""
     for section in contract.sections:
-        members = [linear for linear in linears if linear.kind in section.kind]
+        members = [linear for linear in linears if linear.section in section.kind]
         if section.float_beside:
             members = [linear for linear in members if linear.recipe.scheme.weight_bits is not None]
         for linear in members:

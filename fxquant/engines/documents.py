@@ -34,12 +34,17 @@ def model_quant_type(program: "Program") -> str:
 
 
 def scheme_keys(program: "Program") -> JsonObject:
-    """`quantize`, and `mla_quantize`, `moe_quantize`, `mtp_quantize` if all linears of the kind have one scheme."""
+    """`quantize`, and `mla_quantize`, `moe_quantize` if all linears of the kind have one scheme.
+
+    `mtp_quantize` says that prediction layers are quantized, and how their experts are: attention is as `mla_quantize`.
+    """
+    from fxquant.schemes.schemes import Scheme
+
     keys = {"quantize": model_quant_type(program).lower()} if program.recipes else {}
     kinds = {Kind.ATTENTION: "mla_quantize", Kind.ROUTED_EXPERT: "moe_quantize"}
     for kind, key in kinds.items():
         keys |= _scheme_key(key, [recipe for recipe in program.recipes.values() if _kind(program, recipe) is kind])
-    return keys | _scheme_key("mtp_quantize", list(program.mtp.recipes.values()))
+    return keys | ({"mtp_quantize": Scheme.W8A8_DYNAMIC.value.lower()} if program.mtp.recipes else {})
 
 
 def _scheme_key(key: str, recipes: "list[Recipe]") -> JsonObject:

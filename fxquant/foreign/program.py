@@ -194,6 +194,7 @@ def _give_rules(program: Program) -> None:
             rule = Rule(path=parameter.module, scheme=recipe.scheme, group_size=size)
         program.rules[parameter.module] = rule
     for path in program.mtp.layers:
-        quantized = any(module.startswith(f"{path}.") for module in program.mtp.recipes)
-        scheme = Scheme.W8A8_DYNAMIC if quantized else Scheme.FLOAT
+        schemes = {recipe.scheme for module, recipe in program.mtp.recipes.items() if module.startswith(f"{path}.")}
+        quantized = Scheme.W8A8 if Scheme.W8A8 in schemes else Scheme.W8A8_DYNAMIC
+        scheme = quantized if schemes else Scheme.FLOAT
         program.rules[path] = Rule(kind=(Kind.MTP,), path=path, scheme=scheme)

@@ -1,15 +1,18 @@
-"""Multi-token prediction (MTP) layer of a checkpoint (DeepSeek-V3, arXiv:2412.19437, section 2.2).
+"""Multi-token prediction (MTP) layers of a checkpoint (DeepSeek-V3, arXiv:2412.19437, section 2.2).
 
-No graph runs it: engines do, as a draft model. It defines which tensors there are and the kind of each.
+Engines run them as a draft model, calibration to observe their inputs; they are in no graph that is written. They
+define which tensors there are and the kind of each.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from fxquant import ops
 from fxquant.checkpoint.config import DeepseekV3Config
+from fxquant.models import rotary
 from fxquant.models.deepseek_v3 import DecoderLayer, Head
 from fxquant.models.layers import Embedding, Gate, Linear, RMSNorm, RoutedExperts
 from fxquant.policy.kinds import Kind
@@ -26,7 +29,7 @@ class SharedHead(nn.Module):
 
 
 class MtpLayer(DecoderLayer):
-    """A decoder layer over `eh_proj` of the next token's embedding and the last hidden state, both normed."""
+    """A decoder layer over `eh_proj` of a later token's embedding and the last hidden state, both normed."""
 
     def __init__(self, config: DeepseekV3Config, index: int) -> None:
         super().__init__(config, index)
@@ -35,6 +38,44 @@ class MtpLayer(DecoderLayer):
         self.hnorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.eh_proj = Linear(2 * config.hidden_size, config.hidden_size)
         self.shared_head = SharedHead(config)
+
+    def forward(  # type: ignore[override]
+        self, hidden: Tensor, later_ids: Tensor, cos: Tensor, sin: Tensor, attention_mask: Tensor, past: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """hidden [B, S, hidden], later_ids int64 [B, S] → hidden state [B, S, hidden] before the shared head's norm,
+        and the latents as of a decoder layer."""
+        joined = torch.cat((self.enorm(self.embed_tokens(later_ids)), self.hnorm(hidden)), -1)
+        return super().forward(self.eh_proj(joined), cos, sin, attention_mask, past)
+
+
+class Predictors(nn.Module):
+    """All prediction layers, one after the other, without their heads.
+
+    The first takes the hidden states that the model's head reads, which are normed, and each other one those of the
+    layer before it, as vLLM and SGLang run them; MindIE and the reference quantizer take the model's before the norm.
+    Decoder layers are empty, so that paths are those of the checkpoint.
+    """
+
+    def __init__(self, config: DeepseekV3Config) -> None:
+        super().__init__()
+        self.config = config
+        first, count = config.num_hidden_layers, config.num_nextn_predict_layers
+        layers = [nn.Identity() for _ in range(first)] + [MtpLayer(config, first + step) for step in range(count)]
+        self.model = nn.Module()
+        self.model.layers = nn.ModuleList(layers)
+        self.inv_freq, self.attention_factor = rotary.frequencies(config), rotary.attention_factor(config)
+
+    def forward(
+        self, attention_mask: Tensor, position_ids: Tensor, past: list[Tensor], later_ids: list[Tensor], hidden: Tensor
+    ) -> Tensor:
+        """Mask and positions as of the model; of each layer a latent [B, T - S, latent] and the ids int64 [B, S] of the
+        tokens one, two, … places after each position; hidden [B, S, hidden] → the last layer's hidden state."""
+        cos, sin = ops.rope_table(position_ids, self.inv_freq, self.attention_factor)
+        layers = self.model.get_submodule("layers").children()
+        predictors = [layer for layer in layers if isinstance(layer, MtpLayer)]
+        for layer, ids, cache in zip(predictors, later_ids, past, strict=True):
+            hidden, _ = layer(hidden, ids, cos, sin, attention_mask, cache)
+        return hidden
 
 
 @dataclass(frozen=True)

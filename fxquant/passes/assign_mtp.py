@@ -20,7 +20,7 @@ from fxquant.schemes.schemes import Recipe, Scheme
 from fxquant.schemes.weight_formats import WeightFormat
 
 REMEDY = "Use --mtp none, or complete the checkpoint."
-CHOICES = (LEAVE_OUT, Scheme.FLOAT, Scheme.W8A8_DYNAMIC)
+CHOICES = (LEAVE_OUT, Scheme.FLOAT, Scheme.W8A8_DYNAMIC, Scheme.W8A8)
 """Schemes that a rule may give to such a layer."""
 
 
@@ -28,8 +28,9 @@ CHOICES = (LEAVE_OUT, Scheme.FLOAT, Scheme.W8A8_DYNAMIC)
 class AssignMtp(Pass):
     """Fills `program.mtp` by the rules of its layers; no graph runs these layers, so the graph stays.
 
-    In a quantized layer, each linear that the policy quantizes in decoder layers gets W8A8_DYNAMIC: it needs no
-    calibration, and engines take it for draft layers.
+    In a quantized layer, each linear that the policy quantizes in decoder layers gets W8A8_DYNAMIC, int4 experts too.
+    Where the layer's rule says W8A8, linears with a static scheme in decoder layers get it: calibration runs these
+    layers.
     """
 
     policy: Policy
@@ -45,18 +46,23 @@ class AssignMtp(Pass):
             if rule.scheme not in CHOICES:
                 fact, way_out = f"rule “{rule}” gives {rule.scheme} to {path}.", f"Use one of {', '.join(CHOICES)}."
                 raise FxquantError(f"policy {self.policy.name}", fact, way_out)
-            if rule.scheme == Scheme.W8A8_DYNAMIC:
-                self._quantize(program, path)
+            if rule.quantizes:
+                self._quantize(program, path, rule.static)
             if rule.scheme != LEAVE_OUT:
                 self._keep(program.mtp, path)
         return PassResult(self.name, tuple(program.mtp.recipes))
 
-    def _quantize(self, program: Program, path: str) -> None:
+    def _quantize(self, program: Program, path: str, static: bool) -> None:
         weight_format = self.weight_format(max((recipe.group_size for recipe in program.recipes.values()), default=0))
         for linear in mtp_linears(self.config, path):
             rule = self.policy.rule_for(linear.module, linear.kind, True)
             if linear.kind is not Kind.MTP and rule is not None and rule.quantizes:
-                program.mtp.recipes[linear.module] = _recipe(linear, program, weight_format)
+                alike = static and rule.static and linear.kind is not Kind.ROUTED_EXPERT
+                scheme = Scheme(rule.scheme) if alike else Scheme.W8A8_DYNAMIC
+                program.mtp.recipes[linear.module] = _recipe(linear, scheme, program, weight_format)
+        if static and not program.mtp.static:
+            fact = f"rule “{program.rules[path]}” finds no linear of {path} with a static scheme in decoder layers."
+            raise FxquantError(f"policy {self.policy.name}", fact, "Use W8A8_DYNAMIC for kind mtp.")
 
     def _check(self, program: Program) -> None:
         """Raise FxquantError unless all layers that config.json announces are kept, or none is, and those that are kept
@@ -85,11 +91,11 @@ class AssignMtp(Pass):
         mtp.gate_biases = (*mtp.gate_biases, *biases)
 
 
-def _recipe(linear: MtpLinear, program: Program, weight_format: WeightFormat) -> Recipe:
+def _recipe(linear: MtpLinear, scheme: Scheme, program: Program, weight_format: WeightFormat) -> Recipe:
     return Recipe(
         module=linear.module,
         modules=linear.modules,
-        scheme=Scheme.W8A8_DYNAMIC,
+        scheme=scheme,
         group_size=0,
         out_features=linear.out_features,
         in_features=linear.in_features,

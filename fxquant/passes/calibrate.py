@@ -1,4 +1,5 @@
-"""Calibration pass: runs text through the float graph, smooths pairs, records the inputs of static linears."""
+"""Calibration pass: runs text through the float graph, smooths pairs, records the inputs of static linears, those of
+multi-token prediction layers too."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -11,9 +12,11 @@ from fxquant.calibration.calibration_file import Calibration, Seen, pairs_hash, 
 from fxquant.calibration.gptq import solved_modules
 from fxquant.calibration.gptq_codes import SolvedCodes
 from fxquant.calibration.observers import combine, observer_of
+from fxquant.calibration.prediction import prediction
 from fxquant.calibration.resume_folder import CalibrationFolder
 from fxquant.calibration.run import CalibrationRun
 from fxquant.checkpoint.checkpoint import Checkpoint
+from fxquant.checkpoint.config import parse_config
 from fxquant.checkpoint.rotated import rotation_transforms
 from fxquant.checkpoint.stamped_bytes import checkpoint_files, stamp_files
 from fxquant.errors import FxquantError
@@ -27,6 +30,7 @@ from fxquant.program.structural_hash import structural_hash
 from fxquant.progress import Reporter, silent
 from fxquant.runtime.weight_providers import CPU
 from fxquant.schemes.schemes import Recipe
+from fxquant.tracing import trace_predictors
 
 REMEDY = "Pass --calib FILE, put calibration.jsonl beside the model, or use deepseek_w4a8_dynamic."
 
@@ -40,7 +44,8 @@ class Calibrate(Pass):
     error, only if a static scheme, a pair or GPTQ needs text and no `given` calibration replaces it. `batch_size`
     documents run together, padded with the id `pad`. `earlier`: calibrations of other runs, one of the same inputs
     saves the forward. `used` has the ranges and the transforms. `folder` keeps observations block by block, so that an
-    interrupted calibration resumes; None: it starts from the beginning. `solved` has the codes of GPTQ.
+    interrupted calibration resumes; None: it starts from the beginning. `solved` has the codes of GPTQ, `predictors`
+    the graph of the prediction layers if one of them is static.
     """
 
     policy: Policy
@@ -55,14 +60,14 @@ class Calibrate(Pass):
     device: torch.device = CPU
     folder: CalibrationFolder | None = None
     solved: SolvedCodes | None = None
+    predictors: Program | None = None
     name = "calibrate"
 
     def apply(self, program: Program) -> PassResult:
-        inputs: dict[str, list[fx.Node]] = {}
-        for site in linear_sites(program):
-            recipe = program.recipes.get(site.module)
-            if recipe is not None and recipe.scheme.static:
-                inputs.setdefault(site.module, []).append(operand_node(site.node, "x"))
+        inputs = static_inputs(program)
+        self.predictors = self._traced_predictors(program)
+        if self.predictors is not None:
+            inputs |= static_inputs(self.predictors)
         if not inputs and not program.pairs and not program.added and not any(solved_modules(program)):
             if program.rotations:
                 self.used = self._rotation_alone(program)
@@ -70,9 +75,17 @@ class Calibrate(Pass):
         self.used = self._given(program, inputs) if self.given else self._calibrated(program, inputs)
         for module in inputs:
             activation = combine(*self.used.ranges[module], self.policy.activation_statistic, program.dtype)
-            program.recipes[module] = replace(program.recipes[module], activation=activation)
-            _check_range(program.recipes[module])
+            recipes = program.recipes if module in program.recipes else program.mtp.recipes
+            recipes[module] = replace(recipes[module], activation=activation)
+            _check_range(recipes[module])
         return PassResult(self.name, tuple(inputs))
+
+    def _traced_predictors(self, program: Program) -> Program | None:
+        """The graph of the prediction layers, with their recipes; None unless one of them is static."""
+        if not program.mtp.static:
+            return None
+        config = parse_config(program.config, self.source.folder)
+        return replace(trace_predictors(config, self.source), recipes=dict(program.mtp.recipes))
 
     def _given(self, program: Program, inputs: dict[str, list[fx.Node]]) -> Calibration:
         """The `given` calibration, if it is of this graph and these weights, and has every module."""
@@ -97,8 +110,8 @@ class Calibrate(Pass):
     def _calibrated(self, program: Program, inputs: dict[str, list[fx.Node]]) -> Calibration:
         documents = self.batches()
         if not documents:
-            what = "smoothing needs" if program.pairs else "static schemes need" if inputs else "GPTQ needs"
-            raise FxquantError(f"policy {self.policy.name}", f"{what} calibration text, none given.", REMEDY)
+            fact = f"{_what_needs_text(program, inputs)} calibration text, none given."
+            raise FxquantError(f"policy {self.policy.name}", fact, REMEDY)
         batches = batched(documents, self.batch_size, self.pad)
         statistic, observer = observer_of(self.policy)
         seen = Seen(
@@ -112,6 +125,8 @@ class Calibrate(Pass):
         if any(solved_modules(program)):
             self.solved = SolvedCodes(self.folder.folder / "codes") if self.folder else SolvedCodes.temporary()
             run.solve(self.solved, self._solver_key(seen), self.policy.unseen_experts)
+        if self.predictors is not None:
+            run.predict(prediction(program, self.predictors, batches))
         run.observe({node for nodes in inputs.values() for node in nodes}, self.report, self.folder, vars(seen))
         tokens = torch.tensor([batch.tokens for batch in batches])
         ranges = {module: run.extremes(nodes) for module, nodes in inputs.items()}
@@ -131,6 +146,23 @@ class Calibrate(Pass):
     def _weights(self, program: Program) -> str:
         rounded = self.policy.calibration_weights is CalibrationWeights.ROUNDED
         return rounded_by(program) if rounded else self.policy.calibration_weights.value
+
+
+def static_inputs(program: Program) -> dict[str, list[fx.Node]]:
+    """Module of each static linear → the values that it reads, one for each call."""
+    inputs: dict[str, list[fx.Node]] = {}
+    for site in linear_sites(program):
+        recipe = program.recipes.get(site.module)
+        if recipe is not None and recipe.scheme.static:
+            inputs.setdefault(site.module, []).append(operand_node(site.node, "x"))
+    return inputs
+
+
+def _what_needs_text(program: Program, inputs: dict[str, list[fx.Node]]) -> str:
+    if program.mtp.static:
+        also = "smoothing and " if program.pairs else ""
+        return f"{also}static schemes, those of {', '.join(program.mtp.layers)} too, need"
+    return "smoothing needs" if program.pairs else "static schemes need" if inputs else "GPTQ needs"
 
 
 def _check_range(recipe: Recipe) -> None:

@@ -1,13 +1,16 @@
 """Contract check: schemes × the target's contract, before any weight is read."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from fxquant import ops
+from fxquant.checkpoint.config import parse_config
 from fxquant.engines.check_contract import Finding, Linear, check, refusal
 from fxquant.engines.contract import Contract
 from fxquant.engines.rank_layout import checked_layout
 from fxquant.errors import FxquantError
+from fxquant.models.mtp import mtp_linears
 from fxquant.passes.base import Pass, PassResult
 from fxquant.policy.kinds import Kind
 from fxquant.program.linears import LinearSite, linear_sites
@@ -65,7 +68,16 @@ def linears(program: Program) -> list[Linear]:
         weight = program.parameters.get(recipe.weight_target)
         kind = Kind.OTHER if weight is None else weight.kind
         described.append(Linear(recipe, kind, heads if kind is Kind.ATTENTION else 0))
-    return described + [Linear(recipe, Kind.MTP) for recipe in program.mtp.recipes.values()]
+    return described + list(_predicting(program))
+
+
+def _predicting(program: Program) -> Iterator[Linear]:
+    """The quantized linears of prediction layers."""
+    if program.mtp.recipes:
+        config = parse_config(program.config, "config.json")
+        kinds = {linear.module: linear.kind for path in program.mtp.layers for linear in mtp_linears(config, path)}
+        for module, recipe in program.mtp.recipes.items():
+            yield Linear(recipe, Kind.MTP, inside=kinds.get(module))
 
 
 def _float(program: Program, site: LinearSite) -> Recipe:

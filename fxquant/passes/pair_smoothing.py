@@ -74,6 +74,8 @@ class PairSmoothing(Pass):
         modules = _modules(program, [name for _, name in consumers])
         quantized = [(module, kind) for module, kind in modules if module in program.recipes]
         reason = _why_no_pair(node, maker, weights)
+        if reason is None and program.mtp.stored and any(kind is Kind.HEAD for _, kind in modules):
+            reason = "multi-token prediction layers read it too"
         if reason is None and not quantized:
             reason = "all its consumers stay in float"
         rule = None if reason else self.policy.smooth_rule_for(kind, quantized)

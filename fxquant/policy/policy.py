@@ -37,7 +37,8 @@ Modules = Callable[[], Sequence[Decided]]
 
 
 class MtpMode(StrEnum):
-    """Treatment of multi-token prediction layers: left out, as in the checkpoint, or in dynamic int8."""
+    """Treatment of multi-token prediction layers: left out, as in the checkpoint, or in int8, static where the policy
+    gives a static scheme to such linears of decoder layers."""
 
     NONE = "none"
     FLOAT = "float"
@@ -97,12 +98,13 @@ class Policy:
         """The location of a rule, for errors."""
         return self.lines.get(rule, f"policy {self.name}")
 
-    def with_mtp(self, mode: MtpMode) -> "Policy":
-        """This policy with its rules for kind mtp replaced by one for `mode`."""
+    def with_mtp(self, mode: MtpMode, static: bool = False) -> "Policy":
+        """This policy with its rules for kind mtp replaced by one for `mode`; `static`: whether other rules give static
+        schemes to linears of these layers."""
         schemes: dict[MtpMode, Scheme | Literal["LEAVE_OUT"]] = {
             MtpMode.NONE: LEAVE_OUT,
             MtpMode.FLOAT: Scheme.FLOAT,
-            MtpMode.QUANT: Scheme.W8A8_DYNAMIC,
+            MtpMode.QUANT: Scheme.W8A8 if static else Scheme.W8A8_DYNAMIC,
         }
         why = f"--mtp {mode}"
         asked = Rule(kind=(Kind.MTP,), scheme=schemes[mode], optional=mode is MtpMode.NONE, why=why)

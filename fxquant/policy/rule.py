@@ -77,6 +77,11 @@ class Rule(BaseModel):
         return isinstance(self.scheme, Scheme) and self.scheme.weight_bits is not None
 
     @property
+    def static(self) -> bool:
+        """Whether its scheme needs calibrated ranges of inputs."""
+        return isinstance(self.scheme, Scheme) and self.scheme.static
+
+    @property
     def grouped(self) -> bool:
         """Whether its scheme supports groups with second scales."""
         return isinstance(self.scheme, Scheme) and self.scheme.grouped

@@ -38,7 +38,7 @@ class Parameter:
 
 @dataclass
 class MtpLayers:
-    """Multi-token prediction layers: stored, but run by no graph.
+    """Multi-token prediction layers: stored, but in no graph of an output.
 
     layers         their paths in the checkpoint, stored or not
     recipes        module path → how its tensors are made
@@ -55,6 +55,11 @@ class MtpLayers:
     def stored(self) -> bool:
         """Whether the output has any."""
         return bool(self.recipes or self.float_tensors)
+
+    @property
+    def static(self) -> bool:
+        """Whether a linear needs a calibrated range."""
+        return any(recipe.scheme.static for recipe in self.recipes.values())
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,8 @@ class Stream:
 
     blocks  what runs, in order
     values  node → value for each batch, of all live calls and placeholders
+    kept    calls whose values stay after their last use, for another stream
+    handed  placeholders that `restore` gives values, of another stream; `batches` end before them
     """
 
     def __init__(
@@ -47,17 +49,22 @@ class Stream:
         batches: Sequence[Sequence[Tensor]],
         results: Collection[fx.Node],
         device: torch.device = CPU,
+        kept: Collection[fx.Node] = (),
+        handed: Collection[fx.Node] = (),
     ) -> None:
         self._program, self._read, self._count, self._device = program, read, len(batches), device
-        needed = needed_nodes(program.graph.graph, results)
+        self._handed = frozenset(handed)
+        needed = needed_nodes(program.graph.graph, [*results, *kept])
         calls = [node for node in needed if node.op == "call_function"]
-        self._dead = last_uses(calls)
+        self._dead = {
+            node: [dead for dead in all_dead if dead not in kept] for node, all_dead in last_uses(calls).items()
+        }
         self.blocks = [Block(name, tuple(nodes)) for name, nodes in groupby(calls, lambda node: node.meta["block"])]
         placeholders = [node for node in program.graph.graph.nodes if node.op == "placeholder"]
         self.values: dict[fx.Node, list[Any]] = {
             node: [batch[place].to(device) for batch in batches]
             for place, node in enumerate(placeholders)
-            if node in needed
+            if node in needed and node not in self._handed
         }
 
     @torch.no_grad()
@@ -81,11 +88,12 @@ class Stream:
             values[node] = [settled(value) for value in values[node]]
 
     def live(self) -> list[fx.Node]:
-        """The calls whose values are live: with the batches, all that later blocks depend on."""
-        return [node for node in self.values if node.op == "call_function"]
+        """The calls and handed inputs whose values are live: with the batches, all that later blocks depend on."""
+        return [node for node in self.values if node.op == "call_function" or node in self._handed]
 
     def skip(self, blocks: int) -> list[fx.Node]:
-        """Resume after a number of blocks that ran earlier; returns the calls that `restore` must then give values."""
+        """Resume after a number of blocks that ran earlier; returns the nodes that `restore` must then give values."""
+        self.values |= {node: [] for node in self._handed}
         for block in self.blocks[:blocks]:
             for node in block.nodes:
                 # without values: only which ones are live after these blocks matters
@@ -96,7 +104,7 @@ class Stream:
         return self.live()
 
     def restore(self, node: fx.Node, values: list[Any]) -> None:
-        """Give a call that was skipped its value for each batch."""
+        """Give a call that was skipped, or a handed input, its value for each batch."""
         self.values[node] = [_moved(value, self._device) for value in values]
 
     def _call(self, node: fx.Node) -> list[Any]:

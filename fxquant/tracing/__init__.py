@@ -8,8 +8,10 @@ canonical.py   torch's own calls → `fxq::` operators
 stamp.py       the graph of all layers from that of one of each
 annotate.py    module, kind and block of each node
 parameters.py  the checkpoint tensors behind each parameter
+prediction.py  the same for the multi-token prediction layers
 """
 
 from fxquant.tracing.export import trace
+from fxquant.tracing.prediction import trace_predictors
 
-__all__ = ["trace"]
+__all__ = ["trace", "trace_predictors"]

@@ -32,6 +32,18 @@ def standard_inputs(config: DeepseekV3Config, depth: int) -> Inputs:
     return Inputs(tuple(_standard(config, depth, *sizes) for sizes in SIZES), _shapes(depth))
 
 
+def prediction_inputs(config: DeepseekV3Config) -> Inputs:
+    """Mask, positions, of each prediction layer a latent and the ids of later tokens, and hidden states."""
+    depth, runs = config.num_nextn_predict_layers, []
+    for sizes in SIZES:
+        ids, mask, positions, past = _standard(config, depth, *sizes)
+        with torch.device("meta"):
+            hidden = torch.zeros(*ids.shape, config.hidden_size)
+            runs.append((mask, positions, past, [torch.empty_like(ids) for _ in range(depth)], hidden))
+    by_row, mask_shape, _, past_shapes = _shapes(depth)
+    return Inputs(tuple(runs), (mask_shape, by_row, past_shapes, [by_row] * depth, by_row))
+
+
 def declared_inputs(
     model: nn.Module,
     example_inputs: Callable[[nn.Module, str], Any],

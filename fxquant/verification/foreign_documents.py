@@ -22,7 +22,8 @@ from fxquant.schemes.schemes import Scheme
 from fxquant.schemes.weight_formats import WeightFormat
 from fxquant.verification.report import Check
 
-SECTIONS = {Kind.ATTENTION: "mla_quantize", Kind.ROUTED_EXPERT: "moe_quantize", Kind.MTP: "mtp_quantize"}
+SECTIONS = {Kind.ATTENTION: "mla_quantize", Kind.ROUTED_EXPERT: "moe_quantize"}
+TYPES = (*SECTIONS.values(), "mtp_quantize", "quantize")
 CACHE_KEYS = ("kv_cache_type", "kv_quant_type", "fa_quant_type", "reduce_quant_type")
 
 
@@ -123,7 +124,7 @@ def check_config(found: FoundFolder, program: Program, engine: Engine, source: D
         return check
     check.misses += _model_keys(found, source) if source is not None else ()
     for key, value in engine.config(program).items():
-        if key not in (*SECTIONS.values(), "quantize"):
+        if key not in TYPES:
             check.expect(
                 config.get(key) == value, f"{key}: {_shown(config.get(key))}, the engine needs {_shown(value)}"
             )
@@ -140,14 +141,14 @@ def sections(config: dict[str, Any], program: Program) -> Iterator[str]:
     """Types by section that contradict the tensors, or sections whose linears are not of one type."""
     kinds: dict[str, dict[str, str]] = {}
     for linear in linears(program):
-        key = SECTIONS.get(linear.kind)
+        key = SECTIONS.get(linear.section)
         if key is not None and linear.recipe.scheme is not Scheme.FLOAT:
             kinds.setdefault(key, {}).setdefault(linear.recipe.scheme.value, linear.recipe.module)
     expected = scheme_keys(program)
     for key, schemes in kinds.items():
         if len(schemes) > 1:
             yield f"{key}: one type a section, but " + ", ".join(f"{m} is {s}" for s, m in schemes.items())
-    for key in ("quantize", *SECTIONS.values()):
+    for key in TYPES:
         said = config.get(key)
         if key in expected and said is None and key == "moe_quantize":
             yield f"{key}: missing, the tensors are {expected[key]}"

@@ -106,7 +106,7 @@ def _check_unit(
 
 def check_static(program: Program, files: WeightFiles) -> Check:
     """Static parameters against each other and the stored ranges, without a source."""
-    recipes = [recipe for recipe in program.recipes.values() if recipe.scheme.static]
+    recipes = [r for r in (*program.recipes.values(), *program.mtp.recipes.values()) if r.scheme.static]
     check = Check("static parameters agree", len(recipes))
     for recipe in recipes:
         stored = _stored(recipe, recipe.module, files)

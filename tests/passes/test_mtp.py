@@ -105,11 +105,20 @@ def test_a_mode_replaces_the_policys_rule(tiny_folder: Folder, tmp_path: Path) -
     assert "mtp → LEAVE_OUT" in {why for _, why in none.ledger.totals()}
 
 
-def test_a_scheme_that_needs_calibration_is_refused(tiny_folder: Folder, tmp_path: Path) -> None:
+@pytest.mark.parametrize("scheme", ["W4A8_DYNAMIC", "W8A8_MIX"])
+def test_a_scheme_that_a_whole_layer_cannot_have_is_refused(scheme: str, tiny_folder: Folder, tmp_path: Path) -> None:
+    policy = tmp_path / "policy.yaml"
+    policy.write_text(f"extends: deepseek_w4a8_dynamic\nrules: [{{kind: mtp, scheme: {scheme}}}]")
+    folder = tiny_folder(num_nextn_predict_layers=1)
+    with pytest.raises(FxquantError, match=rf"gives {scheme} to model\.layers\.2"):
+        compile(folder, CompileOptions(policy=str(policy), out=tmp_path / "out"))
+
+
+def test_a_static_rule_without_static_linears_is_refused(tiny_folder: Folder, tmp_path: Path) -> None:
     policy = tmp_path / "policy.yaml"
     policy.write_text("extends: deepseek_w4a8_dynamic\nrules: [{kind: mtp, scheme: W8A8}]")
     folder = tiny_folder(num_nextn_predict_layers=1)
-    with pytest.raises(FxquantError, match=r"gives W8A8 to model\.layers\.2"):
+    with pytest.raises(FxquantError, match=r"finds no linear of model\.layers\.2 with a static scheme"):
         compile(folder, CompileOptions(policy=str(policy), out=tmp_path / "out"))
 
 

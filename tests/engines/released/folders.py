@@ -56,6 +56,7 @@ def sources() -> Iterator[Source]:
         yield Source(policy, target, model={"fp8": True})
         yield Source(policy, target, mtp="float")
         yield Source(policy, target, mtp="quant")
+    yield Source("deepseek_w8a8_mix", Target.VLLM_ASCEND, mtp="quant")
 
 
 def compiled(source: Source, root: Path) -> Path | FxquantError:

@@ -79,6 +79,13 @@ def traits(folder: Path) -> frozenset[Trait]:
     return frozenset(_traits(program))
 
 
+def draft_traits(folder: Path) -> frozenset[Trait]:
+    """Of its multi-token prediction layer alone, whose experts are int8."""
+    schemes = {recipe.scheme for recipe in load_program(folder / GRAPH).mtp.recipes.values()}
+    found = {Trait.MIXED} if Scheme.W8A8_MIX in schemes else set()
+    return frozenset(found if schemes else {Trait.NOTHING})
+
+
 def _traits(program: Program) -> set[Trait]:
     found = set() if program.recipes else {Trait.NOTHING}
     if str(program.dtype) == "torch.float16":

@@ -26,6 +26,7 @@ ON_ONE = (
 )
 TWO_LEVEL = "groups_of_256"
 OTHER_SOURCES = [(policy, source) for source in ("fp8", "fp16", "biased") for policy in (PER_CHANNEL, STATIC)]
+DRAFTS = [(PER_CHANNEL, "float"), (PER_CHANNEL, "quant"), (STATIC, "quant")]
 DRAFT_LAYOUTS = [(1, "tp"), (4, "tp"), (8, "ep")]
 
 
@@ -54,12 +55,12 @@ def shown(folders: Folders) -> list[Shown]:
     cases += [Shown(Case(str(folders.get(policy))), policy) for policy in ON_ONE]
     for policy, source in OTHER_SOURCES:
         cases.append(Shown(Case(str(folders.get(policy, source))), policy, source))
-    for mtp in ("float", "quant"):
-        folder = str(folders.get(PER_CHANNEL, mtp=mtp))
-        cases.append(Shown(Case(folder), PER_CHANNEL, mtp=mtp))
+    for policy, mtp in DRAFTS:
+        folder = str(folders.get(policy, mtp=mtp))
+        cases.append(Shown(Case(folder), policy, mtp=mtp))
         for ranks, parallel in DRAFT_LAYOUTS:
             case = Case(folder, ranks, parallel, draft=True, quantized=mtp == "quant")
-            cases.append(Shown(case, PER_CHANNEL, mtp=mtp))
+            cases.append(Shown(case, policy, mtp=mtp))
     shifted = str(folders.get("shifted"))
     return [*cases, Shown(Case(shifted), "shifted"), Shown(Case(shifted, 4, "ep"), "shifted")]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from sglang_cases import PER_CHANNEL, RELEASES, STATIC, Folders, run
-from sglang_runs import DRAFT_LAYOUTS, Shown, refused_by_contract, serves, shown
+from sglang_runs import DRAFT_LAYOUTS, DRAFTS, Shown, refused_by_contract, serves, shown
 
 pytestmark = pytest.mark.engines
 
@@ -87,7 +87,7 @@ def test_a_float16_scale_is_what_stops_a_float16_model(found: Callable[[str], Fo
 def test_a_draft_is_served_with_the_quantization_it_was_compiled_for(
     found: Callable[[str], Found], release: str
 ) -> None:
-    for mtp in ("float", "quant"):
+    for policy, mtp in DRAFTS:
         for ranks, parallel in DRAFT_LAYOUTS:
-            finding = found(release)[f"{PER_CHANNEL}, bf16, mtp {mtp}, its draft on {ranks} {parallel}"][1]
+            finding = found(release)[f"{policy}, bf16, mtp {mtp}, its draft on {ranks} {parallel}"][1]
             assert serves(finding) and finding["compared"], finding

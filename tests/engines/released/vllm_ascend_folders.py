@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from folders import Source, compiled, sources
-from recorded import Trait, traits
+from recorded import Trait, draft_traits, traits
 from vllm_ascend_runs import COMPUTED_ON, RANKS, Run, every_way
 
 from fxquant import FxquantError
@@ -41,8 +41,7 @@ def make(root: Path) -> Made:
         for name, runs in _runs(source, folder):
             made.runs.extend(runs)
             made.sources[name] = source
-            draft = frozenset({Trait.NOTHING} if source.mtp == "float" else ())
-            made.traits[name] = draft if name.endswith(DRAFT) else traits(folder)
+            made.traits[name] = draft_traits(folder) if name.endswith(DRAFT) else traits(folder)
     return made
 
 
