@@ -20,7 +20,7 @@ from pathlib import Path
 
 from page_blocks import ROOT, TRANSLATED, Block, blocks, pages
 from page_outputs import ANY, difference
-from warm_fxquant import warm_folder
+from warm_fxquant import PYTHON, warm_folder
 
 LINKED = ("fxquant", "benchmarks", "tests", "pyproject.toml")
 """What commands name besides `examples/`."""
@@ -41,16 +41,17 @@ class Ran:
 
 
 class Session:
-    """A page being run in `folder`, which is made."""
+    """A page being run in `folder`, which is made; `kept` as of `warm_folder`."""
 
-    def __init__(self, page: Path, folder: Path) -> None:
+    def __init__(self, page: Path, folder: Path, kept: Path | None = None) -> None:
         self.blocks = blocks(page)
         self.folder = folder
         shutil.copytree(ROOT / "examples", folder / "examples")
         for name in LINKED:
             (folder / name).symlink_to(ROOT / name)
         scripts = str(Path(sys.executable).parent)
-        self.environment = {**os.environ, "PATH": f"{warm_folder()}:{scripts}:{os.environ['PATH']}"}
+        self.warm = warm_folder(kept)
+        self.environment = {**os.environ, "PATH": f"{self.warm}:{scripts}:{os.environ['PATH']}"}
         self.environment.pop("COLUMNS", None)
         if page.parent != ROOT:
             self.environment["COLUMNS"] = COLUMNS
@@ -96,7 +97,7 @@ class Session:
         if not code:
             return
         texts = [f"\n{'#' * 79}\n{block.text}\nprint({SEPARATOR!r}, flush=True)\n" for block in code]
-        done = self._call([sys.executable, "-"], "".join(texts))
+        done = self._call([str(self.warm / PYTHON)], "".join(texts))
         for index, (block, printed) in enumerate(zip(code, done.stdout.split(f"{SEPARATOR}\n"), strict=False)):
             failed = done.returncode and index == done.stdout.count(SEPARATOR)
             yield Ran(block, printed, done.stderr[-4000:] if failed else "")
@@ -126,9 +127,9 @@ def output_of(block: Block, every: list[Block]) -> Block | None:
     return every[at] if at < len(every) and every[at].language == "text" and every[at].follows else None
 
 
-def failures(page: Path, folder: Path) -> list[str]:
+def failures(page: Path, folder: Path, kept: Path | None = None) -> list[str]:
     """What is wrong on a page: commands that fail, and output that is another."""
-    session = Session(page, folder)
+    session = Session(page, folder, kept)
     wrong = []
     for ran in session.run():
         shown = output_of(ran.block, session.blocks)

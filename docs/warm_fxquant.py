@@ -1,8 +1,9 @@
 """`fxquant` for the commands of pages, without the seconds that each start takes: a process that has imported torch and
-the package, and forks for every command.
+the package, has traced the shipped example, and forks for every command.
 
 The `fxquant` in `warm_folder()` hands its arguments, folder, environment and open streams to it, and ends with the exit
-code of the command.
+code of the command; so does `warm_python`, which runs what it reads. What commands compute again from equal arguments
+is computed once: calibrations, and what tests/support/remembered.py says.
 """
 
 import atexit
@@ -16,17 +17,22 @@ import subprocess
 import sys
 import tempfile
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from fxquant.calibration.calibration_file import CALIBRATION
 from fxquant.lowering.output_folder.manifest import MANIFEST, STAMPS
 
+ROOT = Path(__file__).resolve().parents[1]
+COMMANDS = ("fxquant", PYTHON := "warm_python")
 CLIENT = """#!{python} -IS
 import json, os, socket, sys
 with socket.socket(socket.AF_UNIX) as server:
     server.connect({address!r})
-    call = json.dumps([sys.argv[1:], os.getcwd(), dict(os.environ)]).encode()
+    call = json.dumps([{name!r}, sys.argv[1:], os.getcwd(), dict(os.environ)]).encode()
     socket.send_fds(server, [len(call).to_bytes(8, "big")], [0, 1, 2])
     server.sendall(call)
     sys.exit(int(server.recv(16) or b"70"))
@@ -34,16 +40,19 @@ with socket.socket(socket.AF_UNIX) as server:
 
 
 @functools.cache
-def warm_folder() -> Path:
-    """The folder of a `fxquant` whose process is warm; both end with this process."""
+def warm_folder(kept: Path | None = None) -> Path:
+    """The folder of a `fxquant` and a `warm_python` whose process is warm; all ends with this process.
+
+    kept    where results are that other processes share, see tests/support/kept.py
+    """
     folder = Path(tempfile.mkdtemp())
     address = str(folder / "socket")
-    client = folder / "fxquant"
-    client.write_text(CLIENT.format(python=sys.executable, address=address), encoding="utf-8")
-    client.chmod(0o755)
-    server = subprocess.Popen(
-        [sys.executable, __file__, address], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
-    )
+    for name in COMMANDS:
+        client = folder / name
+        client.write_text(CLIENT.format(python=sys.executable, address=address, name=name), encoding="utf-8")
+        client.chmod(0o755)
+    command = [sys.executable, __file__, address, str(kept or folder / "kept")]
+    server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
     assert server.stdout is not None
     server.stdout.readline()  # until it listens
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
@@ -51,10 +60,10 @@ def warm_folder() -> Path:
     return folder
 
 
-def serve(address: str) -> None:
+def serve(address: str, kept: str) -> None:
     """Answer calls until the standard input ends, which is when the process that asked for this one is gone."""
     _calibrate_once(Path(address).with_name("calibrations"))
-    with socket.socket(socket.AF_UNIX) as listener:
+    with _computed_once(Path(kept)), socket.socket(socket.AF_UNIX) as listener:
         listener.bind(address)
         listener.listen()
         os.write(1, b"ready\n")
@@ -92,6 +101,21 @@ def _calibrate_once(folder: Path) -> None:
     vars(compile).update(known_folders=known, _compiled=keep)
 
 
+@contextmanager
+def _computed_once(kept: Path) -> Iterator[None]:
+    """Traces, reference codes and .pt2 files; the trace of the example is there from the start."""
+    sys.path.insert(0, str(ROOT / "tests" / "support"))
+    from kept import Kept
+    from remembered import codes_once, exported_once, traced_once
+    from tiny import float_program
+
+    from fxquant.checkpoint.checkpoint import open_checkpoint
+
+    float_program(open_checkpoint(ROOT / "examples" / "tiny_deepseek_v3"))
+    with traced_once(), codes_once(Kept(kept)), exported_once(Kept(kept)):
+        yield
+
+
 def _reaped() -> bool:
     try:
         return os.waitpid(-1, os.WNOHANG)[0] != 0
@@ -107,7 +131,7 @@ def _answer(call: socket.socket) -> None:
         text = b""
         while len(text) < int.from_bytes(size, "big"):
             text += call.recv(1 << 16)
-        arguments, folder, environment = json.loads(text)
+        name, arguments, folder, environment = json.loads(text)
         for number, stream in enumerate(streams):
             os.dup2(stream, number)
             os.close(stream)
@@ -115,7 +139,9 @@ def _answer(call: socket.socket) -> None:
         os.chdir(folder)
         os.environ.clear()
         os.environ.update(environment)
-        sys.argv = ["fxquant", *arguments]
+        sys.argv = [name, *arguments]
+        if name == PYTHON:
+            _python()
         from fxquant.__main__ import run
 
         run()
@@ -130,5 +156,13 @@ def _answer(call: socket.socket) -> None:
         os._exit(0)
 
 
+def _python() -> None:
+    """Run the code that stands in the standard input, as `python -` does, and end."""
+    sys.path.insert(0, "")
+    main = sys.modules["__main__"] = ModuleType("__main__")
+    exec(compile(sys.stdin.read(), "<stdin>", "exec"), vars(main))
+    sys.exit()
+
+
 if __name__ == "__main__":
-    serve(sys.argv[1])
+    serve(*sys.argv[1:])

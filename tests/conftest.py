@@ -11,6 +11,7 @@ import pytest
 import torch
 from commands import Fxquant, in_process
 from hypothesis import settings
+from kept import Kept
 from remembered import computed_once, traced_once
 from rewrites import Rewritten, rewrite
 from tiny import write_checkpoint
@@ -49,10 +50,17 @@ def without_exports() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Kept:
+    """What all processes of this run share."""
+    folder = tmp_path_factory.getbasetemp()
+    return Kept((folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "kept")
+
+
 @pytest.fixture(scope="session", autouse=True)
-def equal_work_done_once() -> Iterator[None]:
+def equal_work_done_once(kept: Kept) -> Iterator[None]:
     """Commands take traces, emitted texts and reference codes of equal arguments from a memory, see remembered.py."""
-    with traced_once(), computed_once():
+    with traced_once(), computed_once(kept):
         yield
 
 

@@ -11,7 +11,7 @@ from fxquant.errors import InternalError
 from fxquant.schemes.schemes import Recipe, WeightAlgorithm
 
 LANES = 32
-NUMBERS = 1 << 15
+NUMBERS = 1 << 16
 """Numbers at a time: float64 temporaries of so many stay in a processor's cache."""
 CodesAndScales = tuple[Tensor, Tensor, Tensor]
 """Codes [n, k], scales [n], second scales [n, G]."""
@@ -99,7 +99,7 @@ class _Channel:
 
     def error(self, scale: Tensor) -> Tensor:
         q = self._quotients(scale)
-        return _lane_sum((self.exact - scale.double().unsqueeze(1) * q.double()) ** 2)
+        return _lane_sum(_squared(q.double().mul_(scale.double().unsqueeze(1)).sub_(self.exact)))
 
     def fit(self, scale: Tensor) -> Tensor:
         q = self._quotients(scale).double()
@@ -113,7 +113,7 @@ class _Channel:
 
     def _quotients(self, scale: Tensor) -> Tensor:
         divisor = torch.where(scale > 0, scale, 1).unsqueeze(1)
-        return torch.round(self.rows / divisor).clamp(-self.high - 1, self.high)
+        return torch.div(self.rows, divisor).round_().clamp_(-self.high - 1, self.high)
 
 
 class _TwoLevel:
@@ -163,9 +163,9 @@ class _TwoLevel:
             tried = (second <= widest) & (2 * second >= widest) & (scale > 0).unsqueeze(1)
             if not tried.any():
                 continue
-            q = self._quotients(scale, torch.full_like(widest, second)).double()
+            q = self._quotients(scale, torch.full_like(widest[:, :1], second)).double()
             steps = (scale.double().unsqueeze(1) * second).unsqueeze(-1)
-            error = _lane_sum((self.exact - steps * q) ** 2)
+            error = _lane_sum(_squared(q.mul_(steps).sub_(self.exact)))
             better = tried & (error < least)
             best, least = torch.where(better, second, best), torch.where(better, error, least)
         return best, _in_order(least)
@@ -174,7 +174,8 @@ class _TwoLevel:
         """Codes whose products with the second scales stay within 119."""
         lowest = -torch.floor(119 / seconds).clamp(max=8).unsqueeze(-1)
         steps = (torch.where(scale > 0, scale, 1).unsqueeze(1) * seconds).unsqueeze(-1)
-        return torch.maximum(torch.round(self.groups / steps), lowest).clamp(max=7)
+        q = torch.div(self.groups, steps).round_()
+        return torch.maximum(q, lowest, out=q).clamp_(max=7)
 
 
 def _quotient(dots: Tensor, norms: Tensor) -> Tensor:
@@ -190,8 +191,13 @@ def _in_order(values: Tensor) -> Tensor:
 def _running(values: tuple[Tensor, ...]) -> Tensor:
     total = torch.zeros_like(values[0])
     for value in values:
-        total = total + value
+        total += value
     return total
+
+
+def _squared(values: Tensor) -> Tensor:
+    """In place."""
+    return values.mul_(values)
 
 
 def _lane_sum(terms: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import typer
+from kept import Kept
 from page_blocks import BY_GATE, ROOT, TRANSLATED, Block, blocks, fxquant_arguments, pages
 from run_pages import failures
 
@@ -45,9 +46,9 @@ RUN = sorted({str(block.page.relative_to(ROOT)) for block in STARTED} - set(TRAN
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", RUN)
-def test_every_command_of_the_page_succeeds_and_prints_what_stands_there(page: str, tmp_path: Path) -> None:
+def test_every_command_of_the_page_succeeds_and_prints_what_stands_there(page: str, tmp_path: Path, kept: Kept) -> None:
     started = time.perf_counter()
-    wrong = failures(ROOT / page, tmp_path / "page")
+    wrong = failures(ROOT / page, tmp_path / "page", kept.folder)
     print(f"{page}: {time.perf_counter() - started:.1f} s")
     assert not wrong, "\n\n".join(wrong)
 

@@ -9,16 +9,18 @@ import os
 import runpy
 import sys
 import traceback
+from pathlib import Path
 from typing import Any
 
 
 def main() -> None:
     """Answer until the input ends."""
+    from kept import Kept
     from remembered import computed_once, traced_once
 
     answers, questions = os.fdopen(os.dup(1), "w"), os.fdopen(os.dup(0))
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    with traced_once(), computed_once():
+    with traced_once(), computed_once(Kept(Path("kept").absolute())):
         for line in questions:
             printed, errors, *arguments = json.loads(line)
             print(_ended(printed, errors, arguments), file=answers, flush=True)

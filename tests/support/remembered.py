@@ -1,7 +1,7 @@
 """Functions of the product that depend on their arguments alone, with a memory: hundreds of tests compile alike.
 
-What is remembered was computed in the same process from equal arguments. Commands see it; a test that calls one of
-these functions by its own name does not.
+What is remembered was computed from equal arguments, in the same process or, where it is `Kept`, in any of the run.
+Commands see it; a test that calls one of these functions by its own name does not.
 """
 
 import copy
@@ -13,6 +13,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from kept import Kept
 from tiny import float_program
 from torch import Tensor, nn
 
@@ -23,12 +24,12 @@ from fxquant.lowering.ascend import writer
 from fxquant.lowering.ascend.export.exported import write_exported
 from fxquant.program.program import Program
 from fxquant.program.program_file import dump_program
-from fxquant.schemes.schemes import Recipe
+from fxquant.schemes.schemes import Recipe, WeightAlgorithm
 from fxquant.storage.hashing import hash_bytes
 from fxquant.verification import ascend_statements, graph_checks, weight_checks
 
 MOST, LARGEST = 400, 1 << 16
-"""Results of a function that are kept; numbers of a weight whose codes are."""
+"""Results of a function that are remembered; numbers of a weight whose codes are."""
 
 
 @contextmanager
@@ -43,9 +44,8 @@ def traced_once() -> Iterator[None]:
 
 
 @contextmanager
-def computed_once() -> Iterator[None]:
-    """A graph fused and its text, where they are written and once more where they are checked; a weight's codes by the
-    reference."""
+def emitted_once() -> Iterator[None]:
+    """A graph fused and its text, where they are written and once more where they are checked."""
     with (
         patch.object(writer, "deployment", remembering(writer.deployment, dump_program, copy.deepcopy)),
         patch.object(graph_checks, "deployment", remembering(graph_checks.deployment, dump_program, copy.deepcopy)),
@@ -55,22 +55,47 @@ def computed_once() -> Iterator[None]:
             "module_code",
             remembering(ascend_statements.module_code, lambda program, emitted: dump_program(program)),
         ),
-        patch.object(weight_checks, "expected_codes", remembering(weight_checks.expected_codes, codes_key)),
     ):
         yield
 
 
 @contextmanager
-def exported_once() -> Iterator[None]:
+def codes_once(kept: Kept) -> Iterator[None]:
+    """A weight's codes by the reference; those that it searches, which takes long, are kept for all processes."""
+    original = weight_checks.expected_codes
+    remembered = remembering(original, codes_key)
+
+    def codes(recipe: Recipe, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if recipe.algorithm.scales is WeightAlgorithm.MIN_MAX:
+            return remembered(recipe, weight)
+
+        def small() -> tuple[Tensor, Tensor, Tensor]:
+            found, scales, seconds = original(recipe, weight)
+            return found.to(torch.int8), scales, seconds
+
+        found, scales, seconds = kept.get(repr(arguments(recipe, weight)), small)
+        return found.float(), scales, seconds
+
+    with patch.object(weight_checks, "expected_codes", codes):
+        yield
+
+
+@contextmanager
+def computed_once(kept: Kept) -> Iterator[None]:
+    """Texts of graphs, and codes."""
+    with emitted_once(), codes_once(kept):
+        yield
+
+
+@contextmanager
+def exported_once(kept: Kept) -> Iterator[None]:
     """The .pt2 files of equal graphs, whose bytes follow from the graph (test_exported.py): written each time."""
-    known: dict[str, dict[str, bytes]] = {}
 
     def write(program: Program, folder: Path) -> None:
-        key = dump_program(program)
-        if key not in known:
-            known[key] = {file.name: file.read_bytes() for file in write_exported(program, folder)}
-            return
-        for name, data in known[key].items():
+        def made() -> dict[str, bytes]:
+            return {file.name: file.read_bytes() for file in write_exported(program, folder)}
+
+        for name, data in kept.get(dump_program(program), made).items():
             (folder / name).write_bytes(data)
 
     with patch.object(output, "write_exported", write):
@@ -100,9 +125,12 @@ def remembering(
 
 
 def codes_key(recipe: Recipe, weight: Tensor) -> tuple[Any, ...] | None:
+    """All that `expected_codes` reads, of a weight whose codes are remembered."""
+    return arguments(recipe, weight) if weight.numel() <= LARGEST else None
+
+
+def arguments(recipe: Recipe, weight: Tensor) -> tuple[Any, ...]:
     """All that `expected_codes` reads."""
-    if weight.numel() > LARGEST:
-        return None
-    made_by = (recipe.algorithm, recipe.scheme.weight_bits, recipe.group_size, recipe.scale_dtype)
+    made_by = (recipe.algorithm.scales, recipe.scheme.weight_bits, recipe.group_size, recipe.scale_dtype)
     data = hash_bytes(weight.contiguous().view(torch.uint8).numpy().tobytes())
     return (*made_by, weight.dtype, tuple(weight.shape), data)
