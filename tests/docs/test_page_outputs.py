@@ -37,6 +37,13 @@ def test_another(shown: str) -> None:
     assert difference(shown, PRINTED)
 
 
+def test_a_tail_is_looser_than_a_mean() -> None:
+    line = "KL, 99th percentile 0.0229 top-1 agreement 93.92%"
+    assert not difference(line, line.replace("0.0229", "0.0199"))
+    for old, new in (("0.0229", "0.0149"), ("93.92", "73.92"), ("99th", "98th")):
+        assert difference(line, line.replace(old, new))
+
+
 def test_blocks_of_a_page(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text(
