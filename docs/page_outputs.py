@@ -2,8 +2,8 @@
 
 A line `…` stands for any lines. Frames of tables and runs of spaces do not count. Integers must be equal; numbers with
 a point may differ by a tenth, more than processors differ by; a 99th percentile by a third, since on the 1,020 tokens
-of a page ten decide it, and one that another expert gets moves it (0.0229 and 0.0199 on two processors). Times, rates, memory, and the largest float error
-of a check with its place are not compared.
+of a page ten decide it, and one that another expert gets moves it (0.0229 and 0.0199 on two processors). Times, rates,
+memory, and the largest float error of a check with its place are not compared.
 """
 
 import re
