@@ -21,6 +21,7 @@ from faults.campaign import plan, prepared, run_rounds, table
 from faults.operations import Fault
 from faults.ray_rounds import ray_rounds
 from faults.scenarios import scenarios
+from kept import Kept
 from remembered import computed_once, exported_once, traced_once
 
 import fxquant
@@ -45,7 +46,8 @@ def main() -> int:
     base = Path(tempfile.mkdtemp(prefix="fxquant-faults-", dir=SHARED_MEMORY if SHARED_MEMORY.is_dir() else None))
     start = time.monotonic()
     try:
-        with traced_once(), computed_once(), exported_once():
+        kept = Kept(base / "kept")
+        with traced_once(), computed_once(kept), exported_once(kept):
             results = _rounds(base, options) if options.rounds else []
         results += ray_rounds(options.ray, base) if options.ray else []
     finally:

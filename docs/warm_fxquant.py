@@ -103,8 +103,10 @@ def _calibrate_once(folder: Path) -> None:
 
 @contextmanager
 def _computed_once(kept: Path) -> Iterator[None]:
-    """Traces, reference codes and .pt2 files; the trace of the example is there from the start."""
+    """Traces, reference codes and .pt2 files; the trace of the example is there from the start. Model files are traced
+    in forks."""
     sys.path.insert(0, str(ROOT / "tests" / "support"))
+    from forked_child import forked_children
     from kept import Kept
     from remembered import codes_once, exported_once, traced_once
     from tiny import float_program
@@ -112,7 +114,7 @@ def _computed_once(kept: Path) -> Iterator[None]:
     from fxquant.checkpoint.checkpoint import open_checkpoint
 
     float_program(open_checkpoint(ROOT / "examples" / "tiny_deepseek_v3"))
-    with traced_once(), codes_once(Kept(kept)), exported_once(Kept(kept)):
+    with traced_once(), codes_once(Kept(kept)), exported_once(Kept(kept)), forked_children():
         yield
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from commands import Fxquant, in_process
+from forked_child import forked_children
 from hypothesis import settings
 from kept import Kept
 from remembered import computed_once, traced_once
@@ -17,7 +18,9 @@ from rewrites import Rewritten, rewrite
 from tiny import write_checkpoint
 
 from fxquant.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from fxquant.frontend import child
 from fxquant.lowering.ascend.export.exported import write_exported
+from fxquant.processes.command import run_to_end
 
 pytest_plugins = ["cpu_budget"]
 
@@ -62,6 +65,19 @@ def equal_work_done_once(kept: Kept) -> Iterator[None]:
     """Commands take traces, emitted texts and reference codes of equal arguments from a memory, see remembered.py."""
     with traced_once(), computed_once(kept):
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def model_files_in_forks() -> Iterator[None]:
+    """A model.py is traced in a fork of this process; a test that wants a process of its own asks for `own_process`."""
+    with forked_children():
+        yield
+
+
+@pytest.fixture
+def own_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model.py is traced in a process that is started, as users' are."""
+    monkeypatch.setattr(child, "run_to_end", run_to_end)
 
 
 @pytest.fixture

@@ -18,6 +18,8 @@ from fxquant.frontend.traced import Traced
 from fxquant.inputs.limits import ANSWER_BYTES
 from fxquant.processes.command import Ended
 
+pytestmark = pytest.mark.usefixtures("own_process")
+
 PLAIN = """
 from fxquant.models import DeepseekV3
 

@@ -135,7 +135,7 @@ def test_multi_token_prediction_layers_go_along(compiled: Compiled, tmp_path: Pa
     assert different(converted(unpacked, Target.ASCEND, tmp_path / "A"), packed) == []
     (description,) = unpacked.glob("quant_model_description*.json")
     types = {kind for name, kind in json.loads(description.read_text()).items() if name.startswith("model.layers.2.")}
-    assert types == ({"FLOAT"} if mtp is MtpMode.FLOAT else {"FLOAT", "W8A8_DYNAMIC"})
+    assert types == ({"FLOAT"} if mtp is MtpMode.FLOAT else {"FLOAT", "W8A8", "W8A8_DYNAMIC"})
     assert len(list(unpacked.glob("mtp_float-*"))) == (mtp is MtpMode.FLOAT)
 
 

@@ -4,6 +4,7 @@ Every machine needs the same Python, Ray and fxquant; a path names the same file
 """
 
 import logging
+import os
 import signal
 import socket
 import sys
@@ -97,6 +98,7 @@ def _connected(ray: Any, jobs: int, address: str | None) -> Iterator[None]:
             with _same_signals():
                 place = stack.enter_context(own_cluster(jobs)) if address is None else address
                 stack.callback(ray.shutdown)
+                os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # of this process: it logs to the terminal
                 ray.init(address=place, log_to_driver=False, logging_level=logging.CRITICAL)
         except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
             place = "--workers ray" if address is None else f"--address {address}"
