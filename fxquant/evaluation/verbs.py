@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from fxquant.calibration.calibration_file import CALIBRATION, load_calibration
 from fxquant.checkpoint.checkpoint import Checkpoint, open_checkpoint
@@ -18,6 +19,7 @@ from fxquant.evaluation.sensitivity_report import Sensitivity
 from fxquant.frontend.source import open_source
 from fxquant.lowering.output_folder.layout import stored_tensors
 from fxquant.lowering.output_folder.manifest import FLOAT_GRAPH, GRAPH, read_manifest
+from fxquant.passes.base import choices
 from fxquant.passes.pair_smoothing import restore_biases
 from fxquant.policy.policy import load_policy
 from fxquant.program.program import Program
@@ -29,6 +31,14 @@ from fxquant.text.load import load_batches
 
 COMPARE_CACHE = 1 << 28
 """Bytes of quantized weights that `compare` keeps for each policy between chunks of text."""
+
+
+class Compared(NamedTuple):
+    """A policy's evaluation, bytes of its weights, and what it left open, as the target decided it."""
+
+    evaluation: Evaluation
+    nbytes: int
+    choices: list[str]
 
 
 def run(out: str | Path, prompt: str, max_new_tokens: int = 64) -> Iterator[str]:
@@ -129,8 +139,8 @@ def compare(
     samples: int = 64,
     seq_len: int = 256,
     report: Reporter = silent,
-) -> dict[str, tuple[Evaluation, int]]:
-    """Policy → its evaluation and the bytes of its weights. Nothing is written; weights are quantized on the fly."""
+) -> dict[str, Compared]:
+    """Each policy for the target of `options`. Nothing is written; weights are quantized on the fly."""
     options = options or CompileOptions()
     open_device(options.device)
     source = open_model(model, options, report)
@@ -151,4 +161,5 @@ def compare(
         for candidate in prepared
     ]
     results = evaluate_programs(original, quantized, batches, report, policies)
-    return dict(zip(policies, zip(results, sizes, strict=True), strict=True))
+    decided = [choices(candidate.passes) for candidate in prepared]
+    return dict(zip(policies, map(Compared, results, sizes, decided), strict=True))

@@ -1,18 +1,19 @@
 """fxquant compare"""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fxquant.tools.compile_options import CheckpointFolder, Device, Model, TraceTimeout
+from fxquant.engines.table import DEFAULT
+from fxquant.tools.compile_options import CheckpointFolder, Device, Model, TargetName, TraceTimeout, parse_target
 from fxquant.tools.completion import policies
 from fxquant.tools.console import console, print_json, size
 from fxquant.tools.stages import reporter
 from fxquant.tools.tables import NamedTable
 
 if TYPE_CHECKING:
-    from fxquant.evaluation.divergence import Evaluation
+    from fxquant.evaluation.verbs import Compared
 
 HEADINGS = ("policy", "weights", "float ppl", "quantized ppl", "KL per token", "95 % interval", "top-1 agreement")
 
@@ -34,6 +35,7 @@ def command(
             autocompletion=policies,
         ),
     ] = None,
+    target: TargetName = DEFAULT.value,
     calib: Annotated[Path | None, typer.Option(metavar="FILE", help="Calibration text, as for compile.")] = None,
     device: Device = "cpu",
     checkpoint: CheckpointFolder = None,
@@ -47,25 +49,33 @@ def command(
     from fxquant.api import CompileOptions, compare
     from fxquant.policy.policy import load_policy, shipped_policies
 
-    options = CompileOptions(calib=calib, checkpoint=checkpoint, trace_timeout=trace_timeout, device=device)
+    options = CompileOptions(
+        target=parse_target(target), calib=calib, checkpoint=checkpoint, trace_timeout=trace_timeout, device=device
+    )
     names = policy or shipped_policies()
     results = compare(model, names, text, options, samples, seq_len, reporter(quiet or as_json))
     if as_json:
-        print_json({name: result.as_json() | {"bytes": nbytes} for name, (result, nbytes) in results.items()})
+        print_json({name: _as_json(compared) for name, compared in results.items()})
         return
     console.print(comparison_table(str(model), text.name, results))
+    for line in dict.fromkeys(line for compared in results.values() for line in compared.choices):
+        console.print(line, style="dim", soft_wrap=True)
     unguarded = [name for name in results if load_policy(name).unguarded]
     if unguarded:
         console.print(f"Nothing against outliers in {', '.join(unguarded)}: {OUTLIERS}")
 
 
-def comparison_table(model: str, text: str, results: "dict[str, tuple[Evaluation, int]]") -> NamedTable:
+def _as_json(compared: "Compared") -> dict[str, Any]:
+    return compared.evaluation.as_json() | {"bytes": compared.nbytes, "choices": compared.choices}
+
+
+def comparison_table(model: str, text: str, results: "dict[str, Compared]") -> NamedTable:
     """One row per policy."""
     from fxquant.tools.figures import interval
 
-    tokens = next(iter(results.values()))[0].tokens
+    tokens = next(iter(results.values())).evaluation.tokens
     table = NamedTable(f"{model} on {tokens:,} tokens of {text}", HEADINGS)
-    for name, (result, nbytes) in results.items():
+    for name, (result, nbytes, _) in results.items():
         perplexities = (f"{result.float_perplexity:.4f}", f"{result.quantized_perplexity:.4f}")
         divergence = (f"{result.kl_mean:.5f}", interval(result, "kl_mean"))
         table.add_row(name, size(nbytes), *perplexities, *divergence, f"{result.top1_agreement:.2%}")

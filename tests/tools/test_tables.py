@@ -16,6 +16,7 @@ from fxquant.engines.serving import Serving
 from fxquant.engines.table import ENGINES, Target
 from fxquant.evaluation.divergence import Evaluation
 from fxquant.evaluation.sensitivity_report import ModuleLoss, Sensitivity
+from fxquant.evaluation.verbs import Compared
 from fxquant.lowering.weights.work import WorkReport
 from fxquant.planning.estimate import Estimate, Memory
 from fxquant.planning.host_benchmark import Machine
@@ -139,7 +140,9 @@ def show_losses(to: Terminal) -> None:
 
 NAMED: dict[str, tuple[Callable[[Terminal], None], list[str]]] = {
     "compare": (
-        lambda to: to.print(comparison_table("model", "text", {name: (evaluation(), 10**9) for name in POLICIES})),
+        lambda to: to.print(
+            comparison_table("model", "text", dict.fromkeys(POLICIES, Compared(evaluation(), 10**9, [])))
+        ),
         [*POLICIES, "0.00350–0.00410", "95.40%"],
     ),
     "eval": (
