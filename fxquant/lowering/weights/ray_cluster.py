@@ -13,6 +13,7 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout
 from functools import lru_cache
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from fxquant.errors import FxquantError, StoppedError
@@ -97,13 +98,25 @@ def _connected(ray: Any, jobs: int, address: str | None) -> Iterator[None]:
         try:
             with _same_signals():
                 place = stack.enter_context(own_cluster(jobs)) if address is None else address
-                stack.callback(ray.shutdown)
-                os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # of this process: it logs to the terminal
+                stack.callback(_shut_down, ray)
                 ray.init(address=place, log_to_driver=False, logging_level=logging.CRITICAL)
         except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
             place = "--workers ray" if address is None else f"--address {address}"
             raise StoppedError(place, f"no Ray cluster answers: {_first_line(error)}", REMEDY) from None
         yield
+
+
+def _shut_down(ray: Any) -> None:
+    """Without what Ray's native code then logs to the terminal about tasks that it ends."""
+    sys.stderr.flush()
+    terminal = os.dup(2)
+    try:
+        with Path(os.devnull).open("wb") as nothing:
+            os.dup2(nothing.fileno(), 2)
+        ray.shutdown()
+    finally:
+        os.dup2(terminal, 2)
+        os.close(terminal)
 
 
 @contextmanager
