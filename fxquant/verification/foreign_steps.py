@@ -50,21 +50,27 @@ def dequantized(recipe: Recipe, stored: dict[str, Tensor], source: Tensor) -> De
     if not recipe.group_size:
         half = 0.5 * scale + rounding
         values = codes * scale
-        end = torch.where(_pays(values, source, recipe.highest_code), source.abs(), half)
-        return Dequantized(values, half, torch.where(values.abs() < source.abs(), end, half), last)
+        plain = source.abs().amax(1, keepdim=True) / recipe.highest_code
+        return Dequantized(values, half, _ends(values, source, plain, half, recipe.highest_code), last)
     steps = stored["weight_scale_second"].float().repeat_interleave(recipe.group_size, 1)
     # second scales are rounded: a group of integers up to 7 * second + 3.5 has its largest at the last code
     half = scale * (0.5 * steps + 0.5) + rounding
-    end = scale * ((0.5 * steps).clamp(min=3.5) + 0.5) + rounding
-    return Dequantized(codes * steps * scale, half, end, last)
+    rounded = scale * ((0.5 * steps).clamp(min=3.5) + 0.5) + rounding
+    values, shape = codes * steps * scale, (-1, recipe.group_size)
+    largest = source.abs().view(shape).amax(1, keepdim=True) / recipe.highest_code
+    first = scale.repeat_interleave(steps.shape[1] // recipe.group_size, 0)
+    plain = torch.round(largest / first.clamp(min=1e-30)).clamp(min=1) * first
+    end = _ends(values.view(shape), source.view(shape), plain, rounded.view(shape), recipe.highest_code)
+    return Dequantized(values, half, end.view(values.shape), last)
 
 
-def _pays(values: Tensor, source: Tensor, highest: int) -> Tensor:
-    """[n, 1]: whether a row's squared error is at most that of the scale that clips nothing, as solvers see to it."""
-    scale = source.abs().amax(1, keepdim=True) / highest
-    plain = torch.round(source / scale.clamp(min=1e-30)) * scale
-    errors = [((each - source).double() ** 2).sum(1, keepdim=True) for each in (values, plain)]
-    return errors[0] <= ROUNDED * errors[1]
+def _ends(values: Tensor, source: Tensor, plain: Tensor, otherwise: Tensor, highest: int) -> Tensor:
+    """[r, c]: how far a last code may be off: by any clipping that pays, in rows whose squared error is at most that of
+    the step that clips nothing, `plain` [r, 1], as solvers see to it; else as `otherwise`."""
+    rounded = torch.round(source / plain.clamp(min=1e-30)).clamp(-highest, highest) * plain
+    errors = [((each - source).double() ** 2).sum(1, keepdim=True) for each in (values, rounded)]
+    clipped = (errors[0] <= ROUNDED * errors[1]) & (values.abs() < source.abs())
+    return torch.where(clipped, source.abs(), otherwise)
 
 
 def looks_fed_back(stored: Tensor, source: Tensor, far: Tensor) -> bool:

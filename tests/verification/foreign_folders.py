@@ -22,8 +22,10 @@ SHAPE: dict[str, Any] = {
     "topk_group": 1,
 }  # fmt: skip
 GROUPS = "[{kind: routed_expert, scheme: W4A8_DYNAMIC, group_size: 64}]"
+CLIPPED = "[{kind: routed_expert, scheme: W4A8_DYNAMIC, group_size: 64, algorithm: clip}]"
 POLICIES = {
     "groups": f"description: two levels\nextends: deepseek_w4a8\nrules: {GROUPS}\n",
+    "clip": f"description: two levels, clipped\nextends: deepseek_w4a8\nrules: {CLIPPED}\n",
     "m4": f"description: as the W4A8 script smooths\nextends: deepseek_w4a8_msmodelslim_m4\nrules: {GROUPS}\n",
     "flex": (
         "description: scales alone\nextends: deepseek_w4a8_per_channel\nsmooth: [{kind: attention, method: flex}]\n"

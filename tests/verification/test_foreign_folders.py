@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from foreign_edits import EDITS, config
+from foreign_edits import EDITS, EXPERT, config
 from foreign_folders import SHAPE, UNPACKED, Published, edited, misses
 from safetensors.torch import load_file, save_file
 
@@ -29,6 +29,7 @@ Fixture = Callable[..., Path]
         ("groups", Target.ASCEND),
         ("groups", UNPACKED),
         ("static", Target.VLLM_ASCEND),
+        ("clip", Target.ASCEND),
         ("m4", Target.ASCEND),
         ("flex", Target.VLLM_ASCEND),
     ],
@@ -145,6 +146,22 @@ def test_scales_between_up_and_down_of_an_expert_are_seen(published: Fixture, pl
     save_file(tensors, model / "model.safetensors")
     alone = published("static", Target.VLLM_ASCEND, Path(shutil.copytree(model, tmp_path / "one_side")))
     assert any(down in miss for miss in misses(fxquant.verify(alone, against=plain)))
+
+
+@pytest.mark.parametrize("factor", [0.5, 0.9, 1.1])
+@pytest.mark.parametrize("role", ["weight_scale", "weight_scale_second"])
+def test_clipping_hides_no_wrong_scale(
+    role: str, factor: float, published: Fixture, plain: Path, tmp_path: Path
+) -> None:
+    """Less than half of what stands there clips too, but does not pay."""
+    name = f"{EXPERT}.{role}"
+
+    def edit(it: Published) -> None:
+        scale = factor * it.tensors[name]
+        it.tensors[name] = scale.round() if role == "weight_scale_second" else scale
+
+    found = misses(fxquant.verify(edited(published("clip"), tmp_path / "edited", edit), against=plain))
+    assert any(f"{EXPERT}.weight: " in miss for miss in found), found
 
 
 @pytest.mark.parametrize("name", EDITS)
