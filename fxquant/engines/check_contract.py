@@ -132,7 +132,7 @@ def _sizes(contract: Contract, linear: Linear, ranks: int) -> Iterator[Finding]:
     n, k = recipe.out_features, recipe.in_features
     if linear.heads and recipe.row_parallel and linear.heads % ranks:  # told once a layer, where heads come together
         fact = f"{linear.heads} heads do not split over {ranks} ranks"
-        yield _size(recipe, fact, _divides(linear.heads), "each rank has whole heads")
+        yield _size(recipe, fact, _divides(linear.heads), contract.tensor_parallel.heads or reference)
     if linear.kind is not Kind.ATTENTION:
         axis, size = ("in_features", k) if recipe.row_parallel else ("out_features", n)
         if size % ranks:

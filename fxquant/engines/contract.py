@@ -107,6 +107,7 @@ class TensorParallel(_Data):
     sizes          ranks that the format allows
     whole_groups   in_features per rank must be a multiple of the group size
     experts_whole  which experts are right on one rank or with expert parallelism only: those of two levels, or of int4
+    heads          where the engine asks for whole heads on every rank; "": at `reference`
     """
 
     sizes: tuple[int, ...]
@@ -114,6 +115,7 @@ class TensorParallel(_Data):
     experts_whole: Literal["none", "grouped", "int4"] = "none"
     why: str
     reference: str
+    heads: str = ""
 
 
 class Fused(_Data):

@@ -108,8 +108,11 @@ def _connected(ray: Any, jobs: int, address: str | None) -> Iterator[None]:
 
 def _shut_down(ray: Any) -> None:
     """Without what Ray's native code then logs to the terminal about tasks that it ends."""
-    sys.stderr.flush()
-    terminal = os.dup(2)
+    try:
+        terminal = os.dup(2)
+    except OSError:  # closed
+        ray.shutdown()
+        return
     try:
         with Path(os.devnull).open("wb") as nothing:
             os.dup2(nothing.fileno(), 2)
