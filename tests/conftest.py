@@ -13,6 +13,7 @@ from commands import Fxquant, in_process
 from forked_child import forked_children
 from hypothesis import settings
 from kept import Kept
+from published_style import style_published
 from remembered import computed_once, traced_once
 from rewrites import Rewritten, rewrite
 from tiny import write_checkpoint
@@ -71,6 +72,13 @@ def equal_work_done_once(kept: Kept) -> Iterator[None]:
 def model_files_in_forks() -> Iterator[None]:
     """A model.py is traced in a fork of this process; a test that wants a process of its own asks for `own_process`."""
     with forked_children():
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def style_is_published() -> Iterator[None]:
+    """The classes of deepseek_style.py are recognised as DeepSeek's own are."""
+    with style_published():
         yield
 
 

@@ -6,5 +6,5 @@ child.py       the process in which that file runs
 adapt.py       replaces a foreign model's classes by ours, on the instance, and restores them
 adapters.py    one class of a foreign model as one of ours: data, for the families and for LEAVES
 families/      known model families and their classes, one file each
-probe.py       runs a small copy with random weights: the graph must compute what the model's own forward does
+proof/         runs copies with random weights: the graph must compute what the model's own forward does
 """

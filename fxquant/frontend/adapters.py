@@ -35,6 +35,12 @@ class Adaptation(Protocol):
     def mark(self, module: nn.Module, kind: Kind) -> nn.Module:
         """Set the kind of `module` and return it."""
 
+    def gate(self, moe: nn.Module) -> nn.Module | None:
+        """The gate of `moe` that runs its own forward, (ids, weights) of x; None: an adapter makes it."""
+
+    def check_experts(self, moe: nn.Module, experts: Any) -> None:
+        """Raise FxquantError for an expert that computes something else than `down(silu(gate x) * up x)`."""
+
 
 Adapter = Callable[[nn.Module, Adaptation], nn.Module]
 Size = str | int | float | bool | None
@@ -112,16 +118,22 @@ class MoE:
     routed_scaling_factor: Size = None
 
     def __call__(self, module: nn.Module, adaptation: Adaptation) -> nn.Module:
-        gate_proj, up_proj, down_proj = self._stacks(fetch(module, self.experts))
-        experts = assemble(
-            layers.RoutedExperts, num_experts=len(gate_proj), gate_proj=parameter(gate_proj),
-            up_proj=parameter(up_proj), down_proj=parameter(down_proj),
-        )  # fmt: skip
+        held = fetch(module, self.experts)
+        adaptation.check_experts(module, held)
+        experts = self.routed(held)
         shared = fetch(module, self.shared_experts) if self.shared_experts else None
         if shared is not None:
             shared = adaptation.mark(adaptation.convert(shared), Kind.SHARED_EXPERT)
-        gate = self._gate(module, adaptation)
+        gate = adaptation.gate(module) or self._gate(module, adaptation)
         return assemble(models.MoE, gate=gate, experts=experts, shared_experts=shared)
+
+    def routed(self, experts: Any) -> nn.Module:
+        """A list of experts, or the module that holds their stacked weights, as one module."""
+        gate_proj, up_proj, down_proj = self._stacks(experts)
+        return assemble(
+            layers.RoutedExperts, num_experts=len(gate_proj), gate_proj=parameter(gate_proj),
+            up_proj=parameter(up_proj), down_proj=parameter(down_proj),
+        )  # fmt: skip
 
     def _stacks(self, experts: Any) -> tuple[Tensor, Tensor, Tensor]:
         """gate_proj, up_proj [E, I, H] and down_proj [E, H, I]; on meta, stacking takes no memory."""

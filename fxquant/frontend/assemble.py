@@ -39,3 +39,14 @@ def parameter(tensor: Tensor) -> nn.Parameter:
 def optional_parameter(tensor: Tensor | None) -> nn.Parameter | None:
     """As `parameter`, for a bias that may be absent."""
     return None if tensor is None else parameter(tensor)
+
+
+def with_attributes(made: nn.Module, own: nn.Module) -> nn.Module:
+    """`made` with the plain attributes of `own` that it lacks, for a forward around it that reads them."""
+    for name, value in vars(own).items():
+        if not name.startswith("_") and not hasattr(made, name) and not callable(value):
+            vars(made)[name] = value
+    for name, held in own._parameters.items():
+        if held is None and not hasattr(made, name):
+            vars(made)[name] = None
+    return made

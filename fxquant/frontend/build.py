@@ -12,7 +12,7 @@ from fxquant.checkpoint.config import DeepseekV3Config, parse_config
 from fxquant.errors import FxquantError
 from fxquant.frontend.adapt import adapted
 from fxquant.frontend.families import FAMILIES, family_of
-from fxquant.frontend.probe import probe
+from fxquant.frontend.proof.prove import prove
 from fxquant.frontend.traced import Traced
 from fxquant.frontend.user_file import UserFile, open_user_file, remedy, where
 from fxquant.models import DeepseekV3
@@ -26,11 +26,11 @@ CANONICAL = ("input_ids", "attention_mask", "position_ids", "past")
 
 @dataclass(frozen=True)
 class Built:
-    """The float program, the model's family, and whether a small copy of it was run."""
+    """The float program, the model's family, and what was compared on copies of it; "" if none was run."""
 
     program: Program
     family: str
-    probed: bool
+    proof: str
 
 
 def trace_file(path: Path, checkpoint: Path | None = None) -> Traced:
@@ -38,7 +38,7 @@ def trace_file(path: Path, checkpoint: Path | None = None) -> Traced:
     with open_user_file(path) as file:
         opened = open_config(checkpoint or checkpoint_folder(file))
         built = build_program(file, opened)
-    input_kind = f"model.py, {built.family}" + ("" if built.probed or built.family == "fxquant" else ", not checked")
+    input_kind = f"model.py, {built.family}" + ("" if built.proof else ", not checked")
     return Traced(dump_program(built.program), opened.folder, file.policy, input_kind)
 
 
@@ -58,12 +58,11 @@ def build_program(file: UserFile, checkpoint: Checkpoint) -> Built:
     config = parse_config(checkpoint.config, checkpoint.folder / "config.json")
     model = build_model(file, config, "meta")
     family = family_of(model)
-    needed = family is not None or bool(file.leaves)  # without adapters there is nothing to prove
-    probed = needed and probe(file, config, lambda small, device: build_model(file, small, device))
+    proof = prove(file, config, lambda small, device: build_model(file, small, device))
     with adapted(model, config, file.leaves) as root:
         inputs = file.example_inputs and declared_inputs(root, file.example_inputs, file.dynamic_shapes)
         program = trace(root, checkpoint, inputs, file.checkpoint_names)
-    return Built(program, family.name if family else "fxquant", probed)
+    return Built(program, family.name if family else "fxquant", proof)
 
 
 def build_model(file: UserFile, config: DeepseekV3Config, device: str) -> nn.Module:
@@ -79,6 +78,9 @@ def build_model(file: UserFile, config: DeepseekV3Config, device: str) -> nn.Mod
         fact = f"build_model returned a {type(model).__name__}."
         raise FxquantError(file.path, fact, "Return a torch.nn.Module.")
     _check_root(file, model)
+    family = family_of(model)
+    if family is not None:
+        family.prepare(model, config)
     return model.eval()
 
 

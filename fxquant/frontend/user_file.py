@@ -18,7 +18,7 @@ from torch import nn
 
 from fxquant.checkpoint.config import DeepseekV3Config
 from fxquant.errors import FxquantError
-from fxquant.frontend.adapt import Leaves
+from fxquant.frontend.adaptation import Leaves
 from fxquant.frontend.deepseek_args import hf_to_model_args
 from fxquant.frontend.stubs import accelerator_stubs
 
@@ -97,6 +97,11 @@ def _top_names(path: Path) -> set[str]:
 
 def _module_name(path: Path) -> str:
     return f"fxquant_user_{path.stem}"
+
+
+def module_of(file: UserFile) -> ModuleType:
+    """The module of an open file."""
+    return sys.modules[_module_name(file.path)]
 
 
 def _import(path: Path) -> ModuleType:

@@ -103,6 +103,10 @@ class Recorder(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call `func` and record it."""
         kwargs = kwargs or {}
+        stand_in = next((argument for argument in args if _stands_for_tensors(argument)), None)
+        if stand_in is not None:
+            with self:  # what it calls is recorded
+                return type(stand_in).__torch_function__(func, types, args, kwargs)
         arguments = (self._plain(args), self._plain(kwargs))
         result = func(*args, **kwargs)
         outputs = list(tensors(result))
@@ -143,6 +147,10 @@ class Recorder(TorchFunctionMode):
         self._alive.append(tensor)
         self._made[id(tensor)] = Unknown()
         return self._made[id(tensor)]
+
+
+def _stands_for_tensors(value: Any) -> bool:
+    return not isinstance(value, Tensor) and hasattr(type(value), "__torch_function__")
 
 
 def _held(path: str, tensor: Tensor) -> Held:

@@ -107,6 +107,17 @@ def _read_value(graph: fx.Graph, node: fx.Node) -> None:
     raise FxquantError(place, fact, "Keep control flow free of tensor values.")
 
 
+def _reshape(graph: fx.Graph, node: fx.Node) -> None:
+    """A view depends on how its argument lies in memory, which a graph does not say."""
+    _replace(node, ATEN.reshape.default, tuple(node.args))
+
+
+def _dropout(graph: fx.Graph, node: fx.Node) -> None:
+    """Nothing in inference; one that is left on draws random numbers, and stays."""
+    if not arguments(node)["train"]:
+        _identity(graph, node)
+
+
 def _identity(graph: fx.Graph, node: fx.Node) -> None:
     node.replace_all_uses_with(node.all_input_nodes[0])
     graph.erase_node(node)
@@ -118,7 +129,9 @@ REWRITES = {
     ATEN.linear.default: _linear,
     ATEN.embedding.default: _embedding,
     ATEN.rms_norm.default: _rms_norm,
-    ATEN.dropout.default: _identity,
+    ATEN.dropout.default: _dropout,
+    ATEN.view.default: _reshape,
+    ATEN._unsafe_view.default: _reshape,
     ATEN.contiguous.default: _identity,
     ATEN.alias.default: _identity,
     ATEN.clone.default: _identity,

@@ -131,22 +131,20 @@ def _from_representatives(model: nn.Module, logs: list[Log]) -> fx.Graph:
     with shortened(layers, plan.representatives):
         # a forward may depend on its depth: the short model must make the calls that the full one made
         plan = confirm(plan, full, [split(log, path, depth) for log in _runs(model, inputs)])
-        exported = _export(model, inputs)
-        if _writes(exported):
-            raise NotRepeatedError("a write in one layer may show in another")
-        graph = _graph(exported, model)
+        graph = _graph(_exported(model, inputs), model)
     return stamp(graph, plan)
 
 
 def _whole(model: nn.Module, inputs: Inputs) -> fx.Graph:
     with _traceable(model):
-        exported = _export(model, inputs)
-        exported = _without_writes(exported, model) if _writes(exported) else exported
+        exported = _exported(model, inputs)
     return _graph(exported, model)
 
 
-def _export(model: nn.Module, inputs: Inputs) -> ExportedProgram:
-    return torch.export.export(model, inputs.runs[0], dynamic_shapes=inputs.dynamic_shapes, strict=False)
+def _exported(model: nn.Module, inputs: Inputs) -> ExportedProgram:
+    """Without calls in place."""
+    exported = torch.export.export(model, inputs.runs[0], dynamic_shapes=inputs.dynamic_shapes, strict=False)
+    return _without_writes(exported, model) if _writes(exported) else exported
 
 
 def _writes(exported: ExportedProgram) -> bool:

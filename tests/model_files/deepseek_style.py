@@ -194,9 +194,9 @@ class Gate(nn.Module):
 
     def forward(self, x):
         scores = linear(x, self.weight).sigmoid()
-        choice = (scores + self.bias).view(len(x), self.n_groups, -1)
+        choice = (scores + self.bias).view(x.size(0), self.n_groups, -1)
         groups = choice.topk(2, -1)[0].sum(-1).topk(self.topk_groups, -1)[1]
-        dropped = torch.ones(len(x), self.n_groups, dtype=torch.bool).scatter_(1, groups, False)
+        dropped = torch.ones(x.size(0), self.n_groups, dtype=torch.bool).scatter_(1, groups, False)
         indices = choice.masked_fill(dropped[..., None], -torch.inf).flatten(1).topk(self.topk, -1)[1]
         weights = scores.gather(1, indices)
         return weights / weights.sum(-1, keepdim=True) * self.route_scale, indices

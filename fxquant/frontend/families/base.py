@@ -8,6 +8,9 @@ from torch import Tensor, nn
 
 from fxquant.checkpoint.config import DeepseekV3Config
 from fxquant.frontend.adapters import Adapter
+from fxquant.frontend.own.root import Call
+from fxquant.frontend.slot import Slot
+from fxquant.policy.kinds import Kind
 
 State = Any
 """A family's own cache between two steps; None before the first."""
@@ -27,6 +30,15 @@ class Family:
     step              (model, ids int64 [1, S], state) → logits [1, vocabulary] of the last position, state; the model's
                       own forward with its own cache
     config            (model, config of the checkpoint) → the sizes that the model itself was built with
+    decoder           dotted path of the module between root and layers, "" where the root runs them
+    call_root         calls the root's own forward, see own/root.py
+    versions          the family's name in recognition/versions.json
+    kinds             published class → kind of module, for policies, where it runs its own forward
+    parameters        published class → its name for a parameter or child → the checkpoint's name, where they differ
+    requires          published class → attribute → the value with which it computes what its adapter says
+    rotary            (model, positions int64 [P]) → cos, sin [P, qk_rope_head_dim / 2] of its own table
+    prepare           (model, its config): complete a model that its file builds in part, on the device it is on
+    own_attention     runs an attention's own forward: (attention, forward, slot, x) → what it returns
     """
 
     name: str
@@ -40,3 +52,12 @@ class Family:
     attention_result: Callable[[Tensor], Any]
     step: Callable[[nn.Module, Tensor, State], tuple[Tensor, State]]
     config: Callable[[nn.Module, DeepseekV3Config], DeepseekV3Config]
+    decoder: str
+    call_root: Call
+    versions: str
+    kinds: Mapping[str, Kind]
+    parameters: Mapping[str, Mapping[str, str]]
+    requires: Mapping[str, Mapping[str, Any]]
+    rotary: Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]]
+    prepare: Callable[[nn.Module, DeepseekV3Config], None]
+    own_attention: Callable[[nn.Module, Callable[..., Any], Slot, Tensor], Any]

@@ -1,21 +1,25 @@
 """transformers 5: `DeepseekV3ForCausalLM` with the experts of a layer in two 3-D parameters."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fxquant.checkpoint.config import DeepseekV3Config, parse_config
 from fxquant.frontend import adapters
 from fxquant.frontend.families.base import Family, State
+from fxquant.frontend.own.latent_cache import UpdatedCache
+from fxquant.frontend.own.position_mask import additive_mask
+from fxquant.frontend.slot import Slot
+from fxquant.policy.kinds import Kind
 
 ATTENTION = adapters.Attention(
     num_attention_heads="num_heads", kv_lora_rank="kv_lora_rank", qk_nope_head_dim="qk_nope_head_dim",
     qk_rope_head_dim="qk_rope_head_dim", v_head_dim="v_head_dim", softmax_scale="scaling",
 )  # fmt: skip
 COMMON: dict[str, adapters.Adapter] = {
-    "Linear": adapters.Linear(),
-    "Embedding": adapters.Embedding(),
     "DeepseekV3RMSNorm": adapters.RMSNorm(eps="variance_epsilon"),
     "DeepseekV3MLP": adapters.MLP(),
     "DeepseekV3Attention": ATTENTION,
@@ -35,9 +39,43 @@ def step(model: nn.Module, ids: Tensor, state: State) -> tuple[Tensor, State]:
     return output.logits[:, -1], output.past_key_values
 
 
+def call_root(
+    forward: Callable[..., Any], ids: Tensor, positions: Tensor, start: int, table: tuple[Tensor, Tensor]
+) -> Tensor:
+    """The root's forward without a cache or mask of its own, which its layers do not read."""
+    return forward(input_ids=ids, position_ids=positions, use_cache=False).logits
+
+
+def rotary(model: nn.Module, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """What its rotary module gives for these positions, the first half of each row."""
+    cos, sin = model.model.rotary_emb(torch.zeros(1), positions[None])  # type: ignore[union-attr,operator]
+    return cos[0].chunk(2, -1)[0], sin[0].chunk(2, -1)[0]
+
+
 def config_of(model: nn.Module, config: DeepseekV3Config) -> DeepseekV3Config:
     """The model's own config, whatever the checkpoint's says."""
     return parse_config(model.config.to_dict(), type(model).__name__)  # type: ignore[operator,union-attr]
+
+
+def own_attention(attention: nn.Module, forward: Callable[..., Any], slot: Slot, x: Tensor) -> Any:
+    """Where its Cache holds latents, as from 5.2x on, in the eager form."""
+    cache = UpdatedCache(slot.past)
+    mask = additive_mask(slot.attention_mask, x.shape[1], x.dtype).unsqueeze(1)
+    given = "cache" if _takes(attention, "cache") else "past_key_values"
+    config, chosen = attention.config, attention.config._attn_implementation  # type: ignore[union-attr]
+    config._attn_implementation = "eager"  # type: ignore[union-attr]
+    try:
+        result = forward(x, position_embeddings=(slot.cos, slot.sin), attention_mask=mask, **{given: cache})
+    finally:
+        config._attn_implementation = chosen  # type: ignore[union-attr]
+    slot.present = cache.present
+    return result
+
+
+def _takes(attention: nn.Module, name: str) -> bool:
+    """Whether its forward, or that of a base, which it may hand its arguments on to, has a parameter of this name."""
+    forwards = [vars(cls)["forward"] for cls in type(attention).__mro__ if "forward" in vars(cls)]
+    return any(name in inspect.signature(inspect.unwrap(forward)).parameters for forward in forwards)
 
 
 def has_fused_experts(model: nn.Module) -> bool:
@@ -70,4 +108,16 @@ FAMILY = Family(
     attention_result=lambda x: (x, None),
     step=step,
     config=config_of,
+    decoder="model",
+    call_root=call_root,
+    versions="transformers",
+    kinds={
+        "DeepseekV3Attention": Kind.ATTENTION, "DeepseekV3MLP": Kind.DENSE_MLP, "DeepseekV3MoE": Kind.ROUTED_EXPERT,
+        "DeepseekV3TopkRouter": Kind.GATE, "DeepseekV3RMSNorm": Kind.NORM,
+    },
+    parameters={},
+    requires={},
+    rotary=rotary,
+    prepare=lambda model, config: None,
+    own_attention=own_attention,
 )  # fmt: skip

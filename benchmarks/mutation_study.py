@@ -1,0 +1,110 @@
+"""Edits of the kinds that researchers make, each compiled as edited or refused: none as the plain model.
+
+    python benchmarks/mutation_study.py [--only TEXT] [--checkpoint DIR]
+
+For each edit: the graph's hash differs from the plain model's, and on other tokens than those of the compiler's own
+proof its logits agree with the file's eager forward (`agrees`), or the compiler refuses, with the first line of why.
+"""
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests" / "support"))
+
+from published_style import style_published  # noqa: E402
+
+from fxquant.checkpoint.checkpoint import open_config  # noqa: E402
+from fxquant.checkpoint.config import parse_config  # noqa: E402
+from fxquant.errors import FxquantError  # noqa: E402
+from fxquant.frontend.build import build_model, trace_file  # noqa: E402
+from fxquant.frontend.families import family_of  # noqa: E402
+from fxquant.frontend.proof.copies import Tokens, wide_config  # noqa: E402
+from fxquant.frontend.proof.eager import eager_logits  # noqa: E402
+from fxquant.frontend.proof.prove import traced_copy  # noqa: E402
+from fxquant.frontend.proof.traced import traced_logits  # noqa: E402
+from fxquant.frontend.user_file import open_user_file  # noqa: E402
+from fxquant.program.program_file import parse_program  # noqa: E402
+from fxquant.program.structural_hash import structural_hash  # noqa: E402
+
+MUTATIONS = ROOT / "benchmarks" / "mutations.yaml"
+STYLE = ROOT / "tests" / "model_files" / "deepseek_style.py"
+
+
+def edits() -> Iterator[tuple[str, str, str]]:
+    """(base, name, text of the model file)."""
+    document = yaml.safe_load(MUTATIONS.read_text())
+    text = STYLE.read_text()
+    for name, replacements in document["deepseek"].items():
+        edited = text
+        for each in replacements:
+            assert edited.count(each["old"]) == 1, (name, each["old"])
+            edited = edited.replace(each["old"], each["new"])
+        yield "DeepSeek's file", name, edited
+    for name, parts in document["transformers"]["edits"].items():
+        places = {"code": "", "layer": "pass", "model": "pass"} | parts
+        yield "transformers", name, document["transformers"]["file"].format(**places)
+    for name, code in document["own"]["edits"].items():
+        yield "fxquant.models", name, document["own"]["file"].format(code=code)
+
+
+def outcome(path: Path, checkpoint: Path, plain: str) -> str:
+    """What became of the file at `path`."""
+    try:
+        program = parse_program(trace_file(path, checkpoint).program, path)
+    except FxquantError as error:
+        return f"refused: {error.place}: {error.fact}".split("\n")[0][:150]
+    if structural_hash(program) == plain:
+        return "WRONG: compiled as the plain model"
+    error = disagreement(path, checkpoint)
+    return f"compiled as edited, agrees to {error:.1e}" if error < 1e-3 else f"WRONG: off by {error:.1e}"
+
+
+@torch.no_grad()
+def disagreement(path: Path, checkpoint: Path) -> float:
+    """Largest difference of logits between graph and eager forward on 121 and 60 tokens, relative to their rms."""
+    config = wide_config(parse_config(open_config(checkpoint).config, checkpoint))
+    with open_user_file(path) as file:
+        copy = traced_copy(file, config, lambda small, device: build_model(file, small, device), 0.5)
+        assert copy is not None
+        program, tensors, model, own = copy
+        ids = torch.randint(own.vocab_size, (2, 123), generator=torch.Generator().manual_seed(11))
+        tokens = Tokens(ids, (121, 60), 2)
+        eager = eager_logits(model, family_of(model), tokens)
+        return float((traced_logits(program, tensors, tokens) - eager).abs().max() / eager.pow(2).mean().sqrt())
+
+
+def main() -> int:
+    """Print a table; exit code 1 if an edit was lost."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="edits whose name has this text")
+    parser.add_argument("--checkpoint", type=Path, default=ROOT / "examples" / "tiny_deepseek_v3")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    lost = count = 0
+    with tempfile.TemporaryDirectory() as folder, style_published():
+        path = Path(folder) / "model.py"
+        path.write_text(STYLE.read_text())
+        plain = structural_hash(parse_program(trace_file(path, options.checkpoint).program, path))
+        print("| base | edit | outcome | s |\n|---|---|---|---|")
+        for base, name, text in edits():
+            if options.only not in name:
+                continue
+            path.write_text(text)
+            start = time.monotonic()
+            said = outcome(path, options.checkpoint, plain).replace(f"{folder}/", "").replace("|", "\\|")
+            print(f"| {base} | {name} | {said} | {time.monotonic() - start:.0f} |", flush=True)
+            lost, count = lost + said.startswith("WRONG"), count + 1
+    print(f"\n{count} edits, {lost} lost")
+    return 1 if lost else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,107 @@
+"""Copies of a model that run in a second: their configs, tokens and weights."""
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fxquant.checkpoint.config import DeepseekV3Config
+from fxquant.frontend.recognition.edited import own_code
+from fxquant.frontend.recognition.published import is_published
+from fxquant.models.layers import Gate, RoutedExperts
+from fxquant.schemes.roles import tensor_name
+
+LONGEST = 2048
+"""Numbers in a file up to this are taken for lengths: the tokens of a copy go past them."""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """ids int64 [rows, lengths[0] + steps], each row's prompt before `lengths[0]`, of `lengths[row]` tokens; `steps`
+    follow one at a time."""
+
+    ids: Tensor
+    lengths: tuple[int, ...]
+    steps: int
+
+
+def wide_config(config: DeepseekV3Config) -> DeepseekV3Config:
+    """Two layers: hidden_size, groups, the presence of a low rank and rotary scaling stay."""
+    dense = min(config.first_k_dense_replace, 1)
+    return _narrow(config).model_copy(update={"num_hidden_layers": 2, "first_k_dense_replace": dense})
+
+
+def deep_config(config: DeepseekV3Config) -> DeepseekV3Config:
+    """All layers, narrow."""
+    return _narrow(config).model_copy(update={"hidden_size": 64})
+
+
+def _narrow(config: DeepseekV3Config) -> DeepseekV3Config:
+    groups, selected = config.n_group, config.topk_group
+    # two experts per group: a group's score is the sum of its two best
+    experts = groups * max(2, -(-8 // groups)) if groups <= 8 else 2 * groups
+    return config.model_copy(
+        update={
+            "vocab_size": 64, "num_attention_heads": 2, "intermediate_size": 48, "moe_intermediate_size": 32,
+            "n_routed_experts": experts,
+            "num_experts_per_tok": min(config.num_experts_per_tok, selected * experts // groups, 4),
+            "q_lora_rank": None if config.q_lora_rank is None else 24, "kv_lora_rank": 16,
+            "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 12, "num_nextn_predict_layers": 0,
+        }
+    )  # fmt: skip
+
+
+def tokens(vocab_size: int, lengths: tuple[int, ...], steps: int) -> Tokens:
+    """Random ids."""
+    ids = torch.randint(vocab_size, (len(lengths), lengths[0] + steps), generator=generator())
+    return Tokens(ids, lengths, steps)
+
+
+def numbers(model: nn.Module) -> set[int]:
+    """Whole numbers that may be lengths: in the classes of `model` that are neither published, torch's nor ours, and in
+    what their modules hold."""
+    own = [module for module in model.modules() if own_code(module) and not is_published(module)]
+    found: set[int] = set()
+    for cls in {type(module) for module in own}:
+        try:
+            tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
+        except (OSError, TypeError, SyntaxError):
+            continue
+        found |= {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and type(node.value) is int}
+    for module in own:
+        found |= {value for value in vars(module).values() if type(value) is int}
+    return {number for number in found if 0 < number <= LONGEST}
+
+
+def fill(model: nn.Module, tail: float) -> None:
+    """Random parameters: of deviation `1 / √in_features`, each element times a log-normal factor of deviation `tail`;
+    norms around one. With a tail, activations reach into the tens, and any clamp."""
+    source = generator()
+    for tensor in model.parameters():
+        values = torch.randn(tensor.shape, generator=source)
+        if tail:
+            values *= (tail * torch.randn(tensor.shape, generator=source)).exp()
+        tensor.copy_(1 + values / (2 if tail else 10) if tensor.dim() < 2 else values / tensor.shape[-1] ** 0.5)
+
+
+def named_tensors(root: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Checkpoint name → value for an adapted model; correction biases, often buffers, are made random."""
+    source = generator()
+    for path, module in root.named_modules(remove_duplicate=False):
+        if isinstance(module, Gate):
+            bias = module.e_score_correction_bias  # shares memory with the gate that the model's own forward reads
+            bias.copy_(torch.randn(bias.shape, generator=source) / 10)
+        for name, tensor in module._parameters.items():
+            if isinstance(module, RoutedExperts) and tensor is not None:
+                yield from zip(module.checkpoint_names(path, name), tensor, strict=True)
+            elif tensor is not None:
+                yield tensor_name(path, name), tensor
+
+
+def generator() -> torch.Generator:
+    """Always the same numbers."""
+    return torch.Generator().manual_seed(0)

@@ -1,0 +1,41 @@
+"""Edited class: the error for a class that is like a published one, is none, and can't run its own forward."""
+
+import inspect
+
+from torch import nn
+
+from fxquant.errors import FxquantError
+from fxquant.frontend.families.base import Family
+from fxquant.frontend.recognition.difference import difference, kin
+from fxquant.frontend.recognition.published import Version
+from fxquant.tracing.undeclared import forward_owner, skeleton
+
+
+def own_code(module: nn.Module) -> bool:
+    """Whether the forward of `module` is neither torch's nor this package's."""
+    package = (forward_owner(module).__module__ or "").split(".")[0]
+    return package not in ("torch", "fxquant")
+
+
+def edited(
+    module: nn.Module, family: Family, reason: str, made_of: Version | None = None, differs: str = ""
+) -> FxquantError:
+    """Where the class is, why it can't run as it is, what differs from the published class, an adapter to paste."""
+    name, published = type(module).__name__, made_of or kin(module, family.versions)
+    fact = f"{name} is not a published class: {reason}."
+    if published is not None:
+        fact = f"{name} is not the {published.name} of {published.source.split(';')[-1].strip()}: {reason}."
+        fact += f"\n\n{differs or difference(module, published)}"
+    way_out = "Write the change as a subclass of fxquant.models, whose forward is traced as it is, or, if the class "
+    return FxquantError(
+        _place(module), fact, f"{way_out}computes what a part of DeepSeek-V3 does, declare it:\n\n{skeleton(module)}"
+    )
+
+
+def _place(module: nn.Module) -> str:
+    owner = forward_owner(module)
+    try:
+        line = inspect.getsourcelines(inspect.unwrap(owner.forward))[1]
+        return f"{inspect.getsourcefile(owner)}:{line}"
+    except (OSError, TypeError):
+        return owner.__name__
