@@ -84,7 +84,7 @@ def disagreement(path: Path, checkpoint: Path) -> float:
 def main() -> int:
     """Print a table; exit code 1 if an edit was lost."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="", help="edits whose name has this text")
+    parser.add_argument("--only", default="", help="edits whose base and name have this text")
     parser.add_argument("--checkpoint", type=Path, default=ROOT / "examples" / "tiny_deepseek_v3")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -95,7 +95,7 @@ def main() -> int:
         plain = structural_hash(parse_program(trace_file(path, options.checkpoint).program, path))
         print("| base | edit | outcome | s |\n|---|---|---|---|")
         for base, name, text in edits():
-            if options.only not in name:
+            if options.only not in f"{base}: {name}":
                 continue
             path.write_text(text)
             start = time.monotonic()
