@@ -1,11 +1,12 @@
 """config.json of a DeepSeek-V3 family checkpoint, validated."""
 
-import math
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, computed_field, model_validator
 
+from fxquant.checkpoint.config_keys import IN_ROTARY, Sized, changed, repeated, unread, with_names
 from fxquant.checkpoint.config_sizes import (
     DenseLayers,
     Experts,
@@ -19,61 +20,45 @@ from fxquant.checkpoint.config_sizes import (
     SharedExperts,
     Size,
     TokenId,
-    YarnBeta,
-    YarnFactor,
-    YarnScale,
 )  # fmt: skip
-from fxquant.checkpoint.model_args import is_model_args, model_args_to_hf
+from fxquant.checkpoint.model_args import SPARSE_ATTENTION, is_model_args, model_args_to_hf
+from fxquant.checkpoint.rope_keys import SPELLINGS, RopeKeys, other_readings, rope_keys
+from fxquant.checkpoint.rope_scaling import RopeScaling, yarn_mscale
 from fxquant.errors import FxquantError
 from fxquant.inputs.json_file import read_json
 from fxquant.inputs.limits import ALL_EXPERTS, CONFIG_BYTES, PARAMETERS
 from fxquant.inputs.validation import cut, validation_fact
 
-__all__ = [
-    "DeepseekV3Config", "RopeScaling", "parse_config", "read_config",
-    "read_config_file", "yarn_mscale",
-]  # fmt: skip
-
-SUPPORTED = "DeepSeek-V3, DeepSeek-R1 and their family (model_type deepseek_v3)"
+SUPPORTED = "DeepSeek-V3, DeepSeek-R1 and their family (model_type deepseek_v3 or kimi_k2)"
 DENSE = "are dense, without latent attention or experts, so there is nothing to compile"
 THIS = f"fxquant compiles {SUPPORTED}."
 QUANTIZER = f"Use a general quantizer; {THIS}"
 NEIGHBOURS = {
     "deepseek_v2": ("its router scores with softmax, DeepSeek-V3's with sigmoid", THIS),
-    "deepseek_v32": ("its attention is sparse, chosen by an indexer that DeepSeek-V3 lacks", THIS),
-    "kimi_k2": (
-        "fxquant reads this architecture under DeepSeek's name only",
-        "A Kimi-K2 whose architecture is DeepSeek-V3's can be given model_type deepseek_v3.",
+    "deepseek_v32": (f"its {SPARSE_ATTENTION}", THIS),
+    "glm_moe_dsa": (f"its {SPARSE_ATTENTION}", THIS),
+    "deepseek_v4": ("its attention is compressed and windowed, its residual stream has several lanes", THIS),
+    "kimi_linear": ("most of its layers have linear attention", THIS),
+    "kimi_k25": (
+        "it has a vision tower, and its language model stands under text_config",
+        "The language model alone, with text_config as its config.json, is of model_type kimi_k2.",
     ),
     "qwen2": (f"Qwen2 models, DeepSeek-R1-Distill-Qwen among them, {DENSE}", QUANTIZER),
     "qwen3": (f"Qwen3 models, DeepSeek-R1-0528-Qwen3 among them, {DENSE}", QUANTIZER),
     "llama": (f"Llama models, DeepSeek-R1-Distill-Llama among them, {DENSE}", QUANTIZER),
 }
 """model_type that may be mistaken for DeepSeek-V3 → the difference, and the remedy."""
-
-
-class RopeScaling(BaseModel):
-    """YaRN parameters with DeepSeek's names and defaults (arXiv:2309.00071)."""
-
-    model_config = ConfigDict(extra="ignore", frozen=True, strict=True, allow_inf_nan=False)
-    type: Literal["yarn"]
-    factor: YarnFactor
-    original_max_position_embeddings: Positions = 4096
-    beta_fast: YarnBeta = 32.0
-    beta_slow: YarnBeta = 1.0
-    mscale: YarnScale = 1.0
-    mscale_all_dim: YarnScale = 0.0
-
-    @model_validator(mode="before")
-    @classmethod
-    def _accept_rope_type(cls, data: Any) -> Any:
-        return {"type": data.get("rope_type"), **data} if isinstance(data, dict) else data
+KEYS = f"{THIS} If the model does not do that, or its model.py does it itself, remove the key."
+BESIDE = ("original_max_position_embeddings",)
+"""Read beside the rotary keys."""
+MOST_FACTS, MOST_KEYS = 3, 8
 
 
 class DeepseekV3Config(BaseModel):
-    """The keys that define the model. Absent keys take DeepSeek-V3's published values; unknown keys are ignored.
+    """The keys that define the model. Absent keys take DeepSeek-V3's published values.
 
-    Numbers must not be strings or booleans, and are bounded by `fxquant.inputs.limits`.
+    Numbers must not be strings or booleans, and are bounded by `fxquant.inputs.limits`. Rotary keys are those of
+    transformers 4, whatever the file uses; other keys are the business of `parse_config`.
     """
 
     model_config = ConfigDict(extra="ignore", frozen=True, strict=True, allow_inf_nan=False)
@@ -126,6 +111,12 @@ class DeepseekV3Config(BaseModel):
         _check_size(self)
         return self
 
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def num_key_value_heads(self) -> int:
+        """As many as heads: latent attention has no fewer. transformers divides by it, and has a default of its own."""
+        return self.num_attention_heads
+
     @property
     def qk_head_dim(self) -> int:
         """Width of one query head."""
@@ -166,11 +157,6 @@ def _parameters(config: DeepseekV3Config, layers: int, sparse: int) -> int:
     return layers * attention + sparse * moe + (layers - sparse) * 3 * hidden * config.intermediate_size + outer
 
 
-def yarn_mscale(factor: float, mscale: float) -> float:
-    """Attention temperature of YaRN: `0.1 * mscale * ln(factor) + 1` for factor > 1."""
-    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
-
-
 def read_config(folder: Path) -> dict[str, Any]:
     """The parsed config.json of `folder` in Hugging Face's keys. Raises FxquantError if there is none."""
     path = folder / "config.json"
@@ -189,26 +175,64 @@ def read_config_file(path: Path) -> dict[str, Any]:
 
 
 def parse_config(config: dict[str, Any], place: object) -> DeepseekV3Config:
-    """Validate `config`. Errors name the architecture and the supported ones."""
+    """Validate `config`. Errors name the architecture and those supported, or the key that makes it another model."""
     model_type = config.get("model_type")
     if str(model_type) in NEIGHBOURS:
         reason, way_out = NEIGHBOURS[str(model_type)]
         raise FxquantError(place, f"model_type is {model_type!r}: {reason}.", way_out)
-    if model_type != "deepseek_v3":
+    if model_type not in ("deepseek_v3", "kimi_k2"):
         raise FxquantError(place, f"model_type is {cut(repr(model_type), 60)}.", THIS)
-    document = _modern_rope(config)
     try:
-        return DeepseekV3Config.model_validate(document)
+        document = with_names(config)
+        keys = rope_keys(document)
+    except ValueError as error:
+        raise FxquantError(place, f"{error}.", THIS) from None
+    _refuse(place, [*changed(document), *_in_rotary(keys)], KEYS)
+    document |= {"model_type": "deepseek_v3", "rope_theta": keys.theta, "rope_scaling": keys.scaling}
+    if document.get("n_shared_experts", 0) is None:
+        document["n_shared_experts"] = 0
+    try:
+        parsed = DeepseekV3Config.model_validate(document)
     except ValidationError as error:
-        raise FxquantError(place, validation_fact(error, DeepseekV3Config, document), THIS) from None
+        fact = keys.as_spelled(validation_fact(error, DeepseekV3Config, document))
+        raise FxquantError(place, fact, THIS) from None
+    _refuse(place, repeated(config, _sizes(parsed)), "Correct it, or remove it: the other keys say it.")
+    return parsed
 
 
-def _modern_rope(config: dict[str, Any]) -> dict[str, Any]:
-    """transformers 5 writes `rope_parameters` instead of `rope_theta` and `rope_scaling`."""
-    rope = config.get("rope_parameters")
-    if not isinstance(rope, dict):
-        return config
-    scaled = rope if rope.get("rope_type", "default") != "default" else None
-    given = {key: value for key, value in config.items() if key != "rope_scaling" or value is not None}
-    # keys at the top level win over those of rope_parameters
-    return {"rope_theta": rope.get("rope_theta", 10000.0), "rope_scaling": scaled, **given}
+def config_notes(config: dict[str, Any]) -> list[str]:
+    """What a user should know about a config that `parse_config` takes: keys that nobody reads, and rotary keys that
+    other code reads in another way."""
+    parsed, keys, notes = parse_config(config, "config.json"), rope_keys(config), []
+    unknown = [*unread(config, (*DeepseekV3Config.model_fields, *SPELLINGS, *BESIDE)), *keys.unread()]
+    if unknown:
+        notes.append(f"config.json: keys that are not read and may change the model: {', '.join(unknown[:MOST_KEYS])}")
+        notes[-1] += f" and {len(unknown) - MOST_KEYS} more" if len(unknown) > MOST_KEYS else ""
+    heads = Sized("num_key_value_heads", parsed.num_attention_heads, "not read, latent attention has one per head")
+    notes += [f"config.json: {fact}" for fact in repeated(config, (heads,))]
+    if len([key for key in SPELLINGS if config.get(key)]) > 1 and config[SPELLINGS[0]] != config[SPELLINGS[1]]:
+        notes.append(f"config.json: {SPELLINGS[0]} counts, not {SPELLINGS[1]}, as in transformers 5")
+    others = "; ".join(other_readings(config, parsed.rope_theta, parsed.rope_scaling))
+    if others:
+        notes.append(f"config.json: {keys.spelling} is read as transformers 5 does; DeepSeek's own code takes {others}")
+    return notes
+
+
+def _in_rotary(keys: RopeKeys) -> Iterator[str]:
+    if isinstance(keys.given, dict):
+        yield from (f"{keys.spelling}.{fact}" for fact in changed(keys.given, IN_ROTARY))
+
+
+def _sizes(config: DeepseekV3Config) -> tuple[Sized, ...]:
+    rotary = config.qk_rope_head_dim, "transformers takes it for qk_rope_head_dim"
+    return (
+        Sized("head_dim", *rotary),
+        Sized("rotary_dim", *rotary),
+        Sized("qk_head_dim", config.qk_head_dim, "qk_nope_head_dim and qk_rope_head_dim make it"),
+    )
+
+
+def _refuse(place: object, facts: Iterable[str], way_out: str) -> None:
+    if said := list(facts):
+        more = f" And {len(said) - MOST_FACTS} more." if len(said) > MOST_FACTS else ""
+        raise FxquantError(place, " ".join(f"{fact}." for fact in said[:MOST_FACTS]) + more, way_out)

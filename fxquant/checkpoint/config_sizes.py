@@ -23,3 +23,5 @@ YarnFactor = Annotated[float, Field(ge=1e-3, le=1e6)]
 YarnBeta = Annotated[float, Field(ge=1e-6, le=1e6)]
 """Number of rotations. YaRN divides by it and takes its logarithm: a smaller one overflows."""
 YarnScale = Annotated[float, Field(ge=0, le=100)]
+RotaryScale = Annotated[float, Field(gt=0, le=1e6)]
+"""Factor of cos and sin: with 0 positions would count for nothing."""

@@ -58,6 +58,14 @@ class ModelArgs(BaseModel):
     mscale: YarnScale = 1.0
 
 
+SPARSE_ATTENTION = "attention is sparse, chosen by an indexer that DeepSeek-V3 lacks"
+MODELS = "DeepSeek-V3 and R1"
+NEWER = {
+    **dict.fromkeys(("index_n_heads", "index_head_dim", "index_topk"), SPARSE_ATTENTION),
+    **dict.fromkeys(("window_size", "compress_ratios"), "attention is compressed and windowed, as in DeepSeek-V4"),
+}
+"""Key of a later ModelArgs → what that model does."""
+
 KEYS = {
     "max_seq_len": "max_position_embeddings",
     "vocab_size": "vocab_size",
@@ -119,16 +127,23 @@ def model_args_to_hf(args: dict[str, Any], place: object = "config.json") -> dic
     YaRN is present if `max_seq_len` exceeds `original_seq_len`, a quantization_config if `dtype` is fp8. Raises
     FxquantError for unknown keys, invalid values and a softmax router.
     """
+    newer = {NEWER[key]: key for key in reversed(NEWER) if key in args}
+    if newer:
+        facts = "; ".join(f"{key}: the model's {reason}" for reason, key in reversed(newer.items()))
+        way_out = f"These are ModelArgs of a later model; fxquant compiles those of {MODELS}."
+        raise FxquantError(place, f"{facts}.", way_out)
     try:
         given = ModelArgs.model_validate(args)
     except ValidationError as error:
-        way_out = "Its keys are ModelArgs of DeepSeek's inference code; fxquant compiles those of DeepSeek-V3 and R1."
+        way_out = f"Its keys are ModelArgs of DeepSeek's inference code; fxquant compiles those of {MODELS}."
         raise FxquantError(place, validation_fact(error, ModelArgs, args), way_out) from None
     config = IMPLIED | {official: getattr(given, key) for key, official in KEYS.items()}
     config |= {"num_key_value_heads": given.n_heads, "q_lora_rank": given.q_lora_rank or None, "rope_scaling": None}
     if given.max_seq_len > given.original_seq_len:
         yarn = {official: getattr(given, key) for key, official in YARN_KEYS.items()}
-        config["rope_scaling"] = {"type": "yarn", **yarn, "mscale_all_dim": given.mscale}
+        # without a temperature too cos and sin stay as they are there
+        unscaled = {} if given.mscale else {"attention_factor": 1.0}
+        config["rope_scaling"] = {"type": "yarn", **yarn, "mscale_all_dim": given.mscale} | unscaled
     if given.dtype == "fp8":
         config["quantization_config"] = FP8 | ({"scale_fmt": given.scale_fmt} if given.scale_fmt else {})
     return config

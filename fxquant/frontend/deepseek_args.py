@@ -20,6 +20,7 @@ def hf_to_model_args(config: DeepseekV3Config, dtype: Literal["bf16", "fp8"] = "
     args["original_seq_len"] = max(ModelArgs.model_fields["original_seq_len"].default, config.max_position_embeddings)
     if config.rope_scaling:
         args |= {key: getattr(config.rope_scaling, official) for key, official in YARN_KEYS.items()}
+        args["mscale"] = config.rope_scaling.mscale_all_dim or 0.0
     return ModelArgs(**args).model_dump(exclude={"max_batch_size", "scale_fmt"})
 
 
@@ -29,8 +30,12 @@ def _unsayable(config: DeepseekV3Config) -> Iterator[str]:
         if getattr(config, key) != value:
             yield f"{key} {getattr(config, key)}: it is always {value}"
     yarn, positions = config.rope_scaling, config.max_position_embeddings
-    if yarn and yarn.mscale != yarn.mscale_all_dim:
+    if yarn and yarn.attention_factor not in (None, 1):
+        yield f"attention_factor {yarn.attention_factor}: cos and sin are never scaled"
+    elif yarn and yarn.rotary_scale != 1:
         yield f"mscale {yarn.mscale} and mscale_all_dim {yarn.mscale_all_dim}: it has one value for both"
+    if yarn and not yarn.truncate:
+        yield "truncate false: it is always true"
     if yarn and yarn.factor < 1:
         yield f"YaRN of factor {yarn.factor}: it must be at least 1"
     if yarn and positions <= yarn.original_max_position_embeddings:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from fxquant.checkpoint.checkpoint import Checkpoint, block_size, open_checkpoint, open_config
-from fxquant.checkpoint.config import DeepseekV3Config, parse_config, read_config_file
+from fxquant.checkpoint.config import DeepseekV3Config, config_notes, parse_config, read_config_file
 from fxquant.checkpoint.model_dtype import with_dtype
 from fxquant.errors import FxquantError
 from fxquant.frontend.child import trace_in_child
@@ -43,6 +43,11 @@ class Source:
     def name(self) -> str:
         """Short name for default output folders."""
         return self.checkpoint.folder.resolve().name
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know about the model's config: `config_notes`."""
+        return config_notes(self.checkpoint.config)
 
 
 def open_source(

@@ -72,10 +72,10 @@ def shown(value: Any, quoted: bool = True) -> str:
     return "a list" if isinstance(value, list | tuple) else f"a {type(value).__name__}"
 
 
-def nearest(word: str, words: Sequence[str]) -> str:
+def nearest(word: str, words: Sequence[str], similarity: float = 0.6) -> str:
     """The most similar of `words`, ignoring case; "" if none is similar."""
     by_folded = {candidate.casefold(): candidate for candidate in reversed(words)}
-    matches = get_close_matches(word[:200].casefold(), list(by_folded), 1, 0.6)
+    matches = get_close_matches(word[:200].casefold(), list(by_folded), 1, similarity)
     return by_folded[matches[0]] if matches else ""
 
 

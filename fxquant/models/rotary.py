@@ -5,7 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from fxquant.checkpoint.config import DeepseekV3Config, RopeScaling, yarn_mscale
+from fxquant.checkpoint.config import DeepseekV3Config
+from fxquant.checkpoint.rope_scaling import RopeScaling
 
 
 def frequencies(config: DeepseekV3Config) -> list[float]:
@@ -21,11 +22,8 @@ def frequencies(config: DeepseekV3Config) -> list[float]:
 
 
 def attention_factor(config: DeepseekV3Config) -> float:
-    """Factor of cos and sin: `mscale(factor, mscale) / mscale(factor, mscale_all_dim)`, 1 without YaRN."""
-    scaling = config.rope_scaling
-    if scaling is None:
-        return 1.0
-    return yarn_mscale(scaling.factor, scaling.mscale) / yarn_mscale(scaling.factor, scaling.mscale_all_dim)
+    """Factor of cos and sin, 1 without YaRN."""
+    return config.rope_scaling.rotary_scale if config.rope_scaling else 1.0
 
 
 def _ramp(scaling: RopeScaling, theta: float, width: int) -> Tensor:
@@ -37,8 +35,10 @@ def _ramp(scaling: RopeScaling, theta: float, width: int) -> Tensor:
             width * math.log(scaling.original_max_position_embeddings / (turns * 2 * math.pi)) / (2 * math.log(theta))
         )
 
-    low = max(math.floor(dimension(scaling.beta_fast)), 0)
-    high = min(math.ceil(dimension(scaling.beta_slow)), width - 1)
+    low, high = dimension(scaling.beta_fast), dimension(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, width - 1)
     # 0.001 as in DeepSeek's code, against a division by zero
     steps = torch.arange(width // 2, dtype=torch.float32, device="cpu")
     return ((steps - low) / (high - low if high != low else 0.001)).clamp(0, 1)

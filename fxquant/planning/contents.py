@@ -1,7 +1,7 @@
 """Plan contents: what a compile would read, and what it would write, file by file."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from fxquant.checkpoint.checkpoint import Checkpoint
 from fxquant.compilation.engine_graph import check_graph
@@ -41,6 +41,7 @@ class PlanContents:
     choices     what the policy left open, as it was decided
     reserves    what the target accepts though nobody ran it, by how that is known
     serve       how to serve it: a command or a setting, as one line
+    notes       keys of config.json that are not read, or that other code reads in another way
     whole       memory of a worker while rotation mixes the rows of the largest weight: twice that weight
     """
 
@@ -54,6 +55,7 @@ class PlanContents:
     reserves: list[str]
     serve: str
     whole: int
+    notes: list[str] = field(default_factory=list)
 
     @property
     def bytes_in(self) -> int:
@@ -104,6 +106,7 @@ def planned(source: Source, policy: Policy, options: CompileOptions) -> PlanCont
         choices=choices(results),
         reserves=reserves(load_contract(options.target), linears(program)),
         serve=_serve(program, options),
+        notes=source.notes,
         whole=2
         * max(
             (_numbers(checkpoint, name) for name, rotation in program.rotations.items() if rotation.heads), default=0

@@ -112,6 +112,8 @@ def print_plan(plan: "Plan", console: Console = console) -> None:
         print_line((line, "dim"), to=console)
     for reason in plan.unverified:
         print_line(("unverified ", "yellow"), reason, to=console)
+    for note in plan.notes:
+        print_line((note, "yellow"), to=console)
     modules, parameters = (sum(getattr(row, key) for row in plan.rows) for key in ("modules", "parameters"))
     print_line(
         (size(plan.bytes_out), "bold"),

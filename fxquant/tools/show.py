@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from fxquant.tools.compile_options import CheckpointFolder, Model, TraceTimeout
-from fxquant.tools.console import console, print_line, print_whole
+from fxquant.tools.console import console, errors, print_line, print_whole
 
 
 def command(
@@ -28,12 +28,15 @@ def command(
 ) -> None:
     """Print the graph of a model, or the rewritten graph of a compiled folder, with shapes and parameter names."""
     from fxquant.api import open_graph
+    from fxquant.checkpoint.config import config_notes
     from fxquant.program.structural_hash import structural_hash
     from fxquant.program.text import check_block, format_program
 
     program = open_graph(model, checkpoint, trace_timeout)
     if block is not None:
         check_block(program, block)
+    for note in config_notes(program.config):
+        print_line((note, "yellow"), to=errors)
     table = None
     if fused:
         from fxquant.lowering.ascend.deployment import deployment

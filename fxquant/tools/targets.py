@@ -8,7 +8,7 @@ from rich.console import Console
 
 from fxquant.tools import completion
 from fxquant.tools.compile_options import AsJson, parse_target
-from fxquant.tools.console import console, print_json, print_line, print_text, print_whole
+from fxquant.tools.console import console, errors, print_json, print_line, print_text, print_whole
 from fxquant.tools.stages import reporter
 from fxquant.tools.tables import NamedTable
 
@@ -67,13 +67,17 @@ def command(
     if not (table or model or policy or tp or ep or markdown):
         _print_contracts(targets, as_json)
         return
+    from fxquant.checkpoint.config import config_notes
     from fxquant.planning.support_matrix import RANKS, deployments, float_program
     from fxquant.policy.policy import load_policy, shipped_policies
 
     ranks = tp or list(RANKS)
     policies = [load_policy(name) for name in policy or shipped_policies()]  # refused before the model is traced
     report = reporter(as_json)
-    verdicts = deployments(float_program(model, report), policies, targets, ranks, report, ep or 1)
+    program = float_program(model, report)
+    for note in config_notes(program.config):
+        print_line((note, "yellow"), to=errors)
+    verdicts = deployments(program, policies, targets, ranks, report, ep or 1)
     if as_json:
         print_json([vars(deployment) for deployment in verdicts])
     elif markdown:

@@ -40,6 +40,7 @@ class CompileReport:
     calibration      what static linears and experts saw, None if nothing is static
     serve            how to serve the output: a command or a setting, as one line
     graph_only       the output is for the graph beside the weights alone
+    config_notes     keys of config.json that are not read, or that other code reads in another way
     """
 
     out: Path
@@ -53,14 +54,15 @@ class CompileReport:
     output: Output
     serve: str
     graph_only: bool = False
+    config_notes: list[str] = field(default_factory=list)
     reserves: list[str] = field(default_factory=list)
     verification: VerifyReport | None = None
     calibration: Calibration | None = None
 
     @property
     def notes(self) -> list[str]:
-        """Unrequested events: folders created, damaged units quantized again."""
-        return self.output.notes
+        """What nobody asked for: `config_notes`, folders created, damaged units quantized again."""
+        return [*self.config_notes, *self.output.notes]
 
     @property
     def contract(self) -> Contract:
@@ -129,6 +131,7 @@ def _compiled(
         reserves=reserves(load_contract(options.target), linears(prepared.program)),
         serve=serve_line(contents.target, contents.serving, str(destination.named)),
         graph_only=contents.serving is None,
+        config_notes=source.notes,
         verification=verification,
         calibration=prepared.calibration,
     )

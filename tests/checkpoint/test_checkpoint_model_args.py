@@ -14,6 +14,7 @@ from fxquant.checkpoint.config import parse_config, read_config
 from fxquant.checkpoint.model_args import model_args_to_hf
 from fxquant.errors import FxquantError
 from fxquant.frontend.deepseek_args import hf_to_model_args
+from fxquant.models import rotary
 
 CONFIG_671B: dict[str, Any] = {
     "vocab_size": 129280, "dim": 7168, "inter_dim": 18432, "moe_inter_dim": 2048, "n_layers": 61, "n_dense_layers": 3,
@@ -85,7 +86,10 @@ def test_yarn_beyond_the_original_length(length: int, there: bool) -> None:
         ({"dim": "many"}, "dim: .*integer"),
         ({"max_seq_len": None}, "max_seq_len: .*integer"),
         ({"rope_factor": 0.5}, "rope_factor: 0.5 is less than 1"),
-        ({"index_topk": 2048}, "index_topk: unknown key"),
+        ({"indextopk": 2048}, "indextopk: unknown key"),
+        ({"index_topk": 2048}, "index_topk: the model's attention is sparse"),
+        ({"index_n_heads": 64, "index_head_dim": 128, "scale_fmt": "ue8m0"}, "index_n_heads: .* attention is sparse"),
+        ({"compress_ratios": [0, 4], "window_size": 128}, "window_size: the model's attention is compressed"),
     ],
     ids=str,
 )
@@ -93,6 +97,12 @@ def test_refusals_name_the_file_and_the_key(tmp_path: Path, changes: dict[str, A
     (tmp_path / "config.json").write_text(json.dumps(ARGS | changes))
     with pytest.raises(FxquantError, match=rf"{tmp_path}/config\.json: {message}.* ModelArgs"):
         read_config(tmp_path)
+
+
+def test_without_a_temperature_nothing_is_scaled() -> None:
+    config = parse_config(model_args_to_hf(CONFIG_671B | {"mscale": 0.0}), "config.json")
+    assert (rotary.attention_factor(config), config.softmax_scale) == (1.0, 192**-0.5)
+    assert hf_to_model_args(config)["mscale"] == 0.0
 
 
 def test_the_default_router_is_refused() -> None:
@@ -156,6 +166,9 @@ def test_arguments_of_the_published_config() -> None:
     [
         ({"attention_bias": True}, "attention_bias True: it is always False"),
         ({"norm_topk_prob": False}, "norm_topk_prob False: it is always True"),
+        ({"rope_scaling": YARN | {"attention_factor": 1.25}}, r"attention_factor 1\.25: cos and sin"),
+        ({"rope_scaling": YARN | {"mscale": None}}, r"mscale None and mscale_all_dim 1\.0"),
+        ({"rope_scaling": YARN | {"truncate": False}}, "truncate false: it is always true"),
         ({"rms_norm_eps": 1e-5}, "rms_norm_eps 1e-05: it is always 1e-06"),
         ({"rope_scaling": YARN | {"mscale": 0.5}}, r"mscale 0\.5 and mscale_all_dim 1\.0"),
         ({"rope_scaling": YARN | {"factor": 0.5}}, r"YaRN of factor 0\.5"),

@@ -12,7 +12,8 @@ from tiny import ABSENT, YARN, tiny_config
 
 from fxquant import ops
 from fxquant.checkpoint.checkpoint import open_checkpoint
-from fxquant.checkpoint.config import DeepseekV3Config, parse_config, read_config, yarn_mscale
+from fxquant.checkpoint.config import DeepseekV3Config, parse_config, read_config
+from fxquant.checkpoint.rope_scaling import yarn_mscale
 from fxquant.errors import FxquantError
 from fxquant.frontend.source import open_source
 
@@ -72,7 +73,10 @@ def test_unknown_keys_are_ignored() -> None:
     [
         ("deepseek_v2", "router scores with softmax", "fxquant compiles DeepSeek-V3"),
         ("deepseek_v32", "attention is sparse", "fxquant compiles DeepSeek-V3"),
-        ("kimi_k2", "DeepSeek's name only", "architecture is DeepSeek-V3's can be given model_type deepseek_v3"),
+        ("deepseek_v4", "attention is compressed and windowed", "fxquant compiles DeepSeek-V3"),
+        ("glm_moe_dsa", "attention is sparse", "fxquant compiles DeepSeek-V3"),
+        ("kimi_linear", "linear attention", "fxquant compiles DeepSeek-V3"),
+        ("kimi_k25", "vision tower", "is of model_type kimi_k2"),
         ("qwen2", "R1-Distill-Qwen .* dense, without latent attention or experts", "general quantizer"),
         ("qwen3", "R1-0528-Qwen3 .* dense, without latent attention or experts", "general quantizer"),
         ("llama", "R1-Distill-Llama .* dense, without latent attention or experts", "general quantizer"),
@@ -89,7 +93,7 @@ def test_other_architectures_are_refused(model_type: object) -> None:
         parse(model_type=model_type)
     assert str(caught.value) == (
         f"config.json: model_type is {model_type!r}. fxquant compiles DeepSeek-V3, DeepSeek-R1 and their family "
-        "(model_type deepseek_v3)."
+        "(model_type deepseek_v3 or kimi_k2)."
     )
 
 

@@ -64,7 +64,7 @@ def parse(**changes: Any) -> DeepseekV3Config:
         *(({"rope_scaling": YARN | {"mscale": scale}}, "scaling.mscale: ") for scale in (-10, 1e9, math.nan)),
         ({"rope_scaling": YARN | {"mscale_all_dim": -3}}, "rope_scaling.mscale_all_dim: -3 is less than 0"),
         ({"rope_scaling": YARN | {"original_max_position_embeddings": 0}}, "max_position_embeddings: 0 is not"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": -1}, "rope_scaling": None}, "rope_scaling.factor: -1 is"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": -1}, "rope_scaling": None}, "rope_parameters.factor: -1"),
     ],
     ids=lambda value: str(value)[:50],
 )  # fmt: skip
