@@ -8,6 +8,8 @@ from fxquant.policy.kinds import Kind
 from fxquant.schemes.schemes import Recipe
 
 EXPERT_PARALLEL = "keep experts whole with expert parallelism, --ep N"
+PER_CHANNEL = ", as policy deepseek_w4a8_per_channel has it"
+INT8 = "Use W8A8_DYNAMIC for it, as policy deepseek_w8a8 does."
 
 
 @dataclass(frozen=True)
@@ -143,17 +145,17 @@ def _sizes(contract: Contract, linear: Linear, ranks: int) -> Iterator[Finding]:
     if recipe.group_size and contract.tensor_parallel.whole_groups and k % recipe.group_size:
         fact = f"in_features {k}{part} is not a multiple of group_size {recipe.group_size}"
         fewer = f"Use fewer ranks, {EXPERT_PARALLEL}, or group_size 0."
-        yield _size(recipe, fact, fewer if ranks > 1 else "Use a smaller group_size.", reference)
+        yield _size(recipe, fact, fewer if ranks > 1 else f"Use group_size: 0{PER_CHANNEL}.", reference)
     for rule in contract.multiples:
         if linear.kind in rule.kind and recipe.scheme in rule.scheme:
             for axis, size, multiple in (("in_features", k, rule.in_features), ("out_features", n, rule.out_features)):
                 if size % multiple:
                     fact = f"{axis} {size}{part} is not a multiple of {multiple}"
-                    way_out = f"Use fewer ranks, or {EXPERT_PARALLEL}." if part else "Use W8A8_DYNAMIC for it."
+                    way_out = f"Use fewer ranks, or {EXPERT_PARALLEL}." if part else INT8
                     yield _size(recipe, fact, way_out, rule.reference)
             if rule.largest_in_features and k > rule.largest_in_features:
                 fact = f"in_features {k}{part} is more than {rule.largest_in_features}"
-                yield _size(recipe, fact, "Use W8A8_DYNAMIC for it.", rule.reference)
+                yield _size(recipe, fact, INT8, rule.reference)
 
 
 def _divides(size: int) -> str:

@@ -131,8 +131,9 @@ def _no_expert_form(scheme: Scheme) -> str:
 
 def _way_out(recipe: Recipe) -> str:
     fitting = math.gcd(recipe.in_features, 256)
-    if recipe.group_size and fitting >= 32 and why_not(replace(recipe, group_size=fitting)) is None:
-        return f"Use a policy with group_size: {fitting} (or 0, per channel) for it."
-    if recipe.group_size and why_not(replace(recipe, group_size=0)) is None:
-        return "Use group_size: 0 or another scheme for it."
-    return "Use another scheme for it, such as W8A8_DYNAMIC."
+    if not recipe.group_size or why_not(replace(recipe, group_size=0)) is not None:
+        return "Use another scheme for it, such as W8A8_DYNAMIC, which policy deepseek_w8a8 gives to experts."
+    per_channel = "Its sizes fit one scale per channel: use policy deepseek_w4a8_per_channel, or group_size: 0"
+    if fitting >= 32 and why_not(replace(recipe, group_size=fitting)) is None:
+        return f"{per_channel}, or {fitting} where the target loads it."
+    return f"{per_channel}."

@@ -79,7 +79,7 @@ def _of(program: Program, policy: Policy, target: Target, ranks: Sequence[int], 
         assigning = AssignSchemes(policy, (), engine.weight_format, engine.int4_group_size, target)
         choice = "; ".join(assigning.apply(assigned).choices)
     except FxquantError as error:  # the policy does not fit the model or format, whatever the number of ranks
-        words = f"{error.place}: {error.fact}"
+        words = f"{error.place}: {error.fact} {error.remedy}".rstrip()
         return [Deployment(policy.name, target, count, Verdict.REFUSED, words, ep=ep) for count in ranks]
     described, contract = linears(assigned), load_contract(target)
     evidence = weakest(contract, described)

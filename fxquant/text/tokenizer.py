@@ -15,6 +15,8 @@ from fxquant.inputs.limits import (
 from fxquant.processes.bounded_worker import BoundedWorker, WorkerError
 
 AGAIN = "Copy the file again."
+OTHERS = ("tiktoken.model", "tokenizer.model")
+"""Tokenizers that code of the model reads, which is not run."""
 
 
 class BoundedTokenizer:
@@ -56,7 +58,9 @@ def open_tokenizer(folder: Path) -> BoundedTokenizer:
     """The folder's tokenizer.json."""
     file = folder / "tokenizer.json"
     if not file.is_file():
-        raise FxquantError(folder, "has no tokenizer.json.", "Put it there, or use token ids (.npy, .safetensors).")
+        other = next((f"; only the model's own code reads {name}" for name in OTHERS if (folder / name).is_file()), "")
+        way_out = "Put it there, or use token ids (.npy, .safetensors)."
+        raise FxquantError(folder, f"has no tokenizer.json{other}.", way_out)
     if (size := file.stat().st_size) > TOKENIZER_BYTES:
         raise FxquantError(file, f"{size:,} bytes, at most {TOKENIZER_BYTES:,} are read.", AGAIN)
     return BoundedTokenizer(file)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 UNSEEN_NAMED = 4
 FEW_TOKENS = 512
 """Calibration tokens below which ranges are guesses; the defaults of `--samples` × `--seq-len` are 8,192."""
-TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tiktoken.model")
 
 
 def as_document(report: "CompileReport") -> dict:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from calibrated import calibrated_once
+from neighbours import NEIGHBOURS
 from safetensors.torch import save_file
 from tiny import YARN
 
@@ -27,6 +28,7 @@ SOURCES = {
     "yarn": {"rope_scaling": YARN},
     "weights not normalized": {"norm_topk_prob": False},
     "one expert group": {"n_group": 1, "topk_group": 1},
+    **NEIGHBOURS,
 }
 
 
