@@ -16,11 +16,11 @@ from fxquant.verbs.verify import verify
 
 
 def open_graph(model: str | Path, checkpoint: Path | None = None, trace_timeout: float = TRACE_TIMEOUT) -> Program:
-    """The rewritten graph of a compiled folder, or the float graph of a model."""
+    """The rewritten graph of a compiled folder, or the float graph of a model, of which a config.json is enough."""
     folder = Path(model)
     if (folder / GRAPH).is_file():
         return load_program(folder / GRAPH)
-    return open_source(folder, checkpoint, trace_timeout).program()
+    return open_source(folder, checkpoint, trace_timeout, config_only=True).program()
 
 
 __all__ = [

@@ -113,7 +113,8 @@ def _tensors(folder: Path) -> Mapping[str, SourceTensor]:
     files = sorted(folder.glob("*.safetensors"))
     if len(files) != 1:
         content = f"{len(files)} safetensors files and no index" if files else "no safetensors file"
-        raise FxquantError(folder, f"not a checkpoint: {content}.", "Pass a folder with the weights and their index.")
+        way_out = "Pass a folder with the weights and their index; plan, show and targets need only its config.json."
+        raise FxquantError(folder, f"not a checkpoint: {content}.", way_out)
     return official_tensors(read_header(files[0]))
 
 

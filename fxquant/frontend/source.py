@@ -12,6 +12,7 @@ from fxquant.checkpoint.config import DeepseekV3Config, config_notes, parse_conf
 from fxquant.checkpoint.model_dtype import with_dtype
 from fxquant.errors import FxquantError
 from fxquant.frontend.child import trace_in_child
+from fxquant.frontend.named_checkpoint import named_checkpoint
 from fxquant.inputs.paths import not_a_model
 from fxquant.models import DeepseekV3
 from fxquant.program.program import Program
@@ -56,7 +57,8 @@ def open_source(
     """Open a checkpoint folder or a `model.py`. `checkpoint` overrides the folder that the file names.
 
     Opening a folder runs no code. A `model.py` is imported, built and traced in a separate process, which is killed
-    after `timeout` seconds; only its graph, as text, comes back. `config_only` also accepts a config.json, or a folder
+    after `timeout` seconds; only its graph, as text, comes back. A checkpoint that is known before is opened before it.
+    `config_only` also accepts a config.json, or a folder
     with nothing else; the checkpoint then has no tensors.
     """
     if config_only and path.suffix == ".json" and path.is_file():
@@ -69,11 +71,18 @@ def open_source(
         raise FxquantError(f"--checkpoint {checkpoint}", fact, "Leave it out: a checkpoint folder has its own weights.")
     if path.is_dir():
         return _from_config(path, open_config(path) if config_only else open_checkpoint(path), path / "config.json")
+    opening = open_config if config_only else open_checkpoint
+    folder = checkpoint or named_checkpoint(path)
+    early = _checked(opening, folder) if folder is not None else None  # what would be refused is not traced first
     traced = trace_in_child(path, checkpoint, timeout)
-    opened = open_config(traced.checkpoint) if config_only else open_checkpoint(traced.checkpoint)
-    config = parse_config(opened.config, traced.checkpoint / "config.json")
+    opened, config = early if early and folder == traced.checkpoint else _checked(opening, traced.checkpoint)
     program = traced.program
     return Source(path, opened, config, lambda: parse_program(program, path), traced.policy, traced.input_kind, True)
+
+
+def _checked(opening: Callable[[Path], Checkpoint], folder: Path) -> tuple[Checkpoint, DeepseekV3Config]:
+    opened = opening(folder)
+    return opened, parse_config(opened.config, folder / "config.json")
 
 
 def source_of_config(config: dict[str, Any], place: Path) -> Source:

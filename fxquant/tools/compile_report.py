@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from fxquant.engines.table import ENGINES
-from fxquant.tools.console import console, print_line, print_whole, size
+from fxquant.tools.console import console, print_line, print_notes, print_whole, size
 from fxquant.tools.tables import NamedTable
 
 if TYPE_CHECKING:
@@ -107,8 +107,7 @@ def print_report(report: "CompileReport", console: Console = console) -> None:
         print_line(("unverified ", "yellow"), reason, to=console)
     for line in (*report.choices, *report.reserves):
         print_line((line, "dim"), to=console)
-    for note in report.notes:
-        print_line((note, "yellow"), to=console)
+    print_notes(report.notes, console)
     _print_serving(report, console)
 
 

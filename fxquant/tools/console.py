@@ -94,6 +94,12 @@ def print_line(*parts: str | tuple[str, str], to: Console = console) -> None:
     )
 
 
+def print_notes(notes: Iterable[str], to: Console = console) -> None:
+    """Print what nobody asked for, a line each."""
+    for note in notes:
+        print_line((note, "yellow"), to=to)
+
+
 def print_whole(text: str, style: str = "", to: Console = console) -> None:
     """Print one line to copy: its only newline is at the end."""
     to.print(Text(one_line(text), style), soft_wrap=True)

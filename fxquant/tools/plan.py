@@ -27,7 +27,7 @@ from fxquant.tools.compile_options import (
     parse_size,
     parse_target,
 )
-from fxquant.tools.console import console, print_json, print_line, print_whole, size
+from fxquant.tools.console import console, print_json, print_line, print_notes, print_whole, size
 from fxquant.tools.stages import duration
 from fxquant.tools.tables import NamedTable
 
@@ -112,8 +112,7 @@ def print_plan(plan: "Plan", console: Console = console) -> None:
         print_line((line, "dim"), to=console)
     for reason in plan.unverified:
         print_line(("unverified ", "yellow"), reason, to=console)
-    for note in plan.notes:
-        print_line((note, "yellow"), to=console)
+    print_notes(plan.notes, console)
     modules, parameters = (sum(getattr(row, key) for row in plan.rows) for key in ("modules", "parameters"))
     print_line(
         (size(plan.bytes_out), "bold"),

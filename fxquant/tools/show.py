@@ -1,15 +1,23 @@
 """fxquant show"""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from fxquant.tools.compile_options import CheckpointFolder, Model, TraceTimeout
-from fxquant.tools.console import console, errors, print_line, print_whole
+from fxquant.tools.compile_options import CheckpointFolder, TraceTimeout
+from fxquant.tools.console import console, errors, print_line, print_notes, print_whole
 
 
 def command(
-    model: Model,
+    model: Annotated[
+        Path,
+        typer.Argument(
+            metavar="MODEL",
+            help="A compiled folder, a checkpoint folder (weights not needed), a config.json, or a model.py.",
+            show_default=False,
+        ),
+    ],
     block: Annotated[
         str | None,
         typer.Option(
@@ -26,7 +34,10 @@ def command(
     ] = False,
     trace_timeout: TraceTimeout = 120.0,
 ) -> None:
-    """Print the graph of a model, or the rewritten graph of a compiled folder, with shapes and parameter names."""
+    """Print the graph of a model, or the rewritten graph of a compiled folder, with shapes and parameter names.
+
+    No weights are needed.
+    """
     from fxquant.api import open_graph
     from fxquant.checkpoint.config import config_notes
     from fxquant.program.structural_hash import structural_hash
@@ -35,8 +46,6 @@ def command(
     program = open_graph(model, checkpoint, trace_timeout)
     if block is not None:
         check_block(program, block)
-    for note in config_notes(program.config):
-        print_line((note, "yellow"), to=errors)
     table = None
     if fused:
         from fxquant.lowering.ascend.deployment import deployment
@@ -46,6 +55,7 @@ def command(
         program, table = deployed.program, fusion_table(deployed)
     if hash_only:
         console.print(structural_hash(program))
+        print_notes(config_notes(program.config), errors)
         return
     for line in format_program(program, block):
         print_whole(line)
@@ -55,3 +65,4 @@ def command(
         print_line((summary, "dim"))
     if table is not None:
         console.print(table)
+    print_notes(config_notes(program.config))

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from fxquant.tools import completion
 from fxquant.tools.compile_options import AsJson, parse_target
-from fxquant.tools.console import console, errors, print_json, print_line, print_text, print_whole
+from fxquant.tools.console import console, errors, print_json, print_line, print_notes, print_text, print_whole
 from fxquant.tools.stages import reporter
 from fxquant.tools.tables import NamedTable
 
@@ -24,7 +24,9 @@ MARKS = {"accepted": ("✓", "green"), "unverified": ("?", "yellow"), "refused":
 def command(
     model: Annotated[
         Path | None,
-        typer.Argument(metavar="MODEL", help="Folder with a config.json. [dim]default: DeepSeek-V3 671B[/]"),
+        typer.Argument(
+            metavar="MODEL", help="A config.json, a folder with one, or a model.py. [dim]default: DeepSeek-V3 671B[/]"
+        ),
     ] = None,
     table: Annotated[bool, typer.Option("--table", help="Table of policy × target × ranks for MODEL.")] = False,
     policy: Annotated[
@@ -75,8 +77,6 @@ def command(
     policies = [load_policy(name) for name in policy or shipped_policies()]  # refused before the model is traced
     report = reporter(as_json)
     program = float_program(model, report)
-    for note in config_notes(program.config):
-        print_line((note, "yellow"), to=errors)
     verdicts = deployments(program, policies, targets, ranks, report, ep or 1)
     if as_json:
         print_json([vars(deployment) for deployment in verdicts])
@@ -84,6 +84,7 @@ def command(
         print_text(markdown_table(verdicts, ranks))
     else:
         print_table(verdicts, ranks)
+    print_notes(config_notes(program.config), errors if as_json or markdown else console)
     if policy and tp and not as_json and any(deployment.verdict == "refused" for deployment in verdicts):
         raise typer.Exit(1)
 
