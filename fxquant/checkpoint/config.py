@@ -51,7 +51,7 @@ NEIGHBOURS = {
 KEYS = f"{THIS} If the model does not do that, or its model.py does it itself, remove the key."
 BESIDE = ("original_max_position_embeddings",)
 """Read beside the rotary keys."""
-MOST_FACTS, MOST_KEYS = 3, 8
+MOST_FACTS = 3
 
 
 class DeepseekV3Config(BaseModel):
@@ -204,10 +204,8 @@ def config_notes(config: dict[str, Any]) -> list[str]:
     """What a user should know about a config that `parse_config` takes: keys that nobody reads, and rotary keys that
     other code reads in another way."""
     parsed, keys, notes = parse_config(config, "config.json"), rope_keys(config), []
-    unknown = [*unread(config, (*DeepseekV3Config.model_fields, *SPELLINGS, *BESIDE)), *keys.unread()]
-    if unknown:
-        notes.append(f"config.json: keys that are not read and may change the model: {', '.join(unknown[:MOST_KEYS])}")
-        notes[-1] += f" and {len(unknown) - MOST_KEYS} more" if len(unknown) > MOST_KEYS else ""
+    if unknown := unread(config, (*DeepseekV3Config.model_fields, *SPELLINGS, *BESIDE), keys.unread()):
+        notes.append(f"config.json: keys that are not read and may change the model: {unknown}")
     heads = Sized("num_key_value_heads", parsed.num_attention_heads, "not read, latent attention has one per head")
     notes += [f"config.json: {fact}" for fact in repeated(config, (heads,))]
     if len([key for key in SPELLINGS if config.get(key)]) > 1 and config[SPELLINGS[0]] != config[SPELLINGS[1]]:

@@ -108,7 +108,7 @@ IN_ROTARY: Changes = {
 """The same for keys of `rope_scaling` and `rope_parameters`."""
 SIZED = ("num_key_value_heads", "head_dim", "qk_head_dim", "rotary_dim")
 """Keys that must be what other keys say."""
-SHOWN, SIMILAR = 60, 0.85
+SHOWN, SIMILAR, MOST = 60, 0.85, 8
 
 
 @dataclass(frozen=True)
@@ -148,11 +148,13 @@ def with_names(config: dict[str, Any]) -> dict[str, Any]:
     return named
 
 
-def unread(config: dict[str, Any], read: Iterable[str]) -> list[str]:
-    """Keys of `config` that are neither `read` nor known, each with the key that it may stand for."""
+def unread(config: dict[str, Any], read: Iterable[str], beside: Iterable[str] = ()) -> str:
+    """Keys of `config` that are neither `read` nor known, and those `beside`, with keys that they may stand for."""
     meaningful = sorted({*read, *ALIASES})
     known = {*meaningful, *CHANGES, *INERT, *SIZED}
-    return [_named(str(key), meaningful) for key in config if key not in known]
+    keys = [*(key for key in config if key not in known), *beside]
+    more = f" and {len(keys) - MOST} more" if len(keys) > MOST else ""
+    return ", ".join(_named(key, meaningful if key in config else []) for key in keys[:MOST]) + more
 
 
 def _named(key: str, known: list[str]) -> str:

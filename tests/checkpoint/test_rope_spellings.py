@@ -9,9 +9,12 @@ import pytest
 import torch
 from tiny import ABSENT, tiny_config
 
+from fxquant import ops
 from fxquant.checkpoint.config import config_notes, parse_config, read_config
 from fxquant.errors import FxquantError
+from fxquant.frontend.source import source_of_config
 from fxquant.models import rotary
+from fxquant.program.operands import operand
 
 YARN: dict[str, Any] = {
     "type": "yarn", "factor": 40, "mscale": 1.0, "mscale_all_dim": 1.0, "beta_fast": 32, "beta_slow": 1,
@@ -139,6 +142,16 @@ def test_a_spelling_means_what_it_means_to_transformers(changes: dict[str, Any])
     # float64: a logarithm, two sums, two products and a division
     assert own_scale == pytest.approx(scale, rel=6 * 2.0**-53)
     assert own_softmax == pytest.approx(softmax, rel=6 * 2.0**-53)
+
+
+@pytest.mark.parametrize("name", ["theta inside", "attention_factor", "modern, not truncated", "default scaling wins"])
+def test_they_are_those_of_the_graph(name: str) -> None:
+    document = config({**READ[name], "torch_dtype": "float32"})
+    frequencies, scale, softmax = ours(document)
+    program = source_of_config(document, Path("config.json")).program()
+    (table,), attention = program.nodes(ops.rope_table), program.nodes(ops.mla_attention)
+    assert torch.equal(torch.tensor(operand(table, "inv_freq")), frequencies) and operand(table, "scale") == scale
+    assert {operand(node, "softmax_scale") for node in attention} == {softmax}
 
 
 @pytest.mark.parametrize(("changes", "fact"), REFUSED.values(), ids=REFUSED)
