@@ -135,5 +135,5 @@ def _way_out(recipe: Recipe) -> str:
         return "Use another scheme for it, such as W8A8_DYNAMIC, which policy deepseek_w8a8 gives to experts."
     per_channel = "Its sizes fit one scale per channel: use policy deepseek_w4a8_per_channel, or group_size: 0"
     if fitting >= 32 and why_not(replace(recipe, group_size=fitting)) is None:
-        return f"{per_channel}, or {fitting} where the target loads it."
+        return f"{per_channel}; or group_size: {fitting}, where the target loads it."
     return f"{per_channel}."

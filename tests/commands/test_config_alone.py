@@ -17,7 +17,7 @@ V32_ARGS: dict[str, Any] = {
     "n_heads": 128, "n_routed_experts": 256, "n_shared_experts": 1, "n_activated_experts": 8, "n_expert_groups": 8,
     "n_limited_groups": 4, "route_scale": 2.5, "score_func": "sigmoid", "q_lora_rank": 1536, "kv_lora_rank": 512,
     "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "dtype": "fp8", "scale_fmt": "ue8m0",
-    "index_n_heads": 64, "index_head_dim": 128, "index_topk": 2048,
+    "index_n_heads": 64, "index_head_dim": 128, "index_topk": 2048, "max_batch_size": 1, "max_seq_len": 163840,
 }  # fmt: skip
 """What DeepSeek publishes with V3.2-Exp as config_671B_v3.2.json."""
 SPARSE = {
