@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fxquant.checkpoint.rope_scaling import RopeScaling, yarn_mscale
-from fxquant.inputs.validation import shown
+from fxquant.inputs.validation import cut, shown
 
 THETA, POSITIONS = 10000.0, 4096
 """transformers' defaults of `rope_theta` and `max_position_embeddings`."""
@@ -55,11 +55,15 @@ class RopeKeys:
 
 
 def rope_keys(config: dict[str, Any]) -> RopeKeys:
-    """The rotary keys of `config`. Raises ValueError for YaRN's numbers without a type, which nothing would read."""
+    """The rotary keys of `config`. Raises ValueError for YaRN's numbers without a type, which nothing would read, and
+    for keys by kind of layer."""
     spelling = next((key for key in SPELLINGS if config.get(key) not in (None, {})), SPELLINGS[0])
     given = {} if config.get(spelling) is None else config[spelling]
     if not isinstance(given, dict):
         return RopeKeys(spelling, given, config.get("rope_theta", THETA), given)
+    nested = next((key for key, value in given.items() if isinstance(value, dict)), None)
+    if nested is not None:
+        raise ValueError(f"{spelling}.{cut(nested, 60)}: a mapping: all layers of DeepSeek-V3 have one rotation")
     theta = given.get("rope_theta", config.get("rope_theta", THETA))
     kind = next((given[key] for key in TYPE_KEYS if key in given), None)
     if kind is None and "factor" in given:

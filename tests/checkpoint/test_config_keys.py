@@ -171,6 +171,12 @@ def test_heads_that_latent_attention_has_not() -> None:
     assert note.startswith("config.json: num_key_value_heads: 1 is not 4")
 
 
+def test_two_dtypes() -> None:
+    (note,) = config_notes(tiny_config(torch_dtype="bfloat16", dtype="float16"))
+    assert note == "config.json: torch_dtype 'bfloat16' counts, not dtype 'float16'"
+    assert config_notes(tiny_config(torch_dtype="bfloat16", dtype="bfloat16")) == []
+
+
 def test_reports_have_the_note(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "model", router_temperature=2.0)
     options = CompileOptions(policy="float", out=tmp_path / "out", verify=False)

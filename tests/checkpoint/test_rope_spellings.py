@@ -105,6 +105,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "rope_scaling.short_factor: a list: ",
     ),
     "scaled queries": ({"rope_parameters": {**MODERN, "llama_4_scaling_beta": 0.1}}, "llama_4_scaling_beta: 0.1: "),
+    "by layer": ({"rope_parameters": {"full_attention": MODERN}}, "rope_parameters.full_attention: a mapping"),
     "a list": ({"rope_scaling": [1]}, "rope_scaling: a list, not a mapping"),
     "text": ({"rope_parameters": "yarn"}, "rope_parameters: 'yarn', not a mapping"),
     "false": ({"rope_scaling": False}, "rope_scaling: false, not a mapping"),
