@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, computed_field, model_validator
 
-from fxquant.checkpoint.config_keys import IN_ROTARY, Sized, changed, repeated, unread, with_names
+from fxquant.checkpoint.config_keys import IN_ROTARY, Sized, changed, repeated, with_names
 from fxquant.checkpoint.config_sizes import (
     DenseLayers,
     Experts,
@@ -22,13 +22,12 @@ from fxquant.checkpoint.config_sizes import (
     TokenId,
 )  # fmt: skip
 from fxquant.checkpoint.model_args import SPARSE_ATTENTION, is_model_args, model_args_to_hf
-from fxquant.checkpoint.model_dtype import DTYPE_KEYS
-from fxquant.checkpoint.rope_keys import SPELLINGS, RopeKeys, other_readings, rope_keys
+from fxquant.checkpoint.rope_keys import RopeKeys, rope_keys
 from fxquant.checkpoint.rope_scaling import RopeScaling, yarn_mscale
 from fxquant.errors import FxquantError
 from fxquant.inputs.json_file import read_json
 from fxquant.inputs.limits import ALL_EXPERTS, CONFIG_BYTES, PARAMETERS
-from fxquant.inputs.validation import cut, shown, validation_fact
+from fxquant.inputs.validation import cut, validation_fact
 
 SUPPORTED = "DeepSeek-V3, DeepSeek-R1 and their family (model_type deepseek_v3 or kimi_k2)"
 DENSE = "are dense, without latent attention or experts, so there is nothing to compile"
@@ -50,8 +49,6 @@ NEIGHBOURS = {
 }
 """model_type that may be mistaken for DeepSeek-V3 → the difference, and the remedy."""
 KEYS = f"{THIS} If the model does not do that, or its model.py does it itself, remove the key."
-BESIDE = ("original_max_position_embeddings",)
-"""Read beside the rotary keys."""
 MOST_FACTS = 3
 
 
@@ -199,25 +196,6 @@ def parse_config(config: dict[str, Any], place: object) -> DeepseekV3Config:
         raise FxquantError(place, fact, THIS) from None
     _refuse(place, repeated(config, _sizes(parsed)), "Correct it, or remove it: the other keys say it.")
     return parsed
-
-
-def config_notes(config: dict[str, Any]) -> list[str]:
-    """What a user should know about a config that `parse_config` takes: keys that nobody reads, and rotary keys that
-    other code reads in another way."""
-    parsed, keys, notes = parse_config(config, "config.json"), rope_keys(config), []
-    if unknown := unread(config, (*DeepseekV3Config.model_fields, *SPELLINGS, *BESIDE), keys.unread()):
-        notes.append(f"config.json: keys that are not read and may change the model: {unknown}")
-    heads = Sized("num_key_value_heads", parsed.num_attention_heads, "not read, latent attention has one per head")
-    notes += [f"config.json: {fact}" for fact in repeated(config, (heads,))]
-    dtypes = [config[key] for key in DTYPE_KEYS if config.get(key) is not None]
-    if len(dtypes) > 1 and dtypes[0] != dtypes[1]:
-        notes.append(f"config.json: {DTYPE_KEYS[0]} {shown(dtypes[0])} counts, not {DTYPE_KEYS[1]} {shown(dtypes[1])}")
-    if len([key for key in SPELLINGS if config.get(key)]) > 1 and config[SPELLINGS[0]] != config[SPELLINGS[1]]:
-        notes.append(f"config.json: {SPELLINGS[0]} counts, not {SPELLINGS[1]}, as in transformers 5")
-    others = "; ".join(other_readings(config, parsed.rope_theta, parsed.rope_scaling))
-    if others:
-        notes.append(f"config.json: {keys.spelling} is read as transformers 5 does; DeepSeek's own code takes {others}")
-    return notes
 
 
 def _in_rotary(keys: RopeKeys) -> Iterator[str]:

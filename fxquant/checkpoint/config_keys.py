@@ -92,7 +92,7 @@ EFFECTS: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ),
     ("the router would be another one", OFF, "num_hash_layers zero_expert_num zero_expert_type"),
     ("experts would have another width", OFF, "routed_expert_hidden_size"),
-    ("the residual stream would not be a plain sum", OFF, "hc_mult mhc o_groups o_lora_rank engram_layer_ids"),
+    ("the residual stream would not be a plain sum", OFF, "farskip hc_mult mhc o_groups o_lora_rank engram_layer_ids"),
     ("the weights would be compressed", OFF, "compression_config"),
     ("the model would have parts besides its language model", OFF, "text_config vision_config"),
 )

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from fxquant.checkpoint.checkpoint import Checkpoint, block_size, open_checkpoint, open_config
-from fxquant.checkpoint.config import DeepseekV3Config, config_notes, parse_config, read_config_file
+from fxquant.checkpoint.config import DeepseekV3Config, parse_config, read_config_file
+from fxquant.checkpoint.config_notes import config_notes
 from fxquant.checkpoint.model_dtype import with_dtype
 from fxquant.errors import FxquantError
 from fxquant.frontend.child import trace_in_child

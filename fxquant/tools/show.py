@@ -39,7 +39,7 @@ def command(
     No weights are needed.
     """
     from fxquant.api import open_graph
-    from fxquant.checkpoint.config import config_notes
+    from fxquant.checkpoint.config_notes import config_notes
     from fxquant.program.structural_hash import structural_hash
     from fxquant.program.text import check_block, format_program
 

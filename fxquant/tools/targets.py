@@ -69,7 +69,7 @@ def command(
     if not (table or model or policy or tp or ep or markdown):
         _print_contracts(targets, as_json)
         return
-    from fxquant.checkpoint.config import config_notes
+    from fxquant.checkpoint.config_notes import config_notes
     from fxquant.planning.support_matrix import RANKS, deployments, float_program
     from fxquant.policy.policy import load_policy, shipped_policies
 

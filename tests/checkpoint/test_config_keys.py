@@ -9,8 +9,9 @@ import pytest
 from tiny import tiny_config, write_checkpoint
 
 from fxquant.api import compile, plan
-from fxquant.checkpoint.config import config_notes, parse_config
+from fxquant.checkpoint.config import parse_config
 from fxquant.checkpoint.config_keys import CHANGES, INERT
+from fxquant.checkpoint.config_notes import config_notes
 from fxquant.compilation.options import CompileOptions
 from fxquant.errors import FxquantError
 
@@ -123,6 +124,8 @@ def test_it_is_taken_where_it_says_nothing(key: str) -> None:
     [
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types: a list: "),
         ({"mlp_layer_types": ["dense", "sparse"]}, "mlp_layer_types: a list: "),
+        # Instella-MoE, of model_type deepseek_v3
+        ({"farskip": True, "gated_attention": True}, "gated_attention: true: attention would be gated. farskip: true"),
         ({"head_dim": 128}, "head_dim: 128 is not 8"),
         ({"qk_head_dim": 25}, "qk_head_dim: 25 is not 24"),
         ({"rotary_dim": True}, "rotary_dim: true is not 8"),
@@ -169,6 +172,12 @@ def test_a_million_keys_are_counted_at_once() -> None:
 def test_heads_that_latent_attention_has_not() -> None:
     (note,) = config_notes(tiny_config(num_key_value_heads=1))
     assert note.startswith("config.json: num_key_value_heads: 1 is not 4")
+
+
+def test_another_architecture_of_this_model_type() -> None:
+    (note,) = config_notes(tiny_config(architectures=["InstellaMoEForCausalLM"]))
+    assert note == "config.json: the graph is that of DeepseekV3ForCausalLM, whatever InstellaMoEForCausalLM does"
+    assert config_notes(tiny_config(architectures=None)) == config_notes(tiny_config(architectures=[3])) == []
 
 
 def test_two_dtypes() -> None:

@@ -10,7 +10,8 @@ import torch
 from tiny import ABSENT, tiny_config
 
 from fxquant import ops
-from fxquant.checkpoint.config import config_notes, parse_config, read_config
+from fxquant.checkpoint.config import parse_config, read_config
+from fxquant.checkpoint.config_notes import config_notes
 from fxquant.errors import FxquantError
 from fxquant.frontend.source import source_of_config
 from fxquant.models import rotary
