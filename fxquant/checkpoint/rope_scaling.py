@@ -1,9 +1,9 @@
 """YaRN parameters of a config.json, and the attention temperature that follows from them."""
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer
 
 from fxquant.checkpoint.config_sizes import Positions, RotaryScale, YarnBeta, YarnFactor, YarnScale
 
@@ -25,6 +25,11 @@ class RopeScaling(BaseModel):
     mscale_all_dim: YarnScale | None = None
     attention_factor: RotaryScale | None = None
     truncate: bool = True
+
+    @model_serializer(mode="wrap")
+    def _given(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Absent keys stay absent: DeepSeek's own code reads a key that is there, and takes no null."""
+        return {key: value for key, value in dump(self).items() if value is not None}
 
     @property
     def rotary_scale(self) -> float:

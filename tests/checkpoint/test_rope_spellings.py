@@ -173,6 +173,11 @@ def test_a_config_that_is_given_to_transformers_means_the_same(changes: dict[str
     assert torch.equal(frequencies, saved) and scales == saved_scales
 
 
+def test_absent_keys_are_not_passed_on() -> None:
+    dumped = parse_config(config(READ["mscales of null"]), "config.json").model_dump()["rope_scaling"]
+    assert not {"mscale", "mscale_all_dim", "attention_factor"} & set(dumped)
+
+
 # what is said of a config that is read
 
 
