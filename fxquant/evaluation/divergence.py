@@ -24,6 +24,7 @@ class Evaluation:
 
     perplexity_ratio  quantized / float. Its interval is much narrower than those of the two: both read the same text
     kl_p99            the KL that 99 % of the tokens do not exceed
+    kl_difference     `kl_mean` less that of the first program evaluated, token by token; None for the first
     intervals         field → its 95 % interval over documents; none for a single document
     """
 
@@ -36,6 +37,7 @@ class Evaluation:
     tokens: int
     documents: int
     intervals: dict[str, Interval]
+    kl_difference: float | None = None
 
     def as_json(self) -> dict[str, Any]:
         """For scripts."""
@@ -44,6 +46,7 @@ class Evaluation:
             "quantized": {"perplexity": self.quantized_perplexity},
             "perplexity_ratio": self.perplexity_ratio,
             "kl_mean": self.kl_mean,
+            **({} if self.kl_difference is None else {"kl_difference": self.kl_difference}),
             "kl_p99": self.kl_p99,
             "top1_agreement": self.top1_agreement,
             "tokens": self.tokens,
@@ -71,10 +74,11 @@ def evaluate_programs(
             for documents, program, name in zip(scores, quantized, names or [""] * len(quantized), strict=True):
                 documents.extend(document_scores(chunk, expected, logits(*program, chunk)))
                 advance(len(chunk), at=name)
-    results = []
+    results: list[Evaluation] = []
     with report("intervals", len(scores), "graphs") as advance:
         for documents in scores:
-            results.append(summary(documents))
+            first = scores[0] if results else None
+            results.append(summary(documents, first))
             advance(1)
     return results
 
@@ -109,14 +113,24 @@ def divergences(p: Tensor, q: Tensor) -> Tensor:
     return (p.exp() * (p - q)).sum(-1)
 
 
-def summary(scores: list[Tensor]) -> Evaluation:
-    """All figures from the `token_scores` of each document."""
+def summary(scores: list[Tensor], first: list[Tensor] | None = None) -> Evaluation:
+    """All figures from the `token_scores` of each document; `first`: those of the program to take the difference to.
+
+    The difference is paired: both programs read the same tokens, and each draw has the same documents of both, so what
+    a document costs any program cancels.
+    """
     tokens = torch.tensor([document.shape[1] for document in scores])
+    counts = draw_documents(len(scores)) if len(scores) > 1 else None
     sums = torch.stack([document.sum(1) for document in scores])
     divergence = torch.cat([document[2] for document in scores])
     owners = torch.arange(len(scores)).repeat_interleave(tokens)
-    figures = _figures(torch.ones(1, len(scores), dtype=torch.float64), tokens, sums, divergence, owners)
-    drawn = _figures(draw_documents(len(scores)), tokens, sums, divergence, owners) if len(scores) > 1 else {}
+    once = torch.ones(1, len(scores), dtype=torch.float64)
+    figures = _figures(once, tokens, sums, divergence, owners)
+    drawn = _figures(counts, tokens, sums, divergence, owners) if counts is not None else {}
+    if first is not None:
+        more = sums[:, 2] - torch.stack([document[2].sum() for document in first])
+        figures["kl_difference"] = _mean(once, tokens, more)
+        drawn |= {"kl_difference": _mean(counts, tokens, more)} if counts is not None else {}
     return Evaluation(
         **{name: value.item() for name, value in figures.items()},
         tokens=int(tokens.sum()),
@@ -125,10 +139,15 @@ def summary(scores: list[Tensor]) -> Evaluation:
     )
 
 
+def _mean(counts: Tensor, tokens: Tensor, sums: Tensor) -> Tensor:
+    """Mean over tokens [draws, …] of what sums to `sums` [documents, …] in each document."""
+    means: Tensor = (counts @ sums) / (counts @ tokens.double()).view(-1, *[1] * (sums.dim() - 1))
+    return means
+
+
 def _figures(counts: Tensor, tokens: Tensor, sums: Tensor, divergence: Tensor, owners: Tensor) -> dict[str, Tensor]:
     """Each figure [draws], with documents weighted by `counts` [draws, documents]."""
-    means = counts @ sums / (counts @ tokens.double())[:, None]
-    float_loss, quantized_loss, kl, agreement = means.unbind(1)
+    float_loss, quantized_loss, kl, agreement = _mean(counts, tokens, sums).unbind(1)
     return {
         "float_perplexity": float_loss.exp(),
         "quantized_perplexity": quantized_loss.exp(),

@@ -1,6 +1,7 @@
 """Evaluation verbs: run, evaluate, sensitivity and engine perplexity of a compiled folder; compare of policies."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -139,15 +140,22 @@ def compare(
     samples: int = 64,
     seq_len: int = 256,
     report: Reporter = silent,
+    targets: Sequence[Target] = (),
 ) -> dict[str, Compared]:
-    """Each policy for the target of `options`. Nothing is written; weights are quantized on the fly."""
+    """Each policy for each of `targets`, or for that of `options`. Nothing is written; weights are made on the fly.
+
+    Keys are policies, or `POLICY for TARGET` where there are several targets.
+    """
     options = options or CompileOptions()
+    forms = [(name, target) for name in policies for target in targets or (options.target,)]
+    names = [f"{name} for {target}" if len(targets) > 1 else name for name, target in forms]
     open_device(options.device)
     source = open_model(model, options, report)
     batches = load_batches(Path(text), source.checkpoint, samples, seq_len)
     original = (source.program(), Cached(source.checkpoint.read))
     prepared = [
-        prepare(source, load_policy(name), options, within(name, report), for_engine=False) for name in policies
+        prepare(source, load_policy(policy), replace(options, target=target), within(name, report), for_engine=False)
+        for name, (policy, target) in zip(names, forms, strict=True)
     ]
     sizes = [
         sum(tensor.nbytes for tensor in stored_tensors(candidate.program, candidate.checkpoint))
@@ -160,6 +168,6 @@ def compare(
         )
         for candidate in prepared
     ]
-    results = evaluate_programs(original, quantized, batches, report, policies)
+    results = evaluate_programs(original, quantized, batches, report, names)
     decided = [choices(candidate.passes) for candidate in prepared]
-    return dict(zip(policies, map(Compared, results, sizes, decided), strict=True))
+    return dict(zip(names, map(Compared, results, sizes, decided), strict=True))

@@ -32,6 +32,16 @@ def interval(result: Evaluation, name: str) -> str:
     return "–".join(f"{end:{FIGURES[name].form}}" for end in result.intervals.get(name, ()))
 
 
+def difference(result: Evaluation) -> tuple[str, str, str]:
+    """The cells of `kl_difference`: with its sign, its interval, and on which side of 0 that lies."""
+    value = f"{result.kl_difference:+.5f}"
+    if "kl_difference" not in result.intervals:
+        return value, "", ""
+    low, high = result.intervals["kl_difference"]
+    verdict = "not distinguishable" if low <= 0 <= high else "less" if high < 0 else "more"
+    return value, f"{low:+.5f} to {high:+.5f}", verdict
+
+
 def intervals(result: Evaluation) -> list[str]:
     """The cells of all intervals."""
     return [interval(result, name) for name in FIGURES]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fxquant.evaluation.bootstrap import draw_documents, drawn_percentile, middle
 from fxquant.evaluation.divergence import Evaluation, summary, token_scores
+from fxquant.tools.figures import difference
 from fxquant.tools.main import run
 
 NAMES = {"float_perplexity", "quantized_perplexity", "perplexity_ratio", "kl_mean", "kl_p99", "top1_agreement"}
@@ -64,6 +65,30 @@ def test_intervals_hold_the_figure_and_shrink_with_text() -> None:
 
 def test_one_document_has_no_interval() -> None:
     assert summary(documents([9])).intervals == {}
+
+
+def test_a_difference_is_paired() -> None:
+    """What a document costs both programs cancels: its interval is far narrower than those of the two."""
+    first = documents([64] * 40)
+    for number, document in enumerate(first):
+        document[2] += number % 5
+    second = [document.clone() for document in first]
+    for document in second:
+        document[2] += 0.01 * torch.rand(64, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    alone, paired = summary(second), summary(second, first)
+    more = torch.cat(second, 1)[2] - torch.cat(first, 1)[2]
+    assert paired.kl_difference is not None and math.isclose(paired.kl_difference, more.mean(), rel_tol=1e-9)
+    low, high = paired.intervals["kl_difference"]
+    assert 0 < low <= paired.kl_difference <= high and high - low < 0.01
+    assert alone.kl_difference is None and alone.intervals == {name: paired.intervals[name] for name in NAMES}
+    assert difference(paired) == (f"{paired.kl_difference:+.5f}", f"{low:+.5f} to {high:+.5f}", "more")
+    assert difference(summary(first, second))[2] == "less"
+
+
+def test_no_difference_is_not_distinguishable_and_one_document_has_no_interval() -> None:
+    scores = documents([9, 8, 7])
+    assert difference(summary(scores, scores)) == ("+0.00000", "+0.00000 to +0.00000", "not distinguishable")
+    assert difference(summary(scores[:1], scores[:1])) == ("+0.00000", "", "")
 
 
 def test_the_interval_covers_as_often_as_it_says() -> None:

@@ -25,7 +25,7 @@ from fxquant.planning.support_matrix import RANKS, Deployment
 from fxquant.planning.tally import PlanRow
 from fxquant.policy.kinds import Kind
 from fxquant.tools import sensitivity, targets
-from fxquant.tools.compare import comparison_table
+from fxquant.tools.compare import comparison_table, difference_table
 from fxquant.tools.compile_report import few_tokens_line, print_report
 from fxquant.tools.console import LOG_WIDTH, Terminal
 from fxquant.tools.evaluate import evaluation_table
@@ -48,8 +48,14 @@ def printed(width: int, show: Callable[[Terminal], None]) -> str:
 
 def evaluation() -> Evaluation:
     figures = ("quantized_perplexity", "perplexity_ratio", "kl_mean", "kl_p99", "top1_agreement")
-    spans = dict.fromkeys(figures, (0.0035, 0.0041))
-    return Evaluation(11.9462, 12.0083, 1.0052, 0.0038, 0.0391, 0.954, 16320, 64, spans)
+    spans = dict.fromkeys(figures, (0.0035, 0.0041)) | {"kl_difference": (-0.00013, 0.00031)}
+    return Evaluation(11.9462, 12.0083, 1.0052, 0.0038, 0.0391, 0.954, 16320, 64, spans, 0.00007)
+
+
+def show_comparison(to: Terminal) -> None:
+    compared = dict.fromkeys(POLICIES, Compared(evaluation(), 10**9, []))
+    to.print(comparison_table("model", "text", compared))
+    to.print(difference_table(compared))
 
 
 def verification() -> VerifyReport:
@@ -140,10 +146,8 @@ def show_losses(to: Terminal) -> None:
 
 NAMED: dict[str, tuple[Callable[[Terminal], None], list[str]]] = {
     "compare": (
-        lambda to: to.print(
-            comparison_table("model", "text", dict.fromkeys(POLICIES, Compared(evaluation(), 10**9, [])))
-        ),
-        [*POLICIES, "0.00350–0.00410", "95.40%"],
+        show_comparison,
+        [*POLICIES, "0.00350–0.00410", "95.40%", "+0.00007", "-0.00013 to +0.00031", "not distinguishable"],
     ),
     "eval": (
         lambda to: to.print(evaluation_table("text", evaluation(), {ENGINE: 12.01})),
