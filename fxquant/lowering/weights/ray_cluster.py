@@ -19,7 +19,7 @@ from typing import Any
 from fxquant.errors import FxquantError, StoppedError
 from fxquant.kernels.version import KERNEL_VERSION
 from fxquant.lowering.weights.fill import FillJob
-from fxquant.lowering.weights.ray_head import ask_for_a_token, own_cluster
+from fxquant.lowering.weights.ray_head import own_cluster, own_token
 from fxquant.lowering.weights.unit import Filled, Unit
 from fxquant.processes.command import run_to_end
 from fxquant.version import __version__
@@ -63,8 +63,6 @@ def check_cluster(address: str | None) -> None:
 
     The attempt runs in a separate process: Ray itself waits longer, and writes its own messages to the terminal.
     """
-    if address is None:
-        ask_for_a_token()
     _ray()
     if address is None:
         return
@@ -97,6 +95,8 @@ def _connected(ray: Any, jobs: int, address: str | None) -> Iterator[None]:
     with ExitStack() as stack:
         try:
             with _same_signals():
+                if address is None:
+                    stack.enter_context(own_token())
                 place = stack.enter_context(own_cluster(jobs)) if address is None else address
                 stack.callback(_shut_down, ray)
                 ray.init(address=place, log_to_driver=False, logging_level=logging.CRITICAL)

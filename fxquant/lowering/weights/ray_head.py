@@ -31,13 +31,35 @@ signal.pause()
 """Program of the process that holds the cluster; its arguments: a file descriptor for the address, and cores."""
 
 
-def ask_for_a_token() -> None:
-    """Have clusters that this process starts answer to it alone, by a token that nobody else knows.
+@contextmanager
+def own_token() -> Iterator[None]:
+    """Clusters that start while the block is open answer to this process alone, by a token that nobody else knows.
 
-    Ray reads the mode when it is imported, so this comes before; a mode that the user set stays.
+    A mode that the user set stays. Afterwards environment and Ray are as before: later clusters are no part of this.
     """
-    if MODE not in os.environ and "ray" not in sys.modules:
-        os.environ.update({MODE: "token", TOKEN: secrets.token_hex(32)})
+    if MODE in os.environ:
+        yield
+        return
+    before = os.environ.get(TOKEN)
+    os.environ.update({MODE: "token", TOKEN: secrets.token_hex(32)})
+    _read_again()
+    try:
+        yield
+    finally:
+        os.environ.pop(MODE, None)
+        os.environ.pop(TOKEN, None)
+        os.environ.update({} if before is None else {TOKEN: before})
+        _read_again()
+
+
+def _read_again() -> None:
+    """Have Ray look at the environment: it keeps the mode from its import, and the token from its first use."""
+    try:
+        from ray._raylet import AuthenticationTokenLoader, Config
+    except ImportError:  # a release without tokens
+        return
+    Config.initialize("")  # first: threads that still run must not look for a token that is gone
+    AuthenticationTokenLoader.instance().reset_cache()
 
 
 @contextmanager
@@ -45,9 +67,8 @@ def own_cluster(cores: int) -> Iterator[str]:
     """The address of a cluster of `cores` cores, there while the block is open. Raises OSError if it does not start."""
     reading, writing = os.pipe()
     tail = bytearray()
-    environment = {MODE: "disabled"} | os.environ  # what a Ray imported without a mode expects
     try:
-        with supervised([sys.executable, "-c", HEAD, str(writing), str(cores)], (writing,), environment) as process:
+        with supervised([sys.executable, "-c", HEAD, str(writing), str(cores)], (writing,)) as process:
             os.close(writing)
             thread = drained(process.stdout, tail)
             ready, _, _ = select.select([reading], [], [], START_SECONDS)

@@ -33,7 +33,7 @@ from fxquant.schemes.schemes import TensorSpec
 from fxquant.tools.main import app
 from fxquant.tools.signals import Signals
 
-DRIVER = Path(__file__).with_name("ray_driver.py")
+DRIVER, TOKENS = (Path(__file__).with_name(name) for name in ("ray_driver.py", "ray_tokens.py"))
 
 
 @pytest.fixture(scope="module")
@@ -176,6 +176,19 @@ def test_a_connection_that_is_there_is_used_and_stays(cluster: Cluster, model: P
 
 
 # a cluster of this machine, started and ended with the work
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("imported", [False, True], ids=["later", "before"])
+def test_environment_and_ray_are_as_before(imported: bool, tmp_path: Path) -> None:
+    """The cluster has a token, also where Ray was imported before; a later one of the caller's starts as ever."""
+    model = write_checkpoint(tmp_path / "model")
+    asked = [sys.executable, TOKENS, str(model), str(tmp_path / "out"), *(["imported"] if imported else [])]
+    cache = os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))
+    places = os.environ | {"HOME": str(tmp_path), "XDG_CACHE_HOME": cache}  # Ray writes a token of its own there
+    done = subprocess.run(asked, capture_output=True, text=True, timeout=300, check=False, env=places)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split() == ["64", "None", "None", "42"]
 
 
 @pytest.mark.slow
