@@ -37,6 +37,14 @@ def expert_path(module: str) -> ExpertPath:
     return ExpertPath(f"{parent}.experts", int(index), projection, f"{parent}.experts.{index}")
 
 
+def part_of_layer(module: str) -> str:
+    """`self_attn`, `mlp` or another part of a decoder layer, `model.layers.<number>.<part>…`; "" outside of layers."""
+    model, _, path = module.partition(".")
+    layers, _, path = path.partition(".")
+    number, _, path = path.partition(".")
+    return path.partition(".")[0] if (model, layers) == ("model", "layers") and number.isdecimal() else ""
+
+
 def ranks_of(module: str, ranks: int) -> int:
     """Over how many of `ranks` a linear is split: every rank holds all of what makes the latents (vLLM deepseek_v2)."""
     return 1 if module.rpartition(".")[2] in QKV_A else ranks

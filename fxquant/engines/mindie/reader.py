@@ -21,7 +21,7 @@ from fxquant.engine_readers.linear_loader import (
     LinearRules,
     load_linear,
 )
-from fxquant.engine_readers.names import ExpertPath
+from fxquant.engine_readers.names import ExpertPath, part_of_layer
 from fxquant.engine_readers.packed_experts import PackedExperts
 from fxquant.engine_readers.ranks import Loaded
 from fxquant.engine_readers.shared_as_routed import SharedAsRoutedReader, open_model_type
@@ -53,7 +53,7 @@ class MindieReader(SharedAsRoutedReader):
     def linear(self, module: str, row_parallel: bool = False) -> Loaded:
         if self.as_routed(module) is not None:
             return super().linear(module, row_parallel)
-        section = "mla_quantize" if f".{ATTENTION}." in module else "quantize"
+        section = "mla_quantize" if part_of_layer(module) == ATTENTION else "quantize"
         kind = self._read_as(module, self.folder.type_of(module), section)
         return load_linear(self.folder, self.rules, module, Split(self.ranks, row_parallel), kind)
 
@@ -66,7 +66,7 @@ class MindieReader(SharedAsRoutedReader):
 
     def fused_with(self, module: str) -> tuple[str, ...]:
         """Attention's first two projections are linears of their own here."""
-        return () if f".{ATTENTION}." in module else super().fused_with(module)
+        return () if part_of_layer(module) == ATTENTION else super().fused_with(module)
 
     def check_fused(self, group: tuple[str, ...]) -> None:
         """Read per token, static shards need no common scale."""

@@ -11,6 +11,7 @@ import select
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 
 from fxquant.processes.command import drained, last_line, supervised
 
@@ -54,12 +55,10 @@ def own_token() -> Iterator[None]:
 
 def _read_again() -> None:
     """Have Ray look at the environment: it keeps the mode from its import, and the token from its first use."""
-    try:
-        from ray._raylet import AuthenticationTokenLoader, Config
-    except ImportError:  # a release without tokens
-        return
-    Config.initialize("")  # first: threads that still run must not look for a token that is gone
-    AuthenticationTokenLoader.instance().reset_cache()
+    native = import_module("ray._raylet")
+    if hasattr(native, "AuthenticationTokenLoader"):  # else a release without tokens
+        native.Config.initialize("")  # first: threads that still run must not look for a token that is gone
+        native.AuthenticationTokenLoader.instance().reset_cache()
 
 
 @contextmanager
