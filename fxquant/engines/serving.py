@@ -41,16 +41,18 @@ class RankLayout:
 class Serving:
     """One deployment.
 
-    folder     the output, as the user named it; "": the folder that the shell is in
-    layout     its ranks
-    quantized  whether any linear is
-    mixed      shared experts are of the scheme in which the engine runs them as routed ones
+    folder       the output, as the user named it; "": the folder that the shell is in
+    layout       its ranks
+    quantized    whether any linear is
+    mixed        shared experts are of the scheme in which the engine runs them as routed ones
+    float_draft  multi-token prediction layers are there, and all of them is float
     """
 
     folder: str = ""
     layout: RankLayout = RankLayout()
     quantized: bool = True
     mixed: bool = False
+    float_draft: bool = False
 
     @property
     def quoted(self) -> str:

@@ -11,7 +11,7 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
-from fxquant.transforms.hadamard import rotated
+from fxquant.transforms.hadamard import NoHadamardError, base_order, rotated
 
 SLAB = 1 << 18
 """Values converted to float32 at a time."""
@@ -52,6 +52,20 @@ class Rotation:
                     slab = slab * norm[place[1]].float()
                 out[place] = self._rotated(slab, part).to(weight.dtype)
         return out
+
+    def misfit(self, out_features: int, in_features: int) -> str:
+        """Why it is not a rotation of a weight [n, k]; "" if it is."""
+        if self.columns and in_features % self.columns:
+            return f"rotations of {self.columns} equal parts of columns"
+        if self.heads and (out_features % self.heads or not 0 < self.values <= out_features // self.heads):
+            return f"rotations of {self.values} rows in each of {self.heads} heads"
+        orders = ([in_features // self.columns] if self.columns else []) + ([self.values] if self.heads else [])
+        try:
+            for order in orders:
+                base_order(order)
+        except NoHadamardError as error:
+            return str(error)
+        return ""
 
     def vector(self, bias: Tensor) -> Tensor:
         """The bias [n] of the rotated linear."""

@@ -63,11 +63,35 @@ class WeightTransforms:
 
         Raises FxquantError if the transforms are for another shape.
         """
-        try:
-            return self._applied(name, tensor, out_features, start)
-        except (RuntimeError, ArithmeticError, ValueError, IndexError) as error:  # a calibration file of another model
-            fact = f"its transforms do not fit shape {list(tensor.shape)}: {str(error)[:200]}."
-            raise FxquantError(f"tensor {name}", fact, "Calibrate again: pass --calib TEXT.") from None
+        self.check(name, (out_features, *tensor.shape[1:]))
+        return self._applied(name, tensor, out_features, start)
+
+    def check(self, name: str, shape: tuple[int, ...]) -> None:
+        """Raises FxquantError unless the transforms of weight `name` fit `shape`: not those of another model's file."""
+        if reason := self._misfit(name, shape):
+            fact = f"its transforms do not fit shape {list(shape)}: {reason}."
+            raise FxquantError(f"tensor {name}", fact, "Calibrate again: pass --calib TEXT.")
+
+    def _misfit(self, name: str, shape: tuple[int, ...]) -> str:
+        """Why the transforms of `name` are not for `shape`; "" if they are, or there are none."""
+        columns, rotation = self.column_scale(name), self.rotations.get(name)
+        if columns is None and rotation is None and name not in self.rows:
+            return ""
+        if len(shape) != 2:
+            return "they are for a matrix"
+        out_features, in_features = shape
+        if columns is not None and len(columns) != in_features:
+            return f"{len(columns)} scales of columns"
+        if name in self.rows:
+            heads, scales = self.rows[name], len(self.scales[name])
+            if out_features % heads or scales % heads or scales > out_features:
+                return f"{scales} scales of rows in {heads} heads"
+        if rotation is None:
+            return ""
+        norm = self.norms.get(rotation.norm)
+        if norm is not None and len(norm) != in_features:
+            return f"a norm of {len(norm)}"
+        return rotation.misfit(out_features, in_features)
 
     def _applied(self, name: str, tensor: Tensor, out_features: int, start: int) -> Tensor:
         dtype, columns, rows = tensor.dtype, self.column_scale(name), self.row_scale(name, out_features)

@@ -155,6 +155,12 @@ def test_a_float_model_is_not_said_to_be_quantized(target: Target) -> None:
     assert "--quantization" not in ENGINES[target].serve(Serving("OUT", quantized=False))
 
 
+@pytest.mark.parametrize(("draft", "quantized"), [(True, True), (True, False), (False, True)])
+def test_sglang_is_told_of_a_float_draft_of_a_quantized_model(draft: bool, quantized: bool) -> None:
+    line = ENGINES[Target.SGLANG_NPU].serve(Serving("OUT", quantized=quantized, float_draft=draft))
+    assert ("--speculative-draft-model-quantization unquant" in line) is (draft and quantized)
+
+
 @pytest.mark.parametrize("mixed", [False, True])
 def test_mindie_is_told_how_shared_experts_run(mixed: bool) -> None:
     line = ENGINES[Target.MINDIE].serve(Serving("OUT", mixed=mixed))

@@ -14,6 +14,9 @@ from fxquant.storage.safetensors import quoted
 
 INDENT = 2
 MTP_LAYERS = "num_nextn_predict_layers"
+ROUTING = {"moe_layer_freq": 1, "topk_method": "noaux_tc"}
+"""Keys that vLLM and SGLang read of a config in deepseek_v2.py as if they were always there, while transformers' has no
+default of them; with the values of DeepSeek-V3, the only ones that fxquant takes."""
 
 
 def write_json(path: Path, document: Any) -> None:
@@ -74,10 +77,11 @@ def engine_config(program: Program, engine: Engine, folder: Path | None = None) 
     """The source's config.json without its `quantization_config`, plus the keys by which an engine knows the format.
 
     It announces multi-token prediction layers exactly if they are in the output: without the key engines and
-    transformers take it for one. It has `auto_map` exactly if `folder` has the files that it names.
+    transformers take it for one. It has `auto_map` exactly if `folder` has the files that it names. `ROUTING` is there
+    also where the source leaves it out.
     """
     config = {key: value for key, value in program.config.items() if key != "quantization_config"}
     if folder is None or code_files(config, folder) is None:
         config.pop(AUTO_MAP, None)
     config[MTP_LAYERS] = len(program.mtp.layers) if program.mtp.stored else 0
-    return config | engine.config(program)
+    return config | {key: value for key, value in ROUTING.items() if key not in config} | engine.config(program)

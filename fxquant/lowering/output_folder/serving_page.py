@@ -36,7 +36,9 @@ def serving_of(program: Program, target: Target, tp: int | None, ep: int | None)
         linear.kind is Kind.SHARED_EXPERT and linear.recipe.scheme is rule.needs for linear in described
     )
     layout = served_layout(contract, described, tp, ep)
-    return Serving(layout=layout, quantized=bool(program.recipes or program.mtp.recipes), mixed=mixed)
+    mtp = program.mtp
+    quantized, float_draft = bool(program.recipes or mtp.recipes), mtp.stored and not mtp.recipes
+    return Serving(layout=layout, quantized=quantized, mixed=mixed, float_draft=float_draft)
 
 
 def serve_line(target: Target, serving: Serving | None, folder: str) -> str:

@@ -122,6 +122,7 @@ class CheckpointProducer:
 
         weight, transforms = self._checkpoint.tensors[name], self._checkpoint.transforms
         scales = self._scales(name) if name in self._checkpoint.scales else None
+        transforms.check(name, weight.shape)
         columns, divided = _array(transforms.column_scale(name)), _array(transforms.row_scale(name, weight.shape[0]))
         model_dtype = self._checkpoint.stored_dtype(name)
         for first, rows in self._row_blocks(weight):

@@ -1,7 +1,7 @@
 """The matrix of released engines: `python tests/engines/released/matrix.py [--write] [--faults] [--newest]`.
 
 Prints markdown: engine release x policy x ranks x parallelism, with the engines' own words. --write puts it into
-docs/targets.md, between its marks. --faults prints instead which faults in the bytes an engine serves. --newest runs
+docs/targets.md, between its marks. --faults prints, or writes, which faults in the bytes an engine serves. --newest runs
 the newest release of vllm-ascend and says what it does otherwise than the newest one that is recorded.
 """
 
@@ -22,7 +22,8 @@ from vllm_ascend_folders import make
 from vllm_ascend_runs import ENGINE, RELEASES, outcomes
 
 PAGE = ROOT / "docs" / "targets.md"
-BEGIN, END = "<!-- released engines: vllm-ascend -->", "<!-- released engines: end of vllm-ascend -->"
+PLACES = ("vllm-ascend", "faults")
+"""Names of the tables, in the marks around them."""
 
 
 def main() -> int:
@@ -34,17 +35,15 @@ def main() -> int:
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="fxquant-engines-") as scratch:
-        if options.faults:
-            print(_faults(Path(scratch)))
-        elif options.newest:
+        if options.newest:
             changes = list(_drift(Path(scratch), newest(ENGINE)))
             print("\n".join(changes) or "nothing changed")
             return 1 if changes else 0
-        else:
-            text = table(outcomes(RELEASES, make(Path(scratch)).runs))
-            if options.write:
-                _write(text)
-            print(text)
+        root = Path(scratch)
+        text = _faults(root) if options.faults else table(outcomes(RELEASES, make(root).runs))
+        if options.write:
+            _write(text, PLACES[options.faults])
+        print(text)
     return 0
 
 
@@ -67,13 +66,14 @@ def _said(outcome: Outcome) -> str:
     return f"{outcome.release} {outcome.verdict.value}" + (f" ({outcome.words})" if outcome.words else "")
 
 
-def _write(text: str) -> None:
+def _write(text: str, name: str) -> None:
+    begin, end = f"<!-- released engines: {name} -->", f"<!-- released engines: end of {name} -->"
     page = PAGE.read_text(encoding="utf-8")
-    before, mark, rest = page.partition(BEGIN)
-    after = rest.partition(END)[2] if mark else ""
+    before, mark, rest = page.partition(begin)
+    after = rest.partition(end)[2] if mark else ""
     if not mark:
-        raise SystemExit(f"{PAGE}: no mark {BEGIN}")
-    PAGE.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
+        raise SystemExit(f"{PAGE}: no mark {begin}")
+    PAGE.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tiny import rewritten
+from tiny import ABSENT, rewritten
 
 from fxquant.checkpoint.checkpoint import Checkpoint
 from fxquant.engines.table import ENGINES, Target
@@ -55,14 +55,21 @@ CONFIG_KEYS = {  # policy → mla_quantize, moe_quantize
 }
 
 
+@pytest.mark.parametrize("target", Target)
+def test_config_has_what_engines_read_without_a_default(target: Target, tiny: Tiny) -> None:
+    program = rewritten(tiny(topk_method=ABSENT, moe_layer_freq=ABSENT), "deepseek_w8a8")
+    config = engine_config(program, ENGINES[target])
+    assert config["topk_method"] == "noaux_tc" and config["moe_layer_freq"] == 1
+
+
 @pytest.mark.parametrize("policy", shipped_policies())
 def test_config_tells_an_engine_what_it_loads(policy: str, tiny: Tiny) -> None:
     checkpoint = tiny(attention_bias=True)
     config = engine_config(rewritten(checkpoint, policy), ENGINES[Target.ASCEND])
-    added = {}
+    added: dict[str, object] = {"moe_layer_freq": 1, "topk_method": "noaux_tc"}
     if policy != "float":
         mla, moe = CONFIG_KEYS[policy]
-        added = {"quantize": "w8a8_dynamic", "mla_quantize": mla, "moe_quantize": moe}
+        added |= {"quantize": "w8a8_dynamic", "mla_quantize": mla, "moe_quantize": moe}
     assert config == checkpoint.config | added
     assert list(config) == list(checkpoint.config) + list(added)
 
