@@ -1,5 +1,7 @@
 """fxquant verify"""
 
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,7 +17,9 @@ from fxquant.tools.tables import NamedTable
 if TYPE_CHECKING:
     from fxquant.verification import VerifyReport
 
-SHOWN_MISSES = 10
+SHOWN_MISSES = 12
+"""Lines of misses, over all checks; each failed check has at least one."""
+NUMBER = re.compile(r"(?<![A-Za-z_])\d[\d.,e+-]*")
 
 
 def command(
@@ -64,7 +68,7 @@ def command(
     """Check OUT against its source checkpoint, the quantization formulas and its graph.
 
     OUT may be a folder of the reference quantizer, without a file of fxquant. Without the source the verdict is
-    “structure only”. Exit code 1 if anything differs.
+    “structure only”. Exit code 1 if anything differs; 0 says that nothing did of what was looked at.
     """
     from fxquant.api import verify
     from fxquant.verification import Rebuild
@@ -105,8 +109,20 @@ def verification_table(report: "VerifyReport") -> NamedTable:
 
 
 def _print_misses(report: "VerifyReport") -> None:
-    for check in report.checks:
-        for miss in check.misses[:SHOWN_MISSES]:
-            print_line(("✗ ", "red"), f"{check.name}: {miss}")
-        if len(check.misses) > SHOWN_MISSES:
-            console.print(f"  … and {len(check.misses) - SHOWN_MISSES} more")
+    failed = [check for check in report.checks if not check.ok]
+    for check in failed:
+        kinds, shown = alike(check.misses), max(1, SHOWN_MISSES // len(failed))
+        for first, *others in kinds[:shown]:
+            more = f" (and {len(others):,} more like it)" if others else ""
+            print_line(("✗ ", "red"), f"{check.name}: {first}{more}")
+        left = sum(map(len, kinds[shown:]))
+        if left:
+            console.print(f"  … and {left:,} more; --json has all")
+
+
+def alike(misses: Iterable[str]) -> list[list[str]]:
+    """Misses that differ in numbers alone together, such as those of all experts, in order of the first of each."""
+    kinds: dict[str, list[str]] = {}
+    for miss in misses:
+        kinds.setdefault(NUMBER.sub("#", miss), []).append(miss)
+    return list(kinds.values())

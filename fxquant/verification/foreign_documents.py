@@ -78,7 +78,7 @@ def check_entries(found: FoundFolder, stored: list[StoredTensor]) -> Check:
 
 def check_header(found: FoundFolder, program: FoundProgram, engine: Engine) -> Check:
     """The keys by which engines know the format, against the tensors."""
-    check = Check("description: header", 2 + len(CACHE_KEYS))
+    check = Check("description: header", 3 + len(CACHE_KEYS))
     header, place = found.header, found.description
     size, first = max(program.sizes.items(), default=(0, ""))
     said = header.get("group_size")
@@ -91,10 +91,21 @@ def check_header(found: FoundFolder, program: FoundProgram, engine: Engine) -> C
     packed = any(form.packed for form in program.forms) and "version" in _keys(engine, program.program, "header")
     wrong = f"{place}: version {_shown(version)}, packed int4 is {FORMAT_VERSION}"
     check.expect(not packed or version == FORMAT_VERSION, wrong)
+    _check_quant_type(check, header, program.program, place)
     for key in CACHE_KEYS:
         fact = f"{place}: {key} {_shown(header.get(key))}; fxquant knows no quantized cache or all-reduce"
         check.expect(not header.get(key), fact)
     return check
+
+
+def _check_quant_type(check: Check, header: dict[str, Any], program: Program | None, place: str) -> None:
+    """One of the types that modules have: tools differ in which, and engines take it where a tensor has no entry."""
+    if program is None:
+        return
+    types = {recipe.scheme.value for recipe in (program.recipes | program.mtp.recipes).values()} or {Scheme.FLOAT.value}
+    said = header.get("model_quant_type")
+    listed = ", ".join(sorted(types))
+    check.expect(said in types, f"{place}: model_quant_type {_shown(said)}, the types of modules are {listed}")
 
 
 def check_form(program: FoundProgram, target: Target) -> Check:

@@ -98,6 +98,11 @@ EDITS: dict[str, tuple[Edit, str]] = {
     "group_size deleted": (without("group_size"), "group_size is missing"),
     "version deleted": (without("version"), "version is missing, packed int4 is 1.0.0"),
     "version of unpacked int4": (header(version="0"), "version '0'"),
+    "model_quant_type edited": (
+        header(model_quant_type="W4A4"), "model_quant_type 'W4A4', the types of modules are W4A8_DYNAMIC, W8A8, W8A8_"
+    ),
+    "model_quant_type float": (header(model_quant_type="FLOAT"), "model_quant_type 'FLOAT'"),
+    "model_quant_type deleted": (without("model_quant_type"), "model_quant_type is missing"),
     "quantized cache announced": (header(kv_quant_type="C8"), "kv_quant_type 'C8'"),
     "entry deleted": (without(f"{EXPERT}.weight_scale"), f"no entry for {EXPERT}.weight_scale"),
     "entry of nothing": (

@@ -1,8 +1,8 @@
 """The matrix of released engines: `python tests/engines/released/matrix.py [--write] [--faults] [--newest]`.
 
 Prints markdown: engine release x policy x ranks x parallelism, with the engines' own words. --write puts it into
-docs/targets.md, between its marks. --faults prints, or writes, which faults in the bytes an engine serves. --newest runs
-the newest release of vllm-ascend and says what it does otherwise than the newest one that is recorded.
+docs/targets.md, between its marks. --faults prints, or writes, which faults in the bytes an engine serves. --newest
+runs the newest release of vllm-ascend and says what it does otherwise than the newest one that is recorded.
 """
 
 import argparse
