@@ -1,6 +1,7 @@
 """The reference quantizer's older library with the settings of its W4A8 script, in its own environment.
 
-python reference_w4a8.py MODEL OUT CALIB.json, with the folder that reference_quantizer.py makes. The script itself,
+python reference_w4a8.py MODEL OUT CALIB.json [DTYPE], with the folder that reference_quantizer.py makes; DTYPE in which
+the model runs, bfloat16 unless given. The script itself,
 `example/DeepSeek/quant_deepseek_w4a8.py`, is not in the package, what it calls is: m4 smoothing, then routed experts in
 two levels with groups of 256, dense and shared ones dynamic int8, attention static int8, kv_b_proj in float.
 """
@@ -23,7 +24,8 @@ STEM = "quant_model_weight_w8a8_dynamic.safetensors"
 def main() -> None:
     folder, out, calib = map(Path, sys.argv[1:4])
     torch.set_num_threads(1)
-    model, data = open_model(folder), windows(folder, calib)
+    dtype = getattr(torch, sys.argv[4]) if len(sys.argv) > 4 else torch.bfloat16
+    model, data = open_model(folder, dtype), windows(folder, calib)
     from msmodelslim.pytorch.llm_ptq.anti_outlier import (  # type: ignore[import-not-found]
         AntiOutlier,
         AntiOutlierConfig,
@@ -53,18 +55,18 @@ def main() -> None:
     calibrator.save(str(out), save_type=["ascendV1"], part_file_size=4, **names)
 
 
-def open_model(folder: Path) -> nn.Module:
-    """The model of `folder` in bfloat16, without the layer of multi-token prediction."""
+def open_model(folder: Path, dtype: torch.dtype) -> nn.Module:
+    """The model of `folder`, without the layer of multi-token prediction."""
     sys.path.insert(0, str(folder))
     from reference_model import ForCausalLM  # type: ignore[import-not-found]
 
     document = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config = DeepseekV3Config(**{key: value for key, value in document.items() if key != "auto_map"})
     config._attn_implementation = "eager"
-    torch.set_default_dtype(torch.bfloat16)
+    torch.set_default_dtype(dtype)
     model = ForCausalLM(config)
     torch.set_default_dtype(torch.float32)
-    model.config.torch_dtype = torch.bfloat16
+    model.config.torch_dtype = dtype
     model.load_state_dict(load_file(min(folder.glob("*.safetensors"))))
     return model.eval()
 

@@ -152,7 +152,7 @@ def test_stages_name_what_they_work_on(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("fxquant.evaluation.divergence.logits", lambda *arguments: [])
     monkeypatch.setattr("fxquant.evaluation.divergence.document_scores", lambda *arguments: [])
-    monkeypatch.setattr("fxquant.evaluation.divergence.summary", lambda scores: None)
+    monkeypatch.setattr("fxquant.evaluation.divergence.summary", lambda *arguments: None)
     programs: list[Any] = [SimpleNamespace(), None]
     evaluate_programs((None, None), [programs, programs], [None] * 3, within("t", report), ["a", "b"])  # type: ignore
     assert seen[:3] == [("t: evaluate", 6, "batches"), (3, "a"), (3, "b")]
