@@ -36,6 +36,8 @@ def adapted(model: nn.Module, config: DeepseekV3Config, leaves: Leaves | None = 
     try:
         root = _root(model, adaptation) if family else adaptation.convert(model)
         adaptation.float32(root)
+        if family:
+            vars(root)["own_classes"] = sorted(adaptation.own_forwards)
         yield root
     finally:
         adaptation.undo()

@@ -123,7 +123,7 @@ class Adaptation(SavedState):
         the checkpoint, its cache and its loop over experts handed to it in a form that can be traced."""
         made_of = kin(module, self.family.versions) if self.family and own_code(module) else None
         adapter = self.family.adapters.get(made_of.name) if self.family and made_of else None
-        if made_of is not None:
+        if made_of is not None and self._version(module) is None:
             self.own_forwards.setdefault(type(module).__name__, difference(module, made_of))
         if isinstance(adapter, MoE):
             self._group_experts(module, adapter)

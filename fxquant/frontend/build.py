@@ -26,11 +26,13 @@ CANONICAL = ("input_ids", "attention_mask", "position_ids", "past")
 
 @dataclass(frozen=True)
 class Built:
-    """The float program, the model's family, and what was compared on copies of it; "" if none was run."""
+    """The float program, the model's family, what was compared on copies of it ("": none was run), and the classes made
+    of published ones that ran their own forward."""
 
     program: Program
     family: str
     proof: str
+    own_classes: str
 
 
 def trace_file(path: Path, checkpoint: Path | None = None) -> Traced:
@@ -38,7 +40,9 @@ def trace_file(path: Path, checkpoint: Path | None = None) -> Traced:
     with open_user_file(path) as file:
         opened = open_config(checkpoint or checkpoint_folder(file))
         built = build_program(file, opened)
-    input_kind = f"model.py, {built.family}" + ("" if built.proof else ", not checked")
+    own = f", own forward: {built.own_classes}" if built.own_classes else ""
+    checked = f", compared: {built.proof}" if built.proof else ", not checked"
+    input_kind = f"model.py, {built.family}{own}{checked}"
     return Traced(dump_program(built.program), opened.folder, file.policy, input_kind)
 
 
@@ -60,9 +64,10 @@ def build_program(file: UserFile, checkpoint: Checkpoint) -> Built:
     family = family_of(model)
     proof = prove(file, config, lambda small, device: build_model(file, small, device))
     with adapted(model, config, file.leaves) as root:
+        own = ", ".join(vars(root).get("own_classes", ()))
         inputs = file.example_inputs and declared_inputs(root, file.example_inputs, file.dynamic_shapes)
         program = trace(root, checkpoint, inputs, file.checkpoint_names)
-    return Built(program, family.name if family else "fxquant", proof)
+    return Built(program, family.name if family else "fxquant", proof, own)
 
 
 def build_model(file: UserFile, config: DeepseekV3Config, device: str) -> nn.Module:
@@ -89,7 +94,7 @@ def _check_root(file: UserFile, model: nn.Module) -> None:
         return
     parameters = tuple(inspect.signature(model.forward).parameters)
     if parameters != CANONICAL:
-        known = ", ".join(dict.fromkeys(family.root for family in FAMILIES))
+        known = ", ".join(dict.fromkeys(family.root or "Transformer" for family in FAMILIES))
         taken = ", ".join(parameters) or "nothing"
         fact = f"build_model returned a {type(model).__name__}, whose forward takes {taken}."
         way_out = f"Return a DeepSeek-V3: fxquant.models.DeepseekV3, {known}, or a module whose forward takes "

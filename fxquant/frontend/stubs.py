@@ -9,7 +9,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-ACCELERATOR_ONLY = ("kernel", "triton", "flash_attn", "deep_gemm", "fast_hadamard_transform", "tilelang")
+ACCELERATOR_ONLY = (
+    "kernel", "triton", "flash_attn", "deep_gemm", "fast_hadamard_transform", "tilelang", "torch_npu", "torchair",
+)  # fmt: skip
 """`kernel` is the file of Triton kernels beside DeepSeek's inference code."""
 
 

@@ -134,7 +134,8 @@ def _builder(path: Path, module: ModuleType) -> tuple[Callable[[DeepseekV3Config
 def _deepseek_model(module: ModuleType, config: DeepseekV3Config) -> nn.Module:
     """DeepSeek's inference/model.py as it is: its Transformer with the checkpoint's sizes."""
     known = {field.name for field in dataclasses.fields(module.ModelArgs)}
-    return module.Transformer(module.ModelArgs(**{k: v for k, v in hf_to_model_args(config).items() if k in known}))
+    given = hf_to_model_args(config) | {"max_batch_size": 1}  # the rows of its caches; copies run one by one
+    return module.Transformer(module.ModelArgs(**{key: value for key, value in given.items() if key in known}))
 
 
 def _text(path: Path, module: ModuleType, name: str) -> str | None:

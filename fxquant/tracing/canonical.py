@@ -112,6 +112,14 @@ def _reshape(graph: fx.Graph, node: fx.Node) -> None:
     _replace(node, ATEN.reshape.default, tuple(node.args))
 
 
+def _view_as_real(graph: fx.Graph, node: fx.Node) -> None:
+    """Of numbers that are a view of pairs: these pairs."""
+    made = node.all_input_nodes[0]
+    if made.target == ATEN.view_as_complex.default:
+        node.replace_all_uses_with(made.all_input_nodes[0])
+        graph.erase_node(node)
+
+
 def _dropout(graph: fx.Graph, node: fx.Node) -> None:
     """Nothing in inference; one that is left on draws random numbers, and stays."""
     if not arguments(node)["train"]:
@@ -130,6 +138,7 @@ REWRITES = {
     ATEN.embedding.default: _embedding,
     ATEN.rms_norm.default: _rms_norm,
     ATEN.dropout.default: _dropout,
+    ATEN.view_as_real.default: _view_as_real,
     ATEN.view.default: _reshape,
     ATEN._unsafe_view.default: _reshape,
     ATEN.contiguous.default: _identity,

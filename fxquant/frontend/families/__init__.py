@@ -4,15 +4,14 @@ from torch import nn
 
 from fxquant.frontend.families import deepseek, transformers_v4, transformers_v5
 from fxquant.frontend.families.base import Family
-from fxquant.tracing.undeclared import forward_owner
 
 FAMILIES = (transformers_v5.FAMILY, transformers_v4.FAMILY, deepseek.FAMILY)
 
 
 def family_of(model: nn.Module) -> Family | None:
     """The family whose root class and parts `model` has; None for one that needs no adapting at its root."""
-    name = forward_owner(model).__name__
-    return next((family for family in FAMILIES if family.root == name and family.recognises(model)), None)
+    names = [cls.__name__ for cls in type(model).__mro__]
+    return next((each for each in FAMILIES if (not each.root or each.root in names) and each.recognises(model)), None)
 
 
 __all__ = ["FAMILIES", "Family", "family_of"]

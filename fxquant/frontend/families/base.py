@@ -20,7 +20,7 @@ State = Any
 class Family:
     """How a family builds DeepSeek-V3 from its own classes.
 
-    root              class that defines the forward of the whole model; `recognises` separates families that share it
+    root              class of the whole model or of a base of it, "" for any; `recognises` looks at its parts
     parts             embed_tokens, layers, norm, lm_head → dotted path in the model
     layer_children    a layer's name for a child → the checkpoint's name, where they differ
     adapters          class that defines a forward → its adapter

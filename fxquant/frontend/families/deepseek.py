@@ -1,5 +1,6 @@
 """DeepSeek's own inference code: `Transformer` of `Block`s, attention naive or absorbed, linears in bf16 or FP8."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -63,6 +64,12 @@ def own_attention(attention: nn.Module, forward: Callable[..., Any], slot: Slot,
     return result
 
 
+def recognises(model: nn.Module) -> bool:
+    """By its parts, and a forward of ids and the position they start at."""
+    parts = all(name in model._modules for name in ("embed", "layers", "norm", "head"))
+    return parts and "start_pos" in inspect.signature(inspect.unwrap(type(model).forward)).parameters
+
+
 def rotary(model: nn.Module, positions: Tensor) -> tuple[Tensor, Tensor]:
     """The rows of its complex table, as many as it has."""
     table = cast("Tensor", model.freqs_cis)
@@ -83,8 +90,8 @@ def prepare(model: nn.Module, config: DeepseekV3Config) -> None:
 LINEAR_NAMES = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 FAMILY = Family(
     name="DeepSeek's inference code",
-    root="Transformer",
-    recognises=lambda model: all(name in model._modules for name in ("embed", "layers", "norm", "head")),
+    root="",
+    recognises=recognises,
     parts={"embed_tokens": "embed", "layers": "layers", "norm": "norm", "lm_head": "head"},
     layer_children={
         "attn": "self_attn", "ffn": "mlp", "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",

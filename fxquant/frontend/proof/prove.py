@@ -1,6 +1,7 @@
 """Proof of a traced model: see the package."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -38,6 +39,11 @@ def prove(file: UserFile, config: DeepseekV3Config, build: Build) -> str:
     A model that takes no config is run if it is small. A large one is refused, unless its classes are those of the
     installed transformers: then it is not checked. Raises FxquantError where the two differ, with the first layer.
     """
+    with one_thread():
+        return _proven(file, config, build)
+
+
+def _proven(file: UserFile, config: DeepseekV3Config, build: Build) -> str:
     wide = traced_copy(file, wide_config(config) if file.takes_config else config, build)
     if wide is None:
         return ""
@@ -48,6 +54,17 @@ def prove(file: UserFile, config: DeepseekV3Config, build: Build) -> str:
     if not file.takes_config:
         return "logits"
     return _deep(file, config, build)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """The copies' matrices are small: threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _deep(file: UserFile, config: DeepseekV3Config, build: Build) -> str:
