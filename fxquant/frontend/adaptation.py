@@ -116,7 +116,7 @@ class Adaptation(SavedState):
         assert self.family is not None
         version = version_of(module, self.family.versions)
         wanted = self.family.requires.get(version.name, {}) if version else {}
-        return version if all(getattr(module, name, value) == value for name, value in wanted.items()) else None
+        return version if all(_has(module, path, value) for path, value in wanted.items()) else None
 
     def _own(self, module: nn.Module) -> nn.Module:
         """The module with its own forward: children converted and, of a class made of a published one, named as in
@@ -186,3 +186,13 @@ class Adaptation(SavedState):
         parent = fetch(model, holder) if holder else model
         self.touch(parent)
         parent._modules[name] = part
+
+
+def _has(module: nn.Module, path: str, wanted: Any) -> bool:
+    """Whether the attribute at `path` is as a family requires, or not there."""
+    value: Any = module
+    for name in path.split("."):
+        if not hasattr(value, name):
+            return True
+        value = getattr(value, name)
+    return bool(wanted(value)) if callable(wanted) else bool(value == wanted)

@@ -12,7 +12,9 @@ from fxquant.checkpoint.config import DeepseekV3Config, parse_config
 from fxquant.errors import FxquantError
 from fxquant.frontend.adapt import adapted
 from fxquant.frontend.families import FAMILIES, family_of
+from fxquant.frontend.gate_bias import check_biases
 from fxquant.frontend.proof.prove import prove
+from fxquant.frontend.recognition.published import nonnegative_bias
 from fxquant.frontend.traced import Traced
 from fxquant.frontend.user_file import UserFile, open_user_file, remedy, where
 from fxquant.models import DeepseekV3
@@ -67,6 +69,7 @@ def build_program(file: UserFile, checkpoint: Checkpoint) -> Built:
         own = ", ".join(vars(root).get("own_classes", ()))
         inputs = file.example_inputs and declared_inputs(root, file.example_inputs, file.dynamic_shapes)
         program = trace(root, checkpoint, inputs, file.checkpoint_names)
+    check_biases(program, checkpoint, nonnegative_bias(model))
     return Built(program, family.name if family else "fxquant", proof, own)
 
 

@@ -1,9 +1,11 @@
 """Adds the forwards of a released model file to `fxquant/frontend/recognition/versions.json`, as digests.
 
     python tests/frontend/record_versions.py FAMILY SOURCE FILE CLASS…
-    python tests/frontend/record_versions.py transformers transformers CLASS…    of the installed transformers
+    python tests/frontend/record_versions.py transformers SOURCE transformers CLASS…    of the installed transformers
 
-A class whose forward computes something else than the adapter of its family says must not be recorded.
+SOURCE says where the file is published, as "transformers 5.13 to 5.23": read all of them. A class whose forward does
+something else than the adapter of its family says must not be recorded. `CLASS:nonnegative_bias` does that where no
+correction bias is negative.
 """
 
 import json
@@ -23,13 +25,15 @@ def record(family: str, source: str, module: ModuleType, names: list[str]) -> No
     """Add each class; a digest that is there already gets one more source."""
     document = json.loads(VERSIONS.read_text()) if VERSIONS.exists() else {}
     entries: list[dict[str, Any]] = document.setdefault(family, [])
-    for name in names:
+    for given in names:
+        name, _, condition = given.partition(":")
         code = read(getattr(module, name))
         assert code is not None, name
         unknown = {key: value for key, value in code.constants.items() if value not in ONE_OF.get(key, ())}
         assert not unknown, f"{name} reads {unknown}"
         statements = [statement.digest for statement in code.statements]
         new = {"class": name, "sources": [], "digest": code.digest, "statements": statements}
+        new |= {condition: True} if condition else {}
         entry = next((each for each in entries if (each["class"], each["digest"]) == (name, code.digest)), new)
         if entry is new:
             entries.append(new)
@@ -52,9 +56,8 @@ def _text(document: dict[str, list[dict[str, Any]]]) -> str:
 def main(family: str, source: str, file: str, *names: str) -> None:
     """See the head of this file."""
     if file == "transformers":
-        version = import_module("transformers").__version__
         module = import_module("transformers.models.deepseek_v3.modeling_deepseek_v3")
-        record(family, f"transformers {version}", module, list(names))
+        record(family, source, module, list(names))
         return
     with open_user_file(Path(file)) as opened:
         record(family, source, module_of(opened), list(names))

@@ -266,3 +266,26 @@ def test_small_copies_route_like_large_models(name: str, tiny: Callable[..., Che
     without_bias = ops.moe_gate(logits, torch.zeros_like(bias), *arguments)[0]
     without_groups = ops.moe_gate(logits, bias, copy.num_experts_per_tok, 1, 1, True, 2.5)[0]
     assert (ids != without_bias).any() and (ids != without_groups).any()
+
+
+RELU = """
+from torch import nn
+
+import transformers
+
+
+def build_model(config):
+    model = transformers.DeepseekV3ForCausalLM(transformers.DeepseekV3Config(**config.model_dump()))
+    model.model.layers[0].mlp.act_fn = nn.ReLU()
+    return model
+"""
+
+
+def test_a_published_mlp_with_another_activation_runs_its_own_forward(
+    tiny: Callable[..., Checkpoint], tmp_path: Path
+) -> None:
+    (tmp_path / "model.py").write_text(RELU)
+    with open_user_file(tmp_path / "model.py") as file:
+        program = build_program(file, tiny()).program
+    relu = [node.meta["module"] for node in program.graph.graph.nodes if node.target == torch.ops.aten.relu.default]
+    assert relu == ["model.layers.0.mlp.act_fn"]

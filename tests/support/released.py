@@ -9,6 +9,7 @@ import tarfile
 import tempfile
 import zipfile
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 
 
@@ -22,6 +23,21 @@ def unpacked_sources(name: str, version: str, package: str) -> Path:
     return _once(
         f"{name}-{version}-sources", lambda inside, scratch: _untar(_archive(name, version, scratch), inside, package)
     )
+
+
+def installed(name: str, version: str) -> Path:
+    """Folder with a package and all that it needs, installed once a machine, to put before everything on the path.
+
+    numpy stays at the version here, for which compiled packages outside of the folder are made.
+    """
+    return _once(f"{name}-{version}-installed", lambda inside, scratch: _install(f"{name}=={version}", inside, scratch))
+
+
+def _install(requirement: str, inside: Path, scratch: Path) -> None:
+    constraint = scratch / "constraint.txt"
+    constraint.write_text(f"numpy=={metadata.version('numpy')}\n")
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile"]
+    subprocess.run([*pip, "--constraint", str(constraint), "--target", str(inside), requirement], check=True)
 
 
 def _once(folder_name: str, fill: Callable[[Path, Path], None]) -> Path:

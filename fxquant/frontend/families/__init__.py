@@ -2,10 +2,10 @@
 
 from torch import nn
 
-from fxquant.frontend.families import deepseek, transformers_v4, transformers_v5
+from fxquant.frontend.families import deepseek, transformers_v4, transformers_v5, transformers_v5_0
 from fxquant.frontend.families.base import Family
 
-FAMILIES = (transformers_v5.FAMILY, transformers_v4.FAMILY, deepseek.FAMILY)
+FAMILIES = (transformers_v5.FAMILY, transformers_v5_0.FAMILY, transformers_v4.FAMILY, deepseek.FAMILY)
 
 
 def family_of(model: nn.Module) -> Family | None:

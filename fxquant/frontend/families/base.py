@@ -35,7 +35,8 @@ class Family:
     versions          the family's name in recognition/versions.json
     kinds             published class → kind of module, for policies, where it runs its own forward
     parameters        published class → its name for a parameter or child → the checkpoint's name, where they differ
-    requires          published class → attribute → the value with which it computes what its adapter says
+    requires          published class → dotted path of an attribute → the value with which it computes what its adapter
+                      says, or a function that is true of such values; an attribute that is not there is one
     rotary            (model, positions int64 [P]) → cos, sin [P, qk_rope_head_dim / 2] of its own table
     prepare           (model, its config): complete a model that its file builds in part, on the device it is on
     own_attention     runs an attention's own forward: (attention, forward, slot, x) → what it returns

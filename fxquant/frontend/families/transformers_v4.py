@@ -1,4 +1,4 @@
-"""transformers 4.5x: `DeepseekV3ForCausalLM` with a list of experts, one module each."""
+"""transformers 4.51 to 4.57: `DeepseekV3ForCausalLM` with a list of experts, one module each."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""transformers 5: `DeepseekV3ForCausalLM` with the experts of a layer in two 3-D parameters."""
+"""transformers 5.13 and later: `DeepseekV3ForCausalLM` whose experts are two 3-D parameters, and whose gate chooses."""
 
 import inspect
 from collections.abc import Callable
@@ -24,7 +24,16 @@ COMMON: dict[str, adapters.Adapter] = {
     "DeepseekV3MLP": adapters.MLP(),
     "DeepseekV3Attention": ATTENTION,
 }
-"""Shared with transformers 4."""
+"""Shared by all releases."""
+SILU = ("SiLU", "SiLUActivation")
+"""Classes of `ACT2FN["silu"]`."""
+
+
+MOE = adapters.MoE(
+    gate_up_proj="gate_up_proj", down_proj="down_proj", top_k="gate.top_k", n_group="gate.num_group",
+    topk_group="gate.topk_group", norm_topk_prob="gate.norm_topk_prob",
+    routed_scaling_factor="gate.routed_scaling_factor",
+)  # fmt: skip
 
 
 def call_layer(forward: Callable[..., Any], x: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
@@ -78,11 +87,29 @@ def _takes(attention: nn.Module, name: str) -> bool:
     return any(name in inspect.signature(inspect.unwrap(forward)).parameters for forward in forwards)
 
 
+def is_silu(activation: Any) -> bool:
+    """Whether `activation` is torch's SiLU or transformers' own."""
+    cls = type(activation)
+    return cls.__name__ in SILU and cls.__module__.split(".")[0] in ("torch", "transformers")
+
+
 def has_fused_experts(model: nn.Module) -> bool:
     """Whether a layer's experts are one module with `gate_up_proj` and `down_proj`."""
     return any("gate_up_proj" in module._parameters for module in model.modules())
 
 
+def gate_chooses(model: nn.Module) -> bool:
+    """Whether the gate, which holds the correction bias, is what knows how many experts to choose."""
+    return any("e_score_correction_bias" in gate._buffers and hasattr(gate, "top_k") for gate in model.modules())
+
+
+REQUIRES: dict[str, dict[str, Any]] = {
+    "DeepseekV3MLP": {"act_fn": is_silu},
+    "DeepseekV3MoE": {"experts.act_fn": is_silu},
+    "DeepseekV3Experts": {"act_fn": is_silu},
+    "DeepseekV3NaiveMoe": {"act_fn": is_silu},
+    "DeepseekV3Attention": {"config.rope_interleave": True},
+}
 PARTS = {
     "embed_tokens": "model.embed_tokens",
     "layers": "model.layers",
@@ -90,19 +117,12 @@ PARTS = {
     "lm_head": "lm_head",
 }
 FAMILY = Family(
-    name="transformers 5",
+    name="transformers 5.13",
     root="DeepseekV3ForCausalLM",
-    recognises=has_fused_experts,
+    recognises=lambda model: has_fused_experts(model) and gate_chooses(model),
     parts=PARTS,
     layer_children={},
-    adapters=COMMON
-    | {
-        "DeepseekV3MoE": adapters.MoE(
-            gate_up_proj="gate_up_proj", down_proj="down_proj", top_k="gate.top_k", n_group="gate.num_group",
-            topk_group="gate.topk_group", norm_topk_prob="gate.norm_topk_prob",
-            routed_scaling_factor="gate.routed_scaling_factor",
-        ),
-    },
+    adapters=COMMON | {"DeepseekV3MoE": MOE, "DeepseekV3Experts": lambda module, adaptation: MOE.routed(module)},
     attention_input="hidden_states",
     call_layer=call_layer,
     attention_result=lambda x: (x, None),
@@ -116,7 +136,7 @@ FAMILY = Family(
         "DeepseekV3TopkRouter": Kind.GATE, "DeepseekV3RMSNorm": Kind.NORM,
     },
     parameters={},
-    requires={},
+    requires=REQUIRES,
     rotary=rotary,
     prepare=lambda model, config: None,
     own_attention=own_attention,

@@ -88,13 +88,14 @@ def fill(model: nn.Module, tail: float) -> None:
         tensor.copy_(1 + values / (2 if tail else 10) if tensor.dim() < 2 else values / tensor.shape[-1] ** 0.5)
 
 
-def named_tensors(root: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def named_tensors(root: nn.Module, nonnegative_bias: bool = False) -> Iterator[tuple[str, Tensor]]:
     """Checkpoint name → value for an adapted model; correction biases, often buffers, are made random."""
     source = generator()
     for path, module in root.named_modules(remove_duplicate=False):
         if isinstance(module, Gate):
             bias = module.e_score_correction_bias  # shares memory with the gate that the model's own forward reads
-            bias.copy_(torch.randn(bias.shape, generator=source) / 10)
+            values = torch.randn(bias.shape, generator=source) / 10
+            bias.copy_(values.abs() if nonnegative_bias else values)
         for name, tensor in module._parameters.items():
             if isinstance(module, RoutedExperts) and tensor is not None:
                 yield from zip(module.checkpoint_names(path, name), tensor, strict=True)

@@ -19,6 +19,7 @@ from fxquant.frontend.proof.layers import first_difference
 from fxquant.frontend.proof.logits import compare_logits
 from fxquant.frontend.proof.rotary import compare_rotary
 from fxquant.frontend.proof.traced import traced_logits
+from fxquant.frontend.recognition.published import nonnegative_bias
 from fxquant.frontend.user_file import UserFile, where
 from fxquant.program.program import Program
 from fxquant.tracing import trace
@@ -104,8 +105,9 @@ def traced_copy(
         program = trace(root, Checkpoint(Path("proof"), config.model_dump() | {"torch_dtype": "float32"}, {}))
     model = build(config, "cpu").float()
     fill(model, tail)
+    nonnegative = nonnegative_bias(model) is not None
     with adapted(model, config, file.leaves) as root:
-        tensors = dict(named_tensors(root))
+        tensors = dict(named_tensors(root, nonnegative))
     return program, tensors, model, config
 
 

@@ -7,7 +7,9 @@ from typing import Any
 
 Resolve = Callable[[list[str]], str | None]
 """What stands for a dotted chain of names that begins with a global; None: the chain as it is written."""
-NEUTRAL = ("inference_mode", "no_grad", "override")
+NEUTRAL = (
+    "inference_mode", "no_grad", "override", "add_start_docstrings_to_model_forward", "replace_return_docstrings",
+)  # fmt: skip
 """Decorators that change nothing in inference."""
 
 

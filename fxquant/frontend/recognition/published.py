@@ -30,6 +30,8 @@ class Version:
     name        its class where it was published
     source      repository or package, with releases or commits
     digest      of its normalized source; statements: of each statement, see source_code.py
+    nonnegative_bias  it computes what its adapter says where no correction bias is negative: its gate masks groups with
+                0, and an expert of another group is chosen where fewer than top_k scores are above that
     """
 
     family: str
@@ -37,6 +39,7 @@ class Version:
     source: str
     digest: str
     statements: tuple[str, ...]
+    nonnegative_bias: bool = False
 
 
 @cache
@@ -44,7 +47,14 @@ def versions() -> tuple[Version, ...]:
     """All versions that are recognised, as the package lists them."""
     document = json.loads(files(__package__).joinpath(VERSIONS).read_text(encoding="utf-8"))
     return tuple(
-        Version(family, entry["class"], "; ".join(entry["sources"]), entry["digest"], tuple(entry["statements"]))
+        Version(
+            family,
+            entry["class"],
+            "; ".join(entry["sources"]),
+            entry["digest"],
+            tuple(entry["statements"]),
+            entry.get("nonnegative_bias", False),
+        )  # fmt: skip
         for family, entries in document.items()
         for entry in entries
     )
@@ -61,6 +71,13 @@ def version_of(module: nn.Module, family: str) -> Version | None:
     if code is None or any(value not in ONE_OF.get(name, ()) for name, value in code.constants.items()):
         return None
     return next((each for each in versions() if each.digest == code.digest and each.family == family), None)
+
+
+def nonnegative_bias(model: nn.Module) -> Version | None:
+    """The published version among the modules of `model` that holds for correction biases of at least 0 alone."""
+    families = {each.family for each in versions() if each.nonnegative_bias}
+    found = (version_of(module, family) for family in sorted(families) for module in model.modules())
+    return next((version for version in found if version is not None and version.nonnegative_bias), None)
 
 
 def is_published(module: nn.Module) -> bool:
