@@ -1,0 +1,66 @@
+"""What only a copy of all layers shows: an adapter that loses something in one of them."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from fxquant.errors import FxquantError
+from fxquant.frontend.build import trace_file
+from fxquant.frontend.proof.copies import numbers, tokens
+from fxquant.frontend.proof.layers import _real
+
+MODEL = """
+from fxquant.models import DecoderLayer, DeepseekV3
+
+class Other(DecoderLayer):
+    window = 50
+
+    def __init__(self, config, index):
+        super().__init__(config, index)
+        self.index = index
+
+    def forward(self, x, *rest):
+        y, present = super().forward(x, *rest)
+        return (y * 1.01 if self.index == 2 else y), present
+
+def plain(own, adaptation):
+    made = DecoderLayer.__new__(DecoderLayer)
+    vars(made).update(vars(own))
+    return made
+
+LEAVES = {leaves}
+
+def build_model(config):
+    return DeepseekV3(config, layer=Other)
+"""
+
+
+@pytest.mark.slow
+def test_the_first_layer_that_differs_is_named(tmp_path: Path, tiny_folder: Callable[..., Path]) -> None:
+    folder = tiny_folder(num_hidden_layers=4)
+    (tmp_path / "model.py").write_text(MODEL.format(leaves="{Other: plain}"))
+    with pytest.raises(FxquantError, match=r"layer 2 \(Other\).*narrow copy of 59 tokens.*by 0\.0099"):
+        trace_file(tmp_path / "model.py", folder)
+    (tmp_path / "model.py").write_text(MODEL.format(leaves="{}"))
+    assert trace_file(tmp_path / "model.py", folder).input_kind.endswith("compared: 4 layers, 59 tokens, 3 steps")
+
+
+def test_lengths_are_the_numbers_of_own_classes() -> None:
+    class Own(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.window, self.far = 33, 100000
+            self.inner = torch.nn.Linear(4096, 3, device="meta")
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.inner(x)[:, :77]
+
+    assert numbers(Own()) == {33, 77, 3}
+
+
+def test_padding_comes_before_a_rows_tokens() -> None:
+    given = tokens(64, (5, 2), 3)
+    assert given.ids.shape == (2, 8)
+    assert _real(given).tolist() == [[True] * 8, [False] * 3 + [True] * 5]
