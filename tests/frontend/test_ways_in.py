@@ -289,3 +289,33 @@ def test_a_published_mlp_with_another_activation_runs_its_own_forward(
         program = build_program(file, tiny()).program
     relu = [node.meta["module"] for node in program.graph.graph.nodes if node.target == torch.ops.aten.relu.default]
     assert relu == ["model.layers.0.mlp.act_fn"]
+
+
+HALF = """
+import transformers
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
+
+
+class Half(DeepseekV3MoE):
+    def forward(self, hidden_states):
+        return super().forward(hidden_states) * 0.5
+
+
+def build_model(config):
+    model = transformers.DeepseekV3ForCausalLM(transformers.DeepseekV3Config(**config.model_dump()))
+    for layer in model.model.layers:
+        if isinstance(layer.mlp, DeepseekV3MoE):
+            layer.mlp.__class__ = Half
+    return model
+"""
+
+
+def test_published_experts_run_as_one_operator_inside_an_edited_moe(
+    tiny: Callable[..., Checkpoint], tmp_path: Path
+) -> None:
+    (tmp_path / "model.py").write_text(HALF)
+    with open_user_file(tmp_path / "model.py") as file:
+        program = build_program(file, tiny()).program
+    plain = open_source(tiny().folder).program()
+    assert len(list(program.nodes(ops.moe_experts))) == len(list(plain.nodes(ops.moe_experts)))
+    assert structural_hash(program) != structural_hash(plain)

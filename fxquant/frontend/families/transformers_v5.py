@@ -34,6 +34,10 @@ MOE = adapters.MoE(
     topk_group="gate.topk_group", norm_topk_prob="gate.norm_topk_prob",
     routed_scaling_factor="gate.routed_scaling_factor",
 )  # fmt: skip
+EXPERTS: dict[str, adapters.Adapter] = dict.fromkeys(
+    ("DeepseekV3Experts", "DeepseekV3NaiveMoe"), lambda module, adaptation: MOE.routed(module)
+)
+"""Their name changed with 5.13, their code did not."""
 
 
 def call_layer(forward: Callable[..., Any], x: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
@@ -122,7 +126,7 @@ FAMILY = Family(
     recognises=lambda model: has_fused_experts(model) and gate_chooses(model),
     parts=PARTS,
     layer_children={},
-    adapters=COMMON | {"DeepseekV3MoE": MOE, "DeepseekV3Experts": lambda module, adaptation: MOE.routed(module)},
+    adapters=COMMON | EXPERTS | {"DeepseekV3MoE": MOE},
     attention_input="hidden_states",
     call_layer=call_layer,
     attention_result=lambda x: (x, None),

@@ -14,8 +14,7 @@ FAMILY = replace(
     transformers_v5.FAMILY,
     name="transformers 5.0",
     recognises=lambda model: transformers_v5.has_fused_experts(model) and not transformers_v5.gate_chooses(model),
-    adapters=transformers_v5.COMMON
-    | {"DeepseekV3MoE": MOE, "DeepseekV3NaiveMoe": lambda module, adaptation: MOE.routed(module)},
+    adapters=transformers_v5.COMMON | transformers_v5.EXPERTS | {"DeepseekV3MoE": MOE},
     requires=transformers_v5.REQUIRES
     | {
         "DeepseekV3MoE": transformers_v5.REQUIRES["DeepseekV3MoE"]
