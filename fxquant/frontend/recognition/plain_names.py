@@ -31,9 +31,9 @@ class PlainNames(ast.NodeTransformer):
         node.name = self._local(node.name) if node.name in self.locals else "function"
         if ast.get_docstring(node, clean=False) is not None:
             node.body = node.body[1:] or [ast.copy_location(ast.Pass(), node)]
-        node.decorator_list = [each for each in node.decorator_list if not _last_name(each).endswith(NEUTRAL)]
         node.returns = None
-        self.generic_visit(node)
+        self.generic_visit(node)  # first: a file's own decorator is then a number, whatever it is called
+        node.decorator_list = [each for each in node.decorator_list if _last_name(each) not in NEUTRAL]
         return node
 
     def visit_arg(self, node: ast.arg) -> ast.AST:
@@ -107,4 +107,4 @@ def _chain(node: ast.expr) -> list[str] | None:
 
 
 def _last_name(node: ast.expr) -> str:
-    return ast.unparse(node.func if isinstance(node, ast.Call) else node)
+    return ast.unparse(node.func if isinstance(node, ast.Call) else node).rpartition(".")[2]

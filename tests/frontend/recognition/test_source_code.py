@@ -10,6 +10,8 @@ from fxquant.frontend.recognition.published import read, version_of
 from fxquant.frontend.user_file import module_of, open_user_file
 
 PLAIN = """
+import functools
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -49,6 +51,12 @@ OTHER = {
     "two locals swapped": ("scale(y, window)", "scale(x, window)"),
     "an attribute": ("self.own(x)", "self.mine(x)"),
     "a default": ("def scale(x, by):", "def scale(x, by=1):"),
+    "a decorator of its own": (
+        "class Part(nn.Module):\n    def forward",
+        "def no_grad(function):\n    @functools.wraps(function)\n    def own(*args):\n"
+        "        return -function(*args)\n\n    return own\n\n\n"
+        "class Part(nn.Module):\n    @no_grad\n    def forward",
+    ),
     "one statement more": ("y = F.silu(x)", "y = F.silu(x)\n        y = y.clamp(max=7)"),
 }  # fmt: skip
 
