@@ -92,6 +92,7 @@ MATH_OPERATORS: dict[Any, Lower] = {
     ATEN.matmul.default: math.matmul,
     ATEN.mm.default: math.batched_matmul,
     ATEN.bmm.default: math.batched_matmul,
+    ATEN.einsum.default: math.einsum,
     ATEN.layer_norm.default: math.layer_norm,
     ATEN._to_copy.default: math.convert,
     ATEN.to.dtype: math.convert,

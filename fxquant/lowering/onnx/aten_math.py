@@ -152,6 +152,10 @@ def batched_matmul(b: Builder, out: Result, x: ir.Value, mat2: ir.Value) -> ir.V
     return b.op("MatMul", x, mat2)
 
 
+def einsum(b: Builder, out: Result, equation: str, tensors: Sequence[ir.Value], path: None = None) -> ir.Value:
+    return b.op("Einsum", *tensors, equation=equation)
+
+
 def layer_norm(
     b: Builder, out: Result, x: ir.Value, normalized_shape: Sequence[int], weight: ir.Value | None,
     bias: ir.Value | None, eps: float,

@@ -45,6 +45,7 @@ def expressions(x: Tensor) -> dict[str, Tensor]:
         "unflatten": x.unflatten(-1, (3, -1)), "permute": x.permute(2, 0, 1), "transpose": x.transpose(-1, -2),
         "expand": x.unsqueeze(1).expand(-1, 4, -1, -1), "repeat": x.repeat(1, 2, 1), "unbind": x.unbind(-1)[3],
         "matmul": x @ other.transpose(-1, -2), "bmm": torch.bmm(x, other.transpose(1, 2)),
+        "einsum": torch.einsum("bsh,bth->bts", x, other),
         "mm": torch.mm(x[0], x[0].t()), "layer_norm": nn.functional.layer_norm(x, (6,)), "size": x * x.shape[0],
         "bfloat16": x.bfloat16().float(), "int": (x * 10).int(), "to": x.to(torch.float32),
         "where": torch.where(x > 0, x, 0.0),
