@@ -8,10 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from places import MODEL_FILES
+from places import EXAMPLE, MODEL_FILES
 
 import fxquant
 from fxquant import CompileOptions
+from fxquant.errors import FxquantError
 from fxquant.frontend.source import open_source
 from fxquant.program.program_file import dump_program
 from fxquant.program.structural_hash import structural_hash
@@ -42,14 +43,13 @@ def transformers_4(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def way(
-    request: pytest.FixtureRequest, transformers_4: str, tiny_folder: Callable[..., Path], tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest, transformers_4: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Path:  # fmt: skip
     """The MODEL of a way in; its process is this test's, which sees transformers 4 where that is the way."""
     if request.param == "transformers 4":
         monkeypatch.setenv("PYTHONPATH", os.pathsep.join([transformers_4, os.environ.get("PYTHONPATH", "")]).strip(":"))
     name = WAYS[request.param]
-    return tiny_folder() if name is None else MODEL_FILES / name
+    return EXAMPLE if name is None else MODEL_FILES / name
 
 
 def compiled(model: Path, checkpoint: Path | None, out: Path) -> Path:
@@ -58,27 +58,32 @@ def compiled(model: Path, checkpoint: Path | None, out: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def plain(tiny_folder: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder, compiled."""
-    return compiled(tiny_folder(), None, tmp_path_factory.mktemp("plain") / "out")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder, compiled. No correction bias of it is negative: to gates of transformers 4 it is the same model."""
+    return compiled(EXAMPLE, None, tmp_path_factory.mktemp("plain") / "out")
 
 
 @pytest.mark.parametrize("way", WAYS, indirect=True)
-def test_the_same_weight_files(way: Path, plain: Path, tmp_path: Path, tiny_folder: Callable[..., Path]) -> None:
-    folder = tiny_folder()
-    checkpoint = folder if way.suffix == ".py" else None
-    known, program = open_source(folder).program(), open_source(way, checkpoint).program()
+def test_the_same_weight_files(way: Path, plain: Path, tmp_path: Path) -> None:
+    checkpoint = EXAMPLE if way.suffix == ".py" else None
+    known, program = open_source(EXAMPLE).program(), open_source(way, checkpoint).program()
     assert structural_hash(program) == structural_hash(known)
     assert dump_program(program) == dump_program(known)
     assert digests(compiled(way, checkpoint, tmp_path / "way")) == digests(plain)
 
 
 @pytest.mark.parametrize("way", ["transformers 5", "transformers 4"], indirect=True)
-def test_each_version_is_told_apart(
-    way: Path, tiny_folder: Callable[..., Path], request: pytest.FixtureRequest
-) -> None:
+def test_each_version_is_told_apart(way: Path, request: pytest.FixtureRequest) -> None:
     version = request.node.callspec.params["way"]
-    assert open_source(way, tiny_folder()).input_kind.startswith(f"model.py, {version}, compared: ")
+    assert open_source(way, EXAMPLE).input_kind.startswith(f"model.py, {version}")
+
+
+@pytest.mark.parametrize("way", ["transformers 4"], indirect=True)
+def test_a_gate_that_masks_with_0_is_refused_where_a_bias_is_negative(
+    way: Path, tiny_folder: Callable[..., Path]
+) -> None:
+    with pytest.raises(FxquantError, match="masks the groups that it does not choose with 0"):
+        open_source(way, tiny_folder())
 
 
 def digests(out: Path) -> dict[str, str]:
