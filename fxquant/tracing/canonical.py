@@ -122,7 +122,8 @@ def _view_as_real(graph: fx.Graph, node: fx.Node) -> None:
 
 def _dropout(graph: fx.Graph, node: fx.Node) -> None:
     """Nothing in inference; one that is left on draws random numbers, and stays."""
-    if not arguments(node)["train"]:
+    given = arguments(node)
+    if not given["train"] or given["p"] == 0:
         _identity(graph, node)
 
 

@@ -88,7 +88,9 @@ READ_BY_POSITION = {
     "tracing/stamp.py": "the output node of a graph that is no program yet",
     "program/bounded_shapes.py": "values: of a call that takes apart its first argument",
     "program/operators.py": "values: of Python's own operators, which have no names",
-    "frontend/adapt.py": "what a user's forward is called with",
+    "frontend/bridges.py": "what a user's forward is called with",
+    "frontend/own/rotary_pairs.py": "what a function of torch is called with",
+    "frontend/own/expert_loop.py": "a call in a syntax tree",
     "calibration/calibration_file.py": "an exception's",
     "evaluation/lm_eval.py": "a request of the harness",
 }

@@ -40,9 +40,9 @@ class Traces:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.depths: list[int] = []
         self.reasons: list[str] = []
-        self._monkeypatch, self._export = monkeypatch, trace_module._export
+        self._monkeypatch, self._export = monkeypatch, trace_module._exported
         self._from_representatives = trace_module._from_representatives
-        monkeypatch.setattr(trace_module, "_export", self._counted)
+        monkeypatch.setattr(trace_module, "_exported", self._counted)
         monkeypatch.setattr(trace_module, "_from_representatives", self._reasoned)
 
     def both(self, build: Build, checkpoint: Checkpoint | None = None) -> tuple[Program | str, Program | str]:
@@ -54,7 +54,7 @@ class Traces:
         stamped = _result(model, checkpoint)
         assert list(model.model.layers) == members
         with self._monkeypatch.context() as patch:
-            patch.setattr(trace_module, "_export", self._export)
+            patch.setattr(trace_module, "_exported", self._export)
             patch.setattr(trace_module, "_stamped", lambda *_: None)
             return stamped, _result(model, checkpoint)
 
