@@ -74,11 +74,12 @@ def disagreement(path: Path, checkpoint: Path) -> float:
     with open_user_file(path) as file:
         copy = traced_copy(file, config, lambda small, device: build_model(file, small, device), 0.5)
         assert copy is not None
-        program, tensors, model, own = copy
-        ids = torch.randint(own.vocab_size, (2, 123), generator=torch.Generator().manual_seed(11))
+        ids = torch.randint(config.vocab_size, (2, 123), generator=torch.Generator().manual_seed(11))
         tokens = Tokens(ids, (121, 60), 2)
-        eager = eager_logits(model, family_of(model), tokens)
-        return float((traced_logits(program, tensors, tokens) - eager).abs().max() / eager.pow(2).mean().sqrt())
+        eager = eager_logits(copy.model, family_of(copy.model), tokens)
+        return float(
+            (traced_logits(copy.program, copy.tensors, tokens) - eager).abs().max() / eager.pow(2).mean().sqrt()
+        )
 
 
 def main() -> int:

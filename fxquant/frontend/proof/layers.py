@@ -5,6 +5,7 @@ that differs is the one that is named.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
@@ -20,42 +21,67 @@ FEW = 0.01
 """Part of the tokens that may differ: where two experts' scores are equal but for rounding, either may be chosen."""
 
 
-def first_difference(
-    program: Program,
-    tensors: dict[str, Tensor],
-    tokens: Tokens,
-    expected: list[list[list[Tensor]]],
-    chunks: Sequence[int],
-) -> tuple[int, float] | None:
-    """The first layer that differs and by how much, relative to its hidden states; None: all agree.
+@dataclass(frozen=True)
+class Expected:
+    """What the own forward gives: the path of the layers in the graph, layer → [row][call] → hidden states [S, hidden],
+    of the layers that ran once a call, and logits [rows, 1 + steps, vocabulary]."""
 
-    expected  [layer][row][call] → hidden states [S, hidden] of the own forward, see eager.py
-    """
-    nodes = layer_nodes(program, len(expected))
-    worst: dict[int, list[Tensor]] = {}
+    path: str
+    layers: dict[int, list[list[Tensor]]]
+    logits: Tensor
+
+
+@dataclass(frozen=True)
+class Found:
+    """The layers that were compared, and the first that differs with the error relative to its hidden states; an error
+    without a layer: the logits differ although the last layer agrees."""
+
+    compared: tuple[int, ...]
+    layer: int | None = None
+    error: float | None = None
+
+    @property
+    def what(self) -> str:
+        """What differs."""
+        return "logits" if self.layer is None else "hidden states"
+
+
+def compare_layers(
+    program: Program, tensors: dict[str, Tensor], tokens: Tokens, expected: Expected, chunks: Sequence[int]
+) -> Found:
+    """Run the graph, the prompt cut at `chunks`, each layer on what the own forward's layer before it gave."""
+    nodes = layer_nodes(program, expected)
+    errors: dict[int, list[Tensor]] = {}
 
     def observe(node: fx.Node, value: Tensor, start: int) -> Tensor:
         index = nodes.get(node)
         if index is None:
             return value
-        own = _padded(expected[index], tokens, value)[:, start : start + value.shape[1]]
+        own = _padded(expected.layers[index], tokens, value)[:, start : start + value.shape[1]]
         real = _real(tokens)[:, start : start + value.shape[1]]
-        error = (value - own).norm(dim=-1) / own.norm(dim=-1).clamp(min=1e-12)
-        worst.setdefault(index, []).append(error[real])
+        errors.setdefault(index, []).append(_relative(value, own)[real])
         return torch.where(real[..., None], own, value)
 
-    traced_logits(program, tensors, tokens, chunks, observe)
-    for index in sorted(worst):
-        errors = torch.cat(worst[index])
-        wrong = ~(errors <= LARGEST)  # NaN is wrong
-        if wrong.float().mean() > FEW:
-            return index, float(errors.nan_to_num(torch.inf).max())
-    return None
+    logits = traced_logits(program, tensors, tokens, chunks, observe)
+    compared = tuple(sorted(errors))
+    for index in compared:
+        each = torch.cat(errors[index])
+        if (~(each <= LARGEST)).float().mean() > FEW:  # NaN is wrong
+            return Found(compared, index, float(each.nan_to_num(torch.inf).max()))
+    wrong = float(_relative(logits, expected.logits).nan_to_num(torch.inf).max())
+    last = len(compared) > 0 and compared[-1] == max(expected.layers)
+    return Found(compared, None, wrong if last and wrong > LARGEST else None)
 
 
-def layer_nodes(program: Program, count: int) -> dict[fx.Node, int]:
+def complete(rows: list[list[Tensor]], tokens: Tokens) -> bool:
+    """Whether a layer ran once in each call of each row."""
+    lengths = [sum(len(call) for call in calls) for calls in rows]
+    return lengths == [length + tokens.steps for length in tokens.lengths]
+
+
+def layer_nodes(program: Program, expected: Expected) -> dict[fx.Node, int]:
     """The call whose value a layer hands on → the layer; layers that hand on several are left out."""
-    places = {f"model.layers.{index}": index for index in range(count)}
+    places = {f"{expected.path}.{index}": index for index in expected.layers}
     handed: dict[int, list[fx.Node]] = {}
     for node in program.graph.graph.nodes:
         index = places.get(node.meta.get("block", ""))
@@ -64,6 +90,10 @@ def layer_nodes(program: Program, count: int) -> dict[fx.Node, int]:
         if any(user.op != "output" and user.meta.get("block") != node.meta["block"] for user in node.users):
             handed.setdefault(index, []).append(node)
     return {nodes[0]: index for index, nodes in handed.items() if len(nodes) == 1}
+
+
+def _relative(value: Tensor, own: Tensor) -> Tensor:
+    return (value - own).norm(dim=-1) / own.norm(dim=-1).clamp(min=1e-12)
 
 
 def _padded(rows: list[list[Tensor]], tokens: Tokens, like: Tensor) -> Tensor:

@@ -22,5 +22,6 @@ def compare_logits(
     if not error <= bound:  # not `>`: NaN must fail
         fact = f"a small copy of {type(model).__name__} gives logits that differ from the traced graph's by {error:.2g}"
         fact += f" (rounding explains {bound:.2g})."
-        way_out = "A class with a known name computes something else: declare your own in LEAVES, or rename it."
+        way_out = "Export or an adapter loses something: keep control flow free of sizes and values, and let a class "
+        way_out += "in LEAVES compute what its adapter says."
         raise FxquantError(file.path, fact, way_out)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from fxquant.frontend.assemble import fetch
 from fxquant.frontend.families import family_of
 from fxquant.frontend.proof.copies import deep_config, fill, named_tensors, numbers, tokens, wide_config
 from fxquant.frontend.proof.eager import eager_logits, layer_outputs
-from fxquant.frontend.proof.layers import first_difference
+from fxquant.frontend.proof.layers import Expected, compare_layers, complete
 from fxquant.frontend.proof.logits import compare_logits
 from fxquant.frontend.proof.rotary import compare_rotary
 from fxquant.frontend.proof.traced import traced_logits
@@ -23,22 +24,32 @@ from fxquant.frontend.recognition.published import nonnegative_bias
 from fxquant.frontend.user_file import UserFile, where
 from fxquant.program.program import Program
 from fxquant.tracing import trace
+from fxquant.tracing.calls import outermost_lists
 
 Build = Callable[[DeepseekV3Config, str], nn.Module]
 PARAMETERS = 1 << 26
 """Maximum parameters of a model that is run although it ignores the config it is given."""
 SHORT, STEPS, TAIL = 24, 3, 0.7
-EDITED = (
-    "A class computes something else under export: keep control flow free of sizes and values, or declare it in LEAVES."
-)
+EDITED = "Keep control flow free of sizes and values, and let a class in LEAVES compute what its adapter says."
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A model with random weights: its graph, the weights by name, itself, and its config."""
+
+    program: Program
+    tensors: dict[str, Tensor]
+    model: nn.Module
+    config: DeepseekV3Config
 
 
 @torch.no_grad()
 def prove(file: UserFile, config: DeepseekV3Config, build: Build) -> str:
     """Hold the graph against the file's own forward; returns what was compared, or "" if it could not be run.
 
-    A model that takes no config is run if it is small. A large one is refused, unless its classes are those of the
-    installed transformers: then it is not checked. Raises FxquantError where the two differ, with the first layer.
+    A model that takes no config is run if it is small. A large one is refused, unless nothing in it is replaced or its
+    classes are those of the installed transformers: then it is not checked. Raises FxquantError where the two differ,
+    with the first layer.
     """
     with one_thread():
         return _proven(file, config, build)
@@ -48,13 +59,12 @@ def _proven(file: UserFile, config: DeepseekV3Config, build: Build) -> str:
     wide = traced_copy(file, wide_config(config) if file.takes_config else config, build)
     if wide is None:
         return ""
-    program, tensors, model, own = wide
-    short = tokens(own.vocab_size, (7, 4), STEPS)
-    compare_rotary(file, model, own)
-    compare_logits(file, model, _eager(file, model, short), traced_logits(program, tensors, short), own)
-    if not file.takes_config:
-        return "logits"
-    return _deep(file, config, build)
+    short = tokens(wide.config.vocab_size, (7, 4), STEPS)
+    compare_rotary(file, wide.model, wide.config)
+    logits = traced_logits(wide.program, wide.tensors, short)
+    compare_logits(file, wide.model, _eager(file, wide.model, short), logits, wide.config)
+    compared = f"logits of {wide.config.num_hidden_layers} layers, {short.lengths[0]} tokens"
+    return ", ".join([compared, *_deep(file, config, build)]) if file.takes_config else compared
 
 
 @contextmanager
@@ -68,47 +78,65 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _deep(file: UserFile, config: DeepseekV3Config, build: Build) -> str:
+def _deep(file: UserFile, config: DeepseekV3Config, build: Build) -> list[str]:
     deep = traced_copy(file, deep_config(config), build, TAIL)
-    assert deep is not None
-    program, tensors, model, own = deep
-    longest = max([SHORT, *(number + 9 for number in numbers(model))])
-    longest = min(longest, own.max_position_embeddings - STEPS)
-    given = tokens(own.vocab_size, (longest, longest - 7), STEPS)
-    family = family_of(model)
-    layers = fetch(model, family.parts["layers"] if family else "model.layers")
-    with layer_outputs(layers, 1 + STEPS) as expected:
-        _eager(file, model, given)
+    stack = _layers(deep.model, deep.config) if deep else None
+    if deep is None or stack is None:
+        return []
+    longest = max([SHORT, *(number + 9 for number in numbers(deep.model))])
+    longest = min(longest, deep.config.max_position_embeddings - STEPS)
+    given = tokens(deep.config.vocab_size, (longest, longest - 7), STEPS)
+    path, layers = stack
+    with layer_outputs(layers, 1 + STEPS) as seen:
+        logits = _eager(file, deep.model, given)
+    expected = Expected(path, {index: rows for index, rows in enumerate(seen) if complete(rows, given)}, logits)
+    compared: set[int] = set()
     for chunks in ((), (longest // 3, longest - 2)):
-        found = first_difference(program, tensors, given, expected, chunks)
-        if found is not None:
-            index, error = found
+        found = compare_layers(deep.program, deep.tensors, given, expected, chunks)
+        compared = set(found.compared)
+        if found.error is not None:
             fact = (
-                f"on a narrow copy of {longest} tokens the traced graph gives other hidden states than the file's own "
+                f"on a narrow copy of {longest} tokens the traced graph gives other {found.what} than the file's own "
             )
-            fact += f"forward, by {error:.2g} of them" + (", the prompt in chunks." if chunks else ".")
-            raise FxquantError(f"{file.path}: layer {index} ({type(layers[index]).__name__})", fact, EDITED)
-    return f"{len(layers)} layers, {longest} tokens, {STEPS} steps"
+            fact += f"forward, by {found.error:.2g} of them" + (", the prompt in chunks." if chunks else ".")
+            raise FxquantError(f"{file.path}: {_place(found.layer, layers)}", fact, EDITED)
+    return [f"{len(compared)} of {len(layers)} layers, {longest} tokens, {STEPS} steps"]
 
 
-def traced_copy(
-    file: UserFile, config: DeepseekV3Config, build: Build, tail: float = 0.0
-) -> tuple[Program, dict[str, Tensor], nn.Module, DeepseekV3Config] | None:
-    """The graph of a copy, its weights by name, and the copy itself; None: too large, and as transformers has it."""
+def _place(index: int | None, layers: nn.ModuleList) -> str:
+    return "after the layers" if index is None else f"layer {index} ({type(layers[index]).__name__})"
+
+
+def _layers(model: nn.Module, config: DeepseekV3Config) -> tuple[str, nn.ModuleList] | None:
+    """Where the graph has the layers, and the model's own; None: a model that keeps them in no single list."""
+    family = family_of(model)
+    if family is not None:
+        return "model.layers", fetch(model, family.parts["layers"])
+    lists = [(path, held) for path, held in outermost_lists(model).items() if len(held) == config.num_hidden_layers]
+    return lists[0] if len(lists) == 1 else None
+
+
+def traced_copy(file: UserFile, config: DeepseekV3Config, build: Build, tail: float = 0.0) -> Copy | None:
+    """A copy and its graph; None for one that cannot be run: too large and as transformers or fxquant.models has it, or
+    traced with inputs that its file declares."""
     meta = build(config, "meta")  # its size must be known before it takes memory
+    plain = family_of(meta) is None and not file.leaves
+    if plain and file.example_inputs is not None:
+        return None
     if sum(tensor.numel() for tensor in meta.parameters()) > PARAMETERS:
-        if type(meta).__module__.startswith("transformers."):
+        if plain or type(meta).__module__.startswith("transformers."):
             return None
         fact = f"its {type(meta).__name__} cannot be checked: build_model does not take its sizes from config."
         raise FxquantError(file.path, fact, "Use config, so that a small copy can be compared with the graph.")
     with adapted(meta, config, file.leaves) as root:
-        program = trace(root, Checkpoint(Path("proof"), config.model_dump() | {"torch_dtype": "float32"}, {}))
+        document = config.model_dump() | {"torch_dtype": "float32"}
+        program = trace(root, Checkpoint(Path("proof"), document, {}))
     model = build(config, "cpu").float()
     fill(model, tail)
     nonnegative = nonnegative_bias(model) is not None
     with adapted(model, config, file.leaves) as root:
         tensors = dict(named_tensors(root, nonnegative))
-    return program, tensors, model, config
+    return Copy(program, tensors, model, config)
 
 
 def _eager(file: UserFile, model: nn.Module, given: object) -> Tensor:

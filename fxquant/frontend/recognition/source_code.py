@@ -23,7 +23,7 @@ TRUSTED = ("torch", "math", "transformers", "fxquant", "kernel", "einops", "warn
 """Packages whose functions are known by their name; `kernel` has the FP8 kernels beside DeepSeek's inference code,
 which float weights never reach."""
 DEPTH = 12
-"""Calls inside calls that are followed."""
+"""Functions that a forward reaches, at most; one that reaches more is no published one."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def code_of(cls: type[nn.Module], forward: Callable[..., Any]) -> Code | None:
 
 
 class _Reader:
-    """Reads functions one after the other, each once; `pending` are those that were called and not yet read."""
+    """Reads functions one after the other, each once, in the order in which they are called."""
 
     def __init__(self, cls: type[nn.Module]) -> None:
         self.cls = cls
@@ -108,7 +108,8 @@ class _Reader:
         if isinstance(value, ModuleType):
             return value.__name__
         if not isinstance(value, FunctionType):
-            return written.rpartition(".")[2]
+            known = _package(value) in (*TRUSTED, "builtins", "logging", None)
+            return written.rpartition(".")[2] if known else f"own {written}"
         foreign = value.__module__ != self.home and value.__module__.split(".")[0] in TRUSTED
         return written.rpartition(".")[2] if foreign else self.called(value)
 
@@ -124,6 +125,12 @@ class _Reader:
 
 
 MISSING = object()
+
+
+def _package(value: Any) -> str | None:
+    """The package of a class, of a function in C, or of the class of an object."""
+    module = getattr(value, "__module__", None) or type(value).__module__
+    return module.split(".")[0] if isinstance(module, str) else type(value).__module__.split(".")[0]
 
 
 def _trusted(name: str, function: FunctionType) -> bool:

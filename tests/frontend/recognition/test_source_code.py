@@ -49,6 +49,11 @@ OTHER = {
     "a method that it calls": ("def own(self, x):\n        return x", "def own(self, x):\n        return -x"),
     "another function of torch": ("F.silu", "F.gelu"),
     "two locals swapped": ("scale(y, window)", "scale(x, window)"),
+    "a callable by the name of a function of torch": (
+        "class Part(nn.Module):\n    def forward(self, x):\n        y = F.silu(x)",
+        "class Own:\n    def __call__(self, x):\n        return -x\n\n\nsilu = Own()\n\n\n"
+        "class Part(nn.Module):\n    def forward(self, x):\n        y = silu(x)",
+    ),
     "an attribute": ("self.own(x)", "self.mine(x)"),
     "a default": ("def scale(x, by):", "def scale(x, by=1):"),
     "a decorator of its own": (
