@@ -110,14 +110,15 @@ def verification_table(report: "VerifyReport") -> NamedTable:
 
 def _print_misses(report: "VerifyReport") -> None:
     failed = [check for check in report.checks if not check.ok]
+    left = 0
     for check in failed:
         kinds, shown = alike(check.misses), max(1, SHOWN_MISSES // len(failed))
         for first, *others in kinds[:shown]:
             more = f" (and {len(others):,} more like it)" if others else ""
             print_line(("✗ ", "red"), f"{check.name}: {first}{more}")
-        left = sum(map(len, kinds[shown:]))
-        if left:
-            console.print(f"  … and {left:,} more; --json has all")
+        left += sum(map(len, kinds[shown:]))
+    if left:
+        console.print(f"  … and {left:,} more; --json has all")
 
 
 def alike(misses: Iterable[str]) -> list[list[str]]:

@@ -61,3 +61,9 @@ def test_the_links_at_the_root_lead_to_the_packages() -> None:
     for name in LINKS:
         link = ROOT / name
         assert not link.is_symlink() or link.readlink() == Path("fxquant", name)
+
+
+def test_no_two_test_files_have_one_name() -> None:
+    """pytest imports them by their name alone."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(set(names)) == sorted(names)

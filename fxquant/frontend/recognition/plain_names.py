@@ -1,6 +1,7 @@
 """Plain names: a function's syntax tree with its locals numbered, and without annotations, docstrings and messages."""
 
 import ast
+import copy
 import re
 from collections.abc import Callable
 from typing import Any
@@ -32,9 +33,15 @@ class PlainNames(ast.NodeTransformer):
         if ast.get_docstring(node, clean=False) is not None:
             node.body = node.body[1:] or [ast.copy_location(ast.Pass(), node)]
         node.returns = None
-        self.generic_visit(node)  # first: a file's own decorator is then a number, whatever it is called
-        node.decorator_list = [each for each in node.decorator_list if _last_name(each) not in NEUTRAL]
+        decorators, node.decorator_list = node.decorator_list, []
+        self.generic_visit(node)
+        node.decorator_list = [self.visit(each) for each in decorators if not self._is_neutral(each)]
         return node
+
+    def _is_neutral(self, decorator: ast.expr) -> bool:
+        """By the resolved name: a file's own decorator is a number, whatever it is called."""
+        called = decorator.func if isinstance(decorator, ast.Call) else decorator
+        return ast.unparse(self.visit(copy.deepcopy(called))).rpartition(".")[2] in NEUTRAL
 
     def visit_arg(self, node: ast.arg) -> ast.AST:
         """A parameter."""
@@ -104,7 +111,3 @@ def _chain(node: ast.expr) -> list[str] | None:
         names.append(node.attr)
         node = node.value
     return [node.id, *reversed(names)] if isinstance(node, ast.Name) else None
-
-
-def _last_name(node: ast.expr) -> str:
-    return ast.unparse(node.func if isinstance(node, ast.Call) else node).rpartition(".")[2]

@@ -94,6 +94,13 @@ def test_values_of_global_names_are_told(tmp_path: Path) -> None:
     assert code and code.constants == {"window": 64}
 
 
+def test_words_of_a_decorator_that_changes_nothing_are_no_values(tmp_path: Path) -> None:
+    """As transformers documents its forwards."""
+    documented = "@torch.no_grad()\n    @torch.inference_mode(bool(window))\n    def forward"
+    code = read(part(tmp_path, PLAIN.replace("def forward", documented).replace("(y, window)", "(y, 2)")))
+    assert code and code.constants == {}
+
+
 def test_what_is_attached_to_an_instance_makes_it_another_class() -> None:
     hf = pytest.importorskip("transformers.models.deepseek_v3.modeling_deepseek_v3")
 
