@@ -4,13 +4,13 @@ Each measurement has a process of its own, so that imports count and peak memory
 """
 
 import argparse
+import gc
 import json
 import resource
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -18,49 +18,57 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-STAGES = ("import", "build", "trace", "passes")
+STAGES = ("import", "build", "proof", "trace", "passes")
 COLUMNS = ("way in", "layers", *STAGES, "total", "nodes", "rewritten", "MiB", "ms/layer")
 POLICY = "deepseek_w4a8_dynamic"
 
 
-def fxquant_model(config: Any) -> Any:
-    """The project's own model."""
-    from fxquant.models import DeepseekV3
+ROOT, OPEN = Path(__file__).resolve().parents[1], ExitStack()
+FILES = ROOT / "tests" / "model_files"
+WAYS = {
+    "fxquant": None,
+    "transformers": FILES / "hugging_face.py",
+    "DeepSeek": FILES / "deepseek_style.py",
+    "LEAVES": FILES / "researcher.py",
+}
+"""Way in → its model.py; None: the project's own model, as for a checkpoint folder."""
 
-    return DeepseekV3(config)
 
+class Way:
+    """A model on the meta device, in the form that `trace` takes; `prove` holds copies of it against the file.
 
-def model_file(name: str) -> Callable[[Any], Any]:
-    """A model.py of the tests, adapted; checking a small copy of it is not part of what is measured."""
+    `close` is the end of the process: one measurement has one.
+    """
 
-    def build(config: Any) -> Any:
-        from fxquant.frontend.adapt import adapted
+    def __init__(self, path: Path | None, config: Any) -> None:
         from fxquant.frontend.build import build_model
         from fxquant.frontend.user_file import open_user_file
+        from fxquant.models import DeepseekV3
 
-        file = OPEN.enter_context(open_user_file(FILES / name))
-        return OPEN.enter_context(adapted(build_model(file, config, "meta"), config, file.leaves))
+        self.config, self.file = config, path and OPEN.enter_context(open_user_file(path))
+        self.model = build_model(self.file, config, "meta") if self.file else DeepseekV3(config)
 
-    return build
+    def prove(self) -> None:
+        """What `fxquant compile` does with a model.py before it takes its graph."""
+        from fxquant.frontend.build import build_model
+        from fxquant.frontend.proof.prove import prove
 
+        if self.file:
+            prove(self.file, self.config, lambda small, device: build_model(self.file, small, device))
 
-FILES, OPEN = Path(__file__).parents[1] / "tests" / "model_files", ExitStack()
-WAYS: dict[str, Callable[[Any], Any]] = {
-    "fxquant": fxquant_model,
-    "transformers": model_file("hugging_face.py"),
-    "DeepSeek": model_file("deepseek_style.py"),
-    "LEAVES": model_file("researcher.py"),
-}
-"""Way in → a function that builds the model of a DeepseekV3Config in the form that `trace` takes. It runs on the meta
-device, imports what it needs, and need not undo anything: its process ends after one measurement."""
+    def traceable(self) -> Any:
+        """The model, adapted."""
+        from fxquant.frontend.adapt import adapted
+
+        return OPEN.enter_context(adapted(self.model, self.config, self.file.leaves)) if self.file else self.model
 
 
 def main() -> None:
-    """Print seconds a stage, nodes and peak memory for each way in and depth, and what a further layer costs."""
+    """Print seconds per stage, nodes and peak memory for each way in and depth, and the cost of a further layer."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", type=Path, help="config.json of a checkpoint; default: the published sizes")
     parser.add_argument("--layers", type=int, nargs="+", default=[4, 16, 61])
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), help=f"of {', '.join(WAYS)}, or a model.py")
     parser.add_argument("--rounds", type=int, default=3, help="processes a line; the median of each stage is printed")
     parser.add_argument("--json", action="store_true", help="print numbers instead of a table")
     parser.add_argument("--measure", nargs=2, metavar=("WAY", "LAYERS"), help=argparse.SUPPRESS)
@@ -92,6 +100,8 @@ def rows(way: str, depths: list[int], config_file: Path | None, rounds: int) -> 
 
 def measure(way: str, layers: int, config_file: Path | None) -> dict[str, float]:
     """Seconds of each stage in this process, nodes of the float and of the rewritten graph, peak MiB."""
+    if WAYS.get(way, way):
+        gc.disable()  # as frontend/child_main.py does
     times = [time.perf_counter()]
     import torch
 
@@ -101,14 +111,20 @@ def measure(way: str, layers: int, config_file: Path | None) -> dict[str, float]
     from fxquant.policy.policy import load_policy
     from fxquant.tracing import trace
 
+    sys.path.insert(0, str(ROOT / "tests" / "support"))
+    from published_style import style_published
+
+    OPEN.enter_context(style_published())
     times.append(time.perf_counter())
     given = json.loads(config_file.read_text()) if config_file else DeepseekV3Config().model_dump()
     given = {key: value for key, value in given.items() if key != "quantization_config"} | {"num_hidden_layers": layers}
     checkpoint, policy = Checkpoint(Path("benchmark"), given, {}), load_policy(POLICY)
     with torch.device("meta"):
-        model = WAYS[way](parse_config(given, config_file))
+        model = Way(WAYS.get(way, Path(way)), parse_config(given, config_file))
     times.append(time.perf_counter())
-    program = trace(model, checkpoint)
+    model.prove()
+    times.append(time.perf_counter())
+    program = trace(model.traceable(), checkpoint)
     traced = len(program.graph.graph.nodes)
     times.append(time.perf_counter())
     run_passes(program, pipeline(AssignSchemes(policy), Calibrate(policy, checkpoint.read, lambda: [])))

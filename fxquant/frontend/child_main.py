@@ -3,6 +3,7 @@
 python -m fxquant.frontend.child_main MODEL.py ANSWER [CHECKPOINT], where ANSWER is an open file descriptor.
 """
 
+import gc
 import json
 import os
 import sys
@@ -18,6 +19,7 @@ def main(file: Path, answer: int, checkpoint: Path | None) -> None:
     """Trace `file`, and write the program or the error as one line of JSON; its newline shows that it is complete."""
     from fxquant.frontend.build import trace_file  # imports torch: after `end_with`, so that it ends with its parent
 
+    gc.disable()  # it would look at the 180,000 modules of a large model again and again, and the process is short
     own = os.getpid()
     os.set_inheritable(answer, False)  # programs that the file starts must not write to it
     try:

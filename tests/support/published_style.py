@@ -19,7 +19,9 @@ def style_published() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for module in (published, difference):
             patch.setattr(module, "versions", lambda: known)
+        published.forget()
         yield
+    published.forget()
 
 
 def _own() -> Iterator[Version]:

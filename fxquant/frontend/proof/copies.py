@@ -36,8 +36,10 @@ def wide_config(config: DeepseekV3Config) -> DeepseekV3Config:
 
 
 def deep_config(config: DeepseekV3Config) -> DeepseekV3Config:
-    """All layers, narrow."""
-    return _narrow(config).model_copy(update={"hidden_size": 64})
+    """All layers, narrow, for fewer positions: caches of all layers are as long as the context."""
+    original = config.rope_scaling.original_max_position_embeddings if config.rope_scaling else 0
+    positions = min(config.max_position_embeddings, 2 * max(original, LONGEST))
+    return _narrow(config).model_copy(update={"hidden_size": 64, "max_position_embeddings": positions})
 
 
 def _narrow(config: DeepseekV3Config) -> DeepseekV3Config:

@@ -65,12 +65,22 @@ def version_of(module: nn.Module, family: str) -> Version | None:
 
     A forward set on the instance, hooks and parametrizations are no part of any version.
     """
-    if changed(module) is not None:
-        return None
-    code = read(type(module))
+    held: Any = type(module)
+    version = _version_of_class(held, forward_owner_of(held).forward, family)
+    return version if version is not None and changed(module) is None else None
+
+
+@cache  # a model of 671 billion parameters has 180,000 modules of a dozen classes
+def _version_of_class(cls: Any, forward: Any, family: str) -> Version | None:
+    code = _read(cls, forward)
     if code is None or any(value not in ONE_OF.get(name, ()) for name, value in code.constants.items()):
         return None
     return next((each for each in versions() if each.digest == code.digest and each.family == family), None)
+
+
+def forget() -> None:
+    """Ask `versions` again, also of classes that were looked up."""
+    _version_of_class.cache_clear()
 
 
 def nonnegative_bias(model: nn.Module) -> Version | None:
