@@ -1,15 +1,15 @@
 """Edits of the kinds that researchers make, each compiled as edited or refused: none as the plain model.
 
-    python benchmarks/mutation_study.py [--only TEXT] [--checkpoint DIR]
+    python benchmarks/mutation_study.py [--only TEXT] [--checkpoint DIR] [--write]
 
 For each edit: the graph's hash differs from the plain model's, and on other tokens than those of the compiler's own
 proof its logits agree with the file's eager forward (`agrees`), or the compiler refuses, with the first line of why.
+--write puts the table into docs/edits.md.
 """
 
 import argparse
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,6 +35,7 @@ from fxquant.program.program_file import parse_program  # noqa: E402
 from fxquant.program.structural_hash import structural_hash  # noqa: E402
 
 MUTATIONS = ROOT / "benchmarks" / "mutations.yaml"
+PAGE, BEGIN, END = ROOT / "docs" / "edits.md", "<!-- edits -->", "<!-- end of edits -->"
 STYLE = ROOT / "tests" / "model_files" / "deepseek_style.py"
 
 
@@ -87,24 +88,36 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="edits whose base and name have this text")
     parser.add_argument("--checkpoint", type=Path, default=ROOT / "examples" / "tiny_deepseek_v3")
+    parser.add_argument("--write", action="store_true", help="put the table into docs/edits.md")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    lost = count = 0
+    lines = ["| file | edit | outcome |", "|---|---|---|"]
+    print("\n".join(lines))
+    for line in study(options.only, options.checkpoint):
+        print(line, flush=True)
+        lines.append(line)
+    lost = sum("| WRONG" in line for line in lines)
+    counted = f"{len(lines) - 2} edits: {sum('| compiled as' in line for line in lines)} compiled as edited, "
+    counted += f"{sum('| refused' in line for line in lines)} refused, {lost} lost."
+    print(f"\n{counted}")
+    if options.write:
+        before, mark, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
+        table = "\n".join([mark, counted, "", *lines, END])
+        PAGE.write_text(before + table + rest.partition(END)[2], encoding="utf-8")
+    return 1 if lost else 0
+
+
+def study(only: str, checkpoint: Path) -> Iterator[str]:
+    """A row for each edit."""
     with tempfile.TemporaryDirectory() as folder, style_published():
         path = Path(folder) / "model.py"
         path.write_text(STYLE.read_text())
-        plain = structural_hash(parse_program(trace_file(path, options.checkpoint).program, path))
-        print("| base | edit | outcome | s |\n|---|---|---|---|")
+        plain = structural_hash(parse_program(trace_file(path, checkpoint).program, path))
         for base, name, text in edits():
-            if options.only not in f"{base}: {name}":
-                continue
-            path.write_text(text)
-            start = time.monotonic()
-            said = outcome(path, options.checkpoint, plain).replace(f"{folder}/", "").replace("|", "\\|")
-            print(f"| {base} | {name} | {said} | {time.monotonic() - start:.0f} |", flush=True)
-            lost, count = lost + said.startswith("WRONG"), count + 1
-    print(f"\n{count} edits, {lost} lost")
-    return 1 if lost else 0
+            if only in f"{base}: {name}":
+                path.write_text(text)
+                said = outcome(path, checkpoint, plain).replace(f"{folder}/", "").replace("|", "\\|")
+                yield f"| {base} | {name} | {said} |"
 
 
 if __name__ == "__main__":

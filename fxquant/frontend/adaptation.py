@@ -24,7 +24,7 @@ from fxquant.frontend.bridges import (
 from fxquant.frontend.families import Family
 from fxquant.frontend.own.expert_loop import grouped_forward
 from fxquant.frontend.recognition.difference import difference, kin
-from fxquant.frontend.recognition.edited import edited, own_code
+from fxquant.frontend.recognition.edited import edited, is_as_required, own_code
 from fxquant.frontend.recognition.published import Version, is_torch, version_of
 from fxquant.frontend.saved_state import SavedState
 from fxquant.frontend.slot import Slot
@@ -72,7 +72,7 @@ class Adaptation(SavedState):
             return None
         own = self._own(gate)
         self.touch(own)
-        bridge_gate(own)
+        bridge_gate(own, self.family)
         return own
 
     def check_experts(self, moe: nn.Module, experts: Any) -> None:
@@ -116,7 +116,7 @@ class Adaptation(SavedState):
         assert self.family is not None
         version = version_of(module, self.family.versions)
         wanted = self.family.requires.get(version.name, {}) if version else {}
-        return version if all(_has(module, path, value) for path, value in wanted.items()) else None
+        return version if all(is_as_required(module, path, value) for path, value in wanted.items()) else None
 
     def _own(self, module: nn.Module) -> nn.Module:
         """The module with its own forward: children converted and, of a class made of a published one, named as in
@@ -186,13 +186,3 @@ class Adaptation(SavedState):
         parent = fetch(model, holder) if holder else model
         self.touch(parent)
         parent._modules[name] = part
-
-
-def _has(module: nn.Module, path: str, wanted: Any) -> bool:
-    """Whether the attribute at `path` is as a family requires, or not there."""
-    value: Any = module
-    for name in path.split("."):
-        if not hasattr(value, name):
-            return True
-        value = getattr(value, name)
-    return bool(wanted(value)) if callable(wanted) else bool(value == wanted)

@@ -79,15 +79,16 @@ def bridge_own_attention(attention: nn.Module, family: Family, slot: Slot, made_
     attention.forward = forward
 
 
-def bridge_gate(gate: nn.Module) -> None:
+def bridge_gate(gate: nn.Module, family: Family) -> None:
     """A gate whose own forward runs, as our MoE calls it: x [..., H] → ids, weights [..., top_k]."""
     inner = gate.forward
 
     def forward(x: Tensor) -> tuple[Tensor, Tensor]:
-        result = inner(x.flatten(0, -2))
+        result = inner(x.flatten(0, -2) if family.flat_gate else x)
         ids = next(each for each in result if not each.is_floating_point())
         weights = next(each for each in reversed(result) if each.is_floating_point() and each.shape == ids.shape)
-        return ids.unflatten(0, x.shape[:-1]), weights.float().unflatten(0, x.shape[:-1])
+        shape = (*x.shape[:-1], ids.shape[-1])
+        return ids.reshape(shape), weights.float().reshape(shape)
 
     gate.forward = forward
 

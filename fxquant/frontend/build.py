@@ -16,7 +16,8 @@ from fxquant.frontend.gate_bias import check_biases
 from fxquant.frontend.proof.prove import prove
 from fxquant.frontend.recognition.published import nonnegative_bias
 from fxquant.frontend.traced import Traced
-from fxquant.frontend.user_file import UserFile, open_user_file, remedy, where
+from fxquant.frontend.user_file import UserFile, open_user_file
+from fxquant.frontend.user_module import remedy, where
 from fxquant.models import DeepseekV3
 from fxquant.program.program import Program
 from fxquant.program.program_file import dump_program
@@ -49,8 +50,10 @@ def trace_file(path: Path, checkpoint: Path | None = None) -> Traced:
 
 
 def checkpoint_folder(file: UserFile) -> Path:
-    """The checkpoint folder that the file names, relative to the file."""
+    """The checkpoint folder that the file names, relative to the file, or the one that the file lies in."""
     if file.checkpoint is None:
+        if (file.path.parent / "config.json").is_file():
+            return file.path.parent
         raise FxquantError(file.path, "names no CHECKPOINT.", "Set CHECKPOINT in the file or pass --checkpoint DIR.")
     folder = file.path.parent / file.checkpoint
     if not folder.is_dir():

@@ -2,10 +2,8 @@
 
 import ast
 import dataclasses
-import importlib.util
 import inspect
 import sys
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -20,10 +18,10 @@ from fxquant.checkpoint.config import DeepseekV3Config
 from fxquant.errors import FxquantError
 from fxquant.frontend.adaptation import Leaves
 from fxquant.frontend.deepseek_args import hf_to_model_args
-from fxquant.frontend.stubs import accelerator_stubs
+from fxquant.frontend.user_module import CONTRACT, import_file, importable, module_name
 
-CONTRACT = "A model.py defines build_model(config) and may name its CHECKPOINT folder; see docs/model-file.md."
-CUDA = "The file runs on the meta device, without an accelerator: it must not choose a device."
+REMOTE_ROOT = "DeepseekV3ForCausalLM"
+"""The model of a modeling_deepseek.py, as checkpoint folders have it; its `config_class` takes their config."""
 
 
 @dataclass(frozen=True)
@@ -54,19 +52,14 @@ def open_user_file(path: Path) -> Iterator[UserFile]:
 
     Raises FxquantError for a file that cannot be imported or does not meet the contract.
     """
-    folder = str(path.parent.resolve())
-    sys.path.insert(0, folder)
-    try:
+    with importable(path):
         yield _read(path)
-    finally:
-        sys.path.remove(folder)
-        sys.modules.pop(_module_name(path), None)
 
 
 def _read(path: Path) -> UserFile:
     bare = "build_model" not in _top_names(path) and "model" in _top_names(path)
     with torch.device("meta") if bare else nullcontext():  # a model built on import takes no memory there
-        module = _import(path)
+        module = import_file(path)
     build, takes_config = _builder(path, module)
     policy, names = getattr(module, "POLICY", None), getattr(module, "checkpoint_names", None)
     if isinstance(policy, str) and policy.endswith((".yaml", ".yml")):
@@ -95,28 +88,9 @@ def _top_names(path: Path) -> set[str]:
     return names
 
 
-def _module_name(path: Path) -> str:
-    return f"fxquant_user_{path.stem}"
-
-
 def module_of(file: UserFile) -> ModuleType:
     """The module of an open file."""
-    return sys.modules[_module_name(file.path)]
-
-
-def _import(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(_module_name(path), path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look up the module of their annotations here
-    try:
-        with accelerator_stubs(path.parent):
-            spec.loader.exec_module(module)
-    except FxquantError:
-        raise
-    except Exception as error:
-        raise FxquantError(path, f"cannot be imported: {where(error, path)}", remedy(error)) from error
-    return module
+    return sys.modules[module_name(file.path)]
 
 
 def _builder(path: Path, module: ModuleType) -> tuple[Callable[[DeepseekV3Config], nn.Module], bool]:
@@ -125,9 +99,12 @@ def _builder(path: Path, module: ModuleType) -> tuple[Callable[[DeepseekV3Config
         takes_config = bool(inspect.signature(build).parameters)
         return (build if takes_config else lambda config: build()), takes_config
     if isinstance(getattr(module, "model", None), nn.Module):
-        return lambda config: _import(path).model, False
+        return lambda config: import_file(path).model, False
     if hasattr(module, "Transformer") and dataclasses.is_dataclass(getattr(module, "ModelArgs", None)):
         return lambda config: _deepseek_model(module, config), True
+    root = getattr(module, REMOTE_ROOT, None)
+    if isinstance(root, type) and root.__module__ == module.__name__ and hasattr(root, "config_class"):
+        return lambda config: root(root.config_class(**config.model_dump())), True
     raise FxquantError(path, "defines no build_model.", CONTRACT)
 
 
@@ -151,18 +128,3 @@ def _leaves(path: Path, module: ModuleType) -> Leaves:
     if not sound:
         raise FxquantError(path, "LEAVES does not map module classes to adapters.", "See docs/model-file.md, LEAVES.")
     return leaves
-
-
-def where(error: BaseException, path: Path) -> str:
-    """The error in one line, with the user's own line of code where there is one."""
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if Path(frame.filename).resolve() == path.resolve()]
-    line = f" (line {own[-1].lineno}: {own[-1].line})" if own else ""
-    message = str(error).strip().split("\n")[0]
-    return f"{type(error).__name__}: {message}{line}."
-
-
-def remedy(error: BaseException) -> str:
-    """What to do about an error in the user's file."""
-    cuda = "CUDA" in str(error) or "NVIDIA" in str(error)
-    return CUDA if cuda else CONTRACT

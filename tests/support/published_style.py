@@ -1,4 +1,4 @@
-"""tests/model_files/deepseek_style.py as a published version: the structure of DeepSeek's file in words of ours."""
+"""Model files of the tests as published versions: the structure of released files in words of ours."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,11 +24,20 @@ def style_published() -> Iterator[None]:
     published.forget()
 
 
+STYLES = {"deepseek_style.py": "deepseek", "remote_style.py": "remote code"}
+"""File in tests/model_files → its family in versions.json."""
+
+
 def _own() -> Iterator[Version]:
-    with open_user_file(MODEL_FILES / "deepseek_style.py") as file:
-        for name, cls in vars(module_of(file)).items():
-            if isinstance(cls, type) and issubclass(cls, nn.Module):
-                code = read(cls)
-                assert code is not None
-                statements = tuple(statement.digest for statement in code.statements)
-                yield Version("deepseek", name, "tests", code.digest, statements)
+    for name, family in STYLES.items():
+        with open_user_file(MODEL_FILES / name) as file:
+            for cls in vars(module_of(file)).values():
+                if isinstance(cls, type) and issubclass(cls, nn.Module):
+                    yield _version(cls, family)
+
+
+def _version(cls: type[nn.Module], family: str) -> Version:
+    code = read(cls)
+    assert code is not None
+    statements = tuple(statement.digest for statement in code.statements)
+    return Version(family, cls.__name__, "tests", code.digest, statements)

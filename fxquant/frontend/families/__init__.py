@@ -2,10 +2,12 @@
 
 from torch import nn
 
-from fxquant.frontend.families import deepseek, transformers_v4, transformers_v5, transformers_v5_0
+from fxquant.frontend.families import deepseek, remote_code, transformers_v4, transformers_v5, transformers_v5_0
 from fxquant.frontend.families.base import Family
 
-FAMILIES = (transformers_v5.FAMILY, transformers_v5_0.FAMILY, transformers_v4.FAMILY, deepseek.FAMILY)
+FAMILIES = (
+    remote_code.FAMILY, transformers_v5.FAMILY, transformers_v5_0.FAMILY, transformers_v4.FAMILY, deepseek.FAMILY,
+)  # fmt: skip
 
 
 def family_of(model: nn.Module) -> Family | None:

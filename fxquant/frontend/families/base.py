@@ -39,6 +39,7 @@ class Family:
                       says, or a function that is true of such values; an attribute that is not there is one
     rotary            (model, positions int64 [P]) → cos, sin [P, qk_rope_head_dim / 2] of its own table
     prepare           (model, its config): complete a model that its file builds in part, on the device it is on
+    flat_gate         whether a gate is given tokens [N, H], not hidden states [B, S, H]
     own_attention     runs an attention's own forward: (attention, forward, slot, x) → what it returns
     """
 
@@ -61,4 +62,5 @@ class Family:
     requires: Mapping[str, Mapping[str, Any]]
     rotary: Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]]
     prepare: Callable[[nn.Module, DeepseekV3Config], None]
+    flat_gate: bool
     own_attention: Callable[[nn.Module, Callable[..., Any], Slot, Tensor], Any]

@@ -141,5 +141,6 @@ FAMILY = Family(
     requires={"Gate": {"score_func": "sigmoid"}, "MoE": {"experts_start_idx": 0}},
     rotary=rotary,
     prepare=prepare,
+    flat_gate=True,
     own_attention=own_attention,
 )  # fmt: skip

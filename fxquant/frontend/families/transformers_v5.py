@@ -143,5 +143,6 @@ FAMILY = Family(
     requires=REQUIRES,
     rotary=rotary,
     prepare=lambda model, config: None,
+    flat_gate=True,
     own_attention=own_attention,
 )  # fmt: skip

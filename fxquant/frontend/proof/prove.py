@@ -21,7 +21,8 @@ from fxquant.frontend.proof.logits import compare_logits
 from fxquant.frontend.proof.rotary import compare_rotary
 from fxquant.frontend.proof.traced import traced_logits
 from fxquant.frontend.recognition.published import nonnegative_bias
-from fxquant.frontend.user_file import UserFile, where
+from fxquant.frontend.user_file import UserFile
+from fxquant.frontend.user_module import where
 from fxquant.program.program import Program
 from fxquant.tracing import trace
 from fxquant.tracing.calls import outermost_lists
