@@ -9,6 +9,7 @@ proof its logits agree with the file's eager forward (`agrees`), or the compiler
 
 import argparse
 import sys
+import sysconfig
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,7 +62,7 @@ def outcome(path: Path, checkpoint: Path, plain: str) -> str:
     try:
         program = parse_program(trace_file(path, checkpoint).program, path)
     except FxquantError as error:
-        return f"refused: {error.place}: {error.fact}".split("\n")[0][:150]
+        return f"refused: {error.place}: {error.fact}".split("\n")[0]
     if structural_hash(program) == plain:
         return "WRONG: compiled as the plain model"
     error = disagreement(path, checkpoint)
@@ -116,7 +117,10 @@ def study(only: str, checkpoint: Path) -> Iterator[str]:
         for base, name, text in edits():
             if only in f"{base}: {name}":
                 path.write_text(text)
-                said = outcome(path, checkpoint, plain).replace(f"{folder}/", "").replace("|", "\\|")
+                said = outcome(path, checkpoint, plain)
+                for place in (folder, sysconfig.get_path("purelib")):
+                    said = said.replace(f"{place}/", "")
+                said = said.replace("|", "\\|")[:180]
                 yield f"| {base} | {name} | {said} |"
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from fxquant.checkpoint.config import DeepseekV3Config
 from fxquant.errors import FxquantError
 from fxquant.frontend import adapters
-from fxquant.frontend.adapters import Adapter, Attention, MoE
+from fxquant.frontend.adapters import Adapter, Attention, Experts, MoE
 from fxquant.frontend.assemble import fetch, parameter, with_attributes
 from fxquant.frontend.bridges import (
     bridge_attention,
@@ -35,6 +35,8 @@ Leaves = Mapping[type[nn.Module], Adapter]
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn)
 TORCH: dict[type[nn.Module], Adapter] = {nn.Linear: adapters.Linear(), nn.Embedding: adapters.Embedding()}
 """torch's own classes in models of a family."""
+
+GROUPED = "experts run as one grouped operator"
 
 
 class Adaptation(SavedState):
@@ -82,7 +84,7 @@ class Adaptation(SavedState):
             return
         for expert in experts:
             if expert is not None and self._version(expert) is None:
-                raise edited(expert, self.family, "experts run as one grouped operator")
+                raise edited(expert, self.family, GROUPED)
 
     def mark(self, module: nn.Module, kind: Kind) -> nn.Module:
         """Set the kind of `module` and return it."""
@@ -123,6 +125,8 @@ class Adaptation(SavedState):
         the checkpoint, its cache and its loop over experts handed to it in a form that can be traced."""
         made_of = kin(module, self.family.versions) if self.family and own_code(module) else None
         adapter = self.family.adapters.get(made_of.name) if self.family and made_of else None
+        if made_of is not None and self.family is not None and isinstance(adapter, Experts):
+            raise edited(module, self.family, GROUPED, made_of)
         if made_of is not None and self._version(module) is None:
             self.own_forwards.setdefault(type(module).__name__, difference(module, made_of))
         if isinstance(adapter, MoE):

@@ -164,6 +164,16 @@ class MoE:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """The experts of `moe` as one module that holds their stacked weights."""
+
+    moe: MoE
+
+    def __call__(self, module: nn.Module, adaptation: Adaptation) -> nn.Module:
+        return self.moe.routed(module)
+
+
+@dataclass(frozen=True)
 class Attention:
     """Multi-head latent attention, however the module computes it."""
 

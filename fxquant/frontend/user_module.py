@@ -14,6 +14,10 @@ from fxquant.frontend.stubs import accelerator_stubs
 
 CONTRACT = "A model.py defines build_model(config) and may name its CHECKPOINT folder; see docs/model-file.md."
 CUDA = "The file runs on the meta device, without an accelerator: it must not choose a device."
+WEIGHTS = (
+    "Build the model from the config that build_model is given, as DeepseekV3ForCausalLM(DeepseekV3Config(…)): weights "
+    "are read from the checkpoint, tensor by tensor, and none may be loaded here."
+)
 RELEASE = (
     "The file was written for another release of transformers. Remote code of checkpoint folders runs with 4.51 to "
     "4.57: pip install 'transformers<5'. Or compile the checkpoint folder itself: none of its code runs."
@@ -75,6 +79,8 @@ def where(error: BaseException, path: Path) -> str:
 
 def remedy(error: BaseException) -> str:
     """What to do about an error in the user's file."""
+    if any("from_pretrained" in frame.name for frame in traceback.extract_tb(error.__traceback__)):
+        return WEIGHTS
     if isinstance(error, ImportError) and (error.name or "").split(".")[0] == "transformers":
         return RELEASE
     cuda = "CUDA" in str(error) or "NVIDIA" in str(error)

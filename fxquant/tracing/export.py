@@ -146,7 +146,7 @@ def _exported(model: nn.Module, inputs: Inputs) -> ExportedProgram:
     # torch's cache of fake results checks each entry that has a symbolic size: twice the time of computing it anew
     with torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
         exported = torch.export.export(model, inputs.runs[0], dynamic_shapes=inputs.dynamic_shapes, strict=False)
-    return _without_writes(exported, model) if _writes(exported) else exported
+        return _without_writes(exported, model) if _writes(exported) else exported
 
 
 def _writes(exported: ExportedProgram) -> bool:

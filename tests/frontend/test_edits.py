@@ -58,3 +58,35 @@ def test_an_edit_that_no_graph_can_have_is_refused(
     (tmp_path / "model.py").write_text(text.replace(here, there))
     with pytest.raises(FxquantError, match=f"(?s){message}"):
         trace_file(tmp_path / "model.py", tiny_folder())
+
+
+OF_TRANSFORMERS = """
+import transformers
+from torch import nn
+
+
+def build_model(config):
+    {before}
+    return model
+"""
+REFUSED = {
+    "experts by another activation": (
+        "model = transformers.DeepseekV3ForCausalLM(transformers.DeepseekV3Config(**config.model_dump()))\n"
+        "    model.model.layers[-1].mlp.experts.act_fn = nn.GELU()",
+        r"experts run as one grouped operator.*its act_fn is GELU\(",
+    ),
+    "weights of its own": (
+        'model = transformers.AutoModelForCausalLM.from_pretrained("nowhere/at-all", local_files_only=True)',
+        "build_model failed: .*weights are read from the checkpoint",
+    ),
+}
+
+
+@pytest.mark.parametrize(("before", "message"), REFUSED.values(), ids=REFUSED.keys())
+def test_what_a_model_of_transformers_may_not_do(
+    before: str, message: str, tmp_path: Path, tiny_folder: Callable[..., Path]
+) -> None:
+    pytest.importorskip("transformers", minversion="5.13")
+    (tmp_path / "model.py").write_text(OF_TRANSFORMERS.format(before=before))
+    with pytest.raises(FxquantError, match=f"(?s){message}"):
+        trace_file(tmp_path / "model.py", tiny_folder())

@@ -34,9 +34,7 @@ MOE = adapters.MoE(
     topk_group="gate.topk_group", norm_topk_prob="gate.norm_topk_prob",
     routed_scaling_factor="gate.routed_scaling_factor",
 )  # fmt: skip
-EXPERTS: dict[str, adapters.Adapter] = dict.fromkeys(
-    ("DeepseekV3Experts", "DeepseekV3NaiveMoe"), lambda module, adaptation: MOE.routed(module)
-)
+EXPERTS: dict[str, adapters.Adapter] = dict.fromkeys(("DeepseekV3Experts", "DeepseekV3NaiveMoe"), adapters.Experts(MOE))
 """Their name changed with 5.13, their code did not."""
 
 

@@ -20,8 +20,10 @@ def compare_logits(
     """Raise FxquantError if they differ by more than rounding."""
     error, bound = float((expected - traced).abs().max()), rounding_bound(config, expected)
     if not error <= bound:  # not `>`: NaN must fail
-        fact = f"a small copy of {type(model).__name__} gives logits that differ from the traced graph's by {error:.2g}"
-        fact += f" (rounding explains {bound:.2g})."
+        fact = f"a small copy of {type(model).__name__} gives logits that "
+        fact += f"differ from the traced graph's by {error:.2g} (rounding explains {bound:.2g})."
+        if not expected.isfinite().all():
+            fact = f"a small copy of {type(model).__name__} gives logits that are not finite."
         way_out = "Export or an adapter loses something: keep control flow free of sizes and values, and let a class "
         way_out += "in LEAVES compute what its adapter says."
         raise FxquantError(file.path, fact, way_out)
