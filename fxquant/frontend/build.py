@@ -13,7 +13,7 @@ from fxquant.errors import FxquantError
 from fxquant.frontend.adapt import adapted
 from fxquant.frontend.families import FAMILIES, family_of
 from fxquant.frontend.gate_bias import check_biases
-from fxquant.frontend.proof.prove import prove
+from fxquant.frontend.proof.prove import CopyError, prove
 from fxquant.frontend.recognition.published import nonnegative_bias
 from fxquant.frontend.traced import Traced
 from fxquant.frontend.user_file import UserFile, open_user_file
@@ -67,13 +67,26 @@ def build_program(file: UserFile, checkpoint: Checkpoint) -> Built:
     config = parse_config(checkpoint.config, checkpoint.folder / "config.json")
     model = build_model(file, config, "meta")
     family = family_of(model)
-    proof = prove(file, config, lambda small, device: build_model(file, small, device))
+    proof, failed = "", None
+    try:
+        proof = prove(file, config, lambda small, device: build_model(file, small, device))
+    except CopyError as error:
+        failed = error
+    program, own = _traced(file, model, config, checkpoint)  # outside of `except`: it looks at exceptions in flight
+    if failed is not None:
+        fact = "a copy of it with hidden_size 64 and other small sizes fails where it does not: "
+        fact += f"{failed.place}: {failed.fact}"
+        raise FxquantError(file.path, fact, "Take every size from the config that build_model is given.") from failed
+    check_biases(program, checkpoint, nonnegative_bias(model))
+    return Built(program, family.name if family else "fxquant", proof, own)
+
+
+def _traced(file: UserFile, model: nn.Module, config: DeepseekV3Config, checkpoint: Checkpoint) -> tuple[Program, str]:
+    """The float program of the whole model, and the names of its own classes."""
     with adapted(model, config, file.leaves) as root:
         own = ", ".join(vars(root).get("own_classes", ()))
         inputs = file.example_inputs and declared_inputs(root, file.example_inputs, file.dynamic_shapes)
-        program = trace(root, checkpoint, inputs, file.checkpoint_names)
-    check_biases(program, checkpoint, nonnegative_bias(model))
-    return Built(program, family.name if family else "fxquant", proof, own)
+        return trace(root, checkpoint, inputs, file.checkpoint_names), own
 
 
 def build_model(file: UserFile, config: DeepseekV3Config, device: str) -> nn.Module:

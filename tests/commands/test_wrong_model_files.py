@@ -86,10 +86,17 @@ WRONG: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "missing tensor": (
         WITH_MLP.format(
-            init="self.own = own; self.scale = nn.Parameter(torch.empty(256))",
+            init="self.own = own; self.scale = nn.Parameter(torch.empty(next(own.parameters()).shape[-1]))",
             forward="return self.own(x) * self.scale",
         ),
         ("tensor model.layers.0.mlp.", "is missing", "model's parameter names"),
+    ),
+    "a size of its own": (
+        WITH_MLP.format(
+            init="self.own = own; self.scale = nn.Parameter(torch.empty(256))",
+            forward="return self.own(x) * self.scale",
+        ),
+        ("model.py", "a copy of it with hidden_size 64", "layers.0.mlp: Odd", "Take every size from the config"),
     ),
     "a norm left out": (
         LESS,

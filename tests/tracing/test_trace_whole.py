@@ -175,8 +175,6 @@ class AddsInPlace(DecoderLayer):
     ("build", "reason"),
     [
         (of(ScaledByIndex), "no two layers are the same"),
-        (of(InPlace), "a write in one layer may show in another"),
-        (of(InPlaceOnAView), "a write in one layer may show in another"),
         (of(AddsInPlace), "a layer passes on no tensor or several"),
         (shared_module, "a module of a layer that is not its own"),
         (shared_parameter, "a module of a layer that is not its own"),
@@ -197,6 +195,27 @@ def test_layers_that_depend_on_more_are_traced_whole(build: Build, reason: str, 
     assert traces.depths[-1] == LAYERS
     assert len(traces.reasons) == 1 and reason in traces.reasons[0]
     assert isinstance(stamped, Program) and same(stamped, whole)
+
+
+class ScalesCosines(DecoderLayer):
+    """What it writes shows in the layers after it."""
+
+    def forward(self, x: Tensor, cos: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
+        cos.mul_(0.9)
+        return super().forward(x, cos, *rest)
+
+
+class ScalesItsInput(DecoderLayer):
+    def forward(self, x: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
+        x.mul_(0.9)
+        return super().forward(x, *rest)
+
+
+@pytest.mark.parametrize("layer", [InPlace, InPlaceOnAView, ScalesCosines, ScalesItsInput])
+def test_writes_in_place_are_in_the_graph_stamped_or_whole(layer: type[DecoderLayer], traces: Traces) -> None:
+    stamped, whole = traces.both(of(layer))
+    assert isinstance(stamped, Program) and same(stamped, whole)
+    assert (traces.depths[-1] < LAYERS) == (layer is not ScalesCosines)
 
 
 def test_outputs_may_be_in_any_order(traces: Traces) -> None:

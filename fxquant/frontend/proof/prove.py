@@ -34,6 +34,10 @@ SHORT, STEPS, TAIL = 24, 3, 0.7
 EDITED = "Keep control flow free of sizes and values, and let a class in LEAVES compute what its adapter says."
 
 
+class CopyError(FxquantError):
+    """A copy cannot be traced; if the model itself can, sizes are written into its code."""
+
+
 @dataclass(frozen=True)
 class Copy:
     """A model with random weights: its graph, the weights by name, itself, and its config."""
@@ -129,9 +133,12 @@ def traced_copy(file: UserFile, config: DeepseekV3Config, build: Build, tail: fl
             return None
         fact = f"its {type(meta).__name__} cannot be checked: build_model does not take its sizes from config."
         raise FxquantError(file.path, fact, "Use config, so that a small copy can be compared with the graph.")
-    with adapted(meta, config, file.leaves) as root:
-        document = config.model_dump() | {"torch_dtype": "float32"}
-        program = trace(root, Checkpoint(Path("proof"), document, {}))
+    try:
+        with adapted(meta, config, file.leaves) as root:
+            document = config.model_dump() | {"torch_dtype": "float32"}
+            program = trace(root, Checkpoint(Path("proof"), document, {}))
+    except FxquantError as error:
+        raise CopyError(error.place, error.fact, error.remedy) from error
     model = build(config, "cpu").float()
     fill(model, tail)
     nonnegative = nonnegative_bias(model) is not None

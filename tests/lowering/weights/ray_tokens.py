@@ -25,7 +25,7 @@ def main(model: str, out: str, imported: bool) -> None:
     fxquant.compile(model, options)
     print(len(tokens[0]), os.environ.get(MODE), os.environ.get(TOKEN))
     ray = import_module("ray")
-    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
     print(ray.get(ray.remote(lambda: 42).remote()))
     ray.shutdown()
 
