@@ -75,7 +75,7 @@ def configure(folder: Path, place: Place, mtp: bool) -> Settings:
     config = json.loads((folder / "config.json").read_text())
     rope = {"rope_type": "default", "rope_theta": config["rope_theta"]}
     fixed = {"hidden_act": "silu", "topk_method": "noaux_tc", "scoring_func": "sigmoid", "moe_layer_freq": 1}
-    hf = SimpleNamespace(**fixed | config, rope_parameters=rope, tie_word_embeddings=False)
+    hf = SimpleNamespace(**fixed | config | {"rope_parameters": rope, "tie_word_embeddings": False})
     hf.to_dict = lambda: {name: value for name, value in vars(hf).items() if name != "to_dict"}
     model = Settings(
         hf_config=hf, hf_text_config=hf, dtype=getattr(torch, config["torch_dtype"]), use_mla=True, model=str(folder),
