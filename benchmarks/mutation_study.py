@@ -91,6 +91,8 @@ def main() -> int:
     parser.add_argument("--checkpoint", type=Path, default=ROOT / "examples" / "tiny_deepseek_v3")
     parser.add_argument("--write", action="store_true", help="put the table into docs/edits.md")
     options = parser.parse_args()
+    if options.write and options.only:
+        parser.error("--write takes all edits")
     torch.set_num_threads(1)
     lines = ["| file | edit | outcome |", "|---|---|---|"]
     print("\n".join(lines))

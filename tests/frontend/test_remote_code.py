@@ -69,3 +69,13 @@ def test_an_edit_that_no_graph_can_have_is_refused(here: str, there: str, messag
     (folder / "modeling_deepseek.py").write_text(text.replace(here, there))
     with pytest.raises(FxquantError, match=f"(?s){message}"):
         trace_file(folder / "modeling_deepseek.py")
+
+
+def test_the_rotary_table_of_a_late_layer_is_compared(tmp_path: Path, tiny_folder: Callable[..., Path]) -> None:
+    """It is no part of the attention's code, and moves no value of a few tokens by more than rounding may."""
+    folder = Path(shutil.copytree(tiny_folder(num_hidden_layers=4), tmp_path / "model"))
+    given, changed = "config.rope_theta, yarn)", "config.rope_theta * (1.0001 if layer_idx == 3 else 1), yarn)"
+    assert given in STYLE.read_text()
+    (folder / "modeling_deepseek.py").write_text(STYLE.read_text().replace(given, changed))
+    with pytest.raises(FxquantError, match="rotary table differs"):
+        trace_file(folder / "modeling_deepseek.py")

@@ -1,6 +1,6 @@
 """Model family: how one source of DeepSeek-V3 models names and calls its classes."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +37,7 @@ class Family:
     parameters        published class → its name for a parameter or child → the checkpoint's name, where they differ
     requires          published class → dotted path of an attribute → the value with which it computes what its adapter
                       says, or a function that is true of such values; an attribute that is not there is one
-    rotary            (model, positions int64 [P]) → cos, sin [P, qk_rope_head_dim / 2] of its own table
+    rotary            (model, positions int64 [P]) → cos, sin [P, qk_rope_head_dim / 2] of each of its own tables
     prepare           (model, its config): complete a model that its file builds in part, on the device it is on
     flat_gate         whether a gate is given tokens [N, H], not hidden states [B, S, H]
     own_attention     runs an attention's own forward: (attention, forward, slot, x) → what it returns
@@ -60,7 +60,7 @@ class Family:
     kinds: Mapping[str, Kind]
     parameters: Mapping[str, Mapping[str, str]]
     requires: Mapping[str, Mapping[str, Any]]
-    rotary: Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]]
+    rotary: Callable[[nn.Module, Tensor], Iterator[tuple[Tensor, Tensor]]]
     prepare: Callable[[nn.Module, DeepseekV3Config], None]
     flat_gate: bool
     own_attention: Callable[[nn.Module, Callable[..., Any], Slot, Tensor], Any]

@@ -1,7 +1,7 @@
 """DeepSeek's own inference code: `Transformer` of `Block`s, attention naive or absorbed, linears in bf16 or FP8."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
@@ -70,11 +70,11 @@ def recognises(model: nn.Module) -> bool:
     return parts and "start_pos" in inspect.signature(inspect.unwrap(type(model).forward)).parameters
 
 
-def rotary(model: nn.Module, positions: Tensor) -> tuple[Tensor, Tensor]:
+def rotary(model: nn.Module, positions: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """The rows of its complex table, as many as it has."""
     table = cast("Tensor", model.freqs_cis)
     held = table[positions[positions < len(table)]]
-    return held.real, held.imag
+    yield held.real, held.imag
 
 
 def prepare(model: nn.Module, config: DeepseekV3Config) -> None:

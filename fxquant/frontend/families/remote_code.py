@@ -1,6 +1,6 @@
 """modeling_deepseek.py of checkpoint folders: the `DeepseekV3ForCausalLM` that transformers 4 runs as remote code."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -57,11 +57,11 @@ def _cache() -> Any:
     return UsableCache
 
 
-def rotary(model: nn.Module, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows of the first layer's table, the first half of each."""
-    embedding = model.model.layers[0].self_attn.rotary_emb  # type: ignore[union-attr,index]
-    cos, sin = embedding(torch.zeros(1), seq_len=int(positions.max()) + 1)
-    return cos[positions].chunk(2, -1)[0], sin[positions].chunk(2, -1)[0]
+def rotary(model: nn.Module, positions: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """The rows of each layer's table, the first half of each."""
+    for layer in model.model.layers:  # type: ignore[union-attr]
+        cos, sin = layer.self_attn.rotary_emb(torch.zeros(1), seq_len=int(positions.max()) + 1)
+        yield cos[positions].chunk(2, -1)[0], sin[positions].chunk(2, -1)[0]
 
 
 def own_attention(attention: nn.Module, forward: Callable[..., Any], slot: Slot, x: Tensor) -> Any:

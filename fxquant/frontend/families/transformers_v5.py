@@ -1,7 +1,7 @@
 """transformers 5.13 and later: `DeepseekV3ForCausalLM` whose experts are two 3-D parameters, and whose gate chooses."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -57,10 +57,10 @@ def call_root(
     return forward(input_ids=ids, position_ids=positions, use_cache=False).logits
 
 
-def rotary(model: nn.Module, positions: Tensor) -> tuple[Tensor, Tensor]:
+def rotary(model: nn.Module, positions: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """What its rotary module gives for these positions, the first half of each row."""
     cos, sin = model.model.rotary_emb(torch.zeros(1), positions[None])  # type: ignore[union-attr,operator]
-    return cos[0].chunk(2, -1)[0], sin[0].chunk(2, -1)[0]
+    yield cos[0].chunk(2, -1)[0], sin[0].chunk(2, -1)[0]
 
 
 def config_of(model: nn.Module, config: DeepseekV3Config) -> DeepseekV3Config:

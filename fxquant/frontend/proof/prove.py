@@ -91,6 +91,7 @@ def _deep(file: UserFile, config: DeepseekV3Config, build: Build) -> list[str]:
     longest = max([SHORT, *(number + 9 for number in numbers(deep.model))])
     longest = min(longest, deep.config.max_position_embeddings - STEPS)
     given = tokens(deep.config.vocab_size, (longest, longest - 7), STEPS)
+    compare_rotary(file, deep.model, deep.config, deep.config.max_position_embeddings)  # of every layer that has one
     path, layers = stack
     with layer_outputs(layers, 1 + STEPS) as seen:
         logits = _eager(file, deep.model, given)

@@ -1,7 +1,7 @@
 """Rotary tables: the model's own, at near and far positions, against those of the graph."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fxquant import ops
 from fxquant.checkpoint.config import DeepseekV3Config
@@ -14,21 +14,24 @@ POSITIONS = (0, 1, 2, 63, 1000, 4095, 4096, 4097, 16383, 65535, 163839)
 REMEDY = "The model makes its own angles: keep its rotary settings those of config.json, or change both."
 
 
-def compare_rotary(file: UserFile, model: nn.Module, config: DeepseekV3Config) -> None:
-    """Raise FxquantError where cosines or sines differ by more than the rounding of the angle, position · 2⁻²²."""
+def compare_rotary(file: UserFile, model: nn.Module, config: DeepseekV3Config, below: int = POSITIONS[-1] + 1) -> None:
+    """Raise FxquantError where cosines or sines of a table differ at a position below `below` by more than the rounding
+    of the angle, position · 2⁻²²."""
     family = family_of(model)
     if family is None:
         return
-    positions = torch.tensor(POSITIONS)
-    cos, sin = family.rotary(model, positions)
-    positions = positions[: len(cos)]
-    scale = rotary.attention_factor(config)
-    ours_cos, ours_sin = ops.rope_table(positions[None], rotary.frequencies(config), scale)
-    width = cos.shape[-1]
-    for theirs, ours in ((cos, ours_cos[0, :, :width]), (sin, ours_sin[0, :, :width])):
-        error = (theirs.float() - ours).abs().amax(-1)
-        wrong = (error > (positions + 16) * 2.0**-22).nonzero()
-        if len(wrong):
-            place = int(wrong[0])
-            fact = f"its rotary table differs from that of config.json by {float(error[place]):.2g} "
-            raise FxquantError(file.path, f"{fact}at position {int(positions[place])}.", REMEDY)
+    positions = torch.tensor([position for position in POSITIONS if position < below])
+    tables = ops.rope_table(positions[None], rotary.frequencies(config), rotary.attention_factor(config))
+    ours = [table[0] for table in tables]
+    for table in family.rotary(model, positions):
+        for theirs, expected in zip(table, ours, strict=True):
+            _compare(file, theirs.float(), expected[: len(theirs), : theirs.shape[-1]], positions)
+
+
+def _compare(file: UserFile, theirs: Tensor, ours: Tensor, positions: Tensor) -> None:
+    error = (theirs - ours).abs().amax(-1)
+    wrong = (error > (positions[: len(error)] + 16) * 2.0**-22).nonzero()
+    if len(wrong):
+        place = int(wrong[0])
+        fact = f"its rotary table differs from that of config.json by {float(error[place]):.2g} "
+        raise FxquantError(file.path, f"{fact}at position {int(positions[place])}.", REMEDY)
