@@ -54,12 +54,14 @@ def test_refused_at_any_operation_it_is_one_error_and_the_same_command_completes
 ) -> None:
     """Work folders are probed, discarded, made and marked, files reserved, filled and synced, names given."""
     names = ALL if every else OPERATIONS
-    begun(case, tmp_path / "steps" / "out")
+    out = tmp_path / "work" / "out"
+    begun(case, out)
+    shutil.copytree(out.parent, tmp_path / "begun")
     with watched(lambda number, name: None, names) as done:
-        restarted(case, tmp_path / "steps" / "out")
+        restarted(case, out)
     for at in range(len(done)) if every else selected(done):
-        out = tmp_path / f"{at}" / "out"
-        begun(case, out)
+        shutil.rmtree(out.parent)
+        shutil.copytree(tmp_path / "begun", out.parent)
         try:
             with watched(raising_at(at, system(code)), names):
                 restarted(case, out)
@@ -75,7 +77,6 @@ def test_refused_at_any_operation_it_is_one_error_and_the_same_command_completes
         else:
             written(case[0], out)
         assert same_files(out, case[1]) and [path.name for path in out.parent.iterdir()] == ["out"], (at, done[at])
-        shutil.rmtree(out.parent)
 
 
 # before there is work
