@@ -11,6 +11,7 @@ from typing import cast
 from torch import nn
 
 from fxquant.checkpoint.config import DeepseekV3Config
+from fxquant.errors import FxquantError
 from fxquant.frontend.adaptation import Adaptation, Leaves
 from fxquant.frontend.assemble import assemble, fetch
 from fxquant.frontend.bridges import bridge_own_layer
@@ -68,6 +69,10 @@ def _parts(model: nn.Module, adaptation: Adaptation, family: Family) -> dict[str
     embed, stack, norm, head = (
         fetch(model, family.parts[name]) for name in ("embed_tokens", "layers", "norm", "lm_head")
     )
+    twice = next((index for index, layer in enumerate(stack) if layer in list(stack)[:index]), None)
+    if twice is not None:
+        fact = f"layer {twice} is the same module as layer {list(stack).index(stack[twice])}."
+        raise FxquantError(type(model).__name__, fact, "A checkpoint has weights for each: build a module for each.")
     converted = adaptation.convert(head)
     if isinstance(converted, layers.Linear):
         converted = assemble(Head, weight=converted.weight, bias=converted.bias)

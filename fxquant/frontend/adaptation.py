@@ -23,6 +23,7 @@ from fxquant.frontend.bridges import (
 )
 from fxquant.frontend.families import Family
 from fxquant.frontend.own.expert_loop import grouped_forward
+from fxquant.frontend.own.plain_experts import is_plain_linear, members, not_plain
 from fxquant.frontend.recognition.difference import difference, kin
 from fxquant.frontend.recognition.edited import edited, is_as_required, own_code
 from fxquant.frontend.recognition.published import Version, is_torch, version_of
@@ -47,6 +48,7 @@ class Adaptation(SavedState):
         self.family, self.leaves, self.config, self.slot = family, leaves, config, Slot()
         self.own_forwards: dict[str, str] = {}
         self._converted: dict[int, nn.Module] = {}
+        self._experts: dict[int, tuple[nn.Module, str]] = {}
 
     def convert(self, module: nn.Module) -> nn.Module:
         """The replacement of `module`: what its adapter returns, or the module itself with its children converted."""
@@ -78,13 +80,29 @@ class Adaptation(SavedState):
         return own
 
     def check_experts(self, moe: nn.Module, experts: Any) -> None:
-        """Raise FxquantError unless each member of a list of experts is a published one, or `moe` is in LEAVES."""
-        declared = {type(moe), forward_owner(moe)} & self.leaves.keys()
-        if self.family is None or declared or not isinstance(experts, nn.ModuleList):
-            return
-        for expert in experts:
-            if expert is not None and self._version(expert) is None:
-                raise edited(expert, self.family, GROUPED)
+        """Raise FxquantError unless every expert is there once and, but for a `moe` in LEAVES, is a published one."""
+        declared = self.family is None or bool({type(moe), forward_owner(moe)} & self.leaves.keys())
+        for name, expert in members(experts):
+            if expert is None:
+                fact = f"{name} is None: only a part of the experts is here."
+                raise FxquantError(type(moe).__name__, fact, "Build all of them, as on a single rank.")
+            holder, first = self._experts.setdefault(id(expert), (moe, name))
+            if (holder, first) != (moe, name):
+                fact = f"{name} is the same module as {first}" + ("." if holder is moe else " of an earlier layer.")
+                way_out = (
+                    "A checkpoint has weights for each: build one module each, and copy weights in the checkpoint."
+                )
+                raise FxquantError(type(moe).__name__, fact, way_out)
+            if not declared and isinstance(experts, nn.ModuleList):
+                self._check_expert(expert)
+
+    def _check_expert(self, expert: nn.Module) -> None:
+        assert self.family is not None
+        if self._version(expert) is None:
+            raise edited(expert, self.family, GROUPED)
+        reason = not_plain(expert)
+        if reason:
+            raise edited(expert, self.family, GROUPED, differs=f"    {reason}")
 
     def mark(self, module: nn.Module, kind: Kind) -> nn.Module:
         """Set the kind of `module` and return it."""
@@ -111,7 +129,10 @@ class Adaptation(SavedState):
             return declared
         torch_own = next((adapter for cls, adapter in TORCH.items() if is_torch(module, cls)), None)
         version = self._version(module)
-        return torch_own or (self.family.adapters.get(version.name) if version else None)
+        adapter = self.family.adapters.get(version.name) if version else None
+        if isinstance(adapter, Attention) and not is_plain_linear(fetch(module, adapter.kv_b_proj)):
+            adapter = None  # the absorbed form reads its weight, ours calls it
+        return torch_own or adapter
 
     def _version(self, module: nn.Module) -> Version | None:
         """The published version that `module` is, with attributes as published."""

@@ -200,7 +200,7 @@ class Attention:
         config = adaptation.config
         sizes = ("num_attention_heads", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
         own: dict[str, Any] = {name: _size(module, getattr(self, name), getattr(config, name)) for name in sizes}
-        own["q_lora_rank"] = len(fetch(parts["q_a_layernorm"], "weight")) if low_rank else None
+        own["q_lora_rank"] = len(fetch(parts["q_a_proj"], "weight")) if low_rank else None
         scale = _size(module, self.softmax_scale, config.softmax_scale)
         return assemble(models.MLA, config=config.model_copy(update=own), softmax_scale=float(scale), **parts)
 

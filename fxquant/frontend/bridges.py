@@ -23,7 +23,7 @@ def bridge_layer(layer: nn.Module, family: Family, slot: Slot, path: str) -> Non
 
     def forward(x: Tensor, cos: Tensor, sin: Tensor, attention_mask: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
         slot.cos, slot.sin, slot.attention_mask, slot.past, slot.present = cos, sin, attention_mask, past, None
-        x = family.call_layer(inner, x, (cos, sin))
+        x = family.call_layer(inner, x, (cos, sin), past)
         if slot.present is None:  # no adapted attention ran in this layer
             attention = layer._modules.get("self_attn")
             place = f"{path}.self_attn" if attention is not None else path

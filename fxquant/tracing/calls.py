@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -65,6 +66,28 @@ class Log:
     @property
     def functions(self) -> list[Any]:
         return [call.function for call in self.calls]
+
+
+def first_difference(one: Log, other: Log) -> str | None:
+    """The module of the first call that is of another function or is given other numbers with a fraction, which sizes
+    are not; None if there is none."""
+    for call, another in zip(one.calls, other.calls, strict=False):
+        if call.function != another.function or _fractions(call.arguments) != _fractions(another.arguments):
+            return _innermost_of_both(call.module, another.module)
+    return None if len(one.calls) == len(other.calls) else max(one.calls, other.calls, key=len)[-1].module
+
+
+def _innermost_of_both(one: str, other: str) -> str:
+    """The path of the innermost module that has both: what one run has and the other has not lies there."""
+    pairs = zip(one.split("."), other.split("."), strict=False)
+    return ".".join(name for name, _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+def _fractions(plain: Any) -> list[Any]:
+    """The floats among recorded arguments."""
+    if not isinstance(plain, tuple):
+        return []
+    return [plain] if plain[:1] == (float,) else [each for item in plain for each in _fractions(item)]
 
 
 class Recorder(TorchFunctionMode):

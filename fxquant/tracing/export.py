@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._dynamo.exc import UserError
+from torch._ops import HigherOrderOperator
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 
@@ -20,7 +22,7 @@ from fxquant.program.graph import ProgramGraph
 from fxquant.program.node_names import name_nodes
 from fxquant.program.program import Program
 from fxquant.tracing.annotate import annotate, name_modules
-from fxquant.tracing.calls import Log, Recorder, model_state, outermost_lists
+from fxquant.tracing.calls import Log, Recorder, first_difference, model_state, outermost_lists
 from fxquant.tracing.canonical import canonicalize, order_parameters
 from fxquant.tracing.inputs import Inputs, check_dynamic, standard_inputs
 from fxquant.tracing.layers import NotRepeatedError, confirm, plan_layers, shortened, split
@@ -49,7 +51,7 @@ def _traced(model: nn.Module, checkpoint: Checkpoint, inputs: Inputs | None, che
     with _traceable(model):
         logs = _runs(model, given)
     # declared inputs have a cache for each layer, so they fit only the full depth
-    graph = (None if inputs else _stamped(model, logs)) or _whole(model, given)
+    graph = (None if inputs else _stamped(model, logs)) or _whole(model, given, logs)
     check_dynamic(graph)
     order_parameters(graph)
     annotate(graph, model)
@@ -84,8 +86,14 @@ def _runs(model: nn.Module, inputs: Inputs) -> list[Log]:
     for arguments in inputs.runs:
         logs.append(_run(recorder, model, arguments))
         if logs[-1].functions != logs[0].functions:
-            raise ValueError("it takes a different path for a single token, an empty cache or long inputs")
+            raise _depends(model, logs[-2:], "takes a different path for a single token, an empty cache or long inputs")
     return logs
+
+
+def _depends(model: nn.Module, logs: list[Log], what: str) -> FxquantError:
+    """The error for the first module that computes something else in another run."""
+    path = next(filter(None, (first_difference(logs[0], log) for log in logs[1:])), "")
+    return undeclared(path, model.get_submodule(path), what)
 
 
 def _run(recorder: Recorder, model: nn.Module, arguments: tuple[Any, ...]) -> Log:
@@ -135,9 +143,14 @@ def _from_representatives(model: nn.Module, logs: list[Log]) -> fx.Graph:
     return stamp(graph, plan)
 
 
-def _whole(model: nn.Module, inputs: Inputs) -> fx.Graph:
+def _whole(model: nn.Module, inputs: Inputs, logs: list[Log]) -> fx.Graph:
     with _traceable(model):
-        exported = _exported(model, inputs)
+        try:
+            exported = _exported(model, inputs)
+        except UserError as error:
+            if not str(error).startswith("Constraints violated"):
+                raise
+            raise _depends(model, logs, "computes with other numbers for a single token or long inputs") from error
     return _graph(exported, model)
 
 
@@ -169,6 +182,10 @@ def _without_writes(exported: ExportedProgram, model: nn.Module) -> ExportedProg
 def _graph(exported: ExportedProgram, model: nn.Module) -> fx.Graph:
     """The exported graph in the dialect, with a parameter as a `get_attr` node whose target is its path."""
     graph = exported.graph
+    regions = sorted({str(node.target) for node in graph.nodes if isinstance(node.target, HigherOrderOperator)})
+    if regions:
+        fact = f"its forward has a region of its own, {', '.join(regions)}: torch.autocast, no_grad or a control flow."
+        raise FxquantError(type(model).__name__, fact, "Compute without it: cast where you want another dtype.")
     graph.owning_module = None  # its parameters have other names
     specs = {spec.arg.name: spec for spec in exported.graph_signature.input_specs}
     state = model_state(model)

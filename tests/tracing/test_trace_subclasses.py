@@ -208,7 +208,7 @@ class Raises(DecoderLayer):
 
 @pytest.mark.parametrize("layer", [DataDependent, ByLength, ByPrefill, ByDecode])
 def test_control_flow_is_refused(checkpoint: Checkpoint, layer: type[DecoderLayer]) -> None:
-    with pytest.raises(FxquantError, match=r"cannot be traced: .* control flow free of tensor values"):
+    with pytest.raises(FxquantError, match=r"control flow free of tensor values"):
         traced(checkpoint, layer)
 
 

@@ -25,7 +25,7 @@ class Family:
     layer_children    a layer's name for a child → the checkpoint's name, where they differ
     adapters          class that defines a forward → its adapter
     attention_input   keyword with which a layer passes its hidden states to attention
-    call_layer        (forward of a layer, hidden states, (cos, sin)) → hidden states
+    call_layer        (forward of a layer, hidden states, (cos, sin), past [B, …, latent]) → hidden states
     attention_result  output of our attention → what the layer expects its attention to return
     step              (model, ids int64 [1, S], state) → logits [1, vocabulary] of the last position, state; the model's
                       own forward with its own cache
@@ -50,7 +50,7 @@ class Family:
     layer_children: Mapping[str, str]
     adapters: Mapping[str, Adapter]
     attention_input: str
-    call_layer: Callable[[Callable[..., Any], Tensor, tuple[Tensor, Tensor]], Tensor]
+    call_layer: Callable[[Callable[..., Any], Tensor, tuple[Tensor, Tensor], Tensor], Tensor]
     attention_result: Callable[[Tensor], Any]
     step: Callable[[nn.Module, Tensor, State], tuple[Tensor, State]]
     config: Callable[[nn.Module, DeepseekV3Config], DeepseekV3Config]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fxquant.checkpoint.config import DeepseekV3Config
+from fxquant.errors import FxquantError
 from fxquant.frontend import adapters
 from fxquant.frontend.families.base import Family, State
 from fxquant.frontend.own.latent_cache import BufferCache
@@ -17,10 +18,12 @@ from fxquant.frontend.recognition.published import version_of
 from fxquant.frontend.slot import Slot
 from fxquant.policy.kinds import Kind
 
+CACHES = ("kv_cache", "pe_cache", "k_cache", "v_cache")
 
-def call_layer(forward: Callable[..., Any], x: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
-    """A block takes (x, start_pos, freqs_cis, mask), of which only its attention reads the last three."""
-    return forward(x, 0, None, None)
+
+def call_layer(forward: Callable[..., Any], x: Tensor, rotary: tuple[Tensor, Tensor], past: Tensor) -> Tensor:
+    """A block takes (x, start_pos, freqs_cis, mask), of which only its attention reads the last two."""
+    return forward(x, past.shape[1], None, None)
 
 
 def step(model: nn.Module, ids: Tensor, state: State) -> tuple[Tensor, State]:
@@ -78,13 +81,28 @@ def rotary(model: nn.Module, positions: Tensor) -> Iterator[tuple[Tensor, Tensor
 
 
 def prepare(model: nn.Module, config: DeepseekV3Config) -> None:
-    """Give each published gate the correction bias that every DeepSeek-V3 has; the file makes it at width 7168 only."""
+    """Give each published gate the correction bias that every DeepSeek-V3 has; the file makes it at width 7168 only.
+
+    Raises FxquantError for a cache of a dtype of its own: that of the graph is the model's.
+    """
+    for attention in model.modules():
+        _check_caches(attention, str(config.model_dump().get("torch_dtype")))
     for gate in model.modules():
         if getattr(gate, "bias", 0) is None and getattr(version_of(gate, "deepseek"), "name", "") == "Gate":
             weight = cast("Tensor", gate.weight)
             bias = torch.zeros(weight.shape[0], dtype=torch.float32, device=weight.device)
             vars(gate).pop("bias", None)
             gate.register_parameter("bias", nn.Parameter(bias, requires_grad=False))
+
+
+def _check_caches(attention: nn.Module, stored: str) -> None:
+    floats = {tensor.dtype for tensor in attention.parameters() if tensor.element_size() > 1}
+    for name in CACHES:
+        cache = attention._buffers.get(name)
+        if cache is not None and cache.dtype not in floats and str(cache.dtype).removeprefix("torch.") != stored:
+            fact = f"its {name} is {cache.dtype}, its weights {', '.join(sorted(map(str, floats)))}."
+            way_out = "The graph keeps latents in the dtype of the model: leave out the dtype, or give it the model's."
+            raise FxquantError(type(attention).__name__, fact, way_out)
 
 
 LINEAR_NAMES = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}

@@ -19,7 +19,7 @@ def recognises(model: nn.Module) -> bool:
     return any({"rotary_emb", "kv_a_proj_with_mqa"} <= module._modules.keys() for module in model.modules())
 
 
-def call_layer(forward: Callable[..., Any], x: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
+def call_layer(forward: Callable[..., Any], x: Tensor, rotary: tuple[Tensor, Tensor], past: Tensor) -> Tensor:
     """A layer returns a tuple; its attention makes cosines and sines itself."""
     return forward(x, attention_mask=None, position_ids=None)[0]
 

@@ -38,9 +38,9 @@ EXPERTS: dict[str, adapters.Adapter] = dict.fromkeys(("DeepseekV3Experts", "Deep
 """Their name changed with 5.13, their code did not."""
 
 
-def call_layer(forward: Callable[..., Any], x: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
+def call_layer(forward: Callable[..., Any], x: Tensor, rotary: tuple[Tensor, Tensor], past: Tensor) -> Tensor:
     """A layer returns its hidden states, alone or first in a tuple."""
-    result = forward(x, attention_mask=None, position_embeddings=position_embeddings)
+    result = forward(x, attention_mask=None, position_embeddings=rotary)
     return result[0] if isinstance(result, tuple) else result
 
 

@@ -9,7 +9,6 @@ the forward as it is written.
 """
 
 import ast
-import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import FunctionType, MethodType
@@ -18,6 +17,7 @@ from typing import Any
 from torch import nn
 
 from fxquant.frontend.own.source import compiled, syntax_tree
+from fxquant.frontend.recognition.source_code import unwrapped
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def grouped_forward(module: nn.Module) -> tuple[Callable[..., Any], str] | None:
     None if the forward, or a method that it calls, has no such loop. The call is `self.<experts>(x, indices, weights)`.
     """
     for name in _methods(module):
-        function = inspect.unwrap(getattr(type(module), name))
+        function = unwrapped(getattr(type(module), name))
         tree = syntax_tree(function)
         loop = find_loop(tree, {key for key, held in module._modules.items() if isinstance(held, nn.ModuleList)})
         if loop is not None:

@@ -4,7 +4,6 @@ The model's own forward runs, with its layers bridged and its parts under the ch
 """
 
 import ast
-import inspect
 from collections.abc import Callable
 from types import MethodType
 from typing import Any
@@ -15,6 +14,7 @@ from fxquant import ops
 from fxquant.checkpoint.config import DeepseekV3Config
 from fxquant.frontend.assemble import assemble
 from fxquant.frontend.own.source import compiled, syntax_tree
+from fxquant.frontend.recognition.source_code import unwrapped
 from fxquant.frontend.slot import Slot
 from fxquant.models import rotary
 
@@ -73,7 +73,7 @@ def own_root(
 def every_position(model: nn.Module) -> Callable[..., Any]:
     """The forward of `model` for the logits of every position: without `[:, -1]` and without a causal mask of its own,
     which layers are not passed."""
-    function = inspect.unwrap(type(model).forward)
+    function = unwrapped(type(model).forward)
     tree = _EveryPosition().visit(syntax_tree(function))
     return MethodType(compiled(tree, function), model)
 

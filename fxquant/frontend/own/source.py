@@ -9,7 +9,7 @@ from typing import Any
 
 def syntax_tree(function: Any) -> ast.FunctionDef:
     """The function without decorators, numbered as in its file. Raises OSError or TypeError without a source."""
-    lines, first = inspect.getsourcelines(function)
+    lines, first = inspect.getsourcelines(function.__code__)  # of the function itself, not of what it wraps
     tree = ast.parse(textwrap.dedent("".join(lines))).body[0]
     if not isinstance(tree, ast.FunctionDef):
         raise TypeError("not a function")

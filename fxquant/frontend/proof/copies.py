@@ -1,8 +1,5 @@
 """Copies of a model that run in a second: their configs, tokens and weights."""
 
-import ast
-import inspect
-import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -10,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fxquant.checkpoint.config import DeepseekV3Config
+from fxquant.frontend.proof.numbers import numbers_of
 from fxquant.frontend.recognition.edited import own_code
 from fxquant.frontend.recognition.published import is_published
 from fxquant.models.layers import Gate, RoutedExperts
@@ -30,9 +28,17 @@ class Tokens:
 
 
 def wide_config(config: DeepseekV3Config) -> DeepseekV3Config:
-    """Two layers: hidden_size, groups, the presence of a low rank and rotary scaling stay."""
-    dense = min(config.first_k_dense_replace, 1)
-    return _narrow(config).model_copy(update={"num_hidden_layers": 2, "first_k_dense_replace": dense})
+    """Two layers: hidden_size, heads, experts, groups, the presence of a low rank and rotary scaling stay. The more
+    heads or experts there are, the narrower they are."""
+    heads, experts = config.num_attention_heads, config.n_routed_experts
+    return _narrow(config).model_copy(
+        update={
+            "num_hidden_layers": 2, "first_k_dense_replace": min(config.first_k_dense_replace, 1),
+            "num_attention_heads": heads, "v_head_dim": max(4, min(12, 128 // heads)),
+            "n_routed_experts": experts, "num_experts_per_tok": config.num_experts_per_tok,
+            "moe_intermediate_size": max(4, min(32, 1024 // max(experts, 1))),
+        }
+    )  # fmt: skip
 
 
 def deep_config(config: DeepseekV3Config) -> DeepseekV3Config:
@@ -63,17 +69,16 @@ def tokens(vocab_size: int, lengths: tuple[int, ...], steps: int) -> Tokens:
     return Tokens(ids, lengths, steps)
 
 
+def every_expert(config: DeepseekV3Config) -> int:
+    """Tokens of a prompt of which each expert is given some eight."""
+    return 8 * config.n_routed_experts // max(config.num_experts_per_tok, 1) + 8
+
+
 def numbers(model: nn.Module) -> set[int]:
     """Whole numbers that may be lengths: in the classes of `model` that are neither published, torch's nor ours, and in
     what their modules hold."""
     own = [module for module in model.modules() if own_code(module) and not is_published(module)]
-    found: set[int] = set()
-    for cls in {type(module) for module in own}:
-        try:
-            tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
-        except (OSError, TypeError, SyntaxError):
-            continue
-        found |= {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and type(node.value) is int}
+    found = {value for cls in {type(module) for module in own} for value in numbers_of(cls)}
     for module in own:
         found |= {value for value in vars(module).values() if type(value) is int}
     return {number for number in found if 0 < number <= LONGEST}

@@ -1,8 +1,9 @@
 """Proof of a traced model: see the package."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from fxquant.errors import FxquantError
 from fxquant.frontend.adapt import adapted
 from fxquant.frontend.assemble import fetch
 from fxquant.frontend.families import family_of
-from fxquant.frontend.proof.copies import deep_config, fill, named_tensors, numbers, tokens, wide_config
+from fxquant.frontend.proof.copies import deep_config, every_expert, fill, named_tensors, numbers, tokens, wide_config
 from fxquant.frontend.proof.eager import eager_logits, layer_outputs
 from fxquant.frontend.proof.layers import Expected, compare_layers, complete
 from fxquant.frontend.proof.logits import compare_logits
@@ -64,12 +65,20 @@ def _proven(file: UserFile, config: DeepseekV3Config, build: Build) -> str:
     wide = traced_copy(file, wide_config(config) if file.takes_config else config, build)
     if wide is None:
         return ""
-    short = tokens(wide.config.vocab_size, (7, 4), STEPS)
     compare_rotary(file, wide.model, wide.config)
-    logits = traced_logits(wide.program, wide.tensors, short)
-    compare_logits(file, wide.model, _eager(file, wide.model, short), logits, wide.config)
-    compared = f"logits of {wide.config.num_hidden_layers} layers, {short.lengths[0]} tokens"
-    return ", ".join([compared, *_deep(file, config, build)]) if file.takes_config else compared
+    if not file.takes_config:
+        return _logits(file, wide)
+    longest = every_expert(wide.config)
+    _hold(file, wide, longest, ((),), f"a copy of two layers and all experts, {longest} tokens,")
+    return ", ".join([_logits(file, wide), *_deep(file, config, build)])
+
+
+def _logits(file: UserFile, copy: Copy) -> str:
+    """Those of a short prompt and some steps."""
+    short = tokens(copy.config.vocab_size, (7, 4), STEPS)
+    logits = traced_logits(copy.program, copy.tensors, short)
+    compare_logits(file, copy.model, _eager(file, copy.model, short), logits, copy.config)
+    return f"logits of {copy.config.num_hidden_layers} layers, {short.lengths[0]} tokens"
 
 
 @contextmanager
@@ -85,28 +94,35 @@ def one_thread() -> Iterator[None]:
 
 def _deep(file: UserFile, config: DeepseekV3Config, build: Build) -> list[str]:
     deep = traced_copy(file, deep_config(config), build, TAIL)
-    stack = _layers(deep.model, deep.config) if deep else None
-    if deep is None or stack is None:
+    if deep is None:
         return []
+    compare_rotary(file, deep.model, deep.config)  # of every layer that has one
     longest = max([SHORT, *(number + 9 for number in numbers(deep.model))])
     longest = min(longest, deep.config.max_position_embeddings - STEPS)
-    given = tokens(deep.config.vocab_size, (longest, longest - 7), STEPS)
-    compare_rotary(file, deep.model, deep.config, deep.config.max_position_embeddings)  # of every layer that has one
+    held = _hold(file, deep, longest, ((), (longest // 3, longest - 2)), f"a narrow copy of {longest} tokens")
+    return held and [f"{held[0]}, {longest} tokens, {STEPS} steps"]
+
+
+def _hold(file: UserFile, copy: Copy, longest: int, cuts: Sequence[Sequence[int]], what: str) -> list[str]:
+    """Every layer of the graph against the file's own, the prompt cut at each of `cuts`; what was compared, if any."""
+    stack = _layers(copy.model, copy.config)
+    if stack is None:
+        return []
+    given = tokens(copy.config.vocab_size, (longest, longest - 7), STEPS)
     path, layers = stack
     with layer_outputs(layers, 1 + STEPS) as seen:
-        logits = _eager(file, deep.model, given)
+        logits = _eager(file, copy.model, given)
     expected = Expected(path, {index: rows for index, rows in enumerate(seen) if complete(rows, given)}, logits)
     compared: set[int] = set()
-    for chunks in ((), (longest // 3, longest - 2)):
-        found = compare_layers(deep.program, deep.tensors, given, expected, chunks)
+    for chunks in cuts:
+        found = compare_layers(copy.program, copy.tensors, given, expected, chunks)
         compared = set(found.compared)
         if found.error is not None:
-            fact = (
-                f"on a narrow copy of {longest} tokens the traced graph gives other {found.what} than the file's own "
-            )
-            fact += f"forward, by {found.error:.2g} of them" + (", the prompt in chunks." if chunks else ".")
+            amount = f"by {found.error:.2g} of them" if isfinite(found.error) else "one of them not finite"
+            fact = f"on {what} the traced graph gives other {found.what} than the file's own forward, {amount}"
+            fact += ", the prompt in chunks." if chunks else "."
             raise FxquantError(f"{file.path}: {_place(found.layer, layers)}", fact, EDITED)
-    return [f"{len(compared)} of {len(layers)} layers, {longest} tokens, {STEPS} steps"]
+    return [f"{len(compared)} of {len(layers)} layers"]
 
 
 def _place(index: int | None, layers: nn.ModuleList) -> str:

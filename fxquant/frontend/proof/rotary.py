@@ -1,4 +1,4 @@
-"""Rotary tables: the model's own, at near and far positions, against those of the graph."""
+"""Rotary tables: the model's own, at every position of its context, against those of the graph."""
 
 import torch
 from torch import Tensor, nn
@@ -10,22 +10,23 @@ from fxquant.frontend.families import family_of
 from fxquant.frontend.user_file import UserFile
 from fxquant.models import rotary
 
-POSITIONS = (0, 1, 2, 63, 1000, 4095, 4096, 4097, 16383, 65535, 163839)
+BLOCK = 16384
+"""Positions at a time."""
 REMEDY = "The model makes its own angles: keep its rotary settings those of config.json, or change both."
 
 
-def compare_rotary(file: UserFile, model: nn.Module, config: DeepseekV3Config, below: int = POSITIONS[-1] + 1) -> None:
-    """Raise FxquantError where cosines or sines of a table differ at a position below `below` by more than the rounding
-    of the angle, position · 2⁻²²."""
+def compare_rotary(file: UserFile, model: nn.Module, config: DeepseekV3Config) -> None:
+    """Raise FxquantError where cosines or sines of a table differ, at a position of the context, by more than the
+    rounding of the angle, position · 2⁻²²."""
     family = family_of(model)
     if family is None:
         return
-    positions = torch.tensor([position for position in POSITIONS if position < below])
-    tables = ops.rope_table(positions[None], rotary.frequencies(config), rotary.attention_factor(config))
-    ours = [table[0] for table in tables]
-    for table in family.rotary(model, positions):
-        for theirs, expected in zip(table, ours, strict=True):
-            _compare(file, theirs.float(), expected[: len(theirs), : theirs.shape[-1]], positions)
+    frequencies, factor = rotary.frequencies(config), rotary.attention_factor(config)
+    for positions in torch.arange(config.max_position_embeddings).split(BLOCK):
+        ours = [table[0] for table in ops.rope_table(positions[None], frequencies, factor)]
+        for table in family.rotary(model, positions):
+            for theirs, expected in zip(table, ours, strict=True):
+                _compare(file, theirs.float(), expected[: len(theirs), : theirs.shape[-1]], positions)
 
 
 def _compare(file: UserFile, theirs: Tensor, ours: Tensor, positions: Tensor) -> None:

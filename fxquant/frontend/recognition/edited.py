@@ -9,6 +9,7 @@ from fxquant.errors import FxquantError
 from fxquant.frontend.families.base import Family
 from fxquant.frontend.recognition.difference import difference, kin
 from fxquant.frontend.recognition.published import Version
+from fxquant.frontend.recognition.source_code import unwrapped
 from fxquant.tracing.undeclared import forward_owner, skeleton
 
 MISSING = object()
@@ -60,7 +61,7 @@ def value_at(module: nn.Module, path: str) -> Any:
 def _place(module: nn.Module) -> str:
     owner = forward_owner(module)
     try:
-        line = inspect.getsourcelines(inspect.unwrap(owner.forward))[1]
-        return f"{inspect.getsourcefile(owner)}:{line}"
-    except (OSError, TypeError):
+        code = unwrapped(owner.forward).__code__
+        return f"{inspect.getsourcefile(code)}:{inspect.getsourcelines(code)[1]}"
+    except (OSError, TypeError, AttributeError):
         return owner.__name__

@@ -8,6 +8,7 @@ import ast
 import builtins
 import hashlib
 import inspect
+import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from fxquant.frontend.recognition.plain_names import PlainNames
 TRUSTED = ("torch", "math", "transformers", "fxquant", "kernel", "einops", "warnings", "functools", "typing")
 """Packages whose functions are known by their name; `kernel` has the FP8 kernels beside DeepSeek's inference code,
 which float weights never reach."""
+WRAPPERS = ("torch", "transformers", "contextlib")
+"""Packages whose decorators change nothing that a version does not say: its source has them by name."""
 DEPTH = 12
 """Functions that a forward reaches, at most; one that reaches more is no published one."""
 
@@ -69,7 +72,7 @@ class _Reader:
     def read(self, forward: Callable[..., Any]) -> Code:
         """All that `forward` reaches."""
         self.called(forward)
-        self.home = inspect.unwrap(forward).__module__
+        self.home = home_of(self.functions[0])
         texts, statements = [], []  # type: list[str], list[Statement]
         for number, function in enumerate(self.functions):  # grows while it runs
             if number > DEPTH:
@@ -82,7 +85,7 @@ class _Reader:
 
     def called(self, function: Any) -> str:
         """The number of a function whose own code is part of this one."""
-        plain = inspect.unwrap(function)
+        plain = unwrapped(function)
         if plain not in self.functions:
             self.functions.append(plain)
         return f"function{self.functions.index(plain)}"
@@ -105,12 +108,13 @@ class _Reader:
         return ".".join([named, *chain[used:]])
 
     def _named(self, value: Any, written: str) -> str:
-        if isinstance(value, ModuleType):
+        if isinstance(value, ModuleType) and sys.modules.get(value.__name__) is value:
             return value.__name__
         if not isinstance(value, FunctionType):
             known = _package(value) in (*TRUSTED, "builtins", "logging", None)
             return written.rpartition(".")[2] if known else f"own {written}"
-        foreign = value.__module__ != self.home and value.__module__.split(".")[0] in TRUSTED
+        home = home_of(value)
+        foreign = home != self.home and home.split(".")[0] in TRUSTED
         return written.rpartition(".")[2] if foreign else self.called(value)
 
     def _own(self, chain: list[str]) -> str | None:
@@ -139,7 +143,22 @@ def _trusted(name: str, function: FunctionType) -> bool:
 
 
 def _base(method: FunctionType) -> bool:
-    return method.__module__.startswith("torch.nn.")
+    return home_of(method).startswith("torch.nn.")
+
+
+def home_of(function: Any) -> str:
+    """The module whose source a function stands in; `__module__` is copied by `functools.wraps`."""
+    return str(function.__globals__["__name__"])
+
+
+def unwrapped(function: Any) -> Any:
+    """What wrappers of torch and transformers stand around; a wrapper of anyone else is code that counts."""
+    plain = function.__func__ if isinstance(function, MethodType) else function
+    while isinstance(plain, FunctionType) and hasattr(plain, "__wrapped__"):
+        if home_of(plain).split(".")[0] not in WRAPPERS:
+            return plain
+        plain = plain.__wrapped__
+    return plain
 
 
 def _lookup(function: FunctionType, name: str) -> Any:
@@ -154,9 +173,7 @@ def _lookup(function: FunctionType, name: str) -> Any:
 
 def _tree(function: Any) -> tuple[ast.FunctionDef, str, int]:
     """The function's syntax tree, its file, and the line of the file that is line 1 of the tree."""
-    if isinstance(function, MethodType):
-        function = function.__func__
-    lines, first = inspect.getsourcelines(function)
+    lines, first = inspect.getsourcelines(function.__code__)  # of the function itself, not of what it wraps
     tree = ast.parse(textwrap.dedent("".join(lines))).body[0]
     if not isinstance(tree, ast.FunctionDef):
         raise TypeError("not a function")

@@ -64,6 +64,21 @@ def test_lengths_are_the_numbers_of_own_classes() -> None:
     assert numbers(Own()) == {33, 77, 3}
 
 
+LIMIT = 130
+
+
+def reached(x: torch.Tensor) -> torch.Tensor:
+    return x[: 13 * 11]
+
+
+def test_lengths_are_also_in_globals_and_functions_that_are_reached() -> None:
+    class Own(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return reached(x) if x.shape[0] > LIMIT else x
+
+    assert {130, 143} <= numbers(Own())
+
+
 def test_padding_comes_before_a_rows_tokens() -> None:
     given = tokens(64, (5, 2), 3)
     assert given.ids.shape == (2, 8)
