@@ -69,16 +69,19 @@ class Log:
 
 
 def first_difference(one: Log, other: Log) -> str | None:
-    """The module of the first call that is of another function or is given other numbers with a fraction, which sizes
-    are not; None if there is none."""
+    """The module that makes the first call of another function, or with other numbers with a fraction, which sizes are
+    not; None if there is none."""
+    before = ""
     for call, another in zip(one.calls, other.calls, strict=False):
         if call.function != another.function or _fractions(call.arguments) != _fractions(another.arguments):
-            return _innermost_of_both(call.module, another.module)
-    return None if len(one.calls) == len(other.calls) else max(one.calls, other.calls, key=len)[-1].module
+            within = _innermost_of_both(call.module, another.module)
+            return within if within in (call.module, another.module) else before
+        before = call.module
+    return None if len(one.calls) == len(other.calls) else before
 
 
 def _innermost_of_both(one: str, other: str) -> str:
-    """The path of the innermost module that has both: what one run has and the other has not lies there."""
+    """The path of the innermost module that has both."""
     pairs = zip(one.split("."), other.split("."), strict=False)
     return ".".join(name for name, _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 

@@ -30,6 +30,7 @@ from fxquant.tracing.parameters import Names, attach_parameters
 from fxquant.tracing.stamp import stamp
 from fxquant.tracing.undeclared import undeclared
 
+OTHERS = "a single token, an empty cache or long inputs"
 RULE = "Keep shapes and control flow free of tensor values; put data-dependent parts behind an fxq:: operator."
 
 
@@ -86,14 +87,16 @@ def _runs(model: nn.Module, inputs: Inputs) -> list[Log]:
     for arguments in inputs.runs:
         logs.append(_run(recorder, model, arguments))
         if logs[-1].functions != logs[0].functions:
-            raise _depends(model, logs[-2:], "takes a different path for a single token, an empty cache or long inputs")
+            error = _depends(model, [logs[0], logs[-1]], f"takes a different path for {OTHERS}")
+            assert error is not None
+            raise error
     return logs
 
 
-def _depends(model: nn.Module, logs: list[Log], what: str) -> FxquantError:
-    """The error for the first module that computes something else in another run."""
-    path = next(filter(None, (first_difference(logs[0], log) for log in logs[1:])), "")
-    return undeclared(path, model.get_submodule(path), what)
+def _depends(model: nn.Module, logs: list[Log], what: str) -> FxquantError | None:
+    """The error for the first module that computes something else in another run than the first, if one does."""
+    path = next((found for log in logs[1:] if (found := first_difference(logs[0], log)) is not None), None)
+    return None if path is None else undeclared(path, model.get_submodule(path), what)
 
 
 def _run(recorder: Recorder, model: nn.Module, arguments: tuple[Any, ...]) -> Log:
@@ -148,9 +151,8 @@ def _whole(model: nn.Module, inputs: Inputs, logs: list[Log]) -> fx.Graph:
         try:
             exported = _exported(model, inputs)
         except UserError as error:
-            if not str(error).startswith("Constraints violated"):
-                raise
-            raise _depends(model, logs, "computes with other numbers for a single token or long inputs") from error
+            named = _depends(model, logs, f"computes with other numbers for {OTHERS}")
+            raise named or error from error
     return _graph(exported, model)
 
 

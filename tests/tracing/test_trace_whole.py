@@ -281,7 +281,7 @@ class WritesInOne(Indexed):
         (ByDecode, "a different path"),
         (ConstantInForward, "model.layers.0.*constant tensor"),
         (ConstantInInit, "model.layers.0.factor: is a constant tensor"),
-        (LongInOne, "cannot be traced"),
+        (LongInOne, "model.layers.4: LongInOne takes a different path"),
         (ByDecodeInOne, "a different path"),
         (ReadsAValueInOne, "cannot be traced"),
         (ConstantInOne, "model.layers.4.*constant tensor"),

@@ -15,7 +15,16 @@ from fxquant.errors import FxquantError
 from fxquant.frontend.adapt import adapted
 from fxquant.frontend.assemble import fetch
 from fxquant.frontend.families import family_of
-from fxquant.frontend.proof.copies import deep_config, every_expert, fill, named_tensors, numbers, tokens, wide_config
+from fxquant.frontend.proof.copies import (
+    Tokens,
+    deep_config,
+    every_expert,
+    fill,
+    named_tensors,
+    numbers,
+    tokens,
+    wide_config,
+)
 from fxquant.frontend.proof.eager import eager_logits, layer_outputs
 from fxquant.frontend.proof.layers import Expected, compare_layers, complete
 from fxquant.frontend.proof.logits import compare_logits
@@ -68,8 +77,8 @@ def _proven(file: UserFile, config: DeepseekV3Config, build: Build) -> str:
     compare_rotary(file, wide.model, wide.config)
     if not file.takes_config:
         return _logits(file, wide)
-    longest = every_expert(wide.config)
-    _hold(file, wide, longest, ((),), f"a copy of two layers and all experts, {longest} tokens,")
+    given = tokens(wide.config.vocab_size, (every_expert(wide.config),), STEPS)
+    _hold(file, wide, given, ((),), f"a copy of two layers and all experts, {given.lengths[0]} tokens,")
     return ", ".join([_logits(file, wide), *_deep(file, config, build)])
 
 
@@ -99,16 +108,16 @@ def _deep(file: UserFile, config: DeepseekV3Config, build: Build) -> list[str]:
     compare_rotary(file, deep.model, deep.config)  # of every layer that has one
     longest = max([SHORT, *(number + 9 for number in numbers(deep.model))])
     longest = min(longest, deep.config.max_position_embeddings - STEPS)
-    held = _hold(file, deep, longest, ((), (longest // 3, longest - 2)), f"a narrow copy of {longest} tokens")
+    given = tokens(deep.config.vocab_size, (longest, longest - 7), STEPS)
+    held = _hold(file, deep, given, ((), (longest // 3, longest - 2)), f"a narrow copy of {longest} tokens")
     return held and [f"{held[0]}, {longest} tokens, {STEPS} steps"]
 
 
-def _hold(file: UserFile, copy: Copy, longest: int, cuts: Sequence[Sequence[int]], what: str) -> list[str]:
+def _hold(file: UserFile, copy: Copy, given: Tokens, cuts: Sequence[Sequence[int]], what: str) -> list[str]:
     """Every layer of the graph against the file's own, the prompt cut at each of `cuts`; what was compared, if any."""
     stack = _layers(copy.model, copy.config)
     if stack is None:
         return []
-    given = tokens(copy.config.vocab_size, (longest, longest - 7), STEPS)
     path, layers = stack
     with layer_outputs(layers, 1 + STEPS) as seen:
         logits = _eager(file, copy.model, given)
