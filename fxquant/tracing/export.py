@@ -152,7 +152,9 @@ def _whole(model: nn.Module, inputs: Inputs, logs: list[Log]) -> fx.Graph:
             exported = _exported(model, inputs)
         except UserError as error:
             named = _depends(model, logs, f"computes with other numbers for {OTHERS}")
-            raise named or error from error
+            if named is None:
+                raise
+            raise named from error
     return _graph(exported, model)
 
 
