@@ -52,6 +52,7 @@ EFFECTS: tuple[tuple[str, tuple[Any, ...], str], ...] = (
         "attention_chunk_size linear_attn_config compress_ratios compress_rates compress_rope_theta",
     ),
     ("attention would not see every earlier token", (*OFF, "full_attention"), "layer_types"),
+    ("attention would see later tokens too", (None, True), "is_causal"),
     ("attention would have no latents", (None, True), "use_mla"),
     ("attention would be gated", OFF, "attn_output_gate gated_attention use_attention_gate"),
     (

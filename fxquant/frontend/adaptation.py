@@ -23,7 +23,7 @@ from fxquant.frontend.bridges import (
 )
 from fxquant.frontend.families import Family
 from fxquant.frontend.own.expert_loop import grouped_forward
-from fxquant.frontend.own.plain_experts import is_plain_linear, members, not_plain
+from fxquant.frontend.own.plain_experts import is_plain_linear, members, not_plain, swiglu_weights
 from fxquant.frontend.recognition.difference import difference, kin
 from fxquant.frontend.recognition.edited import edited, is_as_required, own_code
 from fxquant.frontend.recognition.published import Version, is_torch, version_of
@@ -152,6 +152,8 @@ class Adaptation(SavedState):
             self.own_forwards.setdefault(type(module).__name__, difference(module, made_of))
         if isinstance(adapter, MoE):
             self._group_experts(module, adapter)
+        elif self.family is None and own_code(module):
+            self._group_own_experts(module)
         for name, child in list(module._modules.items()):
             if child is not None and self.convert(child) is not child:
                 self.touch(module)
@@ -188,6 +190,19 @@ class Adaptation(SavedState):
         self.check_experts(module, members)
         setattr(module, name, adapter.routed(members))
         module.forward = forward
+
+    def _group_own_experts(self, module: nn.Module) -> None:
+        """As `_group_experts`, where no family says what an expert is: each is run, and must be a SwiGLU."""
+        grouped = grouped_forward(module)
+        experts = getattr(module, grouped[1]) if grouped else ()
+        found = [swiglu_weights(expert) for expert in experts if expert is not None]
+        names = found[0] if found else None
+        if grouped is None or names is None or any(each != names for each in found):
+            return
+        self.check_experts(module, experts)
+        self.touch(module)
+        setattr(module, grouped[1], MoE(**names).routed(experts))
+        module.forward = grouped[0]
 
     def _rename(self, module: nn.Module, names: Mapping[str, str]) -> None:
         """Children and parameters under the checkpoint's names; a forward of its own still reads them under the old."""

@@ -7,6 +7,7 @@ import gc
 import json
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote_from_bytes
@@ -32,9 +33,18 @@ def main(file: Path, answer: int, checkpoint: Path | None) -> None:
         }
     except FxquantError as error:
         content = {"error": [_writable(text) for text in (error.place, error.fact, error.remedy)]}
+    except Exception as error:
+        content = {"error": [_writable(text) for text in (str(file), *_unexpected(error))]}
     if os.getpid() == own:  # a fork of the file must not answer
         with os.fdopen(answer, "wb") as stream:
             stream.write(json.dumps(content, default=str).encode() + b"\n")
+
+
+def _unexpected(error: Exception) -> tuple[str, str]:
+    """Fact and remedy for what fxquant did not foresee, with the place in its own code."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    fact = f"fxquant fails on its model: {type(error).__name__}: {error} ({Path(last.filename).name}:{last.lineno})."
+    return fact, "This is an error of fxquant, not of the file: please report it with the file."
 
 
 def _writable(text: str) -> str:

@@ -55,6 +55,6 @@ def _call_name(node: fx.Node) -> str:
     module, operator = node.meta["module"], operator_name(node)
     own = module.rpartition(".")[2]
     if not module:
-        return operator
+        return f"{operator}_" if iskeyword(operator) else operator
     leaf = operator in ("linear", "rms_norm", "embedding", "moe_gate", "moe_experts") and own
     return identifier(module) if leaf else identifier(f"{module}.{operator}")

@@ -3,6 +3,7 @@
 Equal layers are traced once: the graph of a model with one layer of each kind is stamped to full depth.
 """
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -54,6 +55,7 @@ def _traced(model: nn.Module, checkpoint: Checkpoint, inputs: Inputs | None, che
     # declared inputs have a cache for each layer, so they fit only the full depth
     graph = (None if inputs else _stamped(model, logs)) or _whole(model, given, logs)
     check_dynamic(graph)
+    _check_logits(graph, model)
     order_parameters(graph)
     annotate(graph, model)
     root = ProgramGraph(graph)
@@ -61,6 +63,18 @@ def _traced(model: nn.Module, checkpoint: Checkpoint, inputs: Inputs | None, che
     names = name_nodes(graph)
     root.lint()
     return Program(root, dict(checkpoint.config), checkpoint.dtype, parameters, names=names)
+
+
+def _check_logits(graph: fx.Graph, model: nn.Module) -> None:
+    ids = next(iter(graph.find_nodes(op="placeholder")))
+    logits = graph.output_node().all_input_nodes[0]
+    shape = tuple(getattr(logits.meta["val"], "shape", ()))
+    if len(shape) != 3 or shape[:2] != tuple(ids.meta["val"].shape):
+        sizes = [size if isinstance(size, int) else "…" for size in shape]
+        fact = f"its first result is [{', '.join(map(str, sizes))}], not logits [batch, sequence, vocabulary]."
+        raise FxquantError(
+            type(model).__name__, fact, "Return the logits of every position: engines choose those they need."
+        )
 
 
 @contextmanager
@@ -74,6 +88,15 @@ def _traceable(model: nn.Module) -> Iterator[None]:
     except Exception as error:
         fact = f"its forward cannot be traced: {type(error).__name__}: {_first_line(error)}"
         raise FxquantError(type(model).__name__, fact, RULE) from error
+
+
+def _reason(error: Exception) -> str:
+    named = re.search(r"aten::\w+|torch\.\w+\(\)", str(error)) if isinstance(error, NotImplementedError) else None
+    return (
+        f"the size of what {named[0]} gives depends on values"
+        if named
+        else f"{type(error).__name__}: {_first_line(error)}"
+    )
 
 
 def _first_line(error: Exception) -> str:
@@ -106,7 +129,7 @@ def _run(recorder: Recorder, model: nn.Module, arguments: tuple[Any, ...]) -> Lo
         raise
     except Exception as error:
         path = recorder.failed_in or ""
-        what = f"cannot be traced: {type(error).__name__}: {_first_line(error)}"
+        what = f"cannot be traced: {_reason(error)}"
         raise undeclared(path, model.get_submodule(path), what) from error
 
 
@@ -201,6 +224,9 @@ def _graph(exported: ExportedProgram, model: nn.Module) -> fx.Graph:
         if target not in state:
             fact = "is a constant tensor made in the forward or in __init__."
             raise FxquantError(target, fact, "Make it a parameter.")
+        if specs[node.name].persistent is False:
+            fact = "is a buffer that is not saved: a graph has parameters of the checkpoint only."
+            raise FxquantError(target, fact, "Compute it in the forward from Python numbers, or make it a parameter.")
         path = first[id(state[target])]  # a module shared by several layers has one name in the checkpoint
         with graph.inserting_before(node):
             attribute = graph.create_node("get_attr", path, name=node.name)

@@ -131,8 +131,14 @@ def _one_hot(tree: ast.FunctionDef, loop: ast.For) -> str | None:
 
 
 def _accumulated(loop: ast.For) -> Iterator[str]:
-    """Names that are added to: `y[…] += …`, `y.index_add_(…)`."""
+    """Names that are added to: `y[…] += …`, `y[…] = y[…] + …`, `y.index_add_(…)`."""
     for node in ast.walk(loop):
+        match node:
+            case ast.Assign(
+                targets=[ast.Subscript() as sum_], value=ast.BinOp(left=ast.Subscript() as one, op=ast.Add())
+            ):
+                if ast.unparse(sum_) == ast.unparse(one):
+                    yield from _names(sum_.value)
         if isinstance(node, ast.AugAssign) and isinstance(node.op, ast.Add) and isinstance(node.target, ast.Subscript):
             yield from _names(node.target.value)
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "index_add_":

@@ -1,6 +1,7 @@
 """Plain experts: what a list of experts must be for their stacked weights to be all that they compute."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 from fxquant.frontend.recognition.published import changed, is_torch
 
 ROWS = 3
+LINEAR = nn.functional.linear
 
 
 def members(experts: Any) -> Iterator[tuple[str, Any]]:
@@ -64,27 +66,82 @@ class _ByForward:
 
 @cache
 def _is_one_product(held: _ByForward) -> bool:
-    module = held.module
-    weight: Any = module.weight
-    given = torch.empty(ROWS, weight.shape[1], device="meta")
-    meta: dict[str, Tensor] = {
+    recorded = _recorded(held.module)
+    if recorded is None or len(recorded.calls) != 1:
+        return False
+    ((function, arguments, value),) = recorded.calls
+    weights = [recorded.weights["weight"], *([recorded.weights["bias"]] if "bias" in recorded.weights else [])]
+    given = [each for each in arguments if each is not None]
+    return function is LINEAR and value is recorded.result and _same(given, [recorded.given, *weights])
+
+
+def swiglu_weights(expert: nn.Module) -> dict[str, str] | None:
+    """Where an expert has gate_proj, up_proj [I, H] and down_proj [H, I], if all that it computes at its sizes is
+    `down(silu(gate x) * up x)`; None if it is not."""
+    if any(changed(module) for module in expert.modules()):
+        return None
+    recorded = _recorded(expert)
+    if recorded is None or len(recorded.calls) != 5:
+        return None
+    paths = {id(weight): path for path, weight in recorded.weights.items()}
+    made = {id(value): (function, [each for each in arguments if isinstance(each, Tensor)])
+            for function, arguments, value in recorded.calls}  # fmt: skip
+    match made.get(id(recorded.result)):
+        case (function, [product, down]) if function is LINEAR and id(down) in paths:
+            names = _gate_and_up(made, product, recorded.given)
+            weights = [*(names or ()), down]
+            if names is not None and all(id(weight) in paths for weight in weights):
+                return dict(
+                    zip(("gate_proj", "up_proj", "down_proj"), (paths[id(each)] for each in weights), strict=True)
+                )
+    return None
+
+
+def _gate_and_up(made: dict[int, tuple[Any, list[Tensor]]], product: Tensor, x: Tensor) -> list[Tensor] | None:
+    """The weights of `silu(x @ gate.T) * (x @ up.T)`, in either order."""
+    function, factors = made.get(id(product), (None, []))
+    if getattr(function, "__name__", "") not in ("mul", "__mul__") or len(factors) != 2:
+        return None
+    for activated, up in (factors, factors[::-1]):
+        silu, inner = made.get(id(activated), (None, []))
+        if silu is not nn.functional.silu or len(inner) != 1:
+            continue
+        sides = [made.get(id(side), (None, [])) for side in (inner[0], up)]
+        if all(side is LINEAR and len(given) == 2 and given[0] is x for side, given in sides):
+            return [given[1] for _, given in sides]
+    return None
+
+
+@dataclass(frozen=True)
+class _Recorded:
+    """A forward on meta: what it was given, its weights by path, the calls that gave tensors, and its result."""
+
+    given: Tensor
+    weights: dict[str, Tensor]
+    calls: list[tuple[Any, tuple[Any, ...], Any]]
+    result: Any
+
+
+def _recorded(module: nn.Module) -> _Recorded | None:
+    """`module` run on meta at the width of its first weight, in float32; None if it does not run alone."""
+    weights: dict[str, Tensor] = {
         name: nn.Parameter(torch.empty_like(tensor, device="meta", dtype=torch.float32), requires_grad=False)
         for name, tensor in module.named_parameters()
     }
-    calls = _Calls()
+    first = next(iter(weights.values()), None)
+    if first is None or first.dim() != 2:
+        return None
+    given, calls = torch.empty(ROWS, first.shape[1], device="meta"), _Calls()
     try:
         with torch.no_grad(), calls:
-            result = torch.func.functional_call(module, meta, (given,))
-    except Exception:  # whatever it needs, it is no plain product
-        return False
-    made = [(function, arguments) for function, arguments, value in calls.seen if value is result]
-    products = [arguments for function, arguments in made if function is nn.functional.linear]
-    return (
-        len(calls.seen) == len(products) == 1
-        and products[0][0] is given
-        and products[0][1] is meta.get("weight")
-        and (products[0][2] if len(products[0]) > 2 else None) is meta.get("bias")
-    )
+            result = torch.func.functional_call(module, weights, (given,))
+    except Exception:  # whatever it needs, it is nothing that a product of its input could be
+        return None
+    return _Recorded(given, weights, calls.seen, result)
+
+
+def _same(one: list[Any], other: list[Any]) -> bool:
+    return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))
 
 
 class _Calls(TorchFunctionMode):

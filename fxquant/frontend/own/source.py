@@ -15,6 +15,17 @@ def syntax_tree(function: Any) -> ast.FunctionDef:
         raise TypeError("not a function")
     ast.increment_lineno(tree, first - 1)
     tree.decorator_list = []
+    return _of_self(tree)
+
+
+def _of_self(tree: ast.FunctionDef) -> ast.FunctionDef:
+    """A method's first parameter by its usual name."""
+    first = next((each.arg for each in tree.args.args), "self")
+    for node in ast.walk(tree):
+        if isinstance(node, ast.arg) and node.arg == first:
+            node.arg = "self"
+        elif isinstance(node, ast.Name) and node.id == first:
+            node.id = "self"
     return tree
 
 

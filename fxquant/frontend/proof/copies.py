@@ -86,7 +86,7 @@ def numbers(model: nn.Module) -> set[int]:
 
 def fill(model: nn.Module, tail: float) -> None:
     """Random parameters: of deviation `1 / √in_features`, each element times a log-normal factor of deviation `tail`;
-    norms around one. With a tail, activations reach into the tens, and any clamp."""
+    norms around one. With a tail, activations reach into the tens."""
     source = generator()
     for tensor in model.parameters():
         values = torch.randn(tensor.shape, generator=source)

@@ -170,7 +170,8 @@ def traced_copy(file: UserFile, config: DeepseekV3Config, build: Build, tail: fl
     nonnegative = nonnegative_bias(model) is not None
     with adapted(model, config, file.leaves) as root:
         tensors = dict(named_tensors(root, nonnegative))
-    return Copy(program, tensors, model, config)
+    family = family_of(model)  # a model may take its sizes from elsewhere
+    return Copy(program, tensors, model, family.config(model, config) if family else config)
 
 
 def _eager(file: UserFile, model: nn.Module, given: object) -> Tensor:
