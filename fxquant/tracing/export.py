@@ -224,7 +224,7 @@ def _graph(exported: ExportedProgram, model: nn.Module) -> fx.Graph:
         if target not in state:
             fact = "is a constant tensor made in the forward or in __init__."
             raise FxquantError(target, fact, "Make it a parameter.")
-        if specs[node.name].persistent is False:
+        if specs[node.name].persistent is False and node.users:
             fact = "is a buffer that is not saved: a graph has parameters of the checkpoint only."
             raise FxquantError(target, fact, "Compute it in the forward from Python numbers, or make it a parameter.")
         path = first[id(state[target])]  # a module shared by several layers has one name in the checkpoint

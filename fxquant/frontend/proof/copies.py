@@ -36,7 +36,7 @@ def wide_config(config: DeepseekV3Config) -> DeepseekV3Config:
             "num_hidden_layers": 2, "first_k_dense_replace": min(config.first_k_dense_replace, 1),
             "num_attention_heads": heads, "v_head_dim": max(4, min(12, 128 // heads)),
             "n_routed_experts": experts, "num_experts_per_tok": config.num_experts_per_tok,
-            "moe_intermediate_size": max(2, min(32, 512 // max(experts, 1))),
+            "moe_intermediate_size": max(4, min(32, 512 // max(experts, 1) // 4 * 4)),  # grouped products take 16 bytes
         }
     )  # fmt: skip
 
@@ -70,8 +70,8 @@ def tokens(vocab_size: int, lengths: tuple[int, ...], steps: int) -> Tokens:
 
 
 def every_expert(config: DeepseekV3Config) -> int:
-    """Tokens of a prompt of which each expert is given some six."""
-    return 6 * config.n_routed_experts // max(config.num_experts_per_tok, 1) + 16
+    """Tokens of a prompt of which each expert is given some four."""
+    return 4 * config.n_routed_experts // max(config.num_experts_per_tok, 1) + 16
 
 
 def numbers(model: nn.Module) -> set[int]:

@@ -71,15 +71,20 @@ def prove(file: UserFile, config: DeepseekV3Config, build: Build) -> str:
 
 
 def _proven(file: UserFile, config: DeepseekV3Config, build: Build) -> str:
-    wide = traced_copy(file, wide_config(config) if file.takes_config else config, build)
+    compared = _wide(file, wide_config(config) if file.takes_config else config, build)
+    return ", ".join([compared, *_deep(file, config, build)]) if compared and file.takes_config else compared
+
+
+def _wide(file: UserFile, config: DeepseekV3Config, build: Build) -> str:
+    wide = traced_copy(file, config, build)
     if wide is None:
         return ""
     compare_rotary(file, wide.model, wide.config)
-    if not file.takes_config:
-        return _logits(file, wide)
-    given = tokens(wide.config.vocab_size, (every_expert(wide.config),), STEPS)
-    _hold(file, wide, given, ((),), f"a copy of two layers and all experts, {given.lengths[0]} tokens,")
-    return ", ".join([_logits(file, wide), *_deep(file, config, build)])
+    if file.takes_config:
+        longest = every_expert(wide.config)
+        given, chunks = tokens(wide.config.vocab_size, (longest,), STEPS), (longest // 3, 2 * longest // 3)
+        _hold(file, wide, given, (chunks,), f"a copy of two layers and all experts, {longest} tokens,")
+    return _logits(file, wide)
 
 
 def _logits(file: UserFile, copy: Copy) -> str:
@@ -129,7 +134,7 @@ def _hold(file: UserFile, copy: Copy, given: Tokens, cuts: Sequence[Sequence[int
         if found.error is not None:
             amount = f"by {found.error:.2g} of them" if isfinite(found.error) else "one of them not finite"
             fact = f"on {what} the traced graph gives other {found.what} than the file's own forward, {amount}"
-            fact += ", the prompt in chunks." if chunks else "."
+            fact += ", the prompt in chunks." if chunks and len(cuts) > 1 else "."
             raise FxquantError(f"{file.path}: {_place(found.layer, layers)}", fact, EDITED)
     return [f"{len(compared)} of {len(layers)} layers"]
 
@@ -165,6 +170,7 @@ def traced_copy(file: UserFile, config: DeepseekV3Config, build: Build, tail: fl
             program = trace(root, Checkpoint(Path("proof"), document, {}))
     except FxquantError as error:
         raise CopyError(error.place, error.fact, error.remedy) from error
+    del meta, root
     model = build(config, "cpu").float()
     fill(model, tail)
     nonnegative = nonnegative_bias(model) is not None
