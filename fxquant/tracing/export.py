@@ -55,7 +55,8 @@ def _traced(model: nn.Module, checkpoint: Checkpoint, inputs: Inputs | None, che
     # declared inputs have a cache for each layer, so they fit only the full depth
     graph = (None if inputs else _stamped(model, logs)) or _whole(model, given, logs)
     check_dynamic(graph)
-    _check_logits(graph, model)
+    if inputs is None:
+        _check_logits(graph, model)
     order_parameters(graph)
     annotate(graph, model)
     root = ProgramGraph(graph)
