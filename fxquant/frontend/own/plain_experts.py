@@ -49,13 +49,14 @@ def is_plain_linear(module: nn.Module) -> bool:
 
 
 class _ByForward:
-    """A module, equal to others of its class, sizes and device: a large model has tens of thousands."""
+    """A module, equal to others of its class, plain attributes, sizes and device: a large model has tens of thousands."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         weight: Any = module.weight
-        bias = getattr(module, "bias", None) is not None
-        self.key = (type(module), type(module).forward, tuple(weight.shape), weight.device, bias)
+        plain = ((name, value) for name, value in vars(module).items() if isinstance(value, bool | int | float | str))
+        held = (tuple(sorted(plain)), getattr(module, "bias", None) is not None)
+        self.key = (type(module), type(module).forward, tuple(weight.shape), weight.device, held)
 
     def __hash__(self) -> int:
         return hash(self.key)

@@ -28,6 +28,14 @@ class Wide(Own):
         return super().forward(x * 2 if x.shape[-1] == 48 else x)
 
 
+class Switched(Own):
+    clamped = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y.clamp(-1, 1) if self.clamped else y
+
+
 class OtherWeight(Own):
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.linear(x, torch.zeros_like(self.weight), self.bias)
@@ -48,6 +56,13 @@ def test_what_is_attached_to_one_of_many_counts() -> None:
     module = made(Own)
     module.register_forward_pre_hook(lambda module, given: None)
     assert is_plain_linear(made(Own)) and not is_plain_linear(module)
+
+
+def test_an_attribute_of_one_of_many_counts() -> None:
+    module = made(Switched)
+    assert is_plain_linear(made(Switched))
+    module.clamped = True
+    assert not is_plain_linear(module)
 
 
 def test_parts_without_weights_are_not_asked() -> None:
