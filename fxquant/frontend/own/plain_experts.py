@@ -49,7 +49,7 @@ def is_plain_linear(module: nn.Module) -> bool:
 
 
 class _ByForward:
-    """A module, equal to others of its class, plain attributes, sizes and device: a large model has tens of thousands."""
+    """A module, equal to others of its class, plain attributes, sizes and device: a model has tens of thousands."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
