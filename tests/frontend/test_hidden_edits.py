@@ -8,6 +8,7 @@ from places import MODEL_FILES
 
 from fxquant.errors import FxquantError
 from fxquant.frontend.build import trace_file
+from fxquant.frontend.child_main import _unexpected
 from fxquant.frontend.source import open_source
 from fxquant.program.program_file import parse_program
 from fxquant.program.structural_hash import structural_hash
@@ -119,3 +120,10 @@ def test_compiled_as_edited(here: str, there: str, tmp_path: Path, tiny_folder: 
     """On the way copies are held against the file's own forward."""
     program = parse_program(trace_file(written(tmp_path, here, there), tiny_folder()).program, "here")
     assert structural_hash(program) != structural_hash(open_source(tiny_folder()).program())
+
+
+def test_an_error_that_nobody_foresaw_is_not_blamed_on_the_file() -> None:
+    with pytest.raises(KeyError) as caught:
+        {}["f"]
+    fact, remedy = _unexpected(caught.value)
+    assert "KeyError: 'f' (test_hidden_edits.py:" in fact and "error of fxquant, not of the file" in remedy

@@ -242,14 +242,13 @@ def test_algorithms_that_a_rule_cannot_have(fields: dict[str, str], fact: str) -
         Rule.model_validate(fields)
 
 
-def policy_by(algorithm: WeightAlgorithm, folder: Path, more: str = "", layer: str = "*") -> Path:
-    """Every linear but the static ones by `algorithm`, experts in groups of 64; those of other layers by min_max."""
+def policy_by(algorithm: WeightAlgorithm, folder: Path, more: str = "") -> Path:
+    """Every linear but the static ones by `algorithm`, experts in groups of 64."""
     file = folder / f"{algorithm}.yaml"
     file.write_text(f"""extends: deepseek_w4a8
 {more}
 rules:
-  - {{path: "model.layers.{layer}.mlp.experts.*", scheme: W4A8_DYNAMIC, group_size: 64, algorithm: {algorithm}}}
-  - {{kind: routed_expert, scheme: W4A8_DYNAMIC, group_size: 64, algorithm: min_max, optional: true}}
+  - {{kind: routed_expert, scheme: W4A8_DYNAMIC, group_size: 64, algorithm: {algorithm}}}
   - {{kind: [dense_mlp, shared_expert], scheme: W8A8_DYNAMIC, algorithm: {algorithm}}}
 """)
     return file
@@ -282,9 +281,7 @@ def test_a_compile_by_it_verifies(algorithm: WeightAlgorithm, tiny_folder: Calla
 @pytest.mark.slow
 @pytest.mark.parametrize("algorithm", SEARCHES)
 def test_the_example_by_it_verifies(algorithm: WeightAlgorithm, tmp_path: Path) -> None:
-    """Not smoothed, which would be searched for with hundreds of roundings by it; the test above is. One layer's
-    experts: the slow reference is slow."""
-    policy = policy_by(algorithm, tmp_path, "smooth: []", layer="3")
-    options = CompileOptions(policy=str(policy), out=tmp_path / "out")
+    """Not smoothed, which would be searched for with hundreds of roundings by it; the test above is."""
+    options = CompileOptions(policy=str(policy_by(algorithm, tmp_path, "smooth: []")), out=tmp_path / "out")
     report = fxquant.compile(EXAMPLE, options)
     assert report.verification is not None and report.verification.verdict == "verified"

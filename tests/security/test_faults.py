@@ -22,7 +22,7 @@ from fxquant.storage.work_folder import MARKER, Kind, WorkFolder
 
 @pytest.mark.slow
 def test_the_command_finds_nothing(tmp_path: Path) -> None:
-    command = [sys.executable, "benchmarks/faults.py", "--rounds", "10", "--jobs", "2"]
+    command = [sys.executable, "benchmarks/faults.py", "--rounds", "20", "--jobs", "2"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert all(f"| {scenario.name} | " in done.stdout for scenario in scenarios())
