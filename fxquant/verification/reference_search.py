@@ -55,16 +55,18 @@ def _least_squares(form: "_Channel | _TwoLevel") -> Tensor:
     """The best scale of iterations that start at the grid's first scale, at its best, and at the neighbors of that."""
     scales, errors, places = _grid(form)
     for start in (torch.zeros_like(places), places - 1, places, places + 1):
-        tried = form.on_grid(start.clamp(0, form.grid - 1))  # outside the grid: repeats a start, no harm
+        # outside the grid: repeats a start, no harm
+        rows, some, tried = torch.arange(len(places)), form, form.on_grid(start.clamp(0, form.grid - 1))
         for _ in range(form.rounds):
-            fit = form.fit(tried)
-            fitted = torch.where((fit > 0) & (tried > 0), fit, tried)
-            if torch.equal(fitted, tried):  # it stays there
+            fit = some.fit(tried)
+            moves = (fit > 0) & (tried > 0) & (fit != tried)  # where it stays once, it stays
+            if not moves.any():
                 break
-            tried = fitted
-            error = form.error(tried)
-            better = (tried > 0) & (error < errors)
-            scales, errors = torch.where(better, tried, scales), torch.where(better, error, errors)
+            if not moves.all():
+                rows, some, fit = rows[moves], some.of_rows(moves), fit[moves]
+            tried, error = fit, some.error(fit)
+            better = error < errors[rows]
+            scales[rows[better]], errors[rows[better]] = tried[better], error[better]
     return scales
 
 
@@ -86,9 +88,12 @@ class _Channel:
     grid, rounds = 40, 20
 
     def __init__(self, rows: Tensor, recipe: Recipe) -> None:
-        self.rows, self.exact, self.dtype = rows, rows.double(), recipe.scale_dtype
+        self.rows, self.exact, self.recipe = rows, rows.double(), recipe
         self.high = highest_code(recipe)
         self.widest = self.of(rows.abs().amax(1))
+
+    def of_rows(self, chosen: Tensor) -> "_Channel":
+        return _Channel(self.rows[chosen], self.recipe)
 
     def of(self, magnitude: Tensor) -> Tensor:
         """Scales whose highest code stands for these magnitudes [n]."""
@@ -109,7 +114,7 @@ class _Channel:
         return self._quotients(scale), scale, torch.ones(len(scale), 1)
 
     def _rounded(self, scale: Tensor) -> Tensor:
-        return scale.to(self.dtype).float()
+        return scale.to(self.recipe.scale_dtype).float()
 
     def _quotients(self, scale: Tensor) -> Tensor:
         divisor = torch.where(scale > 0, scale, 1).unsqueeze(1)
@@ -126,6 +131,9 @@ class _TwoLevel:
         self.exact, self.peaks = self.groups.double(), self.groups.abs().amax(-1)
         self.widest = self.of(rows.abs().amax(1))
         self.last: tuple[Tensor, tuple[Tensor, Tensor]] | None = None
+
+    def of_rows(self, chosen: Tensor) -> "_TwoLevel":
+        return _TwoLevel(self.rows[chosen], self.groups.shape[-1])
 
     def of(self, magnitude: Tensor) -> Tensor:
         """First-level scales whose largest product of code and second scale stands for these magnitudes [n]."""
