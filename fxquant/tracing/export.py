@@ -27,6 +27,7 @@ from fxquant.tracing.calls import Log, Recorder, first_difference, model_state, 
 from fxquant.tracing.canonical import canonicalize, order_parameters
 from fxquant.tracing.inputs import Inputs, check_dynamic, standard_inputs
 from fxquant.tracing.layers import NotRepeatedError, confirm, plan_layers, shortened, split
+from fxquant.tracing.no_stack_traces import without_stack_traces
 from fxquant.tracing.parameters import Names, attach_parameters
 from fxquant.tracing.stamp import stamp
 from fxquant.tracing.undeclared import undeclared
@@ -185,7 +186,7 @@ def _whole(model: nn.Module, inputs: Inputs, logs: list[Log]) -> fx.Graph:
 def _exported(model: nn.Module, inputs: Inputs) -> ExportedProgram:
     """Without calls in place."""
     # torch's cache of fake results checks each entry that has a symbolic size: twice the time of computing it anew
-    with torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
+    with torch._dynamo.config.patch(fake_tensor_cache_enabled=False), without_stack_traces():
         exported = torch.export.export(model, inputs.runs[0], dynamic_shapes=inputs.dynamic_shapes, strict=False)
         return _without_writes(exported, model) if _writes(exported) else exported
 

@@ -27,6 +27,7 @@ from fxquant.gc_pause import uncollected
 from fxquant.lowering.ascend.emitter.emit import ascend_code
 from fxquant.lowering.ascend.export.fake_weights import fake_weights
 from fxquant.program.program import Program
+from fxquant.tracing.no_stack_traces import without_stack_traces
 
 PREFILL, DECODE = "model_ascend_prefill.pt2", "model_ascend_decode.pt2"
 FIRST_DAY = (1980, 1, 1, 0, 0, 0)
@@ -70,6 +71,13 @@ def write_exported(
     block_size  of the pages
     No weight is read, and the files contain none: weights are the first argument of both programs.
     """
+    with uncollected():  # what export makes stays until it is written
+        return _written(program, folder, dtype, sequences, block_size)
+
+
+def _written(
+    program: Program, folder: Path, dtype: torch.dtype | None, sequences: int, block_size: int
+) -> tuple[Path, Path]:
     names = ModuleType("model_ascend").__dict__
     exec(compile(ascend_code(program), "model_ascend.py", "exec"), names)
     dtype = dtype or (torch.bfloat16 if program.dtype is torch.float32 else program.dtype)
@@ -85,7 +93,7 @@ def write_exported(
         shapes = _shapes(len(pages), prefill=graph is _Prefill)
         if graph is _Decode:
             arguments, shapes = (*arguments, list(range(1, rows + 1))), (*shapes, [Dim.DYNAMIC] * rows)
-        with torch.no_grad():
+        with torch.no_grad(), without_stack_traces():
             exported = torch.export.export(
                 graph(names["Model"], dtype), (weights, *arguments), dynamic_shapes=(fixed, *shapes), strict=False
             )
@@ -120,8 +128,7 @@ def to_bytes(exported: ExportedProgram) -> bytes:
             node.meta = {"val": node.meta["val"]} if "val" in node.meta else {}
     exported.example_inputs = None
     stored, rewritten = io.BytesIO(), io.BytesIO()
-    with uncollected():  # what is serialized stays until it is written
-        torch.export.save(exported, stored)
+    torch.export.save(exported, stored)
     with zipfile.ZipFile(stored) as archive, zipfile.ZipFile(rewritten, "w", zipfile.ZIP_STORED) as target:
         for name in sorted(archive.namelist()):
             target.writestr(zipfile.ZipInfo(name, FIRST_DAY), archive.read(name))
