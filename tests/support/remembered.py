@@ -24,12 +24,15 @@ from fxquant.lowering.ascend import writer
 from fxquant.lowering.ascend.export.exported import write_exported
 from fxquant.program.program import Program
 from fxquant.program.program_file import dump_program
+from fxquant.program.shape_inference import ShapeRules
 from fxquant.schemes.schemes import Recipe, WeightAlgorithm
 from fxquant.storage.hashing import hash_bytes
 from fxquant.verification import ascend_statements, graph_checks, weight_checks
 
 MOST, LARGEST = 400, 1 << 16
 """Results of a function that are remembered; numbers of a weight whose codes are."""
+
+MOST_SHAPES = 1 << 13
 
 
 @contextmanager
@@ -60,6 +63,21 @@ def emitted_once() -> Iterator[None]:
 
 
 @contextmanager
+def shapes_once() -> Iterator[None]:
+    """What an operator gives for values of one trace, which all copies of a traced program share."""
+
+    def computed(rules: ShapeRules, target: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        return args, original(rules, target, args, kwargs)  # the key has the id of a trace: as long as it is known
+
+    def key(rules: ShapeRules, target: Any, args: Any, kwargs: Any) -> Any:
+        return (target, rules._signature(args), rules._signature(kwargs)) if type(rules) is ShapeRules else None
+
+    original = ShapeRules.compute
+    with patch.object(ShapeRules, "compute", remembering(computed, key, lambda kept: kept[1], MOST_SHAPES)):
+        yield
+
+
+@contextmanager
 def codes_once(kept: Kept) -> Iterator[None]:
     """A weight's codes by the reference; those that it searches, which takes long, are kept for all processes."""
     original = weight_checks.expected_codes
@@ -82,8 +100,8 @@ def codes_once(kept: Kept) -> Iterator[None]:
 
 @contextmanager
 def computed_once(kept: Kept) -> Iterator[None]:
-    """Texts of graphs, and codes."""
-    with emitted_once(), codes_once(kept):
+    """Shapes and texts of graphs, and codes."""
+    with shapes_once(), emitted_once(), codes_once(kept):
         yield
 
 
@@ -103,9 +121,12 @@ def exported_once(kept: Kept) -> Iterator[None]:
 
 
 def remembering(
-    function: Callable[..., Any], key: Callable[..., Any], given: Callable[[Any], Any] = lambda result: result
+    function: Callable[..., Any],
+    key: Callable[..., Any],
+    given: Callable[[Any], Any] = lambda result: result,
+    most: int = MOST,
 ) -> Callable[..., Any]:
-    """`function`, called once for arguments of one `key` among the last `MOST`, each time where that is None.
+    """`function`, called once for arguments of one `key` among the last `most`, each time where that is None.
 
     `given`: what a caller gets of a result, a copy where it may change it.
     """
@@ -115,9 +136,9 @@ def remembering(
     def call(*arguments: Any) -> Any:
         digest = key(*arguments)
         if digest is None:
-            return function(*arguments)
+            return given(function(*arguments))
         known[digest] = result = known.pop(digest) if digest in known else function(*arguments)
-        if len(known) > MOST:
+        if len(known) > most:
             del known[next(iter(known))]
         return given(result)
 
