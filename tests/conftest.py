@@ -13,6 +13,7 @@ from commands import Fxquant, in_process
 from forked_child import forked_children
 from hypothesis import settings
 from kept import Kept
+from measured import Measured
 from published_style import style_published
 from remembered import computed_once, traced_once
 from rewrites import Rewritten, rewrite
@@ -21,6 +22,9 @@ from tiny import write_checkpoint
 from fxquant.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from fxquant.frontend import child
 from fxquant.lowering.ascend.export.exported import write_exported
+from fxquant.planning import host_benchmark
+from fxquant.planning import plan as planning
+from fxquant.planning.host_benchmark import Measuring
 from fxquant.processes.command import run_to_end
 
 pytest_plugins = ["cpu_budget"]
@@ -80,6 +84,22 @@ def style_is_published() -> Iterator[None]:
     """The classes of deepseek_style.py are recognised as DeepSeek's own are."""
     with style_published():
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def machine_is_known() -> Iterator[None]:
+    """`plan` in this process measures nothing; a test whose subject is that asks for `measured_machine`."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (host_benchmark, planning):
+            patch.setattr(module, "Measuring", Measured)
+        yield
+
+
+@pytest.fixture
+def measured_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`plan` measures this machine."""
+    for module in (host_benchmark, planning):
+        monkeypatch.setattr(module, "Measuring", Measuring)
 
 
 @pytest.fixture

@@ -271,6 +271,7 @@ def test_the_estimate_is_its_arithmetic() -> None:
     assert Memory(100, 10, 3).peak == 110 + 3 * PER_WORKER_BYTES
 
 
+@pytest.mark.usefixtures("measured_machine")
 def test_the_command_says_its_arithmetic(monkeypatch: Any, capsys: Any, tiny_folder: Folder) -> None:
     arguments = ["fxquant", "plan", str(tiny_folder()), "-p", "deepseek_w4a8_dynamic", "--cores", "32", "--disk", "3"]
     monkeypatch.setattr(sys, "argv", arguments)
