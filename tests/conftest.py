@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import collected_later
 import pytest
 import torch
 from commands import Fxquant, in_process
@@ -37,16 +38,20 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 """Where the tests run in the background of a shell, or by nohup, these are ignored, and by every process they start."""
 
-gc.disable()
+assert collected_later and not gc.isenabled()
 """Until all tests are collected: what imports leave behind stays, and would be looked through again and again."""
+
+YOUNG = 20_000
+"""New objects after which garbage is looked for; with the 700 of Python it is a twentieth of the time of a compile."""
 
 settings.register_profile("tests", deadline=None)
 settings.load_profile("tests")
 
 
 def pytest_collection_finish() -> None:
-    """Collect what tests leave, and that alone."""
+    """Collect what tests leave, and that alone; seldom, since graphs are made of thousands of objects that stay."""
     gc.freeze()
+    gc.set_threshold(YOUNG, 20, 20)
     gc.enable()
 
 
