@@ -1,17 +1,20 @@
-"""Python API, the verbs as functions: compile, plan, convert, verify, run, evaluate, sensitivity, compare."""
+"""Python API, the verbs as functions: compile, plan, convert, verify, run, bench, evaluate, sensitivity, compare."""
 
 from pathlib import Path
 
 from fxquant.compilation.options import CompileOptions
 from fxquant.compilation.prepare import prepare
-from fxquant.evaluation.verbs import compare, engine_perplexities, evaluate, open_output, run, sensitivity
+from fxquant.evaluation.verbs import compare, engine_perplexities, evaluate, open_output, sensitivity
 from fxquant.frontend.source import TRACE_TIMEOUT, open_source
+from fxquant.generation.generator import GenerateOptions, TextGenerator
 from fxquant.lowering.output_folder.manifest import GRAPH
 from fxquant.planning.plan import Plan, plan
 from fxquant.program.program import Program
 from fxquant.program.program_file import load_program
+from fxquant.verbs.bench import Benchmark, bench
 from fxquant.verbs.compile import CompileReport, compile
 from fxquant.verbs.convert import ConvertReport, convert
+from fxquant.verbs.run import open_generator, run
 from fxquant.verbs.verify import verify
 
 
@@ -24,15 +27,20 @@ def open_graph(model: str | Path, checkpoint: Path | None = None, trace_timeout:
 
 
 __all__ = [
+    "Benchmark",
     "CompileOptions",
     "CompileReport",
     "ConvertReport",
+    "GenerateOptions",
     "Plan",
+    "TextGenerator",
+    "bench",
     "compare",
     "compile",
     "convert",
     "engine_perplexities",
     "evaluate",
+    "open_generator",
     "open_graph",
     "open_output",
     "plan",

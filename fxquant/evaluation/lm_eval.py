@@ -9,8 +9,9 @@ from torch import Tensor
 
 from fxquant.checkpoint.checkpoint import Checkpoint
 from fxquant.errors import FxquantError
-from fxquant.evaluation.generate import end_ids, text_pieces
 from fxquant.evaluation.verbs import open_output
+from fxquant.generation.generator import config_end_ids
+from fxquant.generation.text_stream import TextStream
 from fxquant.runtime.execute import execute, generate, prefill_inputs
 from fxquant.text.load import Encoder, bos_ids
 
@@ -47,12 +48,12 @@ class FxquantLM(TemplateLM):
     @property
     def eot_token_id(self) -> int:
         """The first of the tokens that end a text."""
-        return min(end_ids(self.program), default=self.prefix_token_id)
+        return min(config_end_ids(self.program), default=self.prefix_token_id)
 
     @property
     def prefix_token_id(self) -> int:
         """The token before a text: BOS, or an end token if the model has no BOS."""
-        first = self.encoder.bos or sorted(end_ids(self.program))
+        first = self.encoder.bos or sorted(config_end_ids(self.program))
         if not first:
             raise FxquantError(self.out, "has neither bos_token_id nor eos_token_id.", "Add one to its config.json.")
         return first[0]
@@ -130,8 +131,8 @@ class FxquantLM(TemplateLM):
         # without BOS an empty context would leave nothing to run on
         ids = self.encoder.bos + self.tok_encode(context)[-room:] or [self.prefix_token_id]
         steps = generate(self.program, self.read, ids, new)
-        pieces = text_pieces(self.encoder.tokenizer, steps, end_ids(self.program))
-        return _until(pieces, [until] if isinstance(until, str) else until)
+        stream = TextStream(self.encoder.tokenizer.decode, [until] if isinstance(until, str) else until)
+        return _text(stream, steps, config_end_ids(self.program))
 
 
 def _score(row: Tensor, new: int, logits: Tensor) -> tuple[float, bool]:
@@ -142,12 +143,14 @@ def _score(row: Tensor, new: int, logits: Tensor) -> tuple[float, bool]:
     )
 
 
-def _until(pieces: Iterable[str], stops: list[str]) -> str:
-    """Text up to the first of `stops`; nothing after it is generated."""
-    text = ""
-    for piece in pieces:
-        text += piece
-        ends = [text.index(stop) for stop in stops if stop and stop in text]
-        if ends:
-            return text[: min(ends)]
-    return text
+def _text(stream: TextStream, steps: Iterable[Tensor], ends: set[int]) -> str:
+    """Text of the best tokens, until an end token or a stop word."""
+    for logits in steps:
+        token = int(logits.argmax())
+        if token in ends:
+            break
+        stream.feed(token)
+        if stream.stop_word is not None:
+            break
+    stream.end()
+    return stream.text

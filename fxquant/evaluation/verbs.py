@@ -1,6 +1,6 @@
-"""Evaluation verbs: run, evaluate, sensitivity and engine perplexity of a compiled folder; compare of policies."""
+"""Evaluation verbs: evaluate, sensitivity and engine perplexity of a compiled folder; compare of policies."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +14,6 @@ from fxquant.engines.documents import group_size
 from fxquant.engines.table import ENGINES, Target
 from fxquant.errors import FxquantError
 from fxquant.evaluation.divergence import Evaluation, evaluate_programs
-from fxquant.evaluation.generate import greedy_text
 from fxquant.evaluation.sensitivity import measure_sensitivity
 from fxquant.evaluation.sensitivity_report import Sensitivity
 from fxquant.frontend.source import open_source
@@ -40,13 +39,6 @@ class Compared(NamedTuple):
     evaluation: Evaluation
     nbytes: int
     choices: list[str]
-
-
-def run(out: str | Path, prompt: str, max_new_tokens: int = 64) -> Iterator[str]:
-    """Greedy text after `prompt`, piece by piece: from the ONNX graph if `out` has one, else from its fx graph."""
-    folder = Path(out)
-    program, read = open_output(folder)
-    return greedy_text(folder, program, read, prompt, max_new_tokens)
 
 
 def open_output(folder: Path) -> tuple[Program, Read]:

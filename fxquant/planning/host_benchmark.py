@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from fxquant.processes.command import end_with
+from fxquant.processes.peak_memory import peak_bytes
 
 if TYPE_CHECKING:
     from fxquant.kernels.decode import EncodedRows
@@ -216,12 +217,6 @@ def resident_bytes() -> int:
     """Memory of this process that is in RAM now."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
-
-
-def peak_bytes() -> int:
-    """Its maximum so far; `ru_maxrss` would count the process that started this one."""
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
-    return int(line.split()[1]) * 1024
 
 
 class Measuring:

@@ -14,8 +14,9 @@ from fxquant.frontend.source import open_source
 from fxquant.gc_pause import uncollected
 from fxquant.planning.contents import PlanContents, planned
 from fxquant.planning.estimate import PER_WORKER_BYTES, Estimate, Memory, estimate
-from fxquant.planning.host_benchmark import Machine, Measuring, peak_bytes
+from fxquant.planning.host_benchmark import Machine, Measuring
 from fxquant.policy.policy import load_policy
+from fxquant.processes.peak_memory import peak_bytes
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -63,8 +63,8 @@ def _default(template: Any, folder: Path) -> str:
             raise FxquantError(folder / CONFIG, f"has chat templates {names}, no default.", f"Put one in {TEMPLATE}.")
         template = named["default"]
     if not isinstance(template, str):
-        fact = "has no chat template, and the text contains chats."
-        raise FxquantError(folder, fact, f"Put the model's {TEMPLATE} there, or use text instead of messages.")
+        way_out = f"Put the model's {TEMPLATE} there, or use text that is no chat."
+        raise FxquantError(folder, "has no chat template.", way_out)
     return template
 
 

@@ -112,9 +112,25 @@ def print_text(text: str, to: Console = console) -> None:
 
 def print_json(document: Any) -> None:
     """Print only the document on stdout, in ASCII unless stdout's encoding is UTF."""
-    text = json.dumps(document, indent=2, ensure_ascii=not console.encoding.startswith("utf"))
+    _write_json(document, indent=2)
+
+
+def print_json_line(document: Any) -> None:
+    """The same on one line, at once."""
+    _write_json(document, indent=None)
+    console.file.flush()
+
+
+def _write_json(document: Any, indent: int | None) -> None:
+    text = json.dumps(document, indent=indent, ensure_ascii=not console.encoding.startswith("utf"))
     # json leaves C1 controls and direction overrides as they are
     console.file.write(UNSAFE.sub(lambda match: f"\\u{ord(match[0]):04x}", text) + "\n")
+
+
+def print_piece(text: str) -> None:
+    """Print a part of a text at once: tabs and newlines as they are, no newline after it."""
+    console.file.write(spelled(visible(text), console.encoding))
+    console.file.flush()
 
 
 def show_error(error: FxquantError, to: Console = errors) -> None:

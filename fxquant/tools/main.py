@@ -4,7 +4,7 @@ import sys
 
 import typer
 
-from fxquant.tools import compare, compile_model, convert, evaluate, generate, plan, show, targets, verify
+from fxquant.tools import bench, compare, compile_model, convert, evaluate, generate, plan, show, targets, verify
 from fxquant.tools.boundary import guarded
 from fxquant.tools.console import console
 from fxquant.tools.signals import Signals, leave
@@ -39,6 +39,7 @@ app.command("compile", cls=Verb)(compile_model.command)
 app.command("plan", cls=Verb)(plan.command)
 app.command("verify", cls=Verb)(verify.command)
 app.command("run", cls=Verb)(generate.command)
+app.command("bench", cls=Verb)(bench.command)
 app.command("eval", cls=Verb)(evaluate.command)
 app.command("compare", cls=Verb)(compare.command)
 app.command("show", cls=Verb)(show.command)

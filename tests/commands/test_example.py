@@ -14,7 +14,7 @@ import fxquant
 from fxquant import CompileOptions
 from fxquant.api import open_output
 from fxquant.engines.table import Target
-from fxquant.evaluation.generate import step_logits
+from fxquant.lowering.onnx.runner import OnnxRunner
 from fxquant.policy.policy import shipped_policies
 from fxquant.runtime.execute import generate, prefill_inputs
 from fxquant.text.tokenizer import open_tokenizer
@@ -56,7 +56,7 @@ def test_onnx_and_fx_write_the_same_text(onnx_out: Path, document: int) -> None:
     read = cache(stored)  # hundreds of steps read each weight
     line = (EXAMPLE / "evaluation.jsonl").read_text().splitlines()[document]
     prompt = [0, *open_tokenizer(onnx_out).encode(json.loads(line)["text"])[:40]]
-    from_onnx = list(step_logits(onnx_out, program, read, prompt, STEPS))
+    from_onnx = list(OnnxRunner(onnx_out).generate(prompt, STEPS))
     from_fx = list(generate(program, read, prompt, STEPS))
     assert len(from_onnx) == len(from_fx) == STEPS
     differ = [step for step in range(STEPS) if from_onnx[step].argmax() != from_fx[step].argmax()]

@@ -2,14 +2,17 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from commands import Fxquant
 from rewrites import float_program
 
 from fxquant.checkpoint.checkpoint import Checkpoint
+from fxquant.generation.completion import Piece
+from fxquant.generation.prompts import Encoded
 
-COMPILED = (("verify",), ("run", "--prompt", "x"), ("eval", "--text", "x"), ("convert", "-t", "mindie"))
+COMPILED = (("verify",), ("run", "--prompt", "x"), ("bench",), ("eval", "--text", "x"), ("convert", "-t", "mindie"))
 MODELS = (("compile",), ("plan",), ("show",), ("compare", "--text", "x"))
 
 
@@ -102,6 +105,11 @@ def test_a_prompt_is_printed_after_the_folder_was_looked_at(
     fxquant_: Fxquant, places: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert fxquant_("run", places["empty"], "--prompt", "def main(")[1] == ""
-    monkeypatch.setattr("fxquant.api.run", lambda *arguments: iter(["):\n", "\t\x1b[2J"]))
-    code, out, _ = fxquant_("run", "out", "--prompt", "def main(")
-    assert code == 0 and out.expandtabs() == "def main():\n        \\x1b[2J\n"
+    written = SimpleNamespace(
+        notes=[],
+        runner=None,
+        encode=lambda prompts, report: [Encoded("--prompt", "def main(", [1])],
+        write=lambda prompts, report: iter([Piece(0, "):\n"), Piece(0, "\t\x1b[2J")]),
+    )
+    monkeypatch.setattr("fxquant.api.open_generator", lambda *arguments: written)
+    assert fxquant_("run", "out", "--prompt", "def main(") == (0, "def main():\n\t\\x1b[2J\n", "")

@@ -91,7 +91,7 @@ def test_a_long_text_is_scored_in_windows(out: Path) -> None:
 
 
 def test_generated_text_is_that_of_run(model: FxquantLM, out: Path) -> None:
-    whole = "".join(fxquant.run(out, TEXTS[2][:SPLIT], 12))
+    whole = "".join(fxquant.run(out, TEXTS[2][:SPLIT], 12, fxquant.GenerateOptions(greedy=True)))
     stop = whole[5:8]
     requests = ({"until": [], "max_gen_toks": 12}, {"until": ["§", stop], "max_gen_toks": 12}, {"until": stop})
     texts = model.generate_until(

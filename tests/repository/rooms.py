@@ -26,6 +26,7 @@ text models runtime engines
 tracing calibration
 frontend passes
 lowering
+generation
 adapters
 compilation
 foreign

@@ -125,10 +125,10 @@ def test_no_session_is_made_of_another_model(
     program, files = load_program(out / "fxquant_graph.json"), WeightFiles(out)
     with pytest.raises(FxquantError, match="not what the graph emits|not an ONNX model"):
         require_emitted(program, files.infos, out)
-    from fxquant.evaluation.generate import step_logits
+    from fxquant.generation.generator import GenerateOptions, TextGenerator
 
     with pytest.raises(FxquantError, match="not what the graph emits|not an ONNX model"):
-        list(step_logits(out, program, files.read, [1], 1))
+        _ = TextGenerator(out, program, files.read, GenerateOptions()).runner
     assert not sessions
 
 

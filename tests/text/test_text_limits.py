@@ -8,7 +8,7 @@ import pytest
 from test_text import Words, jsonl, load, text_file, words
 
 from fxquant.errors import FxquantError
-from fxquant.evaluation.generate import greedy_text
+from fxquant.generation.prompts import text_prompt
 from fxquant.text import documents
 from fxquant.text import load as text
 from fxquant.text.load import bos_ids
@@ -81,7 +81,7 @@ def test_a_bos_that_is_no_number_is_none(bos: Any, words: Words) -> None:
     assert bos_ids(words(bos_token_id=bos)) == []
 
 
-def test_a_prompt_of_half_a_character(words: Words) -> None:
+def test_a_prompt_of_half_a_character() -> None:
     """As the command line has one that was no UTF-8."""
     with pytest.raises(FxquantError, match=r"--prompt: not valid text: '\\udcff' is half a character"):
-        list(greedy_text(words().folder, None, None, "a \udcff", 1))  # type: ignore[arg-type]
+        text_prompt("a \udcff")

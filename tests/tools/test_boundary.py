@@ -37,7 +37,13 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
     def call(verb: str, error: BaseException) -> tuple[int, str]:
-        functions = {"show": "open_graph", "compile": "compile", "run": "run", "verify": "verify", "eval": "evaluate"}
+        functions = {
+            "show": "open_graph",
+            "compile": "compile",
+            "run": "open_generator",
+            "verify": "verify",
+            "eval": "evaluate",
+        }
 
         def end(*arguments: Any) -> None:
             raise error

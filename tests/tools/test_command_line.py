@@ -22,7 +22,7 @@ from fxquant.policy.policy import shipped_policies
 from fxquant.progress import silent, within
 from fxquant.tools.main import app
 
-VERBS = ("compile", "plan", "verify", "run", "eval", "compare", "show", "convert", "targets")
+VERBS = ("compile", "plan", "verify", "run", "bench", "eval", "compare", "show", "convert", "targets")
 
 
 # help

@@ -4,6 +4,7 @@ import ctypes
 import functools
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -59,10 +60,34 @@ def return_freed_memory() -> None:
         trim(0)
 
 
-class OnnxRunner:
-    """The `model.onnx` of a folder, its weight files beside it."""
+TOKENS = 3
+"""Inputs of token ids, mask and positions, in this order, before all others."""
+PAST, PRESENT, LAST = "past_key_values.", "present.", "num_logits_to_keep"
+DTYPES = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16}
 
-    def __init__(self, folder: Path, threads: int = 0) -> None:
+
+@dataclass(frozen=True)
+class CacheInput:
+    """A cache of the graph: its name, dtype, and shape with None for batch and past."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int | None, ...]
+
+    @property
+    def past_axis(self) -> int:
+        """The axis of the tokens so far."""
+        return self.shape.index(None, 1)
+
+
+class OnnxRunner:
+    """The `model.onnx` of a folder, its weight files beside it.
+
+    last_logits  have the logits of the last token alone, if the graph can
+    past_axes    of each cache, the axis of the tokens so far
+    """
+
+    def __init__(self, folder: Path, threads: int = 0, last_logits: bool = False) -> None:
         path = folder / FILE
         if not path.is_file():
             raise FxquantError(path, "no such file.", f"Compile with --target {' or '.join(onnx_targets())}.")
@@ -74,24 +99,35 @@ class OnnxRunner:
             raise FxquantError(path, f"onnxruntime {onnxruntime.__version__} cannot load it: {error}") from error
         return_freed_memory()
         inputs = self._session.get_inputs()
-        self._names = [input_.name for input_ in inputs]
-        self._widths = [input_.shape[2] for input_ in inputs[3:]]
+        self._tokens = [input_.name for input_ in inputs[:TOKENS]]
+        self._caches = [_cache(input_) for input_ in inputs if input_.name.startswith(PAST)]
+        self._presents = [PRESENT + cache.name.removeprefix(PAST) for cache in self._caches]
+        self._constant = {
+            input_.name: np.full([1] * len(input_.shape), int(last_logits), dtype=np.int64)
+            for input_ in inputs
+            if input_.name == LAST
+        }
+        self.past_axes = [cache.past_axis for cache in self._caches]
 
     def __call__(
         self, ids: Tensor, mask: Tensor, positions: Tensor, past: Sequence[Tensor]
     ) -> tuple[Tensor, list[Tensor]]:
-        """ids, positions int64 [B, S]; mask int64 [B, T]; past: per layer a float32 latent [B, T - S, width].
+        """ids, positions int64 [B, S]; mask int64 [B, T]; past: caches of T - S tokens, as float32 latents
+        [B, T - S, width], in the order, dtypes and shapes of the graph's inputs.
 
-        → logits float32 [B, S, vocabulary], the latents [B, T, width].
+        → logits float32 [B, S, vocabulary], or [B, 1, vocabulary] with `last_logits`; caches of T tokens.
         """
-        feeds = zip(self._names, (ids, mask, positions, *past), strict=True)
-        results = self._session.run(None, {name: np.ascontiguousarray(value.numpy()) for name, value in feeds})
+        names = [*self._tokens, *(cache.name for cache in self._caches)]
+        feeds = zip(names, (ids, mask, positions, *past), strict=True)
+        given = {name: np.ascontiguousarray(value.numpy()) for name, value in feeds}
+        results = self._session.run(["logits", *self._presents], given | self._constant)
         logits, *presents = (torch.from_numpy(result) for result in results)
         return logits, presents
 
     def empty_cache(self, batch: int) -> list[Tensor]:
         """`past` for the first call."""
-        return [torch.zeros(batch, 0, width) for width in self._widths]
+        shapes = [(batch, *(size or 0 for size in cache.shape[1:])) for cache in self._caches]
+        return [torch.zeros(shape, dtype=cache.dtype) for shape, cache in zip(shapes, self._caches, strict=True)]
 
     def prefill(self, ids: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Logits and caches of unpadded `ids` int64 [batch, length]."""
@@ -109,3 +145,11 @@ class OnnxRunner:
             mask = torch.ones(1, position + 1, dtype=torch.int64)
             logits, caches = self(token, mask, torch.full((1, 1), position), caches)
             yield logits[0, -1]
+
+
+def _cache(input_: onnxruntime.NodeArg) -> CacheInput:
+    shape = tuple(size if isinstance(size, int) else None for size in input_.shape)
+    if input_.type not in DTYPES or shape[:1] != (None,) or shape.count(None) != 2:
+        fact = f"is a cache {input_.type}{input_.shape}."
+        raise FxquantError(input_.name, fact, f"A cache is one of {', '.join(DTYPES)}, with axes for batch and past.")
+    return CacheInput(input_.name, DTYPES[input_.type], shape)
