@@ -1,1 +1,1 @@
-"""Perplexity, KL divergence, sensitivity and generation of the integer graph."""
+"""Perplexity, KL divergence and sensitivity of the integer graph."""

@@ -11,7 +11,7 @@ from fxquant.inputs.limits import CONFIG_BYTES
 from fxquant.inputs.validation import validation_fact
 
 FILE = "generation_config.json"
-IGNORE = "Change the file, or ignore the file with --no-generation-config."
+IGNORE = "Change the file, or ignore it with --no-generation-config."
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 Token = Annotated[int, Field(ge=0)]
@@ -26,7 +26,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "guidance_scale": (1,), "watermarking_config": ({},), "token_healing": (False,), "dola_layers": (),
 }  # fmt: skip
 """Keys that change the text and are not supported → values with which they do not, beside null."""
-HARMLESS = {
+HARMLESS = frozenset({
     "_from_model_config", "transformers_version", "bos_token_id", "pad_token_id", "decoder_start_token_id",
     "use_cache", "use_mtp", "cache_implementation", "cache_config", "max_cache_len", "return_legacy_cache",
     "early_stopping", "length_penalty", "renormalize_logits", "remove_invalid_values", "output_attentions",
@@ -35,7 +35,7 @@ HARMLESS = {
     "prompt_lookup_num_tokens", "max_matching_ngram_size", "assistant_early_exit", "assistant_lookbehind",
     "target_lookbehind", "assistant_ensemble_weight", "speculation_type", "compile_config", "disable_compile",
     "continuous_batching_config", "low_memory", "prefill_chunk_size",
-}  # fmt: skip
+})  # fmt: skip
 """Keys that do not change the text of one sequence."""
 
 
@@ -85,10 +85,7 @@ def read_generation_config(folder: Path) -> GenerationConfig:
         raise FxquantError(file, validation_fact(error, GenerationConfig, document), IGNORE) from None
     effective = sorted(key for key, value in document.items() if key in NEUTRAL and not _neutral(key, value))
     if effective:
-        fact = (
-            f"changes the text by {', '.join(effective)}, which {'is' if len(effective) == 1 else 'are'} not supported."
-        )
-        raise FxquantError(file, fact, IGNORE.replace("key", "keys") if len(effective) > 1 else IGNORE)
+        raise FxquantError(file, f"changes the text by {', '.join(effective)}: not supported.", IGNORE)
     return config
 
 

@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import fxquant
 from fxquant.compilation.options import CompileOptions
 from fxquant.engines.table import DEFAULT, Target
 from fxquant.errors import FxquantError
@@ -29,7 +28,7 @@ from fxquant.processes.peak_memory import peak_bytes
 from fxquant.progress import Reporter, silent, within
 from fxquant.verbs.compile import compile
 
-PACKAGE = str(Path(fxquant.__file__).parents[1])
+PACKAGE = str(Path(__file__).parents[2])
 
 
 @dataclass(frozen=True)
