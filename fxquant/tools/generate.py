@@ -90,8 +90,7 @@ def command(
     generator = open_generator(out, options)
     if not quiet:
         print_notes(generator.notes, to=stderr)
-    # one text is its own progress
-    report = reporter(quiet or as_json or len(given) == 1)
+    report = reporter(quiet or len(given) == 1, beside_text=True)  # one text is its own progress
     show(generator, generator.encode(given, report), report, as_json, quiet)
 
 

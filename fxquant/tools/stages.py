@@ -9,7 +9,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TimeElapsed
 from rich.text import Text
 
 from fxquant.progress import Advance, Reporter, silent
-from fxquant.tools.console import errors, print_line, size
+from fxquant.tools.console import console, errors, print_line, size
 from fxquant.tools.visible import one_line
 
 EVERY = 30.0
@@ -18,11 +18,14 @@ STAGE_WIDTH = 16
 """Columns for the name of a stage beside its bar; a longer one has a line of its own."""
 
 
-def reporter(quiet: bool) -> Reporter:
-    """Bars with rate and time left on a terminal; lines in a log, repeated while a stage lasts; nothing when quiet."""
+def reporter(quiet: bool, beside_text: bool = False) -> Reporter:
+    """Bars with rate and time left on a terminal; lines in a log, repeated while a stage lasts; nothing when quiet.
+
+    `beside_text`: results are printed while a stage lasts, which a bar on the same terminal would overwrite.
+    """
     if quiet:
         return silent
-    return _bar if errors.is_terminal else _line
+    return _bar if errors.is_terminal and not (beside_text and console.is_terminal) else _line
 
 
 @contextmanager

@@ -1,1 +1,1 @@
-"""Verbs that write and check outputs: compile, convert, verify; each takes and checks what its user hands in."""
+"""Verbs that write, check and run outputs: compile, convert, verify, run, bench; each checks what a user hands in."""
