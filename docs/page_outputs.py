@@ -12,7 +12,7 @@ FRAME = re.compile(r"[─━│┃┄┏┓┗┛┡┩├┤┼└┘┌┐┬�
 NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?")
 MEASURED = re.compile(r"\d[\d,]*(?:\.\d+)?(?: s| ms| min| h| GB/s| G/s)\b|\d[\d,.]* [kMG]B(?= of memory)")
 LARGEST = re.compile(r"[\d.e+-]+ of (?:the bound|the largest value|[\d.e+-]+) at\b.*|^model\.layers\.\S+$")
-RATES = ("prefill ", "decode batch ", "load ", "peak memory ")
+RATES = ("prefill ", "decode batch ", "load ", "peak memory ", "of it by the graph ")
 MEASURED_LINES = ("disk ", "compute ", "time ", "memory ", "last-bit noise ", *RATES)
 ANY = "…"
 TAIL, REST = "99th percentile ", "top-1"

@@ -16,7 +16,7 @@ from fxquant.generation.prompts import Encoded, Prompt, PromptEncoder
 from fxquant.generation.runner import Runner, check_runnable, open_runner
 from fxquant.generation.sampling import Sampler, Sampling
 from fxquant.generation.text_stream import TextStream
-from fxquant.processes.peak_memory import peak_bytes
+from fxquant.processes.memory import peak_bytes
 from fxquant.program.program import Program
 from fxquant.progress import Reporter, silent
 from fxquant.runtime.weight_providers import Read

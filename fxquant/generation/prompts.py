@@ -81,6 +81,9 @@ def _lines(file: Path) -> Iterator[tuple[str, str]]:
         number = 0
         while line := lines.readline(TEXT_BYTES):
             number += 1
+            if len(line) == TEXT_BYTES:
+                fact = f"a line of {TEXT_BYTES:,} characters or more."
+                raise FxquantError(f"{file}:{number}", fact, "A .txt file has one prompt per line.")
             if line.strip():
                 yield f"{file}:{number}", line.removesuffix("\n")
 

@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from fxquant.processes.command import end_with
-from fxquant.processes.peak_memory import peak_bytes
+from fxquant.processes.memory import peak_bytes, resident_bytes
 
 if TYPE_CHECKING:
     from fxquant.kernels.decode import EncodedRows
@@ -211,12 +211,6 @@ def _learned(machine: Machine, name: str, rate: float, before: int) -> Machine:
     """`before`: memory without kernels."""
     taken, kernels = resident_bytes() - before, machine.kernels | {name: rate}
     return replace(machine, kernels=kernels, kernel_bytes=taken, peak_bytes=peak_bytes())
-
-
-def resident_bytes() -> int:
-    """Memory of this process that is in RAM now."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 class Measuring:

@@ -16,7 +16,7 @@ from fxquant.planning.contents import PlanContents, planned
 from fxquant.planning.estimate import PER_WORKER_BYTES, Estimate, Memory, estimate
 from fxquant.planning.host_benchmark import Machine, Measuring
 from fxquant.policy.policy import load_policy
-from fxquant.processes.peak_memory import peak_bytes
+from fxquant.processes.memory import peak_bytes
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -56,8 +56,9 @@ def benchmark_table(out: Path, results: "dict[str, Benchmark]") -> NamedTable:
         table.add_row(f"{name}, tokens/s", *map(_rate, speeds), *(_ratio(speed, other) for other in speeds[1:]))
     loads = [result.load_seconds for result in results.values()]
     table.add_row("load", *map(duration, loads), *(_ratio(loads[0], other) for other in loads[1:]))
-    peaks = [result.peak_bytes for result in results.values()]
-    table.add_row("peak memory", *map(size, peaks), *(_ratio(peaks[0], other) for other in peaks[1:]))
+    for name, field in (("peak memory", "peak_bytes"), ("of it by the graph", "graph_bytes")):
+        peaks = [getattr(result, field) for result in results.values()]
+        table.add_row(name, *map(size, peaks), *(_ratio(peaks[0], other) for other in peaks[1:]))
     return table
 
 

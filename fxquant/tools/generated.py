@@ -73,7 +73,7 @@ def _objects(events: Iterable[Event], generator: TextGenerator) -> Totals | None
 
 def json_of(done: Completion, sampling: dict[str, Any], load_seconds: float) -> dict[str, Any]:
     """All of a completion."""
-    from fxquant.processes.peak_memory import peak_bytes
+    from fxquant.processes.memory import peak_bytes
 
     speed = (len(done.token_ids) - 1) / done.decode_seconds if done.decode_seconds else None
     more = {"load_seconds": load_seconds, "tokens_per_second": speed, "peak_bytes": peak_bytes()}

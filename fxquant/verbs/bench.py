@@ -24,7 +24,7 @@ from fxquant.generation.rates import Plan, measure_rates
 from fxquant.generation.runner import check_runnable, has_onnx, open_runner
 from fxquant.inputs.paths import GRAPH
 from fxquant.processes.command import end_with
-from fxquant.processes.peak_memory import peak_bytes
+from fxquant.processes.memory import peak_bytes, resident_bytes
 from fxquant.progress import Reporter, silent, within
 from fxquant.verbs.compile import compile
 
@@ -40,6 +40,7 @@ class Benchmark:
     past, steps   tokens before those that are decoded, and of these
     load_seconds  until the graph can run; an fx graph reads weights only when it runs
     peak_bytes    resident memory of the process that ran all of it, at its largest
+    graph_bytes   of these, what came with the graph, its weights and caches: more than before it was loaded
     """
 
     runs: str
@@ -48,6 +49,7 @@ class Benchmark:
     steps: int
     load_seconds: float
     peak_bytes: int
+    graph_bytes: int
 
 
 def bench(
@@ -79,11 +81,12 @@ def measure(folder: Path, plan: Plan, threads: int) -> Iterator[tuple[str, Any]]
     """Name and value of everything, measured in this process, as it comes."""
     program, read = open_output(folder)
     check_runnable(folder, program)
-    began = time.perf_counter()
+    before, began = resident_bytes(), time.perf_counter()
     runner = open_runner(folder, program, read, threads)
     yield "load_seconds", time.perf_counter() - began
     yield from measure_rates(runner, plan)
     yield "peak_bytes", peak_bytes()
+    yield "graph_bytes", peak_bytes() - before
 
 
 def _plan(folder: Path, steps: int, repeats: int) -> Plan:
@@ -96,7 +99,7 @@ def _plan(folder: Path, steps: int, repeats: int) -> Plan:
 
 def _benchmark(folder: Path, plan: Plan, threads: int, report: Reporter) -> Benchmark:
     values: dict[str, Any] = {}
-    with report("measure", len(plan.names) + 2, "figures") as advance, _measuring(folder, plan, threads) as lines:
+    with report("measure", len(plan.names) + 3, "figures") as advance, _measuring(folder, plan, threads) as lines:
         for line in lines:
             name, value = json.loads(line)
             if name == "error":
@@ -105,7 +108,8 @@ def _benchmark(folder: Path, plan: Plan, threads: int, report: Reporter) -> Benc
             advance(1, at=name)
     rates = {name: values[name] for name in plan.names}
     runs = "onnxruntime" if has_onnx(folder) else "fx graph"
-    return Benchmark(runs, rates, plan.past, plan.steps, values["load_seconds"], values["peak_bytes"])
+    machine = (values["load_seconds"], values["peak_bytes"], values["graph_bytes"])
+    return Benchmark(runs, rates, plan.past, plan.steps, *machine)
 
 
 @contextmanager

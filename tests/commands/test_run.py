@@ -115,7 +115,7 @@ def test_an_interrupt_leaves_what_was_written_on_a_line(
 def test_what_is_measured(out: Path) -> None:
     plan = verb._plan(out, 2, 1)
     figures = dict(verb.measure(out, plan, 1))
-    assert list(figures) == ["load_seconds", "decode batch 1", "decode batch 8", "peak_bytes"]
+    assert list(figures) == ["load_seconds", "decode batch 1", "decode batch 8", "peak_bytes", "graph_bytes"]
     assert all(value > 0 for value in figures.values()) and (plan.past, plan.prompts) == (62, [])
 
 
@@ -144,8 +144,8 @@ def test_bench_beside_the_float_graph(fxquant_: Fxquant, out: Path, talking: Pat
 
 
 def test_the_table_has_both_graphs_and_their_ratio(capsys: pytest.CaptureFixture[str]) -> None:
-    mine = Benchmark("onnxruntime", {"prefill 128": 1234.5, "decode batch 1": 20.0}, 128, 32, 1.5, 10**9)
-    other = Benchmark("onnxruntime", {"prefill 128": 617.25}, 128, 32, 3.0, 4 * 10**9)
+    mine = Benchmark("onnxruntime", {"prefill 128": 1234.5, "decode batch 1": 20.0}, 128, 32, 1.5, 10**9, 10**8)
+    other = Benchmark("onnxruntime", {"prefill 128": 617.25}, 128, 32, 3.0, 4 * 10**9, 10**9)
     console.print(benchmark_table(Path("out/x"), {"out": mine, "float": other}))
     lines = [re.split(r"\s*[│┃]\s*", line)[1:-1] for line in capsys.readouterr().out.splitlines() if line[0] in "│┃"]
     assert lines == [
@@ -154,6 +154,7 @@ def test_the_table_has_both_graphs_and_their_ratio(capsys: pytest.CaptureFixture
         ["decode batch 1, tokens/s", "20", "", ""],
         ["load", "1.5 s", "3.0 s", "0.50"],
         ["peak memory", "1 GB", "4 GB", "0.25"],
+        ["of it by the graph", "100 MB", "1 GB", "0.10"],
     ]
 
 

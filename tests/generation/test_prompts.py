@@ -53,6 +53,12 @@ def test_files_that_are_refused(name: str, text: str | bytes, words: str, tmp_pa
         read_prompts(written(tmp_path, name, text))
 
 
+def test_a_line_that_is_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fxquant.generation.prompts.TEXT_BYTES", 8)
+    with pytest.raises(FxquantError, match="p.txt:2: a line of 8 characters or more"):
+        read_prompts(written(tmp_path, "p.txt", "abc\nabcdefgh\n"))
+
+
 def test_a_folder_and_nothing(tmp_path: Path) -> None:
     with pytest.raises(FxquantError, match="not a regular file"):
         read_prompts(tmp_path)

@@ -192,7 +192,7 @@ def test_671b_per_channel_arithmetic(published: Plan) -> None:
 def test_671b_memory_of_the_command() -> None:
     """Of both processes together, at their largest."""
     code = (
-        "import sys; from fxquant.tools.main import run; from fxquant.processes.peak_memory import peak_bytes\n"
+        "import sys; from fxquant.tools.main import run; from fxquant.processes.memory import peak_bytes\n"
         f"sys.argv = ['fxquant', 'plan', {str(PUBLISHED)!r}, '-p', 'deepseek_w4a8_dynamic', '--json']\n"
         "try: run()\n"
         "except SystemExit: pass\n"
