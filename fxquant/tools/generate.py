@@ -67,8 +67,7 @@ def command(
 ) -> None:
     """Continue prompts: by ONNX Runtime where OUT has an ONNX graph, else by its fx graph on CPU.
 
-    Greedy, unless OUT's generation_config.json or an option asks for sampling. Text is on stdout, rates and memory are
-    on stderr.
+    Greedy, unless OUT's generation_config.json or an option asks for sampling. Rates and memory follow on stderr.
     """
     from fxquant.api import GenerateOptions, open_generator
     from fxquant.tools.generated import show

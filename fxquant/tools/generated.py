@@ -1,12 +1,13 @@
 """What fxquant run prints: text as it is written, or a line of JSON for each prompt; rates and memory at the end."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from fxquant.generation.completion import Completion, Piece, Totals
 from fxquant.generation.generator import TextGenerator
 from fxquant.generation.prompts import Encoded
 from fxquant.generation.sampling import Sampling
+from fxquant.processes.memory import peak_bytes
 from fxquant.progress import Reporter
 from fxquant.tools.console import errors, print_json_line, print_line, print_piece, size
 from fxquant.tools.stages import duration, rate
@@ -28,18 +29,12 @@ def _texts(events: Iterable[Event], prompts: list[Encoded]) -> Totals | None:
     """One text as it is written; several, which are written together, each under its place when it is complete."""
     if len(prompts) == 1:
         return _stream(events, prompts[0])
-    totals, waiting, following = None, dict[int, Completion](), 0
-    for event in events:
-        if isinstance(event, Completion):
-            waiting[event.index] = event
-        elif isinstance(event, Totals):
-            totals = event
-        while following in waiting:  # in the order of the prompts
-            done = waiting.pop(following)
-            print_line((f"── {done.place}", "bold"))
-            print_piece(f"{done.prompt}{done.text}\n")
-            following += 1
-    return totals
+
+    def give(done: Completion) -> None:
+        print_line((f"── {done.place}", "bold"))
+        print_piece(f"{done.prompt}{done.text}\n")
+
+    return _in_order(events, give)
 
 
 def _stream(events: Iterable[Event], prompt: Encoded) -> Totals | None:
@@ -57,24 +52,31 @@ def _stream(events: Iterable[Event], prompt: Encoded) -> Totals | None:
 
 
 def _objects(events: Iterable[Event], generator: TextGenerator) -> Totals | None:
-    """A line for each prompt, in their order."""
-    totals, waiting, following = None, dict[int, Completion](), 0
+    """A line for each prompt."""
     sampling = generator.sampling.as_json()
-    for event in events:
-        if isinstance(event, Completion):
-            waiting[event.index] = event
-        elif isinstance(event, Totals):
-            totals = event
-        while following in waiting:
-            print_json_line(json_of(waiting.pop(following), sampling, generator.load_seconds))
-            following += 1
+    return _in_order(events, lambda done: print_json_line(json_of(done, sampling, generator.load_seconds)))
+
+
+def _in_order(events: Iterable[Event], give: Callable[[Completion], None]) -> Totals | None:
+    """`give` each completion in the order of the prompts."""
+    totals, waiting, following = None, dict[int, Completion](), 0
+    try:
+        for event in events:
+            if isinstance(event, Completion):
+                waiting[event.index] = event
+            elif isinstance(event, Totals):
+                totals = event
+            while following in waiting:
+                give(waiting.pop(following))
+                following += 1
+    finally:  # an interrupt loses no text that is complete
+        for index in sorted(waiting):
+            give(waiting[index])
     return totals
 
 
 def json_of(done: Completion, sampling: dict[str, Any], load_seconds: float) -> dict[str, Any]:
     """All of a completion."""
-    from fxquant.processes.memory import peak_bytes
-
     speed = (len(done.token_ids) - 1) / done.decode_seconds if done.decode_seconds else None
     more = {"load_seconds": load_seconds, "tokens_per_second": speed, "peak_bytes": peak_bytes()}
     return done.as_json() | more | {"sampling": sampling}

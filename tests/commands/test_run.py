@@ -14,8 +14,9 @@ from talking import ascend_out, onnx_out, out, talking
 
 import fxquant
 from fxquant.errors import FxquantError
-from fxquant.generation.completion import Piece
+from fxquant.generation.completion import Completion, Piece
 from fxquant.generation.generator import TextGenerator
+from fxquant.generation.prompts import Encoded
 from fxquant.tools.bench import benchmark_table
 from fxquant.tools.console import console
 from fxquant.verbs import bench as verb
@@ -107,6 +108,25 @@ def test_an_interrupt_leaves_what_was_written_on_a_line(
 
     monkeypatch.setattr(TextGenerator, "write", interrupted)
     assert fxquant_("run", onnx_out, "--prompt", "ab", *quiet) == (130, "abxyz\n", "interrupted.\n")
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_an_interrupt_loses_no_complete_text(
+    fxquant_: Fxquant, onnx_out: Path, prompts: Path, as_json: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second prompt of three was complete before the first."""
+    whole = TextGenerator.write
+
+    def interrupted(self: TextGenerator, encoded: list[Encoded], *more: Any) -> Iterator[Completion]:
+        yield from (event for event in whole(self, encoded[:2]) if isinstance(event, Completion) and event.index == 1)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(TextGenerator, "write", interrupted)
+    options = ("--json", "--quiet") if as_json else ("--quiet",)
+    code, text, told = fxquant_("run", onnx_out, "--prompts", prompts, *MOST, *options)
+    assert (code, told) == (130, "interrupted.\n")
+    place = json.loads(text)["place"] if as_json else text.split("\n")[0].removeprefix("── ")
+    assert place == f"{prompts}:2"
 
 
 # bench
