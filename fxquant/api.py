@@ -6,7 +6,8 @@ from fxquant.compilation.options import CompileOptions
 from fxquant.compilation.prepare import prepare
 from fxquant.evaluation.verbs import compare, engine_perplexities, evaluate, open_output, sensitivity
 from fxquant.frontend.source import TRACE_TIMEOUT, open_source
-from fxquant.generation.generator import GenerateOptions, TextGenerator
+from fxquant.generation.generator import TextGenerator
+from fxquant.generation.options import GenerateOptions
 from fxquant.lowering.output_folder.manifest import GRAPH
 from fxquant.planning.plan import Plan, plan
 from fxquant.program.program import Program

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from fxquant.evaluation.verbs import open_output
 from fxquant.generation.completion import Piece
-from fxquant.generation.generator import GenerateOptions, TextGenerator
+from fxquant.generation.generator import TextGenerator
+from fxquant.generation.options import GenerateOptions
 from fxquant.generation.prompts import text_prompt
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from fxquant.errors import FxquantError
 from fxquant.generation.generation_config import HARMLESS, NEUTRAL, GenerationConfig, read_generation_config
-from fxquant.generation.generator import GenerateOptions
+from fxquant.generation.options import GenerateOptions
 from fxquant.generation.sampling import Sampling
 
 OF_DEEPSEEK = {"do_sample": True, "temperature": 0.6, "top_p": 0.95, "eos_token_id": 1, "bos_token_id": 0}

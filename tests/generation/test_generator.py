@@ -16,7 +16,8 @@ from fxquant.api import open_generator, open_output
 from fxquant.errors import FxquantError
 from fxquant.generation.batch import Batch
 from fxquant.generation.completion import Completion, Piece, Totals
-from fxquant.generation.generator import GenerateOptions, TextGenerator
+from fxquant.generation.generator import TextGenerator
+from fxquant.generation.options import GenerateOptions
 from fxquant.generation.prompts import Prompt
 from fxquant.generation.runner import Runner
 from fxquant.runtime.execute import generate

@@ -125,7 +125,8 @@ def test_no_session_is_made_of_another_model(
     program, files = load_program(out / "fxquant_graph.json"), WeightFiles(out)
     with pytest.raises(FxquantError, match="not what the graph emits|not an ONNX model"):
         require_emitted(program, files.infos, out)
-    from fxquant.generation.generator import GenerateOptions, TextGenerator
+    from fxquant.generation.generator import TextGenerator
+    from fxquant.generation.options import GenerateOptions
 
     with pytest.raises(FxquantError, match="not what the graph emits|not an ONNX model"):
         _ = TextGenerator(out, program, files.read, GenerateOptions()).runner
