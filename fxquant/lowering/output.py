@@ -15,9 +15,9 @@ from fxquant.engines.serving import RankLayout, Serving
 from fxquant.engines.table import ENGINES, Target
 from fxquant.errors import FxquantError
 from fxquant.kernels.version import KERNEL_VERSION
-from fxquant.lowering.ascend.deployment import Deployment
 from fxquant.lowering.ascend.export.exported import write_exported
 from fxquant.lowering.ascend.writer import write_ascend
+from fxquant.lowering.deployment import Deployment
 from fxquant.lowering.destination import Destination
 from fxquant.lowering.onnx.writer import write_onnx
 from fxquant.lowering.output_folder.copies import copied_files, left_out_code, write_copy

@@ -4,7 +4,7 @@ Float operators are in `dense`, `attention` and `moe`; quantize, integer matmul 
 that engines run as one kernel in `fused`; attention over a paged cache in `latent_cache`.
 """
 
-from fxquant.ops.attention import mla_attention, rope, rope_table
+from fxquant.ops.attention import attend_latents, mla_attention, rope, rope_table
 from fxquant.ops.dense import embedding, linear, rms_norm, swiglu
 from fxquant.ops.fused import (
     add_rms_norm,
@@ -32,6 +32,7 @@ __all__ = [
     "add_rms_norm",
     "add_rms_norm_quantize_per_token",
     "add_rms_norm_quantize_static",
+    "attend_latents",
     "dequantize_per_token",
     "dequantize_static",
     "embedding",

@@ -7,6 +7,7 @@ Shapes: B batch, S new positions, T = past + S positions, H heads.
 import torch
 from torch import Tensor
 
+from fxquant.ops.dense import linear
 from fxquant.ops.library import define, expect
 
 
@@ -88,6 +89,42 @@ def mla_attention(
     # finfo.min, not -inf: a query that sees no key would get NaN
     scores = (scores * softmax_scale).float().masked_fill(hidden, torch.finfo(torch.float32).min)
     return (scores.softmax(-1).to(q.dtype) @ value).transpose(1, 2).flatten(-2)
+
+
+def _attend_latents_shape(
+    q: Tensor, c_kv: Tensor, k_rope: Tensor, kv_b_weight: Tensor, attention_mask: Tensor, num_heads: int,
+    v_head_dim: int, softmax_scale: float,
+) -> Tensor:  # fmt: skip
+    expect(
+        c_kv.shape[-1] == kv_b_weight.shape[1],
+        f"fxq::attend_latents: latents of {c_kv.shape[-1]}, a weight for {kv_b_weight.shape[1]}",
+    )
+    nope = kv_b_weight.shape[0] // num_heads - v_head_dim
+    expect(
+        q.shape[-1] == num_heads * (nope + k_rope.shape[-1]),
+        f"fxq::attend_latents: queries of {q.shape[-1]} are not {num_heads} heads of {nope} and {k_rope.shape[-1]}",
+    )
+    return q.new_empty((*q.shape[:-1], num_heads * v_head_dim))
+
+
+@define(
+    "attend_latents(Tensor q, Tensor c_kv, Tensor k_rope, Tensor kv_b_weight, Tensor attention_mask, "
+    "int num_heads, int v_head_dim, float softmax_scale) -> Tensor",
+    _attend_latents_shape,
+)
+def attend_latents(
+    q: Tensor, c_kv: Tensor, k_rope: Tensor, kv_b_weight: Tensor, attention_mask: Tensor, num_heads: int,
+    v_head_dim: int, softmax_scale: float,
+) -> Tensor:  # fmt: skip
+    """`fxq::mla_attention` with keys and values `linear(c_kv, kv_b_weight)`, bit for bit.
+
+    As one operator it leaves the order of products to the target: W_UK and W_UV, the halves of kv_b_weight
+    [H·(nope + v_head_dim), rank], may as well be multiplied with queries and context (see `fxq::latent_attention`).
+    q [B, S, H·(nope + rope)], c_kv [B, T, rank], k_rope [B, T, rope], attention_mask int64 [B, T]
+    → [B, S, H·v_head_dim].
+    """
+    kv = linear(c_kv, kv_b_weight)
+    return mla_attention(q, kv, k_rope, attention_mask, num_heads, v_head_dim, softmax_scale)
 
 
 def _visible(attention_mask: Tensor, queries: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""The pipeline: every pass that a program goes through, in order, and those of the graphs that NPUs run."""
+"""The pipeline: every pass that a program goes through, in order, and those of the graphs that targets run."""
 
 from torch import fx
 
@@ -14,6 +14,7 @@ from fxquant.passes.npu.fuse_swiglu_quantize import FuseSwigluQuantize
 from fxquant.passes.npu.page_latents import PageLatents
 from fxquant.passes.npu.prefill_per_token import PrefillPerToken
 from fxquant.passes.npu.share_quantize import ShareQuantize
+from fxquant.passes.onnx.attend_latents import AttendLatents
 from fxquant.passes.pair_smoothing import PairSmoothing
 from fxquant.passes.quantize_experts import QuantizeExperts
 from fxquant.passes.quantize_linear import QuantizeLinear
@@ -60,3 +61,8 @@ def npu_prefill() -> list[Pass]:
 def npu_decode() -> list[Pass]:
     """Fused program → decoding over the pages themselves, where kv_b_proj can be absorbed."""
     return [PageLatents(), AbsorbLatents()]
+
+
+def onnx_fusions() -> list[Pass]:
+    """Quantized program → the program that `model.onnx` is emitted from."""
+    return [AttendLatents()]

@@ -2,7 +2,7 @@
 
 from collections import Counter
 
-from fxquant.lowering.ascend.deployment import Deployment, Step
+from fxquant.lowering.deployment import Deployment, Step
 from fxquant.tools.tables import NamedTable
 
 

@@ -103,6 +103,28 @@ def _mla_attention(call: fx.Node, value: Value, expected: Tensor) -> Tensor:
     return (relative * (weights @ kv[..., -v_head_dim:].abs())).transpose(1, 2).flatten(2)
 
 
+def _attend_latents(call: fx.Node, value: Value, expected: Tensor) -> Tensor:
+    """As `_mla_attention`; keys, values and absorbed queries are sums of their own, of what their terms add up to."""
+    names = ("q", "c_kv", "k_rope", "kv_b_weight", "attention_mask")
+    q, c_kv, k_rope, weight, mask = values_of(call, value, *names)
+    heads, v_head_dim, scale = (operand(call, name) for name in ("num_heads", "v_head_dim", "softmax_scale"))
+    q, c_kv, k_rope = q.double().unflatten(-1, (heads, -1)).transpose(1, 2), c_kv.double(), k_rope.double()
+    w_uk, w_uv = weight.double().unflatten(0, (heads, -1)).tensor_split((-v_head_dim,), 1)
+    queries, total, rank = q.shape[2], c_kv.shape[1], c_kv.shape[-1]
+    nope = w_uk.shape[1]
+    visible = torch.ones(queries, total, dtype=torch.bool).tril(total - queries) & (mask[:, None, None, :] != 0)
+
+    def scores(q: Tensor, w_uk: Tensor, c_kv: Tensor, k_rope: Tensor) -> Tensor:
+        keys = (c_kv.unsqueeze(1) @ w_uk.transpose(-1, -2), k_rope.unsqueeze(1).expand(-1, heads, -1, -1))
+        return q @ torch.cat(keys, -1).transpose(-1, -2) * scale
+
+    weights = scores(q, w_uk, c_kv, k_rope).masked_fill(~visible, torch.finfo(torch.float64).min).softmax(-1)
+    reach = scores(q.abs(), w_uk.abs(), c_kv.abs(), k_rope.abs()).masked_fill(~visible, 0).amax(-1, keepdim=True)
+    relative = torch.expm1(4 * (q.shape[-1] + rank + 6) * U * reach) + 2 * (total + rank + nope + 10) * U
+    values = c_kv.abs().unsqueeze(1) @ w_uv.abs().transpose(-1, -2)
+    return (relative * (weights @ values)).transpose(1, 2).flatten(2)
+
+
 def _dequantize_per_token(call: fx.Node, value: Value, expected: Tensor) -> Tensor:
     """Two products and a sum on top of exact integers; a bias may cancel the value, not the error."""
     return 8 * U * (expected.abs() + 2 * _bias_magnitude(call, value))
@@ -165,6 +187,7 @@ RULES: dict[tuple[Any, int | None], Rule] = {
     (ops.rope_table, 1): _rope_table,
     (ops.rope, None): _rope,
     (ops.mla_attention, None): _mla_attention,
+    (ops.attend_latents, None): _attend_latents,
     (ops.quantize_per_token, 1): _relative(2),
     (ops.dequantize_static, None): _relative(4),
     (ops.dequantize_per_token, None): _dequantize_per_token,

@@ -6,11 +6,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, fx
 
+from fxquant import ops
 from fxquant.errors import FxquantError
 from fxquant.lowering.ascend.deployment import deployment
+from fxquant.lowering.onnx.deployment import deployment as onnx_deployment
 from fxquant.lowering.onnx.extract import operator_session
 from fxquant.lowering.onnx.required import require_emitted
 from fxquant.lowering.output_folder.weight_files import WeightFiles
+from fxquant.program.operands import operand_node
 from fxquant.program.program import Program
 from fxquant.verification.ascend_statements import EmittedModule, check_statements
 from fxquant.verification.onnx_bounds import error_bound
@@ -73,12 +76,13 @@ class AscendChecker:
 class OnnxChecker:
     """Runs `model.onnx` operator by operator in ONNX Runtime, each with the inputs of the fx graph.
 
-    The model must be what the stored graph emits: no session is created for any other.
+    The model must be what the stored graph emits: no session is created for any other. `program` is the deployment of
+    that graph. Attention that has two orders of products runs twice: over all queries, and for the last one alone.
     """
 
     def __init__(self, program: Program, folder: Path) -> None:
-        self.program, self._folder = program, folder
-        self._nodes = {node.name: node for node in program.graph.graph.nodes}
+        self.program, self._folder = onnx_deployment(program).program, folder
+        self._nodes = {node.name: node for node in self.program.graph.graph.nodes}
         self._comparison = Comparison("ONNX graph")
         self._emitted = Check("ONNX graph, as emitted", 1)
         self.checks = [self._emitted, *self._comparison.checks]
@@ -92,6 +96,13 @@ class OnnxChecker:
         if not self._emitted.ok:
             return
         names = [node.name for node in self._nodes.values() if node.meta.get("block") == block]
+        self._run(names, values)
+        for name in names:
+            if self._nodes[name].target == ops.attend_latents:
+                queries = operand_node(self._nodes[name], "q").name
+                self._run([name], values | {key: values[key][:, -1:] for key in (queries, name)})
+
+    def _run(self, names: list[str], values: dict[str, Any]) -> None:
         session = operator_session(self._folder, names)
         results = session(session.feeds(values))
         for unit in session.units:

@@ -37,6 +37,7 @@ CASES = [
     (ops.rope, (X.bfloat16(), *TABLE, 2)),
     (ops.mla_attention, (X, normal(2, 4, 12), normal(2, 4, 1), torch.ones(2, 4, dtype=torch.int64), 2, 3, 0.5)),
     (ops.router_logits, (X.bfloat16(), normal(4, 8).bfloat16())),
+    (ops.attend_latents, (X, normal(2, 4, 5), normal(2, 4, 1), normal(12, 5), torch.ones(2, 4).long(), 2, 3, 0.5)),
     (ops.moe_gate, (normal(2, 3, 8), normal(8), 3, 4, 2, True, 2.5)),
     (ops.moe_experts, (X, IDS, normal(2, 3, 2), normal(4, 6, 8), normal(4, 6, 8), normal(4, 8, 6))),
     (ops.moe_init_routing, (X.bfloat16(), IDS, 4)),

@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-from fxquant.lowering.ascend.deployment import Deployment, deployment
+from fxquant.lowering.ascend.deployment import deployment
 from fxquant.lowering.ascend.emitter.emit import ascend_code
+from fxquant.lowering.deployment import Deployment
 from fxquant.program.program import Program
 
 FILE = "model_ascend.py"

@@ -50,6 +50,19 @@ class Builder:
         """A call of a local function."""
         return self._add(function.name, DOMAIN, inputs, len(function.outputs), {})
 
+    def either(
+        self, condition: ir.Value, name: str, then: Callable[["Builder"], ir.Value], other_name: str,
+        otherwise: Callable[["Builder"], ir.Value],
+    ) -> ir.Value:  # fmt: skip
+        """An If whose branches take values of this graph; each is named, and so are its nodes."""
+        branches = []
+        for label, fill in ((name, then), (other_name, otherwise)):
+            inner = Builder()
+            inner.enter(f"{self.scope}{label}/")
+            result = fill(inner)
+            branches.append(ir.Graph([], [result], nodes=inner.nodes, name=label))
+        return self.op("If", condition, then_branch=branches[0], else_branch=branches[1])
+
     def _add(
         self,
         op_type: str,

@@ -1,6 +1,6 @@
 """Function table of the emitted model: one local function per distinct body, however many nodes call it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -34,7 +34,7 @@ class FunctionTable:
     ) -> ir.Function:
         """The function with this content, created on first use. Nodes that no output needs are left out."""
         # with types, functions that differ only in them would not be shared
-        for value in (*inputs, *(value for node in nodes for value in node.outputs)):
+        for value in (*inputs, *(value for node in _with_branches(nodes) for value in node.outputs)):
             value.shape, value.type = None, None
         imports = {"": OPSET, DOMAIN: 1} if any(node.domain == DOMAIN for node in nodes) else {"": OPSET}
         graph = ir.Graph(inputs, outputs, nodes=_needed(nodes, outputs), opset_imports=imports)
@@ -69,5 +69,14 @@ def _needed(nodes: Sequence[ir.Node], outputs: Sequence[ir.Value]) -> list[ir.No
     for node in reversed(nodes):
         if read.intersection(node.outputs):
             needed.append(node)
-            read.update(value for value in node.inputs if value is not None)
+            read.update(value for inner in _with_branches([node]) for value in inner.inputs if value is not None)
     return needed[::-1]
+
+
+def _with_branches(nodes: Sequence[ir.Node]) -> Iterator[ir.Node]:
+    """`nodes` and those of their branches, of which each result is made by one of these."""
+    for node in nodes:
+        yield node
+        for attribute in node.attributes.values():
+            if attribute.type == ir.AttributeType.GRAPH:
+                yield from _with_branches(list(attribute.as_graph()))

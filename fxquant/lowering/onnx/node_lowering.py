@@ -32,7 +32,7 @@ RESULT_SAYS_IT = frozenset(
 """aten arguments that a lowering does not need: they have no effect, or the result's dtype and shapes show them."""
 STORED = frozenset(
     ("weight", "bias", "correction_bias", "input_scale", "input_offset", "weight_scale", "weight_scale_second")
-    + ("deq_scale", "quant_bias")
+    + ("deq_scale", "quant_bias", "kv_b_weight")
 )
 """Arguments of fxq operators that their functions take in the stored dtype."""
 SYMBOLIC_INTEGERS = {operator.add: "Add", operator.sub: "Sub", operator.mul: "Mul", operator.floordiv: "Div"}

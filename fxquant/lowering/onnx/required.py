@@ -13,6 +13,7 @@ from google.protobuf.message import DecodeError
 from fxquant.errors import FxquantError
 from fxquant.inputs.json_file import read_bytes
 from fxquant.inputs.limits import ONNX_BYTES
+from fxquant.lowering.onnx.deployment import deployment
 from fxquant.lowering.onnx.writer import FILE, build_model
 from fxquant.program.program import Program
 from fxquant.storage.safetensors import TensorInfo
@@ -27,7 +28,7 @@ def require_emitted(program: Program, tensors: Mapping[str, TensorInfo], folder:
     """
     place = folder / FILE
     stored, emitted = read_model(place), onnx.ModelProto()
-    emitted.ParseFromString(ir.to_proto(build_model(program, tensors)).SerializeToString())
+    emitted.ParseFromString(ir.to_proto(build_model(deployment(program).program, tensors)).SerializeToString())
     stored.producer_version = emitted.producer_version = ""
     if stored != emitted:
         raise FxquantError(place, f"{_difference(stored, emitted)} is not what the graph emits.", AGAIN)

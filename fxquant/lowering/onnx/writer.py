@@ -10,6 +10,7 @@ from torch import fx
 from fxquant import ops
 from fxquant.errors import FxquantError
 from fxquant.lowering.onnx.builder import DOMAIN, IR_VERSION, OPSET, Builder
+from fxquant.lowering.onnx.deployment import deployment
 from fxquant.lowering.onnx.experts import Experts
 from fxquant.lowering.onnx.function_table import FunctionTable
 from fxquant.lowering.onnx.initializers import Initializers, View
@@ -41,7 +42,7 @@ def write_onnx(program: Program, tensors: Mapping[str, TensorInfo], folder: Path
 
     Inner values have the names of the fx nodes. Raises FxquantError for an operator that has no ONNX form.
     """
-    proto = ir.to_proto(build_model(program, tensors))
+    proto = ir.to_proto(build_model(deployment(program).program, tensors))
     path, partial = folder / FILE, folder / f"{FILE}.partial"
     partial.write_bytes(proto.SerializeToString(deterministic=True))
     partial.replace(path)
@@ -49,7 +50,7 @@ def write_onnx(program: Program, tensors: Mapping[str, TensorInfo], folder: Path
 
 
 def build_model(program: Program, tensors: Mapping[str, TensorInfo]) -> ir.Model:
-    """The model in memory; no weight is read."""
+    """The model of a deployed program, in memory; no weight is read."""
     shapes, functions, initializers = Shapes(program), FunctionTable(), Initializers(tensors)
 
     def parameter(node: fx.Node, view: View) -> ir.Value:

@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from fxquant import ops
 from fxquant.checkpoint.checkpoint import Checkpoint
 from fxquant.lowering.onnx import write_onnx
+from fxquant.lowering.onnx.deployment import deployment
 from fxquant.lowering.onnx.extract import operator_session
 from fxquant.lowering.onnx.runner import OnnxRunner
 from fxquant.models import DecoderLayer
@@ -31,7 +32,7 @@ ATEN = torch.ops.aten
 
 @dataclass(frozen=True)
 class Emitted:
-    """A program, its weights as they are stored, and the folder with both."""
+    """A deployed program, its weights as they are stored, and the folder with both."""
 
     program: Program
     read: Cached
@@ -59,7 +60,7 @@ def emit(program: Program, checkpoint: Checkpoint, folder: Path) -> Emitted:
         save_file(stored, folder / f"weights-{file}.safetensors")
         tensors |= read_header(folder / f"weights-{file}.safetensors")
     write_onnx(program, tensors, folder)
-    return Emitted(program, Cached(read), folder)
+    return Emitted(deployment(program).program, Cached(read), folder)
 
 
 def cached_inputs(program: Program, seed: int = 0) -> list[Tensor]:
@@ -117,6 +118,8 @@ def bound(node: fx.Node, values: dict[fx.Node, Any]) -> Tensor | float:
         width = q.shape[-1] // heads
         largest = scale * width * q.abs().max() * max(kv.abs().max(), k_rope.abs().max())
         return (2 * largest * (width + 2) + kv.shape[1] + 20) * UNIT * kv.abs().max()
+    if maker.target == ops.attend_latents:
+        return latents_bound(args)
     if maker.target == ops.moe_experts:
         # A product of products: relative error of k + n sums on each side, at the size of the largest output.
         return 2 * (args[0].shape[-1] + args[3][0].shape[0]) * UNIT * value.abs().max()
@@ -125,6 +128,18 @@ def bound(node: fx.Node, values: dict[fx.Node, Any]) -> Tensor | float:
     if maker.target == ATEN.mean.dim:
         return 2 * args[0].shape[-1] * UNIT * args[0].abs().max()
     return 8 * UNIT if maker.target in (ATEN.tanh.default, ATEN.sigmoid.default) else 0.0
+
+
+def latents_bound(args: list[Any]) -> Tensor:
+    """On each side a score sums its terms and moves its weight by twice its error; then T values of rank terms each."""
+    q, c_kv, k_rope, weight, _, heads, v_head_dim, scale = args
+    w_uk, w_uv = weight.float().abs().unflatten(0, (heads, -1)).tensor_split((-v_head_dim,), 1)
+    queries, latents = q.abs().unflatten(-1, (heads, -1)).transpose(1, 2), c_kv.abs().unsqueeze(1)
+    nope, rank = w_uk.shape[1:]
+    keys = torch.cat((latents @ w_uk.transpose(-1, -2), k_rope.abs().unsqueeze(1).expand(-1, heads, -1, -1)), -1)
+    largest = scale * (queries @ keys.transpose(-1, -2)).max()
+    steps = 2 * (2 * largest * (q.shape[-1] // heads + rank + 6) + c_kv.shape[1] + rank + nope + 10)
+    return steps * UNIT * (latents @ w_uv.transpose(-1, -2)).max()
 
 
 def expert_bound(node: fx.Node, values: dict[fx.Node, Any]) -> Tensor:

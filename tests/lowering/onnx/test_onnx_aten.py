@@ -4,14 +4,15 @@ import functools
 from pathlib import Path
 
 import onnx
+import onnx_ir as ir
 import onnxruntime
 import torch
 from onnx_calls import floats
 from torch import Tensor, nn
 from torch.export import Dim
 
-from fxquant.lowering.onnx import write_onnx
 from fxquant.lowering.onnx.runner import session_options
+from fxquant.lowering.onnx.writer import build_model
 from fxquant.program.graph import ProgramGraph
 from fxquant.program.program import Program
 from fxquant.tracing.canonical import canonicalize
@@ -75,7 +76,7 @@ def expression_program() -> Program:
 
 def test_aten_operators(tmp_path: Path):
     program = expression_program()
-    write_onnx(program, {}, tmp_path)
+    onnx.save(ir.to_proto(build_model(program, {})), tmp_path / "model.onnx")
     onnx.checker.check_model(tmp_path / "model.onnx", full_check=True)
     x = floats(3, 11, 6, seed=5)
     ids = torch.zeros(3, 1, dtype=torch.int64)

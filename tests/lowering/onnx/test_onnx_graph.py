@@ -177,8 +177,9 @@ def test_integers_stay_integers_when_onnxruntime_has_optimized(emitted: Callable
     options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
     onnxruntime.InferenceSession(emitted("deepseek_w4a8_shared_w4").folder / "model.onnx", options)
     model = onnx.load(tmp_path / "optimized.onnx", load_external_data=False)
-    branch = next(node for node in model.graph.node if node.op_type == "If")
-    then = next(attribute.g for attribute in branch.attribute if attribute.name == "then_branch")
+    branches = (node.attribute for node in model.graph.node if node.op_type == "If")
+    rows = [attribute.g for attributes in branches for attribute in attributes if attribute.g.name == "rows"]
+    then = rows[0]
     assert [node.op_type for node in then.node].count("MatMulInteger") == 3
     for graph in (model.graph, then):
         dtypes = {initializer.name: initializer.data_type for initializer in graph.initializer}

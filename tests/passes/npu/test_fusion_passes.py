@@ -14,7 +14,8 @@ from torch import Tensor
 
 from fxquant import ops
 from fxquant.checkpoint.checkpoint import Checkpoint
-from fxquant.lowering.ascend.deployment import Deployment, deployment
+from fxquant.lowering.ascend.deployment import deployment
+from fxquant.lowering.deployment import Deployment
 from fxquant.models import DecoderLayer
 from fxquant.passes import FuseSwigluQuantize, ShareQuantize
 from fxquant.passes.npu.fuse_norm_quantize import WITHOUT_SUM

@@ -1,0 +1,1 @@
+"""ONNX passes, over the graph that `model.onnx` is emitted from."""
