@@ -3,7 +3,9 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fxquant.engines.table import DEFAULT, Target
+from fxquant.engines.onnx_profile import DEFAULT as DEFAULT_PROFILE
+from fxquant.engines.onnx_profile import OnnxProfile
+from fxquant.engines.table import DEFAULT, Target, onnx_targets
 from fxquant.errors import FxquantError
 from fxquant.frontend.source import TRACE_TIMEOUT
 from fxquant.inputs.choices import choice
@@ -71,6 +73,7 @@ class OutputOptions:
     target          the engine that will load it
     graph_only      for the graph beside the weights alone: no engine is promised, which a changed graph needs
     max_shard_size  bytes of tensor data a weight file may hold
+    onnx_profile    operators of an ONNX graph; None: qdq, and for targets without such a graph nothing else
     export          also write the NPU graph as torch.export programs (.pt2)
     force           replace an earlier output of fxquant at `out`
     verify          check it against the source before it gets its name
@@ -79,6 +82,7 @@ class OutputOptions:
     out: Name = None
     target: Target = DEFAULT
     graph_only: bool = False
+    onnx_profile: OnnxProfile | None = None
     max_shard_size: int = MAX_SHARD_SIZE
     export: bool = True
     force: bool = False
@@ -107,6 +111,7 @@ class CompileOptions(SourceOptions, CalibrationOptions, WorkOptions, OutputOptio
     def __post_init__(self) -> None:
         """Raise FxquantError for values that the command line would refuse."""
         choice("target", self.target, Target)
+        self.graph_profile()
         if self.mtp is not None:
             choice("mtp", self.mtp, MtpMode)
         for name in ("tp", "ep", "samples", "seq_len", "batch_size", "max_shard_size"):
@@ -117,6 +122,10 @@ class CompileOptions(SourceOptions, CalibrationOptions, WorkOptions, OutputOptio
         if not isinstance(self.workers, Workers):
             fact = "not a Workers of fxquant.lowering.weights."
             raise FxquantError(f"workers={self.workers!r}", fact, "Pass Workers(), or Workers(jobs=2).")
+
+    def graph_profile(self) -> OnnxProfile:
+        """The profile of an ONNX graph. Raises FxquantError if one is named for a target that has none."""
+        return graph_profile(self.target, self.onnx_profile)
 
     def earlier_output(self, out: Path) -> Path | None:
         """The folder to reuse unchanged tensors from."""
@@ -131,6 +140,16 @@ class CompileOptions(SourceOptions, CalibrationOptions, WorkOptions, OutputOptio
         named |= {"--policy": policy, REUSE: self.reuse}
         given = [Input(label, Path(path), label == REUSE) for label, path in named.items() if path is not None]
         return [Input("the checkpoint" if model.is_dir() else "the model", model), *given]
+
+
+def graph_profile(target: Target, profile: OnnxProfile | None) -> OnnxProfile:
+    """As `CompileOptions.graph_profile`, for verbs with options of their own."""
+    if profile is None:
+        return DEFAULT_PROFILE
+    if target not in onnx_targets():
+        fact = f"target {target} has no ONNX graph."
+        raise FxquantError(f"--onnx-profile {profile}", fact, f"Pass --target {' or '.join(onnx_targets())}.")
+    return choice("onnx_profile", profile, OnnxProfile)
 
 
 def as_path(path: Name) -> Path | None:

@@ -12,6 +12,13 @@ from fxquant.ops.fused import (
     add_rms_norm_quantize_static,
     swiglu_quantize_per_token,
 )
+from fxquant.ops.joined import (
+    grouped_int4_linear,
+    grouped_linear,
+    per_token_int4_linear,
+    per_token_linear,
+    static_linear,
+)
 from fxquant.ops.latent_cache import gather_latents, latent_attention, write_latents
 from fxquant.ops.library import REFERENCES
 from fxquant.ops.moe import moe_experts, moe_finalize_routing, moe_gate, moe_init_routing, router_logits
@@ -39,7 +46,9 @@ __all__ = [
     "gather_latents",
     "grouped_dequantize",
     "grouped_int4_matmul",
+    "grouped_int4_linear",
     "grouped_int_matmul",
+    "grouped_linear",
     "int4_matmul",
     "int_matmul",
     "latent_attention",
@@ -49,12 +58,15 @@ __all__ = [
     "moe_finalize_routing",
     "moe_gate",
     "moe_init_routing",
+    "per_token_int4_linear",
+    "per_token_linear",
     "quantize_per_token",
     "quantize_static",
     "rms_norm",
     "rope",
     "rope_table",
     "router_logits",
+    "static_linear",
     "swiglu",
     "swiglu_quantize_per_token",
     "write_latents",

@@ -15,6 +15,7 @@ from fxquant.passes.npu.page_latents import PageLatents
 from fxquant.passes.npu.prefill_per_token import PrefillPerToken
 from fxquant.passes.npu.share_quantize import ShareQuantize
 from fxquant.passes.onnx.attend_latents import AttendLatents
+from fxquant.passes.onnx.join_linears import JoinLinears
 from fxquant.passes.pair_smoothing import PairSmoothing
 from fxquant.passes.quantize_experts import QuantizeExperts
 from fxquant.passes.quantize_linear import QuantizeLinear
@@ -63,6 +64,9 @@ def npu_decode() -> list[Pass]:
     return [PageLatents(), AbsorbLatents()]
 
 
-def onnx_fusions() -> list[Pass]:
-    """Quantized program → the program that `model.onnx` is emitted from."""
-    return [AttendLatents()]
+def onnx_fusions(*, join_linears: bool) -> list[Pass]:
+    """Quantized program → the program that `model.onnx` is emitted from.
+
+    join_linears: for a graph that says a quantized linear in operators of its own, and not step by step.
+    """
+    return [AttendLatents(), *([JoinLinears()] if join_linears else [])]

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fxquant.engines.onnx_profile import DEFAULT as DEFAULT_PROFILE
+from fxquant.engines.onnx_profile import OnnxProfile
 from fxquant.engines.table import Target
 from fxquant.errors import FxquantError
 from fxquant.inputs.choices import choice
@@ -83,6 +85,14 @@ Mix = Annotated[
         help="Whether the engine will run shared experts as routed ones. [dim]default: as the policy needs it[/]",
     ),
 ]
+OnnxProfileName = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PROFILE",
+        help=f"Operators of an ONNX graph: {_one_of(list(OnnxProfile))}. [dim]default: {DEFAULT_PROFILE}[/]",
+        autocompletion=one_of(*OnnxProfile),
+    ),
+]
 CalibrationFile = Annotated[
     Path | None,
     typer.Option(
@@ -157,6 +167,11 @@ Verify = Annotated[
 def parse_target(name: str) -> Target:
     """The target of that name."""
     return choice("--target", name, Target)
+
+
+def parse_profile(name: str | None) -> OnnxProfile | None:
+    """The ONNX profile of that name."""
+    return None if name is None else choice("--onnx-profile", name, OnnxProfile)
 
 
 def parse_workers(kind: str, jobs: int | None, address: str | None) -> "Workers":

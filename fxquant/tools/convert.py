@@ -12,10 +12,12 @@ from fxquant.tools.compile_options import (
     Force,
     GraphOnly,
     Jobs,
+    OnnxProfileName,
     Ranks,
     Restart,
     Silent,
     Verify,
+    parse_profile,
     parse_target,
     parse_workers,
 )
@@ -55,6 +57,7 @@ def command(
             help="The source model of a folder that others wrote. [dim]default: its config.json describes the model[/]",
         ),
     ] = None,
+    onnx_profile: OnnxProfileName = None,
     export: Export = True,
     verify: Verify = True,
     jobs: Jobs = None,
@@ -85,6 +88,7 @@ def command(
         ep,
         graph_only,
         against,
+        parse_profile(onnx_profile),
     )
     verification = report.verification
     if as_json:

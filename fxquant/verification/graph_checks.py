@@ -11,7 +11,7 @@ from fxquant.errors import FxquantError
 from fxquant.lowering.ascend.deployment import deployment
 from fxquant.lowering.onnx.deployment import deployment as onnx_deployment
 from fxquant.lowering.onnx.extract import operator_session
-from fxquant.lowering.onnx.required import require_emitted
+from fxquant.lowering.onnx.required import require_emitted, stored_profile
 from fxquant.lowering.output_folder.weight_files import WeightFiles
 from fxquant.program.operands import operand_node
 from fxquant.program.program import Program
@@ -81,16 +81,18 @@ class OnnxChecker:
     """
 
     def __init__(self, program: Program, folder: Path) -> None:
-        self.program, self._folder = onnx_deployment(program).program, folder
-        self._nodes = {node.name: node for node in self.program.graph.graph.nodes}
+        self.program, self._folder = program, folder
         self._comparison = Comparison("ONNX graph")
         self._emitted = Check("ONNX graph, as emitted", 1)
         self.checks = [self._emitted, *self._comparison.checks]
         try:
+            profile = stored_profile(folder)
+            self.program = onnx_deployment(program, profile).program
             require_emitted(program, WeightFiles(folder).infos, folder)
             self._emitted.expect(True, "")
         except FxquantError as error:
             self._emitted.expect(False, str(error))
+        self._nodes = {node.name: node for node in self.program.graph.graph.nodes}
 
     def check(self, block: str, values: dict[str, Any]) -> None:
         if not self._emitted.ok:

@@ -5,13 +5,15 @@ in another order. Integer results are exact. Experts run as one unit, so a last 
 code.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, fx
 
 from fxquant import ops
-from fxquant.ops.quantized import expand_int4
+from fxquant.ops.quantized import decode_deq_scale, expand_int4
 from fxquant.program.operands import item_of, operand, operand_node
-from fxquant.verification.bounds import RULES, U, Value, blocks, rule_of, values_of
+from fxquant.verification.bounds import RULES, Rule, U, Value, blocks, rule_of, values_of
 
 STEPS_TO_A_CODE = 64
 """Roundings between the routed rows and the int8 codes of their swiglu, each relative to the value."""
@@ -21,28 +23,53 @@ def error_bound(node: fx.Node, value: Value, expected: Tensor) -> Tensor:
     """Bound for the value of `node`, of the shape of `expected`."""
     if not expected.is_floating_point():
         return torch.zeros_like(expected, dtype=torch.float64)
-    call, rule = rule_of(node, RULES)
-    if call.target == ops.grouped_dequantize:
-        return _experts(call, value, expected)
+    call, rule = rule_of(node, RULES | ONNX_RULES)
     return (_other if rule is None else rule)(call, value, expected).reshape(expected.shape)
 
 
 def _experts(call: fx.Node, value: Value, expected: Tensor) -> Tensor:
     """Rounding of the last dequantize, plus one weight for every code that lies within its error of a tie."""
-    product, int4 = operand_node(call, "acc"), operand_node(call, "acc").target == ops.grouped_int4_matmul
+    joined = call.target != ops.grouped_dequantize
+    product = call if joined else operand_node(call, "acc")
+    int4 = product.target in (ops.grouped_int4_matmul, ops.grouped_int4_linear)
     x_scale, weight_scale, counts = values_of(call, value, "x_scale", "weight_scale", "counts")
     bound = 8 * U * expected.abs().double()
     x8, weight = values_of(product, value, "x", "weight")
     second = value(operand(product, "weight_scale_second")) if int4 else None
     may_move = _near_a_tie(operand_node(product, "x"), value).double()
+    steps = STEPS_TO_A_CODE + (2 * x8.shape[-1] if joined else 0)  # a joined product may be a sum of floats
     for expert, rows in blocks(counts):
         codes = weight[expert]
         if int4:
             codes = expand_int4(codes, None if second is None else second[expert])
         scale = weight_scale[expert].double().abs().squeeze(-1) * x_scale[rows].double()
         bound[rows] += (may_move[rows] @ codes.double().abs().T) * scale
-        bound[rows] += STEPS_TO_A_CODE * U * (x8[rows].double().abs() @ codes.double().abs().T) * scale
+        bound[rows] += steps * U * (x8[rows].double().abs() @ codes.double().abs().T) * scale
     return bound
+
+
+def _per_token_linear(call: fx.Node, value: Value, expected: Tensor) -> Tensor:
+    """Sums of k floats where nothing fuses them to integers, three roundings, and a bias that may cancel the value."""
+    x8, x_scale, weight, weight_scale = values_of(call, value, "x", "x_scale", "weight", "weight_scale")
+    if call.target == ops.per_token_int4_linear:
+        second = operand(call, "weight_scale_second")
+        weight = expand_int4(weight, None if second is None else value(second))
+    magnitude = (x8.double().abs() @ weight.double().abs().T) * weight_scale.double().abs().squeeze(-1) * x_scale
+    bias = operand(call, "bias")
+    added = 0 if bias is None else value(bias).double().abs()
+    return 2 * (x8.shape[-1] + 8) * U * (magnitude + added)
+
+
+def _static_linear(call: fx.Node, value: Value, expected: Tensor) -> Tensor:
+    """As per token; QuantizeLinear rounds before it adds the offset, so a code at a tie may be the next one."""
+    x, weight, scale, offset = values_of(call, value, "x", "weight", "input_scale", "input_offset")
+    deq_scale, quant_bias = values_of(call, value, "deq_scale", "quant_bias")
+    real, wide = x.double() / scale.double() + offset.double(), weight.double().abs()
+    near = ((real - real.floor()) - 0.5).abs() <= 4 * U * (real.abs() + 2 * offset.double().abs() + 1)
+    codes = ops.quantize_static(x, scale, offset).double()
+    sums = (codes.abs() + offset.double().abs()) @ wide.T + quant_bias.double().abs()
+    moved = near.double() @ wide.T + 2 * (weight.shape[1] + 8) * U * sums
+    return moved * decode_deq_scale(deq_scale).double().abs()
 
 
 def _near_a_tie(codes: fx.Node, value: Value) -> Tensor:
@@ -64,3 +91,13 @@ def _other(call: fx.Node, value: Value, expected: Tensor) -> Tensor:
     largest = max((float(operand.abs().max()) for operand in floats), default=0.0)
     length = max((operand.shape[-1] for operand in floats if operand.ndim), default=1)
     return (length + 16) * U * (expected.abs() + largest)
+
+
+ONNX_RULES: dict[tuple[Any, int | None], Rule] = {
+    (ops.grouped_dequantize, None): _experts,
+    (ops.grouped_linear, None): _experts,
+    (ops.grouped_int4_linear, None): _experts,
+    (ops.per_token_linear, None): _per_token_linear,
+    (ops.per_token_int4_linear, None): _per_token_linear,
+    (ops.static_linear, None): _static_linear,
+}

@@ -53,6 +53,17 @@ CASES = [
     (ops.grouped_int_matmul, (ROWS8, integers(-128, 127, 3, 5, 8), COUNTS)),
     (ops.grouped_int4_matmul, (ROWS8, integers(-128, 127, 3, 2, 8), COUNTS)),
     (ops.grouped_int4_matmul, (ROWS8, integers(-128, 127, 3, 2, 8), COUNTS, torch.ones(3, 4, 2))),
+    (
+        ops.static_linear,
+        (X, integers(-128, 127, 5, 8), torch.ones(1), torch.ones(1), normal(5), torch.ones(5).int(), False),
+    ),
+    (ops.per_token_linear, (X8, normal(2, 3, 1), integers(-128, 127, 5, 8), normal(5, 1), normal(5))),
+    (ops.per_token_int4_linear, (X8, normal(2, 3, 1), integers(-128, 127, 3, 8), normal(6, 1), torch.ones(6, 2))),
+    (ops.grouped_linear, (ROWS8, normal(5, 1), integers(-128, 127, 3, 5, 8), normal(3, 5, 1), COUNTS)),
+    (
+        ops.grouped_int4_linear,
+        (ROWS8, normal(5, 1), integers(-128, 127, 3, 2, 8), normal(3, 4, 1), COUNTS, torch.ones(3, 4, 2)),
+    ),
     (ops.add_rms_norm, (X, X, normal(8), 1e-6)),
     (ops.add_rms_norm, (X.bfloat16(), X.bfloat16(), normal(8).bfloat16(), 1e-6, normal(8))),
     (ops.add_rms_norm_quantize_static, (X, X, normal(8), 1e-6, torch.tensor([0.1]), torch.tensor([3.0]))),

@@ -9,6 +9,7 @@ from fxquant.kernels.search import ROW_KERNELS
 from fxquant.lowering.ascend.emitter.statements import EMITTERS, PRODUCTS
 from fxquant.lowering.ascend.operators import KERNELS, LINEARS, SCHEMAS, SHAPES
 from fxquant.lowering.onnx.functions import BODIES, VIEWS
+from fxquant.ops.joined import GROUPED_LINEARS
 from fxquant.ops.quantized import GROUPED, LINEAR_FORMS
 from fxquant.passes.write_form import expert_form, form_of
 from fxquant.schemes.schemes import Recipe, Scheme, WeightAlgorithm
@@ -53,7 +54,7 @@ def test_both_lowerings_know_every_operator_of_a_form() -> None:
             assert before in EMITTERS or (after, before) in LINEARS
         assert targets[-1] in {call for call, _ in LINEARS} | EMITTERS.keys()
     assert PRODUCTS | {ops.linear} >= READ_CODES
-    assert {operator for operator, _ in VIEWS} <= BODIES.keys() | set(GROUPED.values())
+    assert {operator for operator, _ in VIEWS} <= BODIES.keys() | {*GROUPED.values(), *GROUPED_LINEARS.values()}
     assert KERNELS.keys() == SHAPES.keys() <= SCHEMAS.keys()
 
 

@@ -9,11 +9,13 @@ from fxquant import ops
 from fxquant.errors import FxquantError
 from fxquant.lowering.onnx.aten import ATEN, SHAPE_OPERATORS
 from fxquant.lowering.onnx.shapes import Shapes
-from fxquant.ops import quantized
+from fxquant.ops import joined, quantized
 from fxquant.program.operands import arguments, item_of, operand
 from fxquant.program.program import Program
 
-GROUPED = {grouped: plain for plain, grouped in quantized.GROUPED.items() if grouped is not plain}
+GROUPED = {
+    grouped: plain for plain, grouped in (quantized.GROUPED | joined.GROUPED_LINEARS).items() if grouped is not plain
+}
 """Operator over rows sorted by expert → the same operator for one expert, without `counts`."""
 ALONG_A_DIMENSION = (
     ATEN.softmax.int, ATEN.log_softmax.int, ATEN.cumsum.default, ATEN.gather.default, ATEN.index_select.default,

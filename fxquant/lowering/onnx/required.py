@@ -10,6 +10,7 @@ import onnx
 import onnx_ir as ir
 from google.protobuf.message import DecodeError
 
+from fxquant.engines.onnx_profile import OnnxProfile
 from fxquant.errors import FxquantError
 from fxquant.inputs.json_file import read_bytes
 from fxquant.inputs.limits import ONNX_BYTES
@@ -24,11 +25,13 @@ AGAIN = "Compile again; the file is not to be edited."
 def require_emitted(program: Program, tensors: Mapping[str, TensorInfo], folder: Path) -> None:
     """Raise FxquantError unless `folder/model.onnx` is what `program` emits over `tensors`, those of the folder.
 
-    Only the version of fxquant that wrote it may differ.
+    Only the version of fxquant that wrote it may differ. Its metadata say the profile.
     """
     place = folder / FILE
     stored, emitted = read_model(place), onnx.ModelProto()
-    emitted.ParseFromString(ir.to_proto(build_model(deployment(program).program, tensors)).SerializeToString())
+    profile = _profile(stored, place)
+    again = build_model(deployment(program, profile).program, tensors, profile)
+    emitted.ParseFromString(ir.to_proto(again).SerializeToString())
     stored.producer_version = emitted.producer_version = ""
     if stored != emitted:
         raise FxquantError(place, f"{_difference(stored, emitted)} is not what the graph emits.", AGAIN)
@@ -42,6 +45,18 @@ def read_model(place: Path) -> onnx.ModelProto:
     except DecodeError as error:
         raise FxquantError(place, f"not an ONNX model: {error}.", AGAIN) from None
     return model
+
+
+def stored_profile(folder: Path) -> OnnxProfile:
+    """The profile of `folder/model.onnx`, by its metadata. Raises FxquantError if there is none."""
+    return _profile(read_model(folder / FILE), folder / FILE)
+
+
+def _profile(model: onnx.ModelProto, place: Path) -> OnnxProfile:
+    named = next((str(prop.value) for prop in model.metadata_props if prop.key == "profile"), "")
+    if named not in list(OnnxProfile):
+        raise FxquantError(place, f"its metadata say the profile {named[:50]!r}, which fxquant does not know.", AGAIN)
+    return OnnxProfile(named)
 
 
 def _difference(stored: onnx.ModelProto, emitted: onnx.ModelProto) -> str:

@@ -8,6 +8,7 @@ import onnx_ir as ir
 from torch import fx
 
 from fxquant import ops
+from fxquant.engines.onnx_profile import DEFAULT, OnnxProfile
 from fxquant.errors import FxquantError
 from fxquant.lowering.onnx.builder import DOMAIN, IR_VERSION, OPSET, Builder
 from fxquant.lowering.onnx.deployment import deployment
@@ -23,17 +24,11 @@ from fxquant.storage.safetensors import TensorInfo
 from fxquant.version import __version__
 
 FILE = "model.onnx"
-NUMERICS = (
-    "Integer products are exact, summed in int32; quantized values and scales are bit-identical to the fxq operators. "
-    "int8 activations are carried as uint8 = int8 + 128 and multiplied with zero point 128. "
-    "int4 weights are read from their packed bytes and become int8 in memory. "
-    "Everything else is float32; weights stored as bfloat16 or float16 are widened. "
-    "No session option is required: no DequantizeLinear feeds a MatMul, so session.qdq_matmulnbits_accuracy_level does "
-    "nothing. On x86 without VNNI, session.x64quantprecision=1 keeps onnxruntime's u8 x s8 products from saturating."
-)
 
 
-def write_onnx(program: Program, tensors: Mapping[str, TensorInfo], folder: Path) -> Path:
+def write_onnx(
+    program: Program, tensors: Mapping[str, TensorInfo], folder: Path, profile: OnnxProfile = DEFAULT
+) -> Path:
     """Write `folder/model.onnx` and return its path.
 
     tensors  name on disk → its place; every file is in `folder`, and the model refers to its bytes
@@ -42,15 +37,15 @@ def write_onnx(program: Program, tensors: Mapping[str, TensorInfo], folder: Path
 
     Inner values have the names of the fx nodes. Raises FxquantError for an operator that has no ONNX form.
     """
-    proto = ir.to_proto(build_model(deployment(program).program, tensors))
+    proto = ir.to_proto(build_model(deployment(program, profile).program, tensors, profile))
     path, partial = folder / FILE, folder / f"{FILE}.partial"
     partial.write_bytes(proto.SerializeToString(deterministic=True))
     partial.replace(path)
     return path
 
 
-def build_model(program: Program, tensors: Mapping[str, TensorInfo]) -> ir.Model:
-    """The model of a deployed program, in memory; no weight is read."""
+def build_model(program: Program, tensors: Mapping[str, TensorInfo], profile: OnnxProfile) -> ir.Model:
+    """The model of a program that was deployed for `profile`, in memory; no weight is read."""
     shapes, functions, initializers = Shapes(program), FunctionTable(), Initializers(tensors)
 
     def parameter(node: fx.Node, view: View) -> ir.Value:
@@ -82,14 +77,14 @@ def build_model(program: Program, tensors: Mapping[str, TensorInfo]) -> ir.Model
         opset_imports={"": OPSET, DOMAIN: 1},
         name="fxquant",
     )
-    notes = {"producer": "fxquant", "profile": "portable", "operators": _census(program), "numerics": NUMERICS}
+    notes = {"producer": "fxquant", "profile": profile.value, "operators": _census(program)}
     return ir.Model(
         graph,
         ir_version=IR_VERSION,
         producer_name="fxquant",
         producer_version=__version__,
         functions=functions.functions,
-        metadata_props=notes,
+        metadata_props=notes | {"numerics": profile.numerics},
     )
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, fx
 
 from fxquant import ops
 from fxquant.checkpoint.checkpoint import Checkpoint
+from fxquant.engines.onnx_profile import OnnxProfile
 from fxquant.lowering.onnx import write_onnx
 from fxquant.lowering.onnx.deployment import deployment
 from fxquant.lowering.onnx.extract import operator_session
@@ -50,7 +51,7 @@ def quantized(checkpoint: Checkpoint, policy: str, layer: type[DecoderLayer] = D
     return program
 
 
-def emit(program: Program, checkpoint: Checkpoint, folder: Path) -> Emitted:
+def emit(program: Program, checkpoint: Checkpoint, folder: Path, profile: OnnxProfile = OnnxProfile.INTEGER) -> Emitted:
     """Two weight files and the model; a stored tensor of odd length moves some offsets off alignment."""
     read = RecipeWeights(program, checkpoint)
     names = sorted({name for parameter in program.parameters.values() for name in parameter.names})
@@ -59,8 +60,8 @@ def emit(program: Program, checkpoint: Checkpoint, folder: Path) -> Emitted:
         stored = {name: read(name).contiguous() for name in names[file::2]} | {"odd": torch.zeros(13, dtype=torch.int8)}
         save_file(stored, folder / f"weights-{file}.safetensors")
         tensors |= read_header(folder / f"weights-{file}.safetensors")
-    write_onnx(program, tensors, folder)
-    return Emitted(deployment(program).program, Cached(read), folder)
+    write_onnx(program, tensors, folder, profile)
+    return Emitted(deployment(program, profile).program, Cached(read), folder)
 
 
 def cached_inputs(program: Program, seed: int = 0) -> list[Tensor]:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fxquant import ops
 from fxquant.checkpoint.checkpoint import Checkpoint
+from fxquant.engines.onnx_profile import OnnxProfile
 from fxquant.lowering.onnx.deployment import deployment
 from fxquant.program.operands import operand_node
 from fxquant.program.program import Program
@@ -21,7 +22,7 @@ def outputs(program: Program, checkpoint: Checkpoint) -> list[Tensor]:
 
 def test_every_attention_reads_latents_and_computes_the_same(checkpoint: Checkpoint):
     program = rewritten(checkpoint, "deepseek_w4a8")
-    deployed = deployment(program)
+    deployed = deployment(program, OnnxProfile.INTEGER)
     layers = len(program.nodes(ops.mla_attention))
     joined = deployed.program.nodes(ops.attend_latents)
     assert layers == len(joined) == 2 and not deployed.program.nodes(ops.mla_attention)
@@ -41,7 +42,7 @@ rules:
 
 def test_quantized_keys_and_values_stay(checkpoint: Checkpoint, tmp_path: Path):
     (tmp_path / "kv.yaml").write_text(QUANTIZED)
-    (step,) = deployment(rewritten(checkpoint, str(tmp_path / "kv.yaml"))).steps
+    (step,) = deployment(rewritten(checkpoint, str(tmp_path / "kv.yaml")), OnnxProfile.INTEGER).steps
     reasons = set(step.result.skipped.values())
     assert not step.result.rewritten and len(step.result.skipped) == 2
     assert all("is not a float linear" in reason for reason in reasons), reasons

@@ -42,26 +42,33 @@ def int_matmul(b: Builder, x: ir.Value, weight: ir.Value) -> ir.Value:
 
 
 def int4_matmul(b: Builder, x: ir.Value, weight: ir.Value, weight_scale_second: ir.Value | None) -> ir.Value:
-    """weight INT4 (or widened to INT8) [n/2, k, 2]: the packed bytes as stored, rows 2i and 2i + 1 in one byte.
+    return b.op("MatMulInteger", x, int4_columns(b, last(x), weight, weight_scale_second), _zero_point(b))
 
-    It becomes int8 [k, n] in as few steps as possible: constant folding in onnxruntime keeps the result of each step.
+
+def int4_columns(b: Builder, features: int, weight: ir.Value, weight_scale_second: ir.Value | None) -> ir.Value:
+    """INT8 [k, n] of weight INT4 (or widened to INT8) [n/2, k, 2]: packed bytes, rows 2i and 2i + 1 in one of them.
+
+    It takes as few steps as possible: constant folding in onnxruntime keeps the result of each step.
     """
-    features = last(x)
     columns = b.op("Transpose", b.cast(weight, ir.DataType.INT8), perm=[1, 0, 2])
     if weight_scale_second is not None:
         groups = last(weight_scale_second)
         columns = b.op("Reshape", columns, b.ints(groups, features // groups, -1))
         scale = b.op("Unsqueeze", b.op("Transpose", weight_scale_second, perm=[1, 0]), b.ints(1))
         columns = b.op("Mul", columns, b.op("Cast", scale, to=int(ir.DataType.INT8)))
-    return b.op("MatMulInteger", x, b.op("Reshape", columns, b.ints(features, -1)), _zero_point(b))
+    return b.op("Reshape", columns, b.ints(features, -1))
 
 
 def dequantize_static(b: Builder, acc: ir.Value, deq_scale: ir.Value, quant_bias: ir.Value) -> ir.Value:
-    """deq_scale FLOAT [n], or FLOAT [n, 2] over the words of an int64: float32 in the low one, then zeros."""
+    return b.op("Mul", b.op("Cast", b.op("Add", acc, quant_bias), to=int(FLOAT)), low_words(b, deq_scale))
+
+
+def low_words(b: Builder, deq_scale: ir.Value) -> ir.Value:
+    """FLOAT [n] of deq_scale FLOAT [n], or FLOAT [n, 2] over the words of an int64: float32 in the low one, then 0."""
     assert deq_scale.shape is not None
     if len(deq_scale.shape) == 2:
-        deq_scale = b.op("Gather", deq_scale, b.constant(np.int64(0)), axis=1)
-    return b.op("Mul", b.op("Cast", b.op("Add", acc, quant_bias), to=int(FLOAT)), deq_scale)
+        return b.op("Gather", deq_scale, b.constant(np.int64(0)), axis=1)
+    return deq_scale
 
 
 def dequantize_per_token(
