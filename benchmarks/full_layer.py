@@ -36,7 +36,7 @@ import json, sys, time
 start = time.perf_counter()
 from fxquant import CompileOptions, compile
 from fxquant.lowering.weights import Workers
-from fxquant.planning.host_benchmark import peak_bytes
+from fxquant.processes.memory import peak_bytes
 from contextlib import contextmanager
 stages = {}
 @contextmanager

@@ -21,7 +21,7 @@ MODEL = Path(str(resources.files("fxquant") / "models" / "deepseek_v3_671b.json"
 CORES, DISK = 32, 3.0
 CODE = """
 import sys
-from fxquant.planning.host_benchmark import peak_bytes
+from fxquant.processes.memory import peak_bytes
 from fxquant.tools.main import run
 try:
     run()
