@@ -2,8 +2,9 @@
 
 rows, counts  →  for each expert  If(count > 0){ slice its rows, call the function }  →  Concat
 
-The branch holds the expert's weights, so an expert without rows costs one If. The function never runs on zero rows:
-onnxruntime's ReduceMax of zero rows has a wrong shape.
+Weights are initializers of the main graph, as all others are: readers that follow no links, and copies of the model that
+onnxruntime saves, load external data there only. The function never runs on zero rows: onnxruntime's ReduceMax of zero
+rows has a wrong shape.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,16 +20,18 @@ from fxquant.lowering.onnx.builder import Builder
 from fxquant.lowering.onnx.function_table import FunctionTable, formal
 from fxquant.lowering.onnx.functions import BODIES, VIEWS
 from fxquant.lowering.onnx.functions.moe import routed_expert
-from fxquant.lowering.onnx.initializers import View, external
+from fxquant.lowering.onnx.initializers import Initializers, View
 from fxquant.lowering.onnx.node_lowering import NodeLowering, unsupported
 from fxquant.lowering.onnx.regions import GROUPED, Region, expert_arguments
 from fxquant.lowering.onnx.shapes import Meta, Shapes
 from fxquant.program.linears import PROJECTIONS
 from fxquant.program.operands import operand_node
 from fxquant.program.program import Program
-from fxquant.storage.safetensors import TensorInfo
 
 NAME = "routed_expert"
+PREFIX = "expert_"
+"""Functions that an expert calls are its own: onnxruntime names the values of an inlined function after it, once in a
+branch and once in the main graph, and does not load again what it saved so."""
 
 
 @dataclass(frozen=True)
@@ -39,11 +42,23 @@ class Stacked:
     view: View
 
 
+@dataclass(frozen=True)
+class Like:
+    """dtype and dimensions of one row."""
+
+    dtype: ir.DataType
+    dims: Sequence[Any]
+
+    @property
+    def zero(self) -> ir.TensorProtocol:
+        return ir.tensor(np.zeros(1, self.dtype.numpy()))
+
+
 class Experts:
     """Emits routed experts into the main graph."""
 
-    def __init__(self, program: Program, tensors: Mapping[str, TensorInfo], functions: FunctionTable) -> None:
-        self._program, self._tensors, self._functions = program, tensors, functions
+    def __init__(self, program: Program, initializers: Initializers, functions: FunctionTable) -> None:
+        self._program, self._initializers, self._functions = program, initializers, functions
 
     def region(self, lowering: NodeLowering, region: Region) -> None:
         """Emit the calls of a region; the result has the name of its output node."""
@@ -53,8 +68,9 @@ class Experts:
         function = self._function(region, lowering.shapes, outside, stacked)
         by_row, whole = ([outside[node] for node in nodes] for nodes in (region.by_row, region.whole))
         counts = lowering.value(region.counts)
-        empty = _no_rows(lowering.shapes[region.output], lowering.shapes[region.output].fixed[1:])
-        result = self._emit(lowering.builder, function, by_row, whole, list(stacked.values()), counts, empty)
+        meta = lowering.shapes[region.output]
+        like = Like(meta.onnx_dtype, meta.fixed[1:])
+        result = self._emit(lowering.builder, function, by_row, whole, list(stacked.values()), counts, like)
         lowering.set(region.output, result)
 
     def node(self, lowering: NodeLowering, node: fx.Node) -> None:
@@ -69,7 +85,7 @@ class Experts:
         rows.dtype, rows.shape = x.dtype, ir.Shape([None, x.shape[-1]])
         arguments = {"rows": rows} | dict(zip(PROJECTIONS, map(self._first, projections), strict=True))
         function = self._functions.get(NAME, routed_expert, arguments)
-        parts = self._emit(b, function, [rows], [], projections, counts, _no_rows(lowering.shapes[node], x.shape[-1:]))
+        parts = self._emit(b, function, [rows], [], projections, counts, Like(ir.DataType.FLOAT, x.shape[-1:]))
         parts.dtype, parts.shape = rows.dtype, rows.shape
         finalize = {"rows": parts, "row_index": row_index, "weights": weights}
         lowering.set(node, lowering.call("moe_finalize_routing", BODIES[ops.moe_finalize_routing], finalize))
@@ -79,7 +95,7 @@ class Experts:
 
     def _first(self, parameter: Stacked) -> ir.Value:
         """The first expert's tensor, for dtype and shape of all."""
-        return external(self._tensors, parameter.names[0], parameter.view)
+        return self._initializers.get(parameter.names[0], parameter.view)
 
     def _function(
         self, region: Region, shapes: Shapes, outside: Mapping[fx.Node, ir.Value], stacked: Mapping[fx.Node, Stacked]
@@ -90,7 +106,7 @@ class Experts:
         formals[region.rows].name = "rows"
         for node, parameter in stacked.items():
             formals[node] = formal("_".join(str(node.target).split(".")[-2:]), self._first(parameter))
-        inner = NodeLowering(Builder(), self._functions, lambda node, view: inner.values[node], shapes, named=False)
+        inner = NodeLowering(Builder(), self._functions, lambda node, _: inner.values[node], shapes, False, PREFIX)
         inner.values = {node: _widened(inner.builder, value) for node, value in formals.items()}
         for node in region.nodes:
             if node.target in GROUPED:
@@ -105,9 +121,9 @@ class Experts:
 
     def _emit(
         self, b: Builder, function: ir.Function, by_row: Sequence[ir.Value], whole: Sequence[ir.Value],
-        stacked: Sequence[Stacked], counts: ir.Value, empty: ir.TensorProtocol,
+        stacked: Sequence[Stacked], counts: ir.Value, like: Like,
     ) -> ir.Value:  # fmt: skip
-        """int64 `counts` [E] → the function's result over all rows, expert by expert; `empty`: the one of no rows."""
+        """int64 `counts` [E] → the function's result over all rows, expert by expert; `like`: one row of it."""
         number, zero, axes = len(stacked[0].names), b.constant(np.int64(0)), b.ints(0)
         ends = b.op("CumSum", counts, zero)
         starts = b.op("Sub", ends, counts)
@@ -117,22 +133,19 @@ class Experts:
         ]
         parts = []
         for expert, (busy, start, end) in enumerate(zip(*columns, strict=True)):
-            weights = [external(self._tensors, parameter.names[expert], parameter.view) for parameter in stacked]
+            weights = [self._initializers.get(parameter.names[expert], parameter.view) for parameter in stacked]
             inner = Builder()
             inner.enter(f"{b.scope}{expert}/")
             rows = [inner.op("Slice", value, start, end, axes) for value in by_row]
             called = inner.call(function, [*rows, *whole, *weights])
-            then = ir.Graph([], called, nodes=inner.nodes, initializers=weights, name="rows")
+            then = ir.Graph([], called, nodes=inner.nodes, name="rows")
             inner = Builder()
             inner.enter(f"{b.scope}{expert}/no_")
-            nothing = inner.op("Constant", value=empty)
+            # not a Constant: OpenVINO reads one without elements as a scalar
+            nothing = inner.op("ConstantOfShape", inner.ints(0, *like.dims), value=like.zero)
             otherwise = ir.Graph([], [nothing], nodes=inner.nodes, name="no_rows")
             parts.append(b.op("If", busy, then_branch=then, else_branch=otherwise))
         return b.op("Concat", *parts, axis=0)
-
-
-def _no_rows(meta: Meta, dims: Sequence[Any]) -> ir.TensorProtocol:
-    return ir.tensor(np.empty((0, *dims), meta.onnx_dtype.numpy()))
 
 
 def _view(region: Region, parameter: fx.Node) -> View:

@@ -20,11 +20,12 @@ class View(StrEnum):
 
 
 class Initializers:
-    """The initializers of one graph or branch, in order of first use, each with the name of its tensor on disk."""
+    """The initializers of a model, in order of first use, each with the name of its tensor on disk."""
 
     def __init__(self, tensors: Mapping[str, TensorInfo]) -> None:
         self._tensors = tensors
         self._values: dict[tuple[str, View], ir.Value] = {}
+        self._names: set[str] = set()
 
     @property
     def values(self) -> list[ir.Value]:
@@ -33,8 +34,9 @@ class Initializers:
     def get(self, name: str, view: View = View.STORED) -> ir.Value:
         """The stored tensor `name`; a second view of the same bytes is named `name (view)`."""
         if (name, view) not in self._values:
-            taken = any(known == name for known, _ in self._values)
-            self._values[name, view] = external(self._tensors, name, view, f"{name} ({view})" if taken else name)
+            label = f"{name} ({view})" if name in self._names else name
+            self._names.add(name)
+            self._values[name, view] = external(self._tensors, name, view, label)
         return self._values[name, view]
 
 

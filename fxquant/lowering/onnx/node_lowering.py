@@ -47,13 +47,15 @@ class NodeLowering:
     values      values of the nodes so far; a tuple for a call with several results
     shapes      dtype and dimensions of each node's value
     named       give each result the name of its fx node; False inside functions
+    prefix      of the names of functions
     """
 
     def __init__(
-        self, builder: Builder, functions: FunctionTable, parameters: Parameters, shapes: Shapes, named: bool
-    ) -> None:
+        self, builder: Builder, functions: FunctionTable, parameters: Parameters, shapes: Shapes, named: bool,
+        prefix: str = "",
+    ) -> None:  # fmt: skip
         self.builder, self._functions, self._parameters = builder, functions, parameters
-        self.shapes, self._named = shapes, named
+        self.shapes, self._named, self._prefix = shapes, named, prefix
         self.values: dict[fx.Node, Any] = {}
 
     def lower(self, node: fx.Node) -> None:
@@ -110,7 +112,7 @@ class NodeLowering:
 
     def call(self, name: str, body: Callable[..., Any], arguments: Mapping[str, Any], label: str = "") -> Any:
         """A call of the local function of `body`; `label` names the node."""
-        function = self._functions.get(name, body, arguments)
+        function = self._functions.get(self._prefix + name, body, arguments)
         inputs = [value for value in arguments.values() if isinstance(value, ir.Value)]
         outputs = self.builder.call(function, inputs)
         if label:

@@ -56,7 +56,7 @@ def build_model(program: Program, tensors: Mapping[str, TensorInfo], profile: On
         return initializers.get(stored.names[0], view)
 
     lowering = NodeLowering(Builder(), functions, parameter, shapes, named=True)
-    experts = Experts(program, tensors, functions)
+    experts = Experts(program, initializers, functions)
     regions = list(find_regions(program, shapes))
     inside = {node: region for region in regions for node in region.nodes}
     inputs: list[ir.Value] = []

@@ -18,17 +18,17 @@ def moe_gate(
     b: Builder, logits: ir.Value, correction_bias: ir.Value, top_k: int, n_group: int, topk_group: int,
     norm_topk_prob: bool, routed_scaling_factor: float,
 ) -> tuple[ir.Value, ...]:  # fmt: skip
-    experts = last(logits)
+    experts, axis = last(logits), _last_axis(logits)
     scores = b.sigmoid(logits)
     groups = b.reshape_last(b.op("Add", scores, b.float(correction_bias)), 1, n_group, experts // n_group)
     best, _ = b.ops("TopK", groups, b.ints(min(2, experts // n_group)), outputs=2, axis=-1)
     group_scores = b.op("ReduceSum", best, b.ints(-1), keepdims=0)
     _, winners = b.ops("TopK", group_scores, b.ints(topk_group), outputs=2, axis=-1)
     none, all_ = _filled(b, group_scores, np.array([False])), _filled(b, winners, np.array([True]))
-    in_best_groups = b.op("Unsqueeze", b.op("ScatterElements", none, winners, all_, axis=-1), b.ints(-1))
+    in_best_groups = b.op("Unsqueeze", b.op("ScatterElements", none, winners, all_, axis=axis), b.ints(-1))
     choice = b.reshape_last(b.op("Where", in_best_groups, groups, b.number(float("-inf"))), 2, experts)
     _, ids = b.ops("TopK", choice, b.ints(top_k), outputs=2, axis=-1)
-    weights = b.op("GatherElements", scores, ids, axis=-1)
+    weights = b.op("GatherElements", scores, ids, axis=axis)
     if norm_topk_prob:
         total = b.op("Add", b.op("ReduceSum", weights, b.ints(-1), keepdims=1), b.number(1e-20))
         weights = b.op("Div", weights, total)
@@ -62,6 +62,12 @@ def routed_expert(b: Builder, rows: ir.Value, gate_proj: ir.Value, up_proj: ir.V
     gate, up = (b.op("MatMul", rows, b.op("Transpose", b.float(w), perm=[1, 0])) for w in (gate_proj, up_proj))
     hidden = b.op("Mul", b.silu(gate), up)
     return b.op("MatMul", hidden, b.op("Transpose", b.float(down_proj), perm=[1, 0]))
+
+
+def _last_axis(value: ir.Value) -> int:
+    """From the front: the reference evaluator of onnx computes ScatterElements and GatherElements wrong for axis -1."""
+    assert value.shape is not None
+    return len(value.shape) - 1
 
 
 def _filled(b: Builder, like: ir.Value, value: np.ndarray) -> ir.Value:

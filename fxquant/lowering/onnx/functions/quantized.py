@@ -60,7 +60,9 @@ def int4_columns(b: Builder, features: int, weight: ir.Value, weight_scale_secon
 
 
 def dequantize_static(b: Builder, acc: ir.Value, deq_scale: ir.Value, quant_bias: ir.Value) -> ir.Value:
-    return b.op("Mul", b.op("Cast", b.op("Add", acc, quant_bias), to=int(FLOAT)), low_words(b, deq_scale))
+    # Identity: the data propagation of onnx refuses a sum with an integer initializer whose data are external
+    biased = b.op("Add", acc, b.op("Identity", quant_bias))
+    return b.op("Mul", b.op("Cast", biased, to=int(FLOAT)), low_words(b, deq_scale))
 
 
 def low_words(b: Builder, deq_scale: ir.Value) -> ir.Value:
