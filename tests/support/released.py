@@ -33,6 +33,18 @@ def installed(name: str, version: str) -> Path:
     return _once(f"{name}-{version}-installed", lambda inside, scratch: _install(f"{name}=={version}", inside, scratch))
 
 
+def installed_node(name: str, version: str) -> Path:
+    """Folder whose `node_modules` have a package of npm and all that it needs; no script of theirs is run."""
+    return _once(
+        f"{name}-{version}-node", lambda inside, scratch: _npm("install", "--prefix", str(inside), f"{name}@{version}")
+    )
+
+
+def _npm(*arguments: str) -> str:
+    quiet = ["--ignore-scripts", "--no-audit", "--no-fund", "--loglevel", "error"]
+    return subprocess.run(["npm", *arguments, *quiet], check=True, capture_output=True, text=True).stdout
+
+
 def _install(requirement: str, inside: Path, scratch: Path) -> None:
     constraint = scratch / "constraint.txt"
     constraint.write_text(f"numpy=={metadata.version('numpy')}\n")
@@ -106,6 +118,11 @@ def newest(name: str) -> str:
     pip = [sys.executable, "-m", "pip", "index", "versions", name, "--disable-pip-version-check"]
     first = subprocess.run(pip, check=True, capture_output=True, text=True).stdout.splitlines()[0]
     return first.partition("(")[2].rstrip(")")
+
+
+def newest_node(name: str) -> str:
+    """The version of a package that npm installs by default."""
+    return _npm("view", name, "version").strip()
 
 
 def _place(inside: Path, folder: Path) -> None:

@@ -2,9 +2,8 @@
 
 rows, counts  →  for each expert  If(count > 0){ slice its rows, call the function }  →  Concat
 
-Weights are initializers of the main graph, as all others are: readers that follow no links, and copies of the model that
-onnxruntime saves, load external data there only. The function never runs on zero rows: onnxruntime's ReduceMax of zero
-rows has a wrong shape.
+Weights are initializers of the main graph: onnxruntime reads external data of a branch through no link, and not at all
+in a browser. The function never runs on zero rows: onnxruntime's ReduceMax of zero rows has a wrong shape.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,7 +22,7 @@ from fxquant.lowering.onnx.functions.moe import routed_expert
 from fxquant.lowering.onnx.initializers import Initializers, View
 from fxquant.lowering.onnx.node_lowering import NodeLowering, unsupported
 from fxquant.lowering.onnx.regions import GROUPED, Region, expert_arguments
-from fxquant.lowering.onnx.shapes import Meta, Shapes
+from fxquant.lowering.onnx.shapes import Shapes
 from fxquant.program.linears import PROJECTIONS
 from fxquant.program.operands import operand_node
 from fxquant.program.program import Program

@@ -142,15 +142,15 @@ layers_1_mlp_shared_experts_down_proj = dequantize_static
 layers_1_mlp_add = Add
 """
 EXPERT = """
-[0] = quantize_per_token(rows)
-[1] = int4_matmul([0], gate_proj_weight, gate_proj_weight_scale_second)
-[2] = dequantize_per_token([1], [0], gate_proj_weight_scale)
-[3] = int4_matmul([0], up_proj_weight, up_proj_weight_scale_second)
-[4] = dequantize_per_token([3], [0], up_proj_weight_scale)
-[5] = swiglu([2], [4])
-[6] = quantize_per_token([5])
-[7] = int4_matmul([6], down_proj_weight, down_proj_weight_scale_second)
-[8] = dequantize_per_token([7], [6], down_proj_weight_scale)
+[0] = expert_quantize_per_token(rows)
+[1] = expert_int4_matmul([0], gate_proj_weight, gate_proj_weight_scale_second)
+[2] = expert_dequantize_per_token([1], [0], gate_proj_weight_scale)
+[3] = expert_int4_matmul([0], up_proj_weight, up_proj_weight_scale_second)
+[4] = expert_dequantize_per_token([3], [0], up_proj_weight_scale)
+[5] = expert_swiglu([2], [4])
+[6] = expert_quantize_per_token([5])
+[7] = expert_int4_matmul([6], down_proj_weight, down_proj_weight_scale_second)
+[8] = expert_dequantize_per_token([7], [6], down_proj_weight_scale)
 """
 
 

@@ -38,11 +38,16 @@ def _zero_point(b: Builder) -> ir.Value:
 
 def int_matmul(b: Builder, x: ir.Value, weight: ir.Value) -> ir.Value:
     # MatMulInteger subtracts the zero point before it multiplies: exactly the product of the int8 values
-    return b.op("MatMulInteger", x, b.op("Transpose", weight, perm=[1, 0]), _zero_point(b))
+    return _product(b, x, b.op("Transpose", weight, perm=[1, 0]))
+
+
+def _product(b: Builder, x: ir.Value, columns: ir.Value) -> ir.Value:
+    """With both zero points: onnxruntime 1.23 ends itself without the weight's, if session.x64quantprecision is set."""
+    return b.op("MatMulInteger", x, columns, _zero_point(b), b.constant(np.int8(0)))
 
 
 def int4_matmul(b: Builder, x: ir.Value, weight: ir.Value, weight_scale_second: ir.Value | None) -> ir.Value:
-    return b.op("MatMulInteger", x, int4_columns(b, last(x), weight, weight_scale_second), _zero_point(b))
+    return _product(b, x, int4_columns(b, last(x), weight, weight_scale_second))
 
 
 def int4_columns(b: Builder, features: int, weight: ir.Value, weight_scale_second: ir.Value | None) -> ir.Value:

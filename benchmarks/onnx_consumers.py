@@ -1,0 +1,63 @@
+"""Readers of our ONNX models: python benchmarks/onnx_consumers.py [--newest] [--write] [MODEL]
+
+Compiles MODEL, else the shipped example, for ONNX under two policies, lets each reader load the folders and run a
+prompt and a step after it, and prints a table: how far its logits are from ONNX Runtime's, or what it says instead.
+Packages that are not here are downloaded once a machine. --newest takes their newest versions, --write puts the table
+into docs/onnx.md.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
+
+from onnx_readers import DOWNLOADED, HERE, table, write_feeds
+from places import EXAMPLE, ROOT
+
+from fxquant import CompileOptions, compile
+
+PAGE = ROOT / "docs" / "onnx.md"
+BEGIN, END = "<!-- ONNX readers -->", "<!-- end of ONNX readers -->"
+POLICIES = ("float", "deepseek_w4a8")
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", type=Path, default=EXAMPLE)
+    parser.add_argument("--newest", action="store_true")
+    parser.add_argument("--write", action="store_true")
+    options = parser.parse_args()
+    readers = [reader.newest if options.newest else reader for reader in (*HERE, *DOWNLOADED)]
+    lines = []
+    with tempfile.TemporaryDirectory(prefix="fxquant-readers-") as folder:
+        scratch = Path(folder)
+        folders = {policy: _compiled(options.model, policy, scratch / policy) for policy in POLICIES}
+        config = json.loads((options.model / "config.json").read_text(encoding="utf-8"))
+        width = config["kv_lora_rank"] + config["qk_rope_head_dim"]
+        write_feeds(scratch, config["vocab_size"], [width] * config["num_hidden_layers"])
+        for line in table(folders, readers, scratch):
+            print(line, flush=True)
+            lines.append(line)
+    if options.write:
+        _write("\n".join(lines))
+
+
+def _compiled(model: Path, policy: str, out: Path) -> Path:
+    compile(model, CompileOptions(policy=policy, out=out, target="onnx", verify=False))
+    return out
+
+
+def _write(text: str) -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    before, mark, rest = page.partition(BEGIN)
+    if not mark:
+        raise SystemExit(f"{PAGE}: no mark {BEGIN}")
+    PAGE.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""Readers of model.onnx other than the session that we make: each loads it, and runs a prompt and a step after it."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx.reference import ReferenceEvaluator
+from onnx_calls import Lowered, floats, int8, integers, restored
+from onnx_graphs import emit, quantized
+from onnx_reader_process import WAYS, run_steps
+from onnx_readers import DOWNLOADED, FEEDS, HERE, ONNXRUNTIME, Package, Reader, read, write_feeds
+
+from fxquant import ops
+from fxquant.checkpoint.checkpoint import Checkpoint
+
+STOPS = {
+    "version_converter": "fxquant:rope_table(-1) is not a registered function",
+    "onnxslim": "maximum recursion depth exceeded",
+    "openvino": "Conversion is failed for: Slice",
+}
+"""Ways that cannot read local functions, and what is said there; docs/onnx.md names them."""
+
+
+@pytest.fixture(scope="module")
+def folder(tiny: Callable[..., Checkpoint], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Static int8, dynamic int4 experts and float attention; feeds.json beside the model."""
+    place = tmp_path_factory.mktemp("readers")
+    checkpoint = tiny()
+    program = quantized(checkpoint, "deepseek_w4a8")
+    emit(program, checkpoint, place)
+    widths = [int(node.meta["val"].shape[2]) for node in program.graph.graph.find_nodes(op="placeholder")[3:]]
+    write_feeds(place, 128, widths)
+    return place
+
+
+def logits(way: str, folder: Path, scratch: Path) -> np.ndarray:
+    for weights in folder.glob("*.safetensors"):
+        (scratch / weights.name).write_bytes(weights.read_bytes())
+    run = WAYS[way][1](folder / "model.onnx", scratch)
+    return run_steps(run, json.loads((folder / FEEDS).read_text()))
+
+
+@pytest.fixture(scope="module")
+def expected(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> np.ndarray:
+    return logits(ONNXRUNTIME.way, folder, tmp_path_factory.mktemp("expected"))
+
+
+def assert_reads(reader: Reader, found: np.ndarray, expected: np.ndarray) -> None:
+    """Another runtime's last bits may flip an activation's code by one step, and later layers amplify it: 1%."""
+    if reader.equal:
+        assert np.array_equal(found, expected)
+    else:
+        assert found.shape == expected.shape
+        assert np.linalg.norm(found - expected) <= 0.01 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("reader", [one for one in HERE if one.way not in STOPS], ids=lambda one: one.way)
+def test_what_is_installed_with_us_reads_it(reader: Reader, folder: Path, expected: np.ndarray, tmp_path: Path):
+    assert_reads(reader, logits(reader.way, folder, tmp_path), expected)
+
+
+def test_the_version_converter_drops_local_functions(folder: Path, tmp_path: Path):
+    """Where a release keeps them, its line in docs/onnx.md goes."""
+    with pytest.raises(Exception, match="is not a registered function") as caught:
+        logits("version_converter", folder, tmp_path)
+    assert STOPS["version_converter"] in str(caught.value)
+
+
+@pytest.mark.engines
+@pytest.mark.parametrize("reader", DOWNLOADED, ids=lambda one: f"{one.way}-{one.version}")
+def test_released_readers(reader: Reader, folder: Path, expected: np.ndarray):
+    reading = read(reader, folder, folder)
+    if reader.way in STOPS:
+        assert reading.logits is None and STOPS[reader.way] in reading.words
+    else:
+        assert reading.logits is not None, reading.words
+        assert reading.version == reader.version
+        assert_reads(reader, reading.logits, expected)
+
+
+def test_what_stops_is_said(folder: Path, tmp_path: Path):
+    write_feeds(tmp_path, 128, [])
+    reading = read(Reader("", "onnxruntime", "onnxruntime", Package.HERE), folder, tmp_path)
+    assert reading.logits is None and "past_key_values.0.latent" in reading.words
+
+
+QUANTIZE = (ops.quantize_static, (floats(5, 64, scale=3), torch.tensor([0.02]), torch.tensor([3.0])), ())
+OPERATORS = {
+    "quantize_static": QUANTIZE,
+    "quantize_per_token": (ops.quantize_per_token, (floats(20, 7, 33, scale=100),), ()),
+    "int_matmul": (ops.int_matmul, (int8(1, 7, 64), int8(6, 64, seed=1)), ("weight",)),
+    "int4_matmul": (
+        ops.int4_matmul,
+        (int8(5, 128), int8(12, 128, seed=1), integers(1, 16, 24, 4, dtype=torch.int32).float()),
+        ("weight", "weight_scale_second"),
+    ),
+    "moe_gate": (ops.moe_gate, (floats(3, 7, 16), floats(16, seed=1, scale=0.1), 3, 4, 2, True, 2.5), ()),
+    "moe_init_routing": (ops.moe_init_routing, (floats(2, 9, 8), integers(0, 6, 2, 9, 3, dtype=torch.int64), 7), ()),
+}
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_the_reference_evaluator_computes_the_same_integers(name: str, tmp_path: Path):
+    target, arguments, stored = OPERATORS[name]
+    lowered = Lowered(tmp_path, target, arguments, stored)
+    onnx.save(lowered.model, tmp_path / "one.onnx")
+    found = [restored(value) for value in ReferenceEvaluator(str(tmp_path / "one.onnx")).run(None, lowered.feeds)]
+    results: Any = target(*arguments)
+    whole = [
+        value for value in (results if isinstance(results, tuple) else (results,)) if not value.is_floating_point()
+    ]
+    assert whole
+    for value, expected in zip((one for one in found if not one.is_floating_point()), whole, strict=True):
+        assert torch.equal(value, expected)
