@@ -17,6 +17,7 @@ from onnx_readers import DOWNLOADED, FEEDS, HERE, ONNXRUNTIME, Package, Reader, 
 
 from fxquant import ops
 from fxquant.checkpoint.checkpoint import Checkpoint
+from fxquant.lowering.onnx.runner import products_saturate
 
 STOPS = {
     "version_converter": "fxquant:rope_table(-1) is not a registered function",
@@ -24,6 +25,9 @@ STOPS = {
     "openvino": "Conversion is failed for: Slice",
 }
 """Ways that cannot read local functions, and what is said there; docs/onnx.md names them."""
+
+SHARES_ZERO_POINTS = "inlined_onnxslim"
+"""onnxruntime adds 128 to a zero point once for each product that reads it, where products would saturate."""
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +79,9 @@ def test_the_version_converter_drops_local_functions(folder: Path, tmp_path: Pat
 @pytest.mark.parametrize("reader", DOWNLOADED, ids=lambda one: f"{one.way}-{one.version}")
 def test_released_readers(reader: Reader, folder: Path, expected: np.ndarray):
     reading = read(reader, folder, folder)
-    if reader.way in STOPS:
+    if reader.way == SHARES_ZERO_POINTS and products_saturate():
+        assert reading.logits is None and "graph.cc" in reading.words
+    elif reader.way in STOPS:
         assert reading.logits is None and STOPS[reader.way] in reading.words
     else:
         assert reading.logits is not None, reading.words
