@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -110,7 +111,7 @@ def read(reader: Reader, model: Path, scratch: Path) -> Reading:
     done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, check=False)
     said = [line.strip() for line in (done.stderr if done.returncode else done.stdout).splitlines() if line.strip()]
     if done.returncode:
-        return Reading(reader, reader.version, None, _shortened(" ".join(said[-1:])))
+        return Reading(reader, reader.version, None, _shortened(re.sub(r"/\S+/", "", " ".join(said[-1:]))))
     return Reading(reader, said[-1], np.fromfile(result, dtype=np.float32))
 
 
