@@ -34,7 +34,7 @@ def static_linear(
     if not biased:
         return y
     sums = b.op("ReduceSum", b.op("Cast", weight, to=int(INT32)), b.ints(-1), keepdims=0)
-    bias = b.op("Add", quant_bias, b.op("Mul", b.op("Cast", offset, to=int(INT32)), sums))
+    bias = b.op("Add", b.op("Identity", quant_bias), b.op("Mul", b.op("Cast", offset, to=int(INT32)), sums))
     return b.op("Add", y, b.op("DequantizeLinear", bias, scale, axis=0))
 
 
