@@ -1,9 +1,9 @@
 """Readers of our ONNX models: python benchmarks/onnx_consumers.py [--newest] [--write] [MODEL]
 
-Compiles MODEL, else the shipped example, for ONNX under two policies, lets each reader load the folders and run a
-prompt and a step after it, and prints a table: how far its logits are from ONNX Runtime's, or what it says instead.
-Packages that are not here are downloaded once a machine. --newest takes their newest versions, --write puts the table
-into docs/onnx.md.
+Compiles MODEL, else the shipped example, for ONNX: in float, and under the default policy in each profile. Each reader
+loads the folders and runs a prompt and a step after it, and the table says how far its logits are from ONNX Runtime's,
+or what it says instead. Packages that are not here are downloaded once a machine. --newest takes their newest versions,
+--write puts the table into docs/onnx.md.
 """
 
 import argparse
@@ -18,10 +18,16 @@ from onnx_readers import DOWNLOADED, HERE, table, write_feeds
 from places import EXAMPLE, ROOT
 
 from fxquant import CompileOptions, compile
+from fxquant.engines.onnx_profile import OnnxProfile
+from fxquant.engines.table import Target
 
 PAGE = ROOT / "docs" / "onnx.md"
 BEGIN, END = "<!-- ONNX readers -->", "<!-- end of ONNX readers -->"
-POLICIES = ("float", "deepseek_w4a8")
+GRAPHS = {
+    "float": ("float", OnnxProfile.QDQ),
+    "qdq": ("deepseek_w4a8", OnnxProfile.QDQ),
+    "integer": ("deepseek_w4a8", OnnxProfile.INTEGER),
+}
 
 
 def main() -> None:
@@ -35,7 +41,7 @@ def main() -> None:
     lines = []
     with tempfile.TemporaryDirectory(prefix="fxquant-readers-") as folder:
         scratch = Path(folder)
-        folders = {policy: _compiled(options.model, policy, scratch / policy) for policy in POLICIES}
+        folders = {name: _compiled(options.model, *graph, scratch / name) for name, graph in GRAPHS.items()}
         config = json.loads((options.model / "config.json").read_text(encoding="utf-8"))
         width = config["kv_lora_rank"] + config["qk_rope_head_dim"]
         write_feeds(scratch, config["vocab_size"], [width] * config["num_hidden_layers"])
@@ -46,8 +52,8 @@ def main() -> None:
         _write("\n".join(lines))
 
 
-def _compiled(model: Path, policy: str, out: Path) -> Path:
-    compile(model, CompileOptions(policy=policy, out=out, target="onnx", verify=False))
+def _compiled(model: Path, policy: str, profile: OnnxProfile, out: Path) -> Path:
+    compile(model, CompileOptions(policy=policy, out=out, target=Target.ONNX, onnx_profile=profile, verify=False))
     return out
 
 

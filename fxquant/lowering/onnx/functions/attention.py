@@ -65,27 +65,32 @@ def attend_latents(
     w_uk, w_uv = b.ops("Split", halves, b.ints(nope, v_head_dim), outputs=2, axis=1)
     latents = b.op("Unsqueeze", c_kv, b.ints(1))
     columns = b.op("Unsqueeze", b.op("Transpose", c_kv, perm=[0, 2, 1]), b.ints(1))
-    rotary = b.op("MatMul", q_rope, b.op("Unsqueeze", b.op("Transpose", k_rope, perm=[0, 2, 1]), b.ints(1)))
+    rope_columns = b.op("Unsqueeze", b.op("Transpose", k_rope, perm=[0, 2, 1]), b.ints(1))
     visible = _visible(b, attention_mask, q)
 
     def weights(inner: Builder, scores: ir.Value) -> ir.Value:
-        return _softmax(inner, inner.op("Add", scores, rotary), visible, softmax_scale)
+        # its own product in each branch: OpenVINO 2026.4 adds to a value from outside in place
+        return _softmax(
+            inner, inner.op("Add", scores, inner.op("MatMul", q_rope, rope_columns)), visible, softmax_scale
+        )
+
+    def flat(inner: Builder, context: ir.Value, perm: list[int]) -> ir.Value:
+        return inner.reshape_last(inner.op("Transpose", context, perm=perm), 2, num_heads * v_head_dim)
 
     def formed(inner: Builder) -> ir.Value:
         probabilities = weights(inner, inner.op("MatMul", q_nope, inner.op("MatMul", w_uk, columns)))
         values = inner.op("Transpose", inner.op("MatMul", w_uv, columns), perm=[0, 1, 3, 2])
-        return inner.op("Transpose", inner.op("MatMul", probabilities, values), perm=HEADS_FIRST)
+        return flat(inner, inner.op("MatMul", probabilities, values), HEADS_FIRST)
 
     def absorbed(inner: Builder) -> ir.Value:
         probabilities = weights(inner, inner.op("MatMul", inner.op("MatMul", q_nope, w_uk), columns))
         context = inner.op("Transpose", inner.op("MatMul", probabilities, latents), perm=[0, 1, 3, 2])
-        return inner.op("Transpose", inner.op("MatMul", w_uv, context), perm=[0, 3, 1, 2])
+        return flat(inner, inner.op("MatMul", w_uv, context), [0, 3, 1, 2])
 
     total, new = b.size(attention_mask, 1), b.size(q, 1)
     extra = b.op("Mul", b.op("Mul", new, total), b.ints(2 * rank - nope - v_head_dim))
     saved = b.op("Mul", b.op("Sub", total, new), b.ints(rank * (nope + v_head_dim)))
-    context = b.either(b.op("Less", extra, saved), "absorbed", absorbed, "formed", formed)
-    return b.reshape_last(context, 2, num_heads * v_head_dim)
+    return b.either(b.op("Less", extra, saved), "absorbed", absorbed, "formed", formed)
 
 
 def _softmax(b: Builder, scores: ir.Value, visible: ir.Value, softmax_scale: float) -> ir.Value:

@@ -50,7 +50,7 @@ def per_token_int4_linear(
     weight_scale_second: ir.Value | None, bias: ir.Value | None,
 ) -> ir.Value:  # fmt: skip
     scale = b.op("Squeeze", b.float(weight_scale), b.ints(-1))
-    columns = b.op("DequantizeLinear", int4_columns(b, last(x), weight, weight_scale_second), scale, axis=1)
+    columns = _floats(b, int4_columns(b, last(x), weight, weight_scale_second), scale)
     return _of_rows(b, b.op("MatMul", _codes(b, x), columns), x_scale, bias)
 
 
@@ -59,7 +59,14 @@ def _codes(b: Builder, x: ir.Value) -> ir.Value:
 
 
 def _product(b: Builder, x: ir.Value, weight: ir.Value, scale: ir.Value) -> ir.Value:
-    return b.op("MatMul", x, b.op("Transpose", b.op("DequantizeLinear", weight, scale, axis=0), perm=[1, 0]))
+    # transposed before: onnxruntime 1.23 puts a QuantizeLinear of the wrong type behind a Transpose of floats
+    return b.op("MatMul", x, _floats(b, b.op("Transpose", weight, perm=[1, 0]), scale))
+
+
+def _floats(b: Builder, columns: ir.Value, scale: ir.Value) -> ir.Value:
+    """Of int8 [k, n]. Without zero points onnxruntime 1.23 ends itself if session.x64quantprecision is set."""
+    zero_points = b.op("ConstantOfShape", b.op("Shape", scale), value=ir.tensor(np.array([0], dtype=np.int8)))
+    return b.op("DequantizeLinear", columns, scale, zero_points, axis=1)
 
 
 def _of_rows(b: Builder, y: ir.Value, x_scale: ir.Value, bias: ir.Value | None) -> ir.Value:
