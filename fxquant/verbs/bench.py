@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fxquant.compilation.options import CompileOptions
-from fxquant.engines.table import DEFAULT, Target
+from fxquant.engines.table import DEFAULT, onnx_targets
 from fxquant.errors import FxquantError
 from fxquant.evaluation.verbs import open_output
 from fxquant.generation.rates import Plan, measure_rates
@@ -143,7 +143,7 @@ def _compared(against: Path, compiled: bool, out: Path, report: Reporter) -> Ite
     if compiled:
         yield against
         return
-    target = Target.ONNX if has_onnx(out) else DEFAULT
+    target = onnx_targets()[0] if has_onnx(out) else DEFAULT
     with tempfile.TemporaryDirectory(prefix="fxquant-bench-") as folder:
         options = CompileOptions(
             policy="float", target=target, out=Path(folder) / "float", verify=False, export=False, graph_only=True

@@ -7,7 +7,14 @@ reference in `fxquant.ops`. Each file lists its bodies in `BODIES`.
 from typing import Any
 
 from fxquant.lowering.onnx.builder import Body
-from fxquant.lowering.onnx.functions import attention, dense, moe, qdq, quantized
+from fxquant.lowering.onnx.functions import attention, dense, latent_attention, moe, qdq, quantized
 
-BODIES: dict[Any, Body] = {**dense.BODIES, **attention.BODIES, **moe.BODIES, **quantized.BODIES, **qdq.BODIES}
+BODIES: dict[Any, Body] = {
+    **dense.BODIES,
+    **attention.BODIES,
+    **latent_attention.BODIES,
+    **moe.BODIES,
+    **quantized.BODIES,
+    **qdq.BODIES,
+}
 VIEWS = quantized.VIEWS | qdq.VIEWS
