@@ -28,7 +28,7 @@ from fxquant.planning import plan as planning
 from fxquant.planning.host_benchmark import Measuring
 from fxquant.processes.command import run_to_end
 
-pytest_plugins = ["cpu_budget"]
+pytest_plugins = ["cpu_budget", "dear_first"]
 
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
