@@ -14,6 +14,7 @@ import pytest
 import torch
 from graph_attacks import ATTACKS, Attack, attacked, attribute_chain, placeholder_target
 from safetensors.torch import save_file
+from spoiled_documents import Text, pattern, places, spoiled
 from tiny import FEW_MODULES, rewritten
 from typer.testing import CliRunner
 from watching import watched
@@ -60,42 +61,6 @@ def written(tiny: Callable[..., Checkpoint], **changes: Any) -> dict[str, Any]:
     return json.loads(dump_program(rewritten(checkpoint, "deepseek_w4a8")))
 
 
-def places(value: Any, path: tuple = ()) -> Iterator[tuple]:
-    """Paths of everything inside a document, itself left out."""
-    children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, child in children:
-        yield (*path, key)
-        yield from places(child, (*path, key))
-
-
-def pattern(document: dict[str, Any], path: tuple) -> tuple:
-    """Which sort of place it is: the same field of two nodes of one operator is one sort."""
-    if path[0] == "nodes" and len(path) > 1:
-        return (document["nodes"][path[1]]["target"].split(".")[0], *path[2:])
-    depth = 3 if path[:2] == ("mtp", "recipes") else 2
-    named = path[0] in ("parameters", "recipes", "rules") or path[:2] in [("mtp", "recipes"), ("mtp", "float_tensors")]
-    parts = (path[0], *path[depth:]) if named and len(path) >= depth else path
-    return tuple(part if isinstance(part, str) else "*" for part in parts)
-
-
-def spoiled(document: dict[str, Any], path: tuple, value: Any, gone: bool = True) -> Iterator[dict[str, Any]]:
-    """The document with another value at `path`, then, if so wanted, with the key gone, then under another name."""
-    owner = document
-    for key in path[:-1]:
-        owner = owner[key]
-    original = copy.copy(owner)
-    owner[path[-1]] = value
-    yield document
-    del owner[path[-1]]
-    if gone:
-        yield document
-    if isinstance(owner, dict) and isinstance(value, str):
-        owner[value] = original[path[-1]]
-        yield document
-    owner.clear()
-    owner.extend(original) if isinstance(owner, list) else owner.update(original)
-
-
 def normal(document: dict[str, Any]) -> dict[str, Any]:
     """Without what says nothing: keys of null, and the default algorithm."""
     plain = copy.deepcopy(document)
@@ -111,8 +76,12 @@ def normal(document: dict[str, Any]) -> dict[str, Any]:
 
 
 def check(document: dict[str, Any]) -> bool:
+    """`check_text` of its own text."""
+    return check_text(json.dumps(document))
+
+
+def check_text(text: str) -> bool:
     """Refused, or read as what it says; nothing runs. → whether it was refused."""
-    text = json.dumps(document)
     with watched() as events:
         try:
             program = parse_program(text, "graph")
@@ -139,6 +108,16 @@ def test_every_sort_of_place_spoiled(document: dict[str, Any]) -> None:
             for number, changed in enumerate(spoiled(document, path, generator.choice(HOSTILE))):
                 refused += number == selected and check(changed)
     assert len(seen) > 150 and refused > 100
+
+
+def test_the_text_of_a_spoiled_document_is_its_own(document: dict[str, Any]) -> None:
+    """Pieced together of what did not change, at each sort of place."""
+    text, seen = Text(document), set()
+    for path in list(places(document)):
+        if (sort := pattern(document, path)) not in seen:
+            seen.add(sort)
+            for changed in spoiled(document, path, CODE):
+                assert text.changed(changed, path) == json.dumps(changed)
 
 
 class KnownShapes(BoundedRules):
@@ -168,11 +147,12 @@ def test_every_place_spoiled(one_layer: dict[str, Any], document: dict[str, Any]
     """Every field of every node of a layer in one way, and each sort of place of all layers in a dozen."""
     generator, seen = random.Random(1), set()
     for whole, again in ((one_layer, 1), (document, 0)):
+        text = Text(whole)
         for path in list(places(whole)):
             sort = pattern(whole, path)
             for number, value in enumerate(generator.sample(HOSTILE, again if sort in seen else 12)):
-                for _ in map(check, spoiled(whole, path, value, gone=number == 0)):
-                    pass
+                for changed in spoiled(whole, path, value, gone=number == 0):
+                    check_text(text.changed(changed, path))
             seen.add(sort)
     assert len(seen) > 470
 
