@@ -18,7 +18,7 @@ from tiny import float_program
 from torch import Tensor, nn
 
 from fxquant.checkpoint.checkpoint import Checkpoint
-from fxquant.frontend import source
+from fxquant.frontend import published, source
 from fxquant.lowering import output
 from fxquant.lowering.ascend import writer
 from fxquant.lowering.ascend.export.exported import write_exported
@@ -37,12 +37,12 @@ MOST_SHAPES = 1 << 13
 
 @contextmanager
 def traced_once() -> Iterator[None]:
-    """`open_source` of a folder gives a copy of the program that was traced first for the same config."""
+    """A folder's program, and the published one of a config, are copies of what was traced first for this config."""
 
     def trace(model: nn.Module, opened: Checkpoint) -> Program:
         return float_program(opened)
 
-    with patch.object(source, "trace", trace):
+    with patch.object(source, "trace", trace), patch.object(published, "trace", trace):
         yield
 
 
