@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import FEW_MODULES, load_weights
+from traced_files import files_traced_once
 
 import fxquant
 from fxquant import CompileOptions
@@ -23,6 +24,7 @@ from fxquant.program.text import format_program
 from fxquant.runtime.execute import execute, prefill_inputs
 from fxquant.tracing import trace
 
+__all__ = ["files_traced_once"]
 PLAIN = """
 from fxquant.models import DeepseekV3
 CHECKPOINT = {checkpoint!r}

@@ -4,23 +4,21 @@ import hashlib
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-from unittest.mock import patch
 
 import pytest
 from places import EXAMPLE, MODEL_FILES
-from remembered import remembering
+from traced_files import files_traced_once
 
 import fxquant
 from fxquant import CompileOptions
 from fxquant.errors import FxquantError
-from fxquant.frontend import source
 from fxquant.frontend.source import open_source
 from fxquant.program.program_file import dump_program
 from fxquant.program.structural_hash import structural_hash
 
+__all__ = ["files_traced_once"]
 WAYS = {
     "folder": None,
     "own model.py": "own.py",
@@ -34,17 +32,6 @@ TRANSFORMERS_4 += ("charset-normalizer", "idna", "certifi")
 """It, and what it needs beyond, or in other versions than, this environment."""
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module", autouse=True)
-def traced_once() -> Iterator[None]:
-    """Each file for each checkpoint and version of transformers: it is compiled from the graph that was looked at."""
-
-    def key(*arguments: Any) -> tuple[Any, ...]:
-        return *arguments, os.environ.get("PYTHONPATH")
-
-    with patch.object(source, "trace_in_child", remembering(source.trace_in_child, key)):
-        yield
 
 
 @pytest.fixture(scope="session")
