@@ -75,11 +75,12 @@ class Cell(_Data):
 
     def matches(self, kind: Kind, recipe: Recipe) -> bool:
         """Whether the verdict applies to such a linear."""
+        if kind not in self.kind or not (self.scheme == ANY or recipe.scheme in self.scheme):
+            return False
         sized = self.group_size is None or recipe.group_size in self.group_size
         named = fnmatchcase(recipe.module.rpartition(".")[2], self.module) and self.bias in (None, recipe.bias)
-        schemed = self.scheme == ANY or recipe.scheme in self.scheme
         typed = self.dtype is None or str(recipe.dtype).removeprefix("torch.") in self.dtype
-        return kind in self.kind and schemed and sized and named and typed
+        return sized and named and typed
 
 
 class Multiples(_Data):
@@ -193,8 +194,8 @@ class Contract(_Data):
 
     def cell(self, kind: Kind, recipe: Recipe) -> Cell:
         """The verdict on a linear; what the contract does not mention is refused."""
-        matching = (cell for cell in self.cells if cell.matches(kind, recipe))
-        return next(matching, _unknown(kind, recipe.scheme))
+        matching = next((cell for cell in self.cells if cell.matches(kind, recipe)), None)
+        return matching or _unknown(kind, recipe.scheme)
 
 
 def _unknown(kind: Kind, scheme: Scheme) -> Cell:

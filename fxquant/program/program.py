@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ class Parameter:
     role: str
     stacked: bool = False
 
-    @property
+    @cached_property
     def modules(self) -> tuple[str, ...]:
         """The module of each of `names`."""
         return tuple(module_and_role(name)[0] for name in self.names)
