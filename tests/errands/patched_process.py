@@ -4,6 +4,7 @@ A line of its input is a JSON list: a file for what is printed, a file for error
 of its output is the exit code. Traces, texts and reference codes of equal arguments are remembered between commands.
 """
 
+import gc
 import json
 import os
 import runpy
@@ -12,11 +13,19 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+YOUNG = 20_000
+"""New objects after which garbage is looked for, as in the tests themselves (tests/conftest.py)."""
+
 
 def main() -> None:
     """Answer until the input ends."""
+    gc.disable()  # imports stay
     from kept import Kept
     from remembered import computed_once, traced_once
+
+    gc.freeze()
+    gc.set_threshold(YOUNG, 20, 20)
+    gc.enable()
 
     answers, questions = os.fdopen(os.dup(1), "w"), os.fdopen(os.dup(0))
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
