@@ -20,6 +20,7 @@ REASONS = {
     "changes the start-up file of your shell": "completion",
     "downloads engines; pytest -m engines runs it": "",
     "downloads a task": "of lm-evaluation-harness",
+    "downloads packages, takes minutes": "of readers of ONNX models; pytest -m engines runs them",
     "installs packages": "into the environment that runs the tests",
     "installs packages: .ci/run runs it": "the README's two blocks",
     "installs eight releases": "of transformers",

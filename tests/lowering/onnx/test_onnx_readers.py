@@ -18,7 +18,6 @@ from onnx_readers import DOWNLOADED, FEEDS, HERE, ONNXRUNTIME, Package, Reader, 
 from fxquant import ops
 from fxquant.checkpoint.checkpoint import Checkpoint
 from fxquant.engines.onnx_profile import OnnxProfile
-from fxquant.lowering.onnx.required import stored_profile
 from fxquant.lowering.onnx.runner import products_saturate
 
 STOPS = {
@@ -83,7 +82,7 @@ def test_the_version_converter_drops_local_functions(folder: Path, tmp_path: Pat
 @pytest.mark.parametrize("reader", DOWNLOADED, ids=lambda one: f"{one.way}-{one.version}")
 def test_released_readers(reader: Reader, folder: Path, expected: np.ndarray):
     reading = read(reader, folder, folder)
-    if reader.way == SHARES_ZERO_POINTS and products_saturate() and stored_profile(folder) is OnnxProfile.INTEGER:
+    if reader.way == SHARES_ZERO_POINTS and products_saturate():
         assert reading.logits is None and "graph.cc" in reading.words
     elif reader.way in STOPS:
         assert reading.logits is None and STOPS[reader.way] in reading.words
