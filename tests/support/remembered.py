@@ -18,10 +18,12 @@ from tiny import float_program
 from torch import Tensor, nn
 
 from fxquant.checkpoint.checkpoint import Checkpoint
+from fxquant.engines.onnx_profile import OnnxProfile
 from fxquant.frontend import published, source
 from fxquant.lowering import output
 from fxquant.lowering.ascend import writer
 from fxquant.lowering.ascend.export.exported import write_exported
+from fxquant.lowering.onnx import writer as onnx_writer
 from fxquant.program.program import Program
 from fxquant.program.program_file import dump_program
 from fxquant.program.shape_inference import ShapeRules
@@ -49,7 +51,10 @@ def traced_once() -> Iterator[None]:
 @contextmanager
 def emitted_once() -> Iterator[None]:
     """A graph fused and its text, where they are written and once more where they are checked."""
+    onnx = remembering(onnx_writer.deployment, deployed_for, copy.deepcopy)
     with (
+        patch.object(onnx_writer, "deployment", onnx),
+        patch.object(graph_checks, "onnx_deployment", onnx),
         patch.object(writer, "deployment", remembering(writer.deployment, dump_program, copy.deepcopy)),
         patch.object(graph_checks, "deployment", remembering(graph_checks.deployment, dump_program, copy.deepcopy)),
         patch.object(writer, "ascend_code", remembering(writer.ascend_code, dump_program)),
@@ -143,6 +148,11 @@ def remembering(
         return given(result)
 
     return call
+
+
+def deployed_for(program: Program, profile: OnnxProfile) -> tuple[str, OnnxProfile]:
+    """All that the deployment of an ONNX graph follows from."""
+    return dump_program(program), profile
 
 
 def codes_key(recipe: Recipe, weight: Tensor) -> tuple[Any, ...] | None:

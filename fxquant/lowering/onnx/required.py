@@ -27,11 +27,15 @@ def require_emitted(program: Program, tensors: Mapping[str, TensorInfo], folder:
 
     Only the version of fxquant that wrote it may differ. Its metadata say the profile.
     """
+    profile = stored_profile(folder)
+    require_model(deployment(program, profile).program, profile, tensors, folder)
+
+
+def require_model(deployed: Program, profile: OnnxProfile, tensors: Mapping[str, TensorInfo], folder: Path) -> None:
+    """As `require_emitted`, for a program that was deployed for `profile`."""
     place = folder / FILE
     stored, emitted = read_model(place), onnx.ModelProto()
-    profile = _profile(stored, place)
-    again = build_model(deployment(program, profile).program, tensors, profile)
-    emitted.ParseFromString(ir.to_proto(again).SerializeToString())
+    emitted.ParseFromString(ir.to_proto(build_model(deployed, tensors, profile)).SerializeToString())
     stored.producer_version = emitted.producer_version = ""
     if stored != emitted:
         raise FxquantError(place, f"{_difference(stored, emitted)} is not what the graph emits.", AGAIN)
@@ -48,12 +52,9 @@ def read_model(place: Path) -> onnx.ModelProto:
 
 
 def stored_profile(folder: Path) -> OnnxProfile:
-    """The profile of `folder/model.onnx`, by its metadata. Raises FxquantError if there is none."""
-    return _profile(read_model(folder / FILE), folder / FILE)
-
-
-def _profile(model: onnx.ModelProto, place: Path) -> OnnxProfile:
-    named = next((str(prop.value) for prop in model.metadata_props if prop.key == "profile"), "")
+    """The profile of `folder/model.onnx`, by its metadata. Raises FxquantError if fxquant has none of that name."""
+    place = folder / FILE
+    named = next((str(prop.value) for prop in read_model(place).metadata_props if prop.key == "profile"), "")
     if named not in list(OnnxProfile):
         raise FxquantError(place, f"its metadata say the profile {named[:50]!r}, which fxquant does not know.", AGAIN)
     return OnnxProfile(named)
