@@ -79,7 +79,7 @@ def begun(notes: Path) -> dict[str, int]:
 
 
 def wait_until(condition: Callable[[], object], process: subprocess.Popen | None = None) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while not condition():
         assert time.monotonic() < deadline
         assert process is None or process.poll() is None, process.communicate()
