@@ -69,7 +69,9 @@ def _outcomes(release: str, runs: Sequence[Run]) -> list[Outcome]:
 def ask(release: str, requests: list[dict[str, Any]]) -> list[list[str]]:
     """Answers of one process."""
     command = [sys.executable, str(Path(__file__).with_name("vllm_ascend_process.py")), release]
-    environment, given = os.environ | {"OMP_NUM_THREADS": "1"}, json.dumps(requests)
+    # its threads import setuptools at once, whose own distutils is then now and then not found
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "SETUPTOOLS_USE_DISTUTILS": "stdlib"}
+    given = json.dumps(requests)
     done = subprocess.run(command, check=False, input=given, capture_output=True, text=True, env=environment)
     if done.returncode:
         raise RuntimeError(f"vllm-ascend {release}: {done.stderr[-3000:]}")

@@ -18,6 +18,7 @@ from onnx_readers import DOWNLOADED, FEEDS, HERE, ONNXRUNTIME, Package, Reader, 
 from fxquant import ops
 from fxquant.checkpoint.checkpoint import Checkpoint
 from fxquant.engines.onnx_profile import OnnxProfile
+from fxquant.lowering.onnx.required import stored_profile
 from fxquant.lowering.onnx.runner import products_saturate
 
 STOPS = {
@@ -57,13 +58,13 @@ def expected(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> np.ndarr
     return logits(ONNXRUNTIME.way, folder, tmp_path_factory.mktemp("expected"))
 
 
-def assert_reads(reader: Reader, found: np.ndarray, expected: np.ndarray) -> None:
+def assert_reads(reader: Reader, found: np.ndarray, expected: np.ndarray, flips: float = 0.01) -> None:
     """Another runtime's last bits may flip an activation's code by one step, and later layers amplify it: 1%."""
     if reader.equal:
         assert np.array_equal(found, expected)
     else:
         assert found.shape == expected.shape
-        assert np.linalg.norm(found - expected) <= 0.01 * np.linalg.norm(expected)
+        assert np.linalg.norm(found - expected) <= flips * np.linalg.norm(expected)
 
 
 @pytest.mark.parametrize("reader", [one for one in HERE if one.way not in STOPS], ids=lambda one: one.way)
@@ -89,7 +90,9 @@ def test_released_readers(reader: Reader, folder: Path, expected: np.ndarray):
     else:
         assert reading.logits is not None, reading.words
         assert reading.version == reader.version
-        assert_reads(reader, reading.logits, expected)
+        # what scales its static codes by itself may be off by a step of 1/127 in each of the six quantizations in a row
+        static = reader.way == "inlined_openvino" and stored_profile(folder) is OnnxProfile.QDQ
+        assert_reads(reader, reading.logits, expected, 6 / 127 if static else 0.01)
 
 
 def test_what_stops_is_said(folder: Path, tmp_path: Path):
