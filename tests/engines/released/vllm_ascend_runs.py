@@ -69,7 +69,7 @@ def _outcomes(release: str, runs: Sequence[Run]) -> list[Outcome]:
 def ask(release: str, requests: list[dict[str, Any]]) -> list[list[str]]:
     """Answers of one process."""
     command = [sys.executable, str(Path(__file__).with_name("vllm_ascend_process.py")), release]
-    # its threads import setuptools at once, whose own distutils is then now and then not found
+    # that of setuptools was once not found there, beside other work
     environment = os.environ | {"OMP_NUM_THREADS": "1", "SETUPTOOLS_USE_DISTUTILS": "stdlib"}
     given = json.dumps(requests)
     done = subprocess.run(command, check=False, input=given, capture_output=True, text=True, env=environment)
