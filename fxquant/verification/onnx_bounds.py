@@ -23,7 +23,7 @@ def error_bound(node: fx.Node, value: Value, expected: Tensor) -> Tensor:
     """Bound for the value of `node`, of the shape of `expected`."""
     if not expected.is_floating_point():
         return torch.zeros_like(expected, dtype=torch.float64)
-    call, rule = rule_of(node, RULES | ONNX_RULES)
+    call, rule = rule_of(node, ONNX_RULES)
     return (_other if rule is None else rule)(call, value, expected).reshape(expected.shape)
 
 
@@ -93,7 +93,7 @@ def _other(call: fx.Node, value: Value, expected: Tensor) -> Tensor:
     return (length + 16) * U * (expected.abs() + largest)
 
 
-ONNX_RULES: dict[tuple[Any, int | None], Rule] = {
+ONNX_RULES: dict[tuple[Any, int | None], Rule] = RULES | {
     (ops.grouped_dequantize, None): _experts,
     (ops.grouped_linear, None): _experts,
     (ops.grouped_int4_linear, None): _experts,

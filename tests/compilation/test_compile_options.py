@@ -3,8 +3,9 @@
 import pytest
 
 from fxquant import CompileOptions, FxquantError
+from fxquant.engines.onnx_profile import OnnxProfile
 from fxquant.engines.table import Target
-from fxquant.tools.compile_options import parse_size
+from fxquant.tools.compile_options import parse_profile, parse_size
 
 SIZES = {"4GiB": 4 << 30, "500MB": 500_000_000, "1000000": 1_000_000, "1.5kB": 1500}
 
@@ -36,3 +37,12 @@ def test_values_that_the_command_line_refuses(wrong: dict) -> None:
 
 def test_targets_by_name() -> None:
     assert CompileOptions(target="onnx", mtp="quant").target == Target.ONNX  # type: ignore[arg-type]
+
+
+def test_a_profile_is_of_onnx_graphs_alone() -> None:
+    assert CompileOptions(target=Target.ONNX).graph_profile() is OnnxProfile.QDQ
+    assert CompileOptions(target=Target.ONNX, onnx_profile=OnnxProfile.INTEGER).graph_profile() is OnnxProfile.INTEGER
+    with pytest.raises(FxquantError, match="--onnx-profile integer: target ascend has no ONNX graph"):
+        CompileOptions(target=Target.ASCEND, onnx_profile=OnnxProfile.INTEGER)
+    with pytest.raises(FxquantError, match="Did you mean integer"):
+        parse_profile("intger")

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from fxquant import CompileOptions, FxquantError
 from fxquant.api import compile, convert
+from fxquant.engines.onnx_profile import OnnxProfile
 from fxquant.engines.table import Target
 from fxquant.lowering.output_folder.manifest import MANIFEST, STAMPS, read_manifest
 from fxquant.policy.policy import MtpMode
@@ -137,6 +138,14 @@ def test_multi_token_prediction_layers_go_along(compiled: Compiled, tmp_path: Pa
     types = {kind for name, kind in json.loads(description.read_text()).items() if name.startswith("model.layers.2.")}
     assert types == ({"FLOAT"} if mtp is MtpMode.FLOAT else {"FLOAT", "W8A8", "W8A8_DYNAMIC"})
     assert len(list(unpacked.glob("mtp_float-*"))) == (mtp is MtpMode.FLOAT)
+
+
+def test_a_profile_changes_the_graph_alone(compiled: Compiled, tmp_path: Path) -> None:
+    qdq = compiled(Target.ONNX, TWO_LEVEL)
+    integer = convert(qdq, Target.ONNX, tmp_path / "A", onnx_profile=OnnxProfile.INTEGER)
+    assert integer.verification is not None and integer.verification.ok
+    assert different(qdq, integer.out) == ["model.onnx"]
+    assert not different(qdq, convert(integer.out, Target.ONNX, tmp_path / "B", verify=False).out)
 
 
 def test_ranks_are_checked_and_written_down(compiled: Compiled, tmp_path: Path) -> None:

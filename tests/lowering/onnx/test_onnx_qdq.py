@@ -103,14 +103,14 @@ def results(folder: Path, inputs: list[Tensor]) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("policy", others_slow(shipped_policies(), FEW_POLICIES))
-def test_the_whole_graph_gives_the_bits_of_the_integer_profile(
+def test_the_whole_graph_gives_what_the_integer_profile_gives(
     graphs: Callable[..., dict[str, Path]], checkpoint: Checkpoint, policy: str
 ):
     folders = graphs(policy)
     inputs = cached_inputs(float_program(checkpoint))
     pairs = list(zip(*(results(folders[profile], inputs) for profile in OnnxProfile), strict=True))
     for qdq, integer in pairs:
-        # a static scale is two roundings away, and may move a code per token behind it: equal here, seeds are fixed
+        # a static scale is two roundings away; no code moves here, seeds are fixed
         assert torch.allclose(qdq, integer, rtol=1e-4, atol=1e-4)
     if policy == "deepseek_w4a8_dynamic":  # nothing static
         assert all(torch.equal(*pair) for pair in pairs)
