@@ -1,21 +1,20 @@
 """Routed experts: one function for the computation of an expert, called for each expert that has rows.
 
-rows, counts  →  for each expert  If(count > 0){ slice its rows, call the function }  →  Concat
+rows, counts  →  for each expert that has rows: slice its rows, call the function  →  Concat
 
 Weights are initializers of the main graph: onnxruntime reads external data of a branch through no link, and not at all
-in a browser. The function never runs on zero rows: onnxruntime's ReduceMax of zero rows has a wrong shape.
+in a browser.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 from torch import fx
 
 from fxquant import ops
 from fxquant.lowering.onnx.builder import Builder
+from fxquant.lowering.onnx.expert_branches import Like, run_busy
 from fxquant.lowering.onnx.function_table import FunctionTable, formal
 from fxquant.lowering.onnx.functions import BODIES, VIEWS
 from fxquant.lowering.onnx.functions.moe import routed_expert
@@ -39,18 +38,6 @@ class Stacked:
 
     names: tuple[str, ...]
     view: View
-
-
-@dataclass(frozen=True)
-class Like:
-    """dtype and dimensions of one row."""
-
-    dtype: ir.DataType
-    dims: Sequence[Any]
-
-    @property
-    def zero(self) -> ir.TensorProtocol:
-        return ir.tensor(np.zeros(1, self.dtype.numpy()))
 
 
 class Experts:
@@ -123,28 +110,13 @@ class Experts:
         stacked: Sequence[Stacked], counts: ir.Value, like: Like,
     ) -> ir.Value:  # fmt: skip
         """int64 `counts` [E] → the function's result over all rows, expert by expert; `like`: one row of it."""
-        number, zero, axes = len(stacked[0].names), b.constant(np.int64(0)), b.ints(0)
-        ends = b.op("CumSum", counts, zero)
-        starts = b.op("Sub", ends, counts)
-        columns = [
-            b.ops("Split", column, outputs=number, axis=0, num_outputs=number)
-            for column in (b.op("Greater", counts, zero), starts, ends)
-        ]
-        parts = []
-        for expert, (busy, start, end) in enumerate(zip(*columns, strict=True)):
+
+        def run(inner: Builder, expert: int, start: ir.Value, end: ir.Value) -> ir.Value:
             weights = [self._initializers.get(parameter.names[expert], parameter.view) for parameter in stacked]
-            inner = Builder()
-            inner.enter(f"{b.scope}{expert}/")
-            rows = [inner.op("Slice", value, start, end, axes) for value in by_row]
-            called = inner.call(function, [*rows, *whole, *weights])
-            then = ir.Graph([], called, nodes=inner.nodes, name="rows")
-            inner = Builder()
-            inner.enter(f"{b.scope}{expert}/no_")
-            # not a Constant: OpenVINO reads one without elements as a scalar
-            nothing = inner.op("ConstantOfShape", inner.ints(0, *like.dims), value=like.zero)
-            otherwise = ir.Graph([], [nothing], nodes=inner.nodes, name="no_rows")
-            parts.append(b.op("If", busy, then_branch=then, else_branch=otherwise))
-        return b.op("Concat", *parts, axis=0)
+            rows = [inner.op("Slice", value, start, end, inner.ints(0)) for value in by_row]
+            return inner.call(function, [*rows, *whole, *weights])[0]
+
+        return run_busy(b, counts, len(stacked[0].names), like, run)
 
 
 def _view(region: Region, parameter: fx.Node) -> View:

@@ -1,7 +1,7 @@
 """The ONNX target: whole models of every policy, what they compute and what their files say."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -127,7 +127,7 @@ MOE_LAYER = """
 layers_1_mlp_gate_router_logits = router_logits
 layers_1_mlp_gate = moe_gate
 layers_1_mlp_experts_init_routing = moe_init_routing
-layers_1_mlp_experts_down_proj = CumSum Sub Greater Split If Concat
+layers_1_mlp_experts_down_proj = CumSum Sub Gather Less Split If Concat
 layers_1_mlp_experts = moe_finalize_routing
 layers_1_mlp_shared_experts_gate_proj_input_int8 = quantize_static
 layers_1_mlp_shared_experts_gate_proj_int32 = int_matmul
@@ -177,9 +177,7 @@ def test_integers_stay_integers_when_onnxruntime_has_optimized(emitted: Callable
     options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
     onnxruntime.InferenceSession(emitted("deepseek_w4a8_shared_w4").folder / "model.onnx", options)
     model = onnx.load(tmp_path / "optimized.onnx", load_external_data=False)
-    branches = (node.attribute for node in model.graph.node if node.op_type == "If")
-    rows = [attribute.g for attributes in branches for attribute in attributes if attribute.g.name == "rows"]
-    then = rows[0]
+    then = next(graph for graph in _branches(model.graph) if all(node.op_type != "If" for node in graph.node))
     assert [node.op_type for node in then.node].count("MatMulInteger") == 3
     for graph in (model.graph, then):
         dtypes = {initializer.name: initializer.data_type for initializer in graph.initializer}
@@ -187,6 +185,15 @@ def test_integers_stay_integers_when_onnxruntime_has_optimized(emitted: Callable
         eight_bits = onnx.TensorProto.UINT8 if products_saturate() else onnx.TensorProto.INT8  # 128 added to both
         assert products and all(dtypes[node.input[1]] == eight_bits for node in products)
         assert onnx.TensorProto.INT4 not in dtypes.values(), "unpacked once, when the session is made"
+
+
+def _branches(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    """Branches that run over rows, a group's before those of its experts."""
+    for node in graph.node:
+        for attribute in node.attribute:
+            if node.op_type == "If" and attribute.g.name == "rows":
+                yield attribute.g
+                yield from _branches(attribute.g)
 
 
 def test_the_probe_sees_saturation(monkeypatch: pytest.MonkeyPatch):
