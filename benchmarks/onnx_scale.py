@@ -19,6 +19,7 @@ from rich.table import Table
 
 from fxquant.compilation.options import CompileOptions
 from fxquant.compilation.prepare import passes_for
+from fxquant.engines.onnx_form import OnnxForm
 from fxquant.engines.onnx_profile import OnnxProfile
 from fxquant.engines.table import ENGINES, onnx_targets
 from fxquant.frontend.source import open_source
@@ -59,7 +60,8 @@ def emitted(config: Path, profile: OnnxProfile) -> list[str]:
     began = time.perf_counter()
     program, files = quantized(config)
     half = time.perf_counter()
-    model = build_model(deployment(program, profile).program, dict(placed(files)), profile)
+    form = OnnxForm(profile)
+    model = build_model(deployment(program, form).program, dict(placed(files)), form)
     size = len(ir.to_proto(model).SerializeToString(deterministic=True))
     ended = time.perf_counter()
     nodes = sum(1 for _ in ir.traversal.RecursiveGraphIterator(model.graph))

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fxquant.engines.onnx_profile import DEFAULT as DEFAULT_PROFILE
+from fxquant.engines.onnx_form import OnnxForm
 from fxquant.engines.onnx_profile import OnnxProfile
 from fxquant.engines.table import DEFAULT, Target, onnx_targets
 from fxquant.errors import FxquantError
@@ -111,7 +111,7 @@ class CompileOptions(SourceOptions, CalibrationOptions, WorkOptions, OutputOptio
     def __post_init__(self) -> None:
         """Raise FxquantError for values that the command line would refuse."""
         choice("target", self.target, Target)
-        self.graph_profile()
+        self.onnx_form()
         if self.mtp is not None:
             choice("mtp", self.mtp, MtpMode)
         for name in ("tp", "ep", "samples", "seq_len", "batch_size", "max_shard_size"):
@@ -123,9 +123,9 @@ class CompileOptions(SourceOptions, CalibrationOptions, WorkOptions, OutputOptio
             fact = "not a Workers of fxquant.lowering.weights."
             raise FxquantError(f"workers={self.workers!r}", fact, "Pass Workers(), or Workers(jobs=2).")
 
-    def graph_profile(self) -> OnnxProfile:
-        """The profile of an ONNX graph. Raises FxquantError if one is named for a target that has none."""
-        return graph_profile(self.target, self.onnx_profile)
+    def onnx_form(self) -> OnnxForm:
+        """How an ONNX graph is written. Raises FxquantError if that is said for a target that has none."""
+        return onnx_form(self.target, self.onnx_profile)
 
     def earlier_output(self, out: Path) -> Path | None:
         """The folder to reuse unchanged tensors from."""
@@ -142,14 +142,14 @@ class CompileOptions(SourceOptions, CalibrationOptions, WorkOptions, OutputOptio
         return [Input("the checkpoint" if model.is_dir() else "the model", model), *given]
 
 
-def graph_profile(target: Target, profile: OnnxProfile | None) -> OnnxProfile:
-    """As `CompileOptions.graph_profile`, for verbs with options of their own."""
-    if profile is None:
-        return DEFAULT_PROFILE
-    if target not in onnx_targets():
+def onnx_form(target: Target, profile: OnnxProfile | None) -> OnnxForm:
+    """As `CompileOptions.onnx_form`, for verbs with options of their own; None leaves the default."""
+    chosen = {"profile": profile}
+    given = {name: value for name, value in chosen.items() if value is not None}
+    for name, value in given.items() if target not in onnx_targets() else ():
         fact = f"target {target} has no ONNX graph."
-        raise FxquantError(f"--onnx-profile {profile}", fact, f"Pass --target {' or '.join(onnx_targets())}.")
-    return choice("onnx_profile", profile, OnnxProfile)
+        raise FxquantError(f"--onnx-{name} {value}", fact, f"Pass --target {' or '.join(onnx_targets())}.")
+    return OnnxForm(choice("onnx_profile", given.get("profile", OnnxForm.profile), OnnxProfile))
 
 
 def as_path(path: Name) -> Path | None:

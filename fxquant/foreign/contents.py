@@ -73,7 +73,7 @@ def foreign_contents(
         layout=checked_layout(load_contract(target), linears(program), options.tp, options.ep),
         serving=None if alone else serving_of(program, target, options.tp, options.ep),
         export=options.export,
-        profile=options.profile,
+        onnx=options.onnx,
         reusable=False,
         foreign=True,
     )

@@ -15,7 +15,7 @@ from fxquant.checkpoint.checkpoint import Checkpoint
 from fxquant.checkpoint.stamped_bytes import FileStamp, StampedBytes, Stamps, checkpoint_files, stamp_files
 from fxquant.engines.contract import load_contract
 from fxquant.engines.documents import group_size
-from fxquant.engines.onnx_profile import DEFAULT, OnnxProfile
+from fxquant.engines.onnx_form import OnnxForm
 from fxquant.engines.rank_layout import checked_layout
 from fxquant.engines.table import ENGINES, Target
 from fxquant.errors import FxquantError
@@ -65,7 +65,7 @@ class ConvertOptions:
     ep: int | None = None
     graph_only: bool = False
     export: bool = True
-    profile: OnnxProfile = DEFAULT
+    onnx: OnnxForm = OnnxForm()
 
 
 def converted_contents(
@@ -111,7 +111,7 @@ def converted_contents(
         layout=layout,
         serving=None if alone else serving_of(program, target, options.tp, options.ep),
         export=options.export,
-        profile=options.profile,
+        onnx=options.onnx,
         reusable=False,
         documents=manifest.digests,
     )

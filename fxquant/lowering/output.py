@@ -11,8 +11,7 @@ from fxquant.calibration.calibration_file import CALIBRATION, Calibration
 from fxquant.checkpoint.checkpoint import Checkpoint
 from fxquant.checkpoint.stamped_bytes import Stamps
 from fxquant.engines.engine import Engine
-from fxquant.engines.onnx_profile import DEFAULT as DEFAULT_PROFILE
-from fxquant.engines.onnx_profile import OnnxProfile
+from fxquant.engines.onnx_form import OnnxForm
 from fxquant.engines.serving import RankLayout, Serving
 from fxquant.engines.table import ENGINES, Target
 from fxquant.errors import FxquantError
@@ -73,7 +72,7 @@ class Contents:
     float_graph   the graph before its rewrite, as text; ledger: where every tensor of the checkpoint went
     layout        ranks that it is checked for; `serving`: how SERVING.md says to serve it, None: no engine does
     export        also write the NPU graph as torch.export programs
-    profile       operators of an ONNX graph
+    onnx          how an ONNX graph is written
     source        MODEL as the user named it, and `origin`: the checkpoint folder behind it
     reusable      later compiles may reuse units of the output
     foreign       others chose its integers: they follow from no policy
@@ -96,7 +95,7 @@ class Contents:
     layout: RankLayout = RankLayout()
     serving: Serving | None = Serving()
     export: bool = True
-    profile: OnnxProfile = DEFAULT_PROFILE
+    onnx: OnnxForm = OnnxForm()
     reusable: bool = True
     foreign: bool = False
     documents: Mapping[str, str] = field(default_factory=dict)
@@ -105,7 +104,7 @@ class Contents:
         """Hash of everything that the documents of `out` are made from; weights have their own keys."""
         copied = {name: file_digest(file) for name, file in copied_files(self.checkpoint).items()}
         paths = [relative(self.source, out), relative(self.origin, out)]
-        options = [self.policy, self.target.value, str(self.layout), self.export, self.profile.value, self.reusable]
+        options = [self.policy, self.target.value, str(self.layout), self.export, str(self.onnx), self.reusable]
         seen = None if self.calibration is None else vars(self.calibration.seen)
         sources = {name: file.model_dump() for name, file in self.sources.items()}
         page = serving_page(self.program, self.target, self.policy, self.serving)
@@ -240,7 +239,7 @@ def _write_graph(
                 advance(1)
         return deployed
     tensors = {name: info for file in files for name, info in read_header(folder / file.name).items()}
-    write_onnx(program, tensors, folder, contents.profile)
+    write_onnx(program, tensors, folder, contents.onnx)
     return None
 
 

@@ -175,5 +175,5 @@ def _contents(prepared: Prepared, options: CompileOptions) -> Contents:
         layout=checked_layout(contract, described, options.tp, options.ep, options.mix),
         serving=None if alone else serving_of(prepared.program, options.target, options.tp, options.ep),
         export=options.export,
-        profile=options.graph_profile(),
+        onnx=options.onnx_form(),
     )

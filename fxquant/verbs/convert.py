@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fxquant.checkpoint.checkpoint import open_checkpoint
-from fxquant.compilation.options import graph_profile
+from fxquant.compilation.options import onnx_form
 from fxquant.engines.contract import load_contract
 from fxquant.engines.onnx_profile import OnnxProfile
 from fxquant.engines.table import Target
@@ -63,12 +63,12 @@ def convert(
     Raises FxquantError if that format cannot hold them, with the command that quantizes again.
     """
     folder, target = Path(out), Target(target)
-    profile = graph_profile(target, onnx_profile)
+    form = onnx_form(target, onnx_profile)
     new = Path(into) if into else Path(f"{folder.resolve().name}-{target}")
     with stopping():
         destination = open_destination(new, force, [Input("the folder to convert", folder)])
         with destination.telling():
-            contents = _convertible(folder, target, new, against, ConvertOptions(tp, ep, graph_only, export, profile))
+            contents = _convertible(folder, target, new, against, ConvertOptions(tp, ep, graph_only, export, form))
             if contents.serving is not None:
                 CheckContract(contents.policy, load_contract(target), tp, ep)(contents.program)
             there = contents.origin.is_dir() and contents.origin != folder

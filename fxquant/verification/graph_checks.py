@@ -11,7 +11,7 @@ from fxquant.errors import FxquantError
 from fxquant.lowering.ascend.deployment import deployment
 from fxquant.lowering.onnx.deployment import deployment as onnx_deployment
 from fxquant.lowering.onnx.extract import operator_session
-from fxquant.lowering.onnx.required import require_model, stored_profile
+from fxquant.lowering.onnx.required import require_model, stored_form
 from fxquant.lowering.output_folder.weight_files import WeightFiles
 from fxquant.program.operands import operand_node
 from fxquant.program.program import Program
@@ -86,9 +86,9 @@ class OnnxChecker:
         self._emitted = Check("ONNX graph, as emitted", 1)
         self.checks = [self._emitted, *self._comparison.checks]
         try:
-            profile = stored_profile(folder)
-            self.program = onnx_deployment(program, profile).program
-            require_model(self.program, profile, WeightFiles(folder).infos, folder)
+            form = stored_form(folder)
+            self.program = onnx_deployment(program, form).program
+            require_model(self.program, form, WeightFiles(folder).infos, folder)
             self._emitted.expect(True, "")
         except FxquantError as error:
             self._emitted.expect(False, str(error))

@@ -40,8 +40,10 @@ def test_targets_by_name() -> None:
 
 
 def test_a_profile_is_of_onnx_graphs_alone() -> None:
-    assert CompileOptions(target=Target.ONNX).graph_profile() is OnnxProfile.QDQ
-    assert CompileOptions(target=Target.ONNX, onnx_profile=OnnxProfile.INTEGER).graph_profile() is OnnxProfile.INTEGER
+    assert CompileOptions(target=Target.ONNX).onnx_form().profile is OnnxProfile.QDQ
+    assert (
+        CompileOptions(target=Target.ONNX, onnx_profile=OnnxProfile.INTEGER).onnx_form().profile is OnnxProfile.INTEGER
+    )
     with pytest.raises(FxquantError, match="--onnx-profile integer: target ascend has no ONNX graph"):
         CompileOptions(target=Target.ASCEND, onnx_profile=OnnxProfile.INTEGER)
     with pytest.raises(FxquantError, match="Did you mean integer"):

@@ -18,7 +18,7 @@ from tiny import float_program
 from torch import Tensor, nn
 
 from fxquant.checkpoint.checkpoint import Checkpoint
-from fxquant.engines.onnx_profile import OnnxProfile
+from fxquant.engines.onnx_form import OnnxForm
 from fxquant.frontend import published, source
 from fxquant.lowering import output
 from fxquant.lowering.ascend import writer
@@ -150,9 +150,9 @@ def remembering(
     return call
 
 
-def deployed_for(program: Program, profile: OnnxProfile) -> tuple[str, OnnxProfile]:
+def deployed_for(program: Program, form: OnnxForm) -> tuple[str, OnnxForm]:
     """All that the deployment of an ONNX graph follows from."""
-    return dump_program(program), profile
+    return dump_program(program), form
 
 
 def codes_key(recipe: Recipe, weight: Tensor) -> tuple[Any, ...] | None:

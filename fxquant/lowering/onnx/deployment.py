@@ -1,11 +1,12 @@
 """ONNX deployment: a copy of the stored program with the operators that `model.onnx` has functions for."""
 
+from fxquant.engines.onnx_form import OnnxForm
 from fxquant.engines.onnx_profile import OnnxProfile
 from fxquant.lowering.deployment import Deployment, deploy
 from fxquant.passes.pipeline import onnx_fusions
 from fxquant.program.program import Program
 
 
-def deployment(program: Program, profile: OnnxProfile) -> Deployment:
-    """The program that the ONNX writer emits for a profile."""
-    return deploy(program, lambda _: onnx_fusions(join_linears=profile is not OnnxProfile.INTEGER))
+def deployment(program: Program, form: OnnxForm) -> Deployment:
+    """The program that the ONNX writer emits for a form."""
+    return deploy(program, lambda _: onnx_fusions(join_linears=form.profile is not OnnxProfile.INTEGER))

@@ -10,6 +10,7 @@ import onnx
 import onnx_ir as ir
 from google.protobuf.message import DecodeError
 
+from fxquant.engines.onnx_form import OnnxForm
 from fxquant.engines.onnx_profile import OnnxProfile
 from fxquant.errors import FxquantError
 from fxquant.inputs.json_file import read_bytes
@@ -25,17 +26,17 @@ AGAIN = "Compile again; the file is not to be edited."
 def require_emitted(program: Program, tensors: Mapping[str, TensorInfo], folder: Path) -> None:
     """Raise FxquantError unless `folder/model.onnx` is what `program` emits over `tensors`, those of the folder.
 
-    Only the version of fxquant that wrote it may differ. Its metadata say the profile.
+    Only the version of fxquant that wrote it may differ. Its metadata say the form.
     """
-    profile = stored_profile(folder)
-    require_model(deployment(program, profile).program, profile, tensors, folder)
+    form = stored_form(folder)
+    require_model(deployment(program, form).program, form, tensors, folder)
 
 
-def require_model(deployed: Program, profile: OnnxProfile, tensors: Mapping[str, TensorInfo], folder: Path) -> None:
-    """As `require_emitted`, for a program that was deployed for `profile`."""
+def require_model(deployed: Program, form: OnnxForm, tensors: Mapping[str, TensorInfo], folder: Path) -> None:
+    """As `require_emitted`, for a program that was deployed for `form`."""
     place = folder / FILE
     stored, emitted = read_model(place), onnx.ModelProto()
-    emitted.ParseFromString(ir.to_proto(build_model(deployed, tensors, profile)).SerializeToString())
+    emitted.ParseFromString(ir.to_proto(build_model(deployed, tensors, form)).SerializeToString())
     stored.producer_version = emitted.producer_version = ""
     if stored != emitted:
         raise FxquantError(place, f"{_difference(stored, emitted)} is not what the graph emits.", AGAIN)
@@ -51,13 +52,13 @@ def read_model(place: Path) -> onnx.ModelProto:
     return model
 
 
-def stored_profile(folder: Path) -> OnnxProfile:
-    """The profile of `folder/model.onnx`, by its metadata. Raises FxquantError if fxquant has none of that name."""
+def stored_form(folder: Path) -> OnnxForm:
+    """The form of `folder/model.onnx`, by its metadata. Raises FxquantError for a choice that fxquant does not know."""
     place = folder / FILE
     named = next((str(prop.value) for prop in read_model(place).metadata_props if prop.key == "profile"), "")
     if named not in list(OnnxProfile):
         raise FxquantError(place, f"its metadata say the profile {named[:50]!r}, which fxquant does not know.", AGAIN)
-    return OnnxProfile(named)
+    return OnnxForm(OnnxProfile(named))
 
 
 def _difference(stored: onnx.ModelProto, emitted: onnx.ModelProto) -> str:

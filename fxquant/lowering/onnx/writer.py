@@ -8,7 +8,7 @@ import onnx_ir as ir
 from torch import fx
 
 from fxquant import ops
-from fxquant.engines.onnx_profile import DEFAULT, OnnxProfile
+from fxquant.engines.onnx_form import OnnxForm
 from fxquant.errors import FxquantError
 from fxquant.lowering.onnx.builder import DOMAIN, IR_VERSION, OPSET, Builder
 from fxquant.lowering.onnx.deployment import deployment
@@ -26,9 +26,7 @@ from fxquant.version import __version__
 FILE = "model.onnx"
 
 
-def write_onnx(
-    program: Program, tensors: Mapping[str, TensorInfo], folder: Path, profile: OnnxProfile = DEFAULT
-) -> Path:
+def write_onnx(program: Program, tensors: Mapping[str, TensorInfo], folder: Path, form: OnnxForm = OnnxForm()) -> Path:
     """Write `folder/model.onnx` and return its path.
 
     tensors  name on disk → its place; every file is in `folder`, and the model refers to its bytes
@@ -37,15 +35,15 @@ def write_onnx(
 
     Inner values have the names of the fx nodes. Raises FxquantError for an operator that has no ONNX form.
     """
-    proto = ir.to_proto(build_model(deployment(program, profile).program, tensors, profile))
+    proto = ir.to_proto(build_model(deployment(program, form).program, tensors, form))
     path, partial = folder / FILE, folder / f"{FILE}.partial"
     partial.write_bytes(proto.SerializeToString(deterministic=True))
     partial.replace(path)
     return path
 
 
-def build_model(program: Program, tensors: Mapping[str, TensorInfo], profile: OnnxProfile) -> ir.Model:
-    """The model of a program that was deployed for `profile`, in memory; no weight is read."""
+def build_model(program: Program, tensors: Mapping[str, TensorInfo], form: OnnxForm) -> ir.Model:
+    """The model of a program that was deployed for `form`, in memory; no weight is read."""
     shapes, functions, initializers = Shapes(program), FunctionTable(), Initializers(tensors)
 
     def parameter(node: fx.Node, view: View) -> ir.Value:
@@ -77,14 +75,14 @@ def build_model(program: Program, tensors: Mapping[str, TensorInfo], profile: On
         opset_imports={"": OPSET, DOMAIN: 1},
         name="fxquant",
     )
-    notes = {"producer": "fxquant", "profile": profile.value, "operators": _census(program)}
+    notes = {"producer": "fxquant", "profile": form.profile.value, "operators": _census(program)}
     return ir.Model(
         graph,
         ir_version=IR_VERSION,
         producer_name="fxquant",
         producer_version=__version__,
         functions=functions.functions,
-        metadata_props=notes | {"numerics": profile.numerics},
+        metadata_props=notes | {"numerics": form.numerics},
     )
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, fx
 
 from fxquant import ops
 from fxquant.checkpoint.checkpoint import Checkpoint
+from fxquant.engines.onnx_form import OnnxForm
 from fxquant.engines.onnx_profile import OnnxProfile
 from fxquant.lowering.onnx import write_onnx
 from fxquant.lowering.onnx.deployment import deployment
@@ -29,6 +30,7 @@ from fxquant.runtime.weight_providers import Cached, RecipeWeights, load
 from fxquant.storage.safetensors import read_header
 
 ATEN = torch.ops.aten
+INTEGER = OnnxForm(OnnxProfile.INTEGER)
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ def quantized(checkpoint: Checkpoint, policy: str, layer: type[DecoderLayer] = D
     return program
 
 
-def emit(program: Program, checkpoint: Checkpoint, folder: Path, profile: OnnxProfile = OnnxProfile.INTEGER) -> Emitted:
+def emit(program: Program, checkpoint: Checkpoint, folder: Path, form: OnnxForm = INTEGER) -> Emitted:
     """Two weight files and the model; a stored tensor of odd length moves some offsets off alignment."""
     read = RecipeWeights(program, checkpoint)
     names = sorted({name for parameter in program.parameters.values() for name in parameter.names})
@@ -60,8 +62,8 @@ def emit(program: Program, checkpoint: Checkpoint, folder: Path, profile: OnnxPr
         stored = {name: read(name).contiguous() for name in names[file::2]} | {"odd": torch.zeros(13, dtype=torch.int8)}
         save_file(stored, folder / f"weights-{file}.safetensors")
         tensors |= read_header(folder / f"weights-{file}.safetensors")
-    write_onnx(program, tensors, folder, profile)
-    return Emitted(deployment(program, profile).program, Cached(read), folder)
+    write_onnx(program, tensors, folder, form)
+    return Emitted(deployment(program, form).program, Cached(read), folder)
 
 
 def cached_inputs(program: Program, seed: int = 0) -> list[Tensor]:

@@ -11,6 +11,7 @@ from onnx_calls import floats
 from torch import Tensor, nn
 from torch.export import Dim
 
+from fxquant.engines.onnx_form import OnnxForm
 from fxquant.engines.onnx_profile import OnnxProfile
 from fxquant.lowering.onnx.runner import session_options
 from fxquant.lowering.onnx.writer import build_model
@@ -77,7 +78,7 @@ def expression_program() -> Program:
 
 def test_aten_operators(tmp_path: Path):
     program = expression_program()
-    onnx.save(ir.to_proto(build_model(program, {}, OnnxProfile.INTEGER)), tmp_path / "model.onnx")
+    onnx.save(ir.to_proto(build_model(program, {}, OnnxForm(OnnxProfile.INTEGER))), tmp_path / "model.onnx")
     onnx.checker.check_model(tmp_path / "model.onnx", full_check=True)
     x = floats(3, 11, 6, seed=5)
     ids = torch.zeros(3, 1, dtype=torch.int64)

@@ -18,10 +18,11 @@ from torch import Tensor
 
 from fxquant import ops
 from fxquant.checkpoint.checkpoint import Checkpoint
+from fxquant.engines.onnx_form import OnnxForm
 from fxquant.engines.onnx_profile import OnnxProfile
 from fxquant.errors import FxquantError
 from fxquant.kernels.activation import fused_parameters
-from fxquant.lowering.onnx.required import stored_profile
+from fxquant.lowering.onnx.required import stored_form
 from fxquant.lowering.onnx.runner import OnnxRunner, session_options
 from fxquant.policy.policy import shipped_policies
 
@@ -90,7 +91,7 @@ def graphs(tiny: Callable[..., Checkpoint], tmp_path_factory: pytest.TempPathFac
         program, checkpoint = quantized(tiny(**options), policy), tiny(**options)
         folders = {profile: tmp_path_factory.mktemp(profile) for profile in OnnxProfile}
         for profile, folder in folders.items():
-            emit(program, checkpoint, folder, profile)
+            emit(program, checkpoint, folder, OnnxForm(profile))
         return folders
 
     return make
@@ -126,7 +127,7 @@ def test_the_graph_is_of_standard_operators_and_onnxruntime_fuses_them(
     assert {node.domain for node in (*bodies, *all_nodes(model.graph))} == {"", "fxquant"}
     types = {node.op_type for node in bodies}
     assert {"QuantizeLinear", "DequantizeLinear"} <= types and "MatMulInteger" not in types
-    assert stored_profile(folder) is OnnxProfile.QDQ
+    assert stored_form(folder).profile is OnnxProfile.QDQ
     ran = optimized(folder, tmp_path / "optimized.onnx")
     assert "DequantizeLinear" not in ran and ran.count("MatMulIntegerToFloat") == len(linears(graphs))
 
@@ -148,4 +149,4 @@ def test_the_profile_in_the_metadata_must_be_known(graphs: Callable[..., dict[st
     next(prop for prop in model.metadata_props if prop.key == "profile").value = "fastest"
     (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
     with pytest.raises(FxquantError, match="the profile 'fastest', which fxquant does not know"):
-        stored_profile(tmp_path)
+        stored_form(tmp_path)

@@ -18,7 +18,7 @@ from onnx_readers import DOWNLOADED, FEEDS, HERE, ONNXRUNTIME, Package, Reader, 
 from fxquant import ops
 from fxquant.checkpoint.checkpoint import Checkpoint
 from fxquant.engines.onnx_profile import OnnxProfile
-from fxquant.lowering.onnx.required import stored_profile
+from fxquant.lowering.onnx.required import stored_form
 from fxquant.lowering.onnx.runner import products_saturate
 
 STOPS = {
@@ -91,7 +91,7 @@ def test_released_readers(reader: Reader, folder: Path, expected: np.ndarray):
         assert reading.logits is not None, reading.words
         assert reading.version == reader.version
         # what scales its static codes by itself may be off by a step of 1/127 in each of the six quantizations in a row
-        static = reader.way == "inlined_openvino" and stored_profile(folder) is OnnxProfile.QDQ
+        static = reader.way == "inlined_openvino" and stored_form(folder).profile is OnnxProfile.QDQ
         assert_reads(reader, reading.logits, expected, 6 / 127 if static else 0.01)
 
 

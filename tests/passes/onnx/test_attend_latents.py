@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fxquant import ops
 from fxquant.checkpoint.checkpoint import Checkpoint
+from fxquant.engines.onnx_form import OnnxForm
 from fxquant.engines.onnx_profile import OnnxProfile
 from fxquant.lowering.onnx.deployment import deployment
 from fxquant.program.operands import operand_node
@@ -22,7 +23,7 @@ def outputs(program: Program, checkpoint: Checkpoint) -> list[Tensor]:
 
 def test_every_attention_reads_latents_and_computes_the_same(checkpoint: Checkpoint):
     program = rewritten(checkpoint, "deepseek_w4a8")
-    deployed = deployment(program, OnnxProfile.INTEGER)
+    deployed = deployment(program, OnnxForm(OnnxProfile.INTEGER))
     layers = len(program.nodes(ops.mla_attention))
     joined = deployed.program.nodes(ops.attend_latents)
     assert layers == len(joined) == 2 and not deployed.program.nodes(ops.mla_attention)
@@ -42,7 +43,7 @@ rules:
 
 def test_quantized_keys_and_values_stay(checkpoint: Checkpoint, tmp_path: Path):
     (tmp_path / "kv.yaml").write_text(QUANTIZED)
-    (step,) = deployment(rewritten(checkpoint, str(tmp_path / "kv.yaml")), OnnxProfile.INTEGER).steps
+    (step,) = deployment(rewritten(checkpoint, str(tmp_path / "kv.yaml")), OnnxForm(OnnxProfile.INTEGER)).steps
     reasons = set(step.result.skipped.values())
     assert not step.result.rewritten and len(step.result.skipped) == 2
     assert all("is not a float linear" in reason for reason in reasons), reasons

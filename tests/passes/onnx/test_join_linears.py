@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fxquant import ops
 from fxquant.checkpoint.checkpoint import Checkpoint
-from fxquant.engines.onnx_profile import OnnxProfile
+from fxquant.engines.onnx_form import OnnxForm
 from fxquant.lowering.onnx.deployment import deployment
 from fxquant.passes.onnx.join_linears import DEQUANTIZE, JoinLinears
 from fxquant.program.node_builder import Surgery
@@ -27,7 +27,7 @@ def outputs(program: Program, checkpoint: Checkpoint) -> list[Tensor]:
 @pytest.mark.parametrize("policy", ["deepseek_w4a8", "deepseek_w8a8", "deepseek_w4a8_dynamic", "float"])
 def test_every_linear_is_one_operator_and_computes_the_same(checkpoint: Checkpoint, policy: str):
     program = rewritten(checkpoint, policy)
-    joined = deployment(program, OnnxProfile.QDQ).program
+    joined = deployment(program, OnnxForm()).program
     counts = Counter(operator_name(node) for node in joined.graph.graph.nodes if node.op == "call_function")
     assert not [node for node in joined.graph.graph.nodes if node.target in DEQUANTIZE]
     linears = [node for node in program.graph.graph.nodes if node.target in DEQUANTIZE]

@@ -1,0 +1,20 @@
+"""ONNX form: the choices with which a model.onnx is written, as its metadata record them."""
+
+from dataclasses import dataclass
+
+from fxquant.engines.onnx_profile import DEFAULT, OnnxProfile
+
+
+@dataclass(frozen=True)
+class OnnxForm:
+    """Choices of the user; the weight files are the same for all.
+
+    profile  operators of quantized linears
+    """
+
+    profile: OnnxProfile = DEFAULT
+
+    @property
+    def numerics(self) -> str:
+        """What is exact, what is not, and what a session must be told; `numerics` in the metadata."""
+        return self.profile.numerics
