@@ -88,7 +88,8 @@ class TextGenerator:
         """The graph, loaded on first use."""
         check_runnable(self._folder, self._program)
         began = time.perf_counter()
-        runner = open_runner(self._folder, self._program, self._read, self._options.threads)
+        options = self._options
+        runner = open_runner(self._folder, self._program, self._read, options.threads, options.prepack)
         self.load_seconds = time.perf_counter() - began
         return runner
 

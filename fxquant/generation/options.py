@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 from fxquant.errors import FxquantError
@@ -26,6 +27,7 @@ class GenerateOptions:
     batch_size         prompts that run together
     generation_config  whether the file is read
     threads            of ONNX Runtime; 0: one per core
+    prepack            folder where its packed weights are kept; None: they are packed in memory at each load
     """
 
     max_new_tokens: int | None = None
@@ -40,6 +42,7 @@ class GenerateOptions:
     batch_size: int = 8
     generation_config: bool = True
     threads: int = 0
+    prepack: Path | None = None
 
     def __post_init__(self) -> None:
         given = {"--temperature": self.temperature, "--top-p": self.top_p, "--top-k": self.top_k}

@@ -6,6 +6,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from fxquant.errors import FxquantError
 from fxquant.program.program import Program
 from fxquant.runtime.program_runner import ProgramRunner
 from fxquant.runtime.weight_providers import Read
@@ -45,10 +46,28 @@ def check_runnable(folder: Path, program: Program) -> None:
         require_emitted(program, WeightFiles(folder).infos, folder)
 
 
-def open_runner(folder: Path, program: Program, read: Read, threads: int = 0) -> Runner:
-    """What runs `folder`, which `check_runnable` has looked at. `threads` of ONNX Runtime; 0: one per core."""
+def prepack_weights(folder: Path, program: Program, prepack: Path) -> None:
+    """Write the prepacked form of an ONNX graph, if it is not there yet."""
+    check_runnable(folder, program)
+    if has_onnx(folder):
+        from fxquant.lowering.onnx.prepacked import prepacked
+        from fxquant.lowering.onnx.runner import FILE, session_options
+
+        prepacked(folder / FILE, prepack, session_options)
+
+
+def open_runner(folder: Path, program: Program, read: Read, threads: int = 0, prepack: Path | None = None) -> Runner:
+    """What runs `folder`, which `check_runnable` has looked at.
+
+    threads  of ONNX Runtime; 0: one per core
+    prepack  folder where its packed weights are kept, for ONNX Runtime to map. Raises FxquantError for an fx graph
+    """
     if has_onnx(folder):
         from fxquant.lowering.onnx.runner import OnnxRunner
 
-        return OnnxRunner(folder, threads, last_logits=True)
+        return OnnxRunner(folder, threads, last_logits=True, prepack=prepack)
+    if prepack is not None:
+        raise FxquantError(
+            "--prepack", f"{folder} has no ONNX graph.", "Leave it out: an fx graph maps weights as they are."
+        )
     return ProgramRunner(program, read)

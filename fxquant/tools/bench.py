@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fxquant.tools.compile_options import Prepack
 from fxquant.tools.console import console, print_json, size
 from fxquant.tools.stages import duration, reporter
 from fxquant.tools.tables import NamedTable
@@ -28,6 +29,7 @@ def command(
     threads: Annotated[
         int, typer.Option(metavar="N", help="Threads of ONNX Runtime. [dim]default: one per core[/]", min=0)
     ] = 0,
+    prepack: Prepack = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON only.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Hide progress.")] = False,
 ) -> None:
@@ -39,7 +41,7 @@ def command(
     from fxquant.api import bench
     from fxquant.verbs.bench import as_json as json_of
 
-    results = bench(out, against, steps, repeats, threads, reporter(quiet or as_json))
+    results = bench(out, against, steps, repeats, threads, reporter(quiet or as_json), prepack)
     if as_json:
         print_json(json_of(results))
         return

@@ -63,6 +63,14 @@ ExpertRanks = Annotated[
         max=4096,
     ),
 ]
+Prepack = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FOLDER",
+        help="Map weights that ONNX Runtime packed for this processor, kept in FOLDER; written there at first.",
+        show_default=False,
+    ),
+]
 GraphOnly = Annotated[
     bool,
     typer.Option(

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fxquant.errors import FxquantError
+from fxquant.tools.compile_options import Prepack
 from fxquant.tools.console import errors as stderr
 from fxquant.tools.console import print_notes
 from fxquant.tools.stages import reporter
@@ -58,6 +59,7 @@ def command(
     stop: Annotated[
         list[str] | None, typer.Option(metavar="TEXT", help="End before this text.", show_default=False)
     ] = None,
+    prepack: Prepack = None,
     batch_size: Annotated[int, typer.Option(metavar="N", help="Prompts that run together.", min=1)] = 8,
     generation_config: Annotated[
         bool, typer.Option("--generation-config/--no-generation-config", help="Read generation_config.json.")
@@ -84,6 +86,7 @@ def command(
         stop=stop or (),
         batch_size=batch_size,
         generation_config=generation_config,
+        prepack=prepack,
     )
     given = asked_prompts(prompt, prompts)  # a wrong file is found before the model is opened
     generator = open_generator(out, options)

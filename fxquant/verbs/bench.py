@@ -1,7 +1,7 @@
 """Bench: rates, load time and peak memory of an output, and of a float graph beside it, each in a process of its own.
 
-python -m fxquant.verbs.bench FOLDER PARENT STEPS REPEATS THREADS prints a line of JSON for everything that is measured,
-and ends with process PARENT.
+python -m fxquant.verbs.bench FOLDER PREPACK PARENT STEPS REPEATS THREADS prints a line of JSON for everything that is
+measured, and ends with process PARENT.
 """
 
 import json
@@ -21,7 +21,7 @@ from fxquant.engines.table import DEFAULT, onnx_targets
 from fxquant.errors import FxquantError
 from fxquant.evaluation.verbs import open_output
 from fxquant.generation.rates import Plan, measure_rates
-from fxquant.generation.runner import check_runnable, has_onnx, open_runner
+from fxquant.generation.runner import check_runnable, has_onnx, open_runner, prepack_weights
 from fxquant.inputs.paths import GRAPH
 from fxquant.processes.command import end_with
 from fxquant.processes.memory import peak_bytes, resident_bytes
@@ -29,6 +29,14 @@ from fxquant.progress import Reporter, silent, within
 from fxquant.verbs.compile import compile
 
 PACKAGE = str(Path(__file__).parents[2])
+
+
+@dataclass(frozen=True)
+class Session:
+    """How a graph is opened: threads of ONNX Runtime, 0 for one per core, and a folder of prepacked weights."""
+
+    threads: int = 0
+    prepack: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -59,30 +67,32 @@ def bench(
     repeats: int = 3,
     threads: int = 0,
     report: Reporter = silent,
+    prepack: str | Path | None = None,
 ) -> dict[str, Benchmark]:
     """ "out" → its benchmark; with `against` also "against": that of a compiled folder, or "float": that of the float
     graph of a model, which is compiled into a temporary folder for the same runtime.
 
-    `steps`: tokens that are decoded; `repeats`: of everything, of which the median counts; `threads` of ONNX Runtime.
+    `steps`: tokens that are decoded; `repeats`: of everything, of which the median counts; `threads` of ONNX Runtime;
+    `prepack`: the folder where its packed weights are kept, written before anything is measured.
     """
-    folder = Path(out)
+    folder, session = Path(out), Session(threads, None if prepack is None else Path(prepack))
     plan = _plan(folder, steps, repeats)
-    results = {"out": _benchmark(folder, plan, threads, within("out", report))}
+    results = {"out": _benchmark(folder, plan, session, within("out", report))}
     if against is not None:
         compiled = (Path(against) / GRAPH).is_file()
         name = "against" if compiled else "float"
         with _compared(Path(against), compiled, folder, report) as other:
             beside = _plan(other, steps, repeats)
-            results[name] = _benchmark(other, beside, threads, within(name, report))
+            results[name] = _benchmark(other, beside, session, within(name, report))
     return results
 
 
-def measure(folder: Path, plan: Plan, threads: int) -> Iterator[tuple[str, Any]]:
+def measure(folder: Path, plan: Plan, session: Session) -> Iterator[tuple[str, Any]]:
     """Name and value of everything, measured in this process, as it comes."""
     program, read = open_output(folder)
     check_runnable(folder, program)
     before, began = resident_bytes(), time.perf_counter()
-    runner = open_runner(folder, program, read, threads)
+    runner = open_runner(folder, program, read, session.threads, session.prepack)
     yield "load_seconds", time.perf_counter() - began
     yield from measure_rates(runner, plan)
     yield "peak_bytes", peak_bytes()
@@ -97,9 +107,13 @@ def _plan(folder: Path, steps: int, repeats: int) -> Plan:
     return plan
 
 
-def _benchmark(folder: Path, plan: Plan, threads: int, report: Reporter) -> Benchmark:
+def _benchmark(folder: Path, plan: Plan, session: Session, report: Reporter) -> Benchmark:
     values: dict[str, Any] = {}
-    with report("measure", len(plan.names) + 3, "figures") as advance, _measuring(folder, plan, threads) as lines:
+    if session.prepack is not None:
+        with report("prepack", 1, "graphs") as advance:
+            prepack_weights(folder, open_output(folder)[0], session.prepack)
+            advance(1)
+    with report("measure", len(plan.names) + 3, "figures") as advance, _measuring(folder, plan, session) as lines:
         for line in lines:
             name, value = json.loads(line)
             if name == "error":
@@ -113,13 +127,13 @@ def _benchmark(folder: Path, plan: Plan, threads: int, report: Reporter) -> Benc
 
 
 @contextmanager
-def _measuring(folder: Path, plan: Plan, threads: int) -> Iterator[Iterator[str]]:
+def _measuring(folder: Path, plan: Plan, session: Session) -> Iterator[Iterator[str]]:
     """Lines of the process that measures; it ends with the body. Raises FxquantError if it fails."""
     # -P keeps out the current folder, from which fxquant may run without being installed
     path = os.pathsep.join(filter(None, (PACKAGE, os.environ.get("PYTHONPATH"))))
-    numbers = map(str, (os.getpid(), plan.steps, plan.repeats, threads))
+    given = map(str, (folder, session.prepack or "", os.getpid(), plan.steps, plan.repeats, session.threads))
     process = subprocess.Popen(
-        [sys.executable, "-P", "-m", "fxquant.verbs.bench", str(folder), *numbers],
+        [sys.executable, "-P", "-m", "fxquant.verbs.bench", *given],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -151,9 +165,9 @@ def _compared(against: Path, compiled: bool, out: Path, report: Reporter) -> Ite
         yield compile(against, options, within("float", report)).out
 
 
-def _main(folder: Path, steps: int, repeats: int, threads: int) -> None:
+def _main(folder: Path, session: Session, steps: int, repeats: int) -> None:
     try:
-        for figure in measure(folder, _plan(folder, steps, repeats), threads):
+        for figure in measure(folder, _plan(folder, steps, repeats), session):
             print(json.dumps(figure), flush=True)
     except FxquantError as error:
         print(json.dumps(["error", [error.place, error.fact, error.remedy]]), flush=True)
@@ -165,5 +179,7 @@ def as_json(results: dict[str, Benchmark]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    end_with(int(sys.argv[2]))
-    _main(Path(sys.argv[1]), *map(int, sys.argv[3:]))
+    out, packed, parent, *numbers = sys.argv[1:]
+    end_with(int(parent))
+    steps, repeats, threads = map(int, numbers)
+    _main(Path(out), Session(threads, Path(packed) if packed else None), steps, repeats)

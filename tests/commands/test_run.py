@@ -84,6 +84,21 @@ def test_unknown_keys_of_the_generation_config_are_named(fxquant_: Fxquant, onnx
     assert fxquant_("run", folder, "--prompt", "a", "--no-generation-config", *MOST, "-q")[0] == 0
 
 
+def test_prepacked_weights_give_the_same_text(fxquant_: Fxquant, onnx_out: Path, tmp_path: Path) -> None:
+    packed = ("--prepack", tmp_path / "packed")
+    _, expected, _ = fxquant_("run", onnx_out, "--prompt", "hello", *MOST, "-q")
+    for _ in range(2):
+        assert fxquant_("run", onnx_out, "--prompt", "hello", *MOST, "-q", *packed)[:2] == (0, expected)
+    code, text, _ = fxquant_("bench", onnx_out, "--steps", "2", "--repeats", "1", "--json", *packed)
+    assert code == 0 and json.loads(text)["out"]["runs"] == "onnxruntime"
+    assert len(list((tmp_path / "packed").iterdir())) == 1
+
+
+def test_an_fx_graph_has_nothing_to_prepack(fxquant_: Fxquant, ascend_out: Path, tmp_path: Path) -> None:
+    code, text, told = fxquant_("run", ascend_out, "--prompt", "a", *MOST, "--prepack", tmp_path / "packed")
+    assert (code, text) == (1, "") and "has no ONNX graph" in told
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     [
@@ -135,7 +150,7 @@ def test_an_interrupt_loses_no_complete_text(
 
 def test_what_is_measured(out: Path) -> None:
     plan = verb._plan(out, 2, 1)
-    figures = dict(verb.measure(out, plan, 1))
+    figures = dict(verb.measure(out, plan, verb.Session(1)))
     assert list(figures) == ["load_seconds", "decode batch 1", "decode batch 8", "peak_bytes", "graph_bytes"]
     assert all(value > 0 for value in figures.values()) and (plan.past, plan.prompts) == (62, [])
 
@@ -148,7 +163,7 @@ def test_a_context_without_room(fxquant_: Fxquant, onnx_out: Path) -> None:
 def test_an_error_of_the_measuring_process_is_that_of_the_command(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    verb._main(tmp_path, 2, 1, 0)
+    verb._main(tmp_path, verb.Session(), 2, 1)
     name, error = json.loads(capsys.readouterr().out)
     assert name == "error" and "not an output of fxquant" in FxquantError(*error).fact
 

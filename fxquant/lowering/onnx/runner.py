@@ -15,6 +15,7 @@ from torch import Tensor
 from fxquant.engines.table import onnx_targets
 from fxquant.errors import FxquantError
 from fxquant.lowering.onnx.builder import IR_VERSION, OPSET, ZERO_POINT, Builder
+from fxquant.lowering.onnx.prepacked import mapped_options, prepacked
 from fxquant.lowering.onnx.runtime import onnxruntime
 
 FILE = "model.onnx"
@@ -84,17 +85,19 @@ class OnnxRunner:
     """The `model.onnx` of a folder, its weight files beside it.
 
     last_logits  have the logits of the last token alone, if the graph can
+    prepack      folder of prepacked weights: the model is mapped from there, after it was written at first
     past_axes    of each cache, the axis of the tokens so far
     """
 
-    def __init__(self, folder: Path, threads: int = 0, last_logits: bool = False) -> None:
+    def __init__(self, folder: Path, threads: int = 0, last_logits: bool = False, prepack: Path | None = None) -> None:
         path = folder / FILE
         if not path.is_file():
             raise FxquantError(path, "no such file.", f"Compile with --target {' or '.join(onnx_targets())}.")
+        options = session_options(threads)
+        if prepack is not None:
+            path, options = prepacked(path, prepack, session_options), mapped_options(options)
         try:
-            self._session = onnxruntime.InferenceSession(
-                str(path), session_options(threads), providers=["CPUExecutionProvider"]
-            )
+            self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:
             raise FxquantError(path, f"onnxruntime {onnxruntime.__version__} cannot load it: {error}") from error
         return_freed_memory()
