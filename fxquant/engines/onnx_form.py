@@ -10,9 +10,11 @@ class OnnxForm:
     """Choices of the user; the weight files are the same for all.
 
     profile  operators of quantized linears
+    inline   plain nodes in place of local functions
     """
 
     profile: OnnxProfile = DEFAULT
+    inline: bool = False
 
     @property
     def numerics(self) -> str:

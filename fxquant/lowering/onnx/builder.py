@@ -94,10 +94,15 @@ class Builder:
         array = np.asarray(array)
         key = (array.dtype.str, array.shape, array.tobytes())
         if key not in self._constants:
-            value = self.op("Constant", value=ir.tensor(array))
-            value.dtype = ir.DataType.from_numpy(array.dtype)
-            self._constants[key] = value
+            self._constants[key] = self.own_constant(array)
         return self._constants[key]
+
+    def own_constant(self, array: np.ndarray | np.generic) -> ir.Value:
+        """A Constant node that is not shared."""
+        array = np.asarray(array)
+        value = self.op("Constant", value=ir.tensor(array))
+        value.dtype = ir.DataType.from_numpy(array.dtype)
+        return value
 
     def ints(self, *values: int) -> ir.Value:
         """int64 [len(values)]."""

@@ -6,7 +6,7 @@ Weights are initializers of the main graph: onnxruntime reads external data of a
 in a browser.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -15,7 +15,7 @@ from torch import fx
 from fxquant import ops
 from fxquant.lowering.onnx.builder import Builder
 from fxquant.lowering.onnx.expert_branches import Like, run_busy
-from fxquant.lowering.onnx.function_table import FunctionTable, formal
+from fxquant.lowering.onnx.function_table import FunctionTable, forget_types, formal
 from fxquant.lowering.onnx.functions import BODIES, VIEWS
 from fxquant.lowering.onnx.functions.moe import routed_expert
 from fxquant.lowering.onnx.initializers import Initializers, View
@@ -47,16 +47,26 @@ class Experts:
         self._program, self._initializers, self._functions = program, initializers, functions
 
     def region(self, lowering: NodeLowering, region: Region) -> None:
-        """Emit the calls of a region; the result has the name of its output node."""
+        """Emit the computation of a region; the result has the name of its output node."""
         lowering.builder.enter(f"{region.output.name}/")
         stacked = {node: self._stacked(node, _view(region, node)) for node in region.stacked}
         outside = {node: lowering.value(node) for node in (*region.by_row, *region.whole)}
-        function = self._function(region, lowering.shapes, outside, stacked)
         by_row, whole = ([outside[node] for node in nodes] for nodes in (region.by_row, region.whole))
-        counts = lowering.value(region.counts)
         meta = lowering.shapes[region.output]
         like = Like(meta.onnx_dtype, meta.fixed[1:])
-        result = self._emit(lowering.builder, function, by_row, whole, list(stacked.values()), counts, like)
+        order = (*region.by_row, *region.whole, *region.stacked)
+        if self._functions.inline:
+
+            def run(b: Builder, *values: ir.Value) -> ir.Value:
+                return self._lower(b, region, lowering.shapes, dict(zip(order, values, strict=True)))
+        else:
+            function = self._function(region, lowering.shapes, outside, stacked)
+
+            def run(b: Builder, *values: ir.Value) -> ir.Value:
+                return b.call(function, values)[0]
+
+        counts = lowering.value(region.counts)
+        result = self._emit(lowering.builder, run, by_row, whole, list(stacked.values()), counts, like)
         lowering.set(region.output, result)
 
     def node(self, lowering: NodeLowering, node: fx.Node) -> None:
@@ -69,9 +79,13 @@ class Experts:
         routing = {"x": x, "ids": ids, "num_experts": number}
         rows, row_index, counts = lowering.call("moe_init_routing", BODIES[ops.moe_init_routing], routing)
         rows.dtype, rows.shape = x.dtype, ir.Shape([None, x.shape[-1]])
-        arguments = {"rows": rows} | dict(zip(PROJECTIONS, map(self._first, projections), strict=True))
-        function = self._functions.get(NAME, routed_expert, arguments)
-        parts = self._emit(b, function, [rows], [], projections, counts, Like(ir.DataType.FLOAT, x.shape[-1:]))
+        names = ("rows", *PROJECTIONS)
+
+        def run(inner: Builder, *values: ir.Value) -> ir.Value:
+            own = dict(zip(names, values, strict=True))
+            return self._functions.call(inner, NAME, routed_expert, own)[0]
+
+        parts = self._emit(b, run, [rows], [], projections, counts, Like(ir.DataType.FLOAT, x.shape[-1:]))
         parts.dtype, parts.shape = rows.dtype, rows.shape
         finalize = {"rows": parts, "row_index": row_index, "weights": weights}
         lowering.set(node, lowering.call("moe_finalize_routing", BODIES[ops.moe_finalize_routing], finalize))
@@ -92,8 +106,14 @@ class Experts:
         formals[region.rows].name = "rows"
         for node, parameter in stacked.items():
             formals[node] = formal("_".join(str(node.target).split(".")[-2:]), self._first(parameter))
-        inner = NodeLowering(Builder(), self._functions, lambda node, _: inner.values[node], shapes, False, PREFIX)
-        inner.values = {node: _widened(inner.builder, value) for node, value in formals.items()}
+        b = Builder()
+        result = self._lower(b, region, shapes, formals)
+        return self._functions.add(NAME, list(formals.values()), [result], b.nodes)
+
+    def _lower(self, b: Builder, region: Region, shapes: Shapes, values: Mapping[fx.Node, ir.Value]) -> ir.Value:
+        """The nodes of a region for one expert; `values` of all that it reads."""
+        inner = NodeLowering(b, self._functions, lambda node, _: inner.values[node], shapes, False, PREFIX)
+        inner.values = {node: _widened(b, value) for node, value in values.items()}
         for node in region.nodes:
             if node.target in GROUPED:
                 operator = GROUPED[node.target]
@@ -102,21 +122,27 @@ class Experts:
                 inner.set(node, inner.call(operator._opname, BODIES[operator], optional | arguments))
             else:
                 inner.lower(node)
-        nodes = inner.builder.nodes
-        return self._functions.add(NAME, list(formals.values()), [inner.values[region.output]], nodes)
+        result: ir.Value = inner.values[region.output]
+        return result
 
     def _emit(
-        self, b: Builder, function: ir.Function, by_row: Sequence[ir.Value], whole: Sequence[ir.Value],
+        self, b: Builder, run: Callable[..., ir.Value], by_row: Sequence[ir.Value], whole: Sequence[ir.Value],
         stacked: Sequence[Stacked], counts: ir.Value, like: Like,
     ) -> ir.Value:  # fmt: skip
-        """int64 `counts` [E] → the function's result over all rows, expert by expert; `like`: one row of it."""
+        """int64 `counts` [E] → what `run` makes of all rows, expert by expert; `like`: one row of it."""
 
-        def run(inner: Builder, expert: int, start: ir.Value, end: ir.Value) -> ir.Value:
+        def run_one(inner: Builder, expert: int, start: ir.Value, end: ir.Value) -> ir.Value:
             weights = [self._initializers.get(parameter.names[expert], parameter.view) for parameter in stacked]
             rows = [inner.op("Slice", value, start, end, inner.ints(0)) for value in by_row]
-            return inner.call(function, [*rows, *whole, *weights])[0]
+            if not self._functions.inline:
+                return run(inner, *rows, *whole, *weights)
+            for part, value in zip(rows, by_row, strict=True):
+                part.type, part.shape = value.type, formal("", value).shape
+            result = run(inner, *rows, *whole, *weights)
+            forget_types(inner.nodes)
+            return result
 
-        return run_busy(b, counts, len(stacked[0].names), like, run)
+        return run_busy(b, counts, len(stacked[0].names), like, run_one)
 
 
 def _view(region: Region, parameter: fx.Node) -> View:

@@ -9,13 +9,25 @@ from fxquant.lowering.onnx.builder import DOMAIN, OPSET, Body, Builder
 
 
 class FunctionTable:
-    """Functions in order of first use, named after their operator; `_1`, `_2`, … if constants make bodies differ."""
+    """Functions in order of first use, named after their operator; `_1`, `_2`, … if constants make bodies differ.
 
-    def __init__(self) -> None:
+    inline  there are none: each call is the nodes of the body
+    """
+
+    def __init__(self, inline: bool = False) -> None:
+        self.inline = inline
         self.functions: list[ir.Function] = []
         self._by_arguments: dict[Any, ir.Function] = {}
         self._by_content: dict[bytes, ir.Function] = {}
         self._names: dict[str, int] = {}
+
+    def call(self, builder: Builder, name: str, body: Body, arguments: Mapping[str, Any]) -> tuple[ir.Value, ...]:
+        """Results of `body` for such arguments, by a call of its function or by its nodes."""
+        if self.inline:
+            result = body(builder, **arguments)
+            return result if isinstance(result, tuple) else (result,)
+        inputs = [value for value in arguments.values() if isinstance(value, ir.Value)]
+        return builder.call(self.get(name, body, arguments), inputs)
 
     def get(self, name: str, body: Body, arguments: Mapping[str, Any]) -> ir.Function:
         """The function of `body` for such arguments: ir.Values become its inputs, everything else is built in."""
@@ -34,8 +46,9 @@ class FunctionTable:
     ) -> ir.Function:
         """The function with this content, created on first use. Nodes that no output needs are left out."""
         # with types, functions that differ only in them would not be shared
-        for value in (*inputs, *(value for node in _with_branches(nodes) for value in node.outputs)):
+        for value in inputs:
             value.shape, value.type = None, None
+        forget_types(nodes)
         imports = {"": OPSET, DOMAIN: 1} if any(node.domain == DOMAIN for node in nodes) else {"": OPSET}
         graph = ir.Graph(inputs, outputs, nodes=_needed(nodes, outputs), opset_imports=imports)
         function = ir.Function(DOMAIN, name, graph=graph, attributes=())
@@ -47,6 +60,13 @@ class FunctionTable:
             self._by_content[content] = function
             self.functions.append(function)
         return self._by_content[content]
+
+
+def forget_types(nodes: Sequence[ir.Node]) -> None:
+    """Leave out dtypes and shapes of values inside, which served to build the nodes."""
+    for node in _with_branches(nodes):
+        for value in node.outputs:
+            value.shape, value.type = None, None
 
 
 def formal(name: str, value: Any) -> Any:

@@ -111,11 +111,9 @@ class NodeLowering:
         return self.call(operator_name(node), BODIES[node.target], bound, node.name if self._named else "")
 
     def call(self, name: str, body: Callable[..., Any], arguments: Mapping[str, Any], label: str = "") -> Any:
-        """A call of the local function of `body`; `label` names the node."""
-        function = self._functions.get(self._prefix + name, body, arguments)
-        inputs = [value for value in arguments.values() if isinstance(value, ir.Value)]
-        outputs = self.builder.call(function, inputs)
-        if label:
+        """A call of the local function of `body`, or its nodes; `label` names the call."""
+        outputs = self._functions.call(self.builder, self._prefix + name, body, arguments)
+        if label and not self._functions.inline:
             self.builder.nodes[-1].name = label
         return outputs if len(outputs) > 1 else outputs[0]
 

@@ -55,10 +55,13 @@ def read_model(place: Path) -> onnx.ModelProto:
 def stored_form(folder: Path) -> OnnxForm:
     """The form of `folder/model.onnx`, by its metadata. Raises FxquantError for a choice that fxquant does not know."""
     place = folder / FILE
-    named = next((str(prop.value) for prop in read_model(place).metadata_props if prop.key == "profile"), "")
-    if named not in list(OnnxProfile):
-        raise FxquantError(place, f"its metadata say the profile {named[:50]!r}, which fxquant does not know.", AGAIN)
-    return OnnxForm(OnnxProfile(named))
+    said = {prop.key: str(prop.value) for prop in read_model(place).metadata_props}
+    choices = {"profile": [*map(str, OnnxProfile)], "inline": ["true", "false"]}
+    for key, values in choices.items():
+        if said.get(key, "") not in values:
+            fact = f"its metadata say the {key} {said.get(key, '')[:50]!r}, which fxquant does not know."
+            raise FxquantError(place, fact, AGAIN)
+    return OnnxForm(OnnxProfile(said["profile"]), inline=said["inline"] == "true")
 
 
 def _difference(stored: onnx.ModelProto, emitted: onnx.ModelProto) -> str:

@@ -44,7 +44,7 @@ def write_onnx(program: Program, tensors: Mapping[str, TensorInfo], folder: Path
 
 def build_model(program: Program, tensors: Mapping[str, TensorInfo], form: OnnxForm) -> ir.Model:
     """The model of a program that was deployed for `form`, in memory; no weight is read."""
-    shapes, functions, initializers = Shapes(program), FunctionTable(), Initializers(tensors)
+    shapes, functions, initializers = Shapes(program), FunctionTable(form.inline), Initializers(tensors)
 
     def parameter(node: fx.Node, view: View) -> ir.Value:
         stored = program.parameters[str(node.target)]
@@ -72,17 +72,18 @@ def build_model(program: Program, tensors: Mapping[str, TensorInfo], form: OnnxF
         outputs,
         nodes=lowering.builder.nodes,
         initializers=initializers.values,
-        opset_imports={"": OPSET, DOMAIN: 1},
+        opset_imports={"": OPSET} | ({} if form.inline else {DOMAIN: 1}),
         name="fxquant",
     )
-    notes = {"producer": "fxquant", "profile": form.profile.value, "operators": _census(program)}
+    notes = {"producer": "fxquant", "profile": form.profile.value, "inline": str(form.inline).lower()}
+    notes |= {"operators": _census(program), "numerics": form.numerics}
     return ir.Model(
         graph,
         ir_version=IR_VERSION,
         producer_name="fxquant",
         producer_version=__version__,
         functions=functions.functions,
-        metadata_props=notes | {"numerics": form.numerics},
+        metadata_props=notes,
     )
 
 

@@ -43,7 +43,9 @@ def int_matmul(b: Builder, x: ir.Value, weight: ir.Value) -> ir.Value:
 
 def _product(b: Builder, x: ir.Value, columns: ir.Value) -> ir.Value:
     """With both zero points: onnxruntime 1.23 ends itself without the weight's, if session.x64quantprecision is set."""
-    return b.op("MatMulInteger", x, columns, _zero_point(b), b.constant(np.int8(0)))
+    # its own zero points: onnxruntime renames those of weights for x64quantprecision, and fails at a shared one
+    zero_points = b.own_constant(np.uint8(ZERO_POINT)), b.own_constant(np.int8(0))
+    return b.op("MatMulInteger", x, columns, *zero_points)
 
 
 def int4_matmul(b: Builder, x: ir.Value, weight: ir.Value, weight_scale_second: ir.Value | None) -> ir.Value:
