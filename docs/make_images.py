@@ -24,7 +24,7 @@ from fxquant.tools.console import LOG_WIDTH, Terminal
 from fxquant.tools.draw_sensitivity import draw
 from fxquant.tools.evaluate import evaluation_table
 from fxquant.tools.plan import print_plan
-from fxquant.tools.verify import verification_table
+from fxquant.tools.verify import verification_tables
 
 HERE = Path(__file__).parent
 EXAMPLE = HERE.parent / "examples" / "tiny_deepseek_v3"
@@ -71,7 +71,7 @@ def widths(folder: Path) -> None:
     evaluated, compared = evaluate(report.out, TEXT, samples=4), compare(EXAMPLE, COMPARED, TEXT, samples=4)
     shown: dict[str, Callable[[Terminal], None]] = {
         "compile": lambda screen: print_report(report, screen),
-        "verify": lambda screen: screen.print(verification_table(verification)),
+        "verify": lambda screen: screen.print(verification_tables(verification)),
         "plan": lambda screen: print_plan(planned, screen),
         "eval": lambda screen: screen.print(evaluation_table(TEXT.name, evaluated, {})),
         "compare": lambda screen: screen.print(comparison_table(EXAMPLE.name, TEXT.name, compared)),

@@ -13,7 +13,7 @@ NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?")
 MEASURED = re.compile(r"\d[\d,]*(?:\.\d+)?(?: s| ms| min| h| GB/s| G/s)\b|\d[\d,.]* [kMG]B(?= of memory)")
 LARGEST = re.compile(r"[\d.e+-]+ of (?:the bound|the largest value|[\d.e+-]+) at\b.*|^model\.layers\.\S+$")
 RATES = ("prefill ", "decode batch ", "load ", "peak memory ", "of it by the graph ")
-MEASURED_LINES = ("disk ", "compute ", "time ", "memory ", "last-bit noise ", *RATES)
+MEASURED_LINES = ("disk ", "compute ", "time ", "memory ", "last-bit noise ", "ONNX graph, end to end ", *RATES)
 ANY = "…"
 TAIL, REST = "99th percentile ", "top-1"
 TOLERANCE, TAIL_TOLERANCE = 0.1, 1 / 3

@@ -10,6 +10,7 @@ from torch import Tensor
 from fxquant.evaluation.bootstrap import Interval, draw_documents, drawn_percentile, middle
 from fxquant.program.program import Program
 from fxquant.progress import Reporter, silent
+from fxquant.runtime.divergence import divergences
 from fxquant.runtime.execute import execute, prefill_inputs
 from fxquant.runtime.weight_providers import Read
 
@@ -106,11 +107,6 @@ def token_scores(ids: Tensor, p: Tensor, q: Tensor) -> Tensor:
     agree = (p.argmax(-1) == q.argmax(-1)).double()
     rows = [-p.gather(-1, targets)[..., 0], -q.gather(-1, targets)[..., 0], kl, agree]
     return torch.stack([row.flatten() for row in rows])
-
-
-def divergences(p: Tensor, q: Tensor) -> Tensor:
-    """KL(p ‖ q) in nats over the last axis, `Σ exp(p) (p - q)`, of log probabilities."""
-    return (p.exp() * (p - q)).sum(-1)
 
 
 def summary(scores: list[Tensor], first: list[Tensor] | None = None) -> Evaluation:

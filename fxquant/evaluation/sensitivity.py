@@ -15,13 +15,14 @@ from torch import Tensor, fx
 
 from fxquant import ops
 from fxquant.errors import FxquantError
-from fxquant.evaluation.divergence import CHUNK, divergences, log_probabilities, logits
+from fxquant.evaluation.divergence import CHUNK, log_probabilities, logits
 from fxquant.evaluation.sensitivity_report import ModuleLoss, Sensitivity
 from fxquant.passes import QuantizeExperts, QuantizeLinear
 from fxquant.policy.kinds import Kind
 from fxquant.program.linears import linear_sites
 from fxquant.program.program import Program
 from fxquant.progress import Advance, Reporter, silent
+from fxquant.runtime.divergence import divergences
 from fxquant.runtime.execute import Observer, execute, prefill_inputs
 from fxquant.runtime.weight_providers import Read
 from fxquant.schemes.roles import tensor_name

@@ -92,7 +92,7 @@ def ledger_table(report: "CompileReport") -> NamedTable:
 
 def print_report(report: "CompileReport", console: Console = console) -> None:
     """Print the ledger, rules that decided nothing, warnings, verification, and the output folder."""
-    from fxquant.tools.verify import verification_table
+    from fxquant.tools.verify import verification_tables
 
     console.print(ledger_table(report))
     for rule in report.unused_rules:
@@ -101,7 +101,7 @@ def print_report(report: "CompileReport", console: Console = console) -> None:
     for warning in filter(None, (unseen_line(report), few_tokens_line(report))):
         print_line((warning, "yellow"), to=console)
     if report.verification:
-        console.print(verification_table(report.verification))
+        console.print(verification_tables(report.verification))
     _print_output(report, console)
     for reason in report.unverified:
         print_line(("unverified ", "yellow"), reason, to=console)

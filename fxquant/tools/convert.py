@@ -71,7 +71,7 @@ def command(
     Refused if the other target's format cannot store the scales; the error names the command that quantizes again.
     """
     from fxquant.api import convert
-    from fxquant.tools.verify import verification_table
+    from fxquant.tools.verify import verification_tables
 
     workers = parse_workers("local", jobs, None)
     report = convert(
@@ -104,7 +104,7 @@ def command(
     if quiet:
         return
     if verification:
-        console.print(verification_table(verification))
+        console.print(verification_tables(verification))
     for note in report.notes:
         print_line((note, "yellow"))
     written = sum(file.nbytes for file in report.output.files)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Group
 
 from fxquant.errors import FxquantError
 from fxquant.tools.compile_options import parse_target
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 SHOWN_MISSES = 12
 """Lines of misses, over all checks; each failed check has at least one."""
+LOGITS = ("", "tokens", "KL per token", "largest KL", "top-1 agreement", "logits off by")
 NUMBER = re.compile(r"(?<![A-Za-z_])\d[\d.,e+-]*")
 
 
@@ -81,7 +83,7 @@ def command(
     if as_json:
         print_json(report.as_json())
     else:
-        console.print(verification_table(report))
+        console.print(verification_tables(report))
         _print_misses(report)
         for file, what in report.unread.items():
             print_line(("not looked at: ", "dim"), f"{file}: {what}")
@@ -89,8 +91,13 @@ def command(
         raise typer.Exit(1)
 
 
-def verification_table(report: "VerifyReport") -> NamedTable:
-    """One row per check."""
+def verification_tables(report: "VerifyReport") -> Group:
+    """One row per check, and below it how far logits are."""
+    table = _checks_table(report)
+    return Group(table, _logits_table(report)) if report.noise or report.end_to_end else Group(table)
+
+
+def _checks_table(report: "VerifyReport") -> NamedTable:
     colour = {
         "verified": "green",
         "sample verified": "green",
@@ -103,8 +110,16 @@ def verification_table(report: "VerifyReport") -> NamedTable:
         checked = f"{check.checked:,}" if check.checked >= check.total else f"{check.checked:,} of {check.total:,}"
         misses = "0" if check.ok else (f"{len(check.misses):,}", "red")
         table.add_row(check.name, checked, misses, check.worst)
-    if report.logit_noise is not None:
-        table.caption = f"last-bit noise moves a logit of this graph by up to {report.logit_noise:.2g}"
+    return table
+
+
+def _logits_table(report: "VerifyReport") -> NamedTable:
+    table = NamedTable("logits, from those of the rewritten graph", LOGITS)
+    rows = {"ONNX graph, end to end": report.end_to_end, "last-bit noise": report.noise}
+    for name, found in rows.items():
+        if found is not None:
+            kl = (f"{found.kl_mean:.2g}", f"{found.kl_max:.2g}")
+            table.add_row(name, f"{found.tokens:,}", *kl, f"{found.top1_agreement:.1%}", f"{found.logit:.2g}")
     return table
 
 

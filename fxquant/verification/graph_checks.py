@@ -9,13 +9,16 @@ from torch import Tensor, fx
 from fxquant import ops
 from fxquant.errors import FxquantError
 from fxquant.lowering.ascend.deployment import deployment
+from fxquant.lowering.onnx.chain import BlockChain
 from fxquant.lowering.onnx.deployment import deployment as onnx_deployment
 from fxquant.lowering.onnx.extract import operator_session
 from fxquant.lowering.onnx.required import require_model, stored_form
 from fxquant.lowering.output_folder.weight_files import WeightFiles
 from fxquant.program.operands import operand_node
 from fxquant.program.program import Program
+from fxquant.runtime.divergence import Divergence, divergence
 from fxquant.verification.ascend_statements import EmittedModule, check_statements
+from fxquant.verification.blocks import block_names
 from fxquant.verification.onnx_bounds import error_bound
 from fxquant.verification.report import Check
 
@@ -60,6 +63,9 @@ class AscendChecker:
     deployment of that graph.
     """
 
+    end_to_end: Divergence | None = None
+    """Its operators are those of a device, which does not run here."""
+
     def __init__(self, program: Program, folder: Path) -> None:
         self.program = deployment(program).program
         self._module = EmittedModule(self.program, folder)
@@ -78,10 +84,14 @@ class OnnxChecker:
 
     The model must be what the stored graph emits: no session is created for any other. `program` is the deployment of
     that graph. Attention that has two orders of products runs twice: over all queries, and for the last one alone.
+
+    end_to_end  the logits of the emitted blocks, each on what those before it returned, from the fx graph's; None
+                unless all blocks were checked, which `whole` promises
     """
 
-    def __init__(self, program: Program, folder: Path) -> None:
+    def __init__(self, program: Program, folder: Path, whole: bool = False) -> None:
         self.program, self._folder = program, folder
+        self.end_to_end: Divergence | None = None
         self._comparison = Comparison("ONNX graph")
         self._emitted = Check("ONNX graph, as emitted", 1)
         self.checks = [self._emitted, *self._comparison.checks]
@@ -93,16 +103,25 @@ class OnnxChecker:
         except FxquantError as error:
             self._emitted.expect(False, str(error))
         self._nodes = {node.name: node for node in self.program.graph.graph.nodes}
+        self._logits = self.program.graph.results[0].name
+        self._blocks = {block: self._names(block) for block in block_names(self.program)}
+        self._chain = BlockChain(folder, self._blocks) if whole and self._emitted.ok else None
 
     def check(self, block: str, values: dict[str, Any]) -> None:
         if not self._emitted.ok:
             return
-        names = [node.name for node in self._nodes.values() if node.meta.get("block") == block]
+        names = self._blocks[block]
         self._run(names, values)
         for name in names:
             if self._nodes[name].target == ops.attend_latents:
                 queries = operand_node(self._nodes[name], "q").name
                 self._run([name], values | {key: values[key][:, -1:] for key in (queries, name)})
+        if self._chain is not None:
+            for result in self._chain.run(block, values, {self._logits}.intersection(names)).values():
+                self.end_to_end = divergence(result, values[self._logits])
+
+    def _names(self, block: str) -> list[str]:
+        return [node.name for node in self._nodes.values() if node.meta.get("block") == block]
 
     def _run(self, names: list[str], values: dict[str, Any]) -> None:
         session = operator_session(self._folder, names)

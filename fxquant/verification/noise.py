@@ -1,4 +1,4 @@
-"""Logit noise: how far the graph's own logits move when every float is off by its last bit.
+"""Last-bit noise: how far the graph's own logits move when every float is off by its last bit.
 
 Two engines that both round correctly still sum in different orders. Nearly always the logits then differ in their last
 digits; but a value on the edge between two int8 codes, or two experts with nearly equal scores, can fall either way,
@@ -11,14 +11,15 @@ import torch
 from torch import Tensor, fx
 
 from fxquant.program.program import Program
+from fxquant.runtime.divergence import Divergence, divergence
 from fxquant.runtime.execute import Values, execute
 from fxquant.runtime.weight_providers import Read
 
 LAST_BIT = 2.0**-23
 
 
-def logit_noise(program: Program, read: Read, inputs: list[Tensor], seeds: int) -> float:
-    """Largest change of a logit over `seeds` runs, each float of the graph changed by up to one part in 2**23."""
+def last_bit_noise(program: Program, read: Read, inputs: list[Tensor], seeds: int) -> Divergence:
+    """Of `seeds` runs together, each with every float of the graph changed by up to one part in 2**23."""
     runs = [inputs] * (seeds + 1)
     generator = torch.Generator().manual_seed(0)
 
@@ -28,4 +29,4 @@ def logit_noise(program: Program, read: Read, inputs: list[Tensor], seeds: int) 
                 values[index] = value * (1 + LAST_BIT * (2 * torch.rand(value.shape, generator=generator) - 1))
 
     logits = [outputs[0] for outputs in execute(program, read, runs, disturb)]
-    return max(float((noisy - logits[0]).abs().max()) for noisy in logits[1:])
+    return divergence(torch.stack(logits[1:]), logits[0].expand(seeds, *logits[0].shape))

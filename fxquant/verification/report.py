@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from fxquant.runtime.divergence import Divergence
+
 
 @dataclass
 class Check:
@@ -29,7 +31,8 @@ class Check:
 class VerifyReport:
     """All checks of an output folder. `source` is None if there was nothing to compare the weights with.
 
-    `logit_noise` is how far the graph's own logits move under last-bit noise; None for sampled models.
+    `noise` is how far the graph's own logits move under last-bit noise, `end_to_end` how far those of the emitted graph
+    are from them on the same tokens, where it can run; None for sampled models.
     `unread`: file → what of it no check has looked at. `partial`: weights are among that, though there is a source.
     """
 
@@ -37,7 +40,8 @@ class VerifyReport:
     source: str | None
     sampled: bool = False
     partial: bool = False
-    logit_noise: float | None = None
+    noise: Divergence | None = None
+    end_to_end: Divergence | None = None
     unread: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -64,7 +68,9 @@ class VerifyReport:
         return {
             "verdict": self.verdict,
             "source": self.source,
-            "logit_noise": self.logit_noise,
+            "logit_noise": None if self.noise is None else self.noise.logit,
+            "noise": None if self.noise is None else vars(self.noise),
+            "end_to_end": None if self.end_to_end is None else vars(self.end_to_end),
             "checks": checks,
             "unread": self.unread,
         }

@@ -23,6 +23,7 @@ from fxquant.passes.check_contract import linears
 from fxquant.program.program import Program
 from fxquant.program.program_file import load_program
 from fxquant.progress import Reporter
+from fxquant.runtime.divergence import Divergence
 from fxquant.runtime.weight_providers import Cached, Read, RecipeWeights
 from fxquant.verification.blocks import block_names, probe_inputs, walk
 from fxquant.verification.document_checks import Documents, check_copies, documents
@@ -30,7 +31,7 @@ from fxquant.verification.engine_check import EngineChecker
 from fxquant.verification.file_checks import check_digests, check_sizes, infer_target
 from fxquant.verification.foreign_weights import compare_foreign, formulas_alone
 from fxquant.verification.graph_checks import AscendChecker, GraphChecker, OnnxChecker
-from fxquant.verification.noise import logit_noise
+from fxquant.verification.noise import last_bit_noise
 from fxquant.verification.rebuild import Rebuild, check_rebuild
 from fxquant.verification.remade import Remade, check_remade
 from fxquant.verification.report import Check, VerifyReport
@@ -56,6 +57,7 @@ SAMPLED_TENSORS = 256
 SAMPLED_EXPERTS = 8
 NOISE_SEEDS = 8
 UNCLAIMED = {"weight files": "as an engine reads them: the output is for its own graph alone"}
+NOT_RUN = {"model.onnx": "end to end: blocks of each kind were compared; --full runs all of them"}
 VALUE_CACHE = 1 << 28
 """Bytes of weights that a walk over the graph keeps."""
 
@@ -103,6 +105,7 @@ def verify_output(
     if rebuild is not None and source is not None:
         rebuilt = [check_rebuild(program, files, source, rebuild.sample, report)]
     uncompared: dict[str, str] = {}
+    end_to_end: Divergence | None = None
     # each step reads what the one before it has checked
     if all(check.ok for check in checks):
         values, uncompared = _check_values(output, stored, report)
@@ -112,16 +115,17 @@ def verify_output(
         if manifest is None and source is not None:
             checks.append(check_calibration(folder, checks))
     if all(check.ok for check in checks):
-        checks += _check_graphs(output, claimed, report)
+        graphs, end_to_end = _check_graphs(output, claimed, report)
+        checks += graphs
     noise = _noise(output) if all(check.ok for check in checks) else None
-    named = None if source is None else str(source.folder)
     return VerifyReport(
         checks=[*digests, *rebuilt, *checks],
-        source=named,
+        source=None if source is None else str(source.folder),
         sampled=sampled,
         partial=bool(uncompared),
-        logit_noise=noise,
-        unread=_unread(output, again, manifest is None) | uncompared | ({} if claimed else UNCLAIMED),
+        noise=noise,
+        end_to_end=end_to_end,
+        unread=_unread(output, again, manifest is None, claimed) | uncompared,
     )
 
 
@@ -161,23 +165,26 @@ def _check_alone(output: _Output, said: Documents) -> list[Check]:
     return [said.written(output.program), *copies]
 
 
-def _noise(output: _Output) -> float | None:
+def _noise(output: _Output) -> Divergence | None:
     if output.sampled:
         return None
     inputs = list(probe_inputs(output.program).values())
-    return logit_noise(output.program, Cached(output.files.read, SAMPLE_ABOVE), inputs, NOISE_SEEDS)
+    return last_bit_noise(output.program, Cached(output.files.read, SAMPLE_ABOVE), inputs, NOISE_SEEDS)
 
 
-def _unread(output: _Output, again: Remade, alone: bool) -> dict[str, str]:
+def _unread(output: _Output, again: Remade, alone: bool, claimed: bool) -> dict[str, str]:
+    parts = {} if claimed else UNCLAIMED
+    if output.sampled and not ENGINES[output.target].npu_graph:
+        parts = parts | NOT_RUN
     if not alone:
-        return unread_with(output.folder)
+        return unread_with(output.folder) | parts
     source = output.source
     known = {info.file.name for info in output.files.infos.values()}
     known |= {ROTATION_FILE} if output.program.stream else set()
     known |= set(copied_files(source)) if source is not None else set()
     rotated = source is not None and bool(source.transforms.rotations)
     unread = unread_without(output.folder, ENGINES[output.target], known, rotated) | again.unread
-    return {name: what for name, what in unread.items() if what}
+    return {name: what for name, what in (unread | parts).items() if what}
 
 
 def _transformed(source: Checkpoint | None, folder: Path) -> Checkpoint | None:
@@ -231,26 +238,28 @@ def _check_values(output: _Output, stored: list[StoredTensor], report: Reporter)
         return check_values(units, output.files, source, advance), {}
 
 
-def _check_graphs(output: _Output, claimed: bool, report: Reporter) -> list[Check]:
-    """Block by block: the emitted graph, and, if it is `claimed`, the engine that will read the weights.
+def _check_graphs(output: _Output, claimed: bool, report: Reporter) -> tuple[list[Check], Divergence | None]:
+    """Block by block: the emitted graph, and, if it is `claimed`, the engine that will read the weights. And how far
+    the logits of the emitted graph are, where it runs end to end.
 
     The engine is compared with the graph on integers quantized from the source: for a sampled model, the files were not
     compared in full.
     """
     program, folder, files = output.program, output.folder, output.files
     engine = ENGINES[output.target]
-    graph: GraphChecker = (AscendChecker if engine.npu_graph else OnnxChecker)(program, folder)
+    graph: AscendChecker | OnnxChecker
+    graph = AscendChecker(program, folder) if engine.npu_graph else OnnxChecker(program, folder, not output.sampled)
     checks = _check_graph("verify graph", graph, files.read, output.sampled, report)
     if not claimed or not takes_dtype(program, output.target):
-        return checks
+        return checks, graph.end_to_end
     reader = engine.read(folder, output.layout, group_size(program))
     if reader is None:
-        return checks
+        return checks, graph.end_to_end
     sampled = SAMPLED_EXPERTS if output.sampled else None
     checker = EngineChecker(program, reader, unverified(program, output.target, output.layout), sampled)
     given = None if output.foreign else output.source
     read = files.read if given is None else RecipeWeights(program, given, StoredCodes(program, files))
-    return checks + _check_graph("verify reader", checker, read, output.sampled, report)
+    return checks + _check_graph("verify reader", checker, read, output.sampled, report), graph.end_to_end
 
 
 def takes_dtype(program: Program, target: Target) -> bool:

@@ -12,11 +12,16 @@ from safetensors.torch import save_file
 
 import fxquant
 from fxquant import CompileOptions, FxquantError
+from fxquant.api import open_output
+from fxquant.engines.onnx_profile import OnnxProfile
 from fxquant.engines.table import Target
+from fxquant.lowering.onnx.runner import OnnxRunner
 from fxquant.lowering.output_folder.manifest import MANIFEST
 from fxquant.program.program_file import load_program
+from fxquant.runtime.divergence import divergence
+from fxquant.runtime.execute import execute
 from fxquant.verification import VerifyReport
-from fxquant.verification.blocks import block_names, walk
+from fxquant.verification.blocks import block_names, probe_inputs, walk
 from fxquant.verification.run import one_of_each_kind
 
 TARGETS = (Target.ASCEND, Target.ONNX)
@@ -73,6 +78,31 @@ def test_a_fresh_output_is_verified(compiled: dict[Target, Path], target: Target
     assert report.verdict == "verified", misses(report)
     assert all(check.checked >= check.total for check in report.checks)
     assert all(check.total > 0 for check in report.checks)
+
+
+@pytest.mark.parametrize("profile", OnnxProfile)
+def test_an_onnx_graph_is_compared_end_to_end(
+    compiled: dict[Target, Path], tmp_path: Path, profile: OnnxProfile
+) -> None:
+    """A session of the whole model, from the graph in the folder rather than the one that was emitted."""
+    out = fxquant.convert(compiled[Target.ONNX], Target.ONNX, tmp_path / "out", onnx_profile=profile, verify=False).out
+    program, read = open_output(out)
+    inputs = list(probe_inputs(program).values())
+    logits, _ = OnnxRunner(out)(*inputs[:3], inputs[3:])
+    report = fxquant.verify(out)
+    assert report.end_to_end == divergence(logits, execute(program, read, [inputs])[0][0])
+    assert report.noise is not None and report.noise.tokens == 8 * report.end_to_end.tokens
+    told = report.as_json()
+    assert told["end_to_end"]["kl_max"] == report.end_to_end.kl_max and told["logit_noise"] == report.noise.logit
+
+
+def test_a_sample_says_that_it_was_not_compared_end_to_end(
+    compiled: dict[Target, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fxquant.verification.run.SAMPLE_ABOVE", 0)
+    report = fxquant.verify(compiled[Target.ONNX])
+    assert (report.verdict, report.end_to_end) == ("sample verified", None)
+    assert report.unread["model.onnx"].startswith("end to end")
 
 
 def test_without_its_source_it_is_structure_only(out: Path) -> None:

@@ -40,12 +40,7 @@ class OperatorSession:
     """`units` of a model, loaded once. int8 inputs and outputs are int8, although the model carries uint8."""
 
     def __init__(self, units: tuple[Unit, ...], model: ModelProto, folder: Path) -> None:
-        self.units = units
-        options = session_options()
-        options.add_session_config_entry(EXTERNAL_FOLDER, str(folder))
-        self._session = onnxruntime.InferenceSession(
-            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
+        self.units, self._session = units, load_session(model, folder)
         self._dtypes = {input_.name: input_.type.tensor_type.elem_type for input_ in model.graph.input}
 
     def __call__(self, feeds: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -63,6 +58,13 @@ class OperatorSession:
         if self._dtypes[name] != TensorProto.UINT8:
             return array
         return (array.astype(np.int16) + ZERO_POINT).astype(np.uint8)  # int8 + 128 overflows int8
+
+
+def load_session(model: ModelProto, folder: Path) -> onnxruntime.InferenceSession:
+    """A session of a part of the model of `folder`."""
+    options = session_options()
+    options.add_session_config_entry(EXTERNAL_FOLDER, str(folder))
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
 def _restored(array: np.ndarray) -> Tensor:
@@ -83,7 +85,7 @@ def operator_session(folder: Path, names: Iterable[str]) -> OperatorSession:
         name = node.name.partition("/")[0]
         if name in requested:
             groups.setdefault(name, []).append(node)
-    whole = _WholeModel(model)
+    whole = WholeModel(model)
     parts = [part for name, nodes in groups.items() if (part := whole.unit(name, nodes)).outputs]
     del model.graph.node[:], model.graph.input[:], model.graph.output[:], model.graph.value_info[:]
     used: set[str] = set()
@@ -107,34 +109,39 @@ class _Part:
     initializers: set[str]
 
 
-class _WholeModel:
-    """Data of the whole model that units need: value types, fx names of inputs, names of initializers."""
+class WholeModel:
+    """Data of the whole model that its parts need.
+
+    placeholders  input → its fx node
+    initializers  their names
+    """
 
     def __init__(self, model: ModelProto) -> None:
         graph = model.graph
         self._types = {info.name: info for info in (*graph.input, *graph.value_info, *graph.output)}
-        self._fx = {
+        self.placeholders = {
             input_.name: prop.value for input_ in graph.input for prop in input_.metadata_props if prop.key == "fx"
         }
-        self._initializers = {initializer.name for initializer in graph.initializer}
+        self.initializers = {initializer.name for initializer in graph.initializer}
 
     def unit(self, name: str, nodes: list[NodeProto]) -> _Part:
-        own_outputs = {output for node in nodes for output in node.output}
-        reads = list(dict.fromkeys(read for node in nodes for read in _reads(node) if read not in own_outputs))
-        outside = [read for read in reads if read not in self._initializers]
+        reads = outside_reads(nodes)
+        outside = [read for read in reads if read not in self.initializers]
         feeds = {read: f"{name}:{index}" for index, read in enumerate(outside)}
         outputs = [output for node in nodes for output in node.output if output and self._is_value(output)]
-        unit = Unit(name, tuple((feed, self._fx.get(read, read)) for read, feed in feeds.items()), tuple(outputs))
-        inputs = [self._typed(read, feed) for read, feed in feeds.items()]
+        unit = Unit(
+            name, tuple((feed, self.placeholders.get(read, read)) for read, feed in feeds.items()), tuple(outputs)
+        )
+        inputs = [self.typed(read, feed) for read, feed in feeds.items()]
         for node in nodes:
             _rename(node, feeds)
-        values = [self._typed(output, output) for output in outputs]
-        return _Part(unit, nodes, inputs, values, self._initializers.intersection(reads))
+        values = [self.typed(output, output) for output in outputs]
+        return _Part(unit, nodes, inputs, values, self.initializers.intersection(reads))
 
     def _is_value(self, name: str) -> bool:
         return "/" not in name and all(prop.key != NUMBER for prop in self._types[name].metadata_props)
 
-    def _typed(self, value: str, name: str) -> ValueInfoProto:
+    def typed(self, value: str, name: str) -> ValueInfoProto:
         """Type and rank; dynamic dimensions lose their names, since units are fed independently."""
         typed = ValueInfoProto()
         typed.CopyFrom(self._types[value])
@@ -143,6 +150,13 @@ class _WholeModel:
             if dim.HasField("dim_param"):
                 dim.Clear()
         return typed
+
+
+def outside_reads(nodes: Iterable[NodeProto]) -> list[str]:
+    """Names that nodes read from outside themselves, weights included, in order."""
+    nodes = list(nodes)
+    own = {output for node in nodes for output in node.output}
+    return list(dict.fromkeys(read for node in nodes for read in _reads(node) if read not in own))
 
 
 def _graphs(node: NodeProto) -> Iterator[GraphProto]:

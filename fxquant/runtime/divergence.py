@@ -1,0 +1,35 @@
+"""Divergence of logits: how far those of a run are from a graph's, over the same tokens."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Of a run from a graph, over `tokens` that both read.
+
+    kl_mean, kl_max  KL(run ‖ graph) of the next token, in nats per token
+    top1_agreement   part of the tokens after which both have the same best token
+    logit            largest difference of a logit
+    """
+
+    tokens: int
+    kl_mean: float
+    kl_max: float
+    top1_agreement: float
+    logit: float
+
+
+def divergence(run: Tensor, graph: Tensor) -> Divergence:
+    """From logits [..., vocabulary] of equal shapes."""
+    # rounding may leave the sum of equal distributions below zero
+    kl = divergences(run.double().log_softmax(-1), graph.double().log_softmax(-1)).clamp(min=0)
+    agree = (run.argmax(-1) == graph.argmax(-1)).double()
+    largest = float((run.double() - graph.double()).abs().max())
+    return Divergence(kl.numel(), float(kl.mean()), float(kl.max()), float(agree.mean()), largest)
+
+
+def divergences(p: Tensor, q: Tensor) -> Tensor:
+    """KL(p ‖ q) in nats over the last axis, `Σ exp(p) (p - q)`, of log probabilities."""
+    return (p.exp() * (p - q)).sum(-1)
