@@ -11,8 +11,10 @@ from fxquant.checkpoint.checkpoint import Checkpoint
 from fxquant.errors import FxquantError
 from fxquant.evaluation.verbs import open_output
 from fxquant.generation.generator import config_end_ids
+from fxquant.generation.greedy import greedy
 from fxquant.generation.text_stream import TextStream
-from fxquant.runtime.execute import execute, generate, prefill_inputs
+from fxquant.runtime.execute import execute, prefill_inputs
+from fxquant.runtime.program_runner import ProgramRunner
 from fxquant.text.load import Encoder, bos_ids
 
 try:
@@ -130,7 +132,7 @@ class FxquantLM(TemplateLM):
             raise FxquantError("generate_until", f"max_gen_toks {new} of {self.max_length} positions.", "Lower it.")
         # without BOS an empty context would leave nothing to run on
         ids = self.encoder.bos + self.tok_encode(context)[-room:] or [self.prefix_token_id]
-        steps = generate(self.program, self.read, ids, new)
+        steps = greedy(ProgramRunner(self.program, self.read), [ids], new, self.program.config["vocab_size"])
         stream = TextStream(self.encoder.tokenizer.decode, [until] if isinstance(until, str) else until)
         return _text(stream, steps, config_end_ids(self.program))
 

@@ -33,18 +33,18 @@ R = TypeVar("R", bound=Row)
 
 
 class Batch:
-    """Rows that run together. Row b of `mask` int64 [B, T] is 0 on the padding before its prompt."""
+    """Prompts that run together, as token ids. Row b of `mask` int64 [B, T] is 0 on the padding before its prompt."""
 
-    def __init__(self, runner: Runner, rows: Sequence[Row], vocabulary: int) -> None:
+    def __init__(self, runner: Runner, prompts: Sequence[list[int]], vocabulary: int) -> None:
         self._runner = runner
-        self._past = runner.empty_cache(len(rows))
-        self._chunk = max(SHORTEST_CHUNK, LOGIT_BYTES // (4 * len(rows) * max(vocabulary, 1)))
-        longest = max(len(row.ids) for row in rows)
-        self._ids = torch.zeros(len(rows), longest, dtype=torch.int64)
+        self._past = runner.empty_cache(len(prompts))
+        self._chunk = max(SHORTEST_CHUNK, LOGIT_BYTES // (4 * len(prompts) * max(vocabulary, 1)))
+        longest = max(map(len, prompts))
+        self._ids = torch.zeros(len(prompts), longest, dtype=torch.int64)
         self._mask = torch.zeros_like(self._ids)
-        for place, row in enumerate(rows):
-            self._ids[place, longest - len(row.ids) :] = torch.tensor(row.ids)
-            self._mask[place, longest - len(row.ids) :] = 1
+        for place, ids in enumerate(prompts):
+            self._ids[place, longest - len(ids) :] = torch.tensor(ids)
+            self._mask[place, longest - len(ids) :] = 1
 
     def prefill(self) -> Tensor:
         """Run the prompts; the logits [B, vocabulary] of their last tokens."""
@@ -93,7 +93,7 @@ class Clock:
 
 def decode(runner: Runner, rows: Sequence[R], vocabulary: int, clock: Clock) -> Iterator[tuple[R, str]]:
     """Each row with the text that is final with its next token, until all are finished."""
-    rows, batch = list(rows), Batch(runner, rows, vocabulary)
+    rows, batch = list(rows), Batch(runner, [row.ids for row in rows], vocabulary)
     with torch.inference_mode():
         logits = batch.prefill()
     clock.prefilled()

@@ -1,6 +1,6 @@
 """Node-wise runner: a program on CPU, node by node over all batches at once, with one node's weights in memory."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -120,14 +120,3 @@ def prefill_inputs(
 def cache_inputs(program: Program) -> list[fx.Node]:
     """The placeholders of the latent caches, in layer order."""
     return [node for node in program.graph.graph.nodes if node.op == "placeholder"][3:]
-
-
-def generate(program: Program, read: Read, prompt: list[int], steps: int) -> Iterator[Tensor]:
-    """Greedy decoding with the latent cache: yields the logits float32 [vocabulary] of each step."""
-    inputs = prefill_inputs(program, torch.tensor([prompt]))
-    for _ in range(steps):
-        logits, *caches = execute(program, read, [inputs])[0]
-        yield logits[0, -1]
-        length = caches[0].shape[1]
-        token = logits[0, -1].argmax().view(1, 1)
-        inputs = [token, torch.ones(1, length + 1, dtype=torch.int64), torch.full((1, 1), length), *caches]

@@ -1,28 +1,18 @@
 """The shipped example through the whole pipeline: what the README promises."""
 
-import json
-from functools import cache
 from pathlib import Path
 
 import pytest
-import torch
 from calibrated import calibrated_once
 from places import EXAMPLE
 from slowness import POLICIES as FEW_POLICIES
 
 import fxquant
 from fxquant import CompileOptions
-from fxquant.api import open_output
 from fxquant.engines.table import Target
-from fxquant.lowering.onnx.runner import OnnxRunner
 from fxquant.policy.policy import shipped_policies
-from fxquant.runtime.execute import generate, prefill_inputs
-from fxquant.text.tokenizer import open_tokenizer
-from fxquant.verification.noise import last_bit_noise
 
 __all__ = ["calibrated_once"]
-STEPS = 64
-NOISE_SEEDS = 16
 
 pytestmark = pytest.mark.slow
 
@@ -48,27 +38,6 @@ def test_every_policy_compiles_and_verifies(policy: str, target: Target, tmp_pat
     assert sum(entry.nbytes for entry in report.ledger.entries) == sum(
         info.nbytes for info in source_tensors().values()
     )
-
-
-@pytest.mark.parametrize("document", range(5))
-def test_onnx_and_fx_write_the_same_text(onnx_out: Path, document: int) -> None:
-    program, stored = open_output(onnx_out)
-    read = cache(stored)  # hundreds of steps read each weight
-    line = (EXAMPLE / "evaluation.jsonl").read_text().splitlines()[document]
-    prompt = [0, *open_tokenizer(onnx_out).encode(json.loads(line)["text"])[:40]]
-    from_onnx = list(OnnxRunner(onnx_out).generate(prompt, STEPS))
-    from_fx = list(generate(program, read, prompt, STEPS))
-    assert len(from_onnx) == len(from_fx) == STEPS
-    differ = [step for step in range(STEPS) if from_onnx[step].argmax() != from_fx[step].argmax()]
-    if not differ:
-        return
-    # Both engines round correctly; a flip of one int8 code or one expert is legitimate where the two best tokens are
-    # closer than such flips move the logits of the fx graph by itself.
-    best, second = from_fx[differ[0]].topk(2).values.tolist()
-    text = prompt + [int(logits.argmax()) for logits in from_fx[: differ[0]]]
-    bound = last_bit_noise(program, read, prefill_inputs(program, torch.tensor([text])), NOISE_SEEDS).logit
-    print(f"document {document}: first differs at token {differ[0]}, top-2 gap {best - second:.4g}, bound {bound:.4g}")
-    assert best - second <= bound
 
 
 def test_quantized_example_is_close_to_float(onnx_out: Path) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from tiny import YARN
 
 import fxquant
 from fxquant import CompileOptions
+from fxquant.engines.onnx_profile import OnnxProfile
 from fxquant.engines.table import Target
 
 __all__ = ["calibrated_once"]
@@ -42,6 +44,21 @@ def test_compiles_and_verifies(name: str, target: Target, tmp_path: Path, tiny_f
     report = fxquant.compile(tiny_folder(**SOURCES[name]), options)
     assert report.verification is not None
     assert report.verification.verdict == "verified"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("profile", OnnxProfile)
+@pytest.mark.parametrize("source", [{"dtype": torch.float16}, {"fp8": True}], ids=["float16", "fp8"])
+def test_halves_and_block_scales_verify_in_every_onnx_profile(
+    source: dict[str, Any], profile: OnnxProfile, tmp_path: Path, tiny_folder: Callable[..., Path]
+) -> None:
+    save_file({"ids": torch.arange(3, 99).view(4, 24)}, tmp_path / "ids.safetensors")
+    options = CompileOptions(
+        target=Target.ONNX, onnx_profile=profile, out=tmp_path / "out", calib=tmp_path / "ids.safetensors"
+    )
+    verification = fxquant.compile(tiny_folder(**source), options).verification
+    assert verification is not None and verification.verdict == "verified"
+    assert verification.end_to_end is not None
 
 
 def test_sharded_output_verifies(tmp_path: Path, tiny_folder: Callable[..., Path]) -> None:

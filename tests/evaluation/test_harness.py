@@ -16,7 +16,9 @@ from places import EXAMPLE  # noqa: E402
 import fxquant  # noqa: E402
 from fxquant import CompileOptions, FxquantError  # noqa: E402
 from fxquant.evaluation.lm_eval import FxquantLM  # noqa: E402
-from fxquant.runtime.execute import execute, generate, prefill_inputs  # noqa: E402
+from fxquant.generation.greedy import greedy  # noqa: E402
+from fxquant.runtime.execute import execute, prefill_inputs  # noqa: E402
+from fxquant.runtime.program_runner import ProgramRunner  # noqa: E402
 
 TEXTS = [json.loads(line)["text"] for line in (EXAMPLE / "evaluation.jsonl").read_text().splitlines()[:4]]
 SPLIT = 160
@@ -66,7 +68,8 @@ def test_a_pair_scores_what_the_graph_gives(model: FxquantLM) -> None:
 
 def test_what_greedy_decoding_gives_is_known_as_such(model: FxquantLM) -> None:
     context = model.tok_encode(TEXTS[1][:SPLIT])
-    new = [int(logits.argmax()) for logits in generate(model.program, model.read, [0, *context], 6)]
+    runner = ProgramRunner(model.program, model.read)
+    new = [int(logits.argmax()) for logits in greedy(runner, [[0, *context]], 6, 2048)]
     requests = [(("", ""), context, ids) for ids in (new, new[:1], [new[0], 3, *new[2:]])]
     scores = model._loglikelihood_tokens(requests, disable_tqdm=True)
     assert [greedy for _, greedy in scores] == [True, True, new[1] == 3] and scores[0][0] > scores[2][0]

@@ -13,8 +13,10 @@ from torch import Tensor, fx
 
 from fxquant import ops
 from fxquant.checkpoint.checkpoint import Checkpoint
+from fxquant.generation.greedy import greedy
 from fxquant.program.program import Program
-from fxquant.runtime.execute import Values, cache_inputs, execute, generate, prefill_inputs
+from fxquant.runtime.execute import Values, cache_inputs, execute, prefill_inputs
+from fxquant.runtime.program_runner import ProgramRunner
 from fxquant.runtime.weight_providers import Cached, LazyStack, Read, RecipeWeights
 
 Tiny = Callable[..., Checkpoint]
@@ -225,10 +227,10 @@ def test_decoding_with_the_cache_is_prefill_of_the_whole(policy: str, checkpoint
     program = rewritten(checkpoint, policy)
     read = Cached(weights(program, checkpoint))
     prompt = random_ids(meta_model(checkpoint), 1, 6)[0].tolist()
-    ids, steps = list(prompt), list(generate(program, read, prompt, 5))
+    ids, steps = list(prompt), list(greedy(ProgramRunner(program, read), [prompt], 5, 128))
     for logits in steps:
         ((whole, *_),) = run(program, read, [torch.tensor([ids])])
-        assert logits.shape == (128,) and int(logits.argmax()) == int(whole[0, -1].argmax())
+        assert logits.shape == (1, 128) and int(logits.argmax()) == int(whole[0, -1].argmax())
         # sums over hidden features in another order, 2**-24 each; no activation lies on a rounding boundary here
         assert (logits - whole[0, -1]).abs().max() <= 256 * 2.0**-24 * whole.abs().max()
         ids.append(int(logits.argmax()))
@@ -236,7 +238,8 @@ def test_decoding_with_the_cache_is_prefill_of_the_whole(policy: str, checkpoint
 
 
 def test_no_steps_yield_nothing(checkpoint: Checkpoint) -> None:
-    assert list(generate(float_program(checkpoint), checkpoint.read, [1, 2, 3], 0)) == []
+    runner = ProgramRunner(float_program(checkpoint), checkpoint.read)
+    assert list(greedy(runner, [[1, 2, 3]], 0, 128)) == []
 
 
 def test_prefill_inputs_are_unpadded_and_uncached(checkpoint: Checkpoint) -> None:

@@ -3,7 +3,7 @@
 import ctypes
 import functools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -131,23 +131,6 @@ class OnnxRunner:
         """`past` for the first call."""
         shapes = [(batch, *(size or 0 for size in cache.shape[1:])) for cache in self._caches]
         return [torch.zeros(shape, dtype=cache.dtype) for shape, cache in zip(shapes, self._caches, strict=True)]
-
-    def prefill(self, ids: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Logits and caches of unpadded `ids` int64 [batch, length]."""
-        positions = torch.arange(ids.shape[1]).expand(ids.shape)
-        return self(ids, torch.ones_like(ids), positions, self.empty_cache(len(ids)))
-
-    def generate(self, prompt: list[int], steps: int) -> Iterator[Tensor]:
-        """Greedy decoding with the latent cache: yields the logits float32 [vocabulary] of each step."""
-        if steps < 1:
-            return
-        logits, caches = self.prefill(torch.tensor([prompt]))
-        yield logits[0, -1]
-        for position in range(len(prompt), len(prompt) + steps - 1):
-            token = logits[0, -1].argmax().view(1, 1)
-            mask = torch.ones(1, position + 1, dtype=torch.int64)
-            logits, caches = self(token, mask, torch.full((1, 1), position), caches)
-            yield logits[0, -1]
 
 
 def _cache(input_: onnxruntime.NodeArg) -> CacheInput:

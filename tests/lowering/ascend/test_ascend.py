@@ -23,12 +23,14 @@ from tiny import write_checkpoint
 
 import fxquant
 from fxquant.checkpoint.checkpoint import open_checkpoint
+from fxquant.generation.greedy import greedy
 from fxquant.lowering.ascend.deployment import deployment
 from fxquant.lowering.ascend.emitter.emit import ascend_code
 from fxquant.lowering.ascend.operators import KERNELS
 from fxquant.lowering.ascend.operators.schemas import SCHEMAS
 from fxquant.program.program_file import load_program, save_program
-from fxquant.runtime.execute import execute, generate, prefill_inputs
+from fxquant.runtime.execute import execute, prefill_inputs
+from fxquant.runtime.program_runner import ProgramRunner
 
 POLICIES = sorted(path.stem for path in (Path(fxquant.__file__).parent / "policy" / "shipped").glob("*.yaml"))
 GOLDEN = Path(__file__).parent / "golden"
@@ -195,7 +197,8 @@ def test_cached_decoding(compiled: Compile) -> None:
         step = torch.tensor([[tokens[-1]]]), torch.ones(1, length, dtype=torch.int64), torch.tensor([[length - 1]])
         logits, past = model(*step, past)
         tokens.append(int(logits[0, -1].argmax()))
-    assert tokens == [int(step.argmax()) for step in generate(output.program, output.read(), [3, 14, 15, 92], 3)]
+    steps = greedy(ProgramRunner(output.program, output.read()), [[3, 14, 15, 92]], 3, 128)
+    assert tokens == [int(logits.argmax()) for logits in steps]
     assert [tuple(cache.shape) for cache in past] == [(1, 6, 40)] * 2
 
 

@@ -11,6 +11,7 @@ from onnx_graphs import blocks, cached_inputs, emit, quantized
 from slowness import others_slow
 
 from fxquant.checkpoint.checkpoint import Checkpoint
+from fxquant.engines.onnx_form import OnnxForm
 from fxquant.engines.onnx_profile import OnnxProfile
 from fxquant.lowering.onnx import chain
 from fxquant.lowering.onnx.chain import BlockChain
@@ -23,7 +24,7 @@ FEW = [("deepseek_w4a8", profile) for profile in OnnxProfile]
 def test_a_chain_of_blocks_is_the_whole_model(
     tiny: Callable[..., Checkpoint], tmp_path: Path, policy: str, profile: OnnxProfile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    emitted = emit(quantized(tiny(), policy), tiny(), tmp_path, profile)
+    emitted = emit(quantized(tiny(), policy), tiny(), tmp_path, OnnxForm(profile))
     program, loaded = emitted.program, list[set[str]]()
 
     def load(part: onnx.ModelProto, folder: Path) -> onnxruntime.InferenceSession:
