@@ -20,6 +20,7 @@ from fxquant.lowering.ascend.export.exported import write_exported
 from fxquant.lowering.ascend.writer import write_ascend
 from fxquant.lowering.deployment import Deployment
 from fxquant.lowering.destination import Destination
+from fxquant.lowering.onnx.description import Provenance
 from fxquant.lowering.onnx.writer import write_onnx
 from fxquant.lowering.output_folder.copies import copied_files, left_out_code, write_copy
 from fxquant.lowering.output_folder.description import description, engine_config, index, write_json
@@ -100,10 +101,15 @@ class Contents:
     foreign: bool = False
     documents: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def provenance(self) -> Provenance:
+        """What an ONNX graph says that it came from."""
+        return Provenance(self.policy, self.origin.resolve().name)
+
     def identity(self, out: Path) -> str:
         """Hash of everything that the documents of `out` are made from; weights have their own keys."""
         copied = {name: file_digest(file) for name, file in copied_files(self.checkpoint).items()}
-        paths = [relative(self.source, out), relative(self.origin, out)]
+        paths = [relative(self.source, out), relative(self.origin, out), self.provenance.source]
         options = [self.policy, self.target.value, str(self.layout), self.export, str(self.onnx), self.reusable]
         seen = None if self.calibration is None else vars(self.calibration.seen)
         sources = {name: file.model_dump() for name, file in self.sources.items()}
@@ -239,7 +245,7 @@ def _write_graph(
                 advance(1)
         return deployed
     tensors = {name: info for file in files for name, info in read_header(folder / file.name).items()}
-    write_onnx(program, tensors, folder, contents.onnx)
+    write_onnx(program, tensors, folder, contents.onnx, contents.provenance)
     return None
 
 

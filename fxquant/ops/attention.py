@@ -116,7 +116,7 @@ def attend_latents(
     q: Tensor, c_kv: Tensor, k_rope: Tensor, kv_b_weight: Tensor, attention_mask: Tensor, num_heads: int,
     v_head_dim: int, softmax_scale: float,
 ) -> Tensor:  # fmt: skip
-    """`fxq::mla_attention` with keys and values `linear(c_kv, kv_b_weight)`, bit for bit.
+    """`fxq::mla_attention` with keys and values `linear(c_kv, kv_b_weight)`.
 
     As one operator it leaves the order of products to the target: W_UK and W_UV, the halves of kv_b_weight
     [H·(nope + v_head_dim), rank], may as well be multiplied with queries and context (see `fxq::latent_attention`).

@@ -30,7 +30,7 @@ def unread_without(folder: Path, engine: Engine, known: set[str], rotated: bool)
         (FLOAT_GRAPH, LEDGER, SERVING, STAMPS, *((PREFILL, DECODE) if engine.npu_graph else ())), ALL
     )
     unread |= {GRAPH: "the policy's rules in it", CALIBRATION: "the ranges in it, and the text's hash"}
-    unread |= {} if engine.npu_graph else {ONNX_GRAPH: "the version of fxquant that it names"}
+    unread |= {} if engine.npu_graph else {ONNX_GRAPH: "the version of fxquant, policy and source that it names"}
     if rotated:
         unread[FLOAT_GRAPH] = "all but the rotations that it needs"
     read = known | set(unread) | {"config.json", engine.description, engine.index, ASCEND_GRAPH}

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import onnx
 import pytest
 import torch
 from safetensors import safe_open
@@ -16,7 +17,7 @@ from fxquant.api import open_output
 from fxquant.engines.onnx_profile import OnnxProfile
 from fxquant.engines.table import Target
 from fxquant.lowering.onnx.runner import OnnxRunner
-from fxquant.lowering.output_folder.manifest import MANIFEST
+from fxquant.lowering.output_folder.manifest import MANIFEST, read_manifest
 from fxquant.program.program_file import load_program
 from fxquant.runtime.divergence import divergence
 from fxquant.runtime.execute import execute
@@ -94,6 +95,22 @@ def test_an_onnx_graph_is_compared_end_to_end(
     assert report.noise is not None and report.noise.tokens == 8 * report.end_to_end.tokens
     told = report.as_json()
     assert told["end_to_end"]["kl_max"] == report.end_to_end.kl_max and told["logit_noise"] == report.noise.logit
+
+
+def test_an_onnx_graph_says_what_it_was_made_from(compiled: dict[Target, Path], tmp_path: Path) -> None:
+    out = fxquant.convert(compiled[Target.ASCEND], Target.ONNX, tmp_path / "out", verify=False).out
+    written, model = (out / "model.onnx").read_bytes(), onnx.load(out / "model.onnx", load_external_data=False)
+    assert written == (compiled[Target.ONNX] / "model.onnx").read_bytes()
+    notes = {prop.key: prop.value for prop in model.metadata_props}
+    source = read_manifest(out).checkpoint_path(out)
+    assert (notes["policy"], notes["source"]) == ("deepseek_w4a8", source.name)
+    assert str(source.parent).encode() not in written
+    next(prop for prop in model.metadata_props if prop.key == "policy").value = "float"
+    (out / "model.onnx").write_bytes(model.SerializeToString(deterministic=True))
+    assert "files: digest: model.onnx" in misses(fxquant.verify(out))
+    (out / MANIFEST).unlink()
+    alone = fxquant.verify(out, against=source)
+    assert "policy and source" in alone.unread["model.onnx"]
 
 
 def test_a_sample_says_that_it_was_not_compared_end_to_end(
@@ -177,8 +194,6 @@ def test_another_source_does_not_verify(out: Path, tiny_folder: Callable[..., Pa
 
 
 def test_an_onnx_weight_that_points_elsewhere_is_caught(compiled: dict[Target, Path], tmp_path: Path) -> None:
-    import onnx
-
     out = Path(shutil.copytree(compiled[Target.ONNX], tmp_path / "out"))
     model = onnx.load(out / "model.onnx", load_external_data=False)
     weights = [t for t in model.graph.initializer if t.external_data and "q_b_proj" in t.name and len(t.dims) == 2]

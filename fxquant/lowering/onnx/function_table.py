@@ -6,6 +6,7 @@ from typing import Any
 import onnx_ir as ir
 
 from fxquant.lowering.onnx.builder import DOMAIN, OPSET, Body, Builder
+from fxquant.lowering.onnx.functions import MEANINGS
 
 
 class FunctionTable:
@@ -38,7 +39,8 @@ class FunctionTable:
             result = body(builder, **formals)
             outputs = result if isinstance(result, tuple) else (result,)
             inputs = [value for value in formals.values() if isinstance(value, ir.Value)]
-            self._by_arguments[key] = self.add(name, inputs, outputs, builder.nodes)
+            function = self._by_arguments[key] = self.add(name, inputs, outputs, builder.nodes)
+            function.doc_string = MEANINGS.get(body, "")
         return self._by_arguments[key]
 
     def add(

@@ -16,6 +16,7 @@ from fxquant.errors import FxquantError
 from fxquant.inputs.json_file import read_bytes
 from fxquant.inputs.limits import ONNX_BYTES
 from fxquant.lowering.onnx.deployment import deployment
+from fxquant.lowering.onnx.description import described, stored_provenance
 from fxquant.lowering.onnx.writer import FILE, build_model
 from fxquant.program.program import Program
 from fxquant.storage.safetensors import TensorInfo
@@ -26,7 +27,7 @@ AGAIN = "Compile again; the file is not to be edited."
 def require_emitted(program: Program, tensors: Mapping[str, TensorInfo], folder: Path) -> None:
     """Raise FxquantError unless `folder/model.onnx` is what `program` emits over `tensors`, those of the folder.
 
-    Only the version of fxquant that wrote it may differ. Its metadata say the form.
+    Only the version of fxquant that wrote it may differ, and what it says it came from. Its metadata say the form.
     """
     form = stored_form(folder)
     require_model(deployment(program, form).program, form, tensors, folder)
@@ -36,7 +37,8 @@ def require_model(deployed: Program, form: OnnxForm, tensors: Mapping[str, Tenso
     """As `require_emitted`, for a program that was deployed for `form`."""
     place = folder / FILE
     stored, emitted = read_model(place), onnx.ModelProto()
-    emitted.ParseFromString(ir.to_proto(build_model(deployed, tensors, form)).SerializeToString())
+    model = described(build_model(deployed, tensors, form), stored_provenance(stored))
+    emitted.ParseFromString(ir.to_proto(model).SerializeToString())
     stored.producer_version = emitted.producer_version = ""
     if stored != emitted:
         raise FxquantError(place, f"{_difference(stored, emitted)} is not what the graph emits.", AGAIN)

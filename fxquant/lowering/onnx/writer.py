@@ -12,6 +12,7 @@ from fxquant.engines.onnx_form import OnnxForm
 from fxquant.errors import FxquantError
 from fxquant.lowering.onnx.builder import DOMAIN, IR_VERSION, OPSET, Builder
 from fxquant.lowering.onnx.deployment import deployment
+from fxquant.lowering.onnx.description import Provenance, described
 from fxquant.lowering.onnx.experts import Experts
 from fxquant.lowering.onnx.function_table import FunctionTable
 from fxquant.lowering.onnx.initializers import Initializers, View
@@ -26,7 +27,10 @@ from fxquant.version import __version__
 FILE = "model.onnx"
 
 
-def write_onnx(program: Program, tensors: Mapping[str, TensorInfo], folder: Path, form: OnnxForm = OnnxForm()) -> Path:
+def write_onnx(
+    program: Program, tensors: Mapping[str, TensorInfo], folder: Path, form: OnnxForm = OnnxForm(),
+    provenance: Provenance = Provenance(),
+) -> Path:  # fmt: skip
     """Write `folder/model.onnx` and return its path.
 
     tensors  name on disk → its place; every file is in `folder`, and the model refers to its bytes
@@ -35,7 +39,8 @@ def write_onnx(program: Program, tensors: Mapping[str, TensorInfo], folder: Path
 
     Inner values have the names of the fx nodes. Raises FxquantError for an operator that has no ONNX form.
     """
-    proto = ir.to_proto(build_model(deployment(program, form).program, tensors, form))
+    model = build_model(deployment(program, form).program, tensors, form)
+    proto = ir.to_proto(described(model, provenance))
     path, partial = folder / FILE, folder / f"{FILE}.partial"
     partial.write_bytes(proto.SerializeToString(deterministic=True))
     partial.replace(path)

@@ -91,6 +91,10 @@ def test_the_model_says_what_it_is(emitted: Callable[..., Emitted]):
     assert (model.ir_version, model.producer_name) == (10, "fxquant")
     notes = {prop.key: prop.value for prop in model.metadata_props}
     assert notes["producer"] == "fxquant" and "become int8 in memory" in notes["numerics"]
+    assert model.doc_string and all(value.doc_string for value in (*model.graph.input, *model.graph.output))
+    meanings = {function.name: function.doc_string for function in model.functions}
+    assert "with m the largest magnitude of the row" in meanings["expert_quantize_per_token"]
+    assert [name for name, meaning in meanings.items() if not meaning] == ["routed_expert"]
     inputs = {
         input_.name: [d.dim_param or d.dim_value for d in input_.type.tensor_type.shape.dim]
         for input_ in model.graph.input

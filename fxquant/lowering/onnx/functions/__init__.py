@@ -4,10 +4,12 @@ Values have their dtype and the dimensions that the graph fixes; a body states i
 reference in `fxquant.ops`. Each file lists its bodies in `BODIES`.
 """
 
+from inspect import cleandoc
 from typing import Any
 
 from fxquant.lowering.onnx.builder import Body
 from fxquant.lowering.onnx.functions import attention, dense, latent_attention, moe, qdq, quantized
+from fxquant.ops import REFERENCES
 
 BODIES: dict[Any, Body] = {
     **dense.BODIES,
@@ -17,4 +19,6 @@ BODIES: dict[Any, Body] = {
     **quantized.BODIES,
     **qdq.BODIES,
 }
+MEANINGS = {body: cleandoc(REFERENCES[operator].__doc__ or "").split("\n\n")[0] for operator, body in BODIES.items()}
+"""Body → what its operator computes, in the words of the reference."""
 VIEWS = quantized.VIEWS | qdq.VIEWS
