@@ -11,7 +11,9 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from fxquant import CompileOptions, compare, compile, evaluate, plan
+import draw_onnx_layer
+
+from fxquant import CompileOptions, compare, compile, convert, evaluate, plan
 from fxquant.api import open_graph, sensitivity
 from fxquant.engines.table import Target
 from fxquant.planning.support_matrix import RANKS, deployments, float_program
@@ -53,6 +55,8 @@ def main() -> None:
             screen.print(line, highlight=False, markup=False)
         _save(screen, "expert_layer.svg", "fxquant show: an expert layer in integers")
         draw(sensitivity(out, TEXT), HERE / "images" / "sensitivity.svg")
+        onnx = convert(out, Target.ONNX, Path(folder) / "tiny_onnx").out
+        draw_onnx_layer.main(onnx, HERE / "images" / "onnx_layer.svg")
 
     names = ["deepseek_w4a8", "deepseek_w4a8_per_channel", "deepseek_w4a8_shared_w4", "deepseek_w8a8_mix"]
     screen = _screen(110)
