@@ -69,7 +69,7 @@ def compare(out: Path, texts: GreedyTexts) -> Compared:
     own = best_tokens(greedy(runner, texts.prompts, texts.steps, texts.program.config["vocab_size"]))
     differences = [(difference, texts.noise(difference)) for difference in texts.differences(own)]
     pairs = zip(_whole(texts), _expected(texts), strict=True)
-    return Compared(len(own), differences, together(divergence(_logits(runner, ids), graph) for ids, graph in pairs))
+    return Compared(len(own), differences, together(divergence(runner.prefill(ids)[0], graph) for ids, graph in pairs))
 
 
 def noise(texts: GreedyTexts) -> Divergence:
@@ -96,7 +96,3 @@ def _whole(texts: GreedyTexts) -> list[Tensor]:
 def _expected(texts: GreedyTexts) -> list[Tensor]:
     inputs = [prefill_inputs(texts.program, ids) for ids in _whole(texts)]
     return [logits for logits, *_ in execute(texts.program, texts.read, inputs)]
-
-
-def _logits(runner: OnnxRunner, ids: Tensor) -> Tensor:
-    return runner(ids, torch.ones_like(ids), torch.arange(ids.shape[1])[None], runner.empty_cache(1))[0]

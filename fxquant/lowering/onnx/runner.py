@@ -132,6 +132,11 @@ class OnnxRunner:
         shapes = [(batch, *(size or 0 for size in cache.shape[1:])) for cache in self._caches]
         return [torch.zeros(shape, dtype=cache.dtype) for shape, cache in zip(shapes, self._caches, strict=True)]
 
+    def prefill(self, ids: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Logits and caches of unpadded `ids` int64 [batch, length]."""
+        positions = torch.arange(ids.shape[1]).expand(ids.shape)
+        return self(ids, torch.ones_like(ids), positions, self.empty_cache(len(ids)))
+
 
 def _cache(input_: onnxruntime.NodeArg) -> CacheInput:
     shape = tuple(size if isinstance(size, int) else None for size in input_.shape)

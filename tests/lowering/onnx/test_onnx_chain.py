@@ -15,16 +15,18 @@ from fxquant.engines.onnx_form import OnnxForm
 from fxquant.engines.onnx_profile import OnnxProfile
 from fxquant.lowering.onnx import chain
 from fxquant.lowering.onnx.chain import BlockChain
+from fxquant.lowering.onnx.extract import outside_reads
 
-GRAPHS = [(policy, profile) for policy in ("deepseek_w4a8", "deepseek_w8a8", "float") for profile in OnnxProfile]
-FEW = [("deepseek_w4a8", profile) for profile in OnnxProfile]
+FORMS = [*map(OnnxForm, OnnxProfile), OnnxForm(inline=True)]
+GRAPHS = [(policy, form) for policy in ("deepseek_w4a8", "deepseek_w8a8", "float") for form in FORMS]
+FEW = [("deepseek_w4a8", form) for form in FORMS]
 
 
-@pytest.mark.parametrize(("policy", "profile"), others_slow(GRAPHS, FEW), ids=str)
+@pytest.mark.parametrize(("policy", "form"), others_slow(GRAPHS, FEW), ids=str)
 def test_a_chain_of_blocks_is_the_whole_model(
-    tiny: Callable[..., Checkpoint], tmp_path: Path, policy: str, profile: OnnxProfile, monkeypatch: pytest.MonkeyPatch
+    tiny: Callable[..., Checkpoint], tmp_path: Path, policy: str, form: OnnxForm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    emitted = emit(quantized(tiny(), policy), tiny(), tmp_path, OnnxForm(profile))
+    emitted = emit(quantized(tiny(), policy), tiny(), tmp_path, form)
     program, loaded = emitted.program, list[set[str]]()
 
     def load(part: onnx.ModelProto, folder: Path) -> onnxruntime.InferenceSession:
@@ -43,5 +45,6 @@ def test_a_chain_of_blocks_is_the_whole_model(
     (logits,) = results[-1].values()
     assert torch.equal(logits, emitted.runner(*inputs[:3], inputs[3:])[0])
     model = onnx.load(tmp_path / "model.onnx", load_external_data=False)
-    assert sum(map(len, loaded)) == len(set().union(*loaded)) == len(model.graph.initializer)
+    weights = {tensor.name for tensor in model.graph.initializer}.intersection(outside_reads(model.graph.node))
+    assert set().union(*loaded) == weights and sum(map(len, loaded)) == len(weights)
     assert len(loaded) == len(by_name) == 4

@@ -40,8 +40,7 @@ def emitted(
 
 def whole(runner: OnnxRunner, ids: list[int]) -> Tensor:
     """[length, vocabulary], in one run without a cache."""
-    text = torch.tensor([ids])
-    return runner(text, torch.ones_like(text), torch.arange(len(ids))[None], runner.empty_cache(1))[0][0]
+    return runner.prefill(torch.tensor([ids]))[0][0]
 
 
 def assert_near(mine: Tensor, other: Tensor) -> None:

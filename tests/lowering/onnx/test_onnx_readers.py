@@ -17,6 +17,7 @@ from onnx_readers import DOWNLOADED, FEEDS, HERE, ONNXRUNTIME, Package, Reader, 
 
 from fxquant import ops
 from fxquant.checkpoint.checkpoint import Checkpoint
+from fxquant.engines.onnx_form import OnnxForm
 from fxquant.engines.onnx_profile import OnnxProfile
 from fxquant.lowering.onnx.required import stored_form
 from fxquant.lowering.onnx.runner import products_saturate
@@ -40,7 +41,7 @@ def folder(
     place = tmp_path_factory.mktemp("readers")
     checkpoint = tiny()
     program = quantized(checkpoint, "deepseek_w4a8")
-    emit(program, checkpoint, place, request.param)
+    emit(program, checkpoint, place, OnnxForm(request.param))
     widths = [int(node.meta["val"].shape[2]) for node in program.graph.graph.find_nodes(op="placeholder")[3:]]
     write_feeds(place, 128, widths)
     return place
