@@ -2,13 +2,14 @@
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import onnx
 import onnx_ir as ir
@@ -18,7 +19,8 @@ from onnx_speed_process import Row
 
 from fxquant import ops
 from fxquant.compilation.options import CompileOptions
-from fxquant.engines.onnx_profile import DEFAULT, OnnxProfile
+from fxquant.engines.onnx_form import OnnxForm
+from fxquant.engines.onnx_profile import OnnxProfile
 from fxquant.engines.table import Target
 from fxquant.inputs.paths import GRAPH
 from fxquant.lowering.deployment import deploy
@@ -33,8 +35,8 @@ from fxquant.verbs.compile import compile
 FLOAT = "float32"
 SAME, ALL = "same layers", "all it can"
 """Of a peer's rows: in float are those linears that the policy leaves, or none."""
-
-
+QDQ: dict[str, Any] = {"onnx_profile": OnnxProfile.QDQ}
+LEVELS = (0, 4)
 Make = Callable[[], Row]
 
 
@@ -62,11 +64,11 @@ class Subjects:
             f"{FLOAT}, keys and values formed": lambda: Row("onnxruntime", self._formed()),
         }
         for policy in self.policies:
-            for profile in OnnxProfile:
-                made[f"{Path(policy).stem} {profile}"] = partial(self._ours, policy, profile)
+            for form, choices in forms():
+                made[f"{Path(policy).stem} {form}"] = partial(self._ours, policy, choices)
         for label in (SAME, ALL):
             made[f"quantize_dynamic, {label}"] = partial(self._other, label, "dynamic", quantize_dynamic)
-            for level in (0, 4):
+            for level in LEVELS:
                 quantize = partial(quantize_nbits, level)
                 made[f"MatMulNBits level {level}, {label}"] = partial(self._other, label, f"nbits-{level}", quantize)
         made[f"OpenVINO, {self.policies[0]} qdq"] = self._openvino
@@ -75,22 +77,22 @@ class Subjects:
         made["transformers, torch.compile, float32"] = partial(self._transformers, "torch.compile", "float32")
         return made
 
-    def _ours(self, policy: str, profile: OnnxProfile) -> Row:
-        return Row("onnxruntime", self._compiled(policy, profile))
+    def _ours(self, policy: str, choices: dict[str, Any]) -> Row:
+        return Row("onnxruntime", self._compiled(policy, choices))
 
     def _float(self) -> Path:
-        return self._compiled("float", DEFAULT)
+        return self._compiled("float", QDQ)
 
-    def _compiled(self, policy: str, profile: OnnxProfile) -> Path:
-        """The same weights as an earlier one of the policy are copied."""
-        out, stem = self.folder / f"{Path(policy).stem}-{profile}", Path(policy).stem
+    def _compiled(self, policy: str, choices: dict[str, Any]) -> Path:
+        """Weights that an earlier form of the policy has too are copied."""
+        stem, form = Path(policy).stem, "-".join(map(str, choices.values()))
+        out = self.folder / f"{stem}-{form}"
         if not out.exists():
-            errors.print(f"{policy}, {profile}")
-            earlier = next((done for other in OnnxProfile if (done := self.folder / f"{stem}-{other}").exists()), None)
+            errors.print(f"{stem}, {form}")
+            earlier = next(iter(sorted(self.folder.glob(f"{stem}-{OnnxProfile.QDQ}"))), None)
             options = CompileOptions(
-                policy=policy, target=Target.ONNX, out=out, onnx_profile=profile, calib=self.calib, reuse=earlier,
-                verify=False,
-            )  # fmt: skip
+                policy=policy, target=Target.ONNX, out=out, calib=self.calib, reuse=earlier, verify=False, **choices
+            )
             compile(self.model, options, reporter(False))
         return out
 
@@ -99,7 +101,7 @@ class Subjects:
         source, out = self._float(), self.folder / "formed"
         if not out.exists():
             program = deploy(load_program(source / GRAPH), lambda _: []).program
-            model = ir.to_proto(build_model(program, WeightFiles(source).infos, DEFAULT))
+            model = ir.to_proto(build_model(program, WeightFiles(source).infos, OnnxForm()))
             (_linked(source, out) / FILE).write_bytes(model.SerializeToString(deterministic=True))
         return out
 
@@ -118,14 +120,14 @@ class Subjects:
 
     def _kept(self) -> list[str]:
         """Values of the linears that the first policy leaves in float."""
-        program = load_program(self._compiled(self.policies[0], DEFAULT) / GRAPH)
-        deployed = deployment(program, DEFAULT).program
+        program = load_program(self._compiled(self.policies[0], QDQ) / GRAPH)
+        deployed = deployment(program, OnnxForm()).program
         return [node.name for node in (*deployed.nodes(ops.linear), *deployed.nodes(ops.router_logits))]
 
     def _openvino(self) -> Row:
         if not find_spec("openvino"):
             raise MissingRowError("it is not installed: pip install openvino")
-        source, out = self._compiled(self.policies[0], OnnxProfile.QDQ), self.folder / "inlined"
+        source, out = self._compiled(self.policies[0], QDQ), self.folder / "inlined"
         model = inliner.inline_local_functions(onnx.load(source / FILE, load_external_data=False))
         onnx.save(model, _linked(source, out) / FILE)
         return Row("openvino", out)
@@ -136,6 +138,16 @@ class Subjects:
         if way == "torch.compile" and not any(map(shutil.which, ("g++", "clang++"))):
             raise MissingRowError("there is no C++ compiler")
         return Row(way, self.model, dtype)
+
+
+def forms() -> Iterator[tuple[str, dict[str, Any]]]:
+    """Title and options of each profile, and of one with onnxruntime's own operators at both accuracy levels."""
+    for profile in OnnxProfile:
+        if getattr(profile, "contrib", False):
+            for level in LEVELS:
+                yield f"{profile} level {level}", {"onnx_profile": profile, "onnx_accuracy_level": level}
+        else:
+            yield profile.value, {"onnx_profile": profile}
 
 
 def _linked(source: Path, out: Path) -> Path:
