@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fxquant.engines.onnx_cache import OnnxCache
 from fxquant.engines.onnx_form import OnnxForm
 from fxquant.engines.onnx_profile import OnnxProfile
 from fxquant.engines.table import DEFAULT, Target, onnx_targets
@@ -74,6 +75,8 @@ class OutputOptions:
     graph_only      for the graph beside the weights alone: no engine is promised, which a changed graph needs
     max_shard_size  bytes of tensor data a weight file may hold
     onnx_profile    operators of an ONNX graph; None: qdq, and for targets without such a graph nothing else
+    onnx_cache      what such a graph keeps of the tokens so far; None: latent
+    onnx_last_logits  it has an input num_logits_to_keep
     export          also write the NPU graph as torch.export programs (.pt2)
     force           replace an earlier output of fxquant at `out`
     verify          check it against the source before it gets its name
@@ -83,6 +86,8 @@ class OutputOptions:
     target: Target = DEFAULT
     graph_only: bool = False
     onnx_profile: OnnxProfile | None = None
+    onnx_cache: OnnxCache | None = None
+    onnx_last_logits: bool = False
     max_shard_size: int = MAX_SHARD_SIZE
     export: bool = True
     force: bool = False
@@ -125,7 +130,7 @@ class CompileOptions(SourceOptions, CalibrationOptions, WorkOptions, OutputOptio
 
     def onnx_form(self) -> OnnxForm:
         """How an ONNX graph is written. Raises FxquantError if that is said for a target that has none."""
-        return onnx_form(self.target, self.onnx_profile)
+        return onnx_form(self.target, self.onnx_profile, self.onnx_cache, self.onnx_last_logits)
 
     def earlier_output(self, out: Path) -> Path | None:
         """The folder to reuse unchanged tensors from."""
@@ -142,14 +147,23 @@ class CompileOptions(SourceOptions, CalibrationOptions, WorkOptions, OutputOptio
         return [Input("the checkpoint" if model.is_dir() else "the model", model), *given]
 
 
-def onnx_form(target: Target, profile: OnnxProfile | None) -> OnnxForm:
+def onnx_form(
+    target: Target, profile: OnnxProfile | None, cache: OnnxCache | None, last_logits: bool = False
+) -> OnnxForm:
     """As `CompileOptions.onnx_form`, for verbs with options of their own; None leaves the default."""
-    chosen = {"profile": profile}
-    given = {name: value for name, value in chosen.items() if value is not None}
-    for name, value in given.items() if target not in onnx_targets() else ():
-        fact = f"target {target} has no ONNX graph."
-        raise FxquantError(f"--onnx-{name} {value}", fact, f"Pass --target {' or '.join(onnx_targets())}.")
-    return OnnxForm(choice("onnx_profile", given.get("profile", OnnxForm.profile), OnnxProfile))
+    named = {"profile": profile, "cache": cache}
+    given = [f"--onnx-{name} {value}" for name, value in named.items() if value is not None]
+    given += ["--onnx-last-logits"] if last_logits else []
+    if given and target not in onnx_targets():
+        raise FxquantError(
+            given[0], f"target {target} has no ONNX graph.", f"Pass --target {' or '.join(onnx_targets())}."
+        )
+    default = OnnxForm()
+    return OnnxForm(
+        default.profile if profile is None else choice("onnx_profile", profile, OnnxProfile),
+        default.cache if cache is None else choice("onnx_cache", cache, OnnxCache),
+        last_logits,
+    )
 
 
 def as_path(path: Name) -> Path | None:

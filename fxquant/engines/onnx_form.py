@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from fxquant.engines.onnx_cache import OnnxCache
 from fxquant.engines.onnx_profile import DEFAULT, OnnxProfile
 
 
@@ -10,10 +11,14 @@ class OnnxForm:
     """Choices of the user; the weight files are the same for all.
 
     profile  operators of quantized linears
+    cache    what the graph keeps of the tokens so far
+    last_logits  it has an input num_logits_to_keep
     inline   plain nodes in place of local functions
     """
 
     profile: OnnxProfile = DEFAULT
+    cache: OnnxCache = OnnxCache.LATENT
+    last_logits: bool = False
     inline: bool = False
 
     @property

@@ -11,6 +11,7 @@ from fxquant.calibration.calibration_file import CALIBRATION, Calibration
 from fxquant.checkpoint.checkpoint import Checkpoint
 from fxquant.checkpoint.stamped_bytes import Stamps
 from fxquant.engines.engine import Engine
+from fxquant.engines.onnx_cache import OnnxCache
 from fxquant.engines.onnx_form import OnnxForm
 from fxquant.engines.serving import RankLayout, Serving
 from fxquant.engines.table import ENGINES, Target
@@ -21,8 +22,9 @@ from fxquant.lowering.ascend.writer import write_ascend
 from fxquant.lowering.deployment import Deployment
 from fxquant.lowering.destination import Destination
 from fxquant.lowering.onnx.description import Provenance
+from fxquant.lowering.onnx.genai_config import genai_config
 from fxquant.lowering.onnx.writer import write_onnx
-from fxquant.lowering.output_folder.copies import copied_files, left_out_code, write_copy
+from fxquant.lowering.output_folder.copies import GENAI_CONFIG, copied_files, left_out_code, write_copy
 from fxquant.lowering.output_folder.description import description, engine_config, index, write_json
 from fxquant.lowering.output_folder.layout import FileLayout, plan_files, stored_tensors
 from fxquant.lowering.output_folder.manifest import (
@@ -106,6 +108,11 @@ class Contents:
         """What an ONNX graph says that it came from."""
         return Provenance(self.policy, self.origin.resolve().name)
 
+    def genai_config(self) -> dict[str, Any] | None:
+        """The document for onnxruntime-genai, if it can run the graph."""
+        taken = not ENGINES[self.target].npu_graph and self.onnx.cache is OnnxCache.HALVES
+        return genai_config(self.program, self.checkpoint.folder) if taken else None
+
     def identity(self, out: Path) -> str:
         """Hash of everything that the documents of `out` are made from; weights have their own keys."""
         copied = {name: file_digest(file) for name, file in copied_files(self.checkpoint).items()}
@@ -114,7 +121,7 @@ class Contents:
         seen = None if self.calibration is None else vars(self.calibration.seen)
         sources = {name: file.model_dump() for name, file in self.sources.items()}
         page = serving_page(self.program, self.target, self.policy, self.serving)
-        texts = [dump_program(self.program), self.float_graph, self.ledger, page]
+        texts = [dump_program(self.program), self.float_graph, self.ledger, page, self.genai_config()]
         return hash_text(json.dumps([texts, sources, seen, options, paths, copied], sort_keys=True))
 
 
@@ -246,6 +253,9 @@ def _write_graph(
         return deployed
     tensors = {name: info for file in files for name, info in read_header(folder / file.name).items()}
     write_onnx(program, tensors, folder, contents.onnx, contents.provenance)
+    genai = contents.genai_config()
+    if genai is not None:
+        write_json(folder / GENAI_CONFIG, genai)
     return None
 
 

@@ -4,7 +4,15 @@ Float operators are in `dense`, `attention` and `moe`; quantize, integer matmul 
 that engines run as one kernel in `fused`; attention over a paged cache in `latent_cache`.
 """
 
-from fxquant.ops.attention import attend_latents, mla_attention, rope, rope_table
+from fxquant.ops.attention import (
+    attend_halves,
+    attend_heads,
+    attend_latents,
+    expand_heads,
+    mla_attention,
+    rope,
+    rope_table,
+)
 from fxquant.ops.dense import embedding, linear, rms_norm, swiglu
 from fxquant.ops.fused import (
     add_rms_norm,
@@ -39,10 +47,13 @@ __all__ = [
     "add_rms_norm",
     "add_rms_norm_quantize_per_token",
     "add_rms_norm_quantize_static",
+    "attend_halves",
+    "attend_heads",
     "attend_latents",
     "dequantize_per_token",
     "dequantize_static",
     "embedding",
+    "expand_heads",
     "gather_latents",
     "grouped_dequantize",
     "grouped_int4_matmul",

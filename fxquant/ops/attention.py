@@ -127,6 +127,89 @@ def attend_latents(
     return mla_attention(q, kv, k_rope, attention_mask, num_heads, v_head_dim, softmax_scale)
 
 
+def _attend_halves_shape(
+    q: Tensor, key: Tensor, value: Tensor, kv_b_weight: Tensor, attention_mask: Tensor, num_heads: int,
+    v_head_dim: int, softmax_scale: float,
+) -> Tensor:  # fmt: skip
+    expect(
+        key.dim() == 4 and key.shape == value.shape and key.shape[1] == 1,
+        "fxq::attend_halves: key and value are not halves [B, 1, T, width] of latents",
+    )
+    nope, rope = kv_b_weight.shape[0] // num_heads - v_head_dim, 2 * key.shape[-1] - kv_b_weight.shape[1]
+    expect(
+        q.shape[-1] == num_heads * (nope + rope),
+        f"fxq::attend_halves: queries of {q.shape[-1]} are not {num_heads} heads of {nope} and {rope}",
+    )
+    return q.new_empty((*q.shape[:-1], num_heads * v_head_dim))
+
+
+@define(
+    "attend_halves(Tensor q, Tensor key, Tensor value, Tensor kv_b_weight, Tensor attention_mask, "
+    "int num_heads, int v_head_dim, float softmax_scale) -> Tensor",
+    _attend_halves_shape,
+)
+def attend_halves(
+    q: Tensor, key: Tensor, value: Tensor, kv_b_weight: Tensor, attention_mask: Tensor, num_heads: int,
+    v_head_dim: int, softmax_scale: float,
+) -> Tensor:  # fmt: skip
+    """`fxq::attend_latents` over latents (c_kv, k_rope) in two halves, bit for bit.
+
+    q [B, S, H·(nope + rope)]; key, value [B, 1, T, (rank + rope) / 2], the first and the second half of each latent;
+    kv_b_weight [H·(nope + v_head_dim), rank], attention_mask int64 [B, T] → [B, S, H·v_head_dim].
+    """
+    latents, rank = torch.cat((key, value), -1).squeeze(1), kv_b_weight.shape[1]
+    c_kv, k_rope = latents[..., :rank], latents[..., rank:]
+    return attend_latents(q, c_kv, k_rope, kv_b_weight, attention_mask, num_heads, v_head_dim, softmax_scale)
+
+
+def _expand_heads_shape(kv: Tensor, k_rope: Tensor, num_heads: int, v_head_dim: int) -> tuple[Tensor, Tensor]:
+    expect(kv.shape[-1] % num_heads == 0, f"fxq::expand_heads: {kv.shape[-1]} features are not {num_heads} heads")
+    batch, new = kv.shape[:2]
+    width = kv.shape[-1] // num_heads - v_head_dim + k_rope.shape[-1]
+    return kv.new_empty((batch, num_heads, new, width)), kv.new_empty((batch, num_heads, new, v_head_dim))
+
+
+@define(
+    "expand_heads(Tensor kv, Tensor k_rope, int num_heads, int v_head_dim) -> (Tensor, Tensor)", _expand_heads_shape
+)
+def expand_heads(kv: Tensor, k_rope: Tensor, num_heads: int, v_head_dim: int) -> tuple[Tensor, Tensor]:
+    """Keys and values of each head, as `fxq::mla_attention` reads them: the rotated part is the same in all heads.
+
+    kv [B, S, H·(nope + v_head_dim)], per head (key nope, value); k_rope [B, S, rope]
+    → key [B, H, S, nope + rope], value [B, H, S, v_head_dim].
+    """
+    heads = kv.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+    nope, value = heads.tensor_split((heads.shape[-1] - v_head_dim,), -1)
+    shared = k_rope.unsqueeze(1).expand(-1, num_heads, -1, -1)
+    return torch.cat((nope, shared), -1), value.contiguous()
+
+
+def _attend_heads_shape(q: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, softmax_scale: float) -> Tensor:
+    expect(key.dim() == 4 and value.dim() == 4, "fxq::attend_heads: key and value are not [B, H, T, width]")
+    expect(
+        q.shape[-1] == key.shape[1] * key.shape[-1],
+        f"fxq::attend_heads: queries of {q.shape[-1]} are not {key.shape[1]} heads of {key.shape[-1]}",
+    )
+    return q.new_empty((*q.shape[:-1], value.shape[1] * value.shape[-1]))
+
+
+@define(
+    "attend_heads(Tensor q, Tensor key, Tensor value, Tensor attention_mask, float softmax_scale) -> Tensor",
+    _attend_heads_shape,
+)
+def attend_heads(q: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, softmax_scale: float) -> Tensor:
+    """`fxq::mla_attention` over keys and values that `fxq::expand_heads` made.
+
+    q [B, S, H·width], key [B, H, T, width], value [B, H, T, v], attention_mask int64 [B, T] → [B, S, H·v].
+    A score is one sum over the width of a head, where `mla_attention` adds those of its two parts.
+    """
+    queries = q.unflatten(-1, (key.shape[1], -1)).transpose(1, 2)
+    hidden = ~_visible(attention_mask, q.shape[1]).unsqueeze(1)
+    scores = (queries @ key.transpose(-1, -2) * softmax_scale).float()
+    scores = scores.masked_fill(hidden, torch.finfo(torch.float32).min)
+    return (scores.softmax(-1).to(q.dtype) @ value).transpose(1, 2).flatten(-2)
+
+
 def _visible(attention_mask: Tensor, queries: int) -> Tensor:
     """Bool [B, S, T]: whether a query may see a key."""
     total = attention_mask.shape[1]

@@ -2,6 +2,7 @@
 
 from torch import fx
 
+from fxquant.engines.onnx_cache import OnnxCache
 from fxquant.passes.assign_mtp import AssignMtp
 from fxquant.passes.assign_schemes import AssignSchemes
 from fxquant.passes.base import Pass
@@ -14,7 +15,10 @@ from fxquant.passes.npu.fuse_swiglu_quantize import FuseSwigluQuantize
 from fxquant.passes.npu.page_latents import PageLatents
 from fxquant.passes.npu.prefill_per_token import PrefillPerToken
 from fxquant.passes.npu.share_quantize import ShareQuantize
+from fxquant.passes.onnx.attend_halves import AttendHalves
 from fxquant.passes.onnx.attend_latents import AttendLatents
+from fxquant.passes.onnx.expand_caches import ExpandCaches
+from fxquant.passes.onnx.halve_caches import HalveCaches
 from fxquant.passes.onnx.join_linears import JoinLinears
 from fxquant.passes.pair_smoothing import PairSmoothing
 from fxquant.passes.quantize_experts import QuantizeExperts
@@ -64,9 +68,14 @@ def npu_decode() -> list[Pass]:
     return [PageLatents(), AbsorbLatents()]
 
 
-def onnx_fusions(*, join_linears: bool) -> list[Pass]:
-    """Quantized program → the program that `model.onnx` is emitted from.
+def onnx_fusions(*, join_linears: bool, cache: OnnxCache) -> list[Pass]:
+    """Quantized program → the program that `model.onnx` is emitted from, with such a cache.
 
     join_linears: for a graph that says a quantized linear in operators of its own, and not step by step.
     """
-    return [AttendLatents(), *([JoinLinears()] if join_linears else [])]
+    caches: dict[OnnxCache, list[Pass]] = {
+        OnnxCache.LATENT: [AttendLatents()],
+        OnnxCache.HALVES: [HalveCaches(), AttendLatents(), AttendHalves()],
+        OnnxCache.EXPANDED: [ExpandCaches()],
+    }
+    return [*caches[cache], *([JoinLinears()] if join_linears else [])]

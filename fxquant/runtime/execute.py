@@ -114,9 +114,14 @@ def prefill_inputs(
     caches = [node.meta["val"] for node in cache_inputs(program)]
     positions = torch.arange(length).expand(batch, length)
     mask = torch.ones_like(ids) if mask is None else mask
-    return [ids, mask, positions, *(torch.zeros(batch, 0, val.shape[2], dtype=dtype) for val in caches)]
+    return [ids, mask, positions, *(torch.zeros(cache_shape(val, batch, 0), dtype=dtype) for val in caches)]
 
 
 def cache_inputs(program: Program) -> list[fx.Node]:
-    """The placeholders of the latent caches, in layer order."""
+    """The placeholders of the caches, in layer order."""
     return [node for node in program.graph.graph.nodes if node.op == "placeholder"][3:]
+
+
+def cache_shape(traced: Tensor, batch: int, past: int) -> list[int]:
+    """Shape of a cache: rows first, tokens last but one, as in [B, T, width] and [B, H, T, width]."""
+    return [batch, *traced.shape[1:-2], past, traced.shape[-1]]

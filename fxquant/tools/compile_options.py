@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fxquant.engines.onnx_cache import OnnxCache
 from fxquant.engines.onnx_profile import DEFAULT as DEFAULT_PROFILE
 from fxquant.engines.onnx_profile import OnnxProfile
 from fxquant.engines.table import Target
@@ -101,6 +102,22 @@ OnnxProfileName = Annotated[
         autocompletion=one_of(*OnnxProfile),
     ),
 ]
+OnnxCacheName = Annotated[
+    str | None,
+    typer.Option(
+        metavar="CACHE",
+        help=f"What an ONNX graph keeps of the tokens so far: {_one_of(list(OnnxCache))}. "
+        f"[dim]default: {OnnxCache.LATENT}[/]",
+        autocompletion=one_of(*OnnxCache),
+    ),
+]
+OnnxLastLogits = Annotated[
+    bool,
+    typer.Option(
+        "--onnx-last-logits",
+        help="Give an ONNX graph an input num_logits_to_keep: 1 for the logits of the last token alone, 0 for all.",
+    ),
+]
 CalibrationFile = Annotated[
     Path | None,
     typer.Option(
@@ -180,6 +197,11 @@ def parse_target(name: str) -> Target:
 def parse_profile(name: str | None) -> OnnxProfile | None:
     """The ONNX profile of that name."""
     return None if name is None else choice("--onnx-profile", name, OnnxProfile)
+
+
+def parse_cache(name: str | None) -> OnnxCache | None:
+    """The ONNX cache of that name."""
+    return None if name is None else choice("--onnx-cache", name, OnnxCache)
 
 
 def parse_workers(kind: str, jobs: int | None, address: str | None) -> "Workers":

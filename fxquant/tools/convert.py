@@ -12,11 +12,14 @@ from fxquant.tools.compile_options import (
     Force,
     GraphOnly,
     Jobs,
+    OnnxCacheName,
+    OnnxLastLogits,
     OnnxProfileName,
     Ranks,
     Restart,
     Silent,
     Verify,
+    parse_cache,
     parse_profile,
     parse_target,
     parse_workers,
@@ -58,6 +61,8 @@ def command(
         ),
     ] = None,
     onnx_profile: OnnxProfileName = None,
+    onnx_cache: OnnxCacheName = None,
+    onnx_last_logits: OnnxLastLogits = False,
     export: Export = True,
     verify: Verify = True,
     jobs: Jobs = None,
@@ -89,6 +94,8 @@ def command(
         graph_only,
         against,
         parse_profile(onnx_profile),
+        parse_cache(onnx_cache),
+        onnx_last_logits,
     )
     verification = report.verification
     if as_json:

@@ -6,6 +6,7 @@ from pathlib import Path
 from fxquant.checkpoint.checkpoint import open_checkpoint
 from fxquant.compilation.options import onnx_form
 from fxquant.engines.contract import load_contract
+from fxquant.engines.onnx_cache import OnnxCache
 from fxquant.engines.onnx_profile import OnnxProfile
 from fxquant.engines.table import Target
 from fxquant.errors import FxquantError
@@ -56,6 +57,8 @@ def convert(
     graph_only: bool = False,
     against: str | Path | None = None,
     onnx_profile: OnnxProfile | None = None,
+    onnx_cache: OnnxCache | None = None,
+    onnx_last_logits: bool = False,
 ) -> ConvertReport:
     """Write the weights of `out` in another target's format, integers unchanged, and the matching graph.
 
@@ -63,7 +66,7 @@ def convert(
     Raises FxquantError if that format cannot hold them, with the command that quantizes again.
     """
     folder, target = Path(out), Target(target)
-    form = onnx_form(target, onnx_profile)
+    form = onnx_form(target, onnx_profile, onnx_cache, onnx_last_logits)
     new = Path(into) if into else Path(f"{folder.resolve().name}-{target}")
     with stopping():
         destination = open_destination(new, force, [Input("the folder to convert", folder)])

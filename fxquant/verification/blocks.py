@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, fx
 
 from fxquant.program.program import Program
-from fxquant.runtime.execute import cache_inputs, call
+from fxquant.runtime.execute import cache_inputs, cache_shape, call
 from fxquant.runtime.weight_providers import Read, load
 
 BATCH, SEQUENCE, PAST = 2, 12, 5
@@ -24,7 +24,7 @@ def probe_inputs(program: Program, seed: int = 0) -> dict[str, Any]:
     names = [node.name for node in program.graph.graph.nodes if node.op == "placeholder"][:3]
     values = dict(zip(names, (ids, mask, positions), strict=True))
     for node in cache_inputs(program):
-        values[node.name] = torch.randn(BATCH, PAST, node.meta["val"].shape[2], generator=generator)
+        values[node.name] = torch.randn(cache_shape(node.meta["val"], BATCH, PAST), generator=generator)
     return values
 
 

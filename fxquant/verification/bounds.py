@@ -94,19 +94,41 @@ def _mla_attention(call: fx.Node, value: Value, expected: Tensor) -> Tensor:
     heads, v_head_dim, scale = (operand(call, name) for name in ("num_heads", "v_head_dim", "softmax_scale"))
     q, kv = (x.double().unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, kv))
     keys = torch.cat((kv[..., :-v_head_dim], k_rope.double().unsqueeze(1).expand(-1, heads, -1, -1)), -1)
-    queries, total = q.shape[2], kv.shape[2]
+    return _attended(q, keys, kv[..., -v_head_dim:], mask, scale)
+
+
+def _attended(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """q [B, H, S, width], keys [B, H, T, width], values [B, H, T, v] → [B, S, H·v]."""
+    queries, total = q.shape[2], keys.shape[2]
     visible = torch.ones(queries, total, dtype=torch.bool).tril(total - queries) & (mask[:, None, None, :] != 0)
     wide = torch.finfo(torch.float64).min
     weights = (q @ keys.transpose(-1, -2) * scale).masked_fill(~visible, wide).softmax(-1)
     magnitude = (q.abs() @ keys.abs().transpose(-1, -2) * scale).masked_fill(~visible, 0).amax(-1, keepdim=True)
     relative = torch.expm1(4 * (q.shape[-1] + 4) * U * magnitude) + (2 * total + 16) * U
-    return (relative * (weights @ kv[..., -v_head_dim:].abs())).transpose(1, 2).flatten(2)
+    return (relative * (weights @ values.abs())).transpose(1, 2).flatten(2)
 
 
 def _attend_latents(call: fx.Node, value: Value, expected: Tensor) -> Tensor:
     """As `_mla_attention`; keys, values and absorbed queries are sums of their own, of what their terms add up to."""
-    names = ("q", "c_kv", "k_rope", "kv_b_weight", "attention_mask")
-    q, c_kv, k_rope, weight, mask = values_of(call, value, *names)
+    return _latents(call, value, *values_of(call, value, "c_kv", "k_rope"))
+
+
+def _attend_halves(call: fx.Node, value: Value, expected: Tensor) -> Tensor:
+    """The same sums, in two parts each."""
+    latents = torch.cat(values_of(call, value, "key", "value"), -1).squeeze(1)
+    rank = values_of(call, value, "kv_b_weight")[0].shape[1]
+    return _latents(call, value, latents[..., :rank], latents[..., rank:])
+
+
+def _attend_heads(call: fx.Node, value: Value, expected: Tensor) -> Tensor:
+    """As `_mla_attention`."""
+    q, keys, values, mask = values_of(call, value, "q", "key", "value", "attention_mask")
+    q = q.double().unflatten(-1, (keys.shape[1], -1)).transpose(1, 2)
+    return _attended(q, keys.double(), values.double(), mask, operand(call, "softmax_scale"))
+
+
+def _latents(call: fx.Node, value: Value, c_kv: Tensor, k_rope: Tensor) -> Tensor:
+    q, weight, mask = values_of(call, value, "q", "kv_b_weight", "attention_mask")
     heads, v_head_dim, scale = (operand(call, name) for name in ("num_heads", "v_head_dim", "softmax_scale"))
     q, c_kv, k_rope = q.double().unflatten(-1, (heads, -1)).transpose(1, 2), c_kv.double(), k_rope.double()
     w_uk, w_uv = weight.double().unflatten(0, (heads, -1)).tensor_split((-v_head_dim,), 1)
@@ -188,6 +210,10 @@ RULES: dict[tuple[Any, int | None], Rule] = {
     (ops.rope, None): _rope,
     (ops.mla_attention, None): _mla_attention,
     (ops.attend_latents, None): _attend_latents,
+    (ops.attend_halves, None): _attend_halves,
+    (ops.attend_heads, None): _attend_heads,
+    (ops.expand_heads, 0): _relative(0),
+    (ops.expand_heads, 1): _relative(0),
     (ops.quantize_per_token, 1): _relative(2),
     (ops.dequantize_static, None): _relative(4),
     (ops.dequantize_per_token, None): _dequantize_per_token,

@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from fxquant.checkpoint.checkpoint import Checkpoint
+from fxquant.engines.onnx_cache import OnnxCache
 from fxquant.engines.table import ENGINES, Target
 from fxquant.errors import FxquantError
 from fxquant.inputs.json_file import read_json, read_text
 from fxquant.inputs.limits import GRAPH_BYTES, INDEX_BYTES
 from fxquant.inputs.validation import cut
-from fxquant.lowering.output_folder.copies import copied_files
+from fxquant.lowering.onnx.genai_config import GENERATION, genai_config
+from fxquant.lowering.onnx.required import stored_form
+from fxquant.lowering.output_folder.copies import GENAI_CONFIG, copied_files
 from fxquant.lowering.output_folder.description import description, document_text, engine_config
 from fxquant.lowering.output_folder.layout import FileLayout, StoredTensor
 from fxquant.lowering.output_folder.manifest import GRAPH
@@ -72,7 +75,7 @@ class Documents:
 def documents(
     program: Program, folder: Path, stored: list[StoredTensor], files: WeightFiles, target: Target
 ) -> Documents:
-    """config.json, description, and the index, for several weight files or if it exists."""
+    """config.json, description, the index for several weight files or if it exists, and genai_config.json of halves."""
     engine = ENGINES[target]
     described = description(program, [FileLayout("", tuple(stored))], engine)
     expected = {
@@ -84,7 +87,17 @@ def documents(
         weight_map = {name: info.file.name for name, info in sorted(files.infos.items())}
         total = sum(info.nbytes for info in files.infos.values())
         expected[engine.index] = ({"metadata": {"total_size": total}, "weight_map": weight_map}, "the files say")
+    if not engine.npu_graph and _in_halves(folder):
+        expected[GENAI_CONFIG] = (genai_config(program, folder), f"the graph and {GENERATION} say")
     return Documents(folder, expected)
+
+
+def _in_halves(folder: Path) -> bool:
+    """Whether the cache of its model.onnx is; the check of that file says why it can't be read."""
+    try:
+        return stored_form(folder).cache is OnnxCache.HALVES
+    except FxquantError:
+        return False
 
 
 def json_text(value: Any) -> str:

@@ -12,6 +12,7 @@ from fxquant.lowering.ascend.deployment import deployment
 from fxquant.lowering.onnx.chain import BlockChain
 from fxquant.lowering.onnx.deployment import deployment as onnx_deployment
 from fxquant.lowering.onnx.extract import operator_session
+from fxquant.lowering.onnx.last_logits import KEEP_ALL
 from fxquant.lowering.onnx.required import require_model, stored_form
 from fxquant.lowering.output_folder.weight_files import WeightFiles
 from fxquant.program.operands import operand_node
@@ -110,10 +111,10 @@ class OnnxChecker:
     def check(self, block: str, values: dict[str, Any]) -> None:
         if not self._emitted.ok:
             return
-        names = self._blocks[block]
+        names, values = self._blocks[block], values | KEEP_ALL
         self._run(names, values)
         for name in names:
-            if self._nodes[name].target == ops.attend_latents:
+            if self._nodes[name].target in (ops.attend_latents, ops.attend_halves):
                 queries = operand_node(self._nodes[name], "q").name
                 self._run([name], values | {key: values[key][:, -1:] for key in (queries, name)})
         if self._chain is not None:

@@ -125,7 +125,7 @@ def verify_output(
         partial=bool(uncompared),
         noise=noise,
         end_to_end=end_to_end,
-        unread=_unread(output, again, manifest is None, claimed) | uncompared,
+        unread=_unread(output, said, again, manifest is None, claimed) | uncompared,
     )
 
 
@@ -172,14 +172,14 @@ def _noise(output: _Output) -> Divergence | None:
     return last_bit_noise(output.program, Cached(output.files.read, SAMPLE_ABOVE), inputs, NOISE_SEEDS)
 
 
-def _unread(output: _Output, again: Remade, alone: bool, claimed: bool) -> dict[str, str]:
+def _unread(output: _Output, said: Documents, again: Remade, alone: bool, claimed: bool) -> dict[str, str]:
     parts = {} if claimed else UNCLAIMED
     if output.sampled and not ENGINES[output.target].npu_graph:
         parts = parts | NOT_RUN
     if not alone:
         return unread_with(output.folder) | parts
     source = output.source
-    known = {info.file.name for info in output.files.infos.values()}
+    known = {info.file.name for info in output.files.infos.values()} | set(said.expected)
     known |= {ROTATION_FILE} if output.program.stream else set()
     known |= set(copied_files(source)) if source is not None else set()
     rotated = source is not None and bool(source.transforms.rotations)

@@ -9,4 +9,5 @@ from fxquant.program.program import Program
 
 def deployment(program: Program, form: OnnxForm) -> Deployment:
     """The program that the ONNX writer emits for a form."""
-    return deploy(program, lambda _: onnx_fusions(join_linears=form.profile is not OnnxProfile.INTEGER))
+    join_linears = form.profile is not OnnxProfile.INTEGER
+    return deploy(program, lambda _: onnx_fusions(join_linears=join_linears, cache=form.cache))

@@ -119,9 +119,8 @@ class WholeModel:
     def __init__(self, model: ModelProto) -> None:
         graph = model.graph
         self._types = {info.name: info for info in (*graph.input, *graph.value_info, *graph.output)}
-        self.placeholders = {
-            input_.name: prop.value for input_ in graph.input for prop in input_.metadata_props if prop.key == "fx"
-        }
+        self.placeholders = dict(_named_by_fx(graph.input))
+        self._sources = self.placeholders | dict(_named_by_fx(graph.value_info))
         self.initializers = {initializer.name for initializer in graph.initializer}
 
     def unit(self, name: str, nodes: list[NodeProto]) -> _Part:
@@ -129,9 +128,7 @@ class WholeModel:
         outside = [read for read in reads if read not in self.initializers]
         feeds = {read: f"{name}:{index}" for index, read in enumerate(outside)}
         outputs = [output for node in nodes for output in node.output if output and self._is_value(output)]
-        unit = Unit(
-            name, tuple((feed, self.placeholders.get(read, read)) for read, feed in feeds.items()), tuple(outputs)
-        )
+        unit = Unit(name, tuple((feed, self._sources.get(read, read)) for read, feed in feeds.items()), tuple(outputs))
         inputs = [self.typed(read, feed) for read, feed in feeds.items()]
         for node in nodes:
             _rename(node, feeds)
@@ -157,6 +154,11 @@ def outside_reads(nodes: Iterable[NodeProto]) -> list[str]:
     nodes = list(nodes)
     own = {output for node in nodes for output in node.output}
     return list(dict.fromkeys(read for node in nodes for read in _reads(node) if read not in own))
+
+
+def _named_by_fx(infos: Iterable[ValueInfoProto]) -> Iterator[tuple[str, str]]:
+    """Values that have the name of an fx node in their metadata, and not as their own."""
+    return ((info.name, prop.value) for info in infos for prop in info.metadata_props if prop.key == "fx")
 
 
 def _graphs(node: NodeProto) -> Iterator[GraphProto]:

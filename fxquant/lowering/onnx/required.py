@@ -3,13 +3,14 @@
 A session follows all paths, operators and sizes in a model; the emitted model names only the folder's weight files.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import onnx
 import onnx_ir as ir
 from google.protobuf.message import DecodeError
 
+from fxquant.engines.onnx_cache import OnnxCache
 from fxquant.engines.onnx_form import OnnxForm
 from fxquant.engines.onnx_profile import OnnxProfile
 from fxquant.errors import FxquantError
@@ -58,12 +59,19 @@ def stored_form(folder: Path) -> OnnxForm:
     """The form of `folder/model.onnx`, by its metadata. Raises FxquantError for a choice that fxquant does not know."""
     place = folder / FILE
     said = {prop.key: str(prop.value) for prop in read_model(place).metadata_props}
-    choices = {"profile": [*map(str, OnnxProfile)], "inline": ["true", "false"]}
+    either = ["true", "false"]
+    choices: dict[str, Sequence[str]] = {
+        "profile": list(OnnxProfile),
+        "cache": list(OnnxCache),
+        "last_logits": either,
+        "inline": either,
+    }
     for key, values in choices.items():
         if said.get(key, "") not in values:
             fact = f"its metadata say the {key} {said.get(key, '')[:50]!r}, which fxquant does not know."
             raise FxquantError(place, fact, AGAIN)
-    return OnnxForm(OnnxProfile(said["profile"]), inline=said["inline"] == "true")
+    profile, cache = OnnxProfile(said["profile"]), OnnxCache(said["cache"])
+    return OnnxForm(profile, cache, said["last_logits"] == "true", said["inline"] == "true")
 
 
 def _difference(stored: onnx.ModelProto, emitted: onnx.ModelProto) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 from fxquant.engines.table import onnx_targets
 from fxquant.errors import FxquantError
@@ -80,6 +81,10 @@ class CacheInput:
         """The axis of the tokens so far."""
         return self.shape.index(None, 1)
 
+    def sizes(self, batch: int, tokens: int) -> list[int]:
+        """Shape of the cache of so many rows and tokens."""
+        return [batch, *(tokens if size is None else size for size in self.shape[1:])]
+
 
 class OnnxRunner:
     """The `model.onnx` of a folder, its weight files beside it.
@@ -105,11 +110,8 @@ class OnnxRunner:
         self._tokens = [input_.name for input_ in inputs[:TOKENS]]
         self._caches = [_cache(input_) for input_ in inputs if input_.name.startswith(PAST)]
         self._presents = [PRESENT + cache.name.removeprefix(PAST) for cache in self._caches]
-        self._constant = {
-            input_.name: np.full([1] * len(input_.shape), int(last_logits), dtype=np.int64)
-            for input_ in inputs
-            if input_.name == LAST
-        }
+        kept = next((input_ for input_ in inputs if input_.name == LAST), None)
+        self._keep = None if kept is None else np.full([1] * len(kept.shape), int(last_logits), dtype=np.int64)
         self.past_axes = [cache.past_axis for cache in self._caches]
 
     def __call__(
@@ -118,19 +120,26 @@ class OnnxRunner:
         """ids, positions int64 [B, S]; mask int64 [B, T]; past: caches of T - S tokens, as float32 latents
         [B, T - S, width], in the order, dtypes and shapes of the graph's inputs.
 
-        → logits float32 [B, S, vocabulary], or [B, 1, vocabulary] with `last_logits`; caches of T tokens.
+        → logits float32 [B, S, vocabulary], or [B, 1, vocabulary] with `last_logits`; caches of T tokens. Nothing is
+        copied: the session reads these tensors, and the results are its own.
         """
+        binding = self._session.io_binding()
         names = [*self._tokens, *(cache.name for cache in self._caches)]
-        feeds = zip(names, (ids, mask, positions, *past), strict=True)
-        given = {name: np.ascontiguousarray(value.numpy()) for name, value in feeds}
-        results = self._session.run(["logits", *self._presents], given | self._constant)
-        logits, *presents = (torch.from_numpy(result) for result in results)
+        for name, value in zip(names, (ids, mask, positions, *past), strict=True):
+            binding.bind_cpu_input(name, np.ascontiguousarray(value.numpy()))
+        if self._keep is not None:
+            binding.bind_cpu_input(LAST, self._keep)
+        results = ("logits", *self._presents)
+        for name in results:
+            binding.bind_output(name)
+        self._session.run_with_iobinding(binding)
+        values = binding.get_outputs_as_ortvaluevector()
+        logits, *presents = (from_dlpack(values.dlpack_at(index)) for index in range(len(results)))
         return logits, presents
 
     def empty_cache(self, batch: int) -> list[Tensor]:
         """`past` for the first call."""
-        shapes = [(batch, *(size or 0 for size in cache.shape[1:])) for cache in self._caches]
-        return [torch.zeros(shape, dtype=cache.dtype) for shape, cache in zip(shapes, self._caches, strict=True)]
+        return [torch.zeros(cache.sizes(batch, 0), dtype=cache.dtype) for cache in self._caches]
 
     def prefill(self, ids: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Logits and caches of unpadded `ids` int64 [batch, length]."""

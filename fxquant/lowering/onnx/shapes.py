@@ -4,7 +4,7 @@ The shape rules run twice, for two choices of batch, sequence and past: a dimens
 fixed. So nothing depends on how the graph was created or read back.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import onnx_ir as ir
@@ -70,6 +70,14 @@ class Shapes:
     def __getitem__(self, node: fx.Node) -> Any:
         return self._metas[node]
 
+    def rename(self, node: fx.Node, dimension: str, name: str) -> None:
+        """Call a named dimension of the value, or of all results, otherwise."""
+        metas = tuple(
+            replace(meta, dims=tuple(name if dim == dimension else dim for dim in meta.dims))
+            for meta in self.outputs(node)
+        )
+        self._metas[node] = metas if isinstance(self._metas[node], tuple) else metas[0]
+
     def outputs(self, node: fx.Node) -> tuple[Meta, ...]:
         """Metas of all results, a tuple also for calls with one result."""
         metas = self._metas[node]
@@ -91,9 +99,11 @@ def _run(program: Program, sample: int) -> dict[fx.Node, Any]:
 
 
 def _input(node: fx.Node, index: int, sample: int) -> torch.Tensor:
-    second = "past" if index >= FIRST_CACHE else "total" if index == 1 else "sequence"
     meta = node.meta["val"]
-    sizes = [SIZES["batch"][sample], SIZES[second][sample], *(int(size) for size in meta.shape[2:])]
+    sizes = [SIZES["batch"][sample], *(int(size) for size in meta.shape[1:])]
+    # the axis of tokens is the last but one of a cache
+    axis, second = (meta.dim() - 2, "past") if index >= FIRST_CACHE else (1, "total" if index == 1 else "sequence")
+    sizes[axis] = SIZES[second][sample]
     return torch.empty(sizes, dtype=meta.dtype, device="meta")
 
 

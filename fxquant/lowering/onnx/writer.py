@@ -8,6 +8,7 @@ import onnx_ir as ir
 from torch import fx
 
 from fxquant import ops
+from fxquant.engines.onnx_cache import OnnxCache
 from fxquant.engines.onnx_form import OnnxForm
 from fxquant.errors import FxquantError
 from fxquant.lowering.onnx.builder import DOMAIN, IR_VERSION, OPSET, Builder
@@ -16,6 +17,7 @@ from fxquant.lowering.onnx.description import Provenance, described
 from fxquant.lowering.onnx.experts import Experts
 from fxquant.lowering.onnx.function_table import FunctionTable
 from fxquant.lowering.onnx.initializers import Initializers, View
+from fxquant.lowering.onnx.last_logits import KEPT, NAME, Head, count_input, find_head, keep_last
 from fxquant.lowering.onnx.node_lowering import NodeLowering
 from fxquant.lowering.onnx.regions import Region, find_regions
 from fxquant.lowering.onnx.shapes import FIRST_CACHE, Meta, Shapes
@@ -34,8 +36,10 @@ def write_onnx(
     """Write `folder/model.onnx` and return its path.
 
     tensors  name on disk → its place; every file is in `folder`, and the model refers to its bytes
-    inputs   input_ids, attention_mask, position_ids int64; past_key_values.{i}.latent float32 [batch, past, width]
-    outputs  logits float32 [batch, sequence, vocabulary], present.{i}.latent [batch, total, width]
+    inputs   input_ids, attention_mask, position_ids int64; past_key_values.{i}.latent float32 [batch, past, width],
+             or past_key_values.{i}.key and .value [batch, heads, past, width], as `form.cache` says
+             and, if `form.last_logits`, num_logits_to_keep int64 []: of the last tokens, 0 of all
+    outputs  logits float32 [batch, sequence, vocabulary], present.{i}.latent [batch, total, width], and so on
 
     Inner values have the names of the fx nodes. Raises FxquantError for an operator that has no ONNX form.
     """
@@ -62,25 +66,31 @@ def build_model(program: Program, tensors: Mapping[str, TensorInfo], form: OnnxF
     experts = Experts(program, initializers, functions)
     regions = list(find_regions(program, shapes))
     inside = {node: region for region in regions for node in region.nodes}
+    head, count = find_head(program, shapes) if form.last_logits else None, count_input()
+    for node in head.calls if head is not None else ():
+        shapes.rename(node, "sequence", KEPT)
     inputs: list[ir.Value] = []
     outputs: list[ir.Value] = []
     for node in program.graph.graph.nodes:
         if node.op == "placeholder":
-            inputs.append(_input(node, len(inputs), shapes[node]))
+            inputs.append(_input(node, _name(node, len(inputs), form.cache), shapes[node]))
             lowering.values[node] = inputs[-1]
         elif node.op == "output":
-            outputs = _outputs(lowering, program)
+            outputs = _outputs(lowering, program, form.cache)
         elif node.op == "call_function":
             _lower(lowering, experts, node, inside.get(node))
+        if head is not None and node is head.hidden:
+            _keep_last(lowering, head, count)
     graph = ir.Graph(
-        inputs,
+        inputs if head is None else [*inputs, count],
         outputs,
         nodes=lowering.builder.nodes,
         initializers=initializers.values,
         opset_imports={"": OPSET} | ({} if form.inline else {DOMAIN: 1}),
         name="fxquant",
     )
-    notes = {"producer": "fxquant", "profile": form.profile.value, "inline": str(form.inline).lower()}
+    notes = {"producer": "fxquant", "profile": form.profile.value, "cache": form.cache.value}
+    notes |= {"last_logits": str(form.last_logits).lower(), "inline": str(form.inline).lower()}
     notes |= {"operators": _census(program), "numerics": form.numerics}
     return ir.Model(
         graph,
@@ -102,22 +112,42 @@ def _lower(lowering: NodeLowering, experts: Experts, node: fx.Node, region: Regi
         lowering.lower(node)
 
 
+def _keep_last(lowering: NodeLowering, head: Head, count: ir.Value) -> None:
+    """What the calls of `head` read from here on."""
+    name, meta = head.hidden.name, lowering.shapes[head.hidden]
+    lowering.builder.enter(f"{name}/{NAME}/")
+    kept = keep_last(lowering.builder, lowering.values[head.hidden], count)
+    kept.dtype, kept.shape = meta.onnx_dtype, ir.Shape(["batch", KEPT, *meta.shape[2:]])
+    kept.metadata_props["fx"] = name
+    lowering.values[head.hidden] = kept
+
+
 def _census(program: Program) -> str:
     counts = Counter(operator_name(node) for node in program.graph.graph.nodes if node.op == "call_function")
     counts.pop("getitem", None)
     return ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))
 
 
-def _input(node: fx.Node, index: int, meta: Meta) -> ir.Value:
+def _name(node: fx.Node, index: int, cache: OnnxCache) -> str:
+    """Of the input with that index."""
+    return node.name if index < FIRST_CACHE else f"past_key_values.{_part(index - FIRST_CACHE, cache)}"
+
+
+def _part(index: int, cache: OnnxCache) -> str:
+    """Layer and part of the cache tensor with that index."""
+    layer, part = divmod(index, len(cache.parts))
+    return f"{layer}.{cache.parts[part]}"
+
+
+def _input(node: fx.Node, name: str, meta: Meta) -> ir.Value:
     """A graph input; `fx` in its metadata is the placeholder's name."""
-    name = node.name if index < FIRST_CACHE else f"past_key_values.{index - FIRST_CACHE}.latent"
     return ir.Value(name=name, shape=meta.shape, type=ir.TensorType(meta.onnx_dtype), metadata_props={"fx": node.name})
 
 
-def _outputs(lowering: NodeLowering, program: Program) -> list[ir.Value]:
+def _outputs(lowering: NodeLowering, program: Program, cache: OnnxCache) -> list[ir.Value]:
     results = []
     for index, output in enumerate(program.graph.results):
-        name = "logits" if index == 0 else f"present.{index - 1}.latent"
+        name = "logits" if index == 0 else f"present.{_part(index - 1, cache)}"
         value = lowering.value(output)
         if any(other.name == name and other is not output for other in program.graph.graph.nodes):
             raise FxquantError(name, "a node has the name of this output.", "Rename the module or attribute.")

@@ -20,6 +20,8 @@ LEGAL = ("LICENSE", "LICENCE", "NOTICE")
 CARD, README = "MODEL_CARD.md", "README.md"
 """The source's README.md is its model card. Under that name it would be taken for a description of the output."""
 OWN = ("fxquant_", *description_stems())
+GENAI_CONFIG = "genai_config.json"
+"""Says how a model.onnx is run, which is not the source's."""
 LARGEST_PAGE = 16 << 20
 DAMAGED = "Copy the file again, or compile again with --force: damaged parts are made again from the source."
 
@@ -45,7 +47,7 @@ def left_out_code(checkpoint: Checkpoint) -> list[str]:
 def is_copied(name: str) -> bool:
     """Whether it is a tokenizer file, a licence or the like: neither the config, which is rewritten, nor an index or
     our own. Remote code is known by `auto_map` alone."""
-    own = name == "config.json" or name.endswith(".index.json") or name.startswith(OWN)
+    own = name in ("config.json", GENAI_CONFIG) or name.endswith(".index.json") or name.startswith(OWN)
     return not own and (name.endswith(COPIED_SUFFIXES) or name in COPIED or name.startswith(LEGAL))
 
 

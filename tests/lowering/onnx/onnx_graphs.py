@@ -20,6 +20,7 @@ from fxquant.engines.onnx_profile import OnnxProfile
 from fxquant.lowering.onnx import write_onnx
 from fxquant.lowering.onnx.deployment import deployment
 from fxquant.lowering.onnx.extract import operator_session
+from fxquant.lowering.onnx.last_logits import KEEP_ALL
 from fxquant.lowering.onnx.runner import OnnxRunner
 from fxquant.models import DecoderLayer
 from fxquant.passes import AssignSchemes, Calibrate, pipeline, run_passes
@@ -159,7 +160,7 @@ def expert_bound(node: fx.Node, values: dict[fx.Node, Any]) -> Tensor:
 def assert_operators_agree(emitted: Emitted, inputs: list[Tensor]) -> set[str]:
     """Feed every operator what the fx graph feeds it; → names of the values that were compared."""
     values = node_values(emitted, inputs)
-    named = {node.name: value for node, value in values.items()}
+    named = KEEP_ALL | {node.name: value for node, value in values.items()}
     compared: set[str] = set()
     for nodes in blocks(emitted.program).values():
         session = operator_session(emitted.folder, [node.name for node in nodes])

@@ -8,13 +8,14 @@ from inspect import cleandoc
 from typing import Any
 
 from fxquant.lowering.onnx.builder import Body
-from fxquant.lowering.onnx.functions import attention, dense, latent_attention, moe, qdq, quantized
+from fxquant.lowering.onnx.functions import attention, dense, heads_attention, latent_attention, moe, qdq, quantized
 from fxquant.ops import REFERENCES
 
 BODIES: dict[Any, Body] = {
     **dense.BODIES,
     **attention.BODIES,
     **latent_attention.BODIES,
+    **heads_attention.BODIES,
     **moe.BODIES,
     **quantized.BODIES,
     **qdq.BODIES,

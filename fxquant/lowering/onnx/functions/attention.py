@@ -9,6 +9,7 @@ from fxquant import ops
 from fxquant.lowering.onnx.builder import FLOAT, Body, Builder
 
 HEADS_FIRST = [0, 2, 1, 3]
+COLUMNS = [0, 1, 3, 2]
 
 
 def rope_table(b: Builder, position_ids: ir.Value, inv_freq: list[float], scale: float) -> tuple[ir.Value, ...]:
@@ -40,7 +41,7 @@ def mla_attention(
     q_nope, q_rope = b.split_last(queries, head - width, width)
     keys = b.op("Transpose", b.reshape_last(kv, 1, num_heads, head - width + v_head_dim), perm=HEADS_FIRST)
     k_nope, value = b.split_last(keys, head - width, v_head_dim)
-    scores = b.op("MatMul", q_nope, b.op("Transpose", k_nope, perm=[0, 1, 3, 2]))
+    scores = b.op("MatMul", q_nope, b.op("Transpose", k_nope, perm=COLUMNS))
     shared = b.op("Unsqueeze", b.op("Transpose", k_rope, perm=[0, 2, 1]), b.ints(1))
     scores = b.op("Add", scores, b.op("MatMul", q_rope, shared))
     context = b.op("MatMul", softmax(b, scores, visible_keys(b, attention_mask, q), softmax_scale), value)
