@@ -3,9 +3,10 @@
 import pytest
 
 from fxquant import CompileOptions, FxquantError
+from fxquant.engines.onnx_cache import OnnxCache
 from fxquant.engines.onnx_profile import OnnxProfile
 from fxquant.engines.table import Target
-from fxquant.tools.compile_options import parse_profile, parse_size
+from fxquant.tools.compile_options import parse_cache, parse_profile, parse_size
 
 SIZES = {"4GiB": 4 << 30, "500MB": 500_000_000, "1000000": 1_000_000, "1.5kB": 1500}
 
@@ -48,3 +49,14 @@ def test_a_profile_is_of_onnx_graphs_alone() -> None:
         CompileOptions(target=Target.ASCEND, onnx_profile=OnnxProfile.INTEGER)
     with pytest.raises(FxquantError, match="Did you mean integer"):
         parse_profile("intger")
+
+
+def test_a_cache_and_last_logits_are_of_onnx_graphs_alone() -> None:
+    form = CompileOptions(target=Target.ONNX, onnx_cache=OnnxCache.HALVES, onnx_last_logits=True).onnx_form()
+    assert (form.cache, form.last_logits) == (OnnxCache.HALVES, True)
+    with pytest.raises(FxquantError, match="--onnx-cache halves: target ascend has no ONNX graph"):
+        CompileOptions(target=Target.ASCEND, onnx_cache=OnnxCache.HALVES)
+    with pytest.raises(FxquantError, match="--onnx-last-logits: target ascend has no ONNX graph"):
+        CompileOptions(target=Target.ASCEND, onnx_last_logits=True)
+    with pytest.raises(FxquantError, match="Did you mean halves"):
+        parse_cache("halfs")

@@ -13,7 +13,8 @@ from tiny import FEW_MODULES
 from typer.testing import CliRunner
 
 from fxquant import CompileOptions, FxquantError
-from fxquant.api import compile, convert
+from fxquant.api import compile, convert, verify
+from fxquant.engines.onnx_cache import OnnxCache
 from fxquant.engines.onnx_profile import OnnxProfile
 from fxquant.engines.table import Target
 from fxquant.lowering.output_folder.manifest import MANIFEST, STAMPS, read_manifest
@@ -146,6 +147,22 @@ def test_a_profile_changes_the_graph_alone(compiled: Compiled, tmp_path: Path) -
     assert integer.verification is not None and integer.verification.ok
     assert different(qdq, integer.out) == ["model.onnx"]
     assert not different(qdq, convert(integer.out, Target.ONNX, tmp_path / "B", verify=False).out)
+
+
+def test_a_cache_in_halves_brings_a_config_that_verify_reads(compiled: Compiled, tmp_path: Path) -> None:
+    latent = compiled(Target.ONNX, TWO_LEVEL)
+    halves = convert(latent, Target.ONNX, tmp_path / "A", onnx_cache=OnnxCache.HALVES)
+    assert halves.verification is not None and halves.verification.ok
+    assert different(latent, halves.out) == ["genai_config.json", "model.onnx"]
+    config = halves.out / "genai_config.json"
+    config.write_text(config.read_text().replace('"type": "decoder"', '"type": "llama"'))
+    report = verify(halves.out)
+    assert not report.ok
+    misses = [miss for check in report.checks for miss in check.misses]
+    assert any("genai_config.json: model" in miss and "llama" in miss for miss in misses), misses
+    command = ["convert", str(latent), "--target", "onnx", "--onnx-cache", "expanded", "--onnx-last-logits"]
+    result = CliRunner().invoke(app, [*command, "-o", str(tmp_path / "B")], catch_exceptions=False)
+    assert result.exit_code == 0 and different(latent, tmp_path / "B") == ["model.onnx"], result.output
 
 
 def test_ranks_are_checked_and_written_down(compiled: Compiled, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from fxquant.passes import (
     run_passes,
 )
 from fxquant.policy.policy import load_policy, shipped_policies
+from fxquant.program.node_builder import Surgery
 from fxquant.program.program import Program
 from fxquant.runtime.execute import execute, prefill_inputs
 from fxquant.runtime.weight_providers import RecipeWeights
@@ -96,3 +97,13 @@ def integers_of(recipe: Recipe, module: str, checkpoint: Checkpoint) -> tuple[Te
     second = expected.get("weight_scale_second", torch.ones(len(codes), 1)).long()
     codes = codes * second.repeat_interleave(codes.shape[1] // second.shape[1], 1)
     return codes, expected["weight_scale"].flatten().double()
+
+
+def insert_after(program: Program, name: str, target: Any, *args: Any) -> fx.Node:
+    """Put `target(node, *args)` between the node of that name and its users."""
+    node = next(candidate for candidate in program.graph.graph.nodes if candidate.name == name)
+    users = list(node.users)
+    added = Surgery(program, users[0]).call(target, (node, *args), f"{name}_{target._opname}")
+    for user in users:
+        user.replace_input_with(node, added)
+    return added

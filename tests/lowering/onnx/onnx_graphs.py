@@ -26,7 +26,7 @@ from fxquant.models import DecoderLayer
 from fxquant.passes import AssignSchemes, Calibrate, pipeline, run_passes
 from fxquant.policy.policy import load_policy
 from fxquant.program.program import Program
-from fxquant.runtime.execute import call, execute, prefill_inputs
+from fxquant.runtime.execute import cache_shape, call, execute, prefill_inputs
 from fxquant.runtime.weight_providers import Cached, RecipeWeights, load
 from fxquant.storage.safetensors import read_header
 
@@ -75,7 +75,7 @@ def cached_inputs(program: Program, seed: int = 0) -> list[Tensor]:
     positions = (mask.cumsum(1) - 1).clamp(min=0)[:, past:]
     ids = integers(0, 100, batch, sequence, dtype=torch.int64, seed=seed)
     caches = prefill_inputs(program, ids)[3:]
-    return [ids, mask, positions, *(floats(batch, past, cache.shape[2], seed=seed + 1) for cache in caches)]
+    return [ids, mask, positions, *(floats(*cache_shape(cache, batch, past), seed=seed + 1) for cache in caches)]
 
 
 @torch.no_grad()
@@ -124,6 +124,13 @@ def bound(node: fx.Node, values: dict[fx.Node, Any]) -> Tensor | float:
         return (2 * largest * (width + 2) + kv.shape[1] + 20) * UNIT * kv.abs().max()
     if maker.target == ops.attend_latents:
         return latents_bound(args)
+    if maker.target == ops.attend_halves:
+        latents, rank = torch.cat(args[1:3], -1).squeeze(1), args[3].shape[1]
+        return latents_bound([args[0], latents[..., :rank], latents[..., rank:], *args[3:]])
+    if maker.target == ops.attend_heads:
+        q, key, heads_value, _, scale = args
+        largest = scale * key.shape[-1] * q.abs().max() * key.abs().max()
+        return (2 * largest * (key.shape[-1] + 2) + key.shape[2] + 20) * UNIT * heads_value.abs().max()
     if maker.target == ops.moe_experts:
         # A product of products: relative error of k + n sums on each side, at the size of the largest output.
         return 2 * (args[0].shape[-1] + args[3][0].shape[0]) * UNIT * value.abs().max()

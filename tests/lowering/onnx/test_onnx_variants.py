@@ -9,16 +9,15 @@ import pytest
 import torch
 from onnx_calls import floats
 from onnx_graphs import check_everything, emit, quantized
+from rewrites import insert_after
 from tiny import random_tensors, stored_tensors, tiny_config, write_checkpoint, write_shards
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from fxquant.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from fxquant.errors import FxquantError
 from fxquant.lowering.onnx import write_onnx
 from fxquant.lowering.onnx.runner import OnnxRunner
 from fxquant.models import DecoderLayer
-from fxquant.program.node_builder import Surgery
-from fxquant.program.program import Program
 
 ATEN = torch.ops.aten
 
@@ -60,16 +59,6 @@ def test_an_operator_without_onnx_form_is_named(tiny: Callable[..., Checkpoint],
     with pytest.raises(FxquantError, match=fact):
         emit(program, tiny(), tmp_path)
     assert not (tmp_path / "model.onnx").exists()
-
-
-def insert_after(program: Program, name: str, target: Any, *args: Any) -> fx.Node:
-    """Put `target(node, *args)` between the node of that name and its users."""
-    node = next(candidate for candidate in program.graph.graph.nodes if candidate.name == name)
-    users = list(node.users)
-    added = Surgery(program, users[0]).call(target, (node, *args), f"{name}_{target._opname}")
-    for user in users:
-        user.replace_input_with(node, added)
-    return added
 
 
 def test_an_operator_between_the_experts_is_part_of_them(tiny: Callable[..., Checkpoint], tmp_path: Path):
