@@ -13,13 +13,19 @@ SUPPORT = Path(__file__).parent
 PACKAGE, VERSION = "onnxruntime-genai", "0.18.0"
 
 
+def run_with_it(command: list[str], version: str = VERSION, given: str = "") -> subprocess.CompletedProcess[str]:
+    """Python with these arguments, and with the package; `given` on stdin."""
+    packages = installed(PACKAGE, version or newest(PACKAGE))
+    environment = os.environ | {"PYTHONPATH": str(packages), "ORT_DISABLE_TELEMETRY": "1"}
+    return subprocess.run(
+        [sys.executable, *command], input=given, env=environment, capture_output=True, text=True, check=False
+    )
+
+
 def greedy(folder: Path, prompts: list[list[int]], steps: int, version: str = VERSION) -> dict[str, Any]:
     """`version` of the package, or "words" where it stops, and "tokens": at most `steps` after each prompt."""
-    packages = installed(PACKAGE, version or newest(PACKAGE))
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(packages)]), "ORT_DISABLE_TELEMETRY": "1"}
-    command = [sys.executable, str(SUPPORT / "genai_process.py"), str(folder), str(steps)]
-    asked = json.dumps(prompts)
-    done = subprocess.run(command, input=asked, env=environment, capture_output=True, text=True, check=False)
+    command = [str(SUPPORT / "genai_process.py"), str(folder), str(steps)]
+    done = run_with_it(command, version, json.dumps(prompts))
     if done.returncode:
         return {"version": version, "words": done.stderr.strip().splitlines()[-1:]}
     answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

@@ -1,13 +1,14 @@
 """Released onnxruntime-genai generates what our own session does, from the folder as it is written."""
 
 import json
+import re
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
 import pytest
-from genai import VERSION, encoded, greedy
-from places import EXAMPLE
+from genai import VERSION, encoded, greedy, run_with_it
+from places import EXAMPLE, ROOT
 
 from fxquant import CompileOptions, compile, convert
 from fxquant.engines.onnx_cache import OnnxCache
@@ -63,6 +64,15 @@ def test_greedy_tokens_are_ours(folder: Callable[[OnnxProfile], Path], profile: 
     runner = OnnxRunner(folder(profile))
     for prompt, tokens in zip(prompts, answer["tokens"], strict=True):
         assert tokens == ours(runner, prompt)
+
+
+def test_the_script_of_the_documents(folder: Callable[[OnnxProfile], Path], tmp_path: Path) -> None:
+    (script,) = re.findall(r'```python title="genai.py"\n(.*?)```', (ROOT / "docs" / "onnx.md").read_text(), re.DOTALL)
+    (tmp_path / "genai.py").write_text(script)
+    done = run_with_it([str(tmp_path / "genai.py"), str(folder(OnnxProfile.QDQ)), "The engine reads"])
+    tokenizer, runner = open_tokenizer(EXAMPLE), OnnxRunner(folder(OnnxProfile.QDQ))
+    logits = runner.generate([BOS, *tokenizer.encode("The engine reads")], 20)
+    assert done.stdout == tokenizer.decode([int(one.argmax()) for one in logits]) + "\n", done.stderr
 
 
 def test_its_tokenizer_gives_the_same_ids_and_no_bos(folder: Callable[[OnnxProfile], Path]) -> None:
