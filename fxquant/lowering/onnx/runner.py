@@ -11,7 +11,6 @@ import numpy as np
 import onnx_ir as ir
 import torch
 from torch import Tensor
-from torch.utils.dlpack import from_dlpack
 
 from fxquant.engines.table import onnx_targets
 from fxquant.errors import FxquantError
@@ -110,31 +109,27 @@ class OnnxRunner:
         self._tokens = [input_.name for input_ in inputs[:TOKENS]]
         self._caches = [_cache(input_) for input_ in inputs if input_.name.startswith(PAST)]
         self._presents = [PRESENT + cache.name.removeprefix(PAST) for cache in self._caches]
-        kept = next((input_ for input_ in inputs if input_.name == LAST), None)
-        self._keep = None if kept is None else np.full([1] * len(kept.shape), int(last_logits), dtype=np.int64)
+        self._constant = {
+            input_.name: np.full([1] * len(input_.shape), int(last_logits), dtype=np.int64)
+            for input_ in inputs
+            if input_.name == LAST
+        }
         self.past_axes = [cache.past_axis for cache in self._caches]
 
     def __call__(
         self, ids: Tensor, mask: Tensor, positions: Tensor, past: Sequence[Tensor]
     ) -> tuple[Tensor, list[Tensor]]:
-        """ids, positions int64 [B, S]; mask int64 [B, T]; past: caches of T - S tokens, as float32 latents
-        [B, T - S, width], in the order, dtypes and shapes of the graph's inputs.
+        """ids, positions int64 [B, S]; mask int64 [B, T]; past: caches of T - S tokens, in the order,
+        dtypes and shapes of the graph's inputs.
 
         → logits float32 [B, S, vocabulary], or [B, 1, vocabulary] with `last_logits`; caches of T tokens. Nothing is
         copied: the session reads these tensors, and the results are its own.
         """
-        binding = self._session.io_binding()
         names = [*self._tokens, *(cache.name for cache in self._caches)]
-        for name, value in zip(names, (ids, mask, positions, *past), strict=True):
-            binding.bind_cpu_input(name, np.ascontiguousarray(value.numpy()))
-        if self._keep is not None:
-            binding.bind_cpu_input(LAST, self._keep)
-        results = ("logits", *self._presents)
-        for name in results:
-            binding.bind_output(name)
-        self._session.run_with_iobinding(binding)
-        values = binding.get_outputs_as_ortvaluevector()
-        logits, *presents = (from_dlpack(values.dlpack_at(index)) for index in range(len(results)))
+        feeds = zip(names, (ids, mask, positions, *past), strict=True)
+        given = {name: np.ascontiguousarray(value.numpy()) for name, value in feeds}
+        results = self._session.run(["logits", *self._presents], given | self._constant)
+        logits, *presents = (torch.from_numpy(result) for result in results)
         return logits, presents
 
     def empty_cache(self, batch: int) -> list[Tensor]:

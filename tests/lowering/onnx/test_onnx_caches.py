@@ -29,6 +29,7 @@ PARTS: dict[OnnxCache, dict[str, list[str | int]]] = {
 }
 FORMS = [
     OnnxForm(OnnxProfile.INTEGER, OnnxCache.HALVES),
+    OnnxForm(OnnxProfile.INTEGER, OnnxCache.HALVES, last_logits=True, inline=True),
     OnnxForm(OnnxProfile.INTEGER, OnnxCache.EXPANDED, last_logits=True),
     OnnxForm(OnnxProfile.INTEGER, OnnxCache.LATENT, last_logits=True),
 ]
@@ -94,7 +95,7 @@ def test_whole_prompts_chunks_padding_and_steps_agree(emitted: Callable[[OnnxFor
 
 
 def test_the_last_logits_are_those_of_the_whole(emitted: Callable[[OnnxForm], Emitted]) -> None:
-    output = emitted(FORMS[1])
+    output = emitted(FORMS[-1])
     ids = torch.randint(128, (2, 9), generator=torch.Generator().manual_seed(0))
     whole, caches = run(output.runner, ids, output.runner.empty_cache(2))
     last, same = run(OnnxRunner(output.folder, last_logits=True), ids, output.runner.empty_cache(2))
