@@ -24,6 +24,7 @@ from fxquant import CompileOptions, compile, convert
 from fxquant.engines.onnx_cache import OnnxCache
 from fxquant.engines.onnx_profile import OnnxProfile
 from fxquant.engines.table import Target
+from fxquant.generation.greedy import greedy as decode
 from fxquant.lowering.onnx.required import stored_form
 from fxquant.lowering.onnx.runner import OnnxRunner
 
@@ -77,7 +78,7 @@ def _said(folder: Path, answer: dict[str, Any]) -> str:
     if "tokens" not in answer:
         return f"stops: {' '.join(answer['words'])}"
     runner = OnnxRunner(folder)
-    ours = [[int(logits.argmax()) for logits in runner.generate(prompt, STEPS)] for prompt in PROMPTS]
+    ours = [[int(logits[0].argmax()) for logits in decode(runner, [prompt], STEPS, 1)] for prompt in PROMPTS]
     # a text that ended is shorter
     same = all(mine[: len(theirs)] == theirs for mine, theirs in zip(ours, answer["tokens"], strict=True))
     return "runs, equal tokens" if same else "runs, other tokens"

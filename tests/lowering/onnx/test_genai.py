@@ -14,10 +14,11 @@ from fxquant import CompileOptions, compile, convert
 from fxquant.engines.onnx_cache import OnnxCache
 from fxquant.engines.onnx_profile import OnnxProfile
 from fxquant.engines.table import Target
+from fxquant.generation.greedy import greedy as decode
 from fxquant.lowering.onnx.runner import OnnxRunner
 from fxquant.text.tokenizer import open_tokenizer
 
-PROMPTS, STEPS, LENGTH, BOS, END = 20, 128, 24, 0, 1
+PROMPTS, STEPS, LENGTH, BOS, END, VOCABULARY = 20, 128, 24, 0, 1, 2048
 pytestmark = pytest.mark.engines
 
 
@@ -47,8 +48,8 @@ def texts() -> list[str]:
 def ours(runner: OnnxRunner, prompt: list[int]) -> list[int]:
     """Greedy tokens until the end token, which is one of them."""
     tokens: list[int] = []
-    for logits in runner.generate(prompt, STEPS):
-        tokens.append(int(logits.argmax()))
+    for logits in decode(runner, [prompt], STEPS, VOCABULARY):
+        tokens.append(int(logits[0].argmax()))
         if tokens[-1] == END:
             break
     return tokens
@@ -71,8 +72,8 @@ def test_the_script_of_the_documents(folder: Callable[[OnnxProfile], Path], tmp_
     (tmp_path / "genai.py").write_text(script)
     done = run_with_it([str(tmp_path / "genai.py"), str(folder(OnnxProfile.QDQ)), "The engine reads"])
     tokenizer, runner = open_tokenizer(EXAMPLE), OnnxRunner(folder(OnnxProfile.QDQ))
-    logits = runner.generate([BOS, *tokenizer.encode("The engine reads")], 20)
-    assert done.stdout == tokenizer.decode([int(one.argmax()) for one in logits]) + "\n", done.stderr
+    logits = decode(runner, [[BOS, *tokenizer.encode("The engine reads")]], 20, VOCABULARY)
+    assert done.stdout == tokenizer.decode([int(one[0].argmax()) for one in logits]) + "\n", done.stderr
 
 
 def test_its_tokenizer_gives_the_same_ids_and_no_bos(folder: Callable[[OnnxProfile], Path]) -> None:
