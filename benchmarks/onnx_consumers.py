@@ -21,6 +21,7 @@ from onnx_readers import DOWNLOADED, HERE, table, write_feeds
 from places import EXAMPLE, ROOT
 
 from fxquant import CompileOptions, compile, convert
+from fxquant.compilation.onnx_options import OnnxOptions
 from fxquant.engines.onnx_cache import OnnxCache
 from fxquant.engines.onnx_profile import OnnxProfile
 from fxquant.engines.table import Target
@@ -67,7 +68,8 @@ def genai_row(folders: dict[str, Path], scratch: Path, newest: bool) -> str:
     for title, folder in folders.items():
         halves = scratch / f"{title}-halves"
         form = stored_form(folder)
-        convert(folder, Target.ONNX, halves, verify=False, onnx_profile=form.profile, onnx_cache=OnnxCache.HALVES)
+        options = OnnxOptions(onnx_profile=form.profile, onnx_cache=OnnxCache.HALVES)
+        convert(folder, Target.ONNX, halves, verify=False, onnx=options)
         answers[title] = halves, greedy(halves, PROMPTS, STEPS, "" if newest else VERSION)
     cells = [_said(*answer) for answer in answers.values()]
     version = next((answer["version"] for _, answer in answers.values() if "tokens" in answer), VERSION)

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from fxquant.compilation.onnx_options import OnnxOptions
 from fxquant.compilation.options import CompileOptions
 from fxquant.compilation.prepare import prepare
 from fxquant.evaluation.verbs import compare, engine_perplexities, evaluate, open_output, sensitivity
@@ -33,6 +34,7 @@ __all__ = [
     "CompileReport",
     "ConvertReport",
     "GenerateOptions",
+    "OnnxOptions",
     "Plan",
     "TextGenerator",
     "bench",

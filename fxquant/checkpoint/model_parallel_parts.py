@@ -15,6 +15,7 @@ import torch
 from fxquant.checkpoint.tensor_names import is_routed_expert, official_tensors, split_dimension
 from fxquant.errors import FxquantError
 from fxquant.storage.safetensors import TensorInfo, read_header
+from fxquant.storage.sliced_tensor import SlicedTensor
 
 PART = re.compile(r"model[0-9]+-mp([0-9]+)\.safetensors")
 AGAIN = "Convert or copy the checkpoint again."
@@ -113,7 +114,7 @@ class HeldTensor:
         raise TypeError(f"{self.name} is not stored in a file")
 
 
-SourceTensor = TensorInfo | JoinedTensor | HeldTensor
+SourceTensor = TensorInfo | JoinedTensor | SlicedTensor | HeldTensor
 
 
 def part_files(folder: Path) -> list[Path]:

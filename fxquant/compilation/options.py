@@ -3,10 +3,9 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fxquant.engines.onnx_cache import OnnxCache
+from fxquant.compilation.onnx_options import OnnxOptions
 from fxquant.engines.onnx_form import OnnxForm
-from fxquant.engines.onnx_profile import OnnxProfile
-from fxquant.engines.table import DEFAULT, Target, onnx_targets
+from fxquant.engines.table import DEFAULT, Target
 from fxquant.errors import FxquantError
 from fxquant.frontend.source import TRACE_TIMEOUT
 from fxquant.inputs.choices import choice
@@ -74,9 +73,6 @@ class OutputOptions:
     target          the engine that will load it
     graph_only      for the graph beside the weights alone: no engine is promised, which a changed graph needs
     max_shard_size  bytes of tensor data a weight file may hold
-    onnx_profile    operators of an ONNX graph; None: qdq, and for targets without such a graph nothing else
-    onnx_cache      what such a graph keeps of the tokens so far; None: latent
-    onnx_last_logits  it has an input num_logits_to_keep
     export          also write the NPU graph as torch.export programs (.pt2)
     force           replace an earlier output of fxquant at `out`
     verify          check it against the source before it gets its name
@@ -85,9 +81,6 @@ class OutputOptions:
     out: Name = None
     target: Target = DEFAULT
     graph_only: bool = False
-    onnx_profile: OnnxProfile | None = None
-    onnx_cache: OnnxCache | None = None
-    onnx_last_logits: bool = False
     max_shard_size: int = MAX_SHARD_SIZE
     export: bool = True
     force: bool = False
@@ -95,7 +88,7 @@ class OutputOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompileOptions(SourceOptions, CalibrationOptions, WorkOptions, OutputOptions):
+class CompileOptions(SourceOptions, CalibrationOptions, WorkOptions, OutputOptions, OnnxOptions):
     """What `compile` takes besides the model.
 
     policy    name of a shipped policy or path of a YAML file; None: the model file's POLICY or deepseek_w4a8
@@ -130,7 +123,7 @@ class CompileOptions(SourceOptions, CalibrationOptions, WorkOptions, OutputOptio
 
     def onnx_form(self) -> OnnxForm:
         """How an ONNX graph is written. Raises FxquantError if that is said for a target that has none."""
-        return onnx_form(self.target, self.onnx_profile, self.onnx_cache, self.onnx_last_logits)
+        return self.form_for(self.target)
 
     def earlier_output(self, out: Path) -> Path | None:
         """The folder to reuse unchanged tensors from."""
@@ -145,25 +138,6 @@ class CompileOptions(SourceOptions, CalibrationOptions, WorkOptions, OutputOptio
         named |= {"--policy": policy, REUSE: self.reuse}
         given = [Input(label, Path(path), label == REUSE) for label, path in named.items() if path is not None]
         return [Input("the checkpoint" if model.is_dir() else "the model", model), *given]
-
-
-def onnx_form(
-    target: Target, profile: OnnxProfile | None, cache: OnnxCache | None, last_logits: bool = False
-) -> OnnxForm:
-    """As `CompileOptions.onnx_form`, for verbs with options of their own; None leaves the default."""
-    named = {"profile": profile, "cache": cache}
-    given = [f"--onnx-{name} {value}" for name, value in named.items() if value is not None]
-    given += ["--onnx-last-logits"] if last_logits else []
-    if given and target not in onnx_targets():
-        raise FxquantError(
-            given[0], f"target {target} has no ONNX graph.", f"Pass --target {' or '.join(onnx_targets())}."
-        )
-    default = OnnxForm()
-    return OnnxForm(
-        default.profile if profile is None else choice("onnx_profile", profile, OnnxProfile),
-        default.cache if cache is None else choice("onnx_cache", cache, OnnxCache),
-        last_logits,
-    )
 
 
 def as_path(path: Name) -> Path | None:

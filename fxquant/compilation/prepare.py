@@ -22,6 +22,7 @@ from fxquant.compilation.options import (
     as_path,
 )
 from fxquant.engines.contract import load_contract
+from fxquant.engines.onnx_profile import weight_format
 from fxquant.engines.table import ENGINES
 from fxquant.errors import FxquantError
 from fxquant.frontend.source import Source, open_source
@@ -145,11 +146,12 @@ def passes_for(
 ) -> list[Pass]:
     """The pipeline of these options; `layers` are the checkpoint's multi-token prediction layers."""
     engine = ENGINES[options.target]
+    stored = weight_format(engine, options.onnx_form().profile)
     contract = CheckContract(policy.name, load_contract(options.target), options.tp, options.ep, options.mix)
     return pipeline(
-        AssignSchemes(policy, layers, engine.weight_format, engine.int4_group_size, options.target),
+        AssignSchemes(policy, layers, stored, engine.int4_group_size, options.target),
         calibrate,
-        mtp=AssignMtp(policy, source.config, source.checkpoint, engine.weight_format),
+        mtp=AssignMtp(policy, source.config, source.checkpoint, stored),
         rotation=FindRotation(policy),
         smoothing=PairSmoothing(policy),
         contract=contract if for_engine and not options.graph_only else None,

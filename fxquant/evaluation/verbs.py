@@ -47,7 +47,8 @@ def open_output(folder: Path) -> tuple[Program, Read]:
     from fxquant.verification.weight_checks import check_stored
 
     read_manifest(folder)
-    program, files = load_program(folder / GRAPH), WeightFiles(folder)
+    program = load_program(folder / GRAPH)
+    files = WeightFiles(folder, program)
     check_stored(program, files)
     return program, Cached(files.read)
 

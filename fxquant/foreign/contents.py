@@ -9,6 +9,7 @@ from fxquant.checkpoint.checkpoint import Checkpoint
 from fxquant.checkpoint.stamped_bytes import checkpoint_files, stamp_files
 from fxquant.compilation.ledger import Ledger, build_ledger
 from fxquant.engines.contract import load_contract
+from fxquant.engines.onnx_profile import weight_format
 from fxquant.engines.rank_layout import checked_layout
 from fxquant.engines.table import DEFAULT, ENGINES, Target
 from fxquant.errors import FxquantError
@@ -47,7 +48,7 @@ def foreign_contents(
     program = result.in_form_of(engine)
     checkpoint = Checkpoint(folder, program.config, dict(found.infos))
     _check_stored(folder, program, checkpoint)
-    form = engine.weight_format(max(result.sizes, default=0))
+    form = weight_format(engine, options.onnx.profile)(max(result.sizes, default=0))
     old = {**program.recipes, **program.mtp.recipes}
     for recipe in sorted(old.values(), key=lambda recipe: -recipe.group_size):  # groups first: they need other integers
         reason = why_not(_with_scales(recipe, found), form)

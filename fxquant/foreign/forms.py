@@ -32,7 +32,7 @@ def group_size_of(found: FoundFolder, module: str) -> int:
 
 def possible_forms(found: FoundFolder, dtype: torch.dtype, out_features: dict[str, int]) -> set[WeightFormat]:
     """The formats in which every quantized module has its tensors; `dtype`: the model's; module → its out_features."""
-    forms = set(WeightFormat)
+    forms = set(WeightFormat) - {WeightFormat.BLOCKS}  # ours alone: nobody else writes such folders
     roles = found.roles
     for module in out_features:
         kind = found.types.get(tensor_name(module, "weight"))

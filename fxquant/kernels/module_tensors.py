@@ -105,7 +105,10 @@ class ModuleMaker:
             # copies: the next call reuses the buffers
             self._scales.append(torch.from_numpy(self._room.scale.copy()))
             self._sums.append(torch.from_numpy(self._room.sums.copy()))
-        return dict(self._tensors)
+        tensors = dict(self._tensors)
+        if self._specs["weight"].dtype is torch.uint8:
+            tensors["weight"] = kernels.pack_blocks(tensors["weight"])
+        return tensors
 
     def rest(self) -> dict[str, Tensor]:
         """After the last row: the tensors that need all rows."""
@@ -151,6 +154,8 @@ def int4_tensors(recipe: Recipe, q: Tensor, scale: Tensor, second: Tensor | None
     tensors = {"weight": q, "weight_scale": scale}
     if recipe.weight_format.packed:
         tensors["weight"] = kernels.pack_int4(q)
+    elif not recipe.weight_format.offsets:
+        tensors["weight"] = kernels.pack_blocks(q)
     if recipe.scale_bias_columns:
         tensors["scale_bias"] = kernels.scale_bias(q, scale, second, recipe.scale_bias_columns)
     if second is not None:

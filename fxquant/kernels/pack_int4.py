@@ -9,6 +9,17 @@ def pack_int4(q4: Tensor) -> Tensor:
     return (q4[0::2] & 0xF) | (q4[1::2] << 4)
 
 
+def pack_blocks(q4: Tensor) -> Tensor:
+    """int8 [n, k] in [-8, 7] → uint8 [n, k/2]: codes + 8, column 2i in the low nibble, 2i + 1 in the high one."""
+    shifted = (q4 + 8).view(torch.uint8)
+    return shifted[:, 0::2] | (shifted[:, 1::2] << 4)
+
+
+def unpack_blocks(packed: Tensor) -> Tensor:
+    """The inverse of `pack_blocks`."""
+    return torch.stack((packed & 0xF, packed >> 4), 2).flatten(1).view(torch.int8) - 8
+
+
 def scale_bias(q4: Tensor, scale: Tensor, second: Tensor | None, chunks: int) -> Tensor:
     """float32 [n, chunks]: `8 * scale * sum of q4 * second` over each of `chunks` equal chunks of k.
 

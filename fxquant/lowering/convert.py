@@ -16,6 +16,7 @@ from fxquant.checkpoint.stamped_bytes import FileStamp, StampedBytes, Stamps, ch
 from fxquant.engines.contract import load_contract
 from fxquant.engines.documents import group_size
 from fxquant.engines.onnx_form import OnnxForm
+from fxquant.engines.onnx_profile import weight_format
 from fxquant.engines.rank_layout import checked_layout
 from fxquant.engines.table import ENGINES, Target
 from fxquant.errors import FxquantError
@@ -23,6 +24,7 @@ from fxquant.frontend.published import refuse_changed
 from fxquant.inputs.json_file import read_json, read_text
 from fxquant.inputs.limits import GRAPH_BYTES
 from fxquant.kernels.module_tensors import int4_tensors
+from fxquant.kernels.pack_int4 import unpack_blocks
 from fxquant.lowering.output import Contents
 from fxquant.lowering.output_folder.copies import DAMAGED, damaged, may_be_copied
 from fxquant.lowering.output_folder.layout import MAX_SHARD_SIZE
@@ -77,8 +79,8 @@ def converted_contents(
     alone = options.graph_only and ENGINES[target].model_code
     if not alone:
         _check_graph(folder, manifest, target)
-    program, files, source = load_program(folder / GRAPH), WeightFiles(folder), manifest.source_path(folder)
-    form = ENGINES[target].weight_format(group_size(program))
+    program, source = load_program(folder / GRAPH), manifest.source_path(folder)
+    form = weight_format(ENGINES[target], options.onnx.profile)(group_size(program))
     old = {**program.recipes, **program.mtp.recipes}
     for recipe in sorted(old.values(), key=lambda recipe: -recipe.group_size):  # groups first: they need another policy
         reason = why_not(recipe, form)
@@ -90,7 +92,7 @@ def converted_contents(
                 f"{recipe.scheme}: {reason}.",
                 f"Quantize again:\n{shlex.join(map(str, command))}",
             )
-    checkpoint = Checkpoint(folder, program.config, dict(files.infos))
+    checkpoint = Checkpoint(folder, program.config, dict(WeightFiles(folder, program).tensors))
     stamps = stamp_files(checkpoint_files(checkpoint))
     saved = folder / CALIBRATION
     layout = checked_layout(load_contract(target), linears(program), options.tp, options.ep)
@@ -176,6 +178,17 @@ def why_not(recipe: Recipe, form: WeightFormat) -> str | None:
     return None
 
 
+def _packing(recipe: Recipe) -> tuple[bool, bool]:
+    return recipe.weight_format.packed, recipe.weight_format is WeightFormat.BLOCKS
+
+
+def _codes(recipe: Recipe, stored: Tensor) -> Tensor:
+    """int8 [n, k] of rows as they are stored."""
+    if recipe.weight_format is WeightFormat.BLOCKS:
+        return unpack_blocks(stored)
+    return expand_int4(stored, None) if recipe.weight_format.packed else stored
+
+
 class Converter:
     """Producer of units in the new format from the tensors of the old one, block by block.
 
@@ -207,12 +220,16 @@ class Converter:
             return
         before, recipe = self._old[unit.recipe.module], unit.recipe
         suffixes = set()
-        if recipe.int4 and before.weight_format.packed is not recipe.weight_format.packed:
+        if recipe.int4 and _packing(before) != _packing(recipe):
             for suffix, tensor in self._repacked(unit.name, before, recipe):
                 suffixes.add(suffix)
                 yield suffix, tensor_bytes(tensor)
         for suffix, spec in tensor_specs(recipe).items():
-            if suffix not in suffixes:
+            if suffix in suffixes:
+                continue
+            if suffix not in tensor_specs(before):  # zero points, which are all 0
+                yield suffix, tensor_bytes(torch.zeros(spec.shape, dtype=spec.dtype))
+            else:
                 stored = self._checkpoint.tensors[unit.tensor_name(suffix)]
                 for block in self._blocks(unit.name, suffix, BLOCK_BYTES):
                     yield suffix, tensor_bytes(block.view(stored.dtype).to(spec.dtype))
@@ -229,11 +246,11 @@ class Converter:
         names = [suffix for suffix in ("weight_scale", "weight_scale_second") if suffix in tensor_specs(before)]
         scales = {suffix: self._read(module, suffix) for suffix in names}
         # packing puts two rows into a byte: a block of unpacked rows holds whole pairs
-        width, pair = recipe.in_features, 1 if before.weight_format.packed else 2
+        spec = tensor_specs(before)["weight"]
+        width, pair = spec.shape[1], 1 if before.weight_format.packed else 2
         step, first = width * pair * max(1, BLOCK_BYTES // (width * pair)), 0
         for block in self._blocks(module, "weight", step):
-            stored = block.view(torch.int8).view(-1, width)
-            codes = expand_int4(stored, None) if before.weight_format.packed else stored
+            codes = _codes(before, block.view(spec.dtype).view(-1, width))
             rows = slice(first, first + len(codes))
             second = scales["weight_scale_second"][rows] if recipe.group_size else None
             tensors = int4_tensors(recipe, codes, scales["weight_scale"][rows], second)

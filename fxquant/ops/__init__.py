@@ -1,7 +1,8 @@
 """The `fxq::` dialect: importing this package defines its operators with torch.
 
 Float operators are in `dense`, `attention` and `moe`; quantize, integer matmul and dequantize in `quantized`; operators
-that engines run as one kernel in `fused`; attention over a paged cache in `latent_cache`.
+that engines run as one kernel in `fused`, those of onnxruntime in `blocks`; attention over a paged cache in
+`latent_cache`.
 """
 
 from fxquant.ops.attention import (
@@ -13,6 +14,7 @@ from fxquant.ops.attention import (
     rope,
     rope_table,
 )
+from fxquant.ops.blocks import block_experts, block_linear
 from fxquant.ops.dense import embedding, linear, rms_norm, swiglu
 from fxquant.ops.fused import (
     add_rms_norm,
@@ -50,6 +52,8 @@ __all__ = [
     "attend_halves",
     "attend_heads",
     "attend_latents",
+    "block_experts",
+    "block_linear",
     "dequantize_per_token",
     "dequantize_static",
     "embedding",

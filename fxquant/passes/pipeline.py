@@ -6,6 +6,7 @@ from fxquant.engines.onnx_cache import OnnxCache
 from fxquant.passes.assign_mtp import AssignMtp
 from fxquant.passes.assign_schemes import AssignSchemes
 from fxquant.passes.base import Pass
+from fxquant.passes.check_blocks import CheckBlocks
 from fxquant.passes.check_contract import CheckContract
 from fxquant.passes.check_coverage import CheckCoverage
 from fxquant.passes.find_rotation import FindRotation
@@ -18,8 +19,10 @@ from fxquant.passes.npu.share_quantize import ShareQuantize
 from fxquant.passes.onnx.attend_halves import AttendHalves
 from fxquant.passes.onnx.attend_latents import AttendLatents
 from fxquant.passes.onnx.expand_caches import ExpandCaches
+from fxquant.passes.onnx.fuse_experts import FuseExperts
 from fxquant.passes.onnx.halve_caches import HalveCaches
 from fxquant.passes.onnx.join_linears import JoinLinears
+from fxquant.passes.onnx.multiply_blocks import MultiplyBlocks
 from fxquant.passes.pair_smoothing import PairSmoothing
 from fxquant.passes.quantize_experts import QuantizeExperts
 from fxquant.passes.quantize_linear import QuantizeLinear
@@ -37,6 +40,7 @@ def pipeline(
     """Float program → quantized program. Passes that need more than the graph are passed in."""
     passes = [
         schemes,  # a recipe for every linear to quantize, a rule for every parameter
+        CheckBlocks(),  # before a weight is read
         mtp,  # the same for multi-token prediction layers, which are in no graph
         rotation,  # which weights are rotated, and how
         smoothing,  # norm/linear pairs to smooth, and the biases that shifts need
@@ -68,14 +72,16 @@ def npu_decode() -> list[Pass]:
     return [PageLatents(), AbsorbLatents()]
 
 
-def onnx_fusions(*, join_linears: bool, cache: OnnxCache) -> list[Pass]:
+def onnx_fusions(*, join_linears: bool, cache: OnnxCache, blocks: int | None = None) -> list[Pass]:
     """Quantized program → the program that `model.onnx` is emitted from, with such a cache.
 
     join_linears: for a graph that says a quantized linear in operators of its own, and not step by step.
+    blocks: the accuracy level of int4 products in onnxruntime's own operators; None: in those of the standard.
     """
     caches: dict[OnnxCache, list[Pass]] = {
         OnnxCache.LATENT: [AttendLatents()],
         OnnxCache.HALVES: [HalveCaches(), AttendLatents(), AttendHalves()],
         OnnxCache.EXPANDED: [ExpandCaches()],
     }
-    return [*caches[cache], *([JoinLinears()] if join_linears else [])]
+    contrib = [] if blocks is None else [FuseExperts(blocks), MultiplyBlocks(blocks)]
+    return [*caches[cache], *contrib, *([JoinLinears()] if join_linears else [])]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fxquant.checkpoint.checkpoint import Checkpoint
 from fxquant.errors import FxquantError
-from fxquant.kernels.pack_int4 import pack_int4
+from fxquant.kernels.pack_int4 import pack_int4, unpack_blocks
 from fxquant.program.program import Program
 from fxquant.schemes.roles import tensor_name
 from fxquant.schemes.schemes import Recipe, tensor_specs
@@ -68,7 +68,10 @@ def load(
 
     def converted(name: str) -> Tensor:
         tensor = read(name)
-        if unpacked and tensor.dtype is torch.int8:  # some engines store a code per byte; operators take packed codes
+        # some engines store a code per byte, others pack along k; operators take pairs of rows
+        if unpacked and tensor.dtype is torch.uint8:
+            return pack_int4(unpack_blocks(tensor)).to(device)
+        if unpacked and tensor.dtype is torch.int8:
             return pack_int4(tensor).to(device)
         tensor = tensor.to(device)
         return tensor.to(dtype) if tensor.is_floating_point() else tensor

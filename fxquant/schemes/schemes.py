@@ -237,12 +237,16 @@ def tensor_specs(recipe: Recipe) -> dict[str, TensorSpec]:
         specs["deq_scale"] = (torch.int64 if recipe.dtype is torch.float16 else torch.float32, (n,))
     if recipe.int4 and recipe.weight_format.packed:
         specs["weight"] = (torch.int8, (n // 2, k))
+    elif recipe.int4 and recipe.weight_format is WeightFormat.BLOCKS:
+        specs["weight"] = (torch.uint8, (n, k // 2))
     if recipe.scale_bias_columns:
         specs["scale_bias"] = (torch.float32, (n, recipe.scale_bias_columns))
     if recipe.int4 and recipe.group_size:
         groups = k // recipe.group_size
         specs["weight_scale_second"] = (torch.float32, (n, groups))
         specs["weight_offset_second"] = (torch.int64, (n, groups))
+    if not recipe.weight_format.offsets:
+        specs = {role: spec for role, spec in specs.items() if role not in ("weight_offset", "weight_offset_second")}
     described = {name: TensorSpec(*spec, recipe.scheme.value) for name, spec in specs.items()}
     if recipe.bias:
         described["bias"] = TensorSpec(parameter_dtype, (n,), Scheme.FLOAT.value)
@@ -253,8 +257,18 @@ def graph_spec(recipe: Recipe, role: str) -> TensorSpec:
     """dtype and shape of a tensor of `recipe` in the graph: as stored, but int4 always packed."""
     spec = tensor_specs(recipe)[role]
     if role == "weight" and recipe.int4 and not recipe.weight_format.packed:
-        return TensorSpec(spec.dtype, (recipe.out_features // 2, recipe.in_features), spec.description)
+        return TensorSpec(torch.int8, (recipe.out_features // 2, recipe.in_features), spec.description)
     return spec
+
+
+BLOCK_SIZES = (256, 128, 64, 32, 16)
+"""Numbers of in_features to a scale for which ONNX Runtime has kernels, fastest first."""
+
+
+def block_size(recipe: Recipe) -> int | None:
+    """The largest of `BLOCK_SIZES` that divides the groups, or without groups the row; None if there is none."""
+    width = recipe.group_size or recipe.in_features
+    return next((size for size in BLOCK_SIZES if width % size == 0), None)
 
 
 def why_not(recipe: Recipe) -> str | None:

@@ -102,6 +102,15 @@ OnnxProfileName = Annotated[
         autocompletion=one_of(*OnnxProfile),
     ),
 ]
+OnnxAccuracyLevel = Annotated[
+    int | None,
+    typer.Option(
+        "--onnx-accuracy-level",
+        metavar="LEVEL",
+        help="Activations of int4 products in profile ort: 0 float, 4 int8 by the block. [dim]default: 4[/]",
+        autocompletion=one_of("0", "4"),
+    ),
+]
 OnnxCacheName = Annotated[
     str | None,
     typer.Option(
@@ -117,6 +126,10 @@ OnnxLastLogits = Annotated[
         "--onnx-last-logits",
         help="Give an ONNX graph an input num_logits_to_keep: 1 for the logits of the last token alone, 0 for all.",
     ),
+]
+OnnxInline = Annotated[
+    bool,
+    typer.Option("--inline", help="Write plain nodes in an ONNX graph, in place of local functions."),
 ]
 CalibrationFile = Annotated[
     Path | None,

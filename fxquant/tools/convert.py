@@ -12,7 +12,9 @@ from fxquant.tools.compile_options import (
     Force,
     GraphOnly,
     Jobs,
+    OnnxAccuracyLevel,
     OnnxCacheName,
+    OnnxInline,
     OnnxLastLogits,
     OnnxProfileName,
     Ranks,
@@ -61,8 +63,10 @@ def command(
         ),
     ] = None,
     onnx_profile: OnnxProfileName = None,
+    onnx_accuracy_level: OnnxAccuracyLevel = None,
     onnx_cache: OnnxCacheName = None,
     onnx_last_logits: OnnxLastLogits = False,
+    onnx_inline: OnnxInline = False,
     export: Export = True,
     verify: Verify = True,
     jobs: Jobs = None,
@@ -75,7 +79,7 @@ def command(
 
     Refused if the other target's format cannot store the scales; the error names the command that quantizes again.
     """
-    from fxquant.api import convert
+    from fxquant.api import OnnxOptions, convert
     from fxquant.tools.verify import verification_tables
 
     workers = parse_workers("local", jobs, None)
@@ -93,9 +97,13 @@ def command(
         ep,
         graph_only,
         against,
-        parse_profile(onnx_profile),
-        parse_cache(onnx_cache),
-        onnx_last_logits,
+        OnnxOptions(
+            onnx_profile=parse_profile(onnx_profile),
+            onnx_accuracy_level=onnx_accuracy_level,
+            onnx_cache=parse_cache(onnx_cache),
+            onnx_last_logits=onnx_last_logits,
+            onnx_inline=onnx_inline,
+        ),
     )
     verification = report.verification
     if as_json:

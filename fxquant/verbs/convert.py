@@ -4,10 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fxquant.checkpoint.checkpoint import open_checkpoint
-from fxquant.compilation.options import onnx_form
+from fxquant.compilation.onnx_options import OnnxOptions
 from fxquant.engines.contract import load_contract
-from fxquant.engines.onnx_cache import OnnxCache
-from fxquant.engines.onnx_profile import OnnxProfile
 from fxquant.engines.table import Target
 from fxquant.errors import FxquantError
 from fxquant.foreign.contents import foreign_contents
@@ -19,6 +17,7 @@ from fxquant.lowering.output import Contents, Output, Work, write_output
 from fxquant.lowering.output_folder.serving_page import serve_line
 from fxquant.lowering.weights import Workers
 from fxquant.passes import CheckContract
+from fxquant.passes.check_blocks import CheckBlocks
 from fxquant.progress import Reporter, silent
 from fxquant.storage.system_errors import stopping
 from fxquant.verbs.verify import refuse_unverified
@@ -56,9 +55,7 @@ def convert(
     ep: int | None = None,
     graph_only: bool = False,
     against: str | Path | None = None,
-    onnx_profile: OnnxProfile | None = None,
-    onnx_cache: OnnxCache | None = None,
-    onnx_last_logits: bool = False,
+    onnx: OnnxOptions = OnnxOptions(),
 ) -> ConvertReport:
     """Write the weights of `out` in another target's format, integers unchanged, and the matching graph.
 
@@ -66,12 +63,13 @@ def convert(
     Raises FxquantError if that format cannot hold them, with the command that quantizes again.
     """
     folder, target = Path(out), Target(target)
-    form = onnx_form(target, onnx_profile, onnx_cache, onnx_last_logits)
+    form = onnx.form_for(target)
     new = Path(into) if into else Path(f"{folder.resolve().name}-{target}")
     with stopping():
         destination = open_destination(new, force, [Input("the folder to convert", folder)])
         with destination.telling():
             contents = _convertible(folder, target, new, against, ConvertOptions(tp, ep, graph_only, export, form))
+            CheckBlocks()(contents.program)
             if contents.serving is not None:
                 CheckContract(contents.policy, load_contract(target), tp, ep)(contents.program)
             there = contents.origin.is_dir() and contents.origin != folder

@@ -11,8 +11,10 @@ from fxquant.lowering.weights.digests import digests_on_disk, file_digest
 from fxquant.lowering.weights.unit import Place, Unit
 from fxquant.program.program import Program
 from fxquant.progress import Reporter
+from fxquant.schemes.weight_formats import WeightFormat
 from fxquant.storage.hashing import hash_bytes
 from fxquant.storage.safetensors import header_bytes
+from fxquant.storage.sliced_tensor import SlicedTensor
 from fxquant.verification.report import Check
 
 ONNX_GRAPH = "model.onnx"
@@ -27,8 +29,9 @@ def check_sizes(manifest: Manifest, folder: Path) -> Check:
     return check
 
 
-def check_digests(manifest: Manifest, folder: Path, report: Reporter) -> Check:
+def check_digests(manifest: Manifest, files: WeightFiles, report: Reporter) -> Check:
     """Every existing file has the bytes that were written: documents whole, weights tensor by tensor."""
+    folder = files.folder
     check = Check("files: digest", len(manifest.digests) + len(manifest.weights) + len(manifest.units))
     present = file_sizes(folder)
     for name, digest in manifest.digests.items():
@@ -37,7 +40,7 @@ def check_digests(manifest: Manifest, folder: Path, report: Reporter) -> Check:
     for name, digest in manifest.weights.items():
         held = hash_bytes(header_bytes(folder / name)) if name in present else "missing"
         check.expect(held == digest, f"{name}: header's XXH3 {held[:16]}, written with {digest[:16]}")
-    units = _units_on_disk(manifest, folder)
+    units = _units_on_disk(manifest, files)
     with report("verify digests", sum(unit.nbytes for unit in units), "bytes") as advance:
         for unit, filled in digests_on_disk(units, folder):
             written = manifest.units[unit.name].digests
@@ -58,15 +61,15 @@ def _other_bytes(unit: Unit, suffix: str, held: str, written: str) -> str:
     return f"{place.file}: {unit.tensor_name(suffix)}: XXH3 {held[:16]}, written with {written[:16]}"
 
 
-def _units_on_disk(manifest: Manifest, folder: Path) -> list[Unit]:
+def _units_on_disk(manifest: Manifest, files: WeightFiles) -> list[Unit]:
     """The manifest's units with the places where the files' headers have their tensors."""
-    infos = WeightFiles(folder).infos
     units = [Unit(name, None, None, {}) for name in manifest.units]
     for unit in units:
         for suffix in manifest.units[unit.name].digests:
-            info = infos.get(unit.tensor_name(suffix))
+            info = files.tensors.get(unit.tensor_name(suffix))
             if info is not None:
-                unit.places[suffix] = Place(info.file.name, info.start, info.nbytes)
+                runs = info.runs if isinstance(info, SlicedTensor) else None
+                unit.places[suffix] = Place(info.file.name, info.start, info.nbytes, runs)
     return units
 
 
@@ -85,7 +88,8 @@ def _could_be(target: Target, program: Program, folder: Path) -> bool:
     weight_formats = {recipe.weight_format for recipe in program.recipes.values()}
     weights = (folder / engine.file_name(1, 1)).is_file() or (folder / engine.index).is_file()
     return (
-        weight_formats <= {engine.weight_format(group_size(program))}
+        weight_formats
+        <= {engine.weight_format(group_size(program)), *([] if engine.npu_graph else [WeightFormat.BLOCKS])}
         and engine.npu_graph != (folder / ONNX_GRAPH).is_file()
         and (folder / engine.description).is_file()
         and weights

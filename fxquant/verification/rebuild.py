@@ -31,7 +31,7 @@ def check_rebuild(
 ) -> Check:
     """Every unit, or `sample` of them (seeded), quantized again: all bytes must be the same. No other check need have
     passed: a tensor that is missing, or has another size, is a miss. Codes of GPTQ are taken as they are stored."""
-    stored = stored_tensors(program, source)
+    stored = [part for tensor in stored_tensors(program, source) for part in tensor.parts]
     units = collect_units((tensor, _place(tensor, files)) for tensor in stored)
     selected = units if sample is None or sample >= len(units) else random.Random(0).sample(units, sample)
     check = Check("rebuilt from the source ==", len(units))
@@ -56,12 +56,14 @@ def check_rebuild(
 
 def _place(tensor: StoredTensor, files: WeightFiles) -> Place:
     """Where it is stored, with the size it should have; nowhere if it is missing."""
-    info = files.infos.get(tensor.name)
-    return Place("", 0, tensor.nbytes) if info is None else Place(info.file.name, info.start, tensor.nbytes)
+    info = files.tensors.get(tensor.name)
+    if info is None:
+        return Place("", 0, tensor.nbytes)
+    return Place(info.file.name, info.start, tensor.nbytes, tensor.runs)
 
 
 def _there(unit: Unit, files: WeightFiles) -> Unit:
     """The unit without tensors that are missing or have another size."""
-    infos = {suffix: files.infos.get(unit.tensor_name(suffix)) for suffix in unit.places}
+    infos = {suffix: files.tensors.get(unit.tensor_name(suffix)) for suffix in unit.places}
     good = (suffix for suffix, info in infos.items() if info and info.nbytes == unit.places[suffix].nbytes)
     return replace(unit, places={suffix: unit.places[suffix] for suffix in good})

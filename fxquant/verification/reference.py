@@ -3,10 +3,13 @@
 `verify` compares written files with it. It shares no arithmetic with `fxquant.kernels`.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from fxquant.schemes.schemes import Recipe, WeightAlgorithm, tensor_specs
+from fxquant.schemes.weight_formats import WeightFormat
 from fxquant.verification.reference_search import CodesAndScales, highest_code, searched_codes
 
 FEEDBACK_ERROR = 0.25
@@ -30,7 +33,7 @@ def expected_tensors(
     n, groups = seconds.shape
     packed = recipe.int4 and recipe.weight_format.packed
     expected = {
-        "weight": _pack(codes) if packed else codes.to(torch.int8),
+        "weight": _stored_form(recipe)(codes),
         "weight_scale": scales.view(n, 1),
         "weight_offset": torch.zeros(n, 1),
         "weight_scale_second": seconds,
@@ -118,6 +121,27 @@ def _two_level(rows: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
     seconds = torch.round(groups.abs().amax(-1) / 7).clamp(min=1)
     codes = torch.round(groups / seconds.unsqueeze(-1)).clamp(-8, 7)
     return codes.flatten(1), scales, seconds
+
+
+def _stored_form(recipe: Recipe) -> Callable[[Tensor], Tensor]:
+    if recipe.int4 and recipe.weight_format.packed:
+        return _pack
+    if recipe.int4 and recipe.weight_format is WeightFormat.BLOCKS:
+        return _pack_along_k
+    return lambda codes: codes.to(torch.int8)
+
+
+def _pack_along_k(codes: Tensor) -> Tensor:
+    """Two columns per byte, the even one in the low nibble, 8 added to each."""
+    return (codes[:, 0::2] + 8 + 16 * (codes[:, 1::2] + 8)).to(torch.uint8)
+
+
+def codes_along_k(packed: Tensor) -> Tensor:
+    """int8 [n, k] of `_pack_along_k`."""
+    wide = packed.to(torch.int32)
+    codes = torch.empty(len(packed), 2 * packed.shape[1], dtype=torch.int8)
+    codes[:, 0::2], codes[:, 1::2] = wide % 16 - 8, wide // 16 - 8
+    return codes
 
 
 def _pack(codes: Tensor) -> Tensor:

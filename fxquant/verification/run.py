@@ -79,7 +79,8 @@ def verify_output(
     again, which needs `source`. A digest or rebuilt tensor that differs stops no other check: those show what is wrong.
     """
     manifest = find_manifest(folder)
-    program, files = load_program(folder / GRAPH), WeightFiles(folder)
+    program = load_program(folder / GRAPH)
+    files = WeightFiles(folder, program)
     original, source = source, _transformed(source, folder)
     target = target or (Target(manifest.target) if manifest else infer_target(program, folder))
     layout = _layout(manifest, program, target, tp, ep)
@@ -88,12 +89,7 @@ def verify_output(
     sampled = not full and sum(tensor.nbytes for tensor in stored) > SAMPLE_ABOVE
     output = _Output(folder, program, files, source, target, layout, sampled, foreign)
     said = documents(program, folder, stored, files, target)
-    again = Remade()
-    if manifest:
-        digests = [check_digests(manifest, folder, report)]
-    else:
-        again = check_remade(folder, program, original, exports=ENGINES[target].npu_graph and not sampled)
-        digests = [*_check_alone(output, said), *again.checks]
+    digests, again = _check_bytes(output, manifest, said, original, report)
     claimed = not manifest.graph_only if manifest else again.published
     checks = [check_sizes(manifest, folder)] if manifest else []
     checks += [] if original is None else [_check_source(program, original)]
@@ -105,7 +101,7 @@ def verify_output(
     if rebuild is not None and source is not None:
         rebuilt = [check_rebuild(program, files, source, rebuild.sample, report)]
     uncompared: dict[str, str] = {}
-    end_to_end: Divergence | None = None
+    end_to_end = None
     # each step reads what the one before it has checked
     if all(check.ok for check in checks):
         values, uncompared = _check_values(output, stored, report)
@@ -127,6 +123,18 @@ def verify_output(
         end_to_end=end_to_end,
         unread=_unread(output, said, again, manifest is None, claimed) | uncompared,
     )
+
+
+def _check_bytes(
+    output: "_Output", manifest: Manifest | None, said: Documents, original: Checkpoint | None, report: Reporter
+) -> tuple[list[Check], Remade]:
+    """Digests of a manifest; without one, the files that can be made again."""
+    if manifest:
+        return [check_digests(manifest, output.files, report)], Remade()
+    again = check_remade(
+        output.folder, output.program, original, ENGINES[output.target].npu_graph and not output.sampled
+    )
+    return [*_check_alone(output, said), *again.checks], again
 
 
 def _layout(manifest: Manifest | None, program: Program, target: Target, tp: int | None, ep: int | None) -> RankLayout:

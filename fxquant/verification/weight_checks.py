@@ -16,7 +16,13 @@ from fxquant.progress import Advance
 from fxquant.schemes.roles import tensor_name
 from fxquant.schemes.schemes import Recipe, tensor_specs
 from fxquant.storage.hashing import hash_bytes
-from fxquant.verification.reference import contradiction, expected_codes, expected_tensors, wrong_codes
+from fxquant.verification.reference import (
+    codes_along_k,
+    contradiction,
+    expected_codes,
+    expected_tensors,
+    wrong_codes,
+)
 from fxquant.verification.report import Check
 
 CALIBRATED = ("input_scale", "input_offset", "deq_scale", "quant_bias")
@@ -47,7 +53,7 @@ def check_stored(program: Program, files: WeightFiles) -> None:
     for target, parameter in program.parameters.items():
         shape = tuple(program.graph.tensor(target).shape)[1 if parameter.stacked else 0 :]
         for name in parameter.names:
-            info, expected = files.infos.get(name), specs.get(name, shape)
+            info, expected = files.tensors.get(name), specs.get(name, shape)
             if info is None or info.shape != expected:
                 fact = f"tensor {name} is {'missing' if info is None else list(info.shape)}"
                 raise FxquantError(files.folder, f"{fact}, the graph says {list(expected)}.", "Compile again.")
@@ -55,7 +61,8 @@ def check_stored(program: Program, files: WeightFiles) -> None:
 
 def sample(stored: list[StoredTensor], count: int | None) -> list[StoredTensor]:
     """One StoredTensor per module (its weight) or float tensor; `count` of them (seeded), or all."""
-    units = [t for t in stored if t.recipe is None or t.role == "weight"]
+    parts = (part for tensor in stored for part in tensor.parts)
+    units = [part for part in parts if part.recipe is None or part.role == "weight"]
     if count is None or count >= len(units):
         return units
     return [units[index] for index in sorted(random.Random(0).sample(range(len(units)), count))]
@@ -68,7 +75,7 @@ def check_values(units: list[StoredTensor], files: WeightFiles, source: Checkpoi
     floats = Check("float tensors == source", sum(unit.recipe is None for unit in units))
     calibrated = Check("static parameters agree", len(static))
     for unit in units:
-        missing = [n for n in _names(unit) if n not in files.infos]
+        missing = [n for n in _names(unit) if n not in files.tensors]
         if unit.name in source.tensors and not missing:
             _check_unit(unit, files, source, quantized, floats, calibrated)
         else:
@@ -133,6 +140,8 @@ class StoredCodes:
 def stored_codes(recipe: Recipe, module: str, files: WeightFiles) -> Tensor:
     """int8 [n, k], unpacked."""
     weight = files.read(tensor_name(module, "weight"))
+    if weight.dtype is torch.uint8:
+        return codes_along_k(weight)
     return expand_int4(weight, None) if recipe.int4 and recipe.weight_format.packed else weight
 
 

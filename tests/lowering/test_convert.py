@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from fxquant import CompileOptions, FxquantError
 from fxquant.api import compile, convert, verify
+from fxquant.compilation.onnx_options import OnnxOptions
 from fxquant.engines.onnx_cache import OnnxCache
 from fxquant.engines.onnx_profile import OnnxProfile
 from fxquant.engines.table import Target
@@ -143,7 +144,7 @@ def test_multi_token_prediction_layers_go_along(compiled: Compiled, tmp_path: Pa
 
 def test_a_profile_changes_the_graph_alone(compiled: Compiled, tmp_path: Path) -> None:
     qdq = compiled(Target.ONNX, TWO_LEVEL)
-    integer = convert(qdq, Target.ONNX, tmp_path / "A", onnx_profile=OnnxProfile.INTEGER)
+    integer = convert(qdq, Target.ONNX, tmp_path / "A", onnx=OnnxOptions(onnx_profile=OnnxProfile.INTEGER))
     assert integer.verification is not None and integer.verification.ok
     assert different(qdq, integer.out) == ["model.onnx"]
     assert not different(qdq, convert(integer.out, Target.ONNX, tmp_path / "B", verify=False).out)
@@ -151,7 +152,7 @@ def test_a_profile_changes_the_graph_alone(compiled: Compiled, tmp_path: Path) -
 
 def test_a_cache_in_halves_brings_a_config_that_verify_reads(compiled: Compiled, tmp_path: Path) -> None:
     latent = compiled(Target.ONNX, TWO_LEVEL)
-    halves = convert(latent, Target.ONNX, tmp_path / "A", onnx_cache=OnnxCache.HALVES)
+    halves = convert(latent, Target.ONNX, tmp_path / "A", onnx=OnnxOptions(onnx_cache=OnnxCache.HALVES))
     assert halves.verification is not None and halves.verification.ok
     assert different(latent, halves.out) == ["genai_config.json", "model.onnx"]
     config = halves.out / "genai_config.json"

@@ -3,7 +3,6 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from greedy_texts import Difference, GreedyTexts, best_tokens
@@ -12,6 +11,7 @@ from torch import Tensor
 from fxquant import CompileOptions, compile, convert
 from fxquant.api import open_output
 from fxquant.checkpoint.checkpoint import Checkpoint
+from fxquant.compilation.onnx_options import OnnxOptions
 from fxquant.engines.onnx_profile import OnnxProfile
 from fxquant.engines.table import Target
 from fxquant.generation.greedy import greedy
@@ -22,7 +22,7 @@ from fxquant.runtime.weight_providers import Cached
 from fxquant.text.load import load_batches
 from fxquant.verification.noise import last_bit_noise
 
-GRAPHS: dict[str, dict[str, Any]] = {profile.value: {"onnx_profile": profile} for profile in OnnxProfile}
+GRAPHS = {profile.value: OnnxOptions(onnx_profile=profile) for profile in OnnxProfile}
 """Name of a graph → how `convert` writes it."""
 WEIGHTS = 1 << 30
 """Bytes of weights that the rewritten graph keeps from step to step."""
@@ -49,7 +49,7 @@ def write_graphs(model: Path, policy: str, calib: Path | None, folder: Path) -> 
     first = folder / "compiled"
     compile(model, CompileOptions(policy=policy, target=Target.ONNX, calib=calib, out=first, verify=False))
     return {
-        name: convert(first, Target.ONNX, folder / name, verify=False, **options).out
+        name: convert(first, Target.ONNX, folder / name, verify=False, onnx=options).out
         for name, options in GRAPHS.items()
     }
 

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 import fxquant
 from fxquant import CompileOptions, FxquantError
 from fxquant.api import open_output
+from fxquant.compilation.onnx_options import OnnxOptions
 from fxquant.engines.onnx_profile import OnnxProfile
 from fxquant.engines.table import Target
 from fxquant.lowering.onnx.runner import OnnxRunner
@@ -86,7 +87,9 @@ def test_an_onnx_graph_is_compared_end_to_end(
     compiled: dict[Target, Path], tmp_path: Path, profile: OnnxProfile
 ) -> None:
     """A session of the whole model, from the graph in the folder rather than the one that was emitted."""
-    out = fxquant.convert(compiled[Target.ONNX], Target.ONNX, tmp_path / "out", onnx_profile=profile, verify=False).out
+    out = fxquant.convert(
+        compiled[Target.ONNX], Target.ONNX, tmp_path / "out", onnx=OnnxOptions(onnx_profile=profile), verify=False
+    ).out
     program, read = open_output(out)
     inputs = list(probe_inputs(program).values())
     logits, _ = OnnxRunner(out)(*inputs[:3], inputs[3:])

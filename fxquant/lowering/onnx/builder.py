@@ -9,7 +9,7 @@ import onnx_ir as ir
 OPSET = 21
 """The first opset with int4 tensors; IR version 10 belongs to it."""
 IR_VERSION = 10
-DOMAIN = "fxquant"
+DOMAIN, CONTRIB = "fxquant", "com.microsoft"
 FLOAT = ir.DataType.FLOAT
 ZERO_POINT = 128
 """int8 activations are carried as uint8 = int8 + 128: u8 x s8 products have fast kernels, s8 x s8 ones do not."""
@@ -45,6 +45,10 @@ class Builder:
     ) -> tuple[ir.Value, ...]:
         """One standard node with `outputs` outputs."""
         return self._add(op_type, "", inputs, outputs, attributes)
+
+    def contrib(self, op_type: str, *inputs: ir.Value | None, **attributes: Attribute) -> ir.Value:
+        """One node of onnxruntime's own operators, with one output."""
+        return self._add(op_type, CONTRIB, inputs, 1, attributes)[0]
 
     def call(self, function: ir.Function, inputs: Sequence[ir.Value]) -> tuple[ir.Value, ...]:
         """A call of a local function."""

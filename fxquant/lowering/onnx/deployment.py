@@ -9,5 +9,6 @@ from fxquant.program.program import Program
 
 def deployment(program: Program, form: OnnxForm) -> Deployment:
     """The program that the ONNX writer emits for a form."""
-    join_linears = form.profile is not OnnxProfile.INTEGER
-    return deploy(program, lambda _: onnx_fusions(join_linears=join_linears, cache=form.cache))
+    blocks = form.accuracy_level.value if form.profile.contrib else None
+    joined = form.profile is not OnnxProfile.INTEGER
+    return deploy(program, lambda _: onnx_fusions(join_linears=joined, cache=form.cache, blocks=blocks))

@@ -5,7 +5,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from fxquant.lowering.onnx.builder import DOMAIN, OPSET, Body, Builder
+from fxquant.lowering.onnx.builder import CONTRIB, DOMAIN, OPSET, Body, Builder
 from fxquant.lowering.onnx.functions import MEANINGS
 
 
@@ -51,7 +51,8 @@ class FunctionTable:
         for value in inputs:
             value.shape, value.type = None, None
         forget_types(nodes)
-        imports = {"": OPSET, DOMAIN: 1} if any(node.domain == DOMAIN for node in nodes) else {"": OPSET}
+        domains = {node.domain for node in nodes}
+        imports = {"": OPSET} | {domain: 1 for domain in (DOMAIN, CONTRIB) if domain in domains}
         graph = ir.Graph(inputs, outputs, nodes=_needed(nodes, outputs), opset_imports=imports)
         function = ir.Function(DOMAIN, name, graph=graph, attributes=())
         content = ir.serde.serialize_function(function).SerializeToString(deterministic=True)

@@ -15,7 +15,7 @@ from fxquant.lowering.onnx.aten_shape import Lower, Result
 from fxquant.lowering.onnx.builder import ZERO_POINT, Builder
 from fxquant.lowering.onnx.function_table import FunctionTable
 from fxquant.lowering.onnx.functions import BODIES, VIEWS
-from fxquant.lowering.onnx.initializers import View
+from fxquant.lowering.onnx.initializers import Blocks, View
 from fxquant.lowering.onnx.shapes import DTYPES, Meta, Shapes
 from fxquant.program.node_names import operator_name
 from fxquant.program.operands import arguments, item_of
@@ -37,7 +37,7 @@ STORED = frozenset(
 """Arguments of fxq operators that their functions take in the stored dtype."""
 SYMBOLIC_INTEGERS = {operator.add: "Add", operator.sub: "Sub", operator.mul: "Mul", operator.floordiv: "Div"}
 
-Parameters = Callable[[fx.Node, View], ir.Value]
+Parameters = Callable[[fx.Node, View | Blocks], ir.Value]
 
 
 class NodeLowering:
@@ -95,7 +95,7 @@ class NodeLowering:
         if meta.number:
             value.metadata_props[NUMBER] = "int"
 
-    def value(self, arg: Any, view: View = View.STORED) -> Any:
+    def value(self, arg: Any, view: View | Blocks = View.STORED) -> Any:
         """An fx argument with ir.Values in place of nodes; None and numbers are unchanged."""
         if isinstance(arg, fx.Node):
             return self._parameters(arg, view) if arg.op == "get_attr" else self.values[arg]

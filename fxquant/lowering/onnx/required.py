@@ -4,6 +4,7 @@ A session follows all paths, operators and sizes in a model; the emitted model n
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import onnx
@@ -12,13 +13,13 @@ from google.protobuf.message import DecodeError
 
 from fxquant.engines.onnx_cache import OnnxCache
 from fxquant.engines.onnx_form import OnnxForm
-from fxquant.engines.onnx_profile import OnnxProfile
+from fxquant.engines.onnx_profile import AccuracyLevel, OnnxProfile
 from fxquant.errors import FxquantError
 from fxquant.inputs.json_file import read_bytes
 from fxquant.inputs.limits import ONNX_BYTES
 from fxquant.lowering.onnx.deployment import deployment
 from fxquant.lowering.onnx.description import described, stored_provenance
-from fxquant.lowering.onnx.writer import FILE, build_model
+from fxquant.lowering.onnx.writer import ACCURACY_LEVEL, FILE, build_model
 from fxquant.program.program import Program
 from fxquant.storage.safetensors import TensorInfo
 
@@ -66,12 +67,17 @@ def stored_form(folder: Path) -> OnnxForm:
         "last_logits": either,
         "inline": either,
     }
+    if said.get("profile") in [profile.value for profile in OnnxProfile if profile.contrib]:
+        choices[ACCURACY_LEVEL] = [str(level.value) for level in AccuracyLevel]
     for key, values in choices.items():
         if said.get(key, "") not in values:
             fact = f"its metadata say the {key} {said.get(key, '')[:50]!r}, which fxquant does not know."
             raise FxquantError(place, fact, AGAIN)
     profile, cache = OnnxProfile(said["profile"]), OnnxCache(said["cache"])
-    return OnnxForm(profile, cache, said["last_logits"] == "true", said["inline"] == "true")
+    form = OnnxForm(profile, cache, said["last_logits"] == "true", said["inline"] == "true")
+    if not profile.contrib:
+        return form
+    return replace(form, accuracy_level=AccuracyLevel(int(said[ACCURACY_LEVEL])))
 
 
 def _difference(stored: onnx.ModelProto, emitted: onnx.ModelProto) -> str:

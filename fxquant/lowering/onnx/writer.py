@@ -11,12 +11,13 @@ from fxquant import ops
 from fxquant.engines.onnx_cache import OnnxCache
 from fxquant.engines.onnx_form import OnnxForm
 from fxquant.errors import FxquantError
-from fxquant.lowering.onnx.builder import DOMAIN, IR_VERSION, OPSET, Builder
+from fxquant.lowering.onnx.blocks import BlockProducts
+from fxquant.lowering.onnx.builder import CONTRIB, DOMAIN, IR_VERSION, OPSET, Builder
 from fxquant.lowering.onnx.deployment import deployment
 from fxquant.lowering.onnx.description import Provenance, described
 from fxquant.lowering.onnx.experts import Experts
 from fxquant.lowering.onnx.function_table import FunctionTable
-from fxquant.lowering.onnx.initializers import Initializers, View
+from fxquant.lowering.onnx.initializers import Blocks, Initializers, View
 from fxquant.lowering.onnx.last_logits import KEPT, NAME, Head, count_input, find_head, keep_last
 from fxquant.lowering.onnx.node_lowering import NodeLowering
 from fxquant.lowering.onnx.regions import Region, find_regions
@@ -27,6 +28,8 @@ from fxquant.storage.safetensors import TensorInfo
 from fxquant.version import __version__
 
 FILE = "model.onnx"
+ACCURACY_LEVEL = "accuracy_level"
+"""Metadata key, in profiles with operators of onnxruntime's own."""
 
 
 def write_onnx(
@@ -55,7 +58,7 @@ def build_model(program: Program, tensors: Mapping[str, TensorInfo], form: OnnxF
     """The model of a program that was deployed for `form`, in memory; no weight is read."""
     shapes, functions, initializers = Shapes(program), FunctionTable(form.inline), Initializers(tensors)
 
-    def parameter(node: fx.Node, view: View) -> ir.Value:
+    def parameter(node: fx.Node, view: View | Blocks) -> ir.Value:
         stored = program.parameters[str(node.target)]
         if stored.stacked:
             fact = "has one tensor per expert, but is read outside the experts."
@@ -63,7 +66,7 @@ def build_model(program: Program, tensors: Mapping[str, TensorInfo], form: OnnxF
         return initializers.get(stored.names[0], view)
 
     lowering = NodeLowering(Builder(), functions, parameter, shapes, named=True)
-    experts = Experts(program, initializers, functions)
+    experts, blocks = Experts(program, initializers, functions), BlockProducts(program, initializers)
     regions = list(find_regions(program, shapes))
     inside = {node: region for region in regions for node in region.nodes}
     head, count = find_head(program, shapes) if form.last_logits else None, count_input()
@@ -77,21 +80,23 @@ def build_model(program: Program, tensors: Mapping[str, TensorInfo], form: OnnxF
             lowering.values[node] = inputs[-1]
         elif node.op == "output":
             outputs = _outputs(lowering, program, form.cache)
-        elif node.op == "call_function":
+        elif node.op == "call_function" and not blocks.lower(lowering, node):
             _lower(lowering, experts, node, inside.get(node))
         if head is not None and node is head.hidden:
             _keep_last(lowering, head, count)
+    domains = {DOMAIN: not form.inline, CONTRIB: form.profile.contrib}
     graph = ir.Graph(
         inputs if head is None else [*inputs, count],
         outputs,
         nodes=lowering.builder.nodes,
         initializers=initializers.values,
-        opset_imports={"": OPSET} | ({} if form.inline else {DOMAIN: 1}),
+        opset_imports={"": OPSET} | {domain: 1 for domain, used in domains.items() if used},
         name="fxquant",
     )
     notes = {"producer": "fxquant", "profile": form.profile.value, "cache": form.cache.value}
     notes |= {"last_logits": str(form.last_logits).lower(), "inline": str(form.inline).lower()}
     notes |= {"operators": _census(program), "numerics": form.numerics}
+    notes |= {ACCURACY_LEVEL: str(form.accuracy_level.value)} if form.profile.contrib else {}
     return ir.Model(
         graph,
         ir_version=IR_VERSION,

@@ -1,6 +1,7 @@
 """Layout of the weight files: each tensor's file and offset, known from the graph before a byte is read."""
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -12,11 +13,14 @@ import torch
 from fxquant import ops
 from fxquant.checkpoint.checkpoint import Checkpoint
 from fxquant.engines.engine import Engine, numbered
+from fxquant.lowering.output_folder.stacks import Slice, stacked_experts, stacks_of
+from fxquant.program.experts import ExpertRecipes
 from fxquant.program.operands import operand_node
 from fxquant.program.program import Program
 from fxquant.schemes.roles import tensor_name
 from fxquant.schemes.schemes import Recipe, Scheme, TensorSpec, tensor_specs
 from fxquant.storage.safetensors import build_header, header_length, quoted_size
+from fxquant.storage.sliced_tensor import Runs
 
 MTP_STEM = "mtp_float"
 MAX_SHARD_SIZE = 4 << 30
@@ -26,8 +30,10 @@ MAX_SHARD_SIZE = 4 << 30
 class StoredTensor(NamedTuple):
     """One tensor of the output: made by `recipe` for `module`, or without a recipe a float tensor of the checkpoint.
 
-    mtp   whether it is part of a multi-token prediction layer
-    role  its role in the module, if a recipe makes it
+    mtp     whether it is part of a multi-token prediction layer
+    role    its role in the module, if a recipe makes it
+    slices  of a tensor of all experts: what recipes make of it, each for one expert
+    runs    of such a slice: where it lies in that tensor
     """
 
     name: str
@@ -36,10 +42,21 @@ class StoredTensor(NamedTuple):
     recipe: Recipe | None = None
     mtp: bool = False
     role: str = ""
+    slices: tuple[Slice, ...] = ()
+    runs: Runs | None = None
 
     @property
     def nbytes(self) -> int:
         return self.spec.nbytes
+
+    @property
+    def parts(self) -> Iterator["StoredTensor"]:
+        """What is made in one step: its slices, or itself."""
+        if not self.slices:
+            yield self
+        for slice_ in self.slices:
+            module, role, recipe, spec, runs = slice_
+            yield StoredTensor(slice_.name, spec, module, recipe, self.mtp, role, runs=runs)
 
 
 @dataclass(frozen=True)
@@ -88,16 +105,18 @@ class FileLayout:
 
 
 def stored_tensors(program: Program, checkpoint: Checkpoint) -> list[StoredTensor]:
-    """All tensors of the output, in graph order, those of one module side by side."""
+    """All tensors of the output, in graph order, those of one module side by side; experts' may be in stacks."""
     stored: list[StoredTensor] = []
+    stacked = {recipe.module: experts for experts in stacked_experts(program) for recipe in experts.all}
     floats = program.float_names()
     biases = gate_biases(program)
     seen: set[str] = set()
     for target, parameter in program.parameters.items():
         recipe = program.recipes.get(parameter.module)
         if recipe is not None and parameter.module not in seen:
-            seen.add(parameter.module)
-            stored += _made(recipe)
+            experts = stacked.get(parameter.module)
+            seen.update([parameter.module] if experts is None else [each.module for each in experts.all])
+            stored += _made(recipe) if experts is None else _stacked(experts)
         for name in parameter.names:
             if name in floats:
                 dtype = torch.float32 if target in biases else checkpoint.stored_dtype(name)
@@ -112,6 +131,10 @@ def _made(recipe: Recipe, mtp: bool = False) -> list[StoredTensor]:
         for module in recipe.modules
         for role, spec in tensor_specs(recipe).items()
     ]
+
+
+def _stacked(experts: ExpertRecipes) -> list[StoredTensor]:
+    return [StoredTensor(stack.name, stack.spec, "", slices=stack.slices) for stack in stacks_of(experts)]
 
 
 def _mtp(program: Program, checkpoint: Checkpoint) -> list[StoredTensor]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import xxhash
 
-from fxquant.lowering.weights.unit import Filled, Unit
+from fxquant.lowering.weights.unit import Filled, Place, Unit
 from fxquant.storage.system_errors import stopping
 
 READ_BLOCK = 4 << 20
@@ -33,6 +33,16 @@ def digests_on_disk(units: Iterable[Unit], folder: Path) -> Iterator[tuple[Unit,
 
 def unit_on_disk(unit: Unit, folder: Path) -> Filled:
     """The unit as stored in `folder`."""
-    places = unit.places.items()
     with stopping():
-        return Filled(unit.name, {suffix: file_digest(folder / p.file, p.offset, p.nbytes) for suffix, p in places})
+        return Filled(unit.name, {suffix: _digest(folder, place) for suffix, place in unit.places.items()})
+
+
+def _digest(folder: Path, place: Place) -> str:
+    if place.runs is None:
+        return file_digest(folder / place.file, place.offset, place.nbytes)
+    digest = xxhash.xxh3_128()
+    with (folder / place.file).open("rb", buffering=READ_BLOCK) as file:
+        for offset, length in place.ranges(0, place.nbytes):
+            file.seek(offset)
+            digest.update(file.read(length))
+    return digest.hexdigest()

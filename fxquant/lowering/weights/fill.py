@@ -31,7 +31,10 @@ class FillJob:
 
             def write(suffix: str, data: memoryview, done: int) -> None:
                 place = unit.places[suffix]
-                self._write(handles[place.file], data, place.offset + done, place.file)
+                first = 0
+                for offset, length in place.ranges(done, len(data)):
+                    self._write(handles[place.file], data[first : first + length], offset, place.file)
+                    first += length
 
             return _pour(unit, self.producer, write)
 

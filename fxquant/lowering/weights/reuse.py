@@ -16,7 +16,7 @@ from fxquant.lowering.output_folder.manifest import STAMPS, Manifest, read_manif
 from fxquant.lowering.own_files import is_plain
 from fxquant.lowering.weights.digests import digests_on_disk
 from fxquant.lowering.weights.producer import Producer
-from fxquant.lowering.weights.unit import Filled, Unit
+from fxquant.lowering.weights.unit import Filled, Place, Unit
 from fxquant.storage.hashing import hash_bytes
 from fxquant.storage.safetensors import TensorInfo, header_bytes, read_header
 from fxquant.storage.system_errors import stopped, stopping
@@ -73,8 +73,15 @@ class Earlier:
         return Filled(unit.name, self.manifest.units[unit.name].digests)
 
     def _fits(self, unit: Unit, suffix: str) -> bool:
-        info = self.tensors.get(unit.tensor_name(suffix))
-        return info is not None and info.nbytes == unit.places[suffix].nbytes
+        return self.place(unit, suffix) is not None
+
+    def place(self, unit: Unit, suffix: str) -> Place | None:
+        """Where it has a tensor of the unit; None if it has none of that size, or in another stack."""
+        runs, nbytes = unit.places[suffix].runs, unit.places[suffix].nbytes
+        info = self.tensors.get(unit.tensor_name(suffix) if runs is None else runs.stack)
+        if info is None or info.nbytes != (nbytes if runs is None else runs.size):
+            return None
+        return Place(info.file.name, info.start, nbytes, runs)
 
 
 def open_earlier(folder: Path, replaced: bool = False) -> Earlier:
@@ -133,13 +140,16 @@ def copy_units(
 def _copy_places(earlier: Earlier, unit: Unit, whole: set[str], folder: Path) -> None:
     for suffix, place in unit.places.items():
         if place.file not in whole:
-            old = earlier.tensors[unit.tensor_name(suffix)]
-            _copy(old.file, old.start, folder / place.file, place.offset, place.nbytes)
+            old = earlier.place(unit, suffix)
+            assert old is not None, unit.name
+            parts = zip(old.ranges(0, old.nbytes), place.ranges(0, place.nbytes), strict=True)
+            for (start, length), (offset, _) in parts:
+                _copy(earlier.folder / old.file, start, folder / place.file, offset, length)
 
 
 def _same_file(earlier: Earlier, file: FileLayout, reused: set[str]) -> bool:
     same = earlier.manifest.weights.get(file.name) == hash_bytes(file.header)
-    return same and all(tensor.name in reused for tensor in file.tensors)
+    return same and all(part.name in reused for tensor in file.tensors for part in tensor.parts)
 
 
 def _copy(earlier: Path, start: int, target: Path, offset: int, length: int) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from fxquant.lowering.output_folder.layout import FileLayout, StoredTensor
 from fxquant.schemes.roles import tensor_name
 from fxquant.schemes.schemes import Recipe
+from fxquant.storage.sliced_tensor import Runs
 
 LARGE = 64 << 20
 """Bytes from which a unit is scheduled early, so that no other worker waits for it at the end."""
@@ -13,11 +14,21 @@ LARGE = 64 << 20
 
 @dataclass(frozen=True)
 class Place:
-    """Place of a tensor: absolute byte `offset` in `file`, a name within the output folder."""
+    """Place of a tensor: absolute byte `offset` in `file`, a name within the output folder.
+
+    runs  of a slice of a tensor of all experts, which begins at `offset`
+    """
 
     file: str
     offset: int
     nbytes: int
+    runs: Runs | None = None
+
+    def ranges(self, start: int, length: int) -> Iterable[tuple[int, int]]:
+        """Bytes `start` … `start + length` of the tensor: (absolute offset, number of bytes) of each part."""
+        if self.runs is None:
+            return [(self.offset + start, length)]
+        return ((self.offset + offset, size) for offset, size in self.runs.ranges(start, length))
 
 
 @dataclass(frozen=True)
@@ -56,9 +67,10 @@ def units_of(files: Sequence[FileLayout]) -> list[Unit]:
     """Every unit of the planned files: large ones first, so that no worker is left with one at the end, the others by
     name, which is roughly their order in the source and in the files."""
     placed = (
-        (tensor, Place(file.name, offset, tensor.nbytes))
+        (part, Place(file.name, offset, part.nbytes, part.runs))
         for file in files
         for tensor, offset in zip(file.tensors, file.offsets, strict=True)
+        for part in tensor.parts
     )
     return sorted(collect_units(placed), key=lambda unit: unit.nbytes < LARGE)
 

@@ -11,6 +11,7 @@ from genai import VERSION, encoded, greedy, run_with_it
 from places import EXAMPLE, ROOT
 
 from fxquant import CompileOptions, compile, convert
+from fxquant.compilation.onnx_options import OnnxOptions
 from fxquant.engines.onnx_cache import OnnxCache
 from fxquant.engines.onnx_profile import OnnxProfile
 from fxquant.engines.table import Target
@@ -34,7 +35,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[OnnxProfile], 
         if profile is OnnxProfile.QDQ:
             return qdq
         into = base / profile
-        convert(qdq, Target.ONNX, into, verify=False, onnx_profile=profile, onnx_cache=OnnxCache.HALVES)
+        convert(
+            qdq, Target.ONNX, into, verify=False, onnx=OnnxOptions(onnx_profile=profile, onnx_cache=OnnxCache.HALVES)
+        )
         return into
 
     return make
