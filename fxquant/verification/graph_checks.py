@@ -19,6 +19,7 @@ from fxquant.program.operands import operand_node
 from fxquant.program.program import Program
 from fxquant.runtime.divergence import Divergence, divergence
 from fxquant.verification.ascend_statements import EmittedModule, check_statements
+from fxquant.verification.block_bounds import distance_bound, rewritten_value
 from fxquant.verification.blocks import block_names
 from fxquant.verification.onnx_bounds import error_bound
 from fxquant.verification.report import Check
@@ -80,11 +81,15 @@ class AscendChecker:
             )
 
 
+BLOCKS = (ops.block_linear, ops.block_experts)
+
+
 class OnnxChecker:
     """Runs `model.onnx` operator by operator in ONNX Runtime, each with the inputs of the fx graph.
 
     The model must be what the stored graph emits: no session is created for any other. `program` is the deployment of
     that graph. Attention that has two orders of products runs twice: over all queries, and for the last one alone.
+    Operators of onnxruntime's own are also compared with what the stored graph computes in their place.
 
     end_to_end  the logits of the emitted blocks, each on what those before it returned, from the fx graph's; None
                 unless all blocks were checked, which `whole` promises
@@ -95,6 +100,7 @@ class OnnxChecker:
         self.end_to_end: Divergence | None = None
         self._comparison = Comparison("ONNX graph")
         self._emitted = Check("ONNX graph, as emitted", 1)
+        self._distance = Check("ONNX graph ≈ int8 per token", 0)
         self.checks = [self._emitted, *self._comparison.checks]
         try:
             form = stored_form(folder)
@@ -107,6 +113,8 @@ class OnnxChecker:
         self._logits = self.program.graph.results[0].name
         self._blocks = {block: self._names(block) for block in block_names(self.program)}
         self._chain = BlockChain(folder, self._blocks) if whole and self._emitted.ok else None
+        self._farthest = 0.0
+        self.checks += [self._distance] if any(node.target in BLOCKS for node in self._nodes.values()) else []
 
     def check(self, block: str, values: dict[str, Any]) -> None:
         if not self._emitted.ok:
@@ -140,6 +148,21 @@ class OnnxChecker:
             error = torch.where(result == expected, 0.0, (result.double() - expected.double()).abs())
             bound = error_bound(self._nodes[name], lambda operand: _value(operand, values), expected)
             self._comparison.add(name, float(error.max()), float(bound.max()), bool((error <= bound).all()), exact)
+            if self._nodes[name].target in BLOCKS:
+                self._compare_rewritten(name, result, bound, values)
+
+    def _compare_rewritten(self, name: str, result: Tensor, bound: Tensor, values: dict[str, Any]) -> None:
+        """How far an operator of onnxruntime's own is from what the stored graph computes there: by the norm."""
+        node = self._nodes[name]
+        rewritten = rewritten_value(node, lambda operand: _value(operand, values)).double()
+        error = result.double() - rewritten
+        allowed = distance_bound(node, lambda operand: _value(operand, values), bound)
+        farthest = float((error.abs() - allowed).max())
+        share = float(error.norm() / rewritten.norm().clamp(min=1e-300))
+        self._distance.total += 1
+        self._distance.expect(farthest <= 0, f"{name}: {share:.2g} of the norm, one value {farthest:.2g} too far")
+        if share >= self._farthest:
+            self._farthest, self._distance.worst = share, f"{share:.2g} of the norm at {name}"
 
 
 def _value(argument: Any, values: dict[str, Any]) -> Any:

@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from fxquant import ops
 from fxquant.ops.quantized import decode_deq_scale, expand_int4
 from fxquant.program.operands import item_of, operand, operand_node
+from fxquant.verification.block_bounds import block_experts_bound, block_linear_bound
 from fxquant.verification.bounds import RULES, Rule, U, Value, blocks, rule_of, values_of
 
 STEPS_TO_A_CODE = 64
@@ -100,4 +101,6 @@ ONNX_RULES: dict[tuple[Any, int | None], Rule] = RULES | {
     (ops.per_token_linear, None): _per_token_linear,
     (ops.per_token_int4_linear, None): _per_token_linear,
     (ops.static_linear, None): _static_linear,
+    (ops.block_linear, None): block_linear_bound,
+    (ops.block_experts, None): block_experts_bound,
 }
