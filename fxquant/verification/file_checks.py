@@ -29,9 +29,11 @@ def check_sizes(manifest: Manifest, folder: Path) -> Check:
     return check
 
 
-def check_digests(manifest: Manifest, files: WeightFiles, report: Reporter) -> Check:
-    """Every existing file has the bytes that were written: documents whole, weights tensor by tensor."""
-    folder = files.folder
+def check_digests(manifest: Manifest, folder: Path, report: Reporter, program: Program | None = None) -> Check:
+    """Every existing file has the bytes that were written: documents whole, weights tensor by tensor.
+
+    `program`: that of the folder, which says where experts are in stacks.
+    """
     check = Check("files: digest", len(manifest.digests) + len(manifest.weights) + len(manifest.units))
     present = file_sizes(folder)
     for name, digest in manifest.digests.items():
@@ -40,7 +42,7 @@ def check_digests(manifest: Manifest, files: WeightFiles, report: Reporter) -> C
     for name, digest in manifest.weights.items():
         held = hash_bytes(header_bytes(folder / name)) if name in present else "missing"
         check.expect(held == digest, f"{name}: header's XXH3 {held[:16]}, written with {digest[:16]}")
-    units = _units_on_disk(manifest, files)
+    units = _units_on_disk(manifest, WeightFiles(folder, program))
     with report("verify digests", sum(unit.nbytes for unit in units), "bytes") as advance:
         for unit, filled in digests_on_disk(units, folder):
             written = manifest.units[unit.name].digests

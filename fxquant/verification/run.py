@@ -130,7 +130,7 @@ def _check_bytes(
 ) -> tuple[list[Check], Remade]:
     """Digests of a manifest; without one, the files that can be made again."""
     if manifest:
-        return [check_digests(manifest, output.files, report)], Remade()
+        return [check_digests(manifest, output.folder, report, output.program)], Remade()
     again = check_remade(
         output.folder, output.program, original, ENGINES[output.target].npu_graph and not output.sampled
     )
