@@ -58,7 +58,7 @@ def main() -> None:
 def emitted(config: Path, profile: OnnxProfile) -> list[str]:
     """The cells of a profile."""
     began = time.perf_counter()
-    program, files = quantized(config)
+    program, files = quantized(config, profile)
     half = time.perf_counter()
     form = OnnxForm(profile)
     model = build_model(deployment(program, form).program, dict(placed(files)), form)
@@ -74,9 +74,9 @@ def emitted(config: Path, profile: OnnxProfile) -> list[str]:
     ]
 
 
-def quantized(config: Path) -> tuple[Program, list[FileLayout]]:
+def quantized(config: Path, profile: OnnxProfile) -> tuple[Program, list[FileLayout]]:
     """The rewritten program, and the weight files as a compile lays them out."""
-    options = CompileOptions(policy=POLICY, target=onnx_targets()[0])
+    options = CompileOptions(policy=POLICY, target=onnx_targets()[0], onnx_profile=profile)
     source = open_source(config, config_only=True)
     program, policy = source.program(), load_policy(POLICY)
     source = replace(source, checkpoint=config_checkpoint(source.checkpoint, program, source.config))

@@ -55,7 +55,7 @@ def test_a_rounded_linear_is_within_its_bound_and_not_within_that_of_floats():
     x, bias = floats(4, 5, HIDDEN, seed=0), floats(24, seed=2)
     for level in (FLOAT, INT8):
         call, values = call_of(ops.block_linear, x, packed, scale, second, bias, SIZE, level)
-        value = lambda arg, values=values: values.get(arg)  # noqa: E731
+        value = values.get
         expected = call.target(*(values.get(a, a) if isinstance(a, fx.Node) else a for a in call.args))
         wide = block_weight(packed, scale, second).double()
         error = (rounded(x, SIZE) @ wide.T + bias.double() - expected.double()).abs()
@@ -72,7 +72,7 @@ def test_rounded_experts_are_within_their_bound(level: int):
     x, ids = floats(6, HIDDEN, seed=7), torch.tensor([[0, 3], [3, 0], [1, 3], [3, 1], [0, 1], [1, 0]])
     shares = floats(6, 2, seed=8).abs()
     call, values = call_of(ops.block_experts, x, ids, shares, *gate, *up, *down, SIZE, level)
-    value = lambda arg: values.get(arg)  # noqa: E731
+    value = values.get
     expected = ops.block_experts(x, ids, shares, *gate, *up, *down, SIZE, level)
     result = torch.zeros_like(expected, dtype=torch.float64)
     for token, (chosen, weighed) in enumerate(zip(ids.tolist(), shares.double(), strict=True)):
