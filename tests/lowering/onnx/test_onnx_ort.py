@@ -14,15 +14,19 @@ from torch import Tensor
 
 from fxquant import CompileOptions, FxquantError
 from fxquant.api import compile, convert, verify
+from fxquant.engines.onnx_form import OnnxForm
 from fxquant.engines.onnx_profile import AccuracyLevel, OnnxProfile
 from fxquant.engines.table import Target
 from fxquant.kernels.pack_int4 import unpack_blocks
+from fxquant.lowering.onnx import write_onnx
 from fxquant.lowering.onnx.required import stored_form
 from fxquant.lowering.onnx.runner import OnnxRunner
 from fxquant.lowering.output_folder.manifest import GRAPH, MANIFEST
+from fxquant.lowering.output_folder.weight_files import WeightFiles
 from fxquant.lowering.weights import Workers
 from fxquant.ops.quantized import expand_int4
 from fxquant.policy.policy import MtpMode
+from fxquant.program.program_file import load_program
 
 CONTRIB = "com.microsoft"
 GROUPED = "grouped"
@@ -100,7 +104,7 @@ def test_the_metadata_say_the_level(compiled: Compiled, tmp_path: Path, level: i
     assert notes["profile"] == "ort" and words[level] in notes["numerics"]
     next(prop for prop in model.metadata_props if prop.key == "accuracy_level").value = "3"
     (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
-    with pytest.raises(FxquantError, match="the accuracy level '3', which fxquant does not know"):
+    with pytest.raises(FxquantError, match="the accuracy_level '3', which fxquant does not know"):
         stored_form(tmp_path)
 
 
@@ -224,3 +228,13 @@ def test_options_that_do_not_go_together(tiny_folder: Callable[..., Path], tmp_p
 def test_a_step_of_one_token_leaves_experts_idle(compiled: Compiled):
     logits, caches = OnnxRunner(compiled("deepseek_w4a8", level=4)).prefill(torch.tensor([[5]]))
     assert torch.isfinite(logits).all() and caches[0].shape[1] == 1
+
+
+def test_plain_nodes_give_the_same(compiled: Compiled, tmp_path: Path):
+    folder = compiled("deepseek_w4a8_shared_w4")
+    plain = Path(shutil.copytree(folder, tmp_path / "plain"))
+    program, files = load_program(plain / GRAPH), WeightFiles(plain)
+    write_onnx(program, files.infos, plain, OnnxForm(OnnxProfile.ORT, inline=True))
+    assert {node.domain for node in nodes(model_of(plain))} == {"", CONTRIB}
+    ids = torch.randint(3, 128, (2, 9), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(OnnxRunner(plain).prefill(ids)[0], OnnxRunner(folder).prefill(ids)[0])
