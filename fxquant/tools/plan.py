@@ -17,6 +17,7 @@ from fxquant.tools.compile_options import (
     Jobs,
     Mix,
     MtpName,
+    OnnxProfileName,
     OutFolder,
     PolicyName,
     Ranks,
@@ -24,6 +25,7 @@ from fxquant.tools.compile_options import (
     TargetName,
     TraceTimeout,
     parse_mtp,
+    parse_profile,
     parse_size,
     parse_target,
 )
@@ -57,6 +59,7 @@ def command(
     graph_only: GraphOnly = False,
     mtp: MtpName = None,
     mix: Mix = None,
+    onnx_profile: OnnxProfileName = None,
     max_shard_size: ShardSize = "4GiB",
     jobs: Jobs = None,
     cores: Annotated[
@@ -83,7 +86,7 @@ def command(
         options = CompileOptions(
             policy=policy, out=out, target=parse_target(target), checkpoint=checkpoint, trace_timeout=trace_timeout,
             max_shard_size=parse_size(max_shard_size), tp=tp, ep=ep,
-            mtp=parse_mtp(mtp), mix=mix, graph_only=graph_only,
+            mtp=parse_mtp(mtp), mix=mix, graph_only=graph_only, onnx_profile=parse_profile(onnx_profile),
         )  # fmt: skip
         planned = plan(model, options, jobs, lambda machine: _assumed(machine, cores, disk), measuring)
         print_json(planned.as_json()) if as_json else print_plan(planned)

@@ -13,7 +13,7 @@ from slowness import others_slow
 from torch import Tensor
 
 from fxquant import CompileOptions, FxquantError
-from fxquant.api import compile, convert, verify
+from fxquant.api import compile, convert, plan, verify
 from fxquant.engines.onnx_form import OnnxForm
 from fxquant.engines.onnx_profile import AccuracyLevel, OnnxProfile
 from fxquant.engines.table import Target
@@ -238,3 +238,9 @@ def test_plain_nodes_give_the_same(compiled: Compiled, tmp_path: Path):
     assert {node.domain for node in nodes(model_of(plain))} == {"", CONTRIB}
     ids = torch.randint(3, 128, (2, 9), generator=torch.Generator().manual_seed(0))
     assert torch.equal(OnnxRunner(plain).prefill(ids)[0], OnnxRunner(folder).prefill(ids)[0])
+
+
+def test_a_plan_has_the_sizes_of_the_files(compiled: Compiled, source: Path):
+    out = compiled("deepseek_w4a8_dynamic")
+    options = CompileOptions(policy="deepseek_w4a8_dynamic", target=Target.ONNX, onnx_profile=OnnxProfile.ORT)
+    assert plan(source, options).files == {file.name: file.stat().st_size for file in out.glob("*.safetensors")}
