@@ -69,7 +69,7 @@ def tally(program: Program, checkpoint: Checkpoint, stored: list[StoredTensor]) 
     kinds = {name: parameter.kind for name, parameter in program.float_names().items()}
     floats: dict[Kind, list[StoredTensor]] = {}
     for tensor in stored:
-        if tensor.recipe is None:
+        if tensor.recipe is None and not tensor.slices:
             floats.setdefault(kinds.get(tensor.name, Kind.MTP), []).append(tensor)
     for kind, tensors in floats.items():
         _floats(totals, kind, tensors, checkpoint)

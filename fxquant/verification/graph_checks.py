@@ -18,9 +18,11 @@ from fxquant.lowering.output_folder.weight_files import WeightFiles
 from fxquant.program.operands import operand_node
 from fxquant.program.program import Program
 from fxquant.runtime.divergence import Divergence, divergence
+from fxquant.runtime.execute import execute
+from fxquant.runtime.weight_providers import Read
 from fxquant.verification.ascend_statements import EmittedModule, check_statements
 from fxquant.verification.block_bounds import distance_bound, rewritten_value
-from fxquant.verification.blocks import block_names
+from fxquant.verification.blocks import block_names, probe_inputs
 from fxquant.verification.onnx_bounds import error_bound
 from fxquant.verification.report import Check
 
@@ -93,11 +95,13 @@ class OnnxChecker:
 
     end_to_end  the logits of the emitted blocks, each on what those before it returned, from the fx graph's; None
                 unless all blocks were checked, which `whole` promises
+    logits      of these, if they are to be compared with the stored graph's, which computes other values
     """
 
     def __init__(self, program: Program, folder: Path, whole: bool = False) -> None:
         self.program, self._folder = program, folder
         self.end_to_end: Divergence | None = None
+        self.logits: Tensor | None = None
         self._comparison = Comparison("ONNX graph")
         self._emitted = Check("ONNX graph, as emitted", 1)
         self._distance = Check("ONNX graph ≈ int8 per token", 0)
@@ -128,6 +132,13 @@ class OnnxChecker:
         if self._chain is not None:
             for result in self._chain.run(block, values, {self._logits}.intersection(names)).values():
                 self.end_to_end = divergence(result, values[self._logits])
+                self.logits = result if any(node.target in BLOCKS for node in self._nodes.values()) else None
+
+    def compare_stored(self, program: Program, read: Read) -> None:
+        """Measure `end_to_end` from the logits of the stored graph, `program`, where its deployment computes others."""
+        if self.logits is not None:
+            ((expected, *_),) = execute(program, read, [list(probe_inputs(program).values())])
+            self.end_to_end = divergence(self.logits, expected)
 
     def _names(self, block: str) -> list[str]:
         return [node.name for node in self._nodes.values() if node.meta.get("block") == block]

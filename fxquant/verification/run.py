@@ -79,9 +79,8 @@ def verify_output(
     again, which needs `source`. A digest or rebuilt tensor that differs stops no other check: those show what is wrong.
     """
     manifest = find_manifest(folder)
-    program = load_program(folder / GRAPH)
-    files = WeightFiles(folder, program)
-    original, source = source, _transformed(source, folder)
+    program, original = load_program(folder / GRAPH), source
+    files, source = WeightFiles(folder, program), _transformed(source, folder)
     target = target or (Target(manifest.target) if manifest else infer_target(program, folder))
     layout = _layout(manifest, program, target, tp, ep)
     foreign = manifest is not None and manifest.foreign
@@ -258,6 +257,8 @@ def _check_graphs(output: _Output, claimed: bool, report: Reporter) -> tuple[lis
     graph: AscendChecker | OnnxChecker
     graph = AscendChecker(program, folder) if engine.npu_graph else OnnxChecker(program, folder, not output.sampled)
     checks = _check_graph("verify graph", graph, files.read, output.sampled, report)
+    if isinstance(graph, OnnxChecker):
+        graph.compare_stored(program, Cached(files.read, VALUE_CACHE))
     if not claimed or not takes_dtype(program, output.target):
         return checks, graph.end_to_end
     reader = engine.read(folder, output.layout, group_size(program))

@@ -83,6 +83,8 @@ def test_a_verified_folder_says_how_far_it_is(compiled: Compiled, source: Path, 
     (distance,) = [check for check in report.checks if check.name == "ONNX graph ≈ int8 per token"]
     assert distance.checked == distance.total > 0
     assert 0.0005 < float(distance.worst.split()[0]) < 0.05  # both sides round activations to eight bits, or one does
+    assert report.end_to_end is not None
+    assert 1e-7 < report.end_to_end.kl_mean < 0.1, "from the stored graph, which rounds otherwise: not last bits"
 
 
 def test_its_own_operators_are_in_this_profile_alone(compiled: Compiled, source: Path):
