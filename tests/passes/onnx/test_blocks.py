@@ -36,7 +36,7 @@ def test_every_int4_product_is_a_block_operator(checkpoint: Checkpoint, policy: 
     program = in_blocks(checkpoint, policy)
     CheckBlocks()(program)
     before = counted(program)
-    deployed = deployment(program, OnnxForm(OnnxProfile.ORT, AccuracyLevel.FLOAT)).program
+    deployed = deployment(program, OnnxForm(OnnxProfile.ORT, accuracy_level=AccuracyLevel.FLOAT)).program
     after = counted(deployed)
     assert after["block_experts"] == before["moe_finalize_routing"] > 0
     assert after["block_linear"] == before["int4_matmul"]
