@@ -26,6 +26,7 @@ from fxquant.program.program import Program
 from fxquant.progress import Reporter
 from fxquant.runtime.weight_providers import Cached
 from fxquant.verification.blocks import block_names, walk
+from fxquant.verification.contract_checks import check_contract, takes_dtype, unverified
 from fxquant.verification.engine_check import EngineChecker
 from fxquant.verification.foreign_documents import (
     check_config,
@@ -44,10 +45,7 @@ from fxquant.verification.run import (
     SAMPLED_EXPERTS,
     SAMPLED_TENSORS,
     VALUE_CACHE,
-    check_contract,
     one_of_each_kind,
-    takes_dtype,
-    unverified,
 )
 from fxquant.verification.weight_checks import sample
 

@@ -7,8 +7,7 @@ from pathlib import Path
 from fxquant.calibration.calibration_file import CALIBRATION, load_calibration
 from fxquant.checkpoint.checkpoint import Checkpoint
 from fxquant.compilation.ledger import build_ledger, check_parameters
-from fxquant.engines.check_contract import check as findings
-from fxquant.engines.contract import Verdict, load_contract
+from fxquant.engines.contract import load_contract
 from fxquant.engines.documents import group_size
 from fxquant.engines.rank_layout import checked_layout
 from fxquant.engines.serving import RankLayout
@@ -26,6 +25,7 @@ from fxquant.progress import Reporter
 from fxquant.runtime.divergence import Divergence
 from fxquant.runtime.weight_providers import Cached, Read, RecipeWeights
 from fxquant.verification.blocks import block_names, probe_inputs, walk
+from fxquant.verification.contract_checks import check_contract, takes_dtype, unverified
 from fxquant.verification.document_checks import Documents, check_copies, documents
 from fxquant.verification.engine_check import EngineChecker
 from fxquant.verification.file_checks import check_digests, check_sizes, infer_target
@@ -220,17 +220,6 @@ def _check_source(program: Program, source: Checkpoint) -> Check:
     return check
 
 
-def check_contract(program: Program, target: Target, layout: RankLayout) -> Check:
-    """The target refuses no linear on these ranks."""
-    described = linears(program)
-    check = Check(f"contract of {target}, {layout}", len(described))
-    verdicts = findings(load_contract(target), described, layout.tp, ep=layout.ep)
-    refused = [finding for finding in verdicts if finding.verdict is Verdict.REFUSED]
-    check.checked = len(described)
-    check.misses += (f"{finding.module}: {finding.fact} ({finding.reference})" for finding in refused)
-    return check
-
-
 def _check_values(output: _Output, stored: list[StoredTensor], report: Reporter) -> tuple[list[Check], dict[str, str]]:
     """Every tensor, or a sample, against the source; without one, static parameters among themselves. And what could
     not be compared."""
@@ -269,17 +258,6 @@ def _check_graphs(output: _Output, claimed: bool, report: Reporter) -> tuple[lis
     given = None if output.foreign else output.source
     read = files.read if given is None else RecipeWeights(program, given, StoredCodes(program, files))
     return checks + _check_graph("verify reader", checker, read, output.sampled, report), graph.end_to_end
-
-
-def takes_dtype(program: Program, target: Target) -> bool:
-    """Whether the target takes models of this dtype."""
-    return str(program.dtype).removeprefix("torch.") in load_contract(target).dtypes.accepted
-
-
-def unverified(program: Program, target: Target, layout: RankLayout) -> frozenset[str]:
-    """Modules not shown to be read by the engine, nor to be refused; the report of `compile` names them."""
-    verdicts = findings(load_contract(target), linears(program), layout.tp, ep=layout.ep)
-    return frozenset(finding.module for finding in verdicts if finding.verdict is Verdict.UNVERIFIED)
 
 
 def _check_graph(stage: str, checker: GraphChecker, read: Read, sampled: bool, report: Reporter) -> list[Check]:

@@ -16,22 +16,27 @@ from torch import Tensor, fx
 from fxquant import ops
 from fxquant.checkpoint.checkpoint import Checkpoint
 from fxquant.engines.onnx_form import OnnxForm
-from fxquant.engines.onnx_profile import OnnxProfile
+from fxquant.engines.onnx_profile import AccuracyLevel, OnnxProfile
+from fxquant.lowering.convert import reformed
 from fxquant.lowering.onnx import write_onnx
 from fxquant.lowering.onnx.deployment import deployment
 from fxquant.lowering.onnx.extract import operator_session
 from fxquant.lowering.onnx.last_logits import KEEP_ALL
 from fxquant.lowering.onnx.runner import OnnxRunner
+from fxquant.lowering.output_folder.stacks import stacked_experts, stacks_of
 from fxquant.models import DecoderLayer
 from fxquant.passes import AssignSchemes, Calibrate, pipeline, run_passes
 from fxquant.policy.policy import load_policy
 from fxquant.program.program import Program
 from fxquant.runtime.execute import cache_shape, call, execute, prefill_inputs
 from fxquant.runtime.weight_providers import Cached, RecipeWeights, load
+from fxquant.schemes.weight_formats import WeightFormat
 from fxquant.storage.safetensors import read_header
 
 ATEN = torch.ops.aten
 INTEGER = OnnxForm(OnnxProfile.INTEGER)
+SUMS = {profile: OnnxForm(profile, accuracy_level=AccuracyLevel.FLOAT) for profile in OnnxProfile}
+"""A form of each profile that rounds as its deployed program does: they differ by the order of float sums alone."""
 
 
 @dataclass(frozen=True)
@@ -56,15 +61,30 @@ def quantized(checkpoint: Checkpoint, policy: str, layer: type[DecoderLayer] = D
 
 def emit(program: Program, checkpoint: Checkpoint, folder: Path, form: OnnxForm = INTEGER) -> Emitted:
     """Two weight files and the model; a stored tensor of odd length moves some offsets off alignment."""
+    if form.profile.contrib:
+        program = reformed(program, WeightFormat.BLOCKS)
     read = RecipeWeights(program, checkpoint)
-    names = sorted({name for parameter in program.parameters.values() for name in parameter.names})
-    tensors = {}
+    tensors, whole = {}, _stored(program, read)
     for file in range(2):
-        stored = {name: read(name).contiguous() for name in names[file::2]} | {"odd": torch.zeros(13, dtype=torch.int8)}
-        save_file(stored, folder / f"weights-{file}.safetensors")
+        odd = {"odd": torch.zeros(13, dtype=torch.int8)}
+        save_file({name: whole[name] for name in sorted(whole)[file::2]} | odd, folder / f"weights-{file}.safetensors")
         tensors |= read_header(folder / f"weights-{file}.safetensors")
     write_onnx(program, tensors, folder, form)
     return Emitted(deployment(program, form).program, Cached(read), folder)
+
+
+def _stored(program: Program, read: RecipeWeights) -> dict[str, Tensor]:
+    """Every tensor of the weight files; experts in stacks lie there alone."""
+    names = {name for parameter in program.parameters.values() for name in parameter.names}
+    tensors = {name: read(name).contiguous() for name in names}
+    for stack in (stack for experts in stacked_experts(program) for stack in stacks_of(experts)):
+        data = torch.empty(stack.spec.nbytes, dtype=torch.uint8)
+        for part in stack.slices:
+            own, done = tensors.pop(part.name).view(torch.uint8).flatten(), 0
+            for start, size in part.runs.ranges(0, part.spec.nbytes):
+                data[start : start + size], done = own[done : done + size], done + size
+        tensors[stack.name] = data.view(stack.spec.dtype).view(stack.spec.shape)
+    return tensors
 
 
 def cached_inputs(program: Program, seed: int = 0) -> list[Tensor]:

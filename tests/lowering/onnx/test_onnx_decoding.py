@@ -8,11 +8,10 @@ import pytest
 import torch
 from greedy_texts import best_tokens
 from onnx_calls import UNIT
-from onnx_graphs import Emitted, emit, quantized
+from onnx_graphs import SUMS, Emitted, emit, quantized
 from torch import Tensor
 
 from fxquant.checkpoint.checkpoint import Checkpoint
-from fxquant.engines.onnx_form import OnnxForm
 from fxquant.engines.onnx_profile import OnnxProfile
 from fxquant.generation import batch
 from fxquant.generation.batch import Batch
@@ -35,7 +34,7 @@ def program(request: pytest.FixtureRequest, checkpoint: Checkpoint) -> Program:
 def emitted(
     request: pytest.FixtureRequest, program: Program, checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory
 ) -> Emitted:
-    return emit(program, checkpoint, tmp_path_factory.mktemp("onnx"), OnnxForm(request.param))
+    return emit(program, checkpoint, tmp_path_factory.mktemp("onnx"), SUMS[request.param])
 
 
 def whole(runner: OnnxRunner, ids: list[int]) -> Tensor:

@@ -4,15 +4,14 @@ import onnxruntime
 import pytest
 import torch
 from onnx_calls import UNIT
-from onnx_graphs import Emitted, emit, node_values, quantized
+from onnx_graphs import SUMS, Emitted, emit, node_values, quantized
 from safetensors.torch import load_file, save_file
 from tiny import write_checkpoint
 
 from fxquant import ops
 from fxquant.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from fxquant.engines.onnx_form import OnnxForm
 from fxquant.engines.onnx_profile import OnnxProfile
-from fxquant.program.operands import item_of
+from fxquant.program.operands import item_of, operand_node
 from fxquant.program.program import Program
 from fxquant.runtime.execute import execute, prefill_inputs
 
@@ -40,7 +39,7 @@ def program(request: pytest.FixtureRequest, favouring: Checkpoint) -> Program:
 def emitted(
     request: pytest.FixtureRequest, program: Program, favouring: Checkpoint, tmp_path_factory: pytest.TempPathFactory
 ) -> Emitted:
-    return emit(program, favouring, tmp_path_factory.mktemp("onnx"), OnnxForm(request.param))
+    return emit(program, favouring, tmp_path_factory.mktemp("onnx"), SUMS[request.param])
 
 
 def tokens_of_experts(emitted: Emitted, ids: torch.Tensor) -> list[int]:
@@ -51,7 +50,8 @@ def tokens_of_experts(emitted: Emitted, ids: torch.Tensor) -> list[int]:
     )
     if counts is not None:
         return values[counts].tolist()
-    (ids_node,) = (node.args[1] for node in values if node.target == ops.moe_experts)
+    whole = ops.moe_experts, ops.block_experts
+    (ids_node,) = (operand_node(node, "ids") for node in values if node.target in whole)
     return values[ids_node].flatten().bincount(minlength=8).tolist()
 
 

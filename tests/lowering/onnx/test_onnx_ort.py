@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fxquant import CompileOptions, FxquantError
 from fxquant.api import compile, convert, plan, verify
+from fxquant.compilation.onnx_options import OnnxOptions
 from fxquant.engines.onnx_form import OnnxForm
 from fxquant.engines.onnx_profile import AccuracyLevel, OnnxProfile
 from fxquant.engines.table import Target
@@ -166,10 +167,17 @@ def test_any_number_of_workers_and_reuse_give_the_same_bytes(compiled: Compiled,
             assert same_files(tmp_path / name, right)
 
 
+ORT, QDQ = (OnnxOptions(onnx_profile=profile) for profile in (OnnxProfile.ORT, OnnxProfile.QDQ))
+
+
 def test_converted_from_another_profile_and_back_is_as_compiled(compiled: Compiled, tmp_path: Path):
     right, other = (compiled(GROUPED, profile) for profile in (OnnxProfile.ORT, OnnxProfile.QDQ))
-    there = convert(other, Target.ONNX, tmp_path / "there", onnx_profile=OnnxProfile.ORT, verify=False).out
-    back = convert(right, Target.ONNX, tmp_path / "back", onnx_profile=OnnxProfile.QDQ, verify=False).out
+    there = convert(
+        other, Target.ONNX, tmp_path / "there", onnx=OnnxOptions(onnx_profile=OnnxProfile.ORT), verify=False
+    ).out
+    back = convert(
+        right, Target.ONNX, tmp_path / "back", onnx=OnnxOptions(onnx_profile=OnnxProfile.QDQ), verify=False
+    ).out
     for made, compiled_ in ((there, right), (back, other)):
         assert tensors(made).keys() == tensors(compiled_).keys()
         assert (made / GRAPH).read_bytes() == (compiled_ / GRAPH).read_bytes()

@@ -50,16 +50,18 @@ class _Operands:
 
     def absorbed(self, b: Builder) -> ir.Value:
         """The weight goes to queries and context. Heads are rows of one product, which reads the cache once."""
+        # two sizes: for a single one onnxruntime puts -1, which a batch without rows does not determine
+        batch, number = b.size(self.q_nope, 0), b.op("Mul", self.new, b.ints(self.num_heads))
         queries = b.op("Concat", b.op("MatMul", self.q_nope, self.w_uk), self.q_rope, axis=-1)
-        rows = b.split_last(b.op("Reshape", queries, b.sizes(0, 1, -1, sum(self.widths))), *self.widths)
+        rows = b.split_last(b.op("Reshape", queries, b.sizes(batch, 1, number, sum(self.widths))), *self.widths)
         first, second = (
             b.op("MatMul", row, b.op("Transpose", part, perm=COLUMNS))
             for row, part in zip(rows, self.parts, strict=True)
         )
-        scores = b.op("Reshape", b.op("Add", first, second), b.sizes(0, self.num_heads, self.new, self.total))
+        scores = b.op("Reshape", b.op("Add", first, second), b.sizes(batch, self.num_heads, self.new, self.total))
         weights = softmax(b, scores, self.visible, self.softmax_scale)
-        context = self._context(b, b.op("Reshape", weights, b.sizes(0, 1, -1, self.total)))
-        context = b.op("Reshape", context, b.sizes(0, self.num_heads, self.new, self.rank))
+        context = self._context(b, b.op("Reshape", weights, b.sizes(batch, 1, number, self.total)))
+        context = b.op("Reshape", context, b.sizes(batch, self.num_heads, self.new, self.rank))
         return self._flat(b, b.op("MatMul", context, self.w_uv))
 
     def _latents(self, b: Builder) -> tuple[ir.Value, ...]:
