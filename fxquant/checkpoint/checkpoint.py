@@ -67,6 +67,20 @@ class Checkpoint:
             tensor = decode_fp8(tensor, self.scales[name].read(), self.block).to(self.dtype)
         return self.transforms.apply(name, tensor, len(tensor)) if self.transforms.changes(name) else tensor
 
+    def read_rows(self, name: str, start: int, end: int) -> Tensor:
+        """Rows [start, end) of `read(name)`. Reads no others, but for those that a rotation mixes them with."""
+        tensor = self.tensors[name]
+        if name in self.transforms.tensors or self.transforms.mixes_rows(name) or isinstance(tensor, HeldTensor):
+            return self.read(name)[start:end]
+        encoded, width = tensor.dtype is torch.float8_e4m3fn, tensor.nbytes // tensor.shape[0]
+        first = start // self.block[0] * self.block[0] if encoded else start  # a row of block scales
+        data = tensor.read_bytes(first * width, (end - first) * width)
+        rows = torch.frombuffer(data, dtype=tensor.dtype).view(-1, *tensor.shape[1:])
+        if encoded:
+            scales = self.scales[name].read()[first // self.block[0] :]
+            rows = decode_fp8(rows, scales, self.block).to(self.dtype)[start - first :]
+        return self.transforms.apply(name, rows, tensor.shape[0], start) if self.transforms.changes(name) else rows
+
 
 def decode_fp8(weight: Tensor, scale_inv: Tensor, block: tuple[int, int]) -> Tensor:
     """FP8 [n, k] times its block scales [ceil(n / block[0]), ceil(k / block[1])], of `SCALES`, as float32."""

@@ -69,3 +69,21 @@ def half_step(values: Tensor, dtype: torch.dtype) -> Tensor:
         return torch.zeros_like(values, dtype=torch.float64)
     bound = (_UNIT[dtype] * values.double().abs()).clamp(min=_SMALLEST_HALF_STEP[dtype])
     return torch.where(values.to(dtype).double() == values.double(), 0.0, bound)
+
+
+NUMBERS = 1 << 20
+"""Numbers of a weight that are widened at a time."""
+
+
+def wide_product(x: Tensor, weight: Tensor) -> Tensor:
+    """float64 `x @ weight.T`, x [..., k], a block of rows of the weight [n, k] at a time."""
+    result = torch.empty(*x.shape[:-1], len(weight), dtype=torch.float64)
+    count = max(1, NUMBERS // max(1, weight.shape[1]))
+    for start in range(0, len(weight), count):
+        result[..., start : start + count] = x.double() @ weight[start : start + count].double().T
+    return result
+
+
+def magnitudes(x: Tensor, weight: Tensor) -> Tensor:
+    """float64 `|x| @ |weight|.T`, x [..., k], weight [n, k]."""
+    return wide_product(x.double().abs(), weight.abs())

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fxquant.engine_readers.arithmetic import Arithmetic
+from fxquant.engine_readers.arithmetic import Arithmetic, magnitudes, wide_product
 from fxquant.engine_readers.ranks import total_bound
 from fxquant.errors import FxquantError
 
@@ -27,12 +27,12 @@ class FloatLinear:
         return self.partials(x.to(self.dtype), arithmetic)[0].to(self.dtype).float()
 
     def partials(self, x: Tensor, arithmetic: Arithmetic) -> Tensor:
-        y = x.double() @ self.weight.double().T
+        y = wide_product(x, self.weight)
         return (y if self.bias is None else y + self.bias.double()).unsqueeze(0)
 
     def partial_bounds(self, x: Tensor) -> Tensor:
         """k products and sums in float64."""
-        magnitude = x.double().abs() @ self.weight.double().abs().T
+        magnitude = magnitudes(x, self.weight)
         added = 0.0 if self.bias is None else self.bias.double().abs()
         return ((self.weight.shape[1] + 2) * 2.0**-53 * (magnitude + added)).unsqueeze(0)
 

@@ -41,7 +41,7 @@ class WeightFolder:
         self.config = _read_json(folder, "config.json")
         self.description_name = description
         self.description = _read_json(folder, description)
-        self._handles: dict[Path, Any] = {}
+        self._headers: dict[str, tuple[str, tuple[int, ...]]] = {}
         self._files = self._list_tensors()
         self._suffixes: dict[str, list[str]] = {}
         for name in sorted(self._files):
@@ -76,12 +76,12 @@ class WeightFolder:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of one stored tensor."""
-        return tuple(self._slice(name).get_shape())
+        return self._header(name)[1]
 
     def tensor(self, name: str) -> Tensor:
-        """One tensor as stored."""
-        self._slice(name)
-        return self._handles[self._files[name]].get_tensor(name)
+        """One tensor as stored: a copy, as pages of a file that stays mapped count as memory."""
+        self._header(name)
+        return _open(self._files[name]).get_tensor(name).clone()
 
     def load(self, module: str, expected: Mapping[str, Expected]) -> dict[str, Tensor]:
         """Suffix → tensor, for the suffixes that are stored.
@@ -104,26 +104,28 @@ class WeightFolder:
         return loaded
 
     def _check(self, name: str, want: Expected) -> None:
-        stored = self._slice(name)
-        dtype, shape = _DTYPES.get(stored.get_dtype()), tuple(stored.get_shape())
+        stored, shape = self._header(name)
+        dtype = _DTYPES.get(stored)
         if dtype not in want.dtypes or shape != want.shape:
             takes = " or ".join(str(dtype).removeprefix("torch.") for dtype in want.dtypes)
-            fact = f"{stored.get_dtype()} {list(shape)}; the engine takes {takes} {list(want.shape)}."
+            fact = f"{stored} {list(shape)}; the engine takes {takes} {list(want.shape)}."
             raise FxquantError(name, fact, "Write it in this dtype and shape.")
 
-    def _slice(self, name: str) -> Any:
+    def _header(self, name: str) -> tuple[str, tuple[int, ...]]:
+        """Dtype, by its name in the file, and shape."""
         if name not in self._files:
             raise FxquantError(name, f"missing in {self.path}.", "The engine does not load without it: write it.")
-        return self._handles[self._files[name]].get_slice(name)
+        return self._headers[name]
 
     def _list_tensors(self) -> dict[str, Path]:
         files: dict[str, Path] = {}
         for file in sorted(self.path.glob("*.safetensors")):
-            self._handles[file] = _open(file)
-            for name in self._handles[file].keys():  # noqa: SIM118, not a mapping
+            opened = _open(file)
+            for name in opened.keys():  # noqa: SIM118, not a mapping
                 if name in files:
                     raise FxquantError(name, f"is in {files[name].name} and in {file.name}.", "Store it once.")
-                files[name] = file
+                files[name], stored = file, opened.get_slice(name)
+                self._headers[name] = stored.get_dtype(), tuple(stored.get_shape())
         if not files:
             raise FxquantError(self.path, "holds no *.safetensors.", "Compile into it first.")
         for index in sorted(self.path.glob("*.safetensors.index.json")):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fxquant.engine_readers.arithmetic import float32_bits, truncate_fp19
+from fxquant.engine_readers.arithmetic import float32_bits, truncate_fp19, wide_product
 
 _FLOAT64_STEPS = 8 * 2.0**-53
 
@@ -23,7 +23,7 @@ class StaticShard:
     quant_bias: Tensor | None
 
     def codes(self) -> Tensor:
-        return self.weight.T.to(torch.int32)
+        return self.weight.T
 
     def exact(self, x8: Tensor, x_scale: Tensor) -> Tensor:
         return self._sums(x8) * self._scale().double()
@@ -41,7 +41,7 @@ class StaticShard:
 
     def _sums(self, x8: Tensor) -> Tensor:
         """float64 holds these integers exactly."""
-        sums = x8.double() @ self.weight.double()
+        sums = wide_product(x8, self.weight.T)
         return sums if self.quant_bias is None else sums + self.quant_bias.double()
 
 
@@ -59,7 +59,7 @@ class PerTokenShard:
     bias: Tensor | None
 
     def codes(self) -> Tensor:
-        return self.weight.T.to(torch.int32)
+        return self.weight.T
 
     def exact(self, x8: Tensor, x_scale: Tensor) -> Tensor:
         y = self._sums(x8) * self.weight_scale.double() * x_scale.double()
@@ -76,4 +76,4 @@ class PerTokenShard:
         return sums * self.scale_error + _FLOAT64_STEPS * (sums * self.weight_scale.double() + added)
 
     def _sums(self, x8: Tensor) -> Tensor:
-        return x8.double() @ self.weight.double()
+        return wide_product(x8, self.weight.T)

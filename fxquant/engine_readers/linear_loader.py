@@ -97,7 +97,7 @@ def _static(folder: WeightFolder, rules: LinearRules, module: str, tensors: dict
     def shard(rank: int, rows: slice, inner: slice) -> Shard:
         # the results of row-parallel ranks are summed, so only one of them adds the bias
         bias = tensors["quant_bias"][rows] if rank == 0 or not split.row_parallel else None
-        return StaticShard(tensors["weight"][rows, inner].T.contiguous(), tensors["deq_scale"][rows], bias)
+        return StaticShard(tensors["weight"][rows, inner].T, tensors["deq_scale"][rows], bias)
 
     return _ranks(module, tensors["weight"], split, shard, activation, folder.dtype)
 
@@ -117,7 +117,7 @@ def _per_token(
     def shard(rank: int, rows: slice, inner: slice) -> Shard:
         own = bias[rows] if bias is not None and (rank == 0 or not split.row_parallel) else None
         scale = stored[rows]
-        weight = tensors["weight"][rows, inner].T.contiguous()
+        weight = tensors["weight"][rows, inner].T
         return PerTokenShard(weight, scale.to(held), half_step(scale, held), own)
 
     return _ranks(module, tensors["weight"], split, shard, PerToken(folder.dtype), folder.dtype)

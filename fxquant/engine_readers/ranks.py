@@ -16,7 +16,7 @@ class Shard(Protocol):
     """What one rank holds. x8 int8 [..., k] is the rank's input, x_scale float32 [..., 1] or [1]."""
 
     def codes(self) -> Tensor:
-        """int32 [n, k]: the integers by which it multiplies."""
+        """int8 or int32 [n, k]: the integers by which it multiplies."""
 
     def exact(self, x8: Tensor, x_scale: Tensor) -> Tensor:
         """float64 [..., n], every sum in float64."""
@@ -47,7 +47,7 @@ class Loaded(Protocol):
         """float64 [..., n]: how far the EXACT result may be from what the stored integers and scales say."""
 
     def codes(self) -> Tensor:
-        """int32 [n, k]: integers recovered from the loaded layout, int4 times its group scale."""
+        """int8 or int32 [n, k]: integers recovered from the loaded layout, int4 times its group scale."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,8 @@ class Ranks:
         return total_bound(self.partials(x, Arithmetic.EXACT), self.partial_bounds(x))
 
     def codes(self) -> Tensor:
-        return torch.cat([shard.codes() for shard in self.shards], 1 if self.row_parallel else 0)
+        codes = [shard.codes() for shard in self.shards]
+        return torch.cat(codes, 1 if self.row_parallel else 0) if len(codes) > 1 else codes[0]
 
     def _inputs(self, x: Tensor, arithmetic: Arithmetic) -> list[tuple[Tensor, Tensor]]:
         """Each rank's codes and scale."""

@@ -8,6 +8,7 @@ from torch import Tensor, fx
 
 from fxquant import ops
 from fxquant.errors import FxquantError
+from fxquant.processes.memory import lacks_memory
 from fxquant.program.program import Program
 from fxquant.progress import Advance
 from fxquant.runtime.weight_providers import LazyStack, Read, load
@@ -68,6 +69,8 @@ def call(node: fx.Node, value: Callable[[fx.Node], Any]) -> Any:
         function: Any = ops.REFERENCES[node.target] if lazy else node.target  # type: ignore[index]
         return function(*args, **kwargs)
     except (RuntimeError, LookupError, ValueError, TypeError, ArithmeticError) as error:
+        if lacks_memory(error):
+            raise
         line = (str(error).strip() or type(error).__name__).split("\n")[0][:500]
         raise FxquantError(node.meta.get("module") or node.name, f"{node.name}: {line}.", REMEDY) from error
 

@@ -67,6 +67,13 @@ class SlicedTensor:
         """Location of `length` bytes from `offset` within the tensor: (stack, offset in it, bytes) of each run."""
         return ((self.stack, start, size) for start, size in self.runs.ranges(offset, length))
 
+    def read_bytes(self, offset: int, length: int) -> bytearray:
+        """`length` bytes from `offset` within the tensor, run by run."""
+        data = bytearray()
+        for start, size in self.runs.ranges(offset, length):
+            data += self.stack.read_bytes(start, size)
+        return data
+
     def read(self) -> Tensor:
         """Read the whole tensor, and what lies between its runs."""
         count = self.nbytes // self.runs.run

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from fxquant.errors import FxquantError
+from fxquant.processes.memory import lacks_memory
 from fxquant.storage.system_errors import stopped
 from fxquant.tools.console import errors, exit_quietly_on_stdout, print_line, show_error
 from fxquant.tools.faults import show_fault, words
@@ -84,7 +85,7 @@ def as_told(error: BaseException) -> FxquantError | None:
     """The error as place, fact and remedy; None if it is a fault of fxquant."""
     if isinstance(error, FxquantError):
         return error
-    if _lacks_memory(error):
+    if lacks_memory(error):
         return FxquantError("memory", f"There is not enough: {words(error)}.", LOWER)
     if isinstance(error, OSError):
         return stopped(error, _name(error.filename2 or error.filename))
@@ -97,12 +98,3 @@ def _name(place: object) -> str:
     if place is None:
         return "a stream or a file"
     return place.decode(errors="backslashreplace") if isinstance(place, bytes) else str(place)
-
-
-def _lacks_memory(error: BaseException) -> bool:
-    """Whether it is Python's or numpy's error, or one that torch raises when its allocators fail."""
-    if isinstance(error, MemoryError):
-        return True
-    text = str(error)
-    of_torch = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text
-    return isinstance(error, RuntimeError) and of_torch

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from fxquant import ops
 from fxquant.ops.quantized import expand_int4
 from fxquant.program.operands import operand
+from fxquant.runtime.large_matrix import rows_of_a_block, side_by_side
 from fxquant.verification.bounds import RULES, U, Value, blocks, rule_of, values_of
 
 U_FLOAT16 = 2.0**-11
@@ -50,6 +51,14 @@ def _int4(x8: Tensor, packed: Tensor, second: Tensor | None, scale: Tensor, x_sc
     With a second scale, s_g is rounded to float16 and the scale in bias to bfloat16; the rest is float32, where x - 8
     comes in two nibbles, `16 hi + lo`. packed int8 [n/2, k], scale [n, 1], second [n, G], x_scale [..., 1].
     """
+    count = rows_of_a_block(packed.shape[1])
+    seconds = [None] * len(packed) if second is None else second.split(count)
+    rows = zip(packed.split(count // 2), scale.split(count), seconds, strict=False)
+    return side_by_side((_int4_rows(x8, *block) for block in rows), len(scale)) * x_scale.double()
+
+
+def _int4_rows(x8: Tensor, packed: Tensor, scale: Tensor, second: Tensor | None) -> Tensor:
+    """`_int4` of some rows, before the scale of x."""
     q = expand_int4(packed, None).double().unflatten(1, (1 if second is None else second.shape[1], -1))
     s = scale.double() * (1 if second is None else second.double())
     x = x8.double().unflatten(-1, q.shape[1:])
@@ -61,4 +70,4 @@ def _int4(x8: Tensor, packed: Tensor, second: Tensor | None, scale: Tensor, x_sc
     if second is not None:
         bound += ((U_FLOAT16 * s).clamp(min=SMALLEST_HALF_STEP) * parts[0]).sum(-1)
         bound += U_BFLOAT16 * (codes * s).sum(-1).abs()
-    return bound * x_scale.double()
+    return bound

@@ -7,6 +7,7 @@ choice of experts cannot spread.
 import ast
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,6 +25,7 @@ from fxquant.program.node_names import operator_name
 from fxquant.program.operands import item_of, operand_node
 from fxquant.program.program import Program
 from fxquant.verification.ascend_bounds import error_bound
+from fxquant.verification.emitted_weights import EmittedWeights
 
 Weights = Mapping[str, Mapping[str, Tensor]]
 """Key of a block in the emitted BLOCKS → its tensors by name, as in `Model.weights`."""
@@ -68,14 +70,17 @@ class EmittedModule:
         """The emitted segments of a block of the graph."""
         return [call for call in self.emitted if call.segment.calls[0].meta["block"] == block]
 
-    def load(self, block: str, read: Any = None) -> dict[str, dict[str, Tensor]]:
-        """The float32 weights of a block from the folder's files, or from another provider of stored tensors."""
+    def load(self, block: str, read: Any = None) -> dict[str, EmittedWeights]:
+        """The float32 weights of a block, each read when it is asked for, from the folder's files or by `read`, which
+        knows the stored tensors."""
         loaded = {}
         for call in self.of_block(block):
             prefix, table = self.names["BLOCKS"][call.segment.key]
-            arguments = (read or self._read, table, prefix, torch.float32, "cpu")
-            loaded[call.segment.key] = self.names["load_table"](*arguments)
+            loaded[call.segment.key] = EmittedWeights(table, partial(self._load, read or self._read, prefix))
         return loaded
+
+    def _load(self, read: Any, prefix: str, table: dict[str, Any]) -> dict[str, Tensor]:
+        return self.names["load_table"](read, table, prefix, torch.float32, "cpu")
 
 
 def _require_equal(path: Path, stored: bytes, expected: bytes) -> None:
@@ -99,7 +104,7 @@ def check_statements(
 ) -> list[StatementCheck]:
     """Run every statement of `block` and compare what it assigns with the graph's value of the same node.
 
-    weights  in float32, as `module.load(block)` gives them
+    weights  in float32, as `module.load(block)` gives them; none stays in memory
     values   graph node name → float32 value, for all nodes of the block, its parameters and inputs
     """
     checks: list[StatementCheck] = []

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fxquant.processes.memory import return_freed_memory
 from fxquant.program.program import Program
 from fxquant.runtime.execute import cache_inputs, cache_shape, call
 from fxquant.runtime.weight_providers import Read, load
@@ -34,7 +35,16 @@ def block_names(program: Program) -> list[str]:
     return list(dict.fromkeys(node.meta["block"] for node in calls))
 
 
-@torch.no_grad()
+def one_of_each_kind(program: Program) -> list[str]:
+    """The first block of each sequence of operators."""
+    first: dict[tuple, str] = {}
+    for block in block_names(program):
+        nodes = program.graph.graph.nodes
+        operators = tuple(str(n.target) for n in nodes if n.op == "call_function" and n.meta["block"] == block)
+        first.setdefault(operators, block)
+    return list(first.values())
+
+
 def walk(program: Program, read: Read, selected: set[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     """For each selected block its name and all values that its nodes read or compute, by node name.
 
@@ -48,7 +58,8 @@ def walk(program: Program, read: Read, selected: set[str]) -> Iterator[tuple[str
     for block in block_names(program):
         own = [node for node in nodes if node.op == "call_function" and node.meta["block"] == block]
         if block in selected:
-            _run(program, read, own, values, inputs)
+            with torch.no_grad():  # as a decorator of a generator it would keep the last block's values
+                _run(program, read, own, values, inputs)
             reads = {argument for node in own for argument in node.all_input_nodes}
             yield block, {node.name: values[node] for node in {*own, *reads} if node in values}
         else:
@@ -67,6 +78,7 @@ def _run(program: Program, read: Read, own: list[fx.Node], values: dict[fx.Node,
             elif argument.op == "get_attr" and argument not in values:
                 values[argument] = load(program, str(argument.target), read)
         values[node] = call(node, values.__getitem__)
+    return_freed_memory()
 
 
 def _substitute(own: list[fx.Node], values: dict[fx.Node, Any], last_use: dict[fx.Node, fx.Node]) -> None:

@@ -14,6 +14,7 @@ from fxquant import ops
 from fxquant.ops.quantized import SMALLEST_ROW_MAXIMUM
 from fxquant.program.linears import PROJECTIONS
 from fxquant.program.operands import item_of, operand
+from fxquant.runtime.large_matrix import LargeMatrix, rows_of_a_block, side_by_side
 
 U = 2.0**-24
 SILU_SLOPE = 1.1
@@ -41,8 +42,21 @@ def _relative(steps: int) -> Rule:
 
 
 def _linear(call: fx.Node, value: Value, expected: Tensor) -> Tensor:
-    x, weight = (tensor.double() for tensor in values_of(call, value, "x", "weight"))
-    return 2 * (weight.shape[1] + 2) * U * (x.abs() @ weight.abs().T) + 2 * U * expected.abs()
+    x, weight = values_of(call, value, "x", "weight")
+    return 2 * (weight.shape[1] + 2) * U * magnitudes(x, weight) + 2 * U * expected.abs()
+
+
+def magnitudes(x: Tensor, weight: Tensor | LargeMatrix) -> Tensor:
+    """`|x| @ |weight|.T` in float64, a block of rows of the weight [n, k] at a time."""
+    return wide_products(x.double().abs(), weight, Tensor.abs)
+
+
+def wide_products(
+    x: Tensor, weight: Tensor | LargeMatrix, change: Callable[[Tensor], Tensor] = lambda rows: rows
+) -> Tensor:
+    """`x @ change(weight).T`, x float64 [..., k], a block of rows of the weight [n, k] at a time."""
+    blocks_of_rows = weight.split(rows_of_a_block(weight.shape[1]))
+    return side_by_side((x @ change(rows.double()).T for rows in blocks_of_rows), len(weight))
 
 
 def _rms_norm(call: fx.Node, value: Value, expected: Tensor) -> Tensor:

@@ -17,11 +17,13 @@ from fxquant.engine_readers.linear_loader import MixedLinear
 from fxquant.engine_readers.ranks import total_bound
 from fxquant.errors import FxquantError
 from fxquant.ops.quantized import GROUPED, LINEAR_FORMS, decode_deq_scale, expand_int4
+from fxquant.processes.memory import return_freed_memory
 from fxquant.program.linears import is_parameter
 from fxquant.program.operands import arguments, item_of, operand_node
 from fxquant.program.program import Program
+from fxquant.runtime.large_matrix import rows_of_a_block
 from fxquant.schemes.schemes import Recipe
-from fxquant.verification.bounds import U, blocks
+from fxquant.verification.bounds import U, blocks, wide_products
 from fxquant.verification.report import Check
 
 _READ_CODES = [step.operator for form in LINEAR_FORMS.values() for step in form if "weight" in step.arguments]
@@ -60,14 +62,12 @@ class Site:
         return {0: ...} if counts is None else dict(blocks(counts))
 
     def codes(self, values: dict[str, Any], expert: int) -> Tensor:
-        """int32 [n, k]: the integers by which the graph multiplies."""
+        """int8 [n, k]: the integers by which the graph multiplies."""
         weight = values[self.weight.name]
         second = None if self.second is None else values[self.second.name]
         if self.counts is not None:
             weight, second = weight[expert], None if second is None else second[expert]
-        if self.recipe.int4:
-            weight = expand_int4(weight, second)
-        return weight.to(torch.int32)
+        return expand_int4(weight, second) if self.recipe.int4 else weight
 
 
 def sites(program: Program, block: str | None = None) -> Iterator[Site]:
@@ -125,6 +125,7 @@ class EngineChecker:
                     self._check_module(site, values, expert, rows.get(expert))
                 except FxquantError as error:
                     self._refused(site, expert, error)
+            return_freed_memory()
 
     def _refused(self, site: Site, expert: int, error: FxquantError) -> None:
         """Reported for a doubtful module, a miss for any other."""
@@ -149,7 +150,8 @@ class EngineChecker:
             self._reader.check_fused(group)
         loaded, codes = site.load(self._reader, expert), site.codes(values, expert)
         loaded_codes = loaded.codes()
-        _expect(self._codes, torch.equal(loaded_codes, codes), f"{module}: {_difference(loaded_codes, codes)}")
+        same = _same(loaded_codes, codes)
+        _expect(self._codes, same, "" if same else f"{module}: {_difference(loaded_codes, codes)}")
         if rows is not None and site.x8 is not None and loaded_codes.shape == codes.shape:
             self._check_rows(site, values, expert, rows, loaded)
 
@@ -180,7 +182,7 @@ class EngineChecker:
         x8, x_scale = loaded.quantize(x, Arithmetic.EXACT)
         input_scale = values[operand_node(site.x8, "input_scale").name].double()
         scale = _Operands.of(site, values, 0, ...).scale.double() / input_scale
-        expected = x8.double() @ site.codes(values, 0).double().T * scale * x_scale.double()
+        expected = wide_products(x8.double(), site.codes(values, 0)) * scale * x_scale.double()
         bound = loaded.bound(x) + 4 * U * expected.abs()
         self._check_close(site.recipe.module, loaded(x, Arithmetic.EXACT), expected, bound)
         graph = values[site.node.name]
@@ -228,7 +230,7 @@ class _Operands:
     def partials(self, x8: Tensor, codes: Tensor, ranks: int) -> Tensor:
         """float64 [ranks, ..., n]: each rank's sum over its slice of k, biases on the first."""
         parts = zip(x8.chunk(ranks, -1), codes.chunk(ranks, -1), strict=True)
-        sums = torch.stack([x.double() @ part.double().T for x, part in parts])
+        sums = torch.stack([wide_products(x.double(), part) for x, part in parts])
         if self.quant_bias is not None:
             sums[0] += self.quant_bias.double()
         results = sums * self.scale.double() * self.x_scale.double()
@@ -240,6 +242,14 @@ class _Operands:
 def _expect(check: Check, condition: object, miss: str) -> None:
     check.total += 1
     check.expect(condition, miss)
+
+
+def _same(result: Tensor, expected: Tensor) -> bool:
+    """Equal integers, whatever their dtypes."""
+    if result.shape != expected.shape:
+        return False
+    blocks_of_rows = (tensor.split(rows_of_a_block(expected.shape[1])) for tensor in (result, expected))
+    return all(torch.equal(rows.int(), other.int()) for rows, other in zip(*blocks_of_rows, strict=True))
 
 
 def _difference(result: Tensor, expected: Tensor) -> str:

@@ -25,7 +25,7 @@ from fxquant.passes.check_contract import linears
 from fxquant.program.program import Program
 from fxquant.progress import Reporter
 from fxquant.runtime.weight_providers import Cached
-from fxquant.verification.blocks import block_names, walk
+from fxquant.verification.blocks import block_names, one_of_each_kind, walk
 from fxquant.verification.contract_checks import check_contract, takes_dtype, unverified
 from fxquant.verification.engine_check import EngineChecker
 from fxquant.verification.foreign_documents import (
@@ -45,7 +45,6 @@ from fxquant.verification.run import (
     SAMPLED_EXPERTS,
     SAMPLED_TENSORS,
     VALUE_CACHE,
-    one_of_each_kind,
 )
 from fxquant.verification.weight_checks import sample
 

@@ -11,14 +11,16 @@ from fxquant.errors import FxquantError
 from fxquant.lowering.ascend.deployment import deployment
 from fxquant.lowering.onnx.chain import BlockChain
 from fxquant.lowering.onnx.deployment import deployment as onnx_deployment
-from fxquant.lowering.onnx.extract import operator_session
+from fxquant.lowering.onnx.extract import operator_sessions, row_sessions
 from fxquant.lowering.onnx.last_logits import KEEP_ALL
 from fxquant.lowering.onnx.required import require_model, stored_form
 from fxquant.lowering.output_folder.weight_files import WeightFiles
-from fxquant.program.operands import operand_node
+from fxquant.processes.memory import return_freed_memory
+from fxquant.program.operands import operand, operand_node
 from fxquant.program.program import Program
 from fxquant.runtime.divergence import Divergence, divergence
 from fxquant.runtime.execute import execute
+from fxquant.runtime.large_matrix import WHOLE, LargeMatrix, with_large_matrices
 from fxquant.runtime.weight_providers import Read
 from fxquant.verification.ascend_statements import EmittedModule, check_statements
 from fxquant.verification.block_bounds import distance_bound, rewritten_value
@@ -73,17 +75,21 @@ class AscendChecker:
     def __init__(self, program: Program, folder: Path) -> None:
         self.program = deployment(program).program
         self._module = EmittedModule(self.program, folder)
+        files = WeightFiles(folder)
+        self._read = with_large_matrices(files.read, files.infos, files.read_rows)
         self._comparison = Comparison("Ascend graph")
         self.checks = self._comparison.checks
 
     def check(self, block: str, values: dict[str, Any]) -> None:
-        for statement in check_statements(self._module, block, self._module.load(block), values):
+        for statement in check_statements(self._module, block, self._module.load(block, self._read), values):
             self._comparison.add(
                 statement.node, statement.error, statement.bound, statement.ok, exact=statement.bound == 0.0
             )
 
 
 BLOCKS = (ops.block_linear, ops.block_experts)
+ROWS = 4096
+"""Output features of a large linear that a session computes at a time."""
 
 
 class OnnxChecker:
@@ -144,11 +150,26 @@ class OnnxChecker:
         return [node.name for node in self._nodes.values() if node.meta.get("block") == block]
 
     def _run(self, names: list[str], values: dict[str, Any]) -> None:
-        session = operator_session(self._folder, names)
-        results = session(session.feeds(values))
-        for unit in session.units:
-            for name in unit.outputs:
-                self._compare(name, results[name], values)
+        large = [name for name in names if _has_large_weight(self._nodes[name], values)]
+        for name in large:
+            self._compare(name, self._by_rows(name, values), values)
+        for session in operator_sessions(self._folder, [name for name in names if name not in large], WHOLE):
+            units, results = session.units, session(session.feeds(values))
+            del session  # with its weights, before those of the bounds are widened
+            return_freed_memory()
+            for unit in units:
+                for name in unit.outputs:
+                    self._compare(name, results[name], values)
+
+    def _by_rows(self, name: str, values: dict[str, Any]) -> Tensor:
+        """The result of a linear, of all rows of its weight in turn: in one session they would all be in memory."""
+        weight = self.program.parameter(operand_node(self._nodes[name], "weight"))
+        blocks = []
+        for session in row_sessions(self._folder, name, weight.names[0], ROWS):
+            blocks.append(session(session.feeds(values))[name])
+            del session  # before the next one is made
+            return_freed_memory()
+        return torch.cat(blocks, -1)
 
     def _compare(self, name: str, result: Tensor, values: dict[str, Any]) -> None:
         expected = values[name] if isinstance(values[name], Tensor) else torch.tensor([values[name]])
@@ -174,6 +195,14 @@ class OnnxChecker:
         self._distance.expect(farthest <= 0, f"{name}: {share:.2g} of the norm, one value {farthest:.2g} too far")
         if share >= self._farthest:
             self._farthest, self._distance.worst = share, f"{share:.2g} of the norm at {name}"
+
+
+def _has_large_weight(node: fx.Node, values: dict[str, Any]) -> bool:
+    """Whether it is a linear of a large matrix, without a bias."""
+    if node.target not in (ops.linear, ops.router_logits):
+        return False
+    large = isinstance(values[operand_node(node, "weight").name], LargeMatrix)
+    return large and (node.target == ops.router_logits or operand(node, "bias") is None)
 
 
 def _value(argument: Any, values: dict[str, Any]) -> Any:

@@ -14,7 +14,7 @@ from fxquant import ops
 from fxquant.ops.quantized import decode_deq_scale, expand_int4
 from fxquant.program.operands import item_of, operand, operand_node
 from fxquant.verification.block_bounds import block_experts_bound, block_linear_bound
-from fxquant.verification.bounds import RULES, Rule, U, Value, blocks, rule_of, values_of
+from fxquant.verification.bounds import RULES, Rule, U, Value, blocks, magnitudes, rule_of, values_of
 
 STEPS_TO_A_CODE = 64
 """Roundings between the routed rows and the int8 codes of their swiglu, each relative to the value."""
@@ -44,8 +44,8 @@ def _experts(call: fx.Node, value: Value, expected: Tensor) -> Tensor:
         if int4:
             codes = expand_int4(codes, None if second is None else second[expert])
         scale = weight_scale[expert].double().abs().squeeze(-1) * x_scale[rows].double()
-        bound[rows] += (may_move[rows] @ codes.double().abs().T) * scale
-        bound[rows] += steps * U * (x8[rows].double().abs() @ codes.double().abs().T) * scale
+        bound[rows] += magnitudes(may_move[rows], codes) * scale
+        bound[rows] += steps * U * magnitudes(x8[rows], codes) * scale
     return bound
 
 
@@ -55,7 +55,7 @@ def _per_token_linear(call: fx.Node, value: Value, expected: Tensor) -> Tensor:
     if call.target == ops.per_token_int4_linear:
         second = operand(call, "weight_scale_second")
         weight = expand_int4(weight, None if second is None else value(second))
-    magnitude = (x8.double().abs() @ weight.double().abs().T) * weight_scale.double().abs().squeeze(-1) * x_scale
+    magnitude = magnitudes(x8, weight) * weight_scale.double().abs().squeeze(-1) * x_scale
     bias = operand(call, "bias")
     added = 0 if bias is None else value(bias).double().abs()
     return 2 * (x8.shape[-1] + 8) * U * (magnitude + added)
@@ -65,11 +65,11 @@ def _static_linear(call: fx.Node, value: Value, expected: Tensor) -> Tensor:
     """As per token; QuantizeLinear rounds before it adds the offset, so a code at a tie may be the next one."""
     x, weight, scale, offset = values_of(call, value, "x", "weight", "input_scale", "input_offset")
     deq_scale, quant_bias = values_of(call, value, "deq_scale", "quant_bias")
-    real, wide = x.double() / scale.double() + offset.double(), weight.double().abs()
+    real = x.double() / scale.double() + offset.double()
     near = ((real - real.floor()) - 0.5).abs() <= 4 * U * (real.abs() + 2 * offset.double().abs() + 1)
     codes = ops.quantize_static(x, scale, offset).double()
-    sums = (codes.abs() + offset.double().abs()) @ wide.T + quant_bias.double().abs()
-    moved = near.double() @ wide.T + 2 * (weight.shape[1] + 8) * U * sums
+    sums = magnitudes(codes.abs() + offset.double().abs(), weight) + quant_bias.double().abs()
+    moved = magnitudes(near, weight) + 2 * (weight.shape[1] + 8) * U * sums
     return moved * decode_deq_scale(deq_scale).double().abs()
 
 

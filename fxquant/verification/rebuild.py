@@ -15,8 +15,8 @@ from fxquant.lowering.weights.unit import Place, Unit, collect_units
 from fxquant.lowering.weights.work import cores
 from fxquant.program.program import Program
 from fxquant.progress import Reporter
+from fxquant.verification.module_check import StoredCodes
 from fxquant.verification.report import Check
-from fxquant.verification.weight_checks import StoredCodes
 
 
 @dataclass(frozen=True)

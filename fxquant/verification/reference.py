@@ -12,6 +12,8 @@ from fxquant.schemes.schemes import Recipe, WeightAlgorithm, tensor_specs
 from fxquant.schemes.weight_formats import WeightFormat
 from fxquant.verification.reference_search import CodesAndScales, highest_code, searched_codes
 
+ROWS = 256
+"""Of a weight that are summed at a time."""
 FEEDBACK_ERROR = 0.25
 """Share of a row's squares that GPTQ's squared error stays below; codes of another row are off by one to two."""
 
@@ -56,8 +58,10 @@ def expected_codes(recipe: Recipe, weight: Tensor) -> CodesAndScales:
     return *_symmetric(weight.float(), high, -high - 1, high, recipe.scale_dtype), torch.ones(len(weight), 1)
 
 
-def wrong_codes(recipe: Recipe, weight: Tensor, stored: Tensor, searched: CodesAndScales | None = None) -> str | None:
-    """Why codes that calibration found cannot be those of the weight [n, k], or None.
+def wrong_codes(
+    recipe: Recipe, weight: Tensor, stored: Tensor, searched: CodesAndScales | None = None, first: int = 0
+) -> str | None:
+    """Why codes that calibration found cannot be those of the weight [n, k], its rows from `first` on; or None.
 
     The format must be able to hold them. And though GPTQ does not choose the nearest codes, it stays near.
     """
@@ -70,15 +74,19 @@ def wrong_codes(recipe: Recipe, weight: Tensor, stored: Tensor, searched: CodesA
         return "a code times its second scale is beyond 119"
     steps, exact = scales.view(-1, 1) * wide, weight.float()
     far = ((stored * steps - exact) ** 2).sum(1) > FEEDBACK_ERROR * (exact**2).sum(1)
-    return f"row {int(far.nonzero()[0])} is far from the source" if bool(far.any()) else None
+    return f"row {first + int(far.nonzero()[0])} is far from the source" if bool(far.any()) else None
 
 
 def contradiction(
-    recipe: Recipe, stored: dict[str, Tensor], bias: Tensor | None, weight_scale: Tensor | None = None
+    recipe: Recipe,
+    stored: dict[str, Tensor],
+    bias: Tensor | None,
+    weight_scale: Tensor | None = None,
+    rows: list[int] | None = None,
 ) -> str | None:
     """Why the calibrated tensors of a static linear disagree with its range or each other, the tensor first; or None.
 
-    `weight_scale` [n] is the one that follows from the source, if none is stored.
+    `weight_scale` is the one that follows from the source, of all rows [n] or of `rows`, if none is stored.
     """
     observed = recipe.activation
     if observed is None:
@@ -94,10 +102,11 @@ def contradiction(
         return f"input_scale is {input_scale.item()}, the observed range gives {scale.item()}"
     if stored["input_offset"].item() != offset:
         return f"input_offset is {stored['input_offset'].item()}, the observed range gives {offset}"
-    weight_scale = stored.get("weight_scale", weight_scale)
-    if weight_scale is not None and not torch.equal(deq_scale, input_scale * weight_scale.flatten()):
+    weight_scale, rows = (stored["weight_scale"], None) if "weight_scale" in stored else (weight_scale, rows)
+    held = deq_scale if rows is None else deq_scale[rows]
+    if weight_scale is not None and not torch.equal(held, input_scale * weight_scale.flatten()):
         return "deq_scale is not input_scale * weight_scale"
-    sums = stored["weight"].long().sum(1).tolist()
+    sums = [total for rows in stored["weight"].split(ROWS) for total in rows.long().sum(1).tolist()]
     biases = stored["quant_bias"].tolist()
     for row, total in enumerate(sums):
         folded = float(bias[row].float() / deq_scale[row]) if bias is not None and deq_scale[row] > 0 else 0.0

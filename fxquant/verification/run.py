@@ -19,18 +19,21 @@ from fxquant.lowering.output_folder.manifest import FLOAT_GRAPH, GRAPH, Manifest
 from fxquant.lowering.output_folder.rotation_file import FILE as ROTATION_FILE
 from fxquant.lowering.output_folder.weight_files import WeightFiles
 from fxquant.passes.check_contract import linears
+from fxquant.processes.memory import memory_for, return_freed_memory
 from fxquant.program.program import Program
 from fxquant.program.program_file import load_program
 from fxquant.progress import Reporter
 from fxquant.runtime.divergence import Divergence
+from fxquant.runtime.large_matrix import with_large_matrices
 from fxquant.runtime.weight_providers import Cached, Read, RecipeWeights
-from fxquant.verification.blocks import block_names, probe_inputs, walk
+from fxquant.verification.blocks import block_names, one_of_each_kind, probe_inputs, walk
 from fxquant.verification.contract_checks import check_contract, takes_dtype, unverified
 from fxquant.verification.document_checks import Documents, check_copies, documents
 from fxquant.verification.engine_check import EngineChecker
 from fxquant.verification.file_checks import check_digests, check_sizes, infer_target
 from fxquant.verification.foreign_weights import compare_foreign, formulas_alone
 from fxquant.verification.graph_checks import AscendChecker, GraphChecker, OnnxChecker
+from fxquant.verification.module_check import StoredCodes
 from fxquant.verification.noise import last_bit_noise
 from fxquant.verification.rebuild import Rebuild, check_rebuild
 from fxquant.verification.remade import Remade, check_remade
@@ -43,7 +46,6 @@ from fxquant.verification.transform_checks import (
 )
 from fxquant.verification.unread import unread_with, unread_without
 from fxquant.verification.weight_checks import (
-    StoredCodes,
     check_names,
     check_static,
     check_values,
@@ -55,13 +57,17 @@ SAMPLE_ABOVE = 1 << 30
 """Bytes of weights above which a sample is checked, unless the caller asks for all."""
 SAMPLED_TENSORS = 256
 SAMPLED_EXPERTS = 8
+SAMPLED_ROWS = 64
+"""Of each searched module, whose reference tries every scale of a row."""
 NOISE_SEEDS = 8
 UNCLAIMED = {"weight files": "as an engine reads them: the output is for its own graph alone"}
 NOT_RUN = {"model.onnx": "end to end: blocks of each kind were compared; --full runs all of them"}
-VALUE_CACHE = 1 << 28
+MORE = "Give it 2 GB and what three of the largest modules take; compile --no-verify leaves it for another machine."
+VALUE_CACHE = 1 << 26
 """Bytes of weights that a walk over the graph keeps."""
 
 
+@memory_for("verify", MORE)
 def verify_output(
     folder: Path,
     source: Checkpoint | None,
@@ -158,6 +164,11 @@ class _Output:
     sampled: bool
     foreign: bool
 
+    @property
+    def read(self) -> Read:
+        """Its tensors, the largest in blocks of rows."""
+        return with_large_matrices(self.files.read, self.files.infos, self.files.read_rows)
+
 
 def _check_documents(output: _Output, said: Documents) -> list[Check]:
     others = [name for name in said.expected if name != "config.json"]
@@ -176,7 +187,7 @@ def _noise(output: _Output) -> Divergence | None:
     if output.sampled:
         return None
     inputs = list(probe_inputs(output.program).values())
-    return last_bit_noise(output.program, Cached(output.files.read, SAMPLE_ABOVE), inputs, NOISE_SEEDS)
+    return last_bit_noise(output.program, Cached(output.read, VALUE_CACHE), inputs, NOISE_SEEDS)
 
 
 def _unread(output: _Output, said: Documents, again: Remade, alone: bool, claimed: bool) -> dict[str, str]:
@@ -231,7 +242,7 @@ def _check_values(output: _Output, stored: list[StoredTensor], report: Reporter)
         original = load_program(output.folder / FLOAT_GRAPH)
         return compare_foreign(output.files, source, program, original, units, report)
     with report("verify weights", sum(unit.nbytes for unit in units), "bytes") as advance:
-        return check_values(units, output.files, source, advance), {}
+        return check_values(units, output.files, source, advance, SAMPLED_ROWS if output.sampled else None), {}
 
 
 def _check_graphs(output: _Output, claimed: bool, report: Reporter) -> tuple[list[Check], Divergence | None]:
@@ -245,9 +256,9 @@ def _check_graphs(output: _Output, claimed: bool, report: Reporter) -> tuple[lis
     engine = ENGINES[output.target]
     graph: AscendChecker | OnnxChecker
     graph = AscendChecker(program, folder) if engine.npu_graph else OnnxChecker(program, folder, not output.sampled)
-    checks = _check_graph("verify graph", graph, files.read, output.sampled, report)
+    checks = _check_graph("verify graph", graph, output.read, output.sampled, report)
     if isinstance(graph, OnnxChecker):
-        graph.compare_stored(program, Cached(files.read, VALUE_CACHE))
+        graph.compare_stored(program, Cached(output.read, VALUE_CACHE))
     if not claimed or not takes_dtype(program, output.target):
         return checks, graph.end_to_end
     reader = engine.read(folder, output.layout, group_size(program))
@@ -256,26 +267,20 @@ def _check_graphs(output: _Output, claimed: bool, report: Reporter) -> tuple[lis
     sampled = SAMPLED_EXPERTS if output.sampled else None
     checker = EngineChecker(program, reader, unverified(program, output.target, output.layout), sampled)
     given = None if output.foreign else output.source
-    read = files.read if given is None else RecipeWeights(program, given, StoredCodes(program, files))
+    read = output.read
+    if given is not None:
+        made = RecipeWeights(program, given, StoredCodes(program, files))
+        read = with_large_matrices(made, files.infos, given.read_rows)
     return checks + _check_graph("verify reader", checker, read, output.sampled, report), graph.end_to_end
 
 
 def _check_graph(stage: str, checker: GraphChecker, read: Read, sampled: bool, report: Reporter) -> list[Check]:
     program = checker.program
-    blocks = block_names(program)
-    selected = set(one_of_each_kind(program)) if sampled else set(blocks)
+    selected = set(one_of_each_kind(program) if sampled else block_names(program))
     with report(stage, len(selected), "blocks") as advance:
         for block, values in walk(program, Cached(read, VALUE_CACHE), selected):
             checker.check(block, values)
+            del values  # before the next block's are made
+            return_freed_memory()
             advance(1)
     return checker.checks
-
-
-def one_of_each_kind(program: Program) -> list[str]:
-    """The first block of each sequence of operators."""
-    first: dict[tuple, str] = {}
-    for block in block_names(program):
-        nodes = program.graph.graph.nodes
-        operators = tuple(str(n.target) for n in nodes if n.op == "call_function" and n.meta["block"] == block)
-        first.setdefault(operators, block)
-    return list(first.values())

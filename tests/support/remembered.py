@@ -29,7 +29,7 @@ from fxquant.program.program_file import dump_program
 from fxquant.program.shape_inference import ShapeRules
 from fxquant.schemes.schemes import Recipe, WeightAlgorithm
 from fxquant.storage.hashing import hash_bytes
-from fxquant.verification import ascend_statements, graph_checks, weight_checks
+from fxquant.verification import ascend_statements, graph_checks, module_check
 
 MOST, LARGEST = 400, 1 << 16
 """Results of a function that are remembered; numbers of a weight whose codes are."""
@@ -85,7 +85,7 @@ def shapes_once() -> Iterator[None]:
 @contextmanager
 def codes_once(kept: Kept) -> Iterator[None]:
     """A weight's codes by the reference; those that it searches, which takes long, are kept for all processes."""
-    original = weight_checks.expected_codes
+    original = module_check.expected_codes
     remembered = remembering(original, codes_key)
 
     def codes(recipe: Recipe, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -99,7 +99,7 @@ def codes_once(kept: Kept) -> Iterator[None]:
         found, scales, seconds = kept.get(repr(arguments(recipe, weight)), small)
         return found.float(), scales, seconds
 
-    with patch.object(weight_checks, "expected_codes", codes):
+    with patch.object(module_check, "expected_codes", codes):
         yield
 
 

@@ -23,8 +23,7 @@ from fxquant.program.program_file import load_program
 from fxquant.runtime.divergence import divergence
 from fxquant.runtime.execute import execute
 from fxquant.verification import VerifyReport
-from fxquant.verification.blocks import block_names, probe_inputs, walk
-from fxquant.verification.run import one_of_each_kind
+from fxquant.verification.blocks import block_names, one_of_each_kind, probe_inputs, walk
 
 TARGETS = (Target.ASCEND, Target.ONNX)
 WEIGHTS = "quant_model_weight_w8a8.safetensors"

@@ -5,7 +5,7 @@ that it has in the fx graph, so that each is checked alone.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,50 @@ def operator_session(folder: Path, names: Iterable[str]) -> OperatorSession:
 
     fx nodes without their own unit are skipped: getitem, sizes, and all but the last node of routed experts.
     """
+    model, parts = _extracted(folder, names)
+    return OperatorSession(tuple(part.unit for part in parts), _with(model, parts), folder)
+
+
+def operator_sessions(folder: Path, names: Iterable[str], most: int) -> Iterator[OperatorSession]:
+    """The same in sessions of consecutive units whose weights have at most `most` bytes together, or of one unit."""
+    model, parts = _extracted(folder, names)
+    sizes = {initializer.name: _place(initializer)[1] for initializer in model.graph.initializer}
+    while parts:
+        count, held = 0, 0
+        for part in parts:
+            held += sum(sizes[name] for name in part.initializers)
+            if count and held > most:
+                break
+            count += 1
+        together, parts = parts[:count], parts[count:]
+        yield OperatorSession(tuple(part.unit for part in together), _with(model, together), folder)
+
+
+def row_sessions(folder: Path, name: str, weight: str, count: int) -> Iterator[OperatorSession]:
+    """The unit of a linear without bias by blocks of `count` output features: of its `weight` [n, k] a session has
+    these rows alone."""
+    model, parts = _extracted(folder, [name])
+    model = _with(model, parts)
+    (stored,) = (initializer for initializer in model.graph.initializer if initializer.name == weight)
+    (offset, length), rows = _place(stored), stored.dims[0]
+    for start in range(0, rows, count):
+        stored.dims[0] = min(count, rows - start)
+        place = {"offset": offset + start * (length // rows), "length": stored.dims[0] * (length // rows)}
+        for entry in stored.external_data:
+            entry.value = str(place.get(entry.key, entry.value))
+        for output in model.graph.output:
+            output.type.tensor_type.shape.dim[-1].dim_value = stored.dims[0]
+        yield OperatorSession(tuple(part.unit for part in parts), model, folder)
+
+
+def _place(initializer: TensorProto) -> tuple[int, int]:
+    """Offset and length in its file; of none, 0."""
+    entries = {entry.key: entry.value for entry in initializer.external_data}
+    return int(entries.get("offset", 0)), int(entries.get("length", 0))
+
+
+def _extracted(folder: Path, names: Iterable[str]) -> tuple[ModelProto, list["_Part"]]:
+    """The model without nodes, and the units of `names`."""
     model = onnx.load(folder / FILE, load_external_data=False)
     requested = set(names)
     groups: dict[str, list[NodeProto]] = {}
@@ -87,17 +131,31 @@ def operator_session(folder: Path, names: Iterable[str]) -> OperatorSession:
             groups.setdefault(name, []).append(node)
     whole = WholeModel(model)
     parts = [part for name, nodes in groups.items() if (part := whole.unit(name, nodes)).outputs]
+    nodes = {id(part): [_copy(node) for node in part.nodes] for part in parts}
     del model.graph.node[:], model.graph.input[:], model.graph.output[:], model.graph.value_info[:]
+    return model, [replace(part, nodes=nodes[id(part)]) for part in parts]
+
+
+def _copy(node: NodeProto) -> NodeProto:
+    copied = NodeProto()
+    copied.CopyFrom(node)
+    return copied
+
+
+def _with(model: ModelProto, parts: list["_Part"]) -> ModelProto:
+    """A model of `parts`."""
+    chosen = ModelProto()
+    chosen.ir_version, chosen.graph.name = model.ir_version, model.graph.name
+    chosen.opset_import.extend(model.opset_import)
+    chosen.functions.extend(model.functions)
     used: set[str] = set()
     for part in parts:
-        model.graph.node.extend(part.nodes)
-        model.graph.input.extend(part.inputs)
-        model.graph.output.extend(part.outputs)
+        chosen.graph.node.extend(part.nodes)
+        chosen.graph.input.extend(part.inputs)
+        chosen.graph.output.extend(part.outputs)
         used |= part.initializers
-    initializers = [initializer for initializer in model.graph.initializer if initializer.name in used]
-    del model.graph.initializer[:]
-    model.graph.initializer.extend(initializers)
-    return OperatorSession(tuple(part.unit for part in parts), model, folder)
+    chosen.graph.initializer.extend(tensor for tensor in model.graph.initializer if tensor.name in used)
+    return chosen
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,6 @@
 """Runner of an emitted ONNX model, with onnxruntime on CPU."""
 
-import ctypes
 import functools
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +15,7 @@ from fxquant.errors import FxquantError
 from fxquant.lowering.onnx.builder import IR_VERSION, OPSET, ZERO_POINT, Builder
 from fxquant.lowering.onnx.prepacked import mapped_options, prepacked
 from fxquant.lowering.onnx.runtime import onnxruntime
+from fxquant.processes.memory import return_freed_memory
 
 FILE = "model.onnx"
 PRECISE = "session.x64quantprecision"
@@ -51,14 +50,6 @@ def products_saturate() -> bool:
     # the largest operands: a pair of products 255 * 127 exceeds int16
     (sums,) = session.run(None, {"x": np.full((4, features), 255, dtype=np.uint8)})
     return bool((sums != features * 127 * 127).any())
-
-
-def return_freed_memory() -> None:
-    """Return the heap's free pages to the system: constant folding of int4 weights leaves glibc with several times the
-    memory that the session uses."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
 
 
 TOKENS = 3
@@ -104,7 +95,7 @@ class OnnxRunner:
             self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:
             raise FxquantError(path, f"onnxruntime {onnxruntime.__version__} cannot load it: {error}") from error
-        return_freed_memory()
+        return_freed_memory()  # constant folding of int4 weights leaves several times what the session uses
         inputs = self._session.get_inputs()
         self._tokens = [input_.name for input_ in inputs[:TOKENS]]
         self._caches = [_cache(input_) for input_ in inputs if input_.name.startswith(PAST)]

@@ -3,6 +3,7 @@
 from functools import cached_property
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from fxquant.engines.table import weight_stems
@@ -46,6 +47,13 @@ class WeightFiles:
     def read(self, name: str) -> Tensor:
         """One tensor, as stored, without its neighbours in a stack."""
         return self.tensors[name].read()
+
+    def read_rows(self, name: str, start: int, end: int) -> Tensor:
+        """Rows [start, end) of one tensor, as stored."""
+        info = self.tensors[name]
+        width = info.nbytes // info.shape[0]
+        data = info.read_bytes(start * width, (end - start) * width)
+        return torch.frombuffer(data, dtype=info.dtype).view(-1, *info.shape[1:])
 
 
 def _sliced(part: Slice, stack: TensorInfo) -> SlicedTensor:
