@@ -2,7 +2,11 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+
+TOKENS = 16
+"""Whose logits are widened at a time."""
 
 
 @dataclass(frozen=True)
@@ -24,9 +28,12 @@ class Divergence:
 def divergence(run: Tensor, graph: Tensor) -> Divergence:
     """From logits [..., vocabulary] of equal shapes."""
     # rounding may leave the sum of equal distributions below zero
-    kl = divergences(run.double().log_softmax(-1), graph.double().log_softmax(-1)).clamp(min=0)
+    pairs = zip(run.flatten(0, -2).split(TOKENS), graph.flatten(0, -2).split(TOKENS), strict=True)
+    each = [divergences(own.double().log_softmax(-1), other.double().log_softmax(-1)) for own, other in pairs]
+    kl = torch.cat(each).clamp(min=0)
     agree = (run.argmax(-1) == graph.argmax(-1)).double()
-    largest = float((run.double() - graph.double()).abs().max())
+    pairs = zip(run.flatten(0, -2).split(TOKENS), graph.flatten(0, -2).split(TOKENS), strict=True)
+    largest = max(float((own.double() - other.double()).abs().max()) for own, other in pairs)
     return Divergence(kl.numel(), float(kl.mean()), float(kl.max()), float(agree.mean()), largest)
 
 
