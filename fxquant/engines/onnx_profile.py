@@ -57,7 +57,7 @@ _NUMERICS = {
     ),
 }
 _ORT = (
-    "int4 weights are multiplied by MatMulNBits and QMoE of onnxruntime: codes and scales are exact, activations are "
+    "Needs onnxruntime 1.31 or newer. int4 weights are multiplied by MatMulNBits and QMoE: codes and scales are exact, activations are "
     "{activations}. int8 linears are DequantizeLinear, MatMul, DequantizeLinear, with the codes of the fxq operators. "
     "Everything else is float32; weights stored as bfloat16 or float16 are widened. "
 )

@@ -27,6 +27,7 @@ REASONS = {
     "it has to be killed first": "test_resume.py kills and resumes",
     "takes half an hour": "the study of mutations",
     "needs a GPU": "",
+    "needs onnxruntime-genai": "pytest -m engines installs and runs it",
     "needs an NPU": "",
     "needs an output of the reference quantizer": "",
     "needs several machines": "test_ray.py runs a cluster on one",

@@ -25,6 +25,8 @@ X, X8, IDS = normal(2, 3, 8), integers(-128, 127, 2, 3, 8), integers(0, 3, 2, 3,
 ROWS8, COUNTS = integers(-128, 127, 5, 8), torch.tensor([2, 0, 3])
 TABLE = (normal(2, 3, 4), normal(2, 3, 4, seed=1))
 PAGES, LENGTHS = torch.tensor([[0, 1], [3, 2]], dtype=torch.int32), torch.tensor([3, 4], dtype=torch.int32)
+EXPERT = integers(-128, 127, 4, 4, 8), normal(4, 8, 1), torch.ones(4, 8, 2)
+"""int4 weights and scales of experts with as many features inside as outside."""
 CASES = [
     (ops.embedding, (normal(7, 8), IDS)),
     (ops.linear, (X, normal(5, 8))),
@@ -67,6 +69,9 @@ CASES = [
         ops.grouped_int4_linear,
         (ROWS8, normal(5, 1), integers(-128, 127, 3, 2, 8), normal(3, 4, 1), COUNTS, torch.ones(3, 4, 2)),
     ),
+    (ops.block_linear, (X, integers(-128, 127, 3, 8), normal(6, 1), torch.ones(6, 2), normal(6), 4, 0)),
+    (ops.block_linear, (X, integers(-128, 127, 3, 8), normal(6, 1), None, None, 8, 4)),
+    (ops.block_experts, (X, IDS, normal(2, 3, 2), *EXPERT, *EXPERT, *EXPERT, 4, 0)),
     (ops.add_rms_norm, (X, X, normal(8), 1e-6)),
     (ops.add_rms_norm, (X.bfloat16(), X.bfloat16(), normal(8).bfloat16(), 1e-6, normal(8))),
     (ops.add_rms_norm_quantize_static, (X, X, normal(8), 1e-6, torch.tensor([0.1]), torch.tensor([3.0]))),

@@ -137,7 +137,7 @@ def test_a_graph_of_other_weights_is_not_run(compiled: Path) -> None:
     program, files = load_program(compiled / "fxquant_graph.json"), WeightFiles(compiled)
     check_stored(program, files)
     name = next(iter(program.float_names()))
-    del files.infos[name]
+    del files.tensors[name]
     with pytest.raises(FxquantError, match="missing, the graph says"):
         check_stored(program, files)
 

@@ -41,7 +41,7 @@ def _halves(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     if split is not other or (first, second) != (0, 1) or split.target != ATEN.split_with_sizes.default:
         return None
     squeezed = operand_node(split, "self")
-    joined = squeezed.args[0] if squeezed.target == ATEN.squeeze.dim else None
+    joined = arguments(squeezed)["self"] if squeezed.target == ATEN.squeeze.dim else None
     if (
         not isinstance(joined, fx.Node)
         or joined.target != ATEN.cat.default

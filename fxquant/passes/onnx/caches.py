@@ -7,6 +7,7 @@ from torch import fx
 
 from fxquant.errors import FxquantError
 from fxquant.program.node_names import rename
+from fxquant.program.operands import arguments
 from fxquant.program.program import Program
 from fxquant.runtime.execute import cache_inputs
 
@@ -34,8 +35,8 @@ def appended_caches(program: Program, cache: str) -> list[Appended]:
 
 
 def _appended(index: int, past: fx.Node, present: fx.Node, cache: str) -> Appended:
-    joined = present.args[0] if present.target == ATEN.cat.default else None
-    along = present.args[1:] in ((1,), (-2,))
+    given = arguments(present) if present.target == ATEN.cat.default else {}
+    joined, along = given.get("tensors"), given.get("dim") in (1, -2)
     if isinstance(joined, list | tuple) and len(joined) == 2 and joined[0] is past and along and len(past.users) == 1:
         new = joined[1]
         if isinstance(new, fx.Node):

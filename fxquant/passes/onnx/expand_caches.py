@@ -69,7 +69,7 @@ def _attention(cache: Appended) -> tuple[fx.Node, list[fx.Node]]:
         reads = reached.intersection(node.all_input_nodes)
         if node.target == ops.mla_attention and reads == {operand_node(node, "kv"), operand_node(node, "k_rope")}:
             readers.append(node)
-        elif node.target in BY_TOKEN or (node.target == ATEN.split_with_sizes.default and node.args[2:] == (-1,)):
+        elif node.target in BY_TOKEN or _splits_features(node):
             reached.add(node)
             between.append(node)
         else:
@@ -77,6 +77,10 @@ def _attention(cache: Appended) -> tuple[fx.Node, list[fx.Node]]:
     if len(readers) != 1:
         raise _refused(cache, f"{len(readers)} attentions read its latents")
     return readers[0], between
+
+
+def _splits_features(node: fx.Node) -> bool:
+    return node.target == ATEN.split_with_sizes.default and arguments(node).get("dim") == -1
 
 
 def _refused(cache: Appended, fact: str) -> FxquantError:
