@@ -57,9 +57,9 @@ _NUMERICS = {
     ),
 }
 _ORT = (
-    "Needs onnxruntime 1.31 or newer. int4 weights are multiplied by MatMulNBits and QMoE: codes and scales are exact, activations are "
-    "{activations}. int8 linears are DequantizeLinear, MatMul, DequantizeLinear, with the codes of the fxq operators. "
-    "Everything else is float32; weights stored as bfloat16 or float16 are widened. "
+    "Needs onnxruntime 1.31 or newer. int4 weights are multiplied by MatMulNBits and QMoE: codes and scales are exact, "
+    "activations are {activations}. int8 linears are DequantizeLinear, MatMul, DequantizeLinear, with the codes of the "
+    "fxq operators. Everything else is float32; weights stored as bfloat16 or float16 are widened. "
 )
 _ACTIVATIONS = {
     AccuracyLevel.FLOAT: "float32, where the fxq operators have int8 per token",
