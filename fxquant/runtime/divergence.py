@@ -1,6 +1,8 @@
 """Divergence of logits: how far those of a run are from a graph's, over the same tokens."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -35,6 +37,13 @@ def divergence(run: Tensor, graph: Tensor) -> Divergence:
     pairs = zip(run.flatten(0, -2).split(TOKENS), graph.flatten(0, -2).split(TOKENS), strict=True)
     largest = max(float((own.double() - other.double()).abs().max()) for own, other in pairs)
     return Divergence(kl.numel(), float(kl.mean()), float(kl.max()), float(agree.mean()), largest)
+
+
+def together(runs: Sequence[Divergence]) -> Divergence:
+    """Of runs over as many tokens each."""
+    means = (fmean(run.kl_mean for run in runs), max(run.kl_max for run in runs))
+    agreement, logit = fmean(run.top1_agreement for run in runs), max(run.logit for run in runs)
+    return Divergence(sum(run.tokens for run in runs), *means, agreement, logit)
 
 
 def divergences(p: Tensor, q: Tensor) -> Tensor:

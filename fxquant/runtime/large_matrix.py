@@ -120,7 +120,7 @@ def with_large_matrices(read: Read, stored: Mapping[str, Stored], read_rows: Rea
 
     def read_one(name: str) -> Tensor:
         info = stored.get(name)
-        if info is None or not _is_large(info):
+        if info is None or not is_large(info):
             return read(name)
         rows: Any = LargeMatrix(lambda start, end: read_rows(name, start, end), info.shape, info.dtype)
         return rows
@@ -128,6 +128,7 @@ def with_large_matrices(read: Read, stored: Mapping[str, Stored], read_rows: Rea
     return read_one
 
 
-def _is_large(info: Stored) -> bool:
+def is_large(info: Stored) -> bool:
+    """Whether a stored tensor is a float matrix that is not read whole."""
     numbers = torch.Size(info.shape).numel()
     return len(info.shape) == 2 and info.dtype.is_floating_point and 4 * numbers > WHOLE

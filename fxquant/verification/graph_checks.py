@@ -16,11 +16,12 @@ from fxquant.lowering.onnx.last_logits import KEEP_ALL
 from fxquant.lowering.onnx.required import require_model, stored_form
 from fxquant.lowering.output_folder.weight_files import WeightFiles
 from fxquant.processes.memory import return_freed_memory
+from fxquant.program.linears import is_parameter
 from fxquant.program.operands import operand, operand_node
 from fxquant.program.program import Program
 from fxquant.runtime.divergence import Divergence, divergence
 from fxquant.runtime.execute import execute
-from fxquant.runtime.large_matrix import WHOLE, LargeMatrix, with_large_matrices
+from fxquant.runtime.large_matrix import WHOLE, is_large, with_large_matrices
 from fxquant.runtime.weight_providers import Read
 from fxquant.verification.ascend_statements import EmittedModule, check_statements
 from fxquant.verification.block_bounds import distance_bound, rewritten_value
@@ -88,8 +89,6 @@ class AscendChecker:
 
 
 BLOCKS = (ops.block_linear, ops.block_experts)
-ROWS = 4096
-"""Output features of a large linear that a session computes at a time."""
 
 
 class OnnxChecker:
@@ -122,7 +121,8 @@ class OnnxChecker:
         self._nodes = {node.name: node for node in self.program.graph.graph.nodes}
         self._logits = self.program.graph.results[0].name
         self._blocks = {block: self._names(block) for block in block_names(self.program)}
-        self._chain = BlockChain(folder, self._blocks) if whole and self._emitted.ok else None
+        self._large = self._large_linears(WeightFiles(folder)) if self._emitted.ok else {}
+        self._chain = BlockChain(folder, self._blocks, self._large) if whole and self._emitted.ok else None
         self._farthest = 0.0
         self.checks += [self._distance] if any(node.target in BLOCKS for node in self._nodes.values()) else []
 
@@ -146,14 +146,24 @@ class OnnxChecker:
             ((expected, *_),) = execute(program, read, [list(probe_inputs(program).values())])
             self.end_to_end = divergence(self.logits, expected)
 
+    def _large_linears(self, files: WeightFiles) -> dict[str, str]:
+        """Calls of linears without a bias, whose weights no session holds whole → the names of these."""
+        found = {}
+        for name, node in self._nodes.items():
+            if node.target == ops.router_logits or (node.target == ops.linear and operand(node, "bias") is None):
+                weight = operand_node(node, "weight")
+                stored = self.program.parameter(weight).names[0] if is_parameter(weight) else ""
+                if stored in files.infos and is_large(files.infos[stored]):
+                    found[name] = stored
+        return found
+
     def _names(self, block: str) -> list[str]:
         return [node.name for node in self._nodes.values() if node.meta.get("block") == block]
 
     def _run(self, names: list[str], values: dict[str, Any]) -> None:
-        large = [name for name in names if _has_large_weight(self._nodes[name], values)]
-        for name in large:
+        for name in self._large.keys() & set(names):
             self._compare(name, self._by_rows(name, values), values)
-        for session in operator_sessions(self._folder, [name for name in names if name not in large], WHOLE):
+        for session in operator_sessions(self._folder, [name for name in names if name not in self._large], WHOLE):
             units, results = session.units, session(session.feeds(values))
             del session  # with its weights, before those of the bounds are widened
             return_freed_memory()
@@ -163,9 +173,8 @@ class OnnxChecker:
 
     def _by_rows(self, name: str, values: dict[str, Any]) -> Tensor:
         """The result of a linear, of all rows of its weight in turn: in one session they would all be in memory."""
-        weight = self.program.parameter(operand_node(self._nodes[name], "weight"))
         blocks = []
-        for session in row_sessions(self._folder, name, weight.names[0], ROWS):
+        for session in row_sessions(self._folder, name, self._large[name]):
             blocks.append(session(session.feeds(values))[name])
             del session  # before the next one is made
             return_freed_memory()
@@ -195,14 +204,6 @@ class OnnxChecker:
         self._distance.expect(farthest <= 0, f"{name}: {share:.2g} of the norm, one value {farthest:.2g} too far")
         if share >= self._farthest:
             self._farthest, self._distance.worst = share, f"{share:.2g} of the norm at {name}"
-
-
-def _has_large_weight(node: fx.Node, values: dict[str, Any]) -> bool:
-    """Whether it is a linear of a large matrix, without a bias."""
-    if node.target not in (ops.linear, ops.router_logits):
-        return False
-    large = isinstance(values[operand_node(node, "weight").name], LargeMatrix)
-    return large and (node.target == ops.router_logits or operand(node, "bias") is None)
 
 
 def _value(argument: Any, values: dict[str, Any]) -> Any:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from fxquant.program.program import Program
-from fxquant.runtime.divergence import Divergence, divergence
+from fxquant.runtime.divergence import Divergence, divergence, together
 from fxquant.runtime.execute import Values, execute
 from fxquant.runtime.weight_providers import Read
 
@@ -28,5 +28,5 @@ def last_bit_noise(program: Program, read: Read, inputs: list[Tensor], seeds: in
             if isinstance(value, Tensor) and value.is_floating_point():
                 values[index] = value * (1 + LAST_BIT * (2 * torch.rand(value.shape, generator=generator) - 1))
 
-    logits = [outputs[0] for outputs in execute(program, read, runs, disturb)]
-    return divergence(torch.stack(logits[1:]), logits[0].expand(seeds, *logits[0].shape))
+    graph, *disturbed = (outputs[0] for outputs in execute(program, read, runs, disturb))
+    return together([divergence(logits, graph) for logits in disturbed])

@@ -34,7 +34,6 @@ print(peak_bytes() - before)
 """
 
 
-@pytest.mark.xfail(reason="not reached: 340 MB for ascend and 714 MB for onnx were measured, 302 MB are the goal")
 @pytest.mark.slow
 @pytest.mark.parametrize("target", [Target.ASCEND, Target.ONNX])
 def test_a_large_vocabulary_is_never_whole_in_memory(
@@ -50,8 +49,8 @@ def test_a_large_vocabulary_is_never_whole_in_memory(
     environment = os.environ | {"PYTHONPATH": f"{SUPPORT}:{ROOT}", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    # four times 38 MB of logits, of nine runs with noise and of the graph beside them, and blocks of rows; the head
-    # alone, in float32 and float64, would take twice as much
+    # less than one of the two matrices as stored and in float32, in which a session or a bound would hold it; what is
+    # left, 130 to 230 MB, are nine runs of 4.7 MB of logits, blocks of rows, and pages that the heap keeps
     assert int(done.stdout) < VOCABULARY * WIDTH * 6, done.stdout
 
 

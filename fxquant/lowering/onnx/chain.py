@@ -3,7 +3,8 @@
 The operators are those that a session of the whole model runs, but the weights of one block alone are in memory.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +14,26 @@ import torch
 from onnx import ModelProto, NodeProto
 from torch import Tensor
 
-from fxquant.lowering.onnx.extract import WholeModel, load_session, outside_reads
+from fxquant.lowering.onnx.extract import WholeModel, load_session, outside_reads, row_sessions
 from fxquant.lowering.onnx.runner import FILE
+from fxquant.processes.memory import return_freed_memory
 
 
 class BlockChain:
-    """`folder/model.onnx`; `blocks`: the names of the fx nodes of each block, in the order in which they run."""
+    """`folder/model.onnx`.
 
-    def __init__(self, folder: Path, blocks: Mapping[str, Iterable[str]]) -> None:
-        self._folder = folder
+    blocks  the names of the fx nodes of each block, in the order in which they run
+    large   linears without bias → names of their weights, of which some rows at a time are in memory
+    """
+
+    def __init__(self, folder: Path, blocks: Mapping[str, Iterable[str]], large: Mapping[str, str] = {}) -> None:
+        self._folder, self._large = folder, large
         self._model = onnx.load(folder / FILE, load_external_data=False)
         self._whole = WholeModel(self._model)
         owner = {node: block for block, nodes in blocks.items() for node in nodes}
         self._nodes: dict[str, list[NodeProto]] = {block: [] for block in blocks}
         for node in self._model.graph.node:
-            block = owner.get(node.name.partition("/")[0])
+            block = owner.get(_unit(node))
             if block is not None:  # no block has the copies of results under the names of outputs
                 self._nodes[block].append(node)
         self._reads = {block: outside_reads(nodes) for block, nodes in self._nodes.items()}
@@ -39,29 +45,59 @@ class BlockChain:
         inputs   placeholder of the fx graph → its value, for those that the block reads
         results  fx nodes of the block whose values to return, beside those that later blocks read
         """
-        reads = [name for name in self._reads.pop(block) if name not in self._whole.initializers]
+        del self._reads[block]
         later = {name for names in self._reads.values() for name in names} | set(results)
-        made = {output for node in self._nodes[block] for output in node.output}
-        outputs = sorted(made & later)
-        session = load_session(self._part(block, reads, outputs), self._folder)
-        feeds = {name: self._feed(name, inputs) for name in reads}
-        values = dict(zip(outputs, session.run(outputs, feeds), strict=True)) if outputs else {}
-        self._values = {name: value for name, value in (self._values | values).items() if name in later}
-        return {name: torch.from_numpy(values[name]) for name in results}
+        for nodes, needed in self._steps(block, later):
+            self._run(block, nodes, needed, inputs)
+        made = {name: torch.from_numpy(self._values[name]) for name in results}
+        self._values = {name: value for name, value in self._values.items() if name in later}
+        return made
+
+    def _steps(self, block: str, later: set[str]) -> Iterator[tuple[list[NodeProto], set[str]]]:
+        """Nodes that run together, a large linear alone, and what is read of their results."""
+        steps = [list(nodes) for _, nodes in groupby(self._nodes[block], lambda node: self._large.get(_unit(node)))]
+        for index, nodes in enumerate(steps):
+            yield nodes, later.union(*(outside_reads(others) for others in steps[index + 1 :]))
+
+    def _run(self, block: str, nodes: list[NodeProto], needed: set[str], inputs: Mapping[str, Any]) -> None:
+        reads = [name for name in outside_reads(nodes) if name not in self._whole.initializers]
+        outputs = sorted({output for node in nodes for output in node.output} & needed)
+        values = [self._feed(name, inputs) for name in reads]
+        weight = self._large.get(_unit(nodes[0]))
+        if weight is not None:
+            self._values[outputs[0]] = self._by_rows(_unit(nodes[0]), weight, values)
+        elif outputs:
+            session = load_session(self._part(block, nodes, reads, outputs), self._folder)
+            results = session.run(outputs, dict(zip(reads, values, strict=True)))
+            self._values |= dict(zip(outputs, results, strict=True))
+        return_freed_memory()
+
+    def _by_rows(self, name: str, weight: str, values: list[np.ndarray]) -> np.ndarray:
+        blocks = []
+        for session in row_sessions(self._folder, name, weight):
+            (unit,) = session.units
+            feeds = {feed: torch.from_numpy(value) for (feed, _), value in zip(unit.inputs, values, strict=True)}
+            blocks.append(session(feeds)[name].numpy())
+            del session  # before the next one is made
+        return np.concatenate(blocks, -1)
 
     def _feed(self, name: str, inputs: Mapping[str, Any]) -> np.ndarray:
         given = inputs[self._whole.placeholders[name]] if name in self._whole.placeholders else self._values[name]
         return given.contiguous().numpy() if isinstance(given, Tensor) else given
 
-    def _part(self, block: str, reads: list[str], outputs: list[str]) -> ModelProto:
+    def _part(self, block: str, nodes: list[NodeProto], reads: list[str], outputs: list[str]) -> ModelProto:
         part, whole = ModelProto(), self._model
         part.ir_version = whole.ir_version
         part.opset_import.extend(whole.opset_import)
         part.functions.extend(whole.functions)
         part.graph.name = block
-        part.graph.node.extend(self._nodes[block])
+        part.graph.node.extend(nodes)
         part.graph.input.extend(self._whole.typed(name, name) for name in reads)
         part.graph.output.extend(self._whole.typed(name, name) for name in outputs)
-        used = set(outside_reads(self._nodes[block]))
+        used = set(outside_reads(nodes))
         part.graph.initializer.extend(tensor for tensor in whole.graph.initializer if tensor.name in used)
         return part
+
+
+def _unit(node: NodeProto) -> str:
+    return node.name.partition("/")[0]

@@ -20,6 +20,8 @@ from fxquant.lowering.onnx.node_lowering import NUMBER
 from fxquant.lowering.onnx.runner import FILE, session_options
 from fxquant.lowering.onnx.runtime import onnxruntime
 
+ROWS = 4096
+"""Output features of a large linear that a session computes at a time."""
 EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
@@ -97,7 +99,7 @@ def operator_sessions(folder: Path, names: Iterable[str], most: int) -> Iterator
         yield OperatorSession(tuple(part.unit for part in together), _with(model, together), folder)
 
 
-def row_sessions(folder: Path, name: str, weight: str, count: int) -> Iterator[OperatorSession]:
+def row_sessions(folder: Path, name: str, weight: str, count: int = ROWS) -> Iterator[OperatorSession]:
     """The unit of a linear without bias by blocks of `count` output features: of its `weight` [n, k] a session has
     these rows alone."""
     model, parts = _extracted(folder, [name])

@@ -1,5 +1,6 @@
 """A chain of blocks is the whole model, with the weights of one block in memory at a time."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,9 +14,12 @@ from slowness import others_slow
 from fxquant.checkpoint.checkpoint import Checkpoint
 from fxquant.engines.onnx_form import OnnxForm
 from fxquant.engines.onnx_profile import OnnxProfile
-from fxquant.lowering.onnx import chain
+from fxquant.lowering.onnx import chain, extract
 from fxquant.lowering.onnx.chain import BlockChain
 from fxquant.lowering.onnx.extract import outside_reads
+from fxquant.lowering.onnx.last_logits import KEEP_ALL
+from fxquant.lowering.onnx.runner import OnnxRunner
+from fxquant.program.operands import operand_node
 
 FORMS = [*map(OnnxForm, OnnxProfile), OnnxForm(inline=True)]
 GRAPHS = [(policy, form) for policy in ("deepseek_w4a8", "deepseek_w8a8", "float") for form in FORMS]
@@ -48,3 +52,36 @@ def test_a_chain_of_blocks_is_the_whole_model(
     weights = {tensor.name for tensor in model.graph.initializer}.intersection(outside_reads(model.graph.node))
     assert set().union(*loaded) == weights and sum(map(len, loaded)) == len(weights)
     assert len(loaded) == len(by_name) == 4
+
+
+@pytest.mark.parametrize("form", [OnnxForm(), OnnxForm(last_logits=True), OnnxForm(inline=True)], ids=str)
+def test_a_large_head_runs_by_rows(
+    tiny: Callable[..., Checkpoint], tmp_path: Path, form: OnnxForm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In blocks that the rows do not fill; never in a session with another weight, or whole."""
+    emitted = emit(quantized(tiny(), "deepseek_w4a8"), tiny(), tmp_path, form)
+    program, rows = emitted.program, list[int]()
+    head = program.graph.results[0]
+    weight = program.parameter(operand_node(head, "weight")).names[0]
+
+    def load(part: onnx.ModelProto, folder: Path) -> onnxruntime.InferenceSession:
+        held = {tensor.name: tensor.dims[0] for tensor in part.graph.initializer}
+        if weight in held:
+            assert len(held) == 1
+            rows.append(held[weight])
+        return load_session(part, folder)
+
+    load_session = extract.load_session
+    monkeypatch.setattr(extract, "load_session", load)
+    monkeypatch.setattr(chain, "load_session", load)
+    monkeypatch.setattr(chain, "row_sessions", functools.partial(extract.row_sessions, count=50))
+    inputs, by_name = cached_inputs(program), blocks(program)
+    names = {block: [node.name for node in nodes] for block, nodes in by_name.items()}
+    steps = BlockChain(tmp_path, names, {head.name: weight})
+    values = KEEP_ALL | dict(
+        zip((node.name for node in program.graph.graph.nodes if node.op == "placeholder"), inputs, strict=True)
+    )
+    for block in names:
+        results = steps.run(block, values, {head.name}.intersection(names[block]))
+    expected, _ = OnnxRunner(tmp_path)(*inputs[:3], inputs[3:])
+    assert rows == [50, 50, 28] and torch.equal(results[head.name], expected)
