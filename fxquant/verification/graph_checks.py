@@ -11,7 +11,7 @@ from fxquant.errors import FxquantError
 from fxquant.lowering.ascend.deployment import deployment
 from fxquant.lowering.onnx.chain import BlockChain
 from fxquant.lowering.onnx.deployment import deployment as onnx_deployment
-from fxquant.lowering.onnx.extract import operator_sessions, row_sessions
+from fxquant.lowering.onnx.extract import operator_sessions, run_by_rows
 from fxquant.lowering.onnx.last_logits import KEEP_ALL
 from fxquant.lowering.onnx.required import require_model, stored_form
 from fxquant.lowering.output_folder.weight_files import WeightFiles
@@ -162,7 +162,8 @@ class OnnxChecker:
 
     def _run(self, names: list[str], values: dict[str, Any]) -> None:
         for name in self._large.keys() & set(names):
-            self._compare(name, self._by_rows(name, values), values)
+            result = run_by_rows(self._folder, name, self._large[name], values)
+            self._compare(name, result, values)
         for session in operator_sessions(self._folder, [name for name in names if name not in self._large], WHOLE):
             units, results = session.units, session(session.feeds(values))
             del session  # with its weights, before those of the bounds are widened
@@ -170,15 +171,6 @@ class OnnxChecker:
             for unit in units:
                 for name in unit.outputs:
                     self._compare(name, results[name], values)
-
-    def _by_rows(self, name: str, values: dict[str, Any]) -> Tensor:
-        """The result of a linear, of all rows of its weight in turn: in one session they would all be in memory."""
-        blocks = []
-        for session in row_sessions(self._folder, name, self._large[name]):
-            blocks.append(session(session.feeds(values))[name])
-            del session  # before the next one is made
-            return_freed_memory()
-        return torch.cat(blocks, -1)
 
     def _compare(self, name: str, result: Tensor, values: dict[str, Any]) -> None:
         expected = values[name] if isinstance(values[name], Tensor) else torch.tensor([values[name]])

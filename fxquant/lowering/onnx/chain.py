@@ -14,7 +14,7 @@ import torch
 from onnx import ModelProto, NodeProto
 from torch import Tensor
 
-from fxquant.lowering.onnx.extract import WholeModel, load_session, outside_reads, row_sessions
+from fxquant.lowering.onnx.extract import WholeModel, load_session, outside_reads, run_by_rows
 from fxquant.lowering.onnx.runner import FILE
 from fxquant.processes.memory import return_freed_memory
 
@@ -55,7 +55,8 @@ class BlockChain:
 
     def _steps(self, block: str, later: set[str]) -> Iterator[tuple[list[NodeProto], set[str]]]:
         """Nodes that run together, a large linear alone, and what is read of their results."""
-        steps = [list(nodes) for _, nodes in groupby(self._nodes[block], lambda node: self._large.get(_unit(node)))]
+        alone = lambda node: _unit(node) if _unit(node) in self._large else ""  # noqa: E731
+        steps = [list(nodes) for _, nodes in groupby(self._nodes[block], alone)]
         for index, nodes in enumerate(steps):
             yield nodes, later.union(*(outside_reads(others) for others in steps[index + 1 :]))
 
@@ -63,23 +64,15 @@ class BlockChain:
         reads = [name for name in outside_reads(nodes) if name not in self._whole.initializers]
         outputs = sorted({output for node in nodes for output in node.output} & needed)
         values = [self._feed(name, inputs) for name in reads]
-        weight = self._large.get(_unit(nodes[0]))
-        if weight is not None:
-            self._values[outputs[0]] = self._by_rows(_unit(nodes[0]), weight, values)
+        name = _unit(nodes[0])
+        if name in self._large:
+            given = map(torch.from_numpy, values)
+            self._values[name] = run_by_rows(self._folder, name, self._large[name], list(given)).numpy()
         elif outputs:
             session = load_session(self._part(block, nodes, reads, outputs), self._folder)
             results = session.run(outputs, dict(zip(reads, values, strict=True)))
             self._values |= dict(zip(outputs, results, strict=True))
         return_freed_memory()
-
-    def _by_rows(self, name: str, weight: str, values: list[np.ndarray]) -> np.ndarray:
-        blocks = []
-        for session in row_sessions(self._folder, name, weight):
-            (unit,) = session.units
-            feeds = {feed: torch.from_numpy(value) for (feed, _), value in zip(unit.inputs, values, strict=True)}
-            blocks.append(session(feeds)[name].numpy())
-            del session  # before the next one is made
-        return np.concatenate(blocks, -1)
 
     def _feed(self, name: str, inputs: Mapping[str, Any]) -> np.ndarray:
         given = inputs[self._whole.placeholders[name]] if name in self._whole.placeholders else self._values[name]

@@ -4,7 +4,7 @@ Comparing whole models says little, since a last bit may flip a router's choice.
 that it has in the fx graph, so that each is checked alone.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from fxquant.lowering.onnx.builder import ZERO_POINT
 from fxquant.lowering.onnx.node_lowering import NUMBER
 from fxquant.lowering.onnx.runner import FILE, session_options
 from fxquant.lowering.onnx.runtime import onnxruntime
+from fxquant.processes.memory import return_freed_memory
 
 ROWS = 4096
 """Output features of a large linear that a session computes at a time."""
@@ -114,6 +115,23 @@ def row_sessions(folder: Path, name: str, weight: str, count: int = ROWS) -> Ite
         for output in model.graph.output:
             output.type.tensor_type.shape.dim[-1].dim_value = stored.dims[0]
         yield OperatorSession(tuple(part.unit for part in parts), model, folder)
+
+
+def run_by_rows(folder: Path, name: str, weight: str, inputs: Sequence[Tensor] | Mapping[str, Any]) -> Tensor:
+    """The result of such a linear, of all rows of its weight in turn.
+
+    inputs  of its unit, in order; or the values of an fx graph by node name
+    """
+    blocks = []
+    for session in row_sessions(folder, name, weight):
+        if isinstance(inputs, Mapping):
+            feeds = session.feeds(inputs)
+        else:
+            feeds = dict(zip((feed for feed, _ in session.units[0].inputs), inputs, strict=True))
+        blocks.append(session(feeds)[name])
+        del session  # before the next one is made
+        return_freed_memory()
+    return torch.cat(blocks, -1)
 
 
 def _place(initializer: TensorProto) -> tuple[int, int]:

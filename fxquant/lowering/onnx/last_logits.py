@@ -1,6 +1,5 @@
 """Last logits: which part of a graph runs over the last tokens alone, where `num_logits_to_keep` says how many."""
 
-import operator
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,10 +7,10 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
-from fxquant import ops
 from fxquant.errors import FxquantError
 from fxquant.lowering.onnx.builder import Builder
 from fxquant.lowering.onnx.shapes import Shapes
+from fxquant.ops.by_token import BY_TOKEN
 from fxquant.program.program import Program
 
 NAME = "num_logits_to_keep"
@@ -19,12 +18,6 @@ KEEP_ALL = {NAME: torch.tensor(0)}
 """A value of the input, by the name of the input."""
 KEPT = "kept"
 """Name of the dimension of the tokens that are left."""
-BY_TOKEN = {
-    ops.linear, ops.rms_norm, ops.quantize_static, ops.quantize_per_token, ops.int_matmul, ops.int4_matmul,
-    ops.dequantize_static, ops.dequantize_per_token, ops.static_linear, ops.per_token_linear,
-    ops.per_token_int4_linear, operator.getitem,
-}  # fmt: skip
-"""Operators whose result for a token needs nothing of other tokens."""
 
 
 @dataclass(frozen=True)

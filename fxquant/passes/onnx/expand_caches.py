@@ -3,12 +3,11 @@
 cat(past, new) → kv_b_proj → mla_attention   →   kv_b_proj(new) → expand_heads → cat(past_key, …) → attend_heads
 """
 
-import operator
-
 from torch import fx
 
 from fxquant import ops
 from fxquant.errors import FxquantError
+from fxquant.ops.by_token import BY_TOKEN
 from fxquant.passes.base import Pass, PassResult
 from fxquant.passes.onnx.caches import ATEN, PARTS, Appended, add_inputs, appended_caches, return_instead
 from fxquant.program.node_builder import Surgery
@@ -17,11 +16,6 @@ from fxquant.program.program import Program
 from fxquant.program.shape_inference import ShapeRules
 
 CACHE = "expanded"
-BY_TOKEN = {
-    ops.linear, ops.rms_norm, ops.quantize_static, ops.quantize_per_token, ops.int_matmul, ops.int4_matmul,
-    ops.dequantize_static, ops.dequantize_per_token, operator.getitem,
-}  # fmt: skip
-"""Operators that make each token's result of that token alone."""
 
 
 class ExpandCaches(Pass):

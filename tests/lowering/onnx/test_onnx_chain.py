@@ -74,7 +74,7 @@ def test_a_large_head_runs_by_rows(
     load_session = extract.load_session
     monkeypatch.setattr(extract, "load_session", load)
     monkeypatch.setattr(chain, "load_session", load)
-    monkeypatch.setattr(chain, "row_sessions", functools.partial(extract.row_sessions, count=50))
+    monkeypatch.setattr(extract, "row_sessions", functools.partial(extract.row_sessions, count=50))
     inputs, by_name = cached_inputs(program), blocks(program)
     names = {block: [node.name for node in nodes] for block, nodes in by_name.items()}
     steps = BlockChain(tmp_path, names, {head.name: weight})
